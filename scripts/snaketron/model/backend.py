@@ -1,0 +1,116 @@
+"""The machine under the model: a GPU, or a CPU that stands in for one.
+
+With a GPU, Transformer Engine and mamba-ssm do the work and nothing here changes torch or
+megatron-core. Without one, `snaketron.model.cpu` replaces the few pieces that need a GPU. Training code
+asks this module for what differs and never which of the two it runs on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+
+# What a user can do nothing about: the logger, and how its message begins.
+_NOISE = {
+    # A CUDA toolkit on a machine without a GPU.
+    "torch.utils.cpp_extension": ("No CUDA runtime is found",),
+    # It is computed inside instead, with the same result.
+    "megatron.core.distributed.distributed_data_parallel": ("DistributedDataParallel: full_param_layout",),
+    "megatron.core.rerun_state_machine": (
+        "Implicit initialization",
+        "RerunStateMachine initialized in mode RerunMode.DISABLED",
+    ),
+    # On a CPU one generator plays both parts.
+    "megatron.core.tensor_parallel.random": ("CPU RNG state changed within GPU RNG context",),
+}
+
+
+_NOISY_WARNINGS = (
+    "full scope is deprecated",  # raised by TransformerConfig for its own default
+    "MimoModelConfig is experimental",  # a model that we do not use
+    "The .grad attribute of a Tensor that is not a leaf",  # the distributed optimizer looks, and knows why
+)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NOISE[record.name])
+
+
+def _silence() -> None:
+    for name in _NOISE:
+        logging.getLogger(name).addFilter(_is_news)
+    for message in _NOISY_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+
+
+def _no_compile(function: Any = None, **_: Any) -> Any:
+    return function if function is not None else (lambda f: f)
+
+
+@contextlib.contextmanager
+def _light_import() -> Iterator[None]:
+    """Import megatron-core without its warnings and without what we do not use of it."""
+    without_wandb = "wandb" not in sys.modules
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        if without_wandb:
+            sys.modules["wandb"] = None  # type: ignore[assignment]  # 1 s, for a writer in megatron.core.timers
+        if not HAS_GPU:
+            # Each `@torch.compile` would import the compiler (5 s) and compile when first called (minutes).
+            stack.enter_context(mock.patch.object(torch, "compile", _no_compile))
+        try:
+            yield
+        finally:
+            if without_wandb:
+                del sys.modules["wandb"]
+
+
+_silence()
+if not HAS_GPU and "megatron.core" in sys.modules:
+    torch.compiler.set_stance("force_eager")  # too late to leave the compiler out, not to leave it unused
+with _light_import():
+    if HAS_GPU:
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as _stack_spec
+    else:
+        from snaketron.model.cpu import hybrid_stack_spec as _stack_spec
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+
+def hybrid_stack_spec() -> ModuleSpec:
+    """The modules that a HybridModel is built from."""
+    return _stack_spec
+
+
+def device() -> torch.device:
+    """Where this process computes: its own GPU (by LOCAL_RANK, which is made current), or the CPU."""
+    if not HAS_GPU:
+        return torch.device("cpu")
+    gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(gpu)
+    return gpu
+
+
+def process_group_backend() -> str:
+    """What processes talk through: the name `torch.distributed.init_process_group` takes."""
+    return "nccl" if HAS_GPU else "gloo"
+
+
+def transformer_config_options() -> dict[str, Any]:
+    """TransformerConfig fields for kernels that only a GPU has; they change speed, not the mathematics."""
+    return {
+        "moe_grouped_gemm": HAS_GPU,
+        "moe_permute_fusion": HAS_GPU,
+        "use_fused_weighted_squared_relu": HAS_GPU,
+        "cross_entropy_loss_fusion": HAS_GPU,
+        "gradient_accumulation_fusion": HAS_GPU,
+    }

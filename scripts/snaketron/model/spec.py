@@ -1,0 +1,156 @@
+"""The architecture of Nemotron 3 Super, at any size, as megatron-core builds it.
+
+Source of the choices: NVIDIA's training recipe and configuration of Nemotron 3 Super 120B-A12B.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
+
+from snaketron.config import Model, Parallel
+from snaketron.model import backend
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(model: Model, parallel: Parallel, **overrides: Any) -> TransformerConfig:
+    """Everything about the model but its layer pattern and vocabulary.
+
+    Args:
+        model: sizes, and weights of the losses.
+        parallel: the layout; sequence parallelism comes with tensor parallelism.
+        overrides: TransformerConfig fields, such as recomputation.
+
+    Raises:
+        ValueError: megatron-core refuses the combination.
+    """
+    dtype = DTYPES[model.precision]
+    fields: dict[str, Any] = {
+        "num_layers": len(model.hybrid_layer_pattern),
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.kv_channels,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "activation_func": squared_relu,
+        "gated_linear_unit": False,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": model.init_method_std,
+        "is_hybrid_model": True,
+        "mamba_num_heads": model.mamba_num_heads,
+        "mamba_head_dim": model.mamba_head_dim,
+        "mamba_state_dim": model.mamba_state_dim,
+        "mamba_num_groups": model.mamba_num_groups,
+        "num_moe_experts": model.num_moe_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_latent_size": model.moe_latent_size,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        # Sigmoid scores; a bias that only selects evens the load: DeepSeek-V3 (arXiv 2412.19437), 2.1.2.
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": model.moe_router_bias_update_rate,
+        "moe_router_topk_scaling_factor": model.moe_router_topk_scaling_factor,
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "mtp_num_layers": model.mtp_num_layers or None,
+        "mtp_use_repeated_layer": model.mtp_num_layers > 0,
+        "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
+        "calculate_per_token_loss": True,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "sequence_parallel": parallel.tensor_model_parallel_size > 1,
+        **backend.transformer_config_options(),
+    }
+    return TransformerConfig(**{**fields, **overrides})
+
+
+def pipeline_pattern(pattern: str, stages: int) -> str:
+    """The layer pattern with `|` between pipeline stages of equal length.
+
+    Where the layers do not divide evenly, the first stages get one more: the last one has the output
+    layer and multi-token prediction to compute as well.
+
+    >>> pipeline_pattern("MEM*EME", 2)
+    'MEM*|EME'
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    if stages > len(pattern):
+        raise ValueError(
+            f"model.hybrid_layer_pattern {pattern!r} has {len(pattern)} layers, "
+            f"too few for pipeline_model_parallel_size {stages}"
+        )
+    size, extra = divmod(len(pattern), stages)
+    cuts = [stage * size + min(stage, extra) for stage in range(stages + 1)]
+    return "|".join(pattern[start:end] for start, end in itertools.pairwise(cuts))
+
+
+def padded_vocab_size(model: Model, vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding: the next multiple of make_vocab_size_divisible_by and of the TP size."""
+    multiple = math.lcm(model.make_vocab_size_divisible_by, tensor_parallel_size)
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def build_model(config: TransformerConfig, model: Model, vocab_size: int, seq_length: int) -> HybridModel:
+    """This rank's part of the model, with random weights; megatron's parallel state must be set up.
+
+    Args:
+        config: of `transformer_config`.
+        model: layer patterns and padding of the vocabulary.
+        vocab_size: tokens of the tokenizer, before padding.
+        seq_length: tokens of the longest sequence.
+
+    Returns:
+        A HybridModel. Called with input_ids, position_ids (both (batch, length)) and attention_mask None,
+        it gives logits (batch, length, padded vocabulary / TP), or with labels the loss of each token
+        (batch, length) in nats. Expert parameters are marked `allreduce = False`.
+    """
+    stages = config.pipeline_model_parallel_size
+    pattern = "/".join(
+        [pipeline_pattern(model.hybrid_layer_pattern, stages)]
+        + [model.mtp_hybrid_layer_pattern] * model.mtp_num_layers
+    )
+    built = HybridModel(
+        config,
+        backend.hybrid_stack_spec(),
+        vocab_size=padded_vocab_size(model, vocab_size, config.tensor_model_parallel_size),
+        max_sequence_length=seq_length,
+        hybrid_layer_pattern=pattern,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="none",
+    )
+    for module in built.modules():
+        if isinstance(module, TopKRouter):
+            # Float16Module would make them bf16, which counts exactly only up to 256 tokens.
+            module.local_tokens_per_expert = module.local_tokens_per_expert.long()
+    for name, parameter in built.named_parameters():
+        if ".experts." in name:
+            # Gives the experts an optimizer of their own with EP = 1 too, as megatron-core does with EP > 1;
+            # otherwise a checkpoint of one does not load into the other.
+            parameter.allreduce = False
+    return built
