@@ -1,0 +1,64 @@
+# Raw text to an instruction-tuned checkpoint:
+#     snakemake --profile profiles/local ckpt/sft
+# Outputs lie at <root>/<stage>/<noun>; a wildcard fills one component of a path.
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import min_version
+
+min_version("9.27")
+sys.path.insert(0, f"{workflow.basedir}/scripts")
+
+from snaketron import lock
+from snaketron.config import ConfigError, load
+from snaketron.graph import Graph
+
+SPLITS = ("train", "valid", "test")
+
+
+configfile: "config/config.yaml"
+
+
+pathvars:
+    data="data",
+    ckpt="ckpt",
+
+
+container: "envs/snaketron.sif"
+
+
+wildcard_constraints:
+    corpus=r"[a-z0-9_]+",
+    source=r"[a-z0-9_]+",
+    phase=r"[a-z0-9_]+",
+    shard=r"[a-z0-9_.]+",
+
+
+try:
+    graph = Graph(load(config))
+except ConfigError as error:
+    raise WorkflowError(f"The configuration is wrong.\n{error}") from None
+
+if (
+    workflow.is_main_process
+    and not workflow.dryrun
+    and not lock.hold(Path(".snakemake/snaketron.lock"))
+):
+    raise WorkflowError(
+        "Another Snakemake is running in this directory; wait for it or stop it."
+    )
+
+
+rule all:
+    default_target: True
+    input:
+        "<ckpt>/sft",
+
+
+include: "rules/sample.smk"
+include: "rules/tokenizer.smk"
+include: "rules/pretrain_data.smk"
+include: "rules/pretrain.smk"
+include: "rules/sft_data.smk"
+include: "rules/sft.smk"

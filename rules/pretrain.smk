@@ -1,0 +1,27 @@
+rule pretrain:
+    """Train one phase of the curriculum, from the end of the phase before it.
+
+    The output is a link to a directory below <ckpt>/versions that Snakemake does not know, where a
+    killed run finds its checkpoints again. Settings under `resources` change how, not what, it trains.
+    """
+    input:
+        blend="<data>/pretrain/{phase}/blend.json",
+        tokenizer="<data>/tokenizer/tokenizer.json",
+        base=graph.previous_phase,
+    output:
+        directory("<ckpt>/pretrain/{phase}"),
+    log:
+        "<logs>/pretrain/{phase}.log",
+    benchmark:
+        "<benchmarks>/pretrain/{phase}.tsv"
+    threads: graph.threads("pretrain")
+    resources:
+        launch=graph.launch("pretrain"),
+        run=graph.run("pretrain"),
+    params:
+        settings=graph.pretrain_settings,
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "{resources.launch} scripts/pretrain.py --blend {input.blend} --tokenizer {params.tokenizer}"
+        " --base {input.base} --settings {params.settings:q} --run {resources.run:q}"
+        " --output {output} --log {log}"

@@ -1,0 +1,45 @@
+rule tokenize_shard:
+    """Tokenize one raw file and split its documents into train, valid and test."""
+    input:
+        text=graph.raw_text,
+        tokenizer="<data>/tokenizer/tokenizer.json",
+    output:
+        bins=expand("<data>/tokens/{{corpus}}/{split}/{{shard}}.bin", split=SPLITS),
+        idxs=expand("<data>/tokens/{{corpus}}/{split}/{{shard}}.idx", split=SPLITS),
+        record="<data>/tokens/{corpus}/{shard}.json",
+    log:
+        "<logs>/tokenize_shard/{corpus}/{shard}.log",
+    benchmark:
+        "<benchmarks>/tokenize_shard/{corpus}/{shard}.tsv"
+    params:
+        text_field=graph.text_field,
+        valid_fraction=graph.config.pretrain_data.valid_fraction,
+        test_fraction=graph.config.pretrain_data.test_fraction,
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "python scripts/tokenize_shard.py --text {input.text} --text-field {params.text_field:q}"
+        " --corpus {wildcards.corpus} --tokenizer {params.tokenizer}"
+        " --valid-fraction {params.valid_fraction} --test-fraction {params.test_fraction}"
+        " --bins {output.bins} --record {output.record} 2> {log}"
+
+
+rule blend_pretrain:
+    """Weigh the tokenized shards of a phase; nothing is tokenized or copied."""
+    input:
+        records=graph.phase_shards("<data>/tokens/{corpus}/{shard}.json"),
+        bins=graph.phase_shards("<data>/tokens/{corpus}/train/{shard}.bin"),
+        tokenizer="<data>/tokenizer/tokenizer.json",
+    output:
+        blend="<data>/pretrain/{phase}/blend.json",
+        record="<data>/pretrain/{phase}/record.json",
+    log:
+        "<logs>/blend_pretrain/{phase}.log",
+    benchmark:
+        "<benchmarks>/blend_pretrain/{phase}.tsv"
+    params:
+        weights=graph.phase_weights,
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "python scripts/blend_pretrain.py --phase {wildcards.phase} --weights {params.weights}"
+        " --records {input.records} --tokenizer {params.tokenizer}"
+        " --output {output.blend} --record {output.record} 2> {log}"

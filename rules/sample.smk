@@ -1,0 +1,30 @@
+rule sample_corpus:
+    """Write a corpus of the real text that every Python installation carries."""
+    output:
+        texts=expand("data/sample/{{corpus}}/part_{part}.jsonl", part=range(3)),
+        record="data/sample/{corpus}/record.json",
+    log:
+        "<logs>/sample_corpus/{corpus}.log",
+    benchmark:
+        "<benchmarks>/sample_corpus/{corpus}.tsv"
+    wildcard_constraints:
+        corpus="docs|code|packages",
+    shell:
+        "python scripts/sample_corpus.py --corpus {wildcards.corpus}"
+        " --texts {output.texts} --record {output.record} 2> {log}"
+
+
+rule sample_chat:
+    """Write conversations made from the signatures and docstrings of the standard library."""
+    output:
+        chats=expand("data/sample/{{source}}/part_{part}.jsonl", part=range(2)),
+        record="data/sample/{source}/record.json",
+    log:
+        "<logs>/sample_chat/{source}.log",
+    benchmark:
+        "<benchmarks>/sample_chat/{source}.tsv"
+    wildcard_constraints:
+        source="questions|tools",
+    shell:
+        "python scripts/sample_chat.py --source {wildcards.source}"
+        " --chats {output.chats} --record {output.record} 2> {log}"

@@ -1,0 +1,27 @@
+rule sft:
+    """Tune the last phase's checkpoint on the packed conversations, and sum the whole run up.
+
+    The output is a link, as in rule pretrain.
+    """
+    input:
+        blend="<data>/sft/blend.json",
+        tokenizer="<data>/tokenizer/tokenizer.json",
+        template="<data>/tokenizer/chat_template.jinja",
+        base=f"<ckpt>/pretrain/{graph.last_phase}",
+    output:
+        directory("<ckpt>/sft"),
+    log:
+        "<logs>/sft.log",
+    benchmark:
+        "<benchmarks>/sft.tsv"
+    threads: graph.threads("sft")
+    resources:
+        launch=graph.launch("sft"),
+        run=graph.run("sft"),
+    params:
+        settings=graph.sft_settings(),
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "{resources.launch} scripts/sft.py --blend {input.blend} --tokenizer {params.tokenizer}"
+        " --base {input.base} --settings {params.settings:q} --run {resources.run:q}"
+        " --output {output} --log {log}"

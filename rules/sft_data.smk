@@ -1,0 +1,65 @@
+rule render_chat:
+    """Render one file of conversations to tokens and a mask of what the assistant said."""
+    input:
+        chats=graph.raw_chats,
+        tokenizer="<data>/tokenizer/tokenizer.json",
+        template="<data>/tokenizer/chat_template.jinja",
+    output:
+        rendered="<data>/chat/{source}/{shard}.parquet",
+        record="<data>/chat/{source}/{shard}.json",
+    log:
+        "<logs>/render_chat/{source}/{shard}.log",
+    benchmark:
+        "<benchmarks>/render_chat/{source}/{shard}.tsv"
+    params:
+        fields=graph.chat_fields,
+        valid_fraction=graph.config.sft_data.valid_fraction,
+        test_fraction=graph.config.sft_data.test_fraction,
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "python scripts/render_chat.py --chats {input.chats} --source {wildcards.source}"
+        " --messages-field {params.fields[messages_field]:q} --tools-field {params.fields[tools_field]:q}"
+        " --tokenizer {params.tokenizer} --template {input.template}"
+        " --valid-fraction {params.valid_fraction} --test-fraction {params.test_fraction}"
+        " --output {output.rendered} --record {output.record} 2> {log}"
+
+
+rule pack_sft:
+    """Pack rendered conversations; none is split across packs."""
+    input:
+        "<data>/chat/{source}/{shard}.parquet",
+    output:
+        train="<data>/sft/train/{source}/{shard}.parquet",
+        valid="<data>/sft/valid/{source}/{shard}.parquet",
+        test="<data>/sft/test/{source}/{shard}.parquet",
+        record="<data>/sft/{source}/{shard}.json",
+    log:
+        "<logs>/pack_sft/{source}/{shard}.log",
+    benchmark:
+        "<benchmarks>/pack_sft/{source}/{shard}.tsv"
+    params:
+        pack_size=graph.config.sft_data.pack_size,
+        algorithm=graph.config.sft_data.algorithm,
+    shell:
+        "python scripts/pack_sft.py --chats {input} --pack-size {params.pack_size}"
+        " --algorithm {params.algorithm} --train {output.train} --valid {output.valid}"
+        " --test {output.test} --record {output.record} 2> {log}"
+
+
+rule blend_sft:
+    """Weigh the packed shards; nothing is repacked or copied."""
+    input:
+        records=graph.sft_shards("<data>/sft/{source}/{shard}.json"),
+        packs=graph.sft_shards("<data>/sft/train/{source}/{shard}.parquet"),
+    output:
+        blend="<data>/sft/blend.json",
+        record="<data>/sft/record.json",
+    log:
+        "<logs>/blend_sft.log",
+    benchmark:
+        "<benchmarks>/blend_sft.tsv"
+    params:
+        weights=graph.sft_weights(),
+    shell:
+        "python scripts/blend_sft.py --weights {params.weights} --records {input.records}"
+        " --output {output.blend} --record {output.record} 2> {log}"

@@ -1,0 +1,42 @@
+rule build_tokenizer:
+    """Train a byte-level BPE tokenizer, or take one from a path or the hub.
+
+    The text is `ancient`: a changed raw file must not change the ids of everything.
+    """
+    input:
+        text=ancient(graph.tokenizer_text),
+    output:
+        tokenizer="<data>/tokenizer/tokenizer.json",
+        config="<data>/tokenizer/tokenizer_config.json",
+        record="<data>/tokenizer/record.json",
+    log:
+        "<logs>/build_tokenizer.log",
+    benchmark:
+        "<benchmarks>/build_tokenizer.tsv"
+    threads: 2
+    params:
+        source=graph.tokenizer_source,
+    shell:
+        "python scripts/build_tokenizer.py {params.source} --text {input.text}"
+        " --output {output.tokenizer} --record {output.record} 2> {log}"
+
+
+rule install_chat_template:
+    """Check the chat template and put it beside the tokenizer.
+
+    A rule of its own: a changed template renders the chats again and leaves the text's tokens alone.
+    """
+    input:
+        template=graph.chat_template,
+    output:
+        template="<data>/tokenizer/chat_template.jinja",
+        record="<data>/tokenizer/chat_template.json",
+    log:
+        "<logs>/install_chat_template.log",
+    benchmark:
+        "<benchmarks>/install_chat_template.tsv"
+    params:
+        source=graph.chat_template_source,
+    shell:
+        "python scripts/install_chat_template.py {params.source}"
+        " --output {output.template} --record {output.record} 2> {log}"

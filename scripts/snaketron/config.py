@@ -1,0 +1,551 @@
+"""The configuration: one model, every key with its default, unit and how to choose it.
+
+`config/config.yaml` and `config/schema.json` are generated from these classes (`config_files`), and the
+Snakefile checks what the user gives with `load`.
+Nothing heavier than pydantic is imported here: every Slurm job parses the Snakefile.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+ENVIRONMENT_PREFIX = "SNAKETRON_"
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message names each path and what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def key(default: Any, description: str) -> Any:
+    """A configuration key; a callable default builds a list or a section."""
+    if callable(default):
+        return Field(default_factory=default, description=description)
+    return Field(default, description=description)
+
+
+# ------------------------------------------------------------------------------------------ sources
+
+
+class Corpus(Section):
+    """One pretraining corpus: raw files of one kind, tokenized once and shared by every phase."""
+
+    name: Name = Field(description="directory name below data/tokens")
+    paths: list[str] = Field(
+        min_length=1,
+        description="files, directories or globs: .jsonl[.gz|.zst] or .parquet; each file is a shard",
+    )
+    text_field: str = key("text", "column or JSON key that holds the document")
+
+
+class ChatSource(Section):
+    """One source of conversations in the OpenAI message format."""
+
+    name: Name = Field(description="directory name below data/chat")
+    paths: list[str] = Field(
+        min_length=1,
+        description="files, directories or globs: .jsonl[.gz|.zst] or .parquet; each file is a shard",
+    )
+    messages_field: str = key("messages", "column or JSON key that holds the list of messages")
+    tools_field: str = key(
+        "tools", "column or JSON key that holds the tool definitions; may be absent in a row"
+    )
+
+
+class CorpusWeight(Section):
+    corpus: str = Field(description="name of a corpus")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        description="share of the mix, relative to the other weights"
+    )
+
+
+class SourceWeight(Section):
+    source: str = Field(description="name of a chat source")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        description="share of the mix, relative to the other weights"
+    )
+
+
+def sample_paths(name: str, count: int) -> list[str]:
+    return [f"data/sample/{name}/part_{i}.jsonl" for i in range(count)]
+
+
+def sample_corpora() -> list[Corpus]:
+    return [
+        Corpus(name="docs", paths=sample_paths("docs", 3)),
+        Corpus(name="code", paths=sample_paths("code", 3)),
+        Corpus(name="packages", paths=sample_paths("packages", 3)),
+    ]
+
+
+def sample_chats() -> list[ChatSource]:
+    return [
+        ChatSource(name="questions", paths=sample_paths("questions", 2)),
+        ChatSource(name="tools", paths=sample_paths("tools", 2)),
+    ]
+
+
+class Tokenizer(Section):
+    path: str | None = key(
+        None, "directory or hub id of a Hugging Face tokenizer to use; null trains one from `text`"
+    )
+    chat_template: str | None = key(
+        "config/chat_template.jinja",
+        "Jinja file saved with the tokenizer; null keeps the template that comes with `path`",
+    )
+    vocab_size: Positive = key(
+        2048, "tokens of a trained tokenizer, special ones included; 32k to 131k for a real model"
+    )
+    text: list[str] = key(
+        lambda: [p for c in sample_corpora() for p in c.paths],
+        "files that a new tokenizer is trained on (no globs: a file that joins a corpus later must not "
+        "change the tokenizer); edit it, or run with `-R train_tokenizer`, to ask for a new one",
+    )
+    text_field: str = key("text", "column or JSON key of those files that holds the document")
+
+
+class PretrainData(Section):
+    valid_fraction: Fraction = key(
+        0.01, "share of the documents held out for validation, by a hash of the text"
+    )
+    test_fraction: Fraction = key(0.01, "share of the documents held out for the test, by a hash of the text")
+
+
+class SftData(Section):
+    valid_fraction: Fraction = key(
+        0.04, "share of the conversations held out for validation, by a hash of the text"
+    )
+    test_fraction: Fraction = key(
+        0.02, "share of the conversations held out for the test, by a hash of the text"
+    )
+    pack_size: Positive = key(
+        512, "tokens of a pack, and the sequence length of SFT; longer conversations are dropped and counted"
+    )
+    algorithm: Literal["first_fit_decreasing", "concatenative"] = key(
+        "first_fit_decreasing",
+        "how conversations are packed: tightly, or in order and only as far as the next one fits",
+    )
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+class Model(Section):
+    """The architecture, in megatron-core's names. The default has 2.9 million parameters."""
+
+    hybrid_layer_pattern: Annotated[str, Field(pattern=r"^[ME*\-]+$")] = key(
+        "MEM*EME", "one letter a layer: M Mamba-2, E mixture of experts, * attention, - dense MLP"
+    )
+    hidden_size: Positive = key(128, "width of the residual stream")
+    ffn_hidden_size: Positive = key(256, "inner width of a dense MLP layer (-)")
+    num_attention_heads: Positive = key(8, "query heads of an attention layer")
+    num_query_groups: Positive = key(2, "key and value heads (grouped-query attention)")
+    kv_channels: Positive = key(16, "width of an attention head")
+    mamba_num_heads: Positive = key(8, "heads of a Mamba-2 layer")
+    mamba_head_dim: Positive = key(32, "width of a Mamba-2 head")
+    mamba_state_dim: Positive = key(16, "size of the state of a head")
+    mamba_num_groups: Positive = key(
+        2, "groups of heads that share B and C; a multiple of the tensor parallel size"
+    )
+    num_moe_experts: Positive = key(8, "routed experts of a layer")
+    moe_router_topk: Positive = key(2, "routed experts that a token visits")
+    moe_ffn_hidden_size: Positive = key(128, "inner width of a routed expert")
+    moe_latent_size: Positive | None = key(
+        64, "width of the latent space in which the routed experts work; null: the hidden size"
+    )
+    moe_shared_expert_intermediate_size: Positive = key(
+        256, "inner width of the expert that every token visits"
+    )
+    moe_router_topk_scaling_factor: float = key(2.5, "factor on the routed experts' output")
+    moe_aux_loss_coeff: float = key(1e-4, "weight of the router's load balancing loss")
+    moe_router_bias_update_rate: float = key(
+        1e-3, "step of the expert bias towards an even load, a step of training"
+    )
+    mtp_num_layers: Count = key(2, "depths of multi-token prediction; they share one block. 0 turns it off")
+    mtp_hybrid_layer_pattern: Annotated[str, Field(pattern=r"^[ME*\-]+$")] = key(
+        "*E", "layers of the multi-token prediction block"
+    )
+    mtp_loss_scaling_factor: float = key(0.3, "weight of the multi-token prediction loss")
+    init_method_std: float = key(0.02, "standard deviation of the initial weights")
+    layernorm_epsilon: float = key(1e-5, "epsilon of RMSNorm")
+    make_vocab_size_divisible_by: Positive = key(
+        128, "the embedding is padded to a multiple of this times TP"
+    )
+    precision: Literal["fp32", "bf16"] = key(
+        "fp32", "type of weights and activations; bf16 keeps fp32 main weights"
+    )
+
+
+class Parallel(Section):
+    """How many processes share a model. Changing it continues the same training."""
+
+    tensor_model_parallel_size: Positive = key(
+        1, "processes that share each layer (with sequence parallelism)"
+    )
+    pipeline_model_parallel_size: Positive = key(1, "processes that hold consecutive layers")
+    context_parallel_size: Positive = key(1, "processes that share each sequence")
+    expert_model_parallel_size: Positive = key(1, "processes that share the routed experts")
+    expert_tensor_parallel_size: Positive = key(1, "processes that share each routed expert")
+    data_parallel_size: Positive = key(1, "copies of the model, each with its part of the global batch")
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes (GPUs) of the job."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+            * self.data_parallel_size
+        )
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+class Optimizer(Section):
+    """AdamW and its learning rate."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = key(3e-3, "maximum learning rate")
+    min_learning_rate: Annotated[float, Field(ge=0)] = key(3e-5, "learning rate at the end of the decay")
+    weight_decay: Annotated[float, Field(ge=0)] = key(0.1, "decoupled weight decay")
+    adam_beta1: Fraction = key(0.9, "decay of the first moment")
+    adam_beta2: Fraction = key(0.95, "decay of the second moment")
+    adam_eps: Annotated[float, Field(gt=0)] = key(1e-8, "epsilon of Adam")
+    clip_grad: Annotated[float, Field(ge=0)] = key(1.0, "limit of the global gradient norm; 0 turns it off")
+
+
+class Run(Section):
+    """How a training is run. None of these keys changes what is trained, so none makes it run again."""
+
+    micro_batch_size: Positive = key(4, "sequences that one process computes at a time; 1 for packed data")
+    log_interval: Positive = key(10, "steps between two lines of metrics")
+    eval_interval: Positive = key(100, "steps between two validations")
+    eval_samples: Positive = key(64, "sequences of a validation, the same ones each time")
+    save_interval: Positive = key(100, "steps between two checkpoints: what a killed run loses at most")
+    keep_checkpoints: Positive = key(2, "checkpoints kept while training; the newest ones")
+    cpus_per_task: Positive = key(
+        2, "CPU threads of a process; another number may change the last bits of a result"
+    )
+    parallel: Parallel = key(Parallel, "how many processes share the model")
+
+
+class Phase(Section):
+    """One part of the pretraining curriculum, from the previous phase's last step on its own blend."""
+
+    name: Name = Field(description="directory name below ckpt/pretrain")
+    tokens: Positive = Field(description="tokens to train on; rounded up to whole steps")
+    blend: list[CorpusWeight] = Field(min_length=1, description="corpora and their weights")
+    seq_length: Positive | None = key(None, "tokens of a sequence; null: pretrain.seq_length")
+    global_batch_size: Positive | None = key(None, "sequences of a step; null: pretrain.global_batch_size")
+
+
+def sample_phases() -> list[Phase]:
+    def blend(**weights: float) -> list[CorpusWeight]:
+        return [CorpusWeight(corpus=c, weight=w) for c, w in weights.items()]
+
+    return [
+        Phase(name="broad", tokens=300_000, blend=blend(docs=0.3, code=0.4, packages=0.3)),
+        Phase(name="focused", tokens=150_000, blend=blend(docs=0.7, packages=0.3)),
+    ]
+
+
+class Pretrain(Run):
+    seq_length: Positive = key(256, "tokens of a sequence")
+    global_batch_size: Positive = key(8, "sequences of a step, over all processes")
+    warmup_tokens: Count = key(40_000, "tokens over which the learning rate rises from 0")
+    decay_tokens: Count = key(
+        200_000, "tokens at the end of the last phase over which it falls by 1 - sqrt (the D of WSD)"
+    )
+    optimizer: Optimizer = key(Optimizer, "AdamW and its learning rate")
+    phases: list[Phase] = Field(
+        default_factory=sample_phases, min_length=1, description="the curriculum, in order"
+    )
+
+    def steps(self, phase: Phase) -> tuple[int, int, int]:
+        """(train_iters, global_batch_size, seq_length) of a phase; tokens are rounded up to whole steps."""
+        batch = phase.global_batch_size or self.global_batch_size
+        length = phase.seq_length or self.seq_length
+        return math.ceil(phase.tokens / (batch * length)), batch, length
+
+    def spans(self) -> list[tuple[int, int]]:
+        """First token and end of each phase, counted over the whole curriculum."""
+        spans, start = [], 0
+        for phase in self.phases:
+            spans.append((start, start + math.prod(self.steps(phase))))
+            start = spans[-1][1]
+        return spans
+
+
+class Sft(Run):
+    micro_batch_size: Literal[1] = key(
+        1, "packs that one process computes at a time: packed sequences need 1"
+    )
+    train_iters: Positive = key(120, "steps")
+    global_batch_size: Positive = key(8, "packs of a step, over all processes")
+    warmup_iters: Count = key(
+        10, "steps over which the learning rate rises from 0; then it falls as a cosine"
+    )
+    optimizer: Optimizer = key(
+        lambda: Optimizer(learning_rate=1e-3, min_learning_rate=1e-4), "AdamW and its learning rate"
+    )
+    blend: list[SourceWeight] = Field(
+        default_factory=lambda: [SourceWeight(source=s.name, weight=0.5) for s in sample_chats()],
+        min_length=1,
+        description="chat sources and their weights",
+    )
+    num_samples: Count = key(2, "answers of the base and of the tuned model to keep in the summary")
+    sample_tokens: Positive = key(48, "tokens of such an answer at most")
+
+
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads a bare `off` as false
+
+
+class Config(Section):
+    pathvars: dict[Literal["data", "ckpt", "logs", "benchmarks"], str] = key(
+        lambda: {"data": "data", "ckpt": "ckpt"},
+        "roots of the outputs; move them to a parallel file system here",
+    )
+    seed: Count = key(1234, "seed of initial weights, shuffling and sampling")
+    tracking: Annotated[Literal["off", "offline", "online"], BeforeValidator(_off)] = key(
+        "off",
+        "Weights & Biases: off, offline (below ./wandb, for `wandb sync`) or online (needs WANDB_API_KEY)",
+    )
+    tokenizer: Tokenizer = key(Tokenizer, "trained from text, or taken from a path")
+    corpora: list[Corpus] = Field(default_factory=sample_corpora, description="text for pretraining")
+    pretrain_data: PretrainData = key(PretrainData, "from raw text to tokens")
+    model: Model = key(Model, "the architecture")
+    pretrain: Pretrain = key(Pretrain, "pretraining")
+    chats: list[ChatSource] = Field(default_factory=sample_chats, description="conversations for SFT")
+    sft_data: SftData = key(SftData, "from conversations to packs")
+    sft: Sft = key(Sft, "supervised fine-tuning")
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Everything that one key alone cannot show, with both numbers in the message."""
+        problems = [
+            *_duplicates("corpora", [c.name for c in self.corpora]),
+            *_duplicates("chats", [c.name for c in self.chats]),
+            *_duplicates("pretrain.phases", [p.name for p in self.pretrain.phases]),
+            *_check_references(self),
+            *_check_tokenizer(self.tokenizer),
+            *_check_model(self.model),
+            *_check_run("pretrain", self.pretrain, self.model),
+            *_check_run("sft", self.sft, self.model),
+            *_check_batches(self),
+        ]
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return self
+
+
+def _duplicates(path: str, names: list[str]) -> list[str]:
+    return [
+        f"{path}: the name {name!r} is used twice"
+        for name in sorted({n for n in names if names.count(n) > 1})
+    ]
+
+
+def _check_references(config: Config) -> list[str]:
+    corpora, sources = {c.name for c in config.corpora}, {c.name for c in config.chats}
+    used = [
+        (f"pretrain.phases[{i}].blend[{j}].corpus", entry.corpus, corpora)
+        for i, phase in enumerate(config.pretrain.phases)
+        for j, entry in enumerate(phase.blend)
+    ] + [(f"sft.blend[{j}].source", entry.source, sources) for j, entry in enumerate(config.sft.blend)]
+    return [
+        f"{path}: {name!r} is not defined{_suggest(name, known)}"
+        for path, name, known in used
+        if name not in known
+    ]
+
+
+def _check_tokenizer(tokenizer: Tokenizer) -> list[str]:
+    if not tokenizer.path and not tokenizer.chat_template:
+        return ["tokenizer.chat_template: null needs tokenizer.path, which the template would come from"]
+    if not tokenizer.path and not tokenizer.text:
+        return ["tokenizer.text: name the files to train a tokenizer on, or give tokenizer.path"]
+    return []
+
+
+def _check_model(model: Model) -> list[str]:
+    checks = [
+        ("num_attention_heads", "num_query_groups"),
+        ("mamba_num_heads", "mamba_num_groups"),
+    ]
+    problems = [_divides(f"model.{a}", getattr(model, a), f"model.{b}", getattr(model, b)) for a, b in checks]
+    if model.moe_router_topk > model.num_moe_experts:
+        problems.append(
+            f"model.moe_router_topk {model.moe_router_topk} is more than "
+            f"model.num_moe_experts {model.num_moe_experts}"
+        )
+    return [p for p in problems if p]
+
+
+def _check_run(section: str, run: Pretrain | Sft, model: Model) -> list[str]:
+    """Parallel sizes against the model; the rules are megatron-core's."""
+    parallel, at = run.parallel, f"{section}.parallel"
+    tp, ep, etp = (
+        parallel.tensor_model_parallel_size,
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+    )
+    stages = parallel.pipeline_model_parallel_size
+    shared = ["num_attention_heads", "num_query_groups", "mamba_num_heads", "mamba_num_groups"]
+    problems = [
+        _divides(f"model.{k}", getattr(model, k), f"{at}.tensor_model_parallel_size", tp) for k in shared
+    ]
+    problems += [
+        _divides("model.num_moe_experts", model.num_moe_experts, f"{at}.expert_model_parallel_size", ep),
+        _divides(
+            "model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, f"{at}.expert_tensor_parallel_size", etp
+        ),
+        _divides(
+            f"the processes of a pipeline stage ({section})",
+            parallel.world_size // stages,
+            "expert_model_parallel_size x expert_tensor_parallel_size",
+            ep * etp,
+        ),
+        _divides(
+            "the layers of model.hybrid_layer_pattern",
+            len(model.hybrid_layer_pattern),
+            f"{at}.pipeline_model_parallel_size",
+            stages,
+        )
+        if len(model.hybrid_layer_pattern) < stages
+        else "",
+    ]
+    return [p for p in problems if p]
+
+
+def _check_batches(config: Config) -> list[str]:
+    pretrain, sft, problems = config.pretrain, config.sft, []
+    for i, phase in enumerate(pretrain.phases):
+        at = f"pretrain.phases[{i}]" if phase.global_batch_size else "pretrain"
+        problems.append(_batch(at, phase.global_batch_size or pretrain.global_batch_size, pretrain))
+        at = f"pretrain.phases[{i}]" if phase.seq_length else "pretrain"
+        problems.append(
+            _sequence(f"{at}.seq_length", phase.seq_length or pretrain.seq_length, pretrain.parallel)
+        )
+    problems.append(_batch("sft", sft.global_batch_size, sft))
+    problems.append(_sequence("sft_data.pack_size", config.sft_data.pack_size, sft.parallel))
+    if sft.parallel.context_parallel_size > 1:
+        problems.append("sft.parallel.context_parallel_size: packed sequences are trained with 1 only")
+    if sft.warmup_iters >= sft.train_iters:
+        problems.append(
+            f"sft.warmup_iters {sft.warmup_iters} is not less than sft.train_iters {sft.train_iters}"
+        )
+    for section in ("pretrain_data", "sft_data"):
+        data = getattr(config, section)
+        if data.valid_fraction + data.test_fraction >= 1:
+            problems.append(
+                f"{section}: valid_fraction {data.valid_fraction} + test_fraction {data.test_fraction} "
+                "leave nothing to train on"
+            )
+    for section, optimizer in (("pretrain", pretrain.optimizer), ("sft", sft.optimizer)):
+        if optimizer.min_learning_rate > optimizer.learning_rate:
+            problems.append(
+                f"{section}.optimizer.min_learning_rate {optimizer.min_learning_rate} is more than "
+                f"learning_rate {optimizer.learning_rate}"
+            )
+    total = pretrain.spans()[-1][1]
+    if pretrain.warmup_tokens + pretrain.decay_tokens > total:
+        problems.append(
+            f"pretrain.warmup_tokens {pretrain.warmup_tokens} + decay_tokens {pretrain.decay_tokens} "
+            f"are more than the {total} tokens of all phases"
+        )
+    return list(dict.fromkeys(p for p in problems if p))
+
+
+def _batch(at: str, global_batch_size: int, run: Run) -> str:
+    copies = run.parallel.data_parallel_size
+    return _divides(
+        f"{at}.global_batch_size",
+        global_batch_size,
+        f"micro_batch_size {run.micro_batch_size} x data_parallel_size {copies} =",
+        run.micro_batch_size * copies,
+    )
+
+
+def _sequence(at: str, length: int, parallel: Parallel) -> str:
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    parts = tp * (2 * cp if cp > 1 else 1)  # context parallelism gives each process two chunks
+    return _divides(at, length, f"tensor {tp} x context {cp} parallel parts =", parts)
+
+
+def _divides(name: str, value: int, by_name: str, by: int) -> str:
+    return "" if value % by == 0 else f"{name} {value} is not divisible by {by_name} {by}"
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Config:
+    """Check the merged configuration of Snakemake and return it typed.
+
+    `SNAKETRON_SFT__TRAIN_ITERS=10` in the environment sets `sft.train_iters` over every file.
+    Raises `ConfigError` with one line for each problem.
+    """
+    merged = json.loads(json.dumps(values))
+    for name, value in sorted(environment.items()):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            _set(
+                merged, name, name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"), yaml.safe_load(value)
+            )
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def _set(values: dict[str, Any], variable: str, path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"environment variable {variable}: {name!r} is not a section")
+    values[path[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error["loc"]).lstrip(".")
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_suggest(str(error['loc'][-1]), _keys_at(error['loc'][:-1]))}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return f"{path}: missing"
+    return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]} (it is {error['input']!r})"
+
+
+def _keys_at(path: tuple[str | int, ...]) -> set[str]:
+    """Names of the keys of the section at `path`."""
+    section: Any = Config
+    for name in path:
+        if isinstance(name, int):
+            continue
+        annotation = section.model_fields[name].annotation
+        section = next(
+            (a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")), annotation
+        )
+    return set(section.model_fields)
+
+
+def _suggest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

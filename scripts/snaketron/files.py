@@ -1,0 +1,89 @@
+"""Files that are complete or absent: written aside, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from snaketron.log import logger
+
+
+def partial(path: Path) -> Path:
+    """Where `path` is written before it is complete. Always the same name: the next attempt replaces it."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextlib.contextmanager
+def writing(*paths: Path) -> Iterator[list[Path]]:
+    """Yield a temporary path for each of `paths`; rename them all, in order, when the block succeeds.
+
+    When the block fails, the temporary files are removed and nothing appears at `paths`. Put the file
+    that says the others are complete (a record) last. A job of a killed Snakemake may still be writing
+    the same files: then this waits for it.
+    """
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = [partial(path) for path in paths]
+    with contextlib.ExitStack() as locks:
+        for path in temporary:
+            locks.enter_context(_locked(path))
+        try:
+            yield temporary
+            for path in temporary:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            for source, target in zip(temporary, paths, strict=True):
+                source.replace(target)
+        except BaseException:
+            for path in temporary:
+                path.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Create an empty file at `path` that no other process is writing."""
+    while True:
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("waiting for another process that is writing %s", path)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # else it was renamed: begin again
+                    file.truncate(0)
+                    yield
+                    return
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, complete or not at all."""
+    with writing(path) as (temporary,):
+        temporary.write_bytes(to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def read_json(path: Path) -> Any:
+    return orjson.loads(path.read_bytes())
+
+
+def sha256(path: Path) -> str:
+    """Content hash of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(value: Any) -> str:
+    """Hash of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()

@@ -1,0 +1,113 @@
+"""What the rules ask while Snakemake builds the graph: which files a target needs, what a job gets."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+from snaketron.config import ChatSource, Config, Corpus
+from snaketron.settings import pretrain_settings, run_settings, sft_settings
+from snaketron.sources import shards
+
+
+class Graph:
+    """Answers from a checked configuration. Raises `ConfigError` when a raw file is missing."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.corpora: dict[str, Corpus] = {c.name: c for c in config.corpora}
+        self.chats: dict[str, ChatSource] = {c.name: c for c in config.chats}
+        self.phases = {p.name: p for p in config.pretrain.phases}
+        self.text = {c.name: shards(c, f"corpora[{i}]") for i, c in enumerate(config.corpora)}
+        self.conversations = {c.name: shards(c, f"chats[{i}]") for i, c in enumerate(config.chats)}
+
+    # Input functions get the wildcards of the job.
+
+    def raw_text(self, wildcards: Any) -> str:
+        return self.text[wildcards.corpus][wildcards.shard]
+
+    def raw_chats(self, wildcards: Any) -> str:
+        return self.conversations[wildcards.source][wildcards.shard]
+
+    def tokenizer_text(self, _wildcards: Any) -> list[str]:
+        """Files that a tokenizer is trained on; none when it is taken from elsewhere."""
+        return [] if self.config.tokenizer.path else self.config.tokenizer.text
+
+    def chat_template(self, _wildcards: Any) -> list[str]:
+        return [t] if (t := self.config.tokenizer.chat_template) else []
+
+    def phase_shards(self, pattern: str) -> Callable[[Any], list[str]]:
+        """The files of a phase, one or more a shard: `pattern` with {corpus} and {shard} filled in."""
+        return lambda wildcards: [
+            pattern.format(corpus=entry.corpus, shard=shard)
+            for entry in self.phases[wildcards.phase].blend
+            for shard in self.text[entry.corpus]
+        ]
+
+    def sft_shards(self, pattern: str) -> list[str]:
+        """The files of the SFT blend: `pattern` with {source} and {shard} filled in."""
+        return [
+            pattern.format(source=entry.source, shard=shard)
+            for entry in self.config.sft.blend
+            for shard in self.conversations[entry.source]
+        ]
+
+    def previous_phase(self, wildcards: Any) -> list[str]:
+        """Checkpoint that a phase starts from; none for the first."""
+        names = list(self.phases)
+        index = names.index(wildcards.phase)
+        return [f"<ckpt>/pretrain/{names[index - 1]}"] if index else []
+
+    @property
+    def last_phase(self) -> str:
+        return list(self.phases)[-1]
+
+    # Params: a change runs the job again.
+
+    def tokenizer_source(self, _wildcards: Any) -> str:
+        """Options of build_tokenizer that say where the tokenizer comes from."""
+        tokenizer = self.config.tokenizer
+        if tokenizer.path:
+            return f"--path {shlex.quote(tokenizer.path)}"
+        return f"--vocab-size {tokenizer.vocab_size} --text-field {shlex.quote(tokenizer.text_field)}"
+
+    def chat_template_source(self, _wildcards: Any) -> str:
+        """Options of install_chat_template that say where the template comes from."""
+        tokenizer = self.config.tokenizer
+        if tokenizer.chat_template:
+            return f"--template {shlex.quote(tokenizer.chat_template)}"
+        return f"--tokenizer {shlex.quote(tokenizer.path or '')}"
+
+    def text_field(self, wildcards: Any) -> str:
+        return self.corpora[wildcards.corpus].text_field
+
+    def chat_fields(self, wildcards: Any) -> dict[str, str]:
+        return self.chats[wildcards.source].model_dump(include={"messages_field", "tools_field"})
+
+    def phase_weights(self, wildcards: Any) -> list[str]:
+        return [f"{e.corpus}={e.weight}" for e in self.phases[wildcards.phase].blend]
+
+    def sft_weights(self) -> list[str]:
+        return [f"{e.source}={e.weight}" for e in self.config.sft.blend]
+
+    def pretrain_settings(self, wildcards: Any) -> str:
+        return json.dumps(pretrain_settings(self.config, wildcards.phase))
+
+    def sft_settings(self) -> str:
+        return json.dumps(sft_settings(self.config))
+
+    # Resources: a change runs nothing again.
+
+    def run(self, section: str) -> str:
+        return json.dumps(run_settings(self.config, section))  # type: ignore[arg-type]
+
+    def threads(self, section: str) -> int:
+        stage = getattr(self.config, section)
+        return stage.cpus_per_task * stage.parallel.world_size
+
+    def launch(self, section: str) -> str:
+        """The command that starts a training script on this machine."""
+        processes = getattr(self.config, section).parallel.world_size
+        return "python" if processes == 1 else f"torchrun --standalone --nproc-per-node {processes}"
