@@ -1,0 +1,196 @@
+"""Packed conversations on disk: Parquet in the columns that Megatron-Bridge reads.
+
+A row is a pack: `input_ids` of whole conversations without padding, `loss_mask` aligned with the labels
+(mask[j] says whether token j+1 is trained; the last position of a conversation is 0), and `seq_start_id`,
+where each conversation begins. The footer says what the packs were made with and for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from snaketron.log import UserError
+
+KEY = b"snaketron"
+SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.uint8())),
+        ("seq_start_id", pa.list_(pa.int32())),
+    ]
+)
+ROW_GROUP_TOKENS = 65_536  # a random read decodes no more than this (0.3 MB), or one pack
+
+
+class Pack(NamedTuple):
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    seq_start_id: np.ndarray
+
+
+def join(conversations: Sequence[tuple[np.ndarray, np.ndarray]]) -> Pack:
+    """One pack of conversations, each its ids and, per token, whether it is output of the assistant."""
+    lengths = [len(input_ids) for input_ids, _ in conversations]
+    starts = np.cumsum([0, *lengths[:-1]]).astype(np.int32)
+    loss_mask = np.zeros(sum(lengths), dtype=np.uint8)
+    for start, length, (_, trained) in zip(starts, lengths, conversations, strict=True):
+        loss_mask[start : start + length - 1] = trained[1:]
+    return Pack(np.concatenate([input_ids for input_ids, _ in conversations]), loss_mask, starts)
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def write(path: Path, packs: Iterable[Pack], metadata: Mapping[str, Any]) -> None:
+    """Write packs and the footer; without packs, a valid file of no rows."""
+    schema = SCHEMA.with_metadata({KEY: json.dumps(metadata).encode()})
+    with pq.ParquetWriter(path, schema, compression="zstd", write_statistics=False) as writer:
+        group: list[Pack] = []
+        num_tokens = 0
+        for pack in packs:
+            if group and num_tokens + len(pack.input_ids) > ROW_GROUP_TOKENS:
+                writer.write_table(_table(group, schema))
+                group, num_tokens = [], 0
+            group.append(pack)
+            num_tokens += len(pack.input_ids)
+        if group:
+            writer.write_table(_table(group, schema))
+
+
+def _table(packs: Sequence[Pack], schema: pa.Schema) -> pa.Table:
+    columns = [
+        list_array([getattr(pack, field.name) for pack in packs], field.type.value_type) for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def list_array(arrays: Sequence[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
+    """An Arrow list column of numpy arrays."""
+    offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int32)
+    values = np.concatenate(arrays) if arrays else np.empty(0, dtype=value_type.to_pandas_dtype())
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=value_type))
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read_footer(path: Path, columns: Sequence[str]) -> tuple[pq.FileMetaData, dict[str, Any]]:
+    """The Parquet footer of a file of ours and what we wrote into it; `UserError` when it is none."""
+    try:
+        footer = pq.read_metadata(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the rule that makes it has not finished") from None
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: truncated or not Parquet ({error}); delete it and run again") from None
+    missing = [name for name in columns if name not in footer.schema.to_arrow_schema().names]
+    if missing:
+        raise UserError(f"{path}: column {', '.join(missing)} is missing; this is another kind of file")
+    written = (footer.metadata or {}).get(KEY)
+    if written is None:
+        raise UserError(f"{path}: the footer does not say what made it; let the workflow make the file")
+    return footer, json.loads(written)
+
+
+class _RowGroup(NamedTuple):
+    """A decoded row group: for each column the values of all packs, and where each pack's begin."""
+
+    columns: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(values.nbytes + offsets.nbytes for values, offsets in self.columns)
+
+    def pack(self, row: int) -> Pack:
+        return Pack(*(values[offsets[row] : offsets[row + 1]] for values, offsets in self.columns))
+
+
+class PackedDataset:
+    """Random access to the packs of several files, as one sequence.
+
+    The footers are read at once, and compared with `expected` (`tokenizer_sha256`, `template_sha256`,
+    `pack_size`, ...); the data is read when it is asked for, a row group at a time, and kept while
+    `cache_bytes` last. The arrays are read-only views of the cache: copy what you keep.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], expected: Mapping[str, Any], *, cache_bytes: int = 256 * 2**20
+    ) -> None:
+        self.files = [Path(file) for file in files]
+        self.cache_bytes = cache_bytes
+        self.row_groups_decoded = 0
+        self._footers = []
+        self._groups: list[tuple[int, int]] = []  # (file, row group in it)
+        rows = [0]
+        for number, path in enumerate(self.files):
+            footer, metadata = read_footer(path, SCHEMA.names)
+            check_expected(path, metadata, expected)
+            self._footers.append(footer)
+            for group in range(footer.num_row_groups):
+                self._groups.append((number, group))
+                rows.append(footer.row_group(group).num_rows)
+        self._first_row = np.cumsum(rows)
+        self._cache: OrderedDict[int, _RowGroup] = OrderedDict()
+        self._cached_bytes = 0
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def __getitem__(self, index: int) -> Pack:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pack {index} of {len(self)}")
+        group = int(np.searchsorted(self._first_row, index, side="right")) - 1
+        return self._row_group(group).pack(index - int(self._first_row[group]))
+
+    def _row_group(self, group: int) -> _RowGroup:
+        if group in self._cache:
+            self._cache.move_to_end(group)
+            return self._cache[group]
+        decoded = self._decode(*self._groups[group])
+        self._cache[group] = decoded
+        self._cached_bytes += decoded.num_bytes
+        while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_bytes -= oldest.num_bytes
+        return decoded
+
+    def _decode(self, number: int, group: int) -> _RowGroup:
+        self.row_groups_decoded += 1
+        path = self.files[number]
+        # Opened for each row group and closed: thousands of shards would use up the open files otherwise.
+        try:
+            with pq.ParquetFile(path, metadata=self._footers[number]) as file:
+                table = file.read_row_group(group, columns=SCHEMA.names, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"{path}: row group {group} cannot be read ({error}); delete it and run again"
+            ) from None
+        return _RowGroup(tuple(flatten(table.column(name)) for name in SCHEMA.names))
+
+
+def flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a list column, one after the other, and the offset at which each row's begin and end."""
+    lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
+    values = [chunk.flatten().to_numpy() for chunk in column.chunks]
+    if len(values) == 1:
+        joined = values[0]
+    else:
+        joined = np.concatenate([np.empty(0, dtype=column.type.value_type.to_pandas_dtype()), *values])
+    return joined, np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *lengths]), dtype=np.int64)
+
+
+def check_expected(path: Path, metadata: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """`UserError` when a file was made for something else."""
+    for name, value in expected.items():
+        if metadata.get(name) != value:
+            raise UserError(
+                f"{path}: was made with {name} {metadata.get(name)}, and {value} is wanted; "
+                "run the workflow again to render and pack the conversations anew"
+            )
