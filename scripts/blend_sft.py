@@ -1,0 +1,65 @@
+"""Weigh the packed sources; nothing is repacked or copied."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from snaketron.log import run
+
+logger = logging.getLogger(__name__)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "--weights", nargs="+", required=True, metavar="SOURCE=WEIGHT", help="share of each source in the mix"
+    )
+    add("--records", nargs="+", type=Path, required=True, help="records of the packed shards (pack_sft)")
+    add("--output", type=Path, required=True, help="blend to write")
+    add("--record", type=Path, required=True, help="lineage record to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+
+    from snaketron import files, lineage
+    from snaketron.data.blend_sft import blend, parse_weights
+
+    weights = parse_weights(args.weights)
+    value = blend(weights, {path: lineage.read(path) for path in args.records})
+    with files.writing(args.output, args.record) as (output, record):
+        output.write_bytes(files.to_json(value))
+        used = [
+            file for sources in value["splits"].values() for source in sources for file in source["files"]
+        ]
+        totals = {
+            split: {
+                name: sum(source[name] for source in sources)
+                for name in ("packs", "tokens", "trained_tokens")
+            }
+            for split, sources in value["splits"].items()
+        }
+        line = lineage.record(
+            "blend_sft",
+            "sft",
+            inputs=[{"path": file["path"], "sha256": file["sha256"]} for file in used],
+            outputs={args.output: output},
+            settings={"weights": weights},
+            counts=totals,
+        )
+        record.write_bytes(files.to_json(line))
+    for split, total in totals.items():
+        logger.info(
+            "%s: %d packs, %d tokens, %d of them trained",
+            split,
+            *(total[name] for name in ("packs", "tokens", "trained_tokens")),
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
