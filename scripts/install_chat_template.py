@@ -1,0 +1,36 @@
+"""Check a chat template and put it beside the tokenizer. Text need not be tokenized again when it changes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from snaketron.log import run
+
+logger = logging.getLogger("snaketron")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--template", type=Path, help="Jinja file")
+    source.add_argument("--tokenizer", help="directory or hub id of a tokenizer that comes with a template")
+    parser.add_argument("--output", type=Path, required=True, help="chat_template.jinja")
+    parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    from snaketron.data import tokenizer
+
+    record = tokenizer.install_template(
+        template=args.template, source=args.tokenizer, output=args.output, record=args.record
+    )
+    logger.info("%s: %d characters; %.1f s", args.output, record["counts"]["characters"], record["seconds"])
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

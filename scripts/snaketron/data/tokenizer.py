@@ -1,0 +1,321 @@
+"""The tokenizer of a run: trained from text or taken from Hugging Face, always the same two files.
+
+Its identity is the sha256 of tokenizer.json. Only `tokenizers` is imported to use it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from snaketron import files, lineage
+from snaketron.data.rows import read_texts
+from snaketron.log import UserError
+
+logger = logging.getLogger(__name__)
+
+END_OF_DOCUMENT = "<|endoftext|>"
+PAD = "<|pad|>"
+SPECIAL_TOKENS = (
+    END_OF_DOCUMENT,
+    PAD,
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<tools>",
+    "</tools>",
+)
+# Words with the space before them, single digits (a number has one spelling), punctuation, line ends, spaces.
+PATTERN = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True)
+class Info:
+    """What the data stages need to know of a tokenizer."""
+
+    sha256: str
+    vocab_size: int  # largest id + 1
+    eos_token: str
+    eos_id: int
+    pad_id: int  # the end of document where there is no padding token
+
+    @property
+    def dtype(self) -> str:
+        """Type of token ids on disk: uint16 holds ids up to 65535."""
+        return "uint16" if self.vocab_size <= 65536 else "int32"
+
+
+def load(directory: Path) -> Tokenizer:
+    """The tokenizer of a directory, without truncation or padding that its file may ask for."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; build the tokenizer first (rule build_tokenizer)")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{path}: not a tokenizer ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def plain(tokenizer: Tokenizer) -> None:
+    """Make `tokenizer` encode all of a document and only its text: a text that mentions `<|im_end|>` gets the
+    ids of these characters, not the control token."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+
+
+def info(directory: Path) -> Info:
+    """Vocabulary size, special ids and identity of the tokenizer in a directory."""
+    tokenizer = load(directory)
+    config = _read_config(directory / "tokenizer_config.json")
+    eos_token, pad_token = _content(config.get("eos_token")), _content(config.get("pad_token"))
+    eos_id = tokenizer.token_to_id(eos_token) if eos_token else None
+    if eos_token is None or eos_id is None:
+        raise UserError(f"{directory}: no end-of-document token; set eos_token in tokenizer_config.json")
+    pad_id = tokenizer.token_to_id(pad_token) if pad_token else None
+    return Info(
+        sha256=files.sha256(directory / "tokenizer.json"),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        eos_token=eos_token,
+        eos_id=eos_id,
+        pad_id=eos_id if pad_id is None else pad_id,
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = files.read_json(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; build the tokenizer first (rule build_tokenizer)") from None
+    except ValueError as error:
+        raise UserError(f"{path}: invalid JSON ({error})") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _content(token: Any) -> str | None:
+    """A token of tokenizer_config.json is a string or {"content": ...}."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+# ------------------------------------------------------------------------------------------- building
+
+
+def build(
+    *,
+    path: str | None,
+    text: Sequence[Path],
+    text_field: str,
+    vocab_size: int | None,
+    output: Path,
+    record: Path,
+) -> dict[str, Any]:
+    """Write tokenizer.json (`output`), tokenizer_config.json beside it, and `record`; returns the record."""
+    inputs: list[Path | dict[str, Any]]
+    settings: dict[str, Any]
+    if path is not None:
+        tokenizer, config, inputs = convert(path)
+        settings = {"path": path}
+    else:
+        if vocab_size is None:
+            raise UserError("--vocab-size is needed to train a tokenizer from --text")
+        documents = (t for file in text for _, t in read_texts(file, text_field))
+        tokenizer, config, inputs = train(documents, vocab_size), trained_config(), list(text)
+        settings = {"vocab_size": vocab_size, "text_field": text_field, "pattern": PATTERN}
+    outputs = [output, output.with_name("tokenizer_config.json")]
+    with files.writing(*outputs, record) as temporary:
+        temporary[0].write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        temporary[1].write_bytes(files.to_json(config))
+        value = lineage.record(
+            "tokenizer",
+            output.parent.name,
+            inputs=inputs,
+            outputs=dict(zip(outputs, temporary, strict=False)),
+            settings=settings,
+            counts={"vocab_size": max(tokenizer.get_vocab().values()) + 1},
+        )
+        temporary[2].write_bytes(files.to_json(value))
+    return value
+
+
+def train(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens; the same for the same documents in the same order."""
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise UserError(
+            f"tokenizer.vocab_size {vocab_size} has no room for 256 bytes and {len(SPECIAL_TOKENS)} special "
+            f"tokens; give at least {smallest}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    read = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal read
+        for text in documents:
+            read += 1
+            yield text
+
+    tokenizer.train_from_iterator(counted(), trainer)
+    if not read:
+        raise UserError("tokenizer.text holds no documents to train a tokenizer on")
+    if (size := tokenizer.get_vocab_size()) < vocab_size:
+        logger.warning("the text has pairs for only %d of %d tokens", size, vocab_size)
+    return tokenizer
+
+
+def trained_config() -> dict[str, Any]:
+    """tokenizer_config.json of a trained tokenizer."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_DOCUMENT,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def convert(path: str) -> tuple[Tokenizer, dict[str, Any], list[Path | dict[str, Any]]]:
+    """A Hugging Face tokenizer, its configuration and what it was made from."""
+    tokenizer = from_hugging_face(path)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"tokenizer.path {path}: {type(tokenizer).__name__} has no fast version (tokenizer.json)"
+        )
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"tokenizer.path {path}: no eos_token; set it in a local copy's tokenizer_config.json"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        saved = Path(folder)
+        config = _read_config(saved / "tokenizer_config.json")
+        backend = load(saved)
+    config.pop("auto_map", None)  # code of the hub's repository, which is not copied
+    config.pop("chat_template", None)  # rule install_chat_template decides
+    if config.get("pad_token") is None:
+        config["pad_token"] = config["eos_token"]
+    source = Path(path)
+    inputs: list[Path | dict[str, Any]] = (
+        [p for name in ("tokenizer.json", "tokenizer_config.json") if (p := source / name).is_file()]
+        if source.is_dir()
+        else [{"path": path, "revision": tokenizer.init_kwargs.get("_commit_hash")}]
+    )
+    return backend, config, inputs
+
+
+def from_hugging_face(path: str) -> Any:
+    """The `transformers` tokenizer of a local directory or a hub id, from the local cache if it is there."""
+    from transformers import AutoTokenizer
+
+    if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise UserError(f"tokenizer.path {path}: no such directory")
+    error: Exception
+    for offline in (True, False):
+        try:
+            return AutoTokenizer.from_pretrained(path, local_files_only=offline)
+        except (OSError, ValueError) as exception:
+            error = exception
+            if Path(path).is_dir():
+                raise UserError(f"tokenizer.path {path}: no tokenizer in this directory ({error})") from None
+    reason = str(error).strip().splitlines()[0]
+    raise UserError(
+        f"tokenizer.path {path}: not a directory, not in the local Hugging Face cache, and the hub does not "
+        f"give it ({reason}); run `hf download {path} --local-dir DIR` where there is a network, and give DIR"
+    )
+
+
+# --------------------------------------------------------------------------------------- chat template
+
+_PROBE = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
+_VARIABLES = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+
+
+def install_template(
+    *, template: Path | None, source: str | None, output: Path, record: Path
+) -> dict[str, Any]:
+    """Check the chat template of a file, or of a Hugging Face tokenizer, and write it to `output`."""
+    if template is not None:
+        text, name = _read_template(template), str(template)
+        inputs: list[Path | dict[str, Any]] = [template]
+    else:
+        assert source is not None
+        text, name = template_of(source), source
+        inputs = [{"path": source}]
+    check_template(text, name)
+    with files.writing(output, record) as temporary:
+        temporary[0].write_text(text, encoding="utf-8")
+        value = lineage.record(
+            "chat_template",
+            output.name,
+            inputs=inputs,
+            outputs={output: temporary[0]},
+            settings={},
+            counts={"characters": len(text)},
+        )
+        temporary[1].write_bytes(files.to_json(value))
+    return value
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file (tokenizer.chat_template)") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: invalid UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def template_of(source: str) -> str:
+    """The chat template that comes with a Hugging Face tokenizer."""
+    template = from_hugging_face(source).chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise UserError(
+            f"tokenizer.path {source}: no chat template; set tokenizer.chat_template to a Jinja file"
+        )
+    return str(template)
+
+
+def check_template(text: str, name: str) -> None:
+    """Check that a template renders a conversation and marks what the assistant says; `UserError` if not."""
+    from snaketron.data import chat
+
+    template = chat.compile_template(text, name=name, variables=_VARIABLES)
+    try:
+        rendered, spans = chat.render(template, _PROBE)
+    except chat.Unusable as error:
+        raise UserError(f"{name}: cannot render a question and an answer: {error}") from None
+    for message in _PROBE:
+        if message["content"] not in rendered:
+            raise UserError(f"{name}: leaves out what the {message['role']} says ({message['content']!r})")
+    if not any("It is 4." in rendered[start:end] for start, end in spans):
+        raise UserError(
+            f"{name}: the assistant's answer is outside {{% generation %}} ... {{% endgeneration %}}"
+        )
