@@ -1,0 +1,58 @@
+"""Weigh the tokenized shards of a phase, after checking that each is complete."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from snaketron.data.split import SPLITS
+from snaketron.log import run
+
+logger = logging.getLogger("snaketron")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--phase", required=True, help="name of the phase")
+    parser.add_argument(
+        "--weights", type=_weight, nargs="+", required=True, metavar="CORPUS=WEIGHT", help="relative weights"
+    )
+    parser.add_argument(
+        "--records", type=Path, nargs="+", required=True, help="records of the tokenized shards"
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer")
+    parser.add_argument("--output", type=Path, required=True, help="blend.json")
+    parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
+    args = parser.parse_args(argv)
+    if len(dict(args.weights)) < len(args.weights):
+        parser.error("--weights: a corpus has two weights; add them up")
+    return args
+
+
+def _weight(option: str) -> tuple[str, float]:
+    corpus, _, weight = option.partition("=")
+    return corpus, float(weight)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    from snaketron.data import blend
+
+    result = blend.build(
+        args.phase,
+        weights=dict(args.weights),
+        records=args.records,
+        tokenizer=args.tokenizer,
+        output=args.output,
+        record=args.record,
+    )
+    for name in SPLITS:
+        split = getattr(result, name)
+        shares = ", ".join(f"{c.corpus} {c.share:.1%} of {c.tokens} tokens" for c in split.corpora)
+        logger.info("%s: %d shards, %d tokens; %s", name, len(split.shards), split.tokens, shares or "empty")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
