@@ -1,0 +1,39 @@
+"""Write conversations made from the signatures and docstrings of the standard library."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from snaketron.log import run
+
+logger = logging.getLogger("snaketron")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--source", choices=("questions", "tools"), required=True)
+    parser.add_argument("--chats", type=Path, nargs="+", required=True, help="JSON lines files to write")
+    parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    from snaketron.data import sample, sample_chat
+
+    record = sample.write(args.source, sample_chat.SOURCES[args.source](), args.chats, args.record)
+    counts = record["counts"]
+    logger.info(
+        "%s: %d conversations, %d bytes; %.1f s",
+        args.source,
+        counts["rows"],
+        counts["bytes"],
+        record["seconds"],
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,35 @@
+"""Write a corpus of the real text that every Python installation carries."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from snaketron.log import run
+
+logger = logging.getLogger("snaketron")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--corpus", choices=("docs", "code", "packages"), required=True)
+    parser.add_argument("--texts", type=Path, nargs="+", required=True, help="JSON lines files to write")
+    parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    from snaketron.data import sample
+
+    record = sample.write(args.corpus, sample.CORPORA[args.corpus](), args.texts, args.record)
+    counts = record["counts"]
+    logger.info(
+        "%s: %d documents, %d bytes; %.1f s", args.corpus, counts["rows"], counts["bytes"], record["seconds"]
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
