@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from snaketron.data import chat
-from snaketron.data.packed import KEY, list_array
+from snaketron.data.packed import KEY, list_array, number_array
 from snaketron.data.rows import place
 from snaketron.data.split import SPLITS, split_of
 from snaketron.log import UserError
@@ -132,14 +132,16 @@ class Renderer:
                 column.append(value)
         if not columns[0]:
             return None
-        splits = pa.DictionaryArray.from_arrays(
-            pa.array([SPLITS.index(split) for split in columns[3]], type=pa.int8()), list(SPLITS)
+        ends = np.cumsum([0, *map(len, SPLITS)], dtype=np.int32)
+        names = pa.StringArray.from_buffers(
+            len(SPLITS), pa.py_buffer(ends), pa.py_buffer("".join(SPLITS).encode())
         )
+        splits = number_array(np.array([SPLITS.index(split) for split in columns[3]]), pa.int8())
         arrays = [
             list_array(columns[0], pa.int32()),
             list_array(columns[1], pa.uint8()),
-            pa.array(columns[2], type=pa.int64()),
-            splits,
+            number_array(np.array(columns[2]), pa.int64()),
+            pa.DictionaryArray.from_arrays(splits, names),
         ]
         return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
