@@ -116,6 +116,9 @@ def render(
     template: jinja2.Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
 ) -> tuple[str, list[Span]]:
     """The text of a conversation and the spans of it, in characters, that the assistant wrote."""
+    given = _all_text(messages, tools)
+    if _START in given or _END in given:
+        raise Unusable("not Unicode text", "it holds the noncharacter U+FDD0 or U+FDD1")
     try:
         marked = template.render(
             messages=[_with_reasoning(m) for m in messages], tools=tools, add_generation_prompt=False
@@ -143,6 +146,10 @@ def render(
     except UnicodeEncodeError as error:
         raise Unusable("not Unicode text", str(error)) from None
     return joined, spans
+
+
+def _all_text(messages: Any, tools: Any) -> str:
+    return json.dumps([messages, tools], ensure_ascii=False, default=str)
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> Message:
@@ -274,7 +281,6 @@ def control_tokens(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 
 def check_control_tokens(conversation: Conversation, pattern: re.Pattern[str]) -> None:
     """`Unusable` when a text holds a control token: it would end a turn where none ends."""
-    texts = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, default=str)
-    found = pattern.search(texts)
+    found = pattern.search(_all_text(conversation.messages, conversation.tools))
     if found:
         raise Unusable("a control token in the text", found.group())
