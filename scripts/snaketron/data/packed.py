@@ -193,10 +193,12 @@ def flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _numpy(array: pa.Array) -> np.ndarray:
-    """A view of an Arrow array of numbers without nulls. `array.to_numpy()` would import pandas."""
+    """A read-only view of an Arrow array of numbers without nulls (`to_numpy()` would import pandas)."""
     dtype = np.dtype(array.type.to_pandas_dtype())
     data = array.buffers()[1] or b""
-    return np.frombuffer(data, dtype=dtype, count=len(array), offset=array.offset * dtype.itemsize)
+    view = np.frombuffer(data, dtype=dtype, count=len(array), offset=array.offset * dtype.itemsize)
+    view.flags.writeable = False  # else a batch that is changed in place would change the cache
+    return view
 
 
 def check_expected(path: Path, metadata: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
