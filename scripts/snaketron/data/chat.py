@@ -134,9 +134,7 @@ def render(
             spans.append((start, position))
             start = None
         elif piece in (_START, _END):
-            raise Unusable(
-                "a reserved character", "U+FDD0 or U+FDD1 in a message, or nested generation blocks"
-            )
+            raise Unusable("the template refuses it", "a generation block lies in another one")
         else:
             text.append(piece)
             position += len(piece)
