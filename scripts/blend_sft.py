@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import run
-
-logger = logging.getLogger(__name__)
+from snaketron.log import logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -27,15 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     from snaketron import files, lineage
-    from snaketron.data.blend_sft import blend, parse_weights
+    from snaketron.data.blend_sft import blend, check_unique, parse_weights
 
     weights = parse_weights(args.weights)
+    check_unique(args.records)
     value = blend(weights, {path: lineage.read(path) for path in args.records})
     with files.writing(args.output, args.record) as (output, record):
         output.write_bytes(files.to_json(value))
-        used = [
-            file for sources in value["splits"].values() for source in sources for file in source["files"]
-        ]
         totals = {
             split: {
                 name: sum(source[name] for source in sources)
@@ -46,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         line = lineage.record(
             "blend_sft",
             "sft",
-            inputs=[{"path": file["path"], "sha256": file["sha256"]} for file in used],
+            inputs=args.records,
             outputs={args.output: output},
             settings={"weights": weights},
             counts=totals,

@@ -135,7 +135,7 @@ class SftData(Section):
         0.02, "share of the conversations held out for the test, by a hash of the text"
     )
     pack_size: Positive = key(
-        512, "tokens of a pack, and the sequence length of SFT; longer conversations are dropped and counted"
+        1024, "tokens of a pack, and the sequence length of SFT; longer conversations are dropped and counted"
     )
     algorithm: Literal["first_fit_decreasing", "concatenative"] = key(
         "first_fit_decreasing",
@@ -297,13 +297,14 @@ class Sft(Run):
         1, "packs that one process computes at a time: packed sequences need 1"
     )
     train_iters: Positive = key(120, "steps")
-    global_batch_size: Positive = key(8, "packs of a step, over all processes")
+    global_batch_size: Positive = key(4, "packs of a step, over all processes")
     warmup_iters: Count = key(
         10, "steps over which the learning rate rises from 0; then it falls as a cosine"
     )
     optimizer: Optimizer = key(
         lambda: Optimizer(learning_rate=1e-3, min_learning_rate=1e-4), "AdamW and its learning rate"
     )
+    eval_samples: Positive = key(32, "packs of a validation, the same ones each time")
     blend: list[SourceWeight] = Field(
         default_factory=lambda: [SourceWeight(source=s.name, weight=0.5) for s in sample_chats()],
         min_length=1,

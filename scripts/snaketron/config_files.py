@@ -7,10 +7,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from snaketron.config import Config
+
 import yaml
 from pydantic import BaseModel
-
-from snaketron.config import Config
 
 
 def as_yaml() -> str:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from snaketron.log import logger
+
+import orjson
 
 
 def partial(path: Path) -> Path:
@@ -64,10 +64,15 @@ def _locked(path: Path) -> Iterator[None]:
                     return
 
 
+def write_text(path: Path, text: str | bytes) -> None:
+    """Write a small file, complete or not at all."""
+    with writing(path) as (temporary,):
+        temporary.write_bytes(text.encode() if isinstance(text, str) else text)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, complete or not at all."""
-    with writing(path) as (temporary,):
-        temporary.write_bytes(to_json(value))
+    write_text(path, to_json(value))
 
 
 def to_json(value: Any) -> bytes:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from snaketron.config import ChatSource, Config, Corpus
 from snaketron.settings import pretrain_settings, run_settings, sft_settings
@@ -93,15 +92,15 @@ class Graph:
         return [f"{e.source}={e.weight}" for e in self.config.sft.blend]
 
     def pretrain_settings(self, wildcards: Any) -> str:
-        return json.dumps(pretrain_settings(self.config, wildcards.phase))
+        return pretrain_settings(self.config, wildcards.phase).model_dump_json()
 
     def sft_settings(self) -> str:
-        return json.dumps(sft_settings(self.config))
+        return sft_settings(self.config).model_dump_json()
 
     # Resources: a change runs nothing again.
 
-    def run(self, section: str) -> str:
-        return json.dumps(run_settings(self.config, section))  # type: ignore[arg-type]
+    def run(self, section: Literal["pretrain", "sft"]) -> str:
+        return run_settings(self.config, section).model_dump_json()
 
     def threads(self, section: str) -> int:
         stage = getattr(self.config, section)

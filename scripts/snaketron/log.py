@@ -27,7 +27,8 @@ def run(main: Callable[[], int]) -> None:
     A `UserError` and a full disk end in one line on standard error and status 1, an interrupt in
     status 130; anything else is our mistake and keeps its traceback.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
         status = main()

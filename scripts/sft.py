@@ -1,0 +1,49 @@
+"""Tune a pretrained checkpoint on packed conversations, and sum the whole run up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from snaketron.files import write_text
+from snaketron.log import run
+from snaketron.summary import summarize
+from snaketron.train.stage import Stage, exit_status, parse_args
+
+if TYPE_CHECKING:
+    from snaketron.train.batches import SftBatches
+    from snaketron.train.loop import Trainer
+
+
+def main(argv: list[str] | None = None) -> int:
+    stage = Stage(parse_args(__doc__, argv))
+    status = exit_status(stage, lambda: train(stage))
+    if not status and stage.rank == 0:
+        summary = summarize(stage.output)
+        write_text(stage.output / "summary.md", summary)
+        print(summary)
+    return status
+
+
+def make_batches(stage: Stage) -> SftBatches:
+    from snaketron.files import sha256
+    from snaketron.train.batches import SftBatches
+
+    template = sha256(stage.tokenizer_directory / "chat_template.jinja")
+    samples = stage.run.eval_samples
+    return SftBatches(stage.blend, stage.settings, stage.tokenizer, template, eval_samples=samples)
+
+
+def train(stage: Stage) -> int:
+    from snaketron.train.answers import write_answers
+
+    def before(trainer: Trainer, batches: SftBatches) -> None:
+        write_answers(stage, trainer, batches, "base model")
+
+    def after(trainer: Trainer, batches: SftBatches) -> None:
+        write_answers(stage, trainer, batches, "tuned model")
+
+    return stage.train(make_batches, with_optimizer=False, before=before, after=after)
+
+
+if __name__ == "__main__":
+    run(main)

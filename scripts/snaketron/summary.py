@@ -1,0 +1,157 @@
+"""What a whole run did, from the records of its artifacts: data, losses, packing, time, answers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from snaketron import lineage
+from snaketron.files import read_json
+
+ANSWERS = "answers.json"
+
+
+def summarize(checkpoint: Path) -> str:
+    """Markdown about a checkpoint and everything that it was made from.
+
+    Follows the inputs of the lineage records, so the data must still lie where it was.
+    """
+    stages = _stages(checkpoint)
+    records = _data_records(stages)
+    parts = [
+        f"# {checkpoint}",
+        _training(stages),
+        _text(records["tokens"]),
+        _conversations(records["render_chat"], records["pack_sft"]),
+        _time(stages, records),
+    ]
+    if (checkpoint / ANSWERS).exists():
+        parts.append(_answers(read_json(checkpoint / ANSWERS)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _stages(checkpoint: Path) -> list[dict[str, Any]]:
+    """Records of the checkpoint and of those it started from, the first one first."""
+    record = lineage.read(checkpoint / "record.json")
+    bases = [Path(i["path"]) for i in record["inputs"] if "version" in i]
+    return [stage for base in bases for stage in _stages(base)] + [record]
+
+
+def _data_records(stages: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """All records of data that the stages lead back to, by kind."""
+    found: dict[Path, dict[str, Any]] = {}
+    waiting = [Path(i["path"]) for stage in stages for i in stage["inputs"] if "sha256" in i]
+    while waiting:
+        path = waiting.pop()
+        record_path = (
+            path if path.suffix == ".json" and path.name != "blend.json" else path.with_suffix(".json")
+        )
+        if path.name in ("blend.json", "tokenizer.json") or path.suffix == ".jsonl":
+            record_path = path.parent / "record.json"
+        if record_path in found or not record_path.exists():
+            continue
+        found[record_path] = lineage.read(record_path)
+        waiting += [Path(i["path"]) for i in found[record_path]["inputs"]]
+    by_kind = defaultdict(list)
+    for record in found.values():
+        by_kind[record["kind"]].append(record)
+    return by_kind
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table that also reads well as plain text: names to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        aligned = [
+            c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(aligned) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _training(stages: list[dict[str, Any]]) -> str:
+    rows = []
+    for stage in stages:
+        counts = stage["counts"]
+        losses = [counts[key] for key in ("valid_loss_before", "valid_loss_after", "test_loss")]
+        speed = counts["tokens"] / max(counts["train_seconds"], 1e-9)
+        rows.append(
+            [
+                stage["name"],
+                f"{counts['iterations']:,}",
+                f"{counts['tokens']:,}",
+                *map(_number, losses),
+                f"{speed:,.0f}",
+            ]
+        )
+    header = ["training", "steps", "tokens", "valid loss before", "after", "test loss", "tokens/s"]
+    return "## Training\n\n" + table(header, rows)
+
+
+def _text(records: list[dict[str, Any]]) -> str:
+    corpora: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        corpora[record["settings"]["corpus"]].append(record["counts"])
+    rows = []
+    for corpus, counts in sorted(corpora.items()):
+        tokens = [sum(c[split]["tokens"] for c in counts) for split in ("train", "valid", "test")]
+        documents, megabytes = sum(c["documents"] for c in counts), sum(c["bytes"] for c in counts) / 1e6
+        rows.append(
+            [corpus, str(len(counts)), f"{documents:,}", f"{megabytes:.1f}", *(f"{t:,}" for t in tokens)]
+        )
+    header = ["corpus", "shards", "documents", "MB", "train tokens", "valid", "test"]
+    return "## Text\n\n" + table(header, rows) + _dropped([r["counts"]["dropped"] for r in records])
+
+
+def _conversations(rendered: list[dict[str, Any]], packed: list[dict[str, Any]]) -> str:
+    rows, dropped = [], [r["counts"]["dropped"] for r in rendered]
+    for source in sorted({r["settings"]["source"] for r in packed}):
+        records = [r for r in packed if r["settings"]["source"] == source]
+        splits = [s for r in records for s in r["counts"]["splits"].values()]
+        packs, tokens, trained, kept = (
+            sum(s[key] for s in splits) for key in ("packs", "tokens", "trained_tokens", "packed")
+        )
+        room = packs * records[0]["settings"]["pack_size"]
+        efficiency = f"{tokens / room:.1%}" if room else "-"
+        rows.append([source, f"{kept:,}", f"{packs:,}", f"{tokens:,}", f"{trained:,}", efficiency])
+        dropped += [s["dropped"] for s in splits]
+    header = ["chat source", "conversations", "packs", "tokens", "trained tokens", "packing efficiency"]
+    return "## Conversations\n\n" + table(header, rows) + _dropped(dropped)
+
+
+def _dropped(counts: list[dict[str, int]]) -> str:
+    """A sentence about what was dropped, by reason."""
+    totals: dict[str, int] = defaultdict(int)
+    for count in counts:
+        for reason, number in count.items():
+            totals[reason] += number
+    reasons = [
+        f"{number:,} {reason.replace('_', ' ')}" for reason, number in sorted(totals.items()) if number
+    ]
+    return f"\n\nDropped: {', '.join(reasons) or 'nothing'}."
+
+
+def _time(stages: list[dict[str, Any]], records: dict[str, list[dict[str, Any]]]) -> str:
+    kinds = [(kind, found) for kind, found in records.items() if kind != "checkpoint"]
+    rows = [
+        [kind, str(len(found)), f"{sum(r['seconds'] for r in found):.1f}"] for kind, found in sorted(kinds)
+    ]
+    rows += [[stage["name"], "1", f"{stage['seconds']:.1f}"] for stage in stages]
+    return "## Time\n\n" + table(["made", "jobs", "seconds"], rows)
+
+
+def _answers(answers: list[dict[str, str]]) -> str:
+    """Prompts of the validation split with what the base and the tuned model make of them."""
+    parts = ["## Answers"]
+    for a in answers:
+        quoted = {name: text.strip().replace("\n", "\n    ") for name, text in a.items()}
+        parts.append("\n\n".join(f"{name}:\n\n    {text}" for name, text in quoted.items()))
+    return "\n\n".join(parts)

@@ -1,0 +1,222 @@
+"""Micro-batches as a pure function of the sample numbers, so that a resumed run sees the same data."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from snaketron.data import blend as pretrain_blend
+from snaketron.data.mixing import mix
+from snaketron.data.packed import Pack, PackedDataset, check_expected
+from snaketron.data.tokenizer import Info
+from snaketron.files import partial, read_json
+from snaketron.log import UserError, logger
+from snaketron.model import backend
+from snaketron.settings import TrainSettings
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+Batch = dict[str, Any]  # keyword arguments of the model, and loss_mask
+
+
+class Batches:
+    """The data of a training. Subclasses say how many samples there are and how some make a batch."""
+
+    def __init__(self, micro_batch_size: int) -> None:
+        self.micro_batch_size = micro_batch_size
+
+    def has(self, split: Split) -> bool:
+        raise NotImplementedError
+
+    def collate(self, split: Split, indices: Sequence[int]) -> Batch:
+        raise NotImplementedError
+
+    def micro_batches(self, split: Split, first: int, count: int) -> Iterator[Batch]:
+        """This rank's share of samples [first, first + count), a micro-batch at a time.
+
+        `count` is a multiple of micro_batch_size x data parallel size. Tensors are (batch, length) on the
+        device; under context parallelism they hold this rank's part of each sequence.
+        """
+        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        order = np.arange(first, first + count).reshape(-1, ranks, self.micro_batch_size)[:, rank]
+        for indices in order:
+            yield self.collate(split, [int(i) for i in indices])
+
+    def round_up(self, samples: int) -> int:
+        """The next number of samples that every data parallel rank can share evenly."""
+        multiple = self.micro_batch_size * parallel_state.get_data_parallel_world_size()
+        return -(-samples // multiple) * multiple
+
+
+class PretrainBatches(Batches):
+    """Sequences of the blended corpora, by megatron-core's own data sets over memory maps."""
+
+    def __init__(
+        self,
+        blend: Path,
+        settings: TrainSettings,
+        tokenizer: Info,
+        *,
+        micro_batch_size: int,
+        eval_samples: int,
+        index_cache: Path,
+    ) -> None:
+        super().__init__(micro_batch_size)
+        loaded = pretrain_blend.check(blend)
+        if loaded.tokenizer != tokenizer.sha256:
+            raise UserError(
+                f"{blend}: made with another tokenizer (sha256 {loaded.tokenizer[:12]}, "
+                f"and {tokenizer.sha256[:12]} is wanted); remove it and run again"
+            )
+        # Megatron-core writes its index files in place: built aside, a killed run leaves no half of one.
+        building = index_cache if index_cache.exists() else partial(index_cache)
+        if torch.distributed.get_rank() == 0 and building != index_cache:
+            shutil.rmtree(building, ignore_errors=True)
+        torch.distributed.barrier()
+        config = GPTDatasetConfig(
+            random_seed=settings.seed,
+            sequence_length=settings.seq_length,
+            blend_per_split=loaded.blend_per_split,
+            tokenizer=_DatasetTokenizer(tokenizer),
+            path_to_cache=str(building),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        held_out = self.round_up(eval_samples)
+        sizes = [settings.train_iters * settings.global_batch_size, held_out, held_out]
+        self.datasets = dict(
+            zip(
+                SPLITS,
+                BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build(),
+                strict=True,
+            )
+        )
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0 and building != index_cache:
+            building.replace(index_cache)
+
+    def has(self, split: Split) -> bool:
+        return self.datasets[split] is not None
+
+    def collate(self, split: Split, indices: Sequence[int]) -> Batch:
+        rows = [self.datasets[split][i] for i in indices]
+        keys = ("tokens", "labels", "loss_mask", "position_ids")
+        batch = {key: torch.stack([row[key] for row in rows]).to(backend.device()) for key in keys}
+        if parallel_state.get_context_parallel_world_size() > 1:
+            batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
+        return {"input_ids": batch.pop("tokens"), **batch}
+
+
+class _DatasetTokenizer:
+    """What GPTDataset asks of a tokenizer."""
+
+    def __init__(self, info: Info) -> None:
+        self.eod, self.pad, self.vocab_size = info.eos_id, info.pad_id, info.vocab_size
+        self.unique_identifiers = {"sha256": info.sha256}
+
+
+class SftBatches(Batches):
+    """Packs of conversations, mixed by weight; padding up to the pack size is a sequence of its own."""
+
+    def __init__(
+        self,
+        blend: Path,
+        settings: TrainSettings,
+        tokenizer: Info,
+        template_sha256: str,
+        *,
+        eval_samples: int,
+    ) -> None:
+        super().__init__(micro_batch_size=1)
+        self.pack_size, self.pad_id = settings.seq_length, tokenizer.pad_id
+        loaded = read_json(blend)
+        expected = {
+            "tokenizer_sha256": tokenizer.sha256,
+            "template_sha256": template_sha256,
+            "pack_size": settings.seq_length,
+        }
+        check_expected(blend, loaded, expected)
+        held_out = self.round_up(eval_samples)
+        samples = {
+            "train": settings.train_iters * settings.global_batch_size,
+            "valid": held_out,
+            "test": held_out,
+        }
+        self.packs: dict[Split, list[PackedDataset]] = {}
+        self.order: dict[Split, tuple[np.ndarray, np.ndarray]] = {}
+        for split in SPLITS:
+            sources = loaded["splits"][split]
+            self.packs[split] = [
+                PackedDataset([Path(f["path"]) for f in s["files"]], expected) for s in sources
+            ]
+            if sources:
+                sizes, weights = [len(p) for p in self.packs[split]], [s["weight"] for s in sources]
+                self.order[split] = mix(sizes, weights, samples[split], settings.seed)
+            else:
+                logger.info("no packs in the %s split", split)
+
+    def has(self, split: Split) -> bool:
+        return bool(self.packs[split])
+
+    def collate(self, split: Split, indices: Sequence[int]) -> Batch:
+        (index,) = indices
+        sources, samples = self.order[split]
+        return collate_pack(
+            self.packs[split][sources[index]][int(samples[index])], self.pack_size, self.pad_id
+        )
+
+
+def collate_pack(pack: Pack, pack_size: int, pad_id: int) -> Batch:
+    """A pack as the model takes it: shapes (1, pack_size), and where its sequences begin.
+
+    Labels are the next token of the same conversation; the last position of one has the padding id and a
+    loss mask of 0. `padding_mask` is true at padding, so that the routers leave it out; sequence parallelism
+    gives each rank its part of it, as of the hidden states.
+    """
+    length, device = len(pack.input_ids), backend.device()
+    if length > pack_size:
+        raise AssertionError(f"a pack of {length} tokens where the footer says {pack_size}")
+    starts = [*pack.seq_start_id.tolist(), length, *([pack_size] if length < pack_size else [])]
+    tokens = np.full(pack_size, pad_id, dtype=np.int64)
+    labels, loss_mask = tokens.copy(), np.zeros(pack_size, dtype=np.float32)
+    tokens[:length] = pack.input_ids
+    labels[: length - 1] = pack.input_ids[1:]
+    labels[np.asarray(starts[1:-1], dtype=np.int64) - 1] = pad_id
+    loss_mask[:length] = pack.loss_mask
+    ends = torch.tensor(starts, dtype=torch.int32, device=device)
+    longest = int(np.diff(starts).max())
+    positions = np.concatenate([np.arange(n) for n in np.diff(starts)])
+
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+
+    def row(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values)[None].to(device)
+
+    return {
+        "input_ids": row(tokens),
+        "labels": row(labels),
+        "loss_mask": row(loss_mask),
+        "position_ids": row(positions),
+        "padding_mask": row(np.arange(pack_size) >= length).chunk(ranks, dim=1)[rank],
+        "packed_seq_params": PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            total_tokens=pack_size,
+        ),
+    }

@@ -1,0 +1,121 @@
+"""Checkpoints in megatron-core's `torch_dist` format, each complete or absent.
+
+A version directory holds `iter_0000100/` and `latest_checkpointed_iteration.txt`, as Megatron's tools
+expect. A checkpoint is written aside and renamed by rank 0 when every rank has finished.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import snaketron.model  # noqa: F401 - before megatron-core
+from snaketron.files import partial, writing
+from snaketron.log import UserError
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.optimizer import MegatronOptimizer
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def iteration_directory(directory: Path, iteration: int) -> Path:
+    return directory / f"iter_{iteration:07d}"
+
+
+def latest_iteration(directory: Path) -> int | None:
+    """Steps of the newest complete checkpoint below `directory`; None when there is none."""
+    try:
+        return int((directory / LATEST).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def save(
+    directory: Path,
+    iteration: int,
+    model: HybridModel,
+    optimizer: MegatronOptimizer,
+    progress: dict[str, Any],
+    *,
+    keep: int,
+) -> None:
+    """Write `iter_<iteration>` and point LATEST to it; then delete all but the newest `keep` checkpoints.
+
+    `progress` is a small dictionary, equal on all ranks. All ranks must call this.
+    """
+    target = iteration_directory(directory, iteration)
+    temporary = partial(target)
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    torch.distributed.barrier()
+    metadata = _metadata()
+    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata), "progress": progress}
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=False, metadata=metadata)
+    metadata.pop("dp_cp_group")
+    strategy = FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    dist_checkpointing.save(state, temporary, strategy, content_metadata=metadata)
+    torch.distributed.barrier()
+    if rank == 0:
+        shutil.rmtree(target, ignore_errors=True)  # complete, but LATEST was not written
+        temporary.replace(target)
+        with writing(directory / LATEST) as (text,):
+            text.write_text(str(iteration))
+        complete = sorted(directory.glob("iter_*"))
+        for old in complete[:-keep]:
+            shutil.rmtree(old)
+    torch.distributed.barrier()
+
+
+def load(
+    directory: Path, iteration: int, model: HybridModel, optimizer: MegatronOptimizer | None = None
+) -> dict[str, Any]:
+    """Read a checkpoint into the model, and into the optimizer if given; whatever layout it was saved with.
+
+    Returns its `progress`. Raises `UserError` when the checkpoint cannot be read.
+    """
+    source = iteration_directory(directory, iteration)
+    metadata = _metadata()
+    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata), "progress": {}}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+    try:
+        state = dist_checkpointing.load(state, source)
+    except (OSError, EOFError, dist_checkpointing.core.CheckpointingException) as error:
+        raise UserError(
+            f"{source}: the checkpoint cannot be read ({error}); delete it and run again"
+        ) from error
+    model.load_state_dict(state["model"])
+    if optimizer is not None:
+        configured = [
+            {k: v for k, v in group.items() if k in _CONFIGURED} for group in optimizer.param_groups
+        ]
+        optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(optimizer.param_groups, configured, strict=True):
+            group.update(values)
+    return state["progress"]
+
+
+# Values of an optimizer group that the configuration decides, not the checkpoint.
+_CONFIGURED = {"lr", "max_lr", "min_lr", "weight_decay", "betas", "eps"}
+
+
+def _metadata() -> dict[str, Any]:
+    """How megatron-core lays out the shards: so that any other parallel layout can read them."""
+    return {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+    }

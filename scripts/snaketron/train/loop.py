@@ -1,0 +1,355 @@
+"""The training loop: pretraining phases and SFT alike, on megatron-core's parts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from snaketron.log import UserError, logger
+from snaketron.model import backend
+from snaketron.model.spec import DTYPES, build_model, transformer_config
+from snaketron.settings import RunSettings, TrainSettings
+from snaketron.train import checkpoint
+from snaketron.train.batches import Batch, Batches, Split
+from snaketron.train.metrics import Metrics, Progress
+from snaketron.train.schedule import build_schedule, seek
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """A signal asked the training to stop; its state is saved."""
+
+    def __init__(self, iteration: int, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {iteration}")
+        self.status = 128 + number
+
+
+@contextlib.contextmanager
+def distributed(settings: TrainSettings, run: RunSettings) -> Iterator[None]:
+    """Join the other processes of this training and set up megatron-core's groups and random numbers."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world != run.parallel.world_size:
+        raise UserError(
+            f"{world} processes were started, and the parallel sizes of the configuration want "
+            f"{run.parallel.world_size}"
+        )
+    torch.set_num_threads(run.cpus_per_task)
+    backend.device()  # makes this process' GPU the current one
+    if world > 1:
+        torch.distributed.init_process_group(backend.process_group_backend())
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            backend.process_group_backend(), store=store, rank=0, world_size=1
+        )
+    parallel_state.initialize_model_parallel(
+        run.parallel.tensor_model_parallel_size,
+        run.parallel.pipeline_model_parallel_size,
+        context_parallel_size=run.parallel.context_parallel_size,
+        expert_model_parallel_size=run.parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=run.parallel.expert_tensor_parallel_size,
+    )
+    torch.manual_seed(settings.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(settings.seed)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+class Trainer:
+    """A model with its optimizer, and the steps that it has done.
+
+    Every rank makes one and calls the same methods. `iteration` counts the steps of this stage.
+    """
+
+    def __init__(self, settings: TrainSettings, run: RunSettings, vocab_size: int) -> None:
+        self.settings, self.run, self.vocab_size = settings, run, vocab_size
+        self.iteration, self.seconds = 0, 0.0
+        self.config = transformer_config(settings.model, run.parallel)
+        self.model = build_model(self.config, settings.model, vocab_size, settings.seq_length)
+        wrapped = Float16Module(self.config, self.model) if self.config.bf16 else self.model
+        self.parallel_model = DistributedDataParallel(
+            self.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True
+            ),
+            wrapped,
+        )
+        self.parallel_model.broadcast_params()
+        values = settings.optimizer
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=values.learning_rate,
+                min_lr=values.min_learning_rate,
+                weight_decay=values.weight_decay,
+                adam_beta1=values.adam_beta1,
+                adam_beta2=values.adam_beta2,
+                adam_eps=values.adam_eps,
+                clip_grad=values.clip_grad,
+                bf16=self.config.bf16,
+                params_dtype=DTYPES[settings.model.precision],
+                use_distributed_optimizer=True,
+            ),
+            [self.parallel_model],
+        )
+        self.schedule = build_schedule(self.optimizer, values, settings.schedule)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        # Sums since the last line of metrics: steps, loss, tokens, router loss, then each MTP depth.
+        self.totals = torch.zeros(4 + settings.model.mtp_num_layers, dtype=torch.float64)
+        self.stop_signal = 0
+
+    # ------------------------------------------------------------------------------------ checkpoints
+
+    def save(self, directory: Path) -> None:
+        progress = {
+            "iteration": self.iteration,
+            "consumed_train_samples": self.iteration * self.settings.global_batch_size,
+            "totals": self.totals.tolist(),
+        }
+        checkpoint.save(
+            directory, self.iteration, self.model, self.optimizer, progress, keep=self.run.keep_checkpoints
+        )
+
+    def resume(self, directory: Path) -> bool:
+        """Continue from the newest checkpoint of this version; False when there is none."""
+        iteration = checkpoint.latest_iteration(directory)
+        if iteration is None:
+            return False
+        progress = checkpoint.load(directory, iteration, self.model, self.optimizer)
+        self.iteration = progress["iteration"]
+        self.totals = torch.tensor(progress["totals"], dtype=torch.float64)
+        return True
+
+    def start_from(self, base: Path, *, with_optimizer: bool) -> None:
+        """Take the weights, and the optimizer's state if the curriculum goes on, of a finished checkpoint."""
+        iteration = checkpoint.latest_iteration(base)
+        if iteration is None:
+            raise UserError(f"{base}: no {checkpoint.LATEST} there; it is not a checkpoint")
+        checkpoint.load(base, iteration, self.model, self.optimizer if with_optimizer else None)
+        if not with_optimizer:
+            self.optimizer.reload_model_params()  # the optimizer's own copy of the weights
+
+    # ----------------------------------------------------------------------------------------- steps
+
+    def train(
+        self, batches: Batches, directory: Path, after_start: Callable[[], None] = lambda: None
+    ) -> None:
+        """Train to the end of the stage, with metrics, validation and checkpoints on the way.
+
+        `after_start` runs before the first step of the stage. Raises `Stopped` on a signal.
+        """
+        metrics = Metrics(directory / "metrics.jsonl", self.iteration)
+        self.seconds = metrics.seconds
+        tokens = self.settings.global_batch_size * self.settings.seq_length
+        progress = Progress(self.settings.stage, self.settings.train_iters, self.iteration, tokens)
+        with self._signals():
+            if self.iteration == 0:
+                after_start()
+                self._validate(batches, metrics)
+            while self.iteration < self.settings.train_iters:
+                began = time.monotonic()
+                grad_norm = self._step(batches)
+                self.seconds += time.monotonic() - began
+                progress.show(self.iteration, self._mean_loss())
+                self._after_step(batches, metrics, directory, grad_norm)
+            if batches.has("test"):
+                self._write(metrics, iteration=self.iteration, test_loss=self.evaluate(batches, "test"))
+
+    def _after_step(self, batches: Batches, metrics: Metrics, directory: Path, grad_norm: float) -> None:
+        at_end = self.iteration == self.settings.train_iters
+        if self.iteration % self.run.log_interval == 0 or at_end:
+            self._write(metrics, **self._line(grad_norm))
+            self.totals.zero_()
+        if self.iteration % self.run.eval_interval == 0 or at_end:
+            self._validate(batches, metrics)
+        if self.iteration % self.run.save_interval == 0 or at_end or self.stop_signal:
+            self.save(directory)
+        if self.stop_signal and not at_end:
+            raise Stopped(self.iteration, self.stop_signal)
+
+    def _step(self, batches: Batches) -> float:
+        """One step over the global batch; returns the norm of the gradient before clipping."""
+        seek(self.schedule, self.settings.schedule, self.iteration)
+        self.parallel_model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs, micro_batches = self._forward_backward(
+            batches,
+            "train",
+            self.iteration * self.settings.global_batch_size,
+            self.settings.global_batch_size,
+        )
+        success, grad_norm, _ = self.optimizer.step()
+        if not success:
+            raise RuntimeError(
+                f"{self.settings.stage}: the gradient of step {self.iteration + 1} is not finite"
+            )
+        self.iteration += 1
+        self._add_up(outputs, micro_batches)
+        return float(grad_norm)
+
+    def _forward_backward(
+        self, batches: Batches, split: Split, first: int, count: int, *, forward_only: bool = False
+    ) -> tuple[list[torch.Tensor], int]:
+        """Outputs of the loss function (last pipeline stage only) and the number of micro-batches."""
+        data_parallel = parallel_state.get_data_parallel_world_size()
+        micro_batches = count // (batches.micro_batch_size * data_parallel)
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches.micro_batches(split, first, count),
+            model=[self.parallel_model],
+            num_microbatches=micro_batches,
+            seq_length=self.settings.seq_length,
+            micro_batch_size=batches.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return outputs, micro_batches
+
+    def evaluate(self, batches: Batches, split: Split) -> float:
+        """Mean loss of a token, in nats, over the same samples each time; equal on all ranks."""
+        self.parallel_model.eval()
+        with torch.no_grad():
+            count = batches.round_up(self.run.eval_samples)
+            outputs, _ = self._forward_backward(batches, split, 0, count, forward_only=True)
+        self.parallel_model.train()
+        loss, tokens = self._sum_losses(outputs).tolist()
+        return loss / max(tokens, 1)
+
+    def _validate(self, batches: Batches, metrics: Metrics) -> None:
+        if batches.has("valid"):
+            loss = self.evaluate(batches, "valid")
+            self._write(metrics, iteration=self.iteration, valid_loss=loss)
+            if is_writer():
+                logger.info(
+                    "%s: validation loss %.4f after step %d", self.settings.stage, loss, self.iteration
+                )
+
+    # --------------------------------------------------------------------------------------- metrics
+
+    def _sum_losses(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+        """(loss, tokens) summed over micro-batches and ranks, on all ranks, in float64."""
+        total = torch.stack(outputs).sum(0) if outputs else torch.zeros(2, dtype=torch.float64)
+        total = total.to(backend.device())
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(total, group=group)
+        # The last rank is in the last pipeline stage, which has the losses.
+        torch.distributed.broadcast(total, src=torch.distributed.get_world_size() - 1)
+        return total.cpu()
+
+    def _add_up(self, outputs: list[torch.Tensor], micro_batches: int) -> None:
+        depths = self.settings.model.mtp_num_layers
+        MTPLossLoggingHelper.reduce_metrics_in_tracker()
+        mtp = MTPLossLoggingHelper.tracker.get("loss_values", torch.zeros(depths))
+        router = _router_loss(self.config, self.settings.model.hybrid_layer_pattern)
+        # One reduction for what only the last stage knows and for signals, which reach ranks at other steps.
+        shared = torch.zeros(depths + 1, dtype=torch.float64, device=backend.device())
+        if is_writer() and depths:
+            shared[:depths] = mtp.double() / micro_batches
+        shared[depths] = self.stop_signal
+        torch.distributed.all_reduce(shared[:depths])
+        torch.distributed.all_reduce(shared[depths:], op=torch.distributed.ReduceOp.MAX)
+        self.stop_signal = int(shared[depths])
+        MTPLossLoggingHelper.clean_metrics_in_tracker()
+        loss, tokens = self._sum_losses(outputs).tolist()
+        self.totals += torch.tensor(
+            [1, loss, tokens, router / micro_batches, *shared[:depths].tolist()]
+        ).double()
+
+    def _mean_loss(self) -> float:
+        _, loss, tokens, *_ = self.totals.tolist()
+        return loss / max(tokens, 1)
+
+    def _line(self, grad_norm: float) -> dict[str, Any]:
+        steps, loss, tokens, router, *mtp = self.totals.tolist()
+        step_tokens = self.settings.global_batch_size * self.settings.seq_length
+        return {
+            "iteration": self.iteration,
+            "consumed_train_tokens": self.iteration * step_tokens,
+            "loss": loss / max(tokens, 1),
+            **{f"mtp_{depth + 1}_loss": value / steps for depth, value in enumerate(mtp)},
+            "load_balancing_loss": router / steps,
+            "trained_tokens": int(tokens),
+            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
+            "grad_norm": grad_norm,
+            "timing": {
+                "seconds": round(self.seconds, 3),
+                "tokens_per_second": round(self.iteration * step_tokens / self.seconds, 1),
+            },
+        }
+
+    def _write(self, metrics: Metrics, **values: Any) -> None:
+        if is_writer():
+            metrics.write(**values)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note a signal instead of dying: the step is finished and saved. A second one ends the process."""
+
+        def note(number: int, _frame: Any) -> None:
+            self.stop_signal = number
+            signal.signal(number, signal.SIG_DFL)
+
+        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """What megatron-core's schedules call for each micro-batch."""
+    batch = next(batches)
+    loss_mask = batch["loss_mask"]
+
+    def loss_function(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The sum over the tokens that count, their number, and both for the report."""
+        total, tokens = (losses.float() * loss_mask).sum(), loss_mask.sum()
+        return total, tokens.int(), torch.stack([total.detach(), tokens]).double()
+
+    return model(attention_mask=None, **batch), loss_function
+
+
+def is_writer() -> bool:
+    """Whether this rank writes metrics and speaks: the last one, which has the losses."""
+    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+
+def _router_loss(config: Any, pattern: str) -> float:
+    """Load balancing loss of the step, the mean over the routed layers; clears the tracker."""
+    name = "seq_load_balancing_loss"
+    losses: dict[str, Any] = {}
+    get_moe_metrics_tracker().report(
+        loss_scale=1.0,
+        iteration=0,
+        # A pipeline stage without routed layers must take part in the reduction.
+        force_initialize=True,
+        track_names=name,
+        num_layers=config.num_layers,
+        moe_layer_freq=[int(layer == "E") for layer in pattern],
+        mtp_num_layers=config.mtp_num_layers,
+        total_loss_dict=losses,
+    )
+    return float(losses[name])

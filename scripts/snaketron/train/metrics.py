@@ -1,0 +1,78 @@
+"""What a training reports: metrics as JSON lines, progress on the terminal."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from snaketron.files import writing
+from snaketron.log import logger
+
+import orjson
+
+
+class Metrics:
+    """Appends one JSON object a line. The values of a line do not depend on how often a run was killed,
+    except those under `timing`."""
+
+    def __init__(self, path: Path, iteration: int) -> None:
+        """Open `path` as it was after `iteration` steps; later lines, of a killed run, are dropped."""
+        self.path = path
+        kept = [
+            line for line in self.read(path) if line["iteration"] <= iteration and "test_loss" not in line
+        ]
+        # Time is kept here and not in the checkpoints, whose bytes depend on nothing but the training.
+        self.seconds = max((line["timing"]["seconds"] for line in kept if "timing" in line), default=0.0)
+        with writing(path) as (temporary,):
+            temporary.write_bytes(b"".join(orjson.dumps(k) + b"\n" for k in kept if iteration))
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, Any]]:
+        """The lines so far; a last line that a killed process did not finish is left out."""
+        if not path.exists():
+            return []
+        return [orjson.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+    def write(self, **values: Any) -> None:
+        with self.path.open("ab") as file:
+            file.write(orjson.dumps(values) + b"\n")
+
+
+class Progress:
+    """One line on the terminal that says the stage, step, loss and time left; a line every few seconds
+    where standard error is not a terminal."""
+
+    INTERVAL = 5.0
+
+    def __init__(self, stage: str, total: int, done: int, tokens_per_step: int) -> None:
+        self.stage, self.total, self.tokens_per_step = stage, total, tokens_per_step
+        self.started, self.first = time.monotonic(), done
+        self.shown = -math.inf
+        self.terminal = sys.stderr.isatty()
+
+    def show(self, done: int, loss: float, note: str = "") -> None:
+        now = time.monotonic()
+        if done < self.total and now - self.shown < (0.2 if self.terminal else self.INTERVAL):
+            return
+        self.shown = now
+        seconds = (now - self.started) / max(1, done - self.first)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - done)))
+        speed = self.tokens_per_step / seconds
+        text = (
+            f"{self.stage}  step {done}/{self.total}  loss {loss:.4f}{note}  "
+            f"{speed:,.0f} tokens/s  {left} left"
+        )
+        end = "\n" if done == self.total or not self.terminal else ""
+        print(f"\r{text}\x1b[K" if self.terminal else text, end=end, file=sys.stderr, flush=True)
+
+
+def loss_text(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+def report(message: str, *values: Any) -> None:
+    """A fact for the log, from the one rank that speaks."""
+    logger.info(message, *values)

@@ -1,0 +1,212 @@
+"""A training stage as a program: from the command line to a published checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snaketron import lineage
+from snaketron.data import tokenizer as tokenizers
+from snaketron.files import sha256, to_json, writing
+from snaketron.log import UserError, logger
+from snaketron.settings import RunSettings, TrainSettings
+from snaketron.train import versions
+from snaketron.train.metrics import Metrics
+
+import yaml
+
+if TYPE_CHECKING:  # imports megatron-core (5 s), which a finished version does not need
+    from snaketron.train.loop import Trainer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# Keys of the model that may differ from those of the checkpoint it starts from: no weight depends on them.
+FREE = {
+    "moe_aux_loss_coeff",
+    "moe_router_bias_update_rate",
+    "mtp_loss_scaling_factor",
+    "init_method_std",
+    "precision",
+}
+
+
+def parse_args(description: str | None, argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--blend", type=Path, required=True, help="blend.json of the data")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer directory")
+    parser.add_argument("--base", type=Path, nargs="?", help="checkpoint to start from; none: random weights")
+    parser.add_argument("--settings", required=True, help="JSON of TrainSettings: what is trained")
+    parser.add_argument("--run", required=True, help="JSON of RunSettings: how it is run")
+    parser.add_argument("--output", type=Path, required=True, help="link to make: <ckpt>/<stage>")
+    parser.add_argument("--log", type=Path, help="file for this attempt's log; the version keeps all of them")
+    return parser.parse_args(argv)
+
+
+class Stage:
+    """One stage with its inputs identified and its version directory owned."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.settings = TrainSettings.model_validate_json(args.settings)
+        self.run = RunSettings.model_validate_json(args.run)
+        self.blend, self.base, self.output = args.blend, args.base, args.output
+        self.tokenizer_directory = args.tokenizer
+        self.tokenizer = tokenizers.info(args.tokenizer)
+        self.rank = int(os.environ.get("RANK", 0))
+        self.inputs = [
+            {"path": str(self.blend), "sha256": _hash(self.blend)},
+            {"path": str(args.tokenizer / "tokenizer.json"), "sha256": self.tokenizer.sha256},
+        ]
+        if self.base:
+            self.inputs.append({"path": str(self.base), "version": versions.identity(self.base)})
+            self._check_base()
+        identities = [i.get("sha256") or i["version"] for i in self.inputs]
+        self.key = versions.version_key(self.settings.model_dump(), identities)
+        self.directory = versions.version_directory(self.output, self.settings.stage, self.key)
+        if self.rank == 0:
+            self.owner = versions.own(self.directory)
+        _log_to(self.directory / "train.log", "a")
+        if args.log:
+            _log_to(args.log, "w")
+
+    def _check_base(self) -> None:
+        """The base must be the same architecture with the same tokenizer."""
+        base = yaml.safe_load((self.base / "config.yaml").read_text())
+        theirs, ours = base["settings"]["model"], self.settings.model.model_dump()
+        differ = [
+            f"model.{key}: {theirs.get(key)} in the checkpoint, {ours[key]} in the configuration"
+            for key in ours
+            if key not in FREE and theirs.get(key) != ours[key]
+        ]
+        if base["tokenizer_sha256"] != self.tokenizer.sha256:
+            differ.append(
+                f"the tokenizer: sha256 {base['tokenizer_sha256'][:12]} in the checkpoint, "
+                f"{self.tokenizer.sha256[:12]} here"
+            )
+        if differ:
+            raise UserError(f"{self.base} is a checkpoint of another model:\n" + "\n".join(differ))
+
+    @property
+    def is_finished(self) -> bool:
+        return versions.is_finished(self.directory)
+
+    def train(
+        self,
+        make_batches: Callable[[Stage], Any],
+        *,
+        with_optimizer: bool,
+        before: Callable[[Trainer, Any], None] = lambda trainer, batches: None,
+        after: Callable[[Trainer, Any], None] = lambda trainer, batches: None,
+    ) -> int:
+        """Train to the end, publish, and return the exit status.
+
+        `with_optimizer` takes the optimizer's state from the base checkpoint as well. `before` and `after`
+        get the model as it was before the first step and as it is after the last one, on every rank.
+        """
+        from snaketron.train.loop import Stopped, Trainer, distributed
+
+        if self.rank == 0:
+            self._write_config()
+        with distributed(self.settings, self.run):
+            trainer = Trainer(self.settings, self.run, self.tokenizer.vocab_size)
+            parameters = sum(p.numel() for p in trainer.model.parameters())
+            if trainer.resume(self.directory):
+                logger.info("%s: continues after step %d", self.settings.stage, trainer.iteration)
+            elif self.base:
+                trainer.start_from(self.base, with_optimizer=with_optimizer)
+            logger.info(
+                "%s: %s parameters on this rank, in %s",
+                self.settings.stage,
+                f"{parameters:,}",
+                self.directory,
+            )
+            try:
+                batches = make_batches(self)
+                trainer.train(batches, self.directory, lambda: before(trainer, batches))
+                after(trainer, batches)
+            except Stopped as stopped:
+                logger.warning("%s: %s; run the same command again to continue", self.settings.stage, stopped)
+                return stopped.status
+            seconds = trainer.seconds
+        if self.rank == 0:
+            self._finish(seconds)
+        return 0
+
+    def publish(self) -> None:
+        if self.rank == 0:
+            versions.publish(self.directory, self.output)
+            logger.info("%s: %s is %s", self.settings.stage, self.output, self.directory)
+
+    def _write_config(self) -> None:
+        with writing(self.directory / "config.yaml") as (temporary,):
+            values = {
+                "settings": self.settings.model_dump(),
+                "run": self.run.model_dump(),
+                "inputs": self.inputs,
+                "tokenizer_sha256": self.tokenizer.sha256,
+            }
+            temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+        target = self.directory / "tokenizer"
+        target.mkdir(exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if (self.tokenizer_directory / name).exists():
+                shutil.copyfile(self.tokenizer_directory / name, target / name)
+
+    def _finish(self, seconds: float) -> None:
+        """Write the record, which says that the version is complete."""
+        from snaketron.train import checkpoint
+
+        final = checkpoint.iteration_directory(self.directory, self.settings.train_iters)
+        lines = Metrics.read(self.directory / "metrics.jsonl")
+        valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
+        record = lineage.record(
+            "checkpoint",
+            self.settings.stage,
+            inputs=self.inputs,
+            outputs=sorted(p for p in final.rglob("*") if p.is_file()),
+            settings=self.settings.model_dump(),
+            counts={
+                "iterations": self.settings.train_iters,
+                "tokens": self.settings.train_iters
+                * self.settings.global_batch_size
+                * self.settings.seq_length,
+                "valid_loss_before": valid[0] if valid else None,
+                "valid_loss_after": valid[-1] if valid else None,
+                "test_loss": next((line["test_loss"] for line in lines if "test_loss" in line), None),
+                "train_seconds": round(seconds, 2),
+            },
+        )
+        shutil.rmtree(self.directory / "index_cache", ignore_errors=True)  # of the data; rebuilt when missing
+        with writing(self.directory / versions.RECORD) as (temporary,):
+            temporary.write_bytes(to_json(record | {"key": self.key}))
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+
+
+def _log_to(path: Path, mode: str) -> None:
+    """Let the one rank that speaks (the last) write its log to `path` as well."""
+    if int(os.environ.get("RANK", 0)) != int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        logger.setLevel(logging.WARNING)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, mode)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+
+
+def exit_status(stage: Stage, train: Callable[[], Any]) -> int:
+    """Run `train` unless the version is finished already; then publish."""
+    if stage.is_finished:
+        logger.info("%s: these settings were trained before: %s", stage.settings.stage, stage.directory)
+    elif status := train():
+        return int(status)
+    stage.publish()
+    return 0
