@@ -37,6 +37,12 @@ def parse_weights(texts: Sequence[str]) -> dict[str, float]:
     return weights
 
 
+def check_unique(records: Sequence[Path]) -> None:
+    for path in records:
+        if records.count(path) > 1:
+            raise UserError(f"--records {path}: is given twice; its packs would count twice")
+
+
 def blend(weights: Mapping[str, float], records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     """Check the records of packed shards against each other and the disk, and weigh their sources.
 
