@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import run
-
-logger = logging.getLogger(__name__)
+from snaketron.log import logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

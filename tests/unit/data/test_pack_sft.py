@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pack_sft
+from snaketron import lineage
+from snaketron.data import packed, rendered
+from snaketron.log import UserError
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+METADATA = {"source": "questions", "tokenizer_sha256": "t", "template_sha256": "c"}
+
+
+def write_chats(path: Path, chats: list[tuple[list[int], list[int], str]]) -> Path:
+    """Rendered chats of (ids, mask, split)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(
+        {
+            "input_ids": [ids for ids, _, _ in chats],
+            "loss_mask": [mask for _, mask, _ in chats],
+            "row": list(range(1, len(chats) + 1)),
+            "split": [split for _, _, split in chats],
+        }
+    ).cast(rendered.SCHEMA)
+    schema = rendered.SCHEMA.with_metadata({packed.KEY: packed.json.dumps(METADATA).encode()})
+    pq.write_table(table.cast(schema), path)
+    return path
+
+
+def arguments(tmp_path: Path, **options: Any) -> list[str]:
+    values = {
+        "chats": tmp_path / "chat/questions/part_0.parquet",
+        "pack_size": 8,
+        "algorithm": "first_fit_decreasing",
+        "train": tmp_path / "sft/train/questions/part_0.parquet",
+        "valid": tmp_path / "sft/valid/questions/part_0.parquet",
+        "test": tmp_path / "sft/test/questions/part_0.parquet",
+        "record": tmp_path / "sft/questions/part_0.json",
+    } | options
+    return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def pack(tmp_path: Path, chats: list[tuple[list[int], list[int], str]], **options: Any) -> dict[str, Any]:
+    write_chats(tmp_path / "chat/questions/part_0.parquet", chats)
+    assert pack_sft.main(arguments(tmp_path, **options)) == 0
+    return lineage.read(tmp_path / "sft/questions/part_0.json")
+
+
+def packs(tmp_path: Path, split: str = "train") -> list[dict[str, Any]]:
+    return pq.read_table(tmp_path / f"sft/{split}/questions/part_0.parquet").to_pylist()
+
+
+CHATS = [
+    ([10, 11, 12], [0, 1, 1], "train"),
+    ([20, 21, 22, 23, 24, 25], [0, 0, 0, 0, 1, 1], "train"),
+    ([30, 31], [0, 1], "train"),
+    ([40, 41, 42], [0, 0, 1], "valid"),
+    (list(range(50, 59)), [1] * 9, "train"),  # 9 tokens, a pack has 8
+    ([60, 61], [1, 0], "train"),  # nothing predicts the first token
+]
+
+
+def test_conversations_are_packed_whole_with_masks_aligned_to_labels(tmp_path):
+    pack(tmp_path, CHATS)
+    assert packs(tmp_path) == [
+        {
+            "input_ids": [20, 21, 22, 23, 24, 25, 30, 31],
+            "loss_mask": [0, 0, 0, 1, 1, 0, 1, 0],
+            "seq_start_id": [0, 6],
+        },
+        {"input_ids": [10, 11, 12], "loss_mask": [1, 1, 0], "seq_start_id": [0]},
+    ]
+    assert packs(tmp_path, "valid") == [
+        {"input_ids": [40, 41, 42], "loss_mask": [0, 1, 0], "seq_start_id": [0]}
+    ]
+    assert packs(tmp_path, "test") == []
+
+
+def test_everything_is_counted(tmp_path):
+    counts = pack(tmp_path, CHATS)["counts"]["splits"]
+    assert counts["train"] == {
+        "conversations": 5,
+        "packed": 3,
+        "dropped": {"longer than a pack": 1, "nothing to train on": 1},
+        "packs": 2,
+        "tokens": 11,
+        "trained_tokens": 5,
+        "efficiency": 0.6875,  # 11 of 2 x 8
+    }
+    assert counts["valid"]["trained_tokens"] == 1
+    assert counts["test"] == {
+        "conversations": 0,
+        "packed": 0,
+        "dropped": {},
+        "packs": 0,
+        "tokens": 0,
+        "trained_tokens": 0,
+        "efficiency": 0.0,
+    }
+
+
+def test_the_other_algorithm_keeps_the_order(tmp_path):
+    pack(tmp_path, CHATS, algorithm="concatenative")
+    assert [row["input_ids"] for row in packs(tmp_path)] == [[10, 11, 12], [20, 21, 22, 23, 24, 25, 30, 31]]
+
+
+def test_the_footer_says_what_the_packs_are_for(tmp_path):
+    record = pack(tmp_path, CHATS)
+    path = tmp_path / "sft/train/questions/part_0.parquet"
+    made_for = {**METADATA, "pack_size": 8, "algorithm": "first_fit_decreasing", "padding_multiple": 1}
+    _, metadata = packed.read_footer(path, packed.SCHEMA.names)
+    assert metadata == {**made_for, "split": "train", "counts": record["counts"]["splits"]["train"]}
+    assert record["settings"] == made_for and record["name"] == "questions/part_0"
+    assert len(packed.PackedDataset([path], made_for)) == 2
+
+
+def test_nothing_is_lost_among_many_conversations(tmp_path):
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(2, 60, size=500).tolist()
+    chats = [([i] * n, [0] + [1] * (n - 1), ("train", "valid", "test")[i % 3]) for i, n in enumerate(lengths)]
+    record = pack(tmp_path, chats, pack_size=64)
+    seen: dict[int, int] = {}
+    for split in ("train", "valid", "test"):
+        for row in packs(tmp_path, split):
+            assert len(row["input_ids"]) == len(row["loss_mask"]) <= 64
+            ends = [*row["seq_start_id"][1:], len(row["input_ids"])]
+            for start, end in zip(row["seq_start_id"], ends, strict=True):
+                (item,) = set(row["input_ids"][start:end])
+                assert row["loss_mask"][start:end] == [1] * (end - start - 1) + [0]
+                seen[item] = end - start
+    assert seen == dict(enumerate(lengths))
+    for split, counts in record["counts"]["splits"].items():
+        fewest = sum(len(ids) for ids, _, of in chats if of == split) / 64
+        assert counts["packs"] <= 1.1 * fewest
+
+
+def test_an_empty_file_gives_empty_splits(tmp_path):
+    record = pack(tmp_path, [])
+    assert [counts["packs"] for counts in record["counts"]["splits"].values()] == [0, 0, 0]
+
+
+def refused(tmp_path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        pack_sft.main(arguments(tmp_path))
+    assert not [path for path in tmp_path.glob("sft/**/*") if path.is_file()]
+    return str(caught.value).replace(f"{tmp_path}/", "")
+
+
+def test_a_truncated_file_is_an_error(tmp_path):
+    path = write_chats(tmp_path / "chat/questions/part_0.parquet", CHATS)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert refused(tmp_path).startswith("chat/questions/part_0.parquet: truncated or not Parquet")
+
+
+def test_another_kind_of_file_is_an_error(tmp_path):
+    (tmp_path / "chat/questions").mkdir(parents=True)
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "chat/questions/part_0.parquet")
+    assert "column input_ids, loss_mask, row, split is missing" in refused(tmp_path)
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    assert refused(tmp_path).startswith("chat/questions/part_0.parquet: no such file")
+
+
+def test_the_job_does_not_import_what_is_slow(tmp_path):
+    """Each of these takes a second or more, in every one of dozens of jobs."""
+    write_chats(tmp_path / "chat/questions/part_0.parquet", CHATS)
+    code = (
+        "import sys, pack_sft; pack_sft.main(sys.argv[1:]); "
+        "sys.exit(' '.join({'torch', 'transformers', 'pandas', 'datatrove'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code, *arguments(tmp_path)], check=True)
