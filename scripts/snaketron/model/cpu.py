@@ -7,6 +7,7 @@ why it is there; it can go when megatron-core does that itself.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import types
 from collections.abc import Callable
@@ -213,19 +214,28 @@ class FusedAdam(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Loshchilov and Hutter, "Decoupled weight decay regularization" (arXiv 1711.05101), algorithm 2."""
         for group in self.param_groups:
-            group["step"] = step = group.get("step", 0) + 1
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] for p in params]
+            for p, state in zip(params, states, strict=True):
                 if not state:
                     state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                mean = state["exp_avg"].lerp_(p.grad, 1 - beta1)
-                square = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+            # The kernel of torch.optim.AdamW(fused=True), without its step counter for each parameter.
+            torch._fused_adamw_(
+                params,
+                [p.grad for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [torch.tensor(float(group["step"]))] * len(params),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
 
 
 hybrid_stack_spec = ModuleSpec(
@@ -389,5 +399,18 @@ def _patch_megatron() -> None:
     mamba_mixer._check_mamba_sequence_packing_support = lambda **_: (True, None)
 
 
+# Of malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse what a step frees; asking the kernel for it again, page by page, costs a step 5 %."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**25)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 _patch_torch()
 _patch_megatron()
+_keep_freed_memory()

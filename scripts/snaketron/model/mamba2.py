@@ -5,17 +5,56 @@ A layer runs a short causal convolution over x, B and C, then for every head the
     state[t] = exp(dt[t] * A) * state[t - 1] + dt[t] * x[t] B[t]^T        y[t] = state[t] C[t] + D x[t]
 
 and gates y with silu(z). Convolution and state start afresh at the first token of each sequence, so
-packed sequences never see each other.
+packed sequences never see each other. `seq_idx`, (batch, length), numbers the sequences of a row in
+order; None means one sequence a row.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Tokens that `ssd_scan` computes as one matrix product.
+# Tokens that `ssd_scan` computes as one matrix product; 16 to 32 are fastest on a CPU.
 CHUNK_SIZE = 32
+
+
+class _CausalConv1d(torch.autograd.Function):
+    """One pass over the data for each column of the weight, without padded copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, seq_idx)
+        y = torch.addcmul(bias, x, weight[:, -1])
+        for back, column, same in _taps(weight, seq_idx):
+            y[:, back:].addcmul_(_masked(x[:, :-back], same), column)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, seq_idx = ctx.saved_tensors
+        grad_x = grad * weight[:, -1]
+        grad_columns = [(grad * x).sum((0, 1))]
+        for back, column, same in _taps(weight, seq_idx):
+            later = _masked(grad[:, back:], same)
+            grad_x[:, :-back].addcmul_(later, column)
+            grad_columns.append((later * x[:, :-back]).sum((0, 1)))
+        return grad_x, torch.stack(grad_columns[::-1], 1), grad.sum((0, 1)), None
+
+
+def _taps(weight: Tensor, seq_idx: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """How far back, its weights, and where that token is of the same sequence (None: everywhere)."""
+    for back in range(1, weight.shape[1]):
+        same = None if seq_idx is None else (seq_idx[:, back:] == seq_idx[:, :-back]).unsqueeze(-1)
+        yield back, weight[:, -1 - back], same
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None) -> Tensor:
@@ -25,16 +64,9 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | Non
         x: (batch, length, channels).
         weight: (channels, width); the last column weighs the current token.
         bias: (channels,).
-        seq_idx: (batch, length), the number of the sequence a token belongs to; None: one sequence a row.
+        seq_idx: (batch, length).
     """
-    width = weight.shape[1]
-    y = x * weight[:, -1] + bias
-    for back in range(1, min(width, x.shape[1])):
-        term = x[:, :-back] * weight[:, -1 - back]
-        if seq_idx is not None:
-            term = term * (seq_idx[:, back:] == seq_idx[:, :-back]).unsqueeze(-1)
-        y = y + F.pad(term, (0, 0, back, 0))
-    return y
+    return _CausalConv1d.apply(x, weight[:, -x.shape[1] :], bias, seq_idx)
 
 
 def ssd_scan(
@@ -46,51 +78,86 @@ def ssd_scan(
     seq_idx: Tensor | None,
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
-    """The recurrence above, without D, in chunks of matrix products.
+    """The recurrence above, without D, as matrix products over chunks of tokens.
 
     State-space duality: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6 and listing 1.
+    Below, shapes are written with b batch, c chunks, h heads, g groups, l tokens of a chunk, n state_dim.
 
     Args:
         x: (batch, length, heads, head_dim).
         dt: (batch, length, heads), positive step sizes.
         A: (heads,), negative decay rates.
         B, C: (batch, length, groups, state_dim); heads / groups consecutive heads share a group.
-        seq_idx: (batch, length) as in `causal_conv1d`.
+        seq_idx: (batch, length).
 
     Returns:
         y, shaped as x.
     """
     batch, length, heads, head_dim = x.shape
     groups, state_dim = B.shape[2:]
-    log_decay = dt * A
-    if seq_idx is not None:
-        starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-        log_decay = log_decay.masked_fill(starts.unsqueeze(-1), -torch.inf)
-    pad = -length % chunk_size
-    shape = (batch, -1, chunk_size)
-    x = F.pad(x * dt.unsqueeze(-1), (0, 0, 0, 0, 0, pad)).view(*shape, heads, head_dim)
-    B, C = (
-        F.pad(t, (0, 0, 0, 0, 0, pad)).view(*shape, groups, state_dim).repeat_interleave(heads // groups, 3)
-        for t in (B, C)
-    )
-    log_decay = F.pad(log_decay, (0, 0, 0, pad)).view(*shape, heads).permute(0, 3, 1, 2)  # b h c l
-    # decay[i, j] = exp(sum of log_decay over j+1..i) for j <= i, else 0
-    lower = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()
-    sums = (
-        log_decay.unsqueeze(-1)
-        .expand(*log_decay.shape, chunk_size)
-        .masked_fill(~lower.tril(-1), 0)
-        .cumsum(-2)
-    )
-    decay = sums.masked_fill(~lower, -torch.inf).exp()
-    y = torch.einsum("bclhn,bcshn,bhcls,bcshp->bclhp", C, B, decay, x)
-    states = torch.einsum("bclhn,bhcl,bclhp->bchpn", B, decay[..., -1, :], x)
-    state, carried = x.new_zeros(batch, heads, head_dim, state_dim), []
-    for chunk, keep in enumerate(log_decay.sum(-1).exp().unbind(2)):
-        carried.append(state)
-        state = state * keep[..., None, None] + states[:, chunk]
-    y = y + torch.einsum("bclhn,bchpn,bhcl->bclhp", C, torch.stack(carried, 1), log_decay.cumsum(-1).exp())
-    return y.reshape(batch, -1, heads, head_dim)[:, :length]
+    chunks = -(-length // chunk_size)
+    pad = chunks * chunk_size - length
+
+    def split(t: Tensor) -> Tensor:
+        """(batch, length, k, width) to (b, c, k, l, width)."""
+        return F.pad(t, (0, 0, 0, 0, 0, pad)).unflatten(1, (chunks, chunk_size)).transpose(2, 3)
+
+    def each_head(t: Tensor) -> Tensor:
+        """(b, c, h, ...) as (b, c, g, heads of the group, ...)."""
+        return t.unflatten(2, (groups, -1))
+
+    within, to_end, from_start, keep = _same_sequence(seq_idx, batch, chunks, chunk_size, pad, x)
+    x = split(x * dt.unsqueeze(-1)).reshape(-1, chunk_size, head_dim)
+    B, C = (split(t).reshape(-1, chunk_size, state_dim) for t in (B, C))
+    log_decay = split((dt * A).unsqueeze(-1)).squeeze(-1).cumsum(-1)  # b c h l, since the start of the chunk
+
+    # What the tokens of a chunk give each other: bchl s, from token s to token l.
+    decay = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2) + within).exp()
+    scores = (C @ B.mT).unflatten(0, (batch, chunks, groups, 1)) * each_head(decay)
+    y = scores.view(-1, chunk_size, chunk_size) @ x
+
+    # What a chunk adds to the state, and the state at the start of each chunk.
+    total = log_decay[..., -1:]
+    b_decayed = B.unflatten(0, (batch, chunks, groups, 1)) * each_head(
+        (total - log_decay + to_end).exp()
+    ).unsqueeze(-1)
+    added = (b_decayed.reshape(-1, chunk_size, state_dim).mT @ x).view(batch, chunks, heads, -1)
+    state, states = torch.zeros_like(added[:, 0]), []
+    for chunk, kept in enumerate((total + keep).exp().unbind(1)):
+        states.append(state)
+        state = torch.addcmul(added[:, chunk], state, kept)
+    state_at_start = torch.stack(states, 1).view(-1, state_dim, head_dim)
+
+    # What the tokens read from the state at the start of their chunk.
+    c_decayed = C.unflatten(0, (batch, chunks, groups, 1)) * each_head(
+        (log_decay + from_start).exp()
+    ).unsqueeze(-1)
+    y = torch.baddbmm(y, c_decayed.reshape(-1, chunk_size, state_dim), state_at_start)
+    return y.view(batch, chunks, heads, chunk_size, head_dim).transpose(2, 3).flatten(1, 2)[:, :length]
+
+
+def _same_sequence(
+    seq_idx: Tensor | None, batch: int, chunks: int, chunk_size: int, pad: int, like: Tensor
+) -> tuple[Tensor, ...]:
+    """Zero where tokens are of one sequence, minus infinity elsewhere, to be added to log decays.
+
+    Returns:
+        Between tokens l and s <= l of a chunk (b, c, 1, l, s); between a token and the last one of its
+        chunk, and the last one of the chunk before (b, c, 1, l); between these two (b, c, 1, 1).
+    """
+    causal = like.new_full((chunk_size, chunk_size), -torch.inf).triu(1)
+    zero = like.new_zeros(())
+    if seq_idx is None:
+        return causal, zero, zero, zero
+    seq = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1).view(batch, chunks, 1, chunk_size)
+    last = seq[..., -1:]
+    before = F.pad(last[:, :-1], (0, 0, 0, 0, 1, 0))  # the state before the first chunk is zero in any case
+
+    def where(same: Tensor) -> Tensor:
+        return torch.where(same, zero, -torch.inf)
+
+    within = torch.where(seq.unsqueeze(-1) == seq.unsqueeze(-2), causal, -torch.inf)
+    return within, where(seq == last), where(seq == before), where(last == before)
 
 
 def mamba_split_conv1d_scan_combined(
