@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from snaketron.data.rows import read_texts
+
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.readers.base import BaseReader
-
-from snaketron.data.rows import read_texts
 
 
 class StrictReader(BaseReader):

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import orjson
-
 from snaketron.log import UserError
+
+import orjson
 
 _CHUNK = 1 << 14  # bytes of compressed input at a time
 _BATCH = 128  # rows of Parquet at a time; documents can be megabytes
@@ -175,21 +175,20 @@ def _parquet_rows(
         batches = file.iter_batches(batch_size=_BATCH, columns=columns)
         while True:
             try:
-                rows = next(batches).to_pylist()
+                batch = next(batches)
             except StopIteration:
                 return
-            except UnicodeDecodeError:
-                end = number + _BATCH
-                raise UserError(
-                    f"{path}: invalid UTF-8 in rows {number + 1} to {end}; convert it to UTF-8"
-                ) from None
             except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(
-                    f"{path}: damaged after row {number} ({_first_line(error)}); {_REPLACE}"
-                ) from None
-            for row in rows:
+                reason = f"damaged after row {number} ({_first_line(error)})"
+                raise UserError(f"{path}: {reason}; {_REPLACE}") from None
+            for i in range(batch.num_rows):
                 number += 1
-                yield number, row
+                try:
+                    yield number, batch.slice(i, 1).to_pylist()[0]
+                except UnicodeDecodeError:
+                    raise UserError(
+                        f"{place(path, number)}: invalid UTF-8; convert the file to UTF-8"
+                    ) from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,102 @@
+"""Helpers of the tests of the data stages."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from snaketron import log
+from snaketron.data import tokenizer
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[3] / "scripts"
+WORDS = [
+    "the quick brown fox jumps over the lazy dog",
+    "pack my box with five dozen liquor jugs",
+    "a b c 1 2 3",
+]
+
+
+@pytest.fixture
+def run_script(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run a script's `main` as `python scripts/NAME.py ARGS` does; returns exit status and standard error."""
+
+    def run(name: str, *args: Any) -> tuple[int, str]:
+        spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        handler = signal.getsignal(signal.SIGTERM)
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as stop:
+                log.run(lambda: module.main([str(arg) for arg in args]))
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 300 tokens."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    text = directory / "text.jsonl"
+    _write_jsonl(text, [{"text": words} for words in WORDS * 3])
+    tokenizer.build(
+        path=None,
+        text=[text],
+        text_field="text",
+        vocab_size=300,
+        output=directory / "tokenizer.json",
+        record=directory / "record.json",
+    )
+    return directory
+
+
+def _write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def write_jsonl() -> Callable[[Path, Iterable[Any]], Path]:
+    """Write rows as JSON lines; returns the path."""
+    return _write_jsonl
+
+
+@pytest.fixture
+def tokenize(
+    tmp_path: Path, tokenizer_dir: Path, run_script: Callable[..., tuple[int, str]]
+) -> Callable[..., tuple[int, str, Path]]:
+    """Run tokenize_shard on a raw file; returns exit status, standard error and the path of the record."""
+
+    def run(
+        text: Path,
+        *,
+        corpus: str = "docs",
+        text_field: str = "text",
+        valid: float = 0.2,
+        test: float = 0.2,
+        tokenizer: Path = tokenizer_dir,
+    ) -> tuple[int, str, Path]:
+        root = tmp_path / "tokens" / corpus
+        shard = text.name.partition(".")[0]
+        record = root / f"{shard}.json"
+        status, stderr = run_script(
+            "tokenize_shard",
+            *("--text", text, "--text-field", text_field, "--corpus", corpus, "--tokenizer", tokenizer),
+            *("--valid-fraction", valid, "--test-fraction", test),
+            *("--bins", *(root / split / f"{shard}.bin" for split in ("train", "valid", "test"))),
+            *("--record", record),
+        )
+        return status, stderr, record
+
+    return run
