@@ -12,9 +12,9 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from snaketron.log import UserError
+
+import numpy as np
 
 DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}  # the codes that we write
 _HEADER = struct.Struct("<9sQBQQ")

@@ -9,17 +9,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datatrove.data import Document, DocumentsPipeline
-from datatrove.io import DataFolder
-from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
-from datatrove.utils.tokenization import PipelineStepWithTokenizer
-
 from snaketron import files, lineage
 from snaketron.data import binidx
 from snaketron.data import tokenizer as tokenizers
 from snaketron.data.readers import StrictReader
 from snaketron.data.split import SPLITS, split_of
 from snaketron.log import UserError
+
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.io import DataFolder
+from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
+from datatrove.utils.tokenization import PipelineStepWithTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,8 @@ class SplitTokenizer(PipelineStepWithTokenizer):
             self.counts["dropped"]["no_tokens"] += 1
             return
         split = split_of(text, *self.fractions)
-        writers[split].write(ids)
+        with _naming(self.bins[split]):
+            writers[split].write(ids)
         count = self.counts[split]
         count["documents"] += 1
         count["tokens"] += len(ids)
@@ -164,11 +165,23 @@ class _PartialFolder(DataFolder):
 
 @contextlib.contextmanager
 def _writer(bin_path: Path, token_size: int) -> Iterator[MegatronTokenizedFile]:
-    writer = MegatronTokenizedFile(_PartialFolder(str(bin_path.parent)), bin_path.stem, token_size=token_size)
+    folder = _PartialFolder(str(bin_path.parent))
+    writer = MegatronTokenizedFile(folder, bin_path.stem, token_size=token_size)
     try:
         yield writer
+        with _naming(bin_path):
+            writer.close()
     except BaseException:
         with contextlib.suppress(OSError):  # a full disk: what is buffered cannot be written either
             writer.bin_file.close()
         raise
-    writer.close()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in a failure to write: a full disk alone does not say which."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
