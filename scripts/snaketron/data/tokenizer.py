@@ -5,6 +5,7 @@ Its identity is the sha256 of tokenizer.json. Only `tokenizers` is imported to u
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import tempfile
@@ -13,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from snaketron import files, lineage
 from snaketron.data.rows import read_texts
 from snaketron.log import UserError
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 logger = logging.getLogger(__name__)
 
@@ -216,38 +217,57 @@ def convert(path: str) -> tuple[Tokenizer, dict[str, Any], list[Path | dict[str,
         saved = Path(folder)
         config = _read_config(saved / "tokenizer_config.json")
         backend = load(saved)
-    config.pop("auto_map", None)  # code of the hub's repository, which is not copied
-    config.pop("chat_template", None)  # rule install_chat_template decides
+    # how it was loaded, code of the repository, and the template, which rule install_chat_template decides on
+    for key in ("auto_map", "backend", "chat_template", "is_local", "local_files_only", "name_or_path"):
+        config.pop(key, None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows, too
     if config.get("pad_token") is None:
         config["pad_token"] = config["eos_token"]
-    source = Path(path)
-    inputs: list[Path | dict[str, Any]] = (
-        [p for name in ("tokenizer.json", "tokenizer_config.json") if (p := source / name).is_file()]
-        if source.is_dir()
-        else [{"path": path, "revision": tokenizer.init_kwargs.get("_commit_hash")}]
-    )
-    return backend, config, inputs
+    return backend, config, _origin(path)
+
+
+def _origin(path: str) -> list[Path | dict[str, Any]]:
+    """The files of a local tokenizer, or the revision of one from the hub, for the record."""
+    if Path(path).is_dir():
+        names = ("tokenizer.json", "tokenizer_config.json")
+        return [file for name in names if (file := Path(path) / name).is_file()]
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(path, "tokenizer_config.json")
+    return [{"path": path} | ({"revision": Path(cached).parent.name} if isinstance(cached, str) else {})]
 
 
 def from_hugging_face(path: str) -> Any:
-    """The `transformers` tokenizer of a local directory or a hub id, from the local cache if it is there."""
+    """The `transformers` tokenizer of a directory or a hub id; the local cache comes before the network."""
     from transformers import AutoTokenizer
 
-    if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise UserError(f"tokenizer.path {path}: no such directory")
-    error: Exception
-    for offline in (True, False):
+    if Path(path).is_dir():
         try:
-            return AutoTokenizer.from_pretrained(path, local_files_only=offline)
-        except (OSError, ValueError) as exception:
-            error = exception
-            if Path(path).is_dir():
-                raise UserError(f"tokenizer.path {path}: no tokenizer in this directory ({error})") from None
-    reason = str(error).strip().splitlines()[0]
-    raise UserError(
-        f"tokenizer.path {path}: not a directory, not in the local Hugging Face cache, and the hub does not "
-        f"give it ({reason}); run `hf download {path} --local-dir DIR` where there is a network, and give DIR"
-    )
+            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"tokenizer.path {path}: no tokenizer in this directory ({_brief(error)})"
+            ) from None
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise UserError(f"tokenizer.path {path}: no such directory")
+    with contextlib.suppress(OSError, ValueError):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    try:
+        from huggingface_hub import HfApi
+
+        HfApi().model_info(path, timeout=10)  # fails at once where transformers would try for 45 s
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # what the HTTP libraries raise changes with their versions
+        raise UserError(
+            f"tokenizer.path {path}: not a directory, not in the local Hugging Face cache, and the hub does "
+            f"not give it ({_brief(error)}); run `hf download {path} --local-dir DIR` where there is a "
+            "network, and give DIR"
+        ) from None
+
+
+def _brief(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------- chat template
@@ -266,7 +286,7 @@ def install_template(
     else:
         assert source is not None
         text, name = template_of(source), source
-        inputs = [{"path": source}]
+        inputs = _origin(source)
     check_template(text, name)
     with files.writing(output, record) as temporary:
         temporary[0].write_text(text, encoding="utf-8")
