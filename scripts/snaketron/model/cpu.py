@@ -13,6 +13,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from snaketron.model import mamba2
+
 import torch
 import torch.nn.functional as F
 from megatron.core import optimizer, parallel_state, rerun_state_machine, tensor_parallel, utils
@@ -51,8 +53,6 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
-
-from snaketron.model import mamba2
 
 
 def _mark_sequence_parallel(parameter: Tensor, config: TransformerConfig) -> None:

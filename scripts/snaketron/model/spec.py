@@ -9,15 +9,15 @@ import itertools
 import math
 from typing import Any
 
+from snaketron.config import Model, Parallel
+from snaketron.model import backend
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
-
-from snaketron.config import Model, Parallel
-from snaketron.model import backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -126,7 +126,9 @@ def build_model(config: TransformerConfig, model: Model, vocab_size: int, seq_le
     Returns:
         A HybridModel. Called with input_ids, position_ids (both (batch, length)) and attention_mask None,
         it gives logits (batch, length, padded vocabulary / TP), or with labels the loss of each token
-        (batch, length) in nats. Expert parameters are marked `allreduce = False`.
+        (batch, length) in nats. padding_mask (batch, length / TP), true for padding, keeps tokens out of the
+        decoder's router losses and loads; multi-token prediction does not see it (megatron-core 0.19.2).
+        Expert parameters are marked `allreduce = False`.
     """
     stages = config.pipeline_model_parallel_size
     pattern = "/".join(
@@ -146,7 +148,7 @@ def build_model(config: TransformerConfig, model: Model, vocab_size: int, seq_le
     )
     for module in built.modules():
         if isinstance(module, TopKRouter):
-            # Float16Module would make them bf16, which counts exactly only up to 256 tokens.
+            # Float16Module would make the count bf16, which is exact only up to 256.
             module.local_tokens_per_expert = module.local_tokens_per_expert.long()
     for name, parameter in built.named_parameters():
         if ".experts." in name:

@@ -1,0 +1,39 @@
+"""One process that plays every rank, and a small model."""
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.config import Model, Parallel
+from snaketron.model import backend, spec
+
+import pytest
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_process():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(backend.process_group_backend(), store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors; and threads that wait for each other are slow on a busy machine
+    yield
+    torch.set_num_threads(num_threads)
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
+@pytest.fixture
+def build():
+    """build(vocab_size, **keys of the configuration) gives a model of one process."""
+
+    def make(vocab_size=256, **keys):
+        model = Model(**keys)
+        return spec.build_model(spec.transformer_config(model, Parallel()), model, vocab_size, 512)
+
+    return make

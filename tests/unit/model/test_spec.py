@@ -1,0 +1,131 @@
+"""The architecture: its parts, its layouts, and what training does to the expert bias."""
+
+from snaketron.config import Model, Parallel
+from snaketron.model import backend, spec
+
+import pytest
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.transformer.module import Float16Module
+
+
+def routers(model):
+    return [m for m in model.modules() if getattr(m, "expert_bias", None) is not None]
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [(1, "MEM*EME"), (2, "MEM*|EME"), (3, "MEM|*E|ME"), (7, "M|E|M|*|E|M|E")],
+)
+def test_pipeline_stages_are_even_and_the_first_ones_longer(stages, expected):
+    assert spec.pipeline_pattern("MEM*EME", stages) == expected
+
+
+def test_more_stages_than_layers_is_an_error_that_names_both():
+    with pytest.raises(ValueError, match=r"'ME' has 2 layers.*pipeline_model_parallel_size 3"):
+        spec.pipeline_pattern("ME", 3)
+
+
+def test_vocabulary_is_padded_for_every_tensor_parallel_rank():
+    model = Model(make_vocab_size_divisible_by=128)
+    assert spec.padded_vocab_size(model, 2048, 1) == 2048
+    assert spec.padded_vocab_size(model, 2049, 4) == 2176  # the same for each TP that divides 128, ...
+    assert spec.padded_vocab_size(model, 2049, 3) == 2304  # ... and 6 * 384 for one that does not
+
+
+def test_parameters_by_hand(build):
+    model = build(vocab_size=200)  # padded to 256
+    hidden, vocabulary = 128, 256
+    # in_proj to z x B C dt, convolution over x B C, dt_bias A_log D, two norms, out_proj
+    mamba = 128 * (256 + 256 + 32 + 32 + 8) + 320 * (4 + 1) + 3 * 8 + 128 + 256 + 256 * 128
+    attention = 128 * (8 + 2 + 2) * 16 + 8 * 16 * 128 + 128
+    moe = 8 * 128 + 2 * 128 * 64 + 8 * 2 * 64 * 128 + 2 * 128 * 256 + 128
+    # enorm, hnorm, eh_proj, final norm, and one block for both depths
+    mtp = 3 * hidden + 2 * hidden * hidden + attention + moe
+    expected = 2 * vocabulary * hidden + 3 * mamba + attention + 3 * moe + hidden + mtp
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def test_only_routed_experts_leave_the_gradient_all_reduce(build):
+    names = {name for name, p in build().named_parameters() if not getattr(p, "allreduce", True)}
+    assert len(names) == 4 * 8 * 2  # layers, experts, matrices
+    assert all(".mlp.experts." in name for name in names)
+
+
+def test_configuration_is_that_of_nemotron_3_super():
+    config = spec.transformer_config(Model(precision="bf16"), Parallel(tensor_model_parallel_size=2))
+    assert config.sequence_parallel and config.params_dtype is torch.bfloat16
+    assert config.activation_func(torch.tensor([-2.0, 3.0])).tolist() == [0.0, 9.0]
+    assert (config.moe_router_score_function, config.moe_router_dtype) == ("sigmoid", "fp32")
+    assert config.mtp_use_repeated_layer and config.calculate_per_token_loss
+    assert spec.transformer_config(Model(mtp_num_layers=0), Parallel()).mtp_num_layers is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_expert_bias_moves_towards_experts_with_few_tokens(build, precision):
+    model = build(precision=precision, moe_router_bias_update_rate=1e-3)
+    config = model.config
+    wrapped = Float16Module(config, model) if precision == "bf16" else model
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    trained = DistributedDataParallel(config, settings, wrapped)
+    ids = torch.randint(0, 256, (4, 200)).to(backend.device())
+    for _ in range(2):  # micro-batches
+        trained(
+            ids, None, None, labels=ids, loss_mask=torch.ones_like(ids, dtype=torch.float32)
+        ).sum().backward()
+    loads = [router.local_tokens_per_expert.tolist() for router in routers(model)]
+    # Every token of both micro-batches visits two experts; in multi-token prediction at both depths.
+    assert [sum(load) for load in loads] == [3200, 3200, 3200, 6400]
+    finalize_model_grads([trained], torch.tensor(1600))
+    for router, load in zip(routers(model), loads, strict=True):
+        mean = sum(load) / 8
+        expected = torch.tensor([1e-3 * ((mean > n) - (mean < n)) for n in load])
+        torch.testing.assert_close(router.expert_bias.cpu(), expected, atol=1e-9, rtol=0)
+        assert router.local_tokens_per_expert.sum() == 0
+
+
+def test_padding_is_kept_out_of_the_load_of_experts(build):
+    model = build(mtp_num_layers=0)
+    ids = torch.randint(0, 256, (2, 50)).to(backend.device())
+    padding = torch.arange(50, device=ids.device).expand(2, -1) >= 40
+    model(ids, None, None, padding_mask=padding)
+    assert [int(router.local_tokens_per_expert.sum()) for router in routers(model)] == [2 * 40 * 2] * 3
+
+
+def test_expert_bias_is_in_the_checkpoint_of_each_router(build):
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    model = build()
+    names = {
+        name for name in model.sharded_state_dict(metadata={"dp_cp_group": group}) if "expert_bias" in name
+    }
+    assert len(names) == len(routers(model)) == 4
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_same_seed_gives_the_same_bits(build, num_threads):
+    ids = torch.randint(0, 256, (2, 100)).to(backend.device())
+
+    def gradients():
+        torch.manual_seed(0)
+        from megatron.core import tensor_parallel
+
+        tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        model = build()
+        model(
+            ids, None, None, labels=ids, loss_mask=torch.ones_like(ids, dtype=torch.float32)
+        ).sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        first, second = gradients(), gradients()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
