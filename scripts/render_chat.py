@@ -29,27 +29,23 @@ def main(argv: list[str] | None = None) -> int:
 
     from snaketron import files, lineage
     from snaketron.data import tokenizer
-    from snaketron.data.chat import compile_template, special_tokens
+    from snaketron.data.chat import load_template, special_tokens
     from snaketron.data.rendered import Renderer
     from snaketron.data.rows import read_rows
 
-    metadata = {
-        "source": args.source,
-        "tokenizer_sha256": tokenizer.info(args.tokenizer).sha256,
-        "template_sha256": files.sha256(args.template),
-    }
     renderer = Renderer(
-        template=compile_template(
-            args.template.read_text(encoding="utf-8"),
-            name=str(args.template),
-            variables=special_tokens(args.tokenizer),
-        ),
+        template=load_template(args.template, variables=special_tokens(args.tokenizer)),
         tokenizer=tokenizer.load(args.tokenizer),
         messages_field=args.messages_field,
         tools_field=args.tools_field,
         valid_fraction=args.valid_fraction,
         test_fraction=args.test_fraction,
     )
+    metadata = {
+        "source": args.source,
+        "tokenizer_sha256": tokenizer.info(args.tokenizer).sha256,
+        "template_sha256": files.sha256(args.template),
+    }
     rows = read_rows(args.chats, required=[args.messages_field], optional=[args.tools_field])
     with files.writing(args.output, args.record) as (output, record):
         counts = renderer.write(output, rows, args.chats, metadata)

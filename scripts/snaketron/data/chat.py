@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snaketron.files import read_json
+from snaketron.log import UserError
+
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 from jinja2 import nodes
 from jinja2.parser import Parser
-
-from snaketron.files import read_json
-from snaketron.log import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -110,6 +110,17 @@ def compile_template(
             "token that ends its turn, between {% generation %} and {% endgeneration %}"
         )
     return template
+
+
+def load_template(path: Path, variables: Mapping[str, str] | None = None) -> jinja2.Template:
+    """Compile the chat template of a file."""
+    try:
+        source = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such chat template (rule install_chat_template)") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: invalid UTF-8 ({error.reason} at byte {error.start})") from None
+    return compile_template(source, name=str(path), variables=variables)
 
 
 def render(

@@ -49,7 +49,7 @@ def render(tmp_path: Path, rows: list[Any], **options: Any) -> tuple[list[dict[s
 def refused(tmp_path: Path, chats: Path, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
         render_chat.main(arguments(tmp_path, chats, **options))
-    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+    assert not list((tmp_path / "out").glob("*"))
     return str(caught.value).replace(f"{tmp_path}/", "")
 
 
@@ -209,6 +209,14 @@ def test_a_template_without_a_generation_block_is_an_error(tmp_path, tokenizer):
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": question("a", "b")}])
     (tmp_path / "none.jinja").write_text("{{ messages[0].content }}")
     assert "generation" in refused(tmp_path, chats, template=tmp_path / "none.jinja")
+
+
+def test_a_missing_template_or_tokenizer_is_an_error(tmp_path, tokenizer):
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": question("a", "b")}])
+    message = refused(tmp_path, chats, template=tmp_path / "none.jinja")
+    assert message.startswith("none.jinja: no such chat template")
+    message = refused(tmp_path, chats, tokenizer=tmp_path / "none")
+    assert message.startswith("none/tokenizer.json: no such file")
 
 
 def test_the_job_does_not_import_what_is_slow(tmp_path, tokenizer):
