@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from snaketron.data.packing import ALGORITHMS
 from snaketron.log import logger, run
 
 
@@ -13,7 +14,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--chats", type=Path, required=True, help="rendered conversations (render_chat)")
     add("--pack-size", type=int, required=True, help="tokens of a pack; longer conversations are dropped")
-    add("--algorithm", choices=["first_fit_decreasing", "concatenative"], required=True)
+    add("--algorithm", choices=ALGORITHMS, required=True)
     add("--train", type=Path, required=True, help="Parquet file to write")
     add("--valid", type=Path, required=True, help="Parquet file to write")
     add("--test", type=Path, required=True, help="Parquet file to write")

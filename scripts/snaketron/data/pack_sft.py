@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from snaketron.data import packed, packing, rendered
+from snaketron.log import UserError
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from snaketron.data import packed, packing, rendered
-from snaketron.log import UserError
 
 
 @dataclass(frozen=True)

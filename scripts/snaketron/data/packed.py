@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from snaketron.log import UserError
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from snaketron.log import UserError
 
 KEY = b"snaketron"
 SCHEMA = pa.schema(

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from snaketron.data import chat
 from snaketron.data.packed import KEY, list_array, number_array
 from snaketron.data.rows import place
 from snaketron.data.split import SPLITS, split_of
 from snaketron.log import UserError
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
     import jinja2

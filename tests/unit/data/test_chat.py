@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from snaketron.data import chat
+from snaketron.log import UserError
+
 import numpy as np
 import pytest
 from chat_samples import TEMPLATE, build_tokenizer, question
-
-from snaketron.data import chat
-from snaketron.log import UserError
 
 SOURCE = TEMPLATE.read_text()
 OURS = chat.compile_template(SOURCE)

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+from snaketron.data.mixing import interleave, mix
+
 import numpy as np
 import pytest
-
-from snaketron.data.mixing import interleave, mix
 
 
 def test_equal_weights_take_turns():

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from snaketron.data import packed
+from snaketron.log import UserError
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from snaketron.data import packed
-from snaketron.log import UserError
 
 MADE_WITH = {"tokenizer_sha256": "t", "template_sha256": "c", "pack_size": 8, "algorithm": "concatenative"}
 

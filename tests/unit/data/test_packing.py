@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import random
 
-import pytest
-
 from snaketron.data.packing import ALGORITHMS, pack
+
+import pytest
 
 
 def plain_first_fit_decreasing(lengths: list[int], pack_size: int) -> list[list[int]]:
