@@ -1,0 +1,277 @@
+"""A tokenizer from text or from Hugging Face gives the same files, which `transformers` reads too."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from snaketron import files
+from snaketron.data import tokenizer
+from snaketron.log import UserError
+
+import pytest
+from transformers import AutoTokenizer
+
+SCRIPTS = Path(__file__).parents[3] / "scripts"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+STRANGE = "Tabs\t  and   spaces, 1234.5 numbers; é, 漢字, 🐍\r\n\n\tdef f(x): don't </think>x<|im_end|>"
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> list:
+    return ["--output", tmp_path / "out" / "tokenizer.json", "--record", tmp_path / "out" / "record.json"]
+
+
+def files_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.rglob("*") if path.is_file())
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def test_special_tokens_come_first_and_every_byte_has_a_token(tokenizer_dir):
+    loaded = tokenizer.load(tokenizer_dir)
+    assert [loaded.id_to_token(i) for i in range(12)] == list(tokenizer.SPECIAL_TOKENS)
+    assert loaded.get_vocab_size() == 300
+    assert loaded.decode(loaded.encode(STRANGE).ids, skip_special_tokens=False) == STRANGE
+    assert loaded.encode("2026").tokens == ["2", "0", "2", "6"]
+    assert loaded.encode("a</think>").ids[-1] == loaded.token_to_id("</think>")
+
+
+def test_info_holds_what_the_stages_need(tokenizer_dir):
+    assert tokenizer.info(tokenizer_dir) == tokenizer.Info(
+        sha256=files.sha256(tokenizer_dir / "tokenizer.json"),
+        vocab_size=300,
+        eos_token="<|endoftext|>",
+        eos_id=0,
+        pad_id=1,
+    )
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65535, "uint16"), (65536, "uint16"), (65537, "int32")])
+def test_uint16_holds_ids_up_to_65535(vocab_size, dtype):
+    assert tokenizer.Info("", vocab_size, "e", 0, 0).dtype == dtype
+
+
+def test_transformers_reads_the_directory_and_gives_equal_ids(tokenizer_dir):
+    theirs = AutoTokenizer.from_pretrained(tokenizer_dir)
+    assert theirs.encode(STRANGE) == tokenizer.load(tokenizer_dir).encode(STRANGE).ids
+    assert (theirs.eos_token, theirs.pad_token, len(theirs)) == ("<|endoftext|>", "<|pad|>", 300)
+
+
+def test_training_again_gives_the_same_tokenizer(run_script, tmp_path, write_jsonl, outputs):
+    text = write_jsonl(
+        tmp_path / "a.jsonl", [{"body": f"some text {i % 7} again and again"} for i in range(99)]
+    )
+    identities = []
+    for _ in range(2):
+        status, stderr = run_script(
+            "build_tokenizer", "--text", text, "--text-field", "body", "--vocab-size", 280, *outputs
+        )
+        assert status == 0, stderr
+        record = files.read_json(tmp_path / "out" / "record.json")
+        identities.append(record["outputs"][0]["sha256"])
+    assert identities[0] == identities[1] == tokenizer.info(tmp_path / "out").sha256
+    assert record["counts"] == {"vocab_size": 280}
+    assert record["inputs"] == [{"path": str(text), "sha256": files.sha256(text)}]
+    assert files_in(tmp_path / "out") == ["record.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "message"),
+    [
+        (
+            [{"text": "a"}],
+            267,
+            "vocab_size 267 has no room for 256 bytes and 12 special tokens; give at least 268",
+        ),
+        ([], 300, "tokenizer.text holds no documents"),
+        ([{"text": "a"}, {"body": "a"}], 300, "a.jsonl:2: no field 'text'; the fields are 'body'"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_trained(
+    run_script, tmp_path, write_jsonl, outputs, rows, vocab_size, message
+):
+    text = write_jsonl(tmp_path / "a.jsonl", rows)
+    status, stderr = run_script("build_tokenizer", "--text", text, "--vocab-size", vocab_size, *outputs)
+    assert (status, message in stderr) == (1, True), stderr
+    assert files_in(tmp_path / "out") == []
+
+
+def test_less_text_than_the_vocabulary_needs_is_a_warning(caplog):
+    assert tokenizer.train(["ab ab"], 1000).get_vocab_size() < 1000
+    assert "of 1000 tokens" in caplog.text
+
+
+# -------------------------------------------------------------------------------------- Hugging Face
+
+
+def copy_of(tokenizer_dir: Path, directory: Path, **config: object) -> Path:
+    """A tokenizer directory as others make it, with `config` changed in tokenizer_config.json."""
+    directory.mkdir(parents=True)
+    (directory / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    changed = {**files.read_json(tokenizer_dir / "tokenizer_config.json"), **config}
+    (directory / "tokenizer_config.json").write_text(json.dumps(changed))
+    return directory
+
+
+def test_a_local_tokenizer_is_taken_over(run_script, tmp_path, tokenizer_dir, outputs):
+    eos = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
+    source = copy_of(tokenizer_dir, tmp_path / "hf", eos_token=eos, pad_token=None, chat_template="{{ 1 }}")
+    status, stderr = run_script("build_tokenizer", "--path", source, "--text", *outputs)
+    assert status == 0, stderr
+    info = tokenizer.info(tmp_path / "out")
+    assert (info.eos_token, info.eos_id, info.pad_id) == ("<|im_end|>", 3, 3)
+    ids = tokenizer.load(tmp_path / "out").encode(STRANGE).ids
+    assert ids == tokenizer.load(tokenizer_dir).encode(STRANGE).ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
+    inputs = files.read_json(tmp_path / "out" / "record.json")["inputs"]
+    assert [i["path"] for i in inputs] == [
+        str(source / "tokenizer.json"),
+        str(source / "tokenizer_config.json"),
+    ]
+
+
+def test_a_hub_id_is_taken_from_the_local_cache_without_a_network(tmp_path, tokenizer_dir, outputs):
+    revision = "0123456789" * 4
+    repository = tmp_path / "home" / "hub" / "models--acme--tiny"
+    copy_of(tokenizer_dir, repository / "snapshots" / revision)
+    (repository / "snapshots" / revision / "config.json").write_text('{"model_type": "nemotron_h"}')
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, SCRIPTS / "build_tokenizer.py", "--path", "acme/tiny", *outputs]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    record = files.read_json(tmp_path / "out" / "record.json")
+    assert record["inputs"] == [{"path": "acme/tiny", "revision": revision}]
+    assert tokenizer.info(tmp_path / "out").vocab_size == 300
+
+
+def no_tokenizer(tmp_path: Path, _: Path) -> Path:
+    (tmp_path / "hf").mkdir()
+    return tmp_path / "hf"
+
+
+def slow_tokenizer(tmp_path: Path, _: Path) -> Path:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "vocab.json").write_text('{"a": 0, "<unk>": 1}')
+    (tmp_path / "hf" / "merges.txt").write_text("#version\n")
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
+    return tmp_path / "hf"
+
+
+def no_end(tmp_path: Path, tokenizer_dir: Path) -> Path:
+    return copy_of(tokenizer_dir, tmp_path / "hf", eos_token=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda tmp_path, _: tmp_path / "none" / "such", "none/such: no such directory"),
+        (no_tokenizer, "no tokenizer in this directory"),
+        (slow_tokenizer, "CTRLTokenizer has no fast version"),
+        (no_end, "no eos_token"),
+        (
+            lambda *_: "acme/none",
+            "acme/none: not a directory, not in the local Hugging Face cache, and the hub does",
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used(
+    run_script, tmp_path, tokenizer_dir, outputs, monkeypatch, make, message
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    status, stderr = run_script("build_tokenizer", "--path", make(tmp_path, tokenizer_dir), *outputs)
+    assert (status, message in stderr, stderr.count("\n")) == (1, True, 1), stderr
+    assert files_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("options", [[], ["--path", "p", "--text", "t"], ["--text", "t"]])
+def test_either_a_path_or_text_with_a_size(run_script, outputs, options):
+    status, _ = run_script("build_tokenizer", *options, *outputs)
+    assert status == 2
+
+
+def test_info_of_an_unusable_directory(tmp_path, tokenizer_dir):
+    with pytest.raises(UserError, match=r"tokenizer.json: no such file; build the tokenizer first"):
+        tokenizer.info(tmp_path)
+    with pytest.raises(UserError, match="no end-of-document token"):
+        tokenizer.info(copy_of(tokenizer_dir, tmp_path / "a", eos_token="<|unknown|>"))
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not a tokenizer"):
+        tokenizer.info(tmp_path / "a")
+
+
+# ------------------------------------------------------------------------------------- chat template
+
+
+@pytest.fixture
+def template_outputs(tmp_path: Path) -> list:
+    return [
+        "--output",
+        tmp_path / "out" / "chat_template.jinja",
+        "--record",
+        tmp_path / "out" / "template.json",
+    ]
+
+
+def test_a_template_is_checked_and_copied(run_script, tmp_path, template_outputs):
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    status, stderr = run_script(
+        "install_chat_template", "--template", tmp_path / "chat.jinja", *template_outputs
+    )
+    assert status == 0, stderr
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
+    assert files.read_json(tmp_path / "out" / "template.json")["counts"] == {"characters": len(TEMPLATE)}
+
+
+def test_the_template_of_a_tokenizer_is_taken(run_script, tmp_path, tokenizer_dir, template_outputs):
+    source = copy_of(tokenizer_dir, tmp_path / "hf")
+    (source / "chat_template.jinja").write_text(TEMPLATE)
+    status, stderr = run_script("install_chat_template", "--tokenizer", source, *template_outputs)
+    assert status == 0, stderr
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "chat.jinja: no such file"),
+        ("{% for m in messages %}", "chat.jinja:1: the chat template does not parse"),
+        ("{{ raise_exception('no roles') }}{% generation %}{% endgeneration %}", "no roles"),
+        (TEMPLATE.replace("generation", "block").replace("block %}", "block x %}"), "{% generation %}"),
+        ("{% generation %}It is 4.{% endgeneration %}", "leaves out what the user says"),
+        (
+            TEMPLATE.replace("{{ m.content }}<|im_end|>{% endg", "{% endg"),
+            "leaves out what the assistant says",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}!{% endgeneration %}",
+            "the assistant's answer is outside {% generation %}",
+        ),
+    ],
+)
+def test_a_template_that_would_train_on_nothing_is_refused(
+    run_script, tmp_path, template_outputs, template, message
+):
+    path = tmp_path / "chat.jinja"
+    if template is not None:
+        path.write_text(template)
+    status, stderr = run_script("install_chat_template", "--template", path, *template_outputs)
+    assert (status, message in stderr) == (1, True), stderr
+    assert files_in(tmp_path / "out") == []
+
+
+def test_a_tokenizer_without_a_template_says_what_to_do(
+    run_script, tmp_path, tokenizer_dir, template_outputs
+):
+    source = copy_of(tokenizer_dir, tmp_path / "hf")
+    status, stderr = run_script("install_chat_template", "--tokenizer", source, *template_outputs)
+    assert (status, "no chat template; set tokenizer.chat_template" in stderr) == (1, True), stderr
