@@ -94,6 +94,8 @@ def build(
     dtypes: set[str] = set()
     for path in dict.fromkeys(records):
         value = lineage.read(path)
+        if value["kind"] != "tokens":
+            raise UserError(f"{path}: a record of {value['kind']}, not of a tokenized shard")
         corpus, made_with = value["settings"]["corpus"], value["settings"]["tokenizer"]
         if corpus not in weights:
             raise UserError(f"{path}: is of corpus {corpus!r}, which has no weight in phase {phase!r}")
@@ -185,7 +187,7 @@ def weigh(split: str, weights: Mapping[str, float], shards: Sequence[Shard]) -> 
     kept = [s for s in shards if s.tokens]
     return Split(
         prefixes=[s.prefix for s in kept],
-        weights=[share[s.corpus] * s.tokens / tokens[s.corpus] for s in kept],
+        weights=[share[s.corpus] * (s.tokens / tokens[s.corpus]) for s in kept],
         documents=sum(s.documents for s in kept),
         tokens=sum(s.tokens for s in kept),
         corpora=[
