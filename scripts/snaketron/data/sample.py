@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
-
 from snaketron import files, lineage
+
+import orjson
 
 Row = dict[str, Any]
 

@@ -6,6 +6,7 @@ so the conversations are the same in every run.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -85,6 +86,7 @@ def tools() -> Iterator[Row]:
 SOURCES: dict[str, Callable[[], Iterator[Row]]] = {"questions": questions, "tools": tools}
 
 
+@functools.cache
 def _entries() -> list[Documented]:
     """Functions and classes with a short description and signature, in an order without pattern."""
     entries = {}
