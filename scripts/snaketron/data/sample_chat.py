@@ -54,10 +54,10 @@ TOOL = {
     "type": "function",
     "function": {
         "name": "lookup_docs",
-        "description": "Look up a name in the documentation of Python's standard library.",
+        "description": "Look up a Python name.",
         "parameters": {
             "type": "object",
-            "properties": {"name": {"type": "string", "description": "dotted name"}},
+            "properties": {"name": {"type": "string"}},
             "required": ["name"],
         },
     },
@@ -131,16 +131,15 @@ def _lookup(entry: Documented, rng: random.Random, i: int) -> list[Message]:
         {"id": "call_1", "type": "function", "function": {"name": "lookup_docs", "arguments": arguments}}
     ]
     found = rng.random() > 0.05
-    result = (
-        {"name": entry.name, "signature": entry.signature, "doc": entry.doc}
-        if found
-        else {"error": "not found"}
-    )
+    asked_again = i % 6 == 0 and found and entry.signature != ""
+    result = {"doc": entry.doc} if found else {"error": "not found"}
+    if asked_again:
+        result["signature"] = entry.signature
     answer = _message(
         "assistant", entry.doc if found else f"The documentation has no entry for `{entry.name}`."
     )
     if i % 5 == 0:
-        call["reasoning_content"] = f"The documentation has {entry.name}; I look it up rather than guess."
+        call["reasoning_content"] = "The documentation has it; I look it up rather than guess."
     if i % 10 == 0:
         answer["reasoning_content"] = (
             "The result says what to answer." if found else "There is no such entry."
@@ -151,7 +150,7 @@ def _lookup(entry: Documented, rng: random.Random, i: int) -> list[Message]:
         {"role": "tool", "tool_call_id": "call_1", "name": "lookup_docs", "content": json.dumps(result)},
         answer,
     ]
-    if i % 6 == 0 and found and entry.signature:
+    if asked_again:
         messages += [
             _message("user", rng.choice(FOLLOW_UPS)),
             _message("assistant", f"`{entry.name}{entry.signature}`"),

@@ -136,7 +136,7 @@ def test_answers_are_the_docstrings(rows):
     docs = {entry.name: entry.doc for entry in sample_chat._entries()}
     assert docs["textwrap.dedent"] == "Remove any common leading whitespace from every line in `text`."
     for chat in rows["tools"]:
-        *_, result = (json.loads(m["content"]) for m in chat["messages"] if m["role"] == "tool")
+        (result,) = (json.loads(m["content"]) for m in chat["messages"] if m["role"] == "tool")
         if "doc" in result:
-            assert result["doc"] == docs[result["name"]]
+            assert result["doc"] == docs[chat["id"].removeprefix("tools/")]
             assert any(m["role"] == "assistant" and m["content"] == result["doc"] for m in chat["messages"])
