@@ -137,7 +137,7 @@ def _check_weights(phase: str, weights: Mapping[str, float], corpora: set[str]) 
 
 def _shard(record: Mapping[str, Any], split: str, path: Path) -> tuple[Shard, binidx.Pair]:
     """One split of a record, after a look at the files."""
-    position = 2 * SPLITS.index(split)
+    position = 2 * SPLITS.index(split)  # the outputs are .bin and .idx of train, of valid, of test
     bin_file, idx_file = record["outputs"][position : position + 2]
     count = record["counts"][split]
     for entry in (bin_file, idx_file):
