@@ -26,6 +26,8 @@ _NOISE = {
     "torch.utils.cpp_extension": ("No CUDA runtime is found",),
     # It is computed inside instead, with the same result.
     "megatron.core.distributed.distributed_data_parallel": ("DistributedDataParallel: full_param_layout",),
+    # What it recommends is one more dependency (nvidia-resiliency-ext).
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCore's async save is deprecated",),
     "megatron.core.rerun_state_machine": (
         "Implicit initialization",
         "RerunStateMachine initialized in mode RerunMode.DISABLED",
@@ -112,5 +114,4 @@ def transformer_config_options() -> dict[str, Any]:
         "moe_permute_fusion": HAS_GPU,
         "use_fused_weighted_squared_relu": HAS_GPU,
         "cross_entropy_loss_fusion": HAS_GPU,
-        "gradient_accumulation_fusion": HAS_GPU,
     }
