@@ -23,5 +23,5 @@ rule sft:
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
         "{resources.launch} scripts/sft.py --blend {input.blend} --tokenizer {params.tokenizer}"
-        " --base {input.base} --settings {params.settings:q} --run {resources.run:q}"
-        " --output {output} --log {log}"
+        " --base {input.base} --settings {params.settings:q} --run-settings {resources.run:q}"
+        " --output {output} --log-file {log}"

@@ -147,7 +147,7 @@ class SftData(Section):
 
 
 class Model(Section):
-    """The architecture, in megatron-core's names. The default has 2.9 million parameters."""
+    """The architecture, in megatron-core's names. The default has 1.8 million parameters."""
 
     hybrid_layer_pattern: Annotated[str, Field(pattern=r"^[ME*\-]+$")] = key(
         "MEM*EME", "one letter a layer: M Mamba-2, E mixture of experts, * attention, - dense MLP"
@@ -185,7 +185,7 @@ class Model(Section):
     init_method_std: float = key(0.02, "standard deviation of the initial weights")
     layernorm_epsilon: float = key(1e-5, "epsilon of RMSNorm")
     make_vocab_size_divisible_by: Positive = key(
-        128, "the embedding is padded to a multiple of this times TP"
+        128, "the embedding is padded to a multiple of this and of TP"
     )
     precision: Literal["fp32", "bf16"] = key(
         "fp32", "type of weights and activations; bf16 keeps fp32 main weights"

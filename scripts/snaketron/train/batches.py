@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from snaketron.data import blend as pretrain_blend
+from snaketron.data import blend_sft
 from snaketron.data.mixing import mix
-from snaketron.data.packed import Pack, PackedDataset, check_expected
+from snaketron.data.packed import Pack, PackedDataset
 from snaketron.data.tokenizer import Info
-from snaketron.files import partial, read_json
+from snaketron.files import partial
 from snaketron.log import UserError, logger
 from snaketron.model import backend
 from snaketron.settings import TrainSettings
@@ -141,13 +142,12 @@ class SftBatches(Batches):
     ) -> None:
         super().__init__(micro_batch_size=1)
         self.pack_size, self.pad_id = settings.seq_length, tokenizer.pad_id
-        loaded = read_json(blend)
         expected = {
             "tokenizer_sha256": tokenizer.sha256,
             "template_sha256": template_sha256,
             "pack_size": settings.seq_length,
         }
-        check_expected(blend, loaded, expected)
+        loaded = blend_sft.check(blend, **expected)
         held_out = self.round_up(eval_samples)
         samples = {
             "train": settings.train_iters * settings.global_batch_size,
@@ -157,12 +157,10 @@ class SftBatches(Batches):
         self.packs: dict[Split, list[PackedDataset]] = {}
         self.order: dict[Split, tuple[np.ndarray, np.ndarray]] = {}
         for split in SPLITS:
-            sources = loaded["splits"][split]
-            self.packs[split] = [
-                PackedDataset([Path(f["path"]) for f in s["files"]], expected) for s in sources
-            ]
+            sources = loaded.splits[split]
+            self.packs[split] = [PackedDataset(source.files, expected) for source in sources]
             if sources:
-                sizes, weights = [len(p) for p in self.packs[split]], [s["weight"] for s in sources]
+                sizes, weights = [len(p) for p in self.packs[split]], [source.weight for source in sources]
                 self.order[split] = mix(sizes, weights, samples[split], settings.seed)
             else:
                 logger.info("no packs in the %s split", split)

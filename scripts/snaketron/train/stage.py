@@ -40,9 +40,10 @@ def parse_args(description: str | None, argv: list[str] | None) -> argparse.Name
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer directory")
     parser.add_argument("--base", type=Path, nargs="?", help="checkpoint to start from; none: random weights")
     parser.add_argument("--settings", required=True, help="JSON of TrainSettings: what is trained")
-    parser.add_argument("--run", required=True, help="JSON of RunSettings: how it is run")
+    # No option may begin one of torchrun's, which would take it for its own (--run, --log).
+    parser.add_argument("--run-settings", required=True, help="JSON of RunSettings: how it is run")
     parser.add_argument("--output", type=Path, required=True, help="link to make: <ckpt>/<stage>")
-    parser.add_argument("--log", type=Path, help="file for this attempt's log; the version keeps all of them")
+    parser.add_argument("--log-file", type=Path, help="file for this attempt's log; the version keeps all of them")
     return parser.parse_args(argv)
 
 
@@ -51,7 +52,7 @@ class Stage:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.settings = TrainSettings.model_validate_json(args.settings)
-        self.run = RunSettings.model_validate_json(args.run)
+        self.run = RunSettings.model_validate_json(args.run_settings)
         self.blend, self.base, self.output = args.blend, args.base, args.output
         self.tokenizer_directory = args.tokenizer
         self.tokenizer = tokenizers.info(args.tokenizer)
@@ -69,8 +70,8 @@ class Stage:
         if self.rank == 0:
             self.owner = versions.own(self.directory)
         _log_to(self.directory / "train.log", "a")
-        if args.log:
-            _log_to(args.log, "w")
+        if args.log_file:
+            _log_to(args.log_file, "w")
 
     def _check_base(self) -> None:
         """The base must be the same architecture with the same tokenizer."""

@@ -1,0 +1,94 @@
+"""A copy of the workflow to run in, and one finished run of the main job that the tests share."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+PARTS = ("Snakefile", "rules", "scripts", "profiles", "config", "tests", "envs")
+
+
+@dataclass
+class Result:
+    """What a command did."""
+
+    status: int
+    output: str
+    jobs: dict[str, int] = field(default_factory=dict)  # of Snakemake's table of jobs, by rule
+
+
+@dataclass
+class Workspace:
+    """A working directory in which the workflow runs as it does in a clone."""
+
+    path: Path
+    overlays: tuple[str, ...] = ("tests/config/micro.yaml",)
+
+    def run(self, *command: str, environment: dict[str, str] | None = None, timeout: int = 600) -> Result:
+        done = subprocess.run(
+            command,
+            cwd=self.path,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        return Result(done.returncode, done.stdout)
+
+    def command(self, *arguments: str, config: tuple[str, ...] = ()) -> list[str]:
+        command = ["snakemake", "--profile", "profiles/local", *arguments, "--configfile", *self.overlays]
+        return [*command, "--config", *config] if config else command
+
+    def snakemake(self, *arguments: str, config: tuple[str, ...] = (), **options) -> Result:
+        result = self.run(*self.command(*arguments, config=config), **options)
+        result.jobs = {
+            name: int(count)
+            for name, count in re.findall(r"^([a-z_]+) +(\d+)$", result.output, re.MULTILINE)
+            if name != "total"
+        }
+        return result
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+
+def make_workspace(path: Path) -> Workspace:
+    path.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        (path / part).symlink_to(REPOSITORY / part)
+    return Workspace(path)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """An empty working directory."""
+    return make_workspace(tmp_path / "work")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The main job, run once to its end. Tests read it and work on copies."""
+    workspace = make_workspace(tmp_path_factory.mktemp("finished") / "work")
+    result = workspace.snakemake("ckpt/sft")
+    assert result.status == 0, result.output[-5000:]
+    workspace.write("transcript.txt", result.output)
+    return workspace
+
+
+@pytest.fixture
+def copy(finished: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of the finished run, times included, to change."""
+    path = tmp_path / "work"
+    shutil.copytree(finished.path, path, symlinks=True)
+    return Workspace(path)

@@ -1,0 +1,108 @@
+"""What runs again after a change: each case by the job list of a dry-run on a finished run."""
+
+from __future__ import annotations
+
+import shutil
+
+from tests.conftest import Workspace
+
+import pytest
+import yaml
+
+TEXT = {"tokenize_shard": 1, "blend_pretrain": 1, "pretrain": 2, "sft": 1}
+
+
+def jobs(workspace: Workspace, *config: str) -> dict[str, int]:
+    result = workspace.snakemake("-n", "ckpt/sft", config=config)
+    assert result.status == 0, result.output
+    return result.jobs
+
+
+def test_nothing_runs_again(copy: Workspace):
+    assert jobs(copy) == {}
+
+
+def test_a_changed_raw_file_rebuilds_its_shard_and_what_follows(copy: Workspace):
+    raw = copy.path / "data/sample/code/part_0.jsonl"
+    raw.write_text(raw.read_text() + '{"text": "a new document"}\n')
+    # Of the two phases, only `broad` has code in its blend; `focused` starts from it.
+    assert jobs(copy) == TEXT
+
+
+def test_a_changed_chat_file_rebuilds_its_shard_and_sft(copy: Workspace):
+    raw = copy.path / "data/sample/tools/part_0.jsonl"
+    raw.write_text("\n".join(raw.read_text().splitlines()[1:]) + "\n")
+    assert jobs(copy) == {"render_chat": 1, "pack_sft": 1, "blend_sft": 1, "sft": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        # (a change of the configuration, what runs)
+        (
+            "pretrain={phases: [{name: broad, tokens: 20480, blend: [{corpus: docs, weight: 0.6}, "
+            "{corpus: code, weight: 0.4}]}, {name: focused, tokens: 12288, blend: [{corpus: docs, weight: 1.0}]}]}",
+            {"blend_pretrain": 1, "pretrain": 2, "sft": 1},
+        ),
+        ("sft_data={pack_size: 768}", {"pack_sft": 2, "blend_sft": 1, "sft": 1}),
+        ("sft={blend: [{source: tools, weight: 1.0}]}", {"blend_sft": 1, "sft": 1}),
+        ("sft={train_iters: 13}", {"sft": 1}),
+        ("sft={optimizer: {learning_rate: 0.002}}", {"sft": 1}),
+        ("pretrain={optimizer: {learning_rate: 0.002}}", {"pretrain": 2, "sft": 1}),
+        ("model={moe_router_topk: 3}", {"pretrain": 2, "sft": 1}),
+        ("seed=5", {"pretrain": 2, "sft": 1}),
+        # How a training runs and is watched, and what no rule uses, make nothing run again.
+        ("pretrain={log_interval: 1, save_interval: 3, micro_batch_size: 2}", {}),
+        ("pretrain={parallel: {tensor_model_parallel_size: 2}}", {}),
+        ("tracking=offline", {}),
+        ("tokenizer={vocab_size: 1100}", {"build_tokenizer": 1, "tokenize_shard": 3, "render_chat": 2}),
+    ],
+)
+def test_a_changed_key_rebuilds_what_depends_on_it(copy: Workspace, change: str, expected: dict[str, int]):
+    found = jobs(copy, change)
+    if "build_tokenizer" in expected:  # a changed tokenizer retokenizes everything
+        expected = expected | {"blend_pretrain": 2, "pretrain": 2, "pack_sft": 2, "blend_sft": 1, "sft": 1}
+    assert found == expected
+
+
+def test_more_tokens_in_the_last_phase_leave_a_stable_first_phase_alone(copy: Workspace):
+    """The decay of WSD lies in the last phase; a longer curriculum does not change the first one."""
+    phases = yaml.safe_load((copy.path / "tests/config/micro.yaml").read_text())["pretrain"]["phases"]
+    phases[1]["tokens"] *= 2
+    change = f"pretrain={yaml.safe_dump({'phases': phases}, default_flow_style=True, width=10000).strip()}"
+    assert jobs(copy, change) == {"pretrain": 1, "sft": 1}
+
+
+def test_a_new_raw_file_is_tokenized_and_the_tokenizer_stays(copy: Workspace):
+    copy.write("data/mine/new.jsonl", '{"text": "a document of mine"}\n' * 50)
+    corpora = yaml.safe_load((copy.path / "tests/config/micro.yaml").read_text())["corpora"]
+    corpora[1]["paths"].append("data/mine/new.jsonl")
+    change = f"corpora={yaml.safe_dump(corpora, default_flow_style=True, width=10000).strip()}"
+    assert jobs(copy, change) == TEXT
+
+
+def test_a_changed_text_that_trained_the_tokenizer_leaves_it_alone(copy: Workspace):
+    raw = copy.path / "data/sample/docs/part_0.jsonl"
+    raw.write_text(raw.read_text() + '{"text": "a new document"}\n')
+    assert jobs(copy) == {"tokenize_shard": 1, "blend_pretrain": 2, "pretrain": 2, "sft": 1}
+
+
+def test_a_changed_template_renders_chats_and_leaves_text_alone(copy: Workspace):
+    template = (copy.path / "config/chat_template.jinja").read_text()
+    copy.write("my_template.jinja", template + "\n")
+    assert jobs(copy, "tokenizer={chat_template: my_template.jinja}") == {
+        "install_chat_template": 1,
+        "render_chat": 2,
+        "pack_sft": 2,
+        "blend_sft": 1,
+        "sft": 1,
+    }
+
+
+def test_a_comment_changes_nothing(copy: Workspace):
+    shutil.copytree((copy.path / "config").resolve(), copy.path / "config_copy")
+    (copy.path / "config").unlink()
+    (copy.path / "config_copy").rename(copy.path / "config")  # copied with its times
+    config = copy.path / "config/config.yaml"
+    config.write_text("# a remark\n" + config.read_text().replace("seed: 1234", "seed:   1234  # mine"))
+    assert jobs(copy) == {}
