@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def key(default: Any, description: str) -> Any:
@@ -115,7 +115,7 @@ class Tokenizer(Section):
     text: list[str] = key(
         lambda: [p for c in sample_corpora() for p in c.paths],
         "files that a new tokenizer is trained on (no globs: a file that joins a corpus later must not "
-        "change the tokenizer); edit it, or run with `-R train_tokenizer`, to ask for a new one",
+        "change the tokenizer); edit it, or run with `-R build_tokenizer`, to ask for a new one",
     )
     text_field: str = key("text", "column or JSON key of those files that holds the document")
 
@@ -503,19 +503,23 @@ def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ)
     `SNAKETRON_SFT__TRAIN_ITERS=10` in the environment sets `sft.train_iters` over every file.
     Raises `ConfigError` with one line for each problem.
     """
-    merged = json.loads(json.dumps(values))
+    merged = json.loads(json.dumps(values, default=str))  # YAML knows dates, which no key takes
     for name, value in sorted(environment.items()):
         if name.startswith(ENVIRONMENT_PREFIX):
-            _set(
-                merged, name, name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"), yaml.safe_load(value)
-            )
+            _set(merged, name, value)
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
 
 
-def _set(values: dict[str, Any], variable: str, path: list[str], value: Any) -> None:
+def _set(values: dict[str, Any], variable: str, text: str) -> None:
+    """Set the key that a variable of the environment names to its YAML value."""
+    path = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"environment variable {variable}: {text!r} is not YAML") from None
     for name in path[:-1]:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
@@ -549,4 +553,4 @@ def _keys_at(path: tuple[str | int, ...]) -> set[str]:
 
 def _suggest(name: str, known: set[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
