@@ -1,0 +1,205 @@
+"""What defines a training and what only says how it is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from snaketron.config import Config, load
+from snaketron.settings import RunSettings, TrainSettings, pretrain_settings, run_settings, sft_settings
+
+import pytest
+
+MIX = [{"corpus": "docs", "weight": 1}]
+PHASES = [
+    {"name": "first", "tokens": 5_000, "blend": MIX},
+    {"name": "second", "tokens": 4_000, "blend": MIX, "seq_length": 50, "global_batch_size": 20},
+    {"name": "third", "tokens": 2_000, "blend": MIX},
+]
+PRETRAIN = {"seq_length": 100, "global_batch_size": 12, "micro_batch_size": 4, "warmup_tokens": 600}
+
+
+def curriculum(decay_tokens: int = 3_000, **changes: int) -> Config:
+    """Three phases of 5,000, 4,000 and 2,000 tokens, or what `changes` gives by the name of the phase."""
+    phases = [phase | {"tokens": changes.get(phase["name"], phase["tokens"])} for phase in PHASES]
+    return load({"pretrain": PRETRAIN | {"decay_tokens": decay_tokens, "phases": phases}}, {})
+
+
+# ------------------------------------------------------------------------------------------ the curriculum
+
+
+def test_tokens_are_rounded_up_to_whole_steps_and_the_phases_follow_each_other():
+    """A step has 1,200 tokens, in the second phase 1,000: 5, 4 and 2 steps."""
+    config = curriculum()
+    found = [pretrain_settings(config, name) for name in ("first", "second", "third")]
+    assert [s.train_iters for s in found] == [5, 4, 2]
+    assert [(s.global_batch_size, s.seq_length) for s in found] == [(12, 100), (20, 50), (12, 100)]
+    assert [s.schedule.increment for s in found] == [1_200, 1_000, 1_200]
+    assert [s.schedule.start for s in found] == [0, 6_000, 10_000]
+    assert found[-1].schedule.end == 10_000 + 2 * 1_200
+    assert [s.stage for s in found] == ["pretrain/first", "pretrain/second", "pretrain/third"]
+
+
+@pytest.mark.parametrize(
+    ("decay_tokens", "decaying"),
+    [
+        # The curriculum has 12,400 tokens; the phases end at 6,000, 10,000 and 12,400.
+        (0, []),
+        (2_400, ["third"]),
+        (2_401, ["second", "third"]),
+        (6_400, ["second", "third"]),
+        (6_401, ["first", "second", "third"]),
+    ],
+)
+def test_a_phase_decays_when_the_decay_begins_before_its_end(decay_tokens, decaying):
+    config = curriculum(decay_tokens)
+    schedules = {n: pretrain_settings(config, n).schedule for n in ("first", "second", "third")}
+    assert [name for name, schedule in schedules.items() if schedule.decay] == decaying
+    assert all(s.end == 12_400 and s.decay == decay_tokens for s in schedules.values() if s.decay)
+
+
+def test_a_phase_before_the_decay_does_not_depend_on_what_follows():
+    short, long = curriculum(), curriculum(third=50_000)
+    assert pretrain_settings(short, "first") == pretrain_settings(long, "first")
+    assert pretrain_settings(short, "second") != pretrain_settings(
+        long, "second"
+    )  # it decayed, and no longer
+
+
+def test_a_phase_depends_on_those_before_it():
+    assert pretrain_settings(curriculum(first=7_000), "second").schedule.start == 7_200
+
+
+def test_a_warm_up_longer_than_the_phase_ends_in_the_next_one():
+    """The scheduler wants the warm-up to end before the schedule; no step of the phase gets there."""
+    phases = [PHASES[0] | {"tokens": 1_200}, PHASES[2] | {"tokens": 6_000}]
+    values = PRETRAIN | {"warmup_tokens": 2_000, "decay_tokens": 1_200, "phases": phases}
+    schedule = pretrain_settings(load({"pretrain": values}, {}), "first").schedule
+    assert (schedule.warmup, schedule.end, schedule.decay) == (2_000, 2_001, 0)
+
+
+def test_sft_counts_in_steps_of_packs():
+    config = load({"sft": {"train_iters": 7, "warmup_iters": 3}, "sft_data": {"pack_size": 64}}, {})
+    settings = sft_settings(config)
+    assert (settings.seq_length, settings.global_batch_size, settings.train_iters) == (64, 4, 7)
+    assert settings.schedule.model_dump() == {
+        "style": "cosine",
+        "start": 0,
+        "warmup": 3,
+        "end": 7,
+        "decay": 0,
+        "increment": 1,
+    }
+
+
+# -------------------------------------------------------------------------- what makes a training run again
+
+# A different valid value of each key; numbers double where nothing is said.
+OTHER: dict[str, Any] = {
+    "tracking": "offline",
+    "model.hybrid_layer_pattern": "MEM*EM-",
+    "model.mtp_hybrid_layer_pattern": "*-",
+    "model.precision": "bf16",
+    "model.moe_router_topk": 1,
+    "model.mamba_num_groups": 4,
+    "model.num_query_groups": 4,
+    "model.num_attention_heads": 16,
+    "pretrain.micro_batch_size": 2,
+    "pretrain.warmup_tokens": 5_000,
+    "pretrain.decay_tokens": 5_000,
+    "pretrain.optimizer.adam_beta1": 0.8,
+    "pretrain.optimizer.adam_beta2": 0.8,
+    "sft.optimizer.adam_beta1": 0.8,
+    "sft.optimizer.adam_beta2": 0.8,
+    "sft.parallel.context_parallel_size": None,  # 1 only
+    "sft.micro_batch_size": None,  # 1 only
+    "pretrain.parallel.expert_model_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
+    "pretrain.parallel.expert_tensor_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
+    "sft.parallel.expert_model_parallel_size": ("sft.parallel.data_parallel_size", 2),
+    "sft.parallel.expert_tensor_parallel_size": ("sft.parallel.data_parallel_size", 2),
+}
+# Identified by the files that they make.
+DATA = (
+    "pathvars",
+    "tokenizer",
+    "corpora",
+    "chats",
+    "pretrain_data",
+    "sft_data",
+    "pretrain.phases",
+    "sft.blend",
+)
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and not path.startswith(DATA):
+            yield from leaves(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def change(values: dict[str, Any], path: str, value: Any) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        values = values[section]
+    values[name] = value
+
+
+def parts(config: Config) -> dict[str, str]:
+    return {
+        "pretrain": pretrain_settings(config, config.pretrain.phases[-1].name).model_dump_json(),
+        "sft": sft_settings(config).model_dump_json(),
+        "run pretrain": run_settings(config, "pretrain").model_dump_json(),
+        "run sft": run_settings(config, "sft").model_dump_json(),
+    }
+
+
+def expected(path: str) -> set[str]:
+    section, _, key = path.partition(".")
+    if path == "seed" or section == "model":
+        return {"pretrain", "sft"}
+    if path == "tracking":
+        return {"run pretrain", "run sft"}
+    of_result = ("optimizer", "seq_length", "global_batch_size", "train_iters", "warmup", "decay")
+    return {section} if key.startswith(of_result) else {f"run {section}"}
+
+
+KEYS = [
+    (path, value)
+    for path, value in leaves(Config().model_dump(mode="json"))
+    if not path.startswith(DATA) and OTHER.get(path, ...) is not None
+]
+
+
+@pytest.mark.parametrize(("path", "value"), KEYS, ids=[path for path, _ in KEYS])
+def test_each_key_is_of_the_result_or_of_the_run(path, value):
+    """Changing a key changes the one part that it belongs to, and no key is in neither or in both."""
+    values = Config().model_dump(mode="json")
+    other = OTHER.get(path, value * 2 if isinstance(value, int | float) else value)
+    if isinstance(other, tuple):
+        change(values, *other)
+        other = 2
+    before = parts(load(values, {}))
+    change(values, path, other)
+    after = parts(load(values, {}))
+    assert {name for name in after if after[name] != before[name]} == expected(path)
+
+
+def test_the_pack_size_is_of_the_result():
+    """It is the sequence length of SFT; the other keys of the data are in the data's own files."""
+    assert sft_settings(load({"sft_data": {"pack_size": 512}}, {})).seq_length == 512
+
+
+def test_no_key_is_in_both_parts():
+    assert not set(TrainSettings.model_fields) & set(RunSettings.model_fields)
+
+
+def test_settings_survive_the_command_line():
+    config = Config()
+    settings, run = sft_settings(config), run_settings(config, "sft")
+    assert TrainSettings.model_validate_json(settings.model_dump_json()) == settings
+    assert RunSettings.model_validate_json(run.model_dump_json()) == run
+    assert json.loads(run.model_dump_json())["num_samples"] == 2
