@@ -24,6 +24,8 @@ def shards(source: Corpus | ChatSource, where: str) -> dict[str, str]:
             if not suffix:
                 raise ConfigError(f"{at}: {path} is none of {', '.join(SUFFIXES)}")
             name = re.sub(r"[^a-z0-9_.]", "_", Path(path).name.removesuffix(suffix).lower())
+            if not name:
+                raise ConfigError(f"{at}: {path} has no name before {suffix}; rename it")
             if found.setdefault(name, path) != path:
                 raise ConfigError(f"{at}: {path} and {found[name]} would both be shard {name!r}; rename one")
     return dict(sorted(found.items()))
@@ -34,15 +36,22 @@ def _files(pattern: str, at: str) -> list[str]:
         return [pattern]
     path = Path(pattern)
     if path.is_dir():
-        files = sorted(str(p) for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+        listed = (p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+        # Hidden files belong to the program that is still downloading or editing.
+        files = sorted(str(p) for p in listed if not any(map(_hidden, p.relative_to(path).parts)))
         return files or _missing(f"{at}: no {', '.join(SUFFIXES)} file in the directory {pattern}")
     if path.is_file():
-        return [pattern]
+        return [str(path)]
     if not any(c in pattern for c in "*?["):
         return _missing(f"{at}: {pattern} does not exist (relative paths start at {Path.cwd()})")
     root = Path(path.anchor)
-    files = sorted(str(p) for p in root.glob(str(path.relative_to(root))) if p.is_file())
+    matched = (p for p in root.glob(str(path.relative_to(root))) if p.is_file())
+    files = sorted(str(p) for p in matched if not _hidden(p.name) or _hidden(path.name))
     return files or _missing(f"{at}: no file matches {pattern}")
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _missing(message: str) -> list[str]:
