@@ -40,8 +40,9 @@ def test_a_changed_chat_file_rebuilds_its_shard_and_sft(copy: Workspace):
     [
         # (a change of the configuration, what runs)
         (
-            "pretrain={phases: [{name: broad, tokens: 20480, blend: [{corpus: docs, weight: 0.6}, "
-            "{corpus: code, weight: 0.4}]}, {name: focused, tokens: 12288, blend: [{corpus: docs, weight: 1.0}]}]}",
+            "pretrain={phases: [{name: broad, tokens: 12288, blend: "
+            "[{corpus: docs, weight: 0.6}, {corpus: code, weight: 0.4}]}, "
+            "{name: focused, tokens: 8192, blend: [{corpus: docs, weight: 1.0}]}]}",
             {"blend_pretrain": 1, "pretrain": 2, "sft": 1},
         ),
         ("sft_data={pack_size: 768}", {"pack_sft": 2, "blend_sft": 1, "sft": 1}),

@@ -1,0 +1,166 @@
+"""SIGKILL to a whole run at any moment, and the same command again: the end is the undisturbed one's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import Workspace
+from tests.end_to_end.processes import exists, run_until, saved
+
+import pytest
+
+
+def weights(checkpoint: Path) -> dict[str, str]:
+    """Hashes of the files with tensors (model and optimizer) of the final checkpoint."""
+    final = max(checkpoint.glob("iter_*"))
+    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in final.glob("*.distcp")}
+    assert found
+    return found
+
+
+def metrics(checkpoint: Path) -> list[dict[str, Any]]:
+    """The lines of metrics without what is timed."""
+    lines = [json.loads(line) for line in (checkpoint / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+
+
+def begin_again(copy: Workspace, target: str) -> Path:
+    """Forget what was trained for `target` and after it; the undisturbed checkpoint."""
+    published = copy.path / target
+    undisturbed = copy.path / "undisturbed"
+    shutil.copytree(published.resolve(), undisturbed)
+    shutil.rmtree(published.resolve())
+    published.unlink()
+    return undisturbed
+
+
+def half_written(root: Path) -> Callable[[], bool]:
+    """Inside the write of the second checkpoint: the first is complete, files of the next one appear."""
+    first = saved(root, 4)
+    return lambda: first() and exists(root, "versions/*/.iter_*.partial/*")()
+
+
+def first_line(root: Path) -> Callable[[], bool]:
+    return lambda: any(file.stat().st_size > 0 for file in root.glob("versions/*/metrics.jsonl"))
+
+
+MOMENTS = {
+    "at start": lambda root: exists(root, "versions/*/config.yaml"),
+    "before the first checkpoint": first_line,
+    "inside a checkpoint write": half_written,
+    "after a checkpoint": lambda root: saved(root, 4),
+    "before publishing": lambda root: saved(root, 12),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_pretraining_ends_as_an_undisturbed_one(copy: Workspace, moment: str):
+    target = "ckpt/pretrain/broad"
+    undisturbed = begin_again(copy, target)
+    hidden = list((copy.path / "ckpt/versions").iterdir())
+    for version in hidden:  # so that only the killed version is looked at
+        version.rename(copy.path / version.name)
+    killed, _ = run_until(copy, copy.command(target), MOMENTS[moment](copy.path / "ckpt"), signal.SIGKILL)
+    assert killed == -signal.SIGKILL
+    assert not (copy.path / target).exists()
+    again = copy.snakemake(target)
+    assert again.status == 0, again.output[-3000:]
+    assert weights(copy.path / target) == weights(undisturbed)
+    assert metrics(copy.path / target) == metrics(undisturbed)
+    assert list((copy.path / "ckpt/versions").glob("*/.*.partial")) == []
+
+
+def test_a_killed_sft_ends_as_an_undisturbed_one(copy: Workspace):
+    undisturbed = begin_again(copy, "ckpt/sft")
+    answers = (undisturbed / "answers.json").read_text()
+    inside = half_written(copy.path / "ckpt")
+    for version in (copy.path / "ckpt/versions").iterdir():
+        (version / "latest_checkpointed_iteration.txt").rename(version / "latest")
+    base = next((copy.path / "ckpt/versions").glob("pretrain_focused*"))
+    (base / "latest").rename(base / "latest_checkpointed_iteration.txt")
+    run_until(copy, copy.command("ckpt/sft"), lambda: inside() and sft_begun(copy), signal.SIGKILL)
+    again = copy.snakemake("ckpt/sft")
+    assert again.status == 0, again.output[-3000:]
+    assert "continues after step 4" in again.output
+    assert weights(copy.path / "ckpt/sft") == weights(undisturbed)
+    assert metrics(copy.path / "ckpt/sft") == metrics(undisturbed)
+    assert (copy.path / "ckpt/sft/answers.json").read_text() == answers
+
+
+def sft_begun(copy: Workspace) -> bool:
+    return exists(copy.path / "ckpt", "versions/sft-*/iter_0000004")()
+
+
+@pytest.mark.parametrize(
+    ("rule", "partial"),
+    [
+        ("sample_corpus", "data/sample/*/.part_*.partial"),
+        ("build_tokenizer", "data/tokenizer/.*.partial"),
+        ("tokenize_shard", "data/tokens/*/*/.*.partial"),
+        ("render_chat", "data/chat/*/.*.partial"),
+        ("pack_sft", "data/sft/*/*/.*.partial"),
+        ("blend_sft", "data/sft/.*.partial"),
+    ],
+)
+def test_killed_data_rules_end_with_the_same_files(copy: Workspace, rule: str, partial: str):
+    """All data is made again, and the run is killed while `rule` writes."""
+    expected = contents(copy.path / "data")
+    shutil.rmtree(copy.path / "data")
+    shutil.rmtree(copy.path / "ckpt")
+    targets = ["data/sft/blend.json", "data/pretrain/broad/blend.json"]
+    run_until(copy, copy.command(*targets), exists(copy.path, partial), signal.SIGKILL)
+    again = copy.snakemake(*targets)
+    assert again.status == 0, again.output[-3000:]
+    found = contents(copy.path / "data")
+    assert found == {name: digest for name, digest in expected.items() if name in found}
+    assert {"sft/blend.json", "tokens/code/train/part_0.bin", "tokenizer/tokenizer.json"} <= found.keys()
+    assert not list((copy.path / "data").rglob(".*.partial"))
+
+
+def contents(root: Path) -> dict[str, str]:
+    """Hashes of all files but the records, which hold times."""
+    files = [p for p in root.rglob("*") if p.is_file() and not is_record(p)]
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def is_record(path: Path) -> bool:
+    return path.suffix == ".json" and b'"created"' in path.read_bytes()
+
+
+def test_ctrl_c_stops_cleanly_and_the_run_continues(copy: Workspace):
+    target = "ckpt/pretrain/broad"
+    undisturbed = begin_again(copy, target)
+    for version in (copy.path / "ckpt/versions").iterdir():
+        version.rename(copy.path / version.name)
+    status, output = run_until(copy, copy.command(target), first_line(copy.path / "ckpt"), signal.SIGINT)
+    assert status != 0
+    assert "stopped by SIGINT after step" in output and "run the same command again" in output
+    assert "Traceback" not in output
+    assert not (copy.path / target).exists()
+    again = copy.snakemake(target)
+    assert again.status == 0, again.output[-3000:]
+    assert "continues after step" in again.output
+    assert weights(copy.path / target) == weights(undisturbed)
+    assert metrics(copy.path / target) == metrics(undisturbed)
+
+
+def test_a_published_checkpoint_survives_every_rerun(copy: Workspace):
+    """Other settings get a version of their own; going back finds the first one finished."""
+    first = (copy.path / "ckpt/sft").resolve()
+    before = weights(first)
+    assert copy.snakemake("ckpt/sft", config=("sft={train_iters: 4}",)).status == 0
+    second = (copy.path / "ckpt/sft").resolve()
+    assert second != first and weights(first) == before
+    back = copy.snakemake("ckpt/sft")
+    assert back.status == 0 and "these settings were trained before" in back.output
+    assert (copy.path / "ckpt/sft").resolve() == first
+    assert copy.snakemake("-n", "ckpt/sft").jobs == {}
+    pruned = copy.run("python", "scripts/prune_versions.py", "--ckpt", "ckpt")
+    assert pruned.status == 0 and second.name in pruned.output
+    assert not second.exists() and weights(first) == before
