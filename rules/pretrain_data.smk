@@ -20,7 +20,7 @@ rule tokenize_shard:
         "python scripts/tokenize_shard.py --text {input.text} --text-field {params.text_field:q}"
         " --corpus {wildcards.corpus} --tokenizer {params.tokenizer}"
         " --valid-fraction {params.valid_fraction} --test-fraction {params.test_fraction}"
-        " --bins {output.bins} --record {output.record} 2> {log}"
+        " --bins {output.bins} --record {output.record} --log-file {log}"
 
 
 rule blend_pretrain:
@@ -42,4 +42,4 @@ rule blend_pretrain:
     shell:
         "python scripts/blend_pretrain.py --phase {wildcards.phase} --weights {params.weights}"
         " --records {input.records} --tokenizer {params.tokenizer}"
-        " --output {output.blend} --record {output.record} 2> {log}"
+        " --output {output.blend} --record {output.record} --log-file {log}"

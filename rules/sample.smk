@@ -11,7 +11,7 @@ rule sample_corpus:
         corpus="docs|code|packages",
     shell:
         "python scripts/sample_corpus.py --corpus {wildcards.corpus}"
-        " --texts {output.texts} --record {output.record} 2> {log}"
+        " --texts {output.texts} --record {output.record} --log-file {log}"
 
 
 rule sample_chat:
@@ -27,4 +27,4 @@ rule sample_chat:
         source="questions|tools",
     shell:
         "python scripts/sample_chat.py --source {wildcards.source}"
-        " --chats {output.chats} --record {output.record} 2> {log}"
+        " --chats {output.chats} --record {output.record} --log-file {log}"

@@ -21,7 +21,7 @@ rule render_chat:
         " --messages-field {params.fields[messages_field]:q} --tools-field {params.fields[tools_field]:q}"
         " --tokenizer {params.tokenizer} --template {input.template}"
         " --valid-fraction {params.valid_fraction} --test-fraction {params.test_fraction}"
-        " --output {output.rendered} --record {output.record} 2> {log}"
+        " --output {output.rendered} --record {output.record} --log-file {log}"
 
 
 rule pack_sft:
@@ -43,7 +43,7 @@ rule pack_sft:
     shell:
         "python scripts/pack_sft.py --chats {input} --pack-size {params.pack_size}"
         " --algorithm {params.algorithm} --train {output.train} --valid {output.valid}"
-        " --test {output.test} --record {output.record} 2> {log}"
+        " --test {output.test} --record {output.record} --log-file {log}"
 
 
 rule blend_sft:
@@ -62,4 +62,4 @@ rule blend_sft:
         weights=graph.sft_weights(),
     shell:
         "python scripts/blend_sft.py --weights {params.weights} --records {input.records}"
-        " --output {output.blend} --record {output.record} 2> {log}"
+        " --output {output.blend} --record {output.record} --log-file {log}"

@@ -18,7 +18,7 @@ rule build_tokenizer:
         source=graph.tokenizer_source,
     shell:
         "python scripts/build_tokenizer.py {params.source} --text {input.text}"
-        " --output {output.tokenizer} --record {output.record} 2> {log}"
+        " --output {output.tokenizer} --record {output.record} --log-file {log}"
 
 
 rule install_chat_template:
@@ -39,4 +39,4 @@ rule install_chat_template:
         source=graph.chat_template_source,
     shell:
         "python scripts/install_chat_template.py {params.source}"
-        " --output {output.template} --record {output.record} 2> {log}"
+        " --output {output.template} --record {output.record} --log-file {log}"

@@ -7,13 +7,13 @@ import logging
 from pathlib import Path
 
 from snaketron.data.split import SPLITS
-from snaketron.log import run
+from snaketron.log import argument_parser, run
 
 logger = logging.getLogger("snaketron")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("--phase", required=True, help="name of the phase")
     parser.add_argument(
         "--weights", type=_weight, nargs="+", required=True, metavar="CORPUS=WEIGHT", help="relative weights"

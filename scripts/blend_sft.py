@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from snaketron.log import logger, run
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add(
         "--weights", nargs="+", required=True, metavar="SOURCE=WEIGHT", help="share of each source in the mix"

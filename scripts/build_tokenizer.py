@@ -6,13 +6,13 @@ import argparse
 import logging
 from pathlib import Path
 
-from snaketron.log import run
+from snaketron.log import argument_parser, run
 
 logger = logging.getLogger("snaketron")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("--path", help="directory or hub id of a fast tokenizer; without it one is trained")
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="files to train on")
     parser.add_argument("--text-field", default="text", help="column or JSON key that holds the document")

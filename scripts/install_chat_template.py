@@ -6,13 +6,13 @@ import argparse
 import logging
 from pathlib import Path
 
-from snaketron.log import run
+from snaketron.log import argument_parser, run
 
 logger = logging.getLogger("snaketron")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argument_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--template", type=Path, help="Jinja file")
     source.add_argument("--tokenizer", help="directory or hub id of a tokenizer that comes with a template")

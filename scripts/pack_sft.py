@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from snaketron.data.packing import ALGORITHMS
-from snaketron.log import logger, run
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--chats", type=Path, required=True, help="rendered conversations (render_chat)")
     add("--pack-size", type=int, required=True, help="tokens of a pack; longer conversations are dropped")

@@ -6,13 +6,13 @@ import argparse
 import logging
 from pathlib import Path
 
-from snaketron.log import run
+from snaketron.log import argument_parser, run
 
 logger = logging.getLogger("snaketron")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("--source", choices=("questions", "tools"), required=True)
     parser.add_argument("--chats", type=Path, nargs="+", required=True, help="JSON lines files to write")
     parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")

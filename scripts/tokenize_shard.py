@@ -7,13 +7,13 @@ import logging
 from pathlib import Path
 
 from snaketron.data.split import SPLITS
-from snaketron.log import run
+from snaketron.log import argument_parser, run
 
 logger = logging.getLogger("snaketron")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("--text", type=Path, required=True, help="raw file: .jsonl[.gz|.zst] or .parquet")
     parser.add_argument("--text-field", required=True, help="column or JSON key that holds the document")
     parser.add_argument("--corpus", required=True, help="name of the corpus")

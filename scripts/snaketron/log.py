@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger("snaketron")
 
@@ -46,6 +49,33 @@ def run(main: Callable[[], int]) -> None:
     sys.exit(status)
 
 
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the option that every script has: --log-file."""
+    made = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    made.add_argument(
+        "--log-file", type=Path, action=_LogFile, help="write the log there, and only warnings here"
+    )
+    return made
+
+
+class _LogFile(argparse.Action):
+    """Begins the log when the option is read, so that it holds what goes wrong after that as well."""
+
+    def __call__(self, _parser: Any, namespace: argparse.Namespace, value: Any, _option: Any = None) -> None:
+        setattr(namespace, self.dest, value)
+        log_to(value, "w")
+        for handler in logging.getLogger().handlers:
+            handler.setLevel(logging.WARNING)
+
+
+def log_to(path: Path, mode: str) -> None:
+    """Let this process write its log to `path` as well, replacing it ("w") or at its end ("a")."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, mode)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+
+
 def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    logger.error("error: %s", message)
     return 1
