@@ -69,6 +69,44 @@ def read(path: Path) -> dict[str, Any]:
     return value
 
 
+def record_of(entry: Mapping[str, Any]) -> Path | None:
+    """The record of what made an input, given as a record lists it; None for a file that no rule made.
+
+    A record lies beside what it is about and is known by the content hash, so a file that was made again
+    since is not taken for the one that was used.
+    """
+    path = Path(entry["path"])
+    if "version" in entry:  # a checkpoint
+        return path / "record.json"
+    for candidate in (path.parent / "record.json", path.with_suffix(".json")):
+        try:
+            outputs = read(candidate)["outputs"]
+        except UserError:
+            continue
+        if candidate == path:
+            if sha256(path) == entry["sha256"]:
+                return path
+        elif any(output["sha256"] == entry["sha256"] for output in outputs):
+            return candidate
+    return None
+
+
+def ancestors(inputs: Iterable[Mapping[str, Any]]) -> dict[Path, dict[str, Any]]:
+    """The records of everything that `inputs` were made from; each comes after those of its own inputs."""
+    found: dict[Path, dict[str, Any]] = {}
+
+    def visit(inputs: Iterable[Mapping[str, Any]]) -> None:
+        for entry in inputs:
+            path = record_of(entry)
+            if path and path not in found:
+                record = read(path)
+                visit(record["inputs"])
+                found[path] = record
+
+    visit(inputs)
+    return found
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -17,8 +17,13 @@ def summarize(checkpoint: Path) -> str:
 
     Follows the inputs of the lineage records, so the data must still lie where it was.
     """
-    stages = _stages(checkpoint)
-    records = _data_records(stages)
+    last = lineage.read(checkpoint / "record.json")
+    stages, records = [], defaultdict(list)
+    for record in [*lineage.ancestors(last["inputs"]).values(), last]:
+        if record["kind"] == "checkpoint":
+            stages.append(record)
+        else:
+            records[record["kind"]].append(record)
     parts = [
         f"# {checkpoint}",
         _training(stages),
@@ -29,34 +34,6 @@ def summarize(checkpoint: Path) -> str:
     if (checkpoint / ANSWERS).exists():
         parts.append(_answers(read_json(checkpoint / ANSWERS)))
     return "\n\n".join(parts) + "\n"
-
-
-def _stages(checkpoint: Path) -> list[dict[str, Any]]:
-    """Records of the checkpoint and of those it started from, the first one first."""
-    record = lineage.read(checkpoint / "record.json")
-    bases = [Path(i["path"]) for i in record["inputs"] if "version" in i]
-    return [stage for base in bases for stage in _stages(base)] + [record]
-
-
-def _data_records(stages: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """All records of data that the stages lead back to, by kind."""
-    found: dict[Path, dict[str, Any]] = {}
-    waiting = [Path(i["path"]) for stage in stages for i in stage["inputs"] if "sha256" in i]
-    while waiting:
-        path = waiting.pop()
-        record_path = (
-            path if path.suffix == ".json" and path.name != "blend.json" else path.with_suffix(".json")
-        )
-        if path.name in ("blend.json", "tokenizer.json") or path.suffix == ".jsonl":
-            record_path = path.parent / "record.json"
-        if record_path in found or not record_path.exists():
-            continue
-        found[record_path] = lineage.read(record_path)
-        waiting += [Path(i["path"]) for i in found[record_path]["inputs"]]
-    by_kind = defaultdict(list)
-    for record in found.values():
-        by_kind[record["kind"]].append(record)
-    return by_kind
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -140,9 +117,9 @@ def _dropped(counts: list[dict[str, int]]) -> str:
 
 
 def _time(stages: list[dict[str, Any]], records: dict[str, list[dict[str, Any]]]) -> str:
-    kinds = [(kind, found) for kind, found in records.items() if kind != "checkpoint"]
     rows = [
-        [kind, str(len(found)), f"{sum(r['seconds'] for r in found):.1f}"] for kind, found in sorted(kinds)
+        [kind, str(len(found)), f"{sum(r['seconds'] for r in found):.1f}"]
+        for kind, found in sorted(records.items())
     ]
     rows += [[stage["name"], "1", f"{stage['seconds']:.1f}"] for stage in stages]
     return "## Time\n\n" + table(["made", "jobs", "seconds"], rows)
