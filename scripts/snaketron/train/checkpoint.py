@@ -7,6 +7,7 @@ expect. A checkpoint is written aside and renamed by rank 0 when every rank has 
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_save_shar
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -29,11 +31,16 @@ def iteration_directory(directory: Path, iteration: int) -> Path:
 
 
 def latest_iteration(directory: Path) -> int | None:
-    """Steps of the newest complete checkpoint below `directory`; None when there is none."""
+    """Steps of the newest complete checkpoint below `directory`; None when there is none.
+
+    That is the one that LATEST names, or, when that was deleted because it could not be read, one before.
+    """
     try:
-        return int((directory / LATEST).read_text())
+        latest = int((directory / LATEST).read_text())
     except FileNotFoundError:
         return None
+    there = [int(path.name.removeprefix("iter_")) for path in directory.glob("iter_*")]
+    return max((iteration for iteration in there if iteration <= latest), default=None)
 
 
 def save(
@@ -90,10 +97,14 @@ def load(
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
     try:
-        state = dist_checkpointing.load(state, source)
-    except (OSError, EOFError, dist_checkpointing.core.CheckpointingException) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about torch's own calls of torch
+            state = dist_checkpointing.load(state, source)
+    except (OSError, CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
+        cause = _cause(error)
         raise UserError(
-            f"{source}: the checkpoint cannot be read ({error}); delete it and run again"
+            f"{source}: the checkpoint cannot be read ({type(cause).__name__}: {cause}); "
+            "delete it and run again, to continue from the one before it"
         ) from error
     model.load_state_dict(state["model"])
     if optimizer is not None:
@@ -104,6 +115,11 @@ def load(
         for group, values in zip(optimizer.param_groups, configured, strict=True):
             group.update(values)
     return state["progress"]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong on the first rank where it did: torch's exception holds a traceback of each."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 # Values of an optimizer group that the configuration decides, not the checkpoint.

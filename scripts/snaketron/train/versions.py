@@ -93,7 +93,7 @@ def unpublished(root: Path) -> Iterator[Path]:
         for path in root.rglob("*")
         if path.is_symlink() and "versions" not in path.relative_to(root).parts
     }
-    versions = [v for v in (root / "versions").glob("*") if v.is_dir()]
+    versions = [v for v in (root / "versions").glob("*") if v.is_dir() and not v.is_symlink()]
     yield from sorted((v for v in versions if v.resolve() not in used), key=lambda v: v.stat().st_mtime)
 
 

@@ -1,0 +1,130 @@
+"""One process that plays every rank, a small model, and a small blend of tokenized text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.config import load
+from snaketron.data import blend, tokenizer
+from snaketron.data.tokenize import tokenize_shard
+from snaketron.log import logger
+from snaketron.model import backend
+from snaketron.settings import RunSettings, TrainSettings, pretrain_settings, run_settings
+
+import pytest
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+MODEL = {
+    "hybrid_layer_pattern": "ME*",
+    "hidden_size": 32,
+    "kv_channels": 8,
+    "num_attention_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 16,
+    "moe_latent_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "mtp_num_layers": 1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    if torch.distributed.is_initialized():  # by another module's fixture
+        yield
+        return
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(backend.process_group_backend(), store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
+@pytest.fixture(autouse=True)
+def log_handlers():
+    """A stage logs into its version; not for longer than its test."""
+    before, level = list(logger.handlers), logger.level
+    yield
+    for handler in logger.handlers[:]:
+        if handler not in before:
+            logger.removeHandler(handler)
+            handler.close()
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def settings() -> Callable[..., tuple[TrainSettings, RunSettings]]:
+    """settings(tokens=..., **keys of pretrain) of a phase of 4 sequences of 16 tokens a step."""
+
+    def make(
+        tokens: int = 320, model: dict | None = None, seed: int = 1234, **keys
+    ) -> tuple[TrainSettings, RunSettings]:
+        phase = {"name": "one", "tokens": tokens, "blend": [{"corpus": "docs", "weight": 1}]}
+        pretrain = {"seq_length": 16, "global_batch_size": 4, "micro_batch_size": 2, "cpus_per_task": 1}
+        pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "phases": [phase]} | keys
+        config = load({"seed": seed, "model": MODEL | (model or {}), "pretrain": pretrain}, {})
+        return pretrain_settings(config, "one"), run_settings(config, "pretrain")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 300 tokens."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    text = directory / "text.jsonl"
+    text.write_text('{"text": "the quick brown fox jumps over the lazy dog"}\n' * 5)
+    tokenizer.build(
+        path=None,
+        text=[text],
+        text_field="text",
+        vocab_size=300,
+        output=directory / "tokenizer.json",
+        record=directory / "record.json",
+    )
+    return directory
+
+
+@pytest.fixture(scope="session")
+def blend_path(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """A blend of 60 documents, none of them in the test split."""
+    root = tmp_path_factory.mktemp("blend")
+    text = root / "part.jsonl"
+    rows = [
+        {"text": f"document {i} of the quick brown fox {'and the lazy dog ' * (i % 7)}"} for i in range(60)
+    ]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenize_shard(
+        text,
+        text_field="text",
+        corpus="docs",
+        tokenizer=tokenizer_dir,
+        valid_fraction=0.2,
+        test_fraction=0.0,
+        bins={split: root / split / "part.bin" for split in ("train", "valid", "test")},
+        record=root / "part.json",
+    )
+    blend.build(
+        "one",
+        weights={"docs": 1.0},
+        records=[root / "part.json"],
+        tokenizer=tokenizer_dir,
+        output=root / "blend.json",
+        record=root / "record.json",
+    )
+    return root / "blend.json"

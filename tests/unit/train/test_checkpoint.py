@@ -1,0 +1,214 @@
+"""Checkpoints: what is loaded is what was saved, and a broken one is never taken for a whole one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.files import partial
+from snaketron.log import UserError
+from snaketron.train import checkpoint
+from snaketron.train.batches import Batches
+from snaketron.train.loop import Trainer
+
+import pytest
+import torch
+
+
+class Random(Batches):
+    """Sequences of random tokens, each a function of its number."""
+
+    def has(self, split: str) -> bool:
+        return split == "train"
+
+    def collate(self, split: str, indices: Sequence[int]) -> dict:
+        tokens = torch.stack(
+            [torch.randint(0, 256, (17,), generator=torch.Generator().manual_seed(i)) for i in indices]
+        )
+        return {
+            "input_ids": tokens[:, :-1],
+            "labels": tokens[:, 1:],
+            "loss_mask": torch.ones(len(indices), 16),
+            "position_ids": torch.arange(16).expand(len(indices), 16),
+        }
+
+
+@pytest.fixture
+def trainer(settings):
+    def make(seed: int = 1, steps: int = 0, **keys) -> Trainer:
+        torch.manual_seed(seed)
+        made = Trainer(*settings(**keys), 256)
+        for _ in range(steps):
+            made._step(Random(2))
+        return made
+
+    return make
+
+
+def state(trainer: Trainer) -> list[torch.Tensor]:
+    """Weights, buffers (the router's biases), and the optimizer's moments and main weights."""
+    moments = [
+        tensor
+        for one in trainer.optimizer.chained_optimizers
+        for group in one.optimizer.param_groups
+        for parameter in group["params"]
+        for tensor in (parameter, *(v for _, v in sorted(one.optimizer.state.get(parameter, {}).items())))
+        if isinstance(tensor, torch.Tensor)
+    ]
+    return [t.detach().clone() for t in (*trainer.model.parameters(), *trainer.model.buffers(), *moments)]
+
+
+def same(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def shards(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(trainer, tmp_path: Path, precision: str):
+    first = trainer(steps=3, model={"precision": precision})
+    first.save(tmp_path)
+    second = trainer(seed=2, model={"precision": precision})
+    assert not same(state(second), state(first))
+    assert second.resume(tmp_path)
+    assert same(state(second), state(first)) and len(state(first)) > 50
+    assert second.iteration == 3 and torch.equal(second.totals, first.totals)
+    # And so does the next step.
+    first._step(Random(2))
+    second._step(Random(2))
+    assert same(state(second), state(first))
+
+
+def test_a_new_directory_has_nothing_to_resume(trainer, tmp_path: Path):
+    assert checkpoint.latest_iteration(tmp_path) is None
+    one = trainer()
+    assert not one.resume(tmp_path) and one.iteration == 0
+
+
+def test_an_interrupted_save_is_ignored_and_replaced(trainer, tmp_path: Path):
+    one = trainer(steps=1)
+    one.save(tmp_path)
+    leftover = partial(checkpoint.iteration_directory(tmp_path, 2))
+    leftover.mkdir()
+    (leftover / "__0_0.distcp").write_bytes(b"half")
+    (leftover / "of_another_attempt").write_bytes(b"")
+    two = trainer(seed=2)
+    assert two.resume(tmp_path) and two.iteration == 1
+    two._step(Random(2))
+    two.save(tmp_path)
+    assert not leftover.exists()
+    assert sorted(shards(tmp_path / "iter_0000002")) == sorted(shards(tmp_path / "iter_0000001"))
+    assert trainer(seed=3).resume(tmp_path)
+
+
+def test_a_complete_checkpoint_that_latest_does_not_name_is_not_taken(trainer, tmp_path: Path):
+    """LATEST is written last: killed just before it, a run continues from the one before and replaces it."""
+    one = trainer(steps=1)
+    one.save(tmp_path)
+    one._step(Random(2))
+    one.save(tmp_path)
+    whole = shards(tmp_path / "iter_0000002")
+    (tmp_path / checkpoint.LATEST).write_text("1")
+    (tmp_path / "iter_0000002/__0_0.distcp").write_bytes(b"anything")
+    two = trainer(seed=2)
+    assert two.resume(tmp_path) and two.iteration == 1
+    two._step(Random(2))
+    two.save(tmp_path)
+    found = shards(tmp_path / "iter_0000002")
+    assert found.keys() == whole.keys() == {"__0_0.distcp", ".metadata", "metadata.json"}
+    assert found["__0_0.distcp"] == whole["__0_0.distcp"]  # the same bytes in every run
+    assert (tmp_path / checkpoint.LATEST).read_text() == "2"
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [4, 6]), (5, [2, 4, 6])])
+def test_the_newest_checkpoints_are_kept(trainer, tmp_path: Path, keep: int, left: list[int]):
+    one = trainer(steps=1, keep_checkpoints=keep)
+    for one.iteration in (2, 4, 6):
+        one.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(f"iter_{i:07d}" for i in left),
+        "latest_checkpointed_iteration.txt",
+    ]
+
+
+def test_a_failed_save_leaves_the_checkpoint_before_it(trainer, tmp_path: Path):
+    """The directory that a checkpoint is renamed to cannot be made: LATEST still names a whole one."""
+    one = trainer(steps=1, keep_checkpoints=1)
+    one.save(tmp_path)
+    one.iteration = 2
+    (tmp_path / "iter_0000002").write_text("in the way")
+    with pytest.raises(OSError):
+        one.save(tmp_path)
+    assert checkpoint.latest_iteration(tmp_path) == 1
+    assert trainer(seed=2).resume(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "overwritten", "gone", "metadata", "no metadata"])
+def test_a_damaged_checkpoint_is_named(trainer, tmp_path: Path, damage: str):
+    trainer(steps=1).save(tmp_path)
+    directory = tmp_path / "iter_0000001"
+    (shard,) = directory.glob("*.distcp")
+    content = shard.read_bytes()
+    if damage == "cut":
+        shard.write_bytes(content[: len(content) // 2])
+    elif damage == "emptied":
+        shard.write_bytes(b"")
+    elif damage == "overwritten":
+        shard.write_bytes(bytes(len(content)))
+    elif damage == "gone":
+        shard.unlink()
+    elif damage == "metadata":
+        (directory / ".metadata").write_bytes((directory / ".metadata").read_bytes()[:100])
+    else:
+        (directory / ".metadata").unlink()
+    with pytest.raises(UserError) as error:
+        trainer(seed=2).resume(tmp_path)
+    assert str(error.value).startswith(f"{directory}: the checkpoint cannot be read (")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_run_continues_from_the_checkpoint_before_a_deleted_one(trainer, tmp_path: Path):
+    one = trainer(steps=1)
+    one.save(tmp_path)
+    one._step(Random(2))
+    one.save(tmp_path)
+    shutil.rmtree(tmp_path / "iter_0000002")  # as the message about a damaged one asks
+    two = trainer(seed=2)
+    assert two.resume(tmp_path) and two.iteration == 1
+    shutil.rmtree(tmp_path / "iter_0000001")
+    assert not trainer(seed=3).resume(tmp_path)
+
+
+def test_a_base_gives_its_weights_and_not_its_optimizer(trainer, tmp_path: Path):
+    one = trainer(steps=1)
+    one.save(tmp_path)
+    two = trainer(seed=2)
+    two.start_from(tmp_path, with_optimizer=False)
+    assert same(list(two.model.parameters()), list(one.model.parameters()))
+    assert two.iteration == 0 and not same(state(two), state(one))
+    # The optimizer steps from those weights, not from the random ones: a step of rate 0 keeps them.
+    two.settings.schedule.warmup = 10
+    two.schedule.lr_warmup_steps = 10
+    two._step(Random(2))
+    assert same(list(two.model.parameters()), list(one.model.parameters()))
+
+
+def test_the_configuration_decides_the_rates_of_a_loaded_optimizer(trainer, tmp_path: Path):
+    one = trainer(steps=1, optimizer={"weight_decay": 0.3, "adam_beta1": 0.8})
+    one.save(tmp_path)
+    two = trainer(optimizer={"weight_decay": 0.2, "adam_beta1": 0.7})
+    two.start_from(tmp_path, with_optimizer=True)
+    groups = two.optimizer.param_groups
+    assert {g["betas"] for g in groups} == {(0.7, 0.95)}
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.2}
+
+
+def test_a_directory_that_is_no_checkpoint_is_no_base(trainer, tmp_path: Path):
+    with pytest.raises(
+        UserError, match=r"no latest_checkpointed_iteration.txt there; it is not a checkpoint"
+    ):
+        trainer().start_from(tmp_path, with_optimizer=True)

@@ -1,0 +1,179 @@
+"""What a training checks before it begins, and the version that it works in."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron import files
+from snaketron.log import UserError, logger
+from snaketron.train import versions
+from snaketron.train.loop import distributed
+from snaketron.train.stage import Stage, exit_status, parse_args
+
+import pydantic
+import pytest
+import yaml
+
+
+@pytest.fixture
+def stage(tmp_path: Path, tokenizer_dir: Path, blend_path: Path, settings):
+    """stage(base=..., **settings): a stage with its version below tmp_path/ckpt."""
+
+    def make(base: Path | None = None, **keys) -> Stage:
+        train, run = settings(**keys)
+        argv = [
+            "--blend",
+            blend_path,
+            "--tokenizer",
+            tokenizer_dir,
+            "--output",
+            tmp_path / "ckpt/pretrain/one",
+        ]
+        argv += ["--settings", train.model_dump_json(), "--run-settings", run.model_dump_json()]
+        argv += ["--log-file", tmp_path / "logs/one.log", "--base", *([base] if base else [])]
+        return Stage(parse_args(None, [str(a) for a in argv]))
+
+    return make
+
+
+@pytest.fixture
+def base(tmp_path: Path, tokenizer_dir: Path, settings) -> Path:
+    """What a stage reads of the checkpoint that it starts from."""
+    directory = tmp_path / "ckpt/pretrain/zero"
+    record = {"kind": "checkpoint", "name": "pretrain/zero", "key": "abc", "outputs": [], "counts": {}}
+    files.write_json(directory / "record.json", record)
+    config = {
+        "settings": settings()[0].model_dump(),
+        "tokenizer_sha256": files.sha256(tokenizer_dir / "tokenizer.json"),
+    }
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    return directory
+
+
+def test_the_version_is_that_of_the_settings_and_inputs(
+    stage, tmp_path: Path, blend_path: Path, tokenizer_dir
+):
+    one = stage()
+    identities = [files.sha256(blend_path), files.sha256(tokenizer_dir / "tokenizer.json")]
+    key = versions.version_key(one.settings.model_dump(), identities)
+    assert one.directory == tmp_path / f"ckpt/versions/pretrain_one-{key}"
+    assert not one.is_finished and not one.output.exists()
+
+
+def test_how_it_is_run_leaves_the_version_alone(stage):
+    one = stage()
+    one.owner.close()
+    assert stage(log_interval=3, keep_checkpoints=9, cpus_per_task=2, micro_batch_size=4).key == one.key
+
+
+def test_what_is_trained_is_another_version(stage, base: Path):
+    keys = [stage().key, stage(tokens=640).key, stage(seed=5).key, stage(base=base).key]
+    assert len(set(keys)) == 4
+
+
+def test_a_version_is_of_one_process_at_a_time(stage):
+    one = stage()
+    with pytest.raises(UserError, match="is training here"):
+        stage()
+    one.owner.close()
+    stage()
+
+
+def test_a_base_of_another_model_is_refused_with_every_key_that_differs(stage, base: Path, tmp_path: Path):
+    with pytest.raises(UserError) as error:
+        stage(base=base, model={"hidden_size": 64, "mtp_num_layers": 2})
+    assert str(error.value).splitlines() == [
+        f"{base} is a checkpoint of another model:",
+        "model.hidden_size: 32 in the checkpoint, 64 in the configuration",
+        "model.mtp_num_layers: 1 in the checkpoint, 2 in the configuration",
+    ]
+    assert not (tmp_path / "ckpt/versions").exists()
+
+
+def test_a_key_that_no_weight_depends_on_may_differ(stage, base: Path):
+    model = {"moe_aux_loss_coeff": 0.5, "mtp_loss_scaling_factor": 0.1, "init_method_std": 0.1}
+    assert stage(base=base, model=model | {"precision": "bf16"}).inputs[-1]["version"] == "pretrain/zero-abc"
+
+
+def test_a_base_with_another_tokenizer_is_refused(stage, base: Path):
+    config = yaml.safe_load((base / "config.yaml").read_text())
+    (base / "config.yaml").write_text(yaml.safe_dump(config | {"tokenizer_sha256": "f" * 64}))
+    with pytest.raises(
+        UserError, match=r"the tokenizer: sha256 ffffffffffff in the checkpoint, [0-9a-f]{12} here"
+    ):
+        stage(base=base)
+
+
+def test_a_base_that_is_not_finished_is_refused(stage, base: Path):
+    (base / "record.json").unlink()
+    with pytest.raises(UserError, match=f"{base}: not a finished checkpoint of this workflow"):
+        stage(base=base)
+
+
+def test_a_missing_blend_is_named(stage, blend_path: Path, tmp_path: Path, settings, tokenizer_dir):
+    train, run = settings()
+    argv = [
+        "--blend",
+        "no/blend.json",
+        "--tokenizer",
+        str(tokenizer_dir),
+        "--output",
+        str(tmp_path / "ckpt/a/b"),
+    ]
+    argv += ["--settings", train.model_dump_json(), "--run-settings", run.model_dump_json()]
+    with pytest.raises(UserError, match=r"^no/blend.json: no such file$"):
+        Stage(parse_args(None, argv))
+
+
+def test_another_number_of_processes_than_the_parallel_sizes_want_is_refused(settings, monkeypatch):
+    train, run = settings(parallel={"data_parallel_size": 2})
+    with pytest.raises(UserError) as error, distributed(train, run):
+        pass
+    assert str(error.value) == (
+        "1 processes were started, and the parallel sizes of the configuration want 2"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"3 processes were started, .* want 2"), distributed(train, run):
+        pass
+
+
+def test_a_finished_version_is_published_without_training(stage, tmp_path: Path):
+    one = stage()
+    files.write_json(one.directory / "record.json", {})
+    assert exit_status(one, lambda: pytest.fail("it trained")) == 0
+    assert (tmp_path / "ckpt/pretrain/one").resolve() == one.directory
+
+
+def test_a_training_that_stopped_is_not_published(stage, tmp_path: Path):
+    one = stage()
+    assert exit_status(one, lambda: 143) == 143
+    assert not (tmp_path / "ckpt/pretrain/one").exists()
+    assert exit_status(one, lambda: 0) == 0
+    assert (tmp_path / "ckpt/pretrain/one").is_symlink()
+
+
+def test_the_version_keeps_the_log_of_every_attempt(stage, tmp_path: Path):
+    for attempt in ("first", "second"):
+        one = stage()
+        logger.setLevel(logging.INFO)
+        logger.info("%s attempt", attempt)
+        one.owner.close()
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+    assert "second attempt" in (tmp_path / "logs/one.log").read_text()
+    assert "first attempt" not in (tmp_path / "logs/one.log").read_text()
+    kept = (one.directory / "train.log").read_text()
+    assert kept.index("first attempt") < kept.index("second attempt")
+
+
+def test_settings_of_another_shape_are_refused(stage, settings, blend_path, tokenizer_dir, tmp_path):
+    """A mistake of whoever edits a printed command; an unknown key is not left out silently."""
+    train, run = settings()
+    broken = json.dumps(json.loads(train.model_dump_json()) | {"train_iter": 5})
+    argv = ["--blend", blend_path, "--tokenizer", tokenizer_dir, "--output", tmp_path / "ckpt/a/b"]
+    argv += ["--settings", broken, "--run-settings", run.model_dump_json()]
+    with pytest.raises(pydantic.ValidationError, match=r"train_iter\n  Extra inputs are not permitted"):
+        Stage(parse_args(None, [str(a) for a in argv]))
