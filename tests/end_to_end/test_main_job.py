@@ -1,0 +1,93 @@
+"""The main job from nothing to ckpt/sft: what it leaves behind, and what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from snaketron import lineage
+from snaketron.files import sha256
+from tests.conftest import Workspace
+from tests.end_to_end.processes import shell_lines
+from tests.end_to_end.test_kill import is_record, weights
+
+import pytest
+import yaml
+
+
+def valid_losses(checkpoint: Path) -> list[float]:
+    lines = [json.loads(line) for line in (checkpoint / "metrics.jsonl").read_text().splitlines()]
+    return [line["valid_loss"] for line in lines if "valid_loss" in line]
+
+
+def test_learning_is_real(finished: Workspace):
+    """Half a minute of training takes a nat off the loss of text, and SFT a part of that of chats."""
+    ckpt = finished.path / "ckpt"
+    broad, focused = valid_losses(ckpt / "pretrain/broad"), valid_losses(ckpt / "pretrain/focused")
+    sft = valid_losses(ckpt / "sft")
+    print(f"pretraining {broad} then {focused}, SFT {sft}")
+    assert broad[0] == pytest.approx(6.93, abs=0.1)  # log(1024): nothing is known at the start
+    assert broad[-1] < broad[0] - 0.5 and focused[-1] < focused[0] - 0.05
+    assert sft[-1] < sft[0] - 0.3
+
+
+def test_the_second_phase_starts_where_the_first_ends(finished: Workspace):
+    """On documentation alone the loss of the first step is that of the trained model, not 6.93."""
+    ckpt = finished.path / "ckpt"
+    assert valid_losses(ckpt / "pretrain/focused")[0] < valid_losses(ckpt / "pretrain/broad")[0] - 0.4
+    lines = (ckpt / "pretrain/focused/metrics.jsonl").read_text().splitlines()
+    rates = [line["learning_rate"] for line in map(json.loads, lines) if "learning_rate" in line]
+    # 12288 + 8192 tokens, the last 6144 decay: steps 14 to 20 of 1024 tokens, step 2k at its start.
+    expected = [3e-5 + 2.97e-3 * (1 - max(0, (k - 14) / 6) ** 0.5) for k in (13, 15, 17, 19)]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_checkpoint_is_complete(finished: Workspace):
+    checkpoint = finished.path / "ckpt/sft"
+    assert checkpoint.is_symlink()
+    assert (checkpoint / "latest_checkpointed_iteration.txt").read_text() == "10"
+    assert (checkpoint / "iter_0000010/metadata.json").exists()
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    assert config["settings"]["train_iters"] == 10 and config["run"]["save_interval"] == 4
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+def test_every_record_tells_the_truth(finished: Workspace, monkeypatch: pytest.MonkeyPatch):
+    """Each output has the hash in its record, and each input that of the record that made it."""
+    monkeypatch.chdir(finished.path)
+    found = [*Path("data").rglob("*.json"), *Path("ckpt/versions").glob("*/record.json")]
+    records = [lineage.read(p) for p in found if is_record(p)]
+    kinds = {record["kind"] for record in records}
+    assert {"sample", "tokenizer", "tokens", "blend", "render_chat", "pack_sft", "checkpoint"} <= kinds
+    made = {output["path"]: output["sha256"] for record in records for output in record["outputs"]}
+    for path, digest in made.items():
+        assert sha256(Path(path)) == digest, path
+    used = [i for record in records for i in record["inputs"] if i["path"] in made]
+    assert len(used) > 10
+    assert all(made[i["path"]] == i["sha256"] for i in used)
+
+
+def test_the_terminal_shows_progress_and_the_summary(finished: Workspace):
+    said = (finished.path / "transcript.txt").read_text()
+    line = r"pretrain/broad  step \d+/12  loss \d+\.\d{4}  [\d,]+ tokens/s  00:\d\d:\d\d left"
+    assert re.search(line, said)
+    summary = (finished.path / "ckpt/sft/summary.md").read_text()
+    assert summary.strip() in said
+    parts = ("| pretrain/broad ", "| sft ", "packing efficiency", "base model:", "tuned model:", "Dropped:")
+    assert [part for part in parts if part not in summary] == []
+    assert "Warning" not in said and "Traceback" not in said
+
+
+def test_every_printed_command_runs_by_itself(workspace: Workspace, finished: Workspace):
+    """The lines of `snakemake -np`, pasted into a shell one after the other, end with the same weights."""
+    lines = shell_lines(workspace, "ckpt/sft")
+    assert len(lines) == 19
+    for line in lines:
+        result = workspace.run("bash", "-c", line)
+        assert result.status == 0, f"{line}\n{result.output[-2000:]}"
+    assert weights(workspace.path / "ckpt/sft") == weights(finished.path / "ckpt/sft")
