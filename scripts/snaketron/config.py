@@ -236,7 +236,7 @@ class Run(Section):
     micro_batch_size: Positive = key(4, "sequences that one process computes at a time; 1 for packed data")
     log_interval: Positive = key(10, "steps between two lines of metrics")
     eval_interval: Positive = key(100, "steps between two validations")
-    eval_samples: Positive = key(64, "sequences of a validation, the same ones each time")
+    eval_samples: Positive = key(32, "sequences of a validation, the same ones each time")
     save_interval: Positive = key(100, "steps between two checkpoints: what a killed run loses at most")
     keep_checkpoints: Positive = key(2, "checkpoints kept while training; the newest ones")
     cpus_per_task: Positive = key(
@@ -260,17 +260,17 @@ def sample_phases() -> list[Phase]:
         return [CorpusWeight(corpus=c, weight=w) for c, w in weights.items()]
 
     return [
-        Phase(name="broad", tokens=300_000, blend=blend(docs=0.3, code=0.4, packages=0.3)),
-        Phase(name="focused", tokens=150_000, blend=blend(docs=0.7, packages=0.3)),
+        Phase(name="broad", tokens=200_000, blend=blend(docs=0.3, code=0.4, packages=0.3)),
+        Phase(name="focused", tokens=80_000, blend=blend(docs=0.7, packages=0.3)),
     ]
 
 
 class Pretrain(Run):
     seq_length: Positive = key(256, "tokens of a sequence")
-    global_batch_size: Positive = key(8, "sequences of a step, over all processes")
-    warmup_tokens: Count = key(40_000, "tokens over which the learning rate rises from 0")
+    global_batch_size: Positive = key(4, "sequences of a step, over all processes")
+    warmup_tokens: Count = key(20_000, "tokens over which the learning rate rises from 0")
     decay_tokens: Count = key(
-        200_000, "tokens at the end of the last phase over which it falls by 1 - sqrt (the D of WSD)"
+        80_000, "tokens at the end of the last phase over which it falls by 1 - sqrt (the D of WSD)"
     )
     optimizer: Optimizer = key(Optimizer, "AdamW and its learning rate")
     phases: list[Phase] = Field(
@@ -296,15 +296,15 @@ class Sft(Run):
     micro_batch_size: Literal[1] = key(
         1, "packs that one process computes at a time: packed sequences need 1"
     )
-    train_iters: Positive = key(120, "steps")
-    global_batch_size: Positive = key(4, "packs of a step, over all processes")
+    train_iters: Positive = key(100, "steps")
+    global_batch_size: Positive = key(2, "packs of a step, over all processes")
     warmup_iters: Count = key(
         10, "steps over which the learning rate rises from 0; then it falls as a cosine"
     )
     optimizer: Optimizer = key(
         lambda: Optimizer(learning_rate=1e-3, min_learning_rate=1e-4), "AdamW and its learning rate"
     )
-    eval_samples: Positive = key(32, "packs of a validation, the same ones each time")
+    eval_samples: Positive = key(16, "packs of a validation, the same ones each time")
     blend: list[SourceWeight] = Field(
         default_factory=lambda: [SourceWeight(source=s.name, weight=0.5) for s in sample_chats()],
         min_length=1,

@@ -108,5 +108,8 @@ class Graph:
 
     def launch(self, section: str) -> str:
         """The command that starts a training script on this machine."""
-        processes = getattr(self.config, section).parallel.world_size
-        return "python" if processes == 1 else f"torchrun --standalone --nproc-per-node {processes}"
+        stage = getattr(self.config, section)
+        processes = stage.parallel.world_size
+        if processes == 1:
+            return "python"
+        return f"OMP_NUM_THREADS={stage.cpus_per_task} torchrun --standalone --nproc-per-node {processes}"
