@@ -38,8 +38,9 @@ rule blend_pretrain:
         "<benchmarks>/blend_pretrain/{phase}.tsv"
     params:
         weights=graph.phase_weights,
+        train_tokens=graph.phase_tokens,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
         "python scripts/blend_pretrain.py --phase {wildcards.phase} --weights {params.weights}"
-        " --records {input.records} --tokenizer {params.tokenizer}"
+        " --train-tokens {params.train_tokens} --records {input.records} --tokenizer {params.tokenizer}"
         " --output {output.blend} --record {output.record} --log-file {log}"

@@ -18,6 +18,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--weights", type=_weight, nargs="+", required=True, metavar="CORPUS=WEIGHT", help="relative weights"
     )
+    parser.add_argument("--train-tokens", type=int, required=True, help="tokens that the phase trains on")
     parser.add_argument(
         "--records", type=Path, nargs="+", required=True, help="records of the tokenized shards"
     )
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     result = blend.build(
         args.phase,
         weights=dict(args.weights),
+        train_tokens=args.train_tokens,
         records=args.records,
         tokenizer=args.tokenizer,
         output=args.output,
@@ -49,7 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     for name in SPLITS:
         split = getattr(result, name)
-        shares = ", ".join(f"{c.corpus} {c.share:.1%} of {c.tokens} tokens" for c in split.corpora)
+        shares = ", ".join(
+            f"{c.corpus} {c.share:.1%} from {c.tokens} tokens"
+            + (f" ({c.epochs:.2f} epochs)" if c.epochs else "")
+            for c in split.corpora
+        )
         logger.info("%s: %d shards, %d tokens; %s", name, len(split.shards), split.tokens, shares or "empty")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable
 from typing import Any, Literal
@@ -87,6 +88,10 @@ class Graph:
 
     def phase_weights(self, wildcards: Any) -> list[str]:
         return [f"{e.corpus}={e.weight}" for e in self.phases[wildcards.phase].blend]
+
+    def phase_tokens(self, wildcards: Any) -> int:
+        """Tokens of a phase, in whole steps."""
+        return math.prod(self.config.pretrain.steps(self.phases[wildcards.phase]))
 
     def sft_weights(self) -> list[str]:
         return [f"{e.source}={e.weight}" for e in self.config.sft.blend]

@@ -38,6 +38,7 @@ class CorpusShare:
 
     corpus: str
     share: float
+    epochs: float | None  # how often the phase sees each of its tokens; None outside train
     documents: int
     tokens: int
 
@@ -79,6 +80,7 @@ def build(
     phase: str,
     *,
     weights: Mapping[str, float],
+    train_tokens: int,
     records: Sequence[Path],
     tokenizer: Path,
     output: Path,
@@ -111,7 +113,7 @@ def build(
     _check_weights(phase, weights, {s.corpus for s in shards["train"]})
     if len(dtypes) > 1:
         raise UserError(f"phase {phase!r}: shards of different types: {', '.join(sorted(dtypes))}; {_AGAIN}")
-    splits = {split: weigh(split, weights, shards[split]) for split in SPLITS}
+    splits = {split: weigh(split, weights, shards[split], train_tokens) for split in SPLITS}
     blend = Blend(phase, identity, dtypes.pop(), **splits)
     with files.writing(output, record) as temporary:
         temporary[0].write_bytes(files.to_json(asdict(blend)))
@@ -170,7 +172,7 @@ def _check_size(path: Path, expected: int, source: str, fix: str) -> None:
         raise UserError(f"{path}: {found} bytes, {source} says {expected}; {fix}")
 
 
-def weigh(split: str, weights: Mapping[str, float], shards: Sequence[Shard]) -> Split:
+def weigh(split: str, weights: Mapping[str, float], shards: Sequence[Shard], train_tokens: int) -> Split:
     """Spread each corpus' weight over its shards by their tokens. A shard without tokens is left out; so is a
     corpus, and the others keep their proportions, but not in train."""
     tokens = {corpus: sum(s.tokens for s in shards if s.corpus == corpus) for corpus in weights}
@@ -191,7 +193,13 @@ def weigh(split: str, weights: Mapping[str, float], shards: Sequence[Shard]) -> 
         documents=sum(s.documents for s in kept),
         tokens=sum(s.tokens for s in kept),
         corpora=[
-            CorpusShare(c, share[c], sum(s.documents for s in kept if s.corpus == c), tokens[c])
+            CorpusShare(
+                corpus=c,
+                share=share[c],
+                epochs=round(share[c] * train_tokens / tokens[c], 4) if split == "train" else None,
+                documents=sum(s.documents for s in kept if s.corpus == c),
+                tokens=tokens[c],
+            )
             for c in share
         ],
         shards=kept,

@@ -38,7 +38,18 @@ def build(run_script, tmp_path, tokenizer_dir) -> Callable[..., tuple[int, str]]
     def run(records: list[Path], *weights: str, tokenizer: Path = tokenizer_dir) -> tuple[int, str]:
         return run_script(
             "blend_pretrain",
-            *("--phase", "broad", "--weights", *weights, "--records", *records, "--tokenizer", tokenizer),
+            *(
+                "--phase",
+                "broad",
+                "--weights",
+                *weights,
+                "--train-tokens",
+                40,
+                "--records",
+                *records,
+                "--tokenizer",
+                tokenizer,
+            ),
             *("--output", tmp_path / "out" / "blend.json", "--record", tmp_path / "out" / "record.json"),
         )
 
@@ -60,8 +71,8 @@ def test_a_corpus_weight_is_spread_over_its_shards_by_tokens(build, records, tmp
     assert value["train"]["prefixes"] == prefixes
     assert value["train"]["weights"] == [0.25 * 2 / 8, 0.25 * 6 / 8, 0.75]
     assert value["train"]["corpora"] == [
-        {"corpus": "docs", "share": 0.25, "documents": 3, "tokens": 8},
-        {"corpus": "code", "share": 0.75, "documents": 1, "tokens": 8},
+        {"corpus": "docs", "share": 0.25, "epochs": 1.25, "documents": 3, "tokens": 8},
+        {"corpus": "code", "share": 0.75, "epochs": 3.75, "documents": 1, "tokens": 8},
     ]
     assert (value["train"]["tokens"], value["train"]["documents"]) == (16, 4)
     assert value["tokenizer"] == files.sha256(tokenizer_dir / "tokenizer.json")
