@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from snaketron.log import logger
+from snaketron.log import NO_SPACE, logger
 
 import orjson
 
@@ -41,7 +41,9 @@ def writing(*paths: Path) -> Iterator[list[Path]]:
                     os.fsync(file.fileno())
             for source, target in zip(temporary, paths, strict=True):
                 source.replace(target)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE and not error.filename:
+                error.filename = str(paths[0])  # a failed write does not say of which file
             for path in temporary:
                 path.unlink(missing_ok=True)
             raise

@@ -13,7 +13,7 @@ from typing import Any
 
 logger = logging.getLogger("snaketron")
 
-_NO_SPACE = {
+NO_SPACE = {
     errno.ENOSPC: "no space left",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "file too large",
@@ -32,17 +32,18 @@ def run(main: Callable[[], int]) -> None:
     """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a log that a full disk cannot take is no reason for a traceback
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
         status = main()
     except UserError as error:
         status = _complain(str(error))
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno not in NO_SPACE:
             raise
         name = error.filename or "the output"
         status = _complain(
-            f"cannot write {name}: {_NO_SPACE[error.errno]}; free some and run the same command again"
+            f"cannot write {name}: {NO_SPACE[error.errno]}; free some and run the same command again"
         )
     except KeyboardInterrupt:
         status = 130

@@ -1,0 +1,108 @@
+"""Files that are complete or absent, also when the writer fails, is killed or has company."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from snaketron import files
+
+import pytest
+
+# Writes "slow" into sys.argv[1] and keeps it until the file sys.argv[2] appears.
+SLOW = """
+import pathlib, sys, time
+from snaketron import files
+with files.writing(pathlib.Path(sys.argv[1])) as (path,):
+    path.write_text("slow")
+    print("writing", flush=True)
+    while not pathlib.Path(sys.argv[2]).exists():
+        time.sleep(0.01)
+"""
+FAST = "import pathlib, sys; from snaketron import files; files.write_text(pathlib.Path(sys.argv[1]), 'fast')"
+
+
+def start(code: str, *arguments: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def everything(root: Path) -> list[str]:
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def slow(tmp_path: Path):
+    """Another process that is writing tmp_path/out until tmp_path/go exists."""
+    process = start(SLOW, tmp_path / "out", tmp_path / "go")
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_files_appear_together_at_the_end(tmp_path: Path):
+    first, second = tmp_path / "new/a.bin", tmp_path / "b.json"
+    with files.writing(first, second) as temporary:
+        assert temporary == [tmp_path / "new/.a.bin.partial", tmp_path / ".b.json.partial"]
+        for path in temporary:
+            path.write_text("x")
+        assert not first.exists() and not second.exists()
+    assert everything(tmp_path) == ["b.json", "new/a.bin"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, error: type[BaseException]):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(error), files.writing(tmp_path / "a", tmp_path / "b") as (a, b):
+        a.write_text("new")
+        b.write_text("new")
+        raise error
+    assert everything(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_a_second_writer_waits_for_the_first(tmp_path: Path, slow: subprocess.Popen):
+    fast = start(FAST, tmp_path / "out")
+    time.sleep(0.5)
+    assert fast.poll() is None and not (tmp_path / "out").exists()
+    (tmp_path / "go").touch()
+    assert slow.wait(timeout=20) == 0
+    _, stderr = fast.communicate(timeout=20)
+    assert fast.returncode == 0, stderr
+    assert f"waiting for another process that is writing {tmp_path}/.out.partial" in stderr
+    assert (tmp_path / "out").read_text() == "fast" and everything(tmp_path) == ["go", "out"]
+
+
+def test_a_writer_that_failed_lets_the_next_one_write(tmp_path: Path, slow: subprocess.Popen):
+    """The file that the second one waited for is removed, not renamed."""
+    fast = start(FAST, tmp_path / "out")
+    time.sleep(0.3)
+    slow.terminate()
+    assert fast.wait(timeout=20) == 0
+    assert (tmp_path / "out").read_text() == "fast"
+
+
+def test_a_killed_writers_leftover_is_replaced(tmp_path: Path, slow: subprocess.Popen):
+    slow.kill()
+    slow.wait()
+    assert everything(tmp_path) == [".out.partial"]
+    with files.writing(tmp_path / "out") as (path,):
+        assert path.read_text() == ""  # nothing of the other one is in it
+        path.write_text("new")
+    assert everything(tmp_path) == ["out"] and (tmp_path / "out").read_text() == "new"
+
+
+def test_json_is_indented_and_ends_in_a_newline(tmp_path: Path):
+    files.write_json(tmp_path / "a.json", {"b": [1], "a": "é"})
+    assert (tmp_path / "a.json").read_text() == '{\n  "b": [\n    1\n  ],\n  "a": "é"\n}\n'
+    assert files.read_json(tmp_path / "a.json") == {"b": [1], "a": "é"}
+
+
+def test_hashes_are_those_of_sha256(tmp_path: Path):
+    files.write_text(tmp_path / "a", b"abc")
+    assert files.sha256(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+    assert files.sha256_of({"b": 1, "a": [2]}) == hashlib.sha256(b'{"a":[2],"b":1}').hexdigest()
+    assert files.sha256_of({"a": [2], "b": 1}) == files.sha256_of({"b": 1, "a": [2]})

@@ -1,0 +1,132 @@
+"""What the rules ask of the configuration."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+from snaketron.config import ConfigError, load
+from snaketron.graph import Graph
+
+import pytest
+
+VALUES = {
+    "corpora": [
+        {"name": "web", "paths": ["raw/web"], "text_field": "body"},
+        {"name": "code", "paths": ["raw/code.jsonl"]},
+        {"name": "spare", "paths": ["raw/code.jsonl"]},
+    ],
+    "chats": [
+        {"name": "help", "paths": ["raw/help.jsonl"], "messages_field": "turns", "tools_field": "functions"},
+        {"name": "spare", "paths": ["raw/help.jsonl"]},
+    ],
+    "tokenizer": {"text": ["raw/code.jsonl"], "vocab_size": 500, "text_field": "the body"},
+    "pretrain": {
+        "phases": [
+            {
+                "name": "one",
+                "tokens": 300_000,
+                "blend": [{"corpus": "web", "weight": 0.75}, {"corpus": "code", "weight": 2}],
+            },
+            {"name": "two", "tokens": 100_000, "blend": [{"corpus": "web", "weight": 1}]},
+            {"name": "three", "tokens": 100_000, "blend": [{"corpus": "code", "weight": 1}]},
+        ]
+    },
+    "sft": {"blend": [{"source": "help", "weight": 3}]},
+}
+
+
+@pytest.fixture(autouse=True)
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("web/b.jsonl", "web/a.parquet", "code.jsonl", "help.jsonl"):
+        path = tmp_path / "raw" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def graph(**changes) -> Graph:
+    return Graph(load(VALUES | changes, {}))
+
+
+def job(**wildcards: str) -> SimpleNamespace:
+    return SimpleNamespace(**wildcards)
+
+
+def test_a_shard_leads_to_its_raw_file():
+    assert graph().raw_text(job(corpus="web", shard="a")) == "raw/web/a.parquet"
+    assert graph().raw_chats(job(source="help", shard="help")) == "raw/help.jsonl"
+
+
+def test_a_shard_that_no_raw_file_makes_is_unknown():
+    """Snakemake then says that no rule makes the file."""
+    with pytest.raises(KeyError):
+        graph().raw_text(job(corpus="web", shard="c"))
+
+
+def test_a_phase_needs_the_shards_of_its_corpora_alone():
+    pattern = graph().phase_shards("<data>/tokens/{corpus}/train/{shard}.bin")
+    assert pattern(job(phase="one")) == [
+        "<data>/tokens/web/train/a.bin",
+        "<data>/tokens/web/train/b.bin",
+        "<data>/tokens/code/train/code.bin",
+    ]
+    assert pattern(job(phase="three")) == ["<data>/tokens/code/train/code.bin"]
+
+
+def test_sft_needs_the_shards_of_its_sources_alone():
+    assert graph().sft_shards("<data>/sft/{source}/{shard}.json") == ["<data>/sft/help/help.json"]
+
+
+def test_a_phase_starts_from_the_one_before_it():
+    assert graph().previous_phase(job(phase="one")) == []
+    assert graph().previous_phase(job(phase="two")) == ["<ckpt>/pretrain/one"]
+    assert graph().previous_phase(job(phase="three")) == ["<ckpt>/pretrain/two"]
+    assert graph().last_phase == "three"
+
+
+def test_weights_are_given_as_they_are_written():
+    assert graph().phase_weights(job(phase="one")) == ["web=0.75", "code=2.0"]
+    assert graph().sft_weights() == ["help=3.0"]
+
+
+def test_fields_are_those_of_the_source():
+    assert graph().text_field(job(corpus="web")) == "body"
+    assert graph().text_field(job(corpus="code")) == "text"
+    assert graph().chat_fields(job(source="help")) == {"messages_field": "turns", "tools_field": "functions"}
+
+
+def test_a_tokenizer_is_trained_on_its_text():
+    assert graph().tokenizer_text(job()) == ["raw/code.jsonl"]
+    assert graph().tokenizer_source(job()) == "--vocab-size 500 --text-field 'the body'"
+    assert graph().chat_template(job()) == ["config/chat_template.jinja"]
+    assert graph().chat_template_source(job()) == "--template config/chat_template.jinja"
+
+
+def test_a_tokenizer_that_is_taken_needs_no_text():
+    taken = graph(tokenizer={"path": "my tokenizers/x", "chat_template": None})
+    assert taken.tokenizer_text(job()) == taken.chat_template(job()) == []
+    assert shlex.split(taken.tokenizer_source(job())) == ["--path", "my tokenizers/x"]
+    assert shlex.split(taken.chat_template_source(job())) == ["--tokenizer", "my tokenizers/x"]
+
+
+def test_settings_are_json_of_one_stage():
+    assert json.loads(graph().pretrain_settings(job(phase="two")))["stage"] == "pretrain/two"
+    assert json.loads(graph().sft_settings())["stage"] == "sft"
+    assert json.loads(graph().run("sft"))["micro_batch_size"] == 1
+
+
+def test_one_process_is_started_by_python_and_several_by_torchrun():
+    parallel = {"tensor_model_parallel_size": 2, "data_parallel_size": 2}
+    sft = VALUES["sft"] | {"cpus_per_task": 3, "parallel": parallel}
+    assert (graph().launch("pretrain"), graph().threads("pretrain")) == ("python", 2)
+    assert graph(sft=sft).launch("sft").endswith("torchrun --standalone --nproc-per-node 4")
+    assert graph(sft=sft).threads("sft") == 4 * 3
+
+
+def test_a_missing_raw_file_is_named_with_its_path_in_the_configuration():
+    Path("raw/help.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"^chats\[0\].paths\[0\]: raw/help.jsonl does not exist"):
+        graph()

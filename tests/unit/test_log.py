@@ -1,0 +1,116 @@
+"""How a script ends: its exit status, and what it says on standard error."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOOR = "import errno, os, pathlib, signal, sys\nfrom snaketron import files\nfrom snaketron.log import *\n"
+
+
+def script(body: str, *arguments: Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a script whose `main` is `body`; `limit` is the largest file that it may write, in bytes."""
+
+    def full_disk() -> None:
+        if limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes then fail with EFBIG
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    code = f"{DOOR}def main():\n    {body}\nrun(main)"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, preexec_fn=full_disk, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "stderr"),
+    [
+        ("return 0", 0, ""),
+        ("return 3", 3, ""),
+        ("logger.info('%d documents', 3); return 0", 0, "3 documents\n"),
+        ("raise UserError('a.jsonl: line 3: no text')", 1, "error: a.jsonl: line 3: no text\n"),
+        ("raise KeyboardInterrupt", 130, ""),
+        ("os.kill(os.getpid(), signal.SIGINT)", 130, ""),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143, ""),
+        (
+            "raise OSError(errno.ENOSPC, 'No space', 'a.bin')",
+            1,
+            "error: cannot write a.bin: no space left; free some and run the same command again\n",
+        ),
+        (
+            "raise OSError(errno.EDQUOT, 'Quota', 'a.bin')",
+            1,
+            "error: cannot write a.bin: the disk quota is used up; "
+            "free some and run the same command again\n",
+        ),
+        (
+            "raise OSError(errno.ENOSPC, 'No space')",
+            1,
+            "error: cannot write the output: no space left; free some and run the same command again\n",
+        ),
+    ],
+)
+def test_a_script_ends_as_it_says(body: str, status: int, stderr: str):
+    done = script(body)
+    assert (done.returncode, done.stderr) == (status, stderr)
+
+
+@pytest.mark.parametrize("body", ["raise ValueError('ours')", "open('/nowhere/at/all')"])
+def test_our_own_mistakes_keep_their_traceback(body: str):
+    done = script(body)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback (most recent call last):")
+
+
+def test_other_libraries_speak_only_to_warn():
+    body = "x = logging.getLogger('other'); x.info('chatter'); x.warning('news'); return 0"
+    assert script(body).stderr == "news\n"
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_one_line_and_leaves_nothing(tmp_path: Path):
+    body = "files.write_text(pathlib.Path(sys.argv[1]), b'x' * 10_000); return 0"
+    done = script(body, tmp_path / "a", limit=1000)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: cannot write {tmp_path}/a: file too large; free some and run the same command again\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+    assert script(body, tmp_path / "a").returncode == 0
+
+
+def test_a_log_that_the_disk_has_no_room_for_does_not_stop_a_script():
+    body = "log_to(pathlib.Path('/dev/full'), 'w'); logger.info('3 documents'); return 0"
+    done = script(body)
+    assert (done.returncode, done.stderr) == (0, "3 documents\n")
+
+
+def test_a_log_file_takes_what_is_said_and_the_terminal_only_warnings(tmp_path: Path):
+    log = tmp_path / "logs/a.log"
+    body = (
+        "argument_parser('x').parse_args(['--log-file', sys.argv[1]]); "
+        "logger.info('3 documents'); logger.warning('one is empty'); raise UserError('a.jsonl: line 3')"
+    )
+    done = script(body, log)
+    assert (done.returncode, done.stderr) == (1, "one is empty\nerror: a.jsonl: line 3\n")
+    # After the date and the time of each line.
+    assert [line.split(" ", 2)[2] for line in log.read_text().splitlines()] == [
+        "3 documents",
+        "one is empty",
+        "error: a.jsonl: line 3",
+    ]
+    assert (
+        script("argument_parser('x').parse_args(['--log-file', sys.argv[1]]); return 0", log).returncode == 0
+    )
+    assert log.read_text() == ""  # of the last attempt
+
+
+def test_an_ended_script_removes_what_it_was_writing(tmp_path: Path):
+    body = (
+        "with files.writing(pathlib.Path(sys.argv[1])) as (path,):\n"
+        "        path.write_text('half'); os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    assert script(body, tmp_path / "a").returncode == 143
+    assert list(tmp_path.iterdir()) == []
