@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 logger = logging.getLogger("snaketron")
 
@@ -18,6 +18,21 @@ NO_SPACE = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "file too large",
 }
+
+
+class _Terminal(logging.StreamHandler):
+    """Writes to what is standard error when a line is written, not when the program began."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        pass
+
+
+_terminal = _Terminal()
 
 
 class UserError(Exception):
@@ -30,8 +45,9 @@ def run(main: Callable[[], int]) -> None:
     A `UserError` and a full disk end in one line on standard error and status 1, an interrupt in
     status 130; anything else is our mistake and keeps its traceback.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
+    _terminal.setLevel(logging.INFO)
+    logger.addHandler(_terminal)
     logging.raiseExceptions = False  # a log that a full disk cannot take is no reason for a traceback
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
@@ -65,8 +81,7 @@ class _LogFile(argparse.Action):
     def __call__(self, _parser: Any, namespace: argparse.Namespace, value: Any, _option: Any = None) -> None:
         setattr(namespace, self.dest, value)
         log_to(value, "w")
-        for handler in logging.getLogger().handlers:
-            handler.setLevel(logging.WARNING)
+        _terminal.setLevel(logging.WARNING)
 
 
 def log_to(path: Path, mode: str) -> None:

@@ -38,18 +38,8 @@ def build(run_script, tmp_path, tokenizer_dir) -> Callable[..., tuple[int, str]]
     def run(records: list[Path], *weights: str, tokenizer: Path = tokenizer_dir) -> tuple[int, str]:
         return run_script(
             "blend_pretrain",
-            *(
-                "--phase",
-                "broad",
-                "--weights",
-                *weights,
-                "--train-tokens",
-                40,
-                "--records",
-                *records,
-                "--tokenizer",
-                tokenizer,
-            ),
+            *("--phase", "broad", "--weights", *weights, "--train-tokens", "40"),
+            *("--records", *records, "--tokenizer", tokenizer),
             *("--output", tmp_path / "out" / "blend.json", "--record", tmp_path / "out" / "record.json"),
         )
 
