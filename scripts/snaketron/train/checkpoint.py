@@ -71,7 +71,16 @@ def save(
         get_default_save_sharded_strategy(),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
-    dist_checkpointing.save(state, temporary, strategy, content_metadata=metadata)
+    try:
+        dist_checkpointing.save(state, temporary, strategy, content_metadata=metadata)
+    except (OSError, CheckpointException) as error:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # the space is wanted
+        # megatron-core logs the reason on the rank that had it, and keeps it from the others.
+        raise UserError(
+            f"{target}: the checkpoint cannot be written (a full disk? the line above says why); "
+            "run the same command again to continue from the one before it"
+        ) from error
     torch.distributed.barrier()
     if rank == 0:
         shutil.rmtree(target, ignore_errors=True)  # complete, but LATEST was not written

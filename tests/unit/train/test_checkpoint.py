@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,8 +136,25 @@ def test_the_newest_checkpoints_are_kept(trainer, tmp_path: Path, keep: int, lef
     ]
 
 
-def test_a_failed_save_leaves_the_checkpoint_before_it(trainer, tmp_path: Path):
-    """The directory that a checkpoint is renamed to cannot be made: LATEST still names a whole one."""
+def test_a_save_on_a_full_disk_leaves_the_checkpoint_before_it_and_no_partial_one(trainer, tmp_path: Path):
+    one = trainer(steps=1, keep_checkpoints=1)
+    one.save(tmp_path)
+    one._step(Random(2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))  # of the 1 MB
+    try:
+        with pytest.raises(UserError, match="iter_0000002: the checkpoint cannot be written"):
+            one.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001", checkpoint.LATEST]
+    assert trainer(seed=2).resume(tmp_path)
+    one.save(tmp_path)  # there is room again
+    assert checkpoint.latest_iteration(tmp_path) == 2
+
+
+def test_a_failed_rename_leaves_the_checkpoint_before_it(trainer, tmp_path: Path):
+    """Something lies where the checkpoint is renamed to: LATEST still names a whole one."""
     one = trainer(steps=1, keep_checkpoints=1)
     one.save(tmp_path)
     one.iteration = 2
