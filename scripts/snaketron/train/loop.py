@@ -155,13 +155,18 @@ class Trainer:
     # ----------------------------------------------------------------------------------------- steps
 
     def train(
-        self, batches: Batches, directory: Path, after_start: Callable[[], None] = lambda: None
+        self,
+        batches: Batches,
+        directory: Path,
+        after_start: Callable[[], None] = lambda: None,
+        observe: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> None:
         """Train to the end of the stage, with metrics, validation and checkpoints on the way.
 
-        `after_start` runs before the first step of the stage. Raises `Stopped` on a signal.
+        `after_start` runs before the first step of the stage; `observe` gets each line of metrics on the
+        rank that writes them. Raises `Stopped` on a signal.
         """
-        metrics = Metrics(directory / "metrics.jsonl", self.iteration)
+        metrics = Metrics(directory / "metrics.jsonl", self.iteration, observe)
         self.seconds = metrics.seconds
         tokens = self.settings.global_batch_size * self.settings.seq_length
         progress = Progress(self.settings.stage, self.settings.train_iters, self.iteration, tokens)

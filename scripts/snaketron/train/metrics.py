@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ class Metrics:
     """Appends one JSON object a line. The values of a line do not depend on how often a run was killed,
     except those under `timing`."""
 
-    def __init__(self, path: Path, iteration: int) -> None:
-        """Open `path` as it was after `iteration` steps; later lines, of a killed run, are dropped."""
-        self.path = path
+    def __init__(
+        self, path: Path, iteration: int, observe: Callable[[dict[str, Any]], None] = lambda line: None
+    ) -> None:
+        """Open `path` as it was after `iteration` steps; later lines, of a killed run, are dropped.
+
+        `observe` gets each line that is in the file, old ones first.
+        """
+        self.path, self.observe = path, observe
         kept = [
             line for line in self.read(path) if line["iteration"] <= iteration and "test_loss" not in line
         ]
@@ -28,6 +34,8 @@ class Metrics:
         self.seconds = max((line["timing"]["seconds"] for line in kept if "timing" in line), default=0.0)
         with writing(path) as (temporary,):
             temporary.write_bytes(b"".join(orjson.dumps(k) + b"\n" for k in kept if iteration))
+        for line in kept if iteration else ():
+            observe(line)
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -39,6 +47,7 @@ class Metrics:
     def write(self, **values: Any) -> None:
         with self.path.open("ab") as file:
             file.write(orjson.dumps(values) + b"\n")
+        self.observe(values)
 
 
 class Progress:

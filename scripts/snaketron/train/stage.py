@@ -15,6 +15,7 @@ from snaketron.data import tokenizer as tokenizers
 from snaketron.files import sha256, to_json, writing
 from snaketron.log import UserError, logger
 from snaketron.settings import RunSettings, TrainSettings
+from snaketron.tracking import Tracker
 from snaketron.train import versions
 from snaketron.train.metrics import Metrics
 
@@ -111,6 +112,13 @@ class Stage:
 
         if self.rank == 0:
             self._write_config()
+        tracker = Tracker(
+            self.run.tracking if _is_last_rank() else "off",
+            self.directory,
+            self.settings.stage,
+            self.inputs,
+            {"settings": self.settings.model_dump(), "run": self.run.model_dump()},
+        )
         with distributed(self.settings, self.run):
             trainer = Trainer(self.settings, self.run, self.tokenizer.vocab_size)
             parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -126,7 +134,7 @@ class Stage:
             )
             try:
                 batches = make_batches(self)
-                trainer.train(batches, self.directory, lambda: before(trainer, batches))
+                trainer.train(batches, self.directory, lambda: before(trainer, batches), tracker.log)
                 after(trainer, batches)
             except Stopped as stopped:
                 logger.warning("%s: %s; run the same command again to continue", self.settings.stage, stopped)
@@ -134,6 +142,7 @@ class Stage:
             seconds = trainer.seconds
         if self.rank == 0:
             self._finish(seconds)
+        tracker.finish()
         return 0
 
     def publish(self) -> None:
@@ -192,9 +201,14 @@ def _hash(path: Path) -> str:
         raise UserError(f"{path}: no such file") from None
 
 
+def _is_last_rank() -> bool:
+    """Whether this process speaks and writes metrics: `loop.is_writer` before the processes are joined."""
+    return int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+
 def _log_to(path: Path, mode: str) -> None:
     """Let the one rank that speaks (the last) write its log to `path` as well."""
-    if int(os.environ.get("RANK", 0)) != int(os.environ.get("WORLD_SIZE", 1)) - 1:
+    if not _is_last_rank():
         logger.setLevel(logging.WARNING)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
