@@ -44,7 +44,9 @@ def parse_args(description: str | None, argv: list[str] | None) -> argparse.Name
     # No option may begin one of torchrun's, which would take it for its own (--run, --log).
     parser.add_argument("--run-settings", required=True, help="JSON of RunSettings: how it is run")
     parser.add_argument("--output", type=Path, required=True, help="link to make: <ckpt>/<stage>")
-    parser.add_argument("--log-file", type=Path, help="file for this attempt's log; the version keeps all of them")
+    parser.add_argument(
+        "--log-file", type=Path, help="file for this attempt's log; the version keeps all of them"
+    )
     return parser.parse_args(argv)
 
 
