@@ -76,10 +76,10 @@ def save(
     except (OSError, CheckpointException) as error:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # the space is wanted
-        # megatron-core logs the reason on the rank that had it, and keeps it from the others.
+        # The reason is lost on the way: torch says only that it is not where it should be in the file.
         raise UserError(
-            f"{target}: the checkpoint cannot be written (a full disk? the line above says why); "
-            "run the same command again to continue from the one before it"
+            f"{target}: the checkpoint cannot be written, most likely because the disk is full; "
+            "free some and run the same command again to continue from the one before it"
         ) from error
     torch.distributed.barrier()
     if rank == 0:
