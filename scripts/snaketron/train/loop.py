@@ -169,7 +169,7 @@ class Trainer:
         metrics = Metrics(directory / "metrics.jsonl", self.iteration, observe)
         self.seconds = metrics.seconds
         tokens = self.settings.global_batch_size * self.settings.seq_length
-        progress = Progress(self.settings.stage, self.settings.train_iters, self.iteration, tokens)
+        progress = Progress(self.settings.stage, self.settings.train_iters, tokens)
         with self._signals():
             if self.iteration == 0:
                 after_start()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import writing
-from snaketron.log import logger
 
 import orjson
 
@@ -56,32 +55,24 @@ class Progress:
 
     INTERVAL = 5.0
 
-    def __init__(self, stage: str, total: int, done: int, tokens_per_step: int) -> None:
+    def __init__(self, stage: str, total: int, tokens_per_step: int) -> None:
         self.stage, self.total, self.tokens_per_step = stage, total, tokens_per_step
-        self.started, self.first = time.monotonic(), done
+        self.began: tuple[float, int] | None = None  # time and step of the first call
         self.shown = -math.inf
         self.terminal = sys.stderr.isatty()
 
-    def show(self, done: int, loss: float, note: str = "") -> None:
+    def show(self, done: int, loss: float) -> None:
         now = time.monotonic()
+        self.began = self.began or (now, done)
+        began, first = self.began
         if done < self.total and now - self.shown < (0.2 if self.terminal else self.INTERVAL):
             return
+        if done == first and done < self.total:
+            return  # the first step is slower than the others, and says nothing about the time left
         self.shown = now
-        seconds = (now - self.started) / max(1, done - self.first)
+        seconds = (now - began) / max(1, done - first)
         left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - done)))
         speed = self.tokens_per_step / seconds
-        text = (
-            f"{self.stage}  step {done}/{self.total}  loss {loss:.4f}{note}  "
-            f"{speed:,.0f} tokens/s  {left} left"
-        )
+        text = f"{self.stage}  step {done}/{self.total}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left"
         end = "\n" if done == self.total or not self.terminal else ""
         print(f"\r{text}\x1b[K" if self.terminal else text, end=end, file=sys.stderr, flush=True)
-
-
-def loss_text(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-
-
-def report(message: str, *values: Any) -> None:
-    """A fact for the log, from the one rank that speaks."""
-    logger.info(message, *values)

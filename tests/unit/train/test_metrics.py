@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from snaketron.train.metrics import Metrics, Progress
@@ -65,14 +66,17 @@ def test_no_file_is_no_lines(tmp_path: Path):
     assert Metrics.read(tmp_path / "metrics.jsonl") == []
 
 
-def test_progress_says_where_a_stage_is(capsys: pytest.CaptureFixture[str]):
-    progress = Progress("sft", total=4, done=0, tokens_per_step=100)
-    progress.started -= 2  # two seconds ago
-    progress.show(2, 1.23456, "  note")
-    progress.show(3, 1.0)  # too soon for another line
-    progress.show(4, 0.5)  # but the last one is always shown
-    first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("sft  step 2/4  loss 1.2346  note  ") and first.endswith("00:00:02 left")
-    speed = float(first.split("note  ")[1].split(" tokens/s")[0])
-    assert speed == pytest.approx(100, abs=2)  # 200 tokens in two seconds
-    assert last.startswith("sft  step 4/4  loss 0.5000") and last.endswith("00:00:00 left")
+def test_progress_says_where_a_stage_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    progress = Progress("sft", total=5, tokens_per_step=100)
+    for now, done, loss in (
+        (100.0, 1, 2.0),  # the first step, which took long, says nothing
+        (104.0, 3, 1.23456),  # two steps in four seconds: 50 tokens/s, two steps left
+        (104.5, 4, 1.0),  # too soon for another line
+        (105.0, 5, 0.5),  # but the last one is always shown
+    ):
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        progress.show(done, loss)
+    assert capsys.readouterr().err.splitlines() == [
+        "sft  step 3/5  loss 1.2346  50 tokens/s  00:00:04 left",
+        "sft  step 5/5  loss 0.5000  80 tokens/s  00:00:00 left",
+    ]
