@@ -22,6 +22,15 @@ def nested(path: str, value: object) -> dict:
     return value
 
 
+def merged(base: dict, values: dict) -> dict:
+    """`values` over `base`, as Snakemake merges configurations."""
+    both = {
+        name: merged(base[name], value) if isinstance(value, dict) and name in base else value
+        for name, value in values.items()
+    }
+    return base | both
+
+
 def refusal(values: dict, **environment: str) -> str:
     with pytest.raises(ConfigError) as error:
         load(values, environment)
@@ -161,6 +170,21 @@ def test_a_date_where_text_is_wanted_is_named():
 
 # ----------------------------------------------------------------------------------------- cross-checks
 
+# The numbers of the messages below, whatever the defaults are.
+BASE = {
+    "model": {
+        "hybrid_layer_pattern": "MEM*EME",
+        "num_attention_heads": 8,
+        "num_query_groups": 2,
+        "mamba_num_heads": 8,
+        "mamba_num_groups": 2,
+        "num_moe_experts": 8,
+        "moe_ffn_hidden_size": 128,
+    },
+    "pretrain": {"seq_length": 256, "global_batch_size": 8, "micro_batch_size": 4},
+    "sft": {"global_batch_size": 4},
+    "sft_data": {"pack_size": 1024},
+}
 PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight": 1}]}
 
 
@@ -298,11 +322,12 @@ PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight"
     ],
 )
 def test_what_cannot_be_is_refused_with_both_numbers(values, message):
-    assert message in refusal(values).splitlines()
+    assert message in refusal(merged(BASE, values)).splitlines()
 
 
 def test_a_problem_of_all_phases_is_said_once():
-    assert refusal({"pretrain": {"parallel": {"data_parallel_size": 4}}}).splitlines() == [
+    values = merged(BASE, {"pretrain": {"parallel": {"data_parallel_size": 4}}})
+    assert refusal(values).splitlines() == [
         "pretrain.global_batch_size 8 is not divisible by micro_batch_size 4 x data_parallel_size 4 = 16"
     ]
 
@@ -314,7 +339,7 @@ def test_parallel_sizes_that_fit_are_accepted():
         "data_parallel_size": 2,
         "expert_model_parallel_size": 4,
     }
-    config = load({"pretrain": {"parallel": parallel}}, {})
+    config = load(merged(BASE, {"pretrain": {"parallel": parallel}}), {})
     assert config.pretrain.parallel.world_size == 2 * 7 * 2
 
 

@@ -80,7 +80,10 @@ def test_a_warm_up_longer_than_the_phase_ends_in_the_next_one():
 
 
 def test_sft_counts_in_steps_of_packs():
-    config = load({"sft": {"train_iters": 7, "warmup_iters": 3}, "sft_data": {"pack_size": 64}}, {})
+    config = load(
+        {"sft": {"train_iters": 7, "warmup_iters": 3, "global_batch_size": 4}, "sft_data": {"pack_size": 64}},
+        {},
+    )
     settings = sft_settings(config)
     assert (settings.seq_length, settings.global_batch_size, settings.train_iters) == (64, 4, 7)
     assert settings.schedule.model_dump() == {
@@ -167,9 +170,17 @@ def expected(path: str) -> set[str]:
     return {section} if key.startswith(of_result) else {f"run {section}"}
 
 
+def roomy() -> dict[str, Any]:
+    """The defaults with batches that divide by two processes."""
+    values = Config().model_dump(mode="json")
+    values["pretrain"] |= {"global_batch_size": 16, "micro_batch_size": 4}
+    values["sft"]["global_batch_size"] = 4
+    return values
+
+
 KEYS = [
     (path, value)
-    for path, value in leaves(Config().model_dump(mode="json"))
+    for path, value in leaves(roomy())
     if not path.startswith(DATA) and OTHER.get(path, ...) is not None
 ]
 
@@ -177,7 +188,7 @@ KEYS = [
 @pytest.mark.parametrize(("path", "value"), KEYS, ids=[path for path, _ in KEYS])
 def test_each_key_is_of_the_result_or_of_the_run(path, value):
     """Changing a key changes the one part that it belongs to, and no key is in neither or in both."""
-    values = Config().model_dump(mode="json")
+    values = roomy()
     other = OTHER.get(path, value * 2 if isinstance(value, int | float) else value)
     if isinstance(other, tuple):
         change(values, *other)

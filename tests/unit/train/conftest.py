@@ -122,6 +122,7 @@ def blend_path(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) ->
     blend.build(
         "one",
         weights={"docs": 1.0},
+        train_tokens=320,
         records=[root / "part.json"],
         tokenizer=tokenizer_dir,
         output=root / "blend.json",
