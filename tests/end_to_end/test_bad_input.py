@@ -58,7 +58,7 @@ def line_for(workspace: Workspace, output: str, *config: str) -> str:
             "model.num_attention_heads 8 is not divisible by pretrain.parallel.tensor_model_parallel_size 3",
         ),
         (
-            "sft={parallel: {data_parallel_size: 3}}",
+            "sft={global_batch_size: 2, parallel: {data_parallel_size: 3}}",
             "sft.global_batch_size 2 is not divisible by micro_batch_size 1 x data_parallel_size 3 = 3",
         ),
         (
