@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from pathlib import Path
 
@@ -12,8 +11,10 @@ from tests.end_to_end.processes import run_until, saved, shell_lines
 
 import pytest
 
-# Sums in another order: how far a loss of about 7 may be off, in nats, after 12 steps.
-TOLERANCE = 2e-3
+# How far a loss of about 7 may be off, in nats, over 12 steps: sums in another order, and under context
+# parallelism megatron-core's weight of the multi-token prediction loss, which counts each rank's tokens.
+TOLERANCE = {"cp": 2e-3}
+OTHERWISE = 1e-5
 
 LAYOUTS = {
     "tp": "tensor_model_parallel_size: 2",  # with sequence parallelism
@@ -36,24 +37,11 @@ def worst(found: dict[str, list[float]], expected: dict[str, list[float]]) -> di
     return {key: max(abs(a - b) for a, b in zip(found[key], expected[key], strict=True)) for key in expected}
 
 
-@pytest.fixture(scope="module")
-def begun(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The first phase, killed in one process after its first checkpoint: the weights that all layouts start
-    from, because megatron-core draws the very first ones rank by rank."""
-    path = tmp_path_factory.mktemp("begun") / "work"
-    shutil.copytree(finished.path, path, symlinks=True)
-    workspace = Workspace(path)
-    (path / "ckpt").rename(path / "single")
-    (line,) = shell_lines(workspace, TARGET, "pretrain={save_interval: 2}")
-    run_until(workspace, ["bash", "-c", line], saved(path / "ckpt", 2), signal.SIGKILL)
-    return workspace
-
-
 @pytest.fixture
-def fresh(begun: Workspace, tmp_path: Path) -> Workspace:
-    path = tmp_path / "work"
-    shutil.copytree(begun.path, path, symlinks=True)
-    return Workspace(path)
+def fresh(copy: Workspace) -> Workspace:
+    """The data of the finished run, with its checkpoints set aside."""
+    (copy.path / "ckpt").rename(copy.path / "single")
+    return copy
 
 
 def command(workspace: Workspace, layout: str) -> list[str]:
@@ -67,12 +55,11 @@ def command(workspace: Workspace, layout: str) -> list[str]:
 def test_two_processes_give_the_losses_of_one(fresh: Workspace, layout: str):
     result = fresh.run(*command(fresh, layout))
     assert result.status == 0, result.output[-3000:]
-    assert "continues after step 2" in result.output
     expected = losses(fresh.path / "single/pretrain/broad")
     assert len(expected["loss"]) == 6
     difference = worst(losses(fresh.path / TARGET), expected)
     print(f"{layout}: largest differences {difference}")
-    assert max(difference.values()) < TOLERANCE
+    assert max(difference.values()) < TOLERANCE.get(layout, OTHERWISE)
 
 
 def test_a_checkpoint_of_one_layout_continues_in_others(fresh: Workspace):
@@ -84,4 +71,4 @@ def test_a_checkpoint_of_one_layout_continues_in_others(fresh: Workspace):
     assert "continues after step 8" in result.output
     difference = worst(losses(fresh.path / TARGET), losses(fresh.path / "single/pretrain/broad"))
     print(f"tp, pp, ep: largest differences {difference}")
-    assert max(difference.values()) < TOLERANCE
+    assert max(difference.values()) < OTHERWISE

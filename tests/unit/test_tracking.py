@@ -14,11 +14,11 @@ from snaketron import lineage
 from snaketron.files import sha256, write_json
 from snaketron.tracking import Tracker
 from snaketron.train.metrics import Metrics
+from tests.wandb_log import read_runs
 
 import numpy as np
 import pytest
 import torch
-from tests.wandb_log import read_runs
 
 CONFIG = {"settings": {"seed": 1}, "run": {"log_interval": 2}}
 LINES: list[dict[str, Any]] = [

@@ -12,6 +12,7 @@ from typing import Any
 
 from snaketron.log import UserError, logger
 from snaketron.model import backend
+from snaketron.model.initial import initialize_weights
 from snaketron.model.spec import DTYPES, build_model, transformer_config
 from snaketron.settings import RunSettings, TrainSettings
 from snaketron.train import checkpoint
@@ -88,6 +89,7 @@ class Trainer:
         self.iteration, self.seconds = 0, 0.0
         self.config = transformer_config(settings.model, run.parallel)
         self.model = build_model(self.config, settings.model, vocab_size, settings.seq_length)
+        initialize_weights(self.model, self.config, settings.seed)
         wrapped = Float16Module(self.config, self.model) if self.config.bf16 else self.model
         self.parallel_model = DistributedDataParallel(
             self.config,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snaketron import lineage
+from snaketron.config import Section
 from snaketron.data import tokenizer as tokenizers
 from snaketron.files import sha256, to_json, writing
 from snaketron.log import UserError, logger
@@ -20,6 +21,7 @@ from snaketron.train import versions
 from snaketron.train.metrics import Metrics
 
 import yaml
+from pydantic import ValidationError
 
 if TYPE_CHECKING:  # imports megatron-core (5 s), which a finished version does not need
     from snaketron.train.loop import Trainer
@@ -54,8 +56,8 @@ class Stage:
     """One stage with its inputs identified and its version directory owned."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.settings = TrainSettings.model_validate_json(args.settings)
-        self.run = RunSettings.model_validate_json(args.run_settings)
+        self.settings = _parse(TrainSettings, args.settings, "--settings")
+        self.run = _parse(RunSettings, args.run_settings, "--run-settings")
         self.blend, self.base, self.output = args.blend, args.base, args.output
         self.tokenizer_directory = args.tokenizer
         self.tokenizer = tokenizers.info(args.tokenizer)
@@ -194,6 +196,14 @@ class Stage:
         shutil.rmtree(self.directory / "index_cache", ignore_errors=True)  # of the data; rebuilt when missing
         with writing(self.directory / versions.RECORD) as (temporary,):
             temporary.write_bytes(to_json(record | {"key": self.key}))
+
+
+def _parse[S: Section](kind: type[S], text: str, option: str) -> S:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise UserError(f"{option}: {'; '.join(problems)}; paste what `snakemake -np` prints") from None
 
 
 def _hash(path: Path) -> str:

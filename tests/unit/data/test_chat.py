@@ -4,10 +4,10 @@ from typing import Any
 
 from snaketron.data import chat
 from snaketron.log import UserError
+from tests.unit.data.chat_samples import TEMPLATE, build_tokenizer, question
 
 import numpy as np
 import pytest
-from chat_samples import TEMPLATE, build_tokenizer, question
 
 SOURCE = TEMPLATE.read_text()
 OURS = chat.compile_template(SOURCE)

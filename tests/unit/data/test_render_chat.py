@@ -10,11 +10,11 @@ from snaketron import files, lineage
 from snaketron.data import packed
 from snaketron.data.split import split_of
 from snaketron.log import UserError
+from tests.unit.data.chat_samples import build_tokenizer, question, save_tokenizer, write_jsonl
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chat_samples import build_tokenizer, question, save_tokenizer, write_jsonl
 
 
 @pytest.fixture

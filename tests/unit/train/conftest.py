@@ -17,6 +17,7 @@ from snaketron.settings import RunSettings, TrainSettings, pretrain_settings, ru
 import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 MODEL = {
     "hybrid_layer_pattern": "ME*",
@@ -53,6 +54,7 @@ def one_process():
 def seed():
     torch.manual_seed(0)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # megatron-core keeps it for the life of a process
 
 
 @pytest.fixture(autouse=True)
