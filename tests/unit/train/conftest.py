@@ -17,7 +17,9 @@ from snaketron.settings import RunSettings, TrainSettings, pretrain_settings, ru
 import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 
 MODEL = {
     "hybrid_layer_pattern": "ME*",
@@ -54,7 +56,11 @@ def one_process():
 def seed():
     torch.manual_seed(0)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # megatron-core keeps it for the life of a process
+    # megatron-core keeps these for the life of a process, in the shapes of another test's model.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
+    MTPLossLoggingHelper.tracker.clear()
+    destroy_moe_metrics_tracker()
 
 
 @pytest.fixture(autouse=True)
