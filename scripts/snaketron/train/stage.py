@@ -14,7 +14,7 @@ from snaketron import lineage
 from snaketron.config import Section
 from snaketron.data import tokenizer as tokenizers
 from snaketron.files import sha256, to_json, writing
-from snaketron.log import UserError, logger
+from snaketron.log import UserError, log_to, logger
 from snaketron.settings import RunSettings, TrainSettings
 from snaketron.tracking import Tracker
 from snaketron.train import versions
@@ -74,9 +74,12 @@ class Stage:
         self.directory = versions.version_directory(self.output, self.settings.stage, self.key)
         if self.rank == 0:
             self.owner = versions.own(self.directory)
-        _log_to(self.directory / "train.log", "a")
+        if not _is_last_rank():
+            logger.setLevel(logging.WARNING)
+            return
+        log_to(self.directory / "train.log", "a")
         if args.log_file:
-            _log_to(args.log_file, "w")
+            log_to(args.log_file, "w")
 
     def _check_base(self) -> None:
         """The base must be the same architecture with the same tokenizer."""
@@ -216,17 +219,6 @@ def _hash(path: Path) -> str:
 def _is_last_rank() -> bool:
     """Whether this process speaks and writes metrics: `loop.is_writer` before the processes are joined."""
     return int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
-
-
-def _log_to(path: Path, mode: str) -> None:
-    """Let the one rank that speaks (the last) write its log to `path` as well."""
-    if not _is_last_rank():
-        logger.setLevel(logging.WARNING)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, mode)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(handler)
 
 
 def exit_status(stage: Stage, train: Callable[[], Any]) -> int:
