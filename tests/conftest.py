@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).parent.parent
 PARTS = ("Snakefile", "rules", "scripts", "profiles", "config", "tests", "envs")
@@ -66,6 +67,7 @@ class Workspace:
 def make_workspace(path: Path) -> Workspace:
     path.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
+        (path / part).unlink(missing_ok=True)
         (path / part).symlink_to(REPOSITORY / part)
     return Workspace(path)
 
@@ -78,12 +80,18 @@ def workspace(tmp_path: Path) -> Workspace:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The main job, run once to its end. Tests read it and work on copies."""
-    workspace = make_workspace(tmp_path_factory.mktemp("finished") / "work")
-    result = workspace.snakemake("ckpt/sft")
-    assert result.status == 0, result.output[-5000:]
-    workspace.write("transcript.txt", result.output)
-    return workspace
+    """The main job, run once to its end by whichever test process comes first. Tests work on copies."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # which the processes share
+    transcript = root / "finished/work/transcript.txt"
+    with FileLock(root / "finished.lock"):
+        if not transcript.exists():
+            workspace = make_workspace(root / "finished/work")
+            result = workspace.snakemake("ckpt/sft")
+            assert result.status == 0, result.output[-5000:]
+            transcript.write_text(result.output)
+    return Workspace(root / "finished/work")
 
 
 @pytest.fixture

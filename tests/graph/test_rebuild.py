@@ -71,7 +71,7 @@ def test_more_tokens_in_the_last_phase_leave_a_stable_first_phase_alone(copy: Wo
     phases = yaml.safe_load((copy.path / "tests/config/micro.yaml").read_text())["pretrain"]["phases"]
     phases[1]["tokens"] *= 2
     change = f"pretrain={yaml.safe_dump({'phases': phases}, default_flow_style=True, width=10000).strip()}"
-    assert jobs(copy, change) == {"pretrain": 1, "sft": 1}
+    assert jobs(copy, change) == {"blend_pretrain": 1, "pretrain": 1, "sft": 1}
 
 
 def test_a_new_raw_file_is_tokenized_and_the_tokenizer_stays(copy: Workspace):
