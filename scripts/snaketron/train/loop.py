@@ -168,7 +168,7 @@ class Trainer:
         `after_start` runs before the first step of the stage; `observe` gets each line of metrics on the
         rank that writes them. Raises `Stopped` on a signal.
         """
-        metrics = Metrics(directory / "metrics.jsonl", self.iteration, observe)
+        metrics = Metrics(directory / "metrics.jsonl", self.iteration, observe, writer=is_writer())
         self.seconds = metrics.seconds
         tokens = self.settings.global_batch_size * self.settings.seq_length
         progress = Progress(self.settings.stage, self.settings.train_iters, tokens)
@@ -180,15 +180,16 @@ class Trainer:
                 began = time.monotonic()
                 grad_norm = self._step(batches)
                 self.seconds += time.monotonic() - began
-                progress.show(self.iteration, self._mean_loss())
+                if is_writer():
+                    progress.show(self.iteration, self._mean_loss())
                 self._after_step(batches, metrics, directory, grad_norm)
             if batches.has("test"):
-                self._write(metrics, iteration=self.iteration, test_loss=self.evaluate(batches, "test"))
+                metrics.write(iteration=self.iteration, test_loss=self.evaluate(batches, "test"))
 
     def _after_step(self, batches: Batches, metrics: Metrics, directory: Path, grad_norm: float) -> None:
         at_end = self.iteration == self.settings.train_iters
         if self.iteration % self.run.log_interval == 0 or at_end:
-            self._write(metrics, **self._line(grad_norm))
+            metrics.write(**self._line(grad_norm))
             self.totals.zero_()
         if self.iteration % self.run.eval_interval == 0 or at_end:
             self._validate(batches, metrics)
@@ -247,7 +248,7 @@ class Trainer:
     def _validate(self, batches: Batches, metrics: Metrics) -> None:
         if batches.has("valid"):
             loss = self.evaluate(batches, "valid")
-            self._write(metrics, iteration=self.iteration, valid_loss=loss)
+            metrics.write(iteration=self.iteration, valid_loss=loss)
             if is_writer():
                 logger.info(
                     "%s: validation loss %.4f after step %d", self.settings.stage, loss, self.iteration
@@ -305,10 +306,6 @@ class Trainer:
                 "tokens_per_second": round(self.iteration * step_tokens / self.seconds, 1),
             },
         }
-
-    def _write(self, metrics: Metrics, **values: Any) -> None:
-        if is_writer():
-            metrics.write(**values)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -19,18 +19,26 @@ class Metrics:
     except those under `timing`."""
 
     def __init__(
-        self, path: Path, iteration: int, observe: Callable[[dict[str, Any]], None] = lambda line: None
+        self,
+        path: Path,
+        iteration: int,
+        observe: Callable[[dict[str, Any]], None] = lambda line: None,
+        *,
+        writer: bool = True,
     ) -> None:
         """Open `path` as it was after `iteration` steps; later lines, of a killed run, are dropped.
 
-        `observe` gets each line that is in the file, old ones first.
+        `observe` gets each line that is in the file, old ones first. All ranks may open it, and one is the
+        `writer`: nothing happens on the others.
         """
-        self.path, self.observe = path, observe
+        self.path, self.observe, self.writer = path, observe, writer
         kept = [
             line for line in self.read(path) if line["iteration"] <= iteration and "test_loss" not in line
         ]
         # Time is kept here and not in the checkpoints, whose bytes depend on nothing but the training.
         self.seconds = max((line["timing"]["seconds"] for line in kept if "timing" in line), default=0.0)
+        if not writer:
+            return
         with writing(path) as (temporary,):
             temporary.write_bytes(b"".join(orjson.dumps(k) + b"\n" for k in kept if iteration))
         for line in kept if iteration else ():
@@ -44,6 +52,8 @@ class Metrics:
         return [orjson.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
     def write(self, **values: Any) -> None:
+        if not self.writer:
+            return
         with self.path.open("ab") as file:
             file.write(orjson.dumps(values) + b"\n")
         self.observe(values)
