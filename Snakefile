@@ -40,14 +40,13 @@ try:
 except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 
-if (
-    workflow.is_main_process
-    and not workflow.dryrun
-    and not lock.hold(Path(".snakemake/snaketron.lock"))
-):
-    raise WorkflowError(
-        "Another Snakemake is running in this directory; wait for it or stop it."
-    )
+
+# Before the first job of a run, not of a dry-run.
+onstart:
+    if not lock.hold(Path(".snakemake/snaketron.lock")):
+        raise WorkflowError(
+            "Another Snakemake is running in this directory; wait for it or stop it."
+        )
 
 
 rule all:
