@@ -85,6 +85,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         if (said := process.stdout.readline()) != "ready\n":
             give_up(f"Slurm does not run here: {said}{process.stdout.read()}")
         yield Slurm(path)
+        process.terminate()  # a process that a test forked may hold our end of its input open
 
 
 @pytest.fixture(autouse=True)

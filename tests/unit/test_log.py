@@ -16,14 +16,15 @@ DOOR = "import errno, os, pathlib, signal, sys\nfrom snaketron import files\nfro
 def script(body: str, *arguments: Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
     """Run a script whose `main` is `body`; `limit` is the largest file that it may write, in bytes."""
 
-    def full_disk() -> None:
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a shell begins without
         if limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes then fail with EFBIG
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     code = f"{DOOR}def main():\n    {body}\nrun(main)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, preexec_fn=full_disk, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, preexec_fn=prepare, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
