@@ -8,7 +8,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from snaketron.config import ChatSource, Config, Corpus
-from snaketron.settings import pretrain_settings, run_settings, sft_settings
+from snaketron.settings import (
+    pretrain_settings,
+    read_settings,
+    run_settings,
+    sft_settings,
+    tokenize_settings,
+)
 from snaketron.sources import shards
 
 
@@ -20,16 +26,37 @@ class Graph:
         self.corpora: dict[str, Corpus] = {c.name: c for c in config.corpora}
         self.chats: dict[str, ChatSource] = {c.name: c for c in config.chats}
         self.phases = {p.name: p for p in config.pretrain.phases}
-        self.text = {c.name: shards(c, f"corpora[{i}]") for i, c in enumerate(config.corpora)}
-        self.conversations = {c.name: shards(c, f"chats[{i}]") for i, c in enumerate(config.chats)}
+        # Of each source the shards, and of each shard the raw files that it is made from, in order.
+        self.text = {
+            c.name: {shard: [file] for shard, file in shards(c, f"corpora[{i}]").items()}
+            for i, c in enumerate(config.corpora)
+        }
+        self.conversations = {
+            c.name: {shard: [file] for shard, file in shards(c, f"chats[{i}]").items()}
+            for i, c in enumerate(config.chats)
+        }
 
     # Input functions get the wildcards of the job.
 
-    def raw_text(self, wildcards: Any) -> str:
+    def raw_text(self, wildcards: Any) -> list[str]:
+        """The raw files of a shard."""
         return self.text[wildcards.corpus][wildcards.shard]
 
-    def raw_chats(self, wildcards: Any) -> str:
+    def text_to_tokenize(self, wildcards: Any) -> list[str]:
+        """The raw files of a shard, or what curation left of them."""
+        if self.corpora[wildcards.corpus].curation:
+            return [f"<data>/curated/{wildcards.corpus}/{wildcards.shard}.parquet"]
+        return self.raw_text(wildcards)
+
+    def raw_chats(self, wildcards: Any) -> list[str]:
+        """The raw files of a shard of conversations."""
         return self.conversations[wildcards.source][wildcards.shard]
+
+    def rendered_chats(self, wildcards: Any) -> list[str]:
+        """The rendered shards that are packed together: one, or all of a source."""
+        across = self.config.sft_data.pack_across_shards
+        shards = self.conversations[wildcards.source] if across else [wildcards.shard]
+        return [f"<data>/chat/{wildcards.source}/{shard}.parquet" for shard in shards]
 
     def tokenizer_text(self, _wildcards: Any) -> list[str]:
         """Files that a tokenizer is trained on; none when it is taken from elsewhere."""
@@ -51,8 +78,12 @@ class Graph:
         return [
             pattern.format(source=entry.source, shard=shard)
             for entry in self.config.sft.blend
-            for shard in self.conversations[entry.source]
+            for shard in self.packed_shards(entry.source)
         ]
+
+    def packed_shards(self, source: str) -> list[str]:
+        """Names of the packed shards of a source: those of its shards, or one for all of them."""
+        return ["all"] if self.config.sft_data.pack_across_shards else list(self.conversations[source])
 
     def previous_phase(self, wildcards: Any) -> list[str]:
         """Checkpoint that a phase starts from; none for the first."""
@@ -82,6 +113,17 @@ class Graph:
 
     def text_field(self, wildcards: Any) -> str:
         return self.corpora[wildcards.corpus].text_field
+
+    def tokenize_settings(self, wildcards: Any) -> str:
+        return tokenize_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()
+
+    def read_settings(self, wildcards: Any) -> str:
+        return read_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()
+
+    def pack_seed(self) -> int | None:
+        """The seed of packing, where it matters."""
+        shuffled = self.config.sft_data.algorithm == "first_fit_shuffle"
+        return self.config.seed if shuffled else None
 
     def chat_fields(self, wildcards: Any) -> dict[str, str]:
         return self.chats[wildcards.source].model_dump(include={"messages_field", "tools_field"})

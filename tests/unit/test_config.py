@@ -100,8 +100,8 @@ def test_every_overlay_that_ships_is_valid(path):
         ),
         # Nothing is near: every key is named.
         (
-            {"pretrain_data": {"zzz": 1}},
-            "pretrain_data.zzz: unknown key; known: test_fraction, valid_fraction",
+            {"curation": {"minhash": {"zzz": 1}}},
+            "curation.minhash.zzz: unknown key; known: hashes_per_bucket, n_grams, num_buckets",
         ),
     ],
 )
@@ -148,7 +148,37 @@ def test_a_name_that_is_no_directory_name_is_refused():
 
 
 def test_a_missing_key_of_a_list_item_is_named():
-    assert refusal({"corpora": [{"name": "a"}]}) == "corpora[0].paths: missing"
+    assert refusal({"corpora": [{"paths": ["a.jsonl"]}]}) == "corpora[0].name: missing"
+
+
+BLEND = {"pretrain": {"phases": [{"name": "p", "tokens": 10**6, "blend": [{"corpus": "a", "weight": 1}]}]}}
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [
+        ({}, "corpora[0] (a): give either paths or hub"),
+        ({"paths": ["x"], "hub": {"repository": "o/n"}}, "corpora[0] (a): give either paths or hub"),
+        (
+            {"paths": ["x"], "curation": {"decontaminate": True}},
+            "corpora[0].curation.decontaminate: name the texts to protect in curation.evaluation",
+        ),
+        (
+            {
+                "paths": ["x"],
+                "curation": {"filters": [{"name": "gopher_quality", "options": {"min_words": 5}}]},
+            },
+            "corpora[0].curation.filters[0].options.min_words: unknown option of gopher_quality; "
+            "did you mean 'min_doc_words'?",
+        ),
+        (
+            {"paths": ["x"], "curation": {"filters": [{"name": "regex"}]}},
+            "corpora[0].curation.filters[0].options.pattern: regex needs it",
+        ),
+    ],
+)
+def test_a_source_that_cannot_be_meant_is_refused(corpus, message):
+    assert refusal({"corpora": [{"name": "a", **corpus}], **BLEND}) == message
 
 
 def test_every_problem_has_its_line():

@@ -56,8 +56,29 @@ def job(**wildcards: str) -> SimpleNamespace:
 
 
 def test_a_shard_leads_to_its_raw_file():
-    assert graph().raw_text(job(corpus="web", shard="a")) == "raw/web/a.parquet"
-    assert graph().raw_chats(job(source="help", shard="help")) == "raw/help.jsonl"
+    assert graph().raw_text(job(corpus="web", shard="a")) == ["raw/web/a.parquet"]
+    assert graph().raw_chats(job(source="help", shard="help")) == ["raw/help.jsonl"]
+
+
+def test_what_curation_left_is_tokenized():
+    corpora = [*VALUES["corpora"][1:], {"name": "web", "paths": ["raw/web"], "curation": {"pii": True}}]
+    made = graph(corpora=corpora)
+    assert made.text_to_tokenize(job(corpus="web", shard="a")) == ["<data>/curated/web/a.parquet"]
+    assert made.text_to_tokenize(job(corpus="code", shard="code")) == ["raw/code.jsonl"]
+
+
+def test_all_shards_of_a_source_can_be_packed_together():
+    Path("raw/more.jsonl").touch()
+    chats = [{"name": "help", "paths": ["raw/help.jsonl", "raw/more.jsonl"]}]
+    alone, together = (graph(chats=chats, sft_data={"pack_across_shards": a}) for a in (False, True))
+    pattern = "<data>/sft/{source}/{shard}.json"
+    assert alone.sft_shards(pattern) == ["<data>/sft/help/help.json", "<data>/sft/help/more.json"]
+    assert alone.rendered_chats(job(source="help", shard="more")) == ["<data>/chat/help/more.parquet"]
+    assert together.sft_shards(pattern) == ["<data>/sft/help/all.json"]
+    assert together.rendered_chats(job(source="help", shard="all")) == [
+        "<data>/chat/help/help.parquet",
+        "<data>/chat/help/more.parquet",
+    ]
 
 
 def test_a_shard_that_no_raw_file_makes_is_unknown():

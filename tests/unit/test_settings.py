@@ -127,6 +127,8 @@ DATA = (
     "pathvars",
     "tokenizer",
     "corpora",
+    "sources_lock",
+    "curation",
     "chats",
     "pretrain_data",
     "sft_data",
