@@ -15,7 +15,7 @@ from snaketron.settings import (
     sft_settings,
     tokenize_settings,
 )
-from snaketron.sources import shards
+from snaketron.sources import read_lock, shards
 
 
 class Graph:
@@ -26,13 +26,14 @@ class Graph:
         self.corpora: dict[str, Corpus] = {c.name: c for c in config.corpora}
         self.chats: dict[str, ChatSource] = {c.name: c for c in config.chats}
         self.phases = {p.name: p for p in config.pretrain.phases}
+        self.lock = read_lock(config.sources_lock)
         # Of each source the shards, and of each shard the raw files that it is made from, in order.
         self.text = {
-            c.name: {shard: [file] for shard, file in shards(c, f"corpora[{i}]").items()}
+            c.name: shards(c, f"corpora[{i}]", self.lock, config.pretrain_data.shard_size)
             for i, c in enumerate(config.corpora)
         }
         self.conversations = {
-            c.name: {shard: [file] for shard, file in shards(c, f"chats[{i}]").items()}
+            c.name: shards(c, f"chats[{i}]", self.lock, config.sft_data.shard_size)
             for i, c in enumerate(config.chats)
         }
 
