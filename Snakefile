@@ -36,9 +36,13 @@ wildcard_constraints:
 
 
 try:
-    graph = Graph(load(config))
+    graph = Graph(load(config), workflow.overwrite_configfiles)
 except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
+
+
+if workflow.dryrun and (to_download := graph.to_download()):
+    logger.info(to_download)
 
 
 # Before the first job of a run, not of a dry-run.

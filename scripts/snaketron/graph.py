@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from snaketron.config import ChatSource, Config, Corpus
@@ -15,18 +16,21 @@ from snaketron.settings import (
     sft_settings,
     tokenize_settings,
 )
-from snaketron.sources import read_lock, shards
+from snaketron.sources import LockedFile, read_lock, shards, to_download
 
 
 class Graph:
-    """Answers from a checked configuration. Raises `ConfigError` when a raw file is missing."""
+    """Answers from a checked configuration. Raises `ConfigError` when a raw file is missing.
 
-    def __init__(self, config: Config) -> None:
+    `configfiles` are those of the command line, which messages repeat.
+    """
+
+    def __init__(self, config: Config, configfiles: Iterable[str | Path] = ()) -> None:
         self.config = config
         self.corpora: dict[str, Corpus] = {c.name: c for c in config.corpora}
         self.chats: dict[str, ChatSource] = {c.name: c for c in config.chats}
         self.phases = {p.name: p for p in config.pretrain.phases}
-        self.lock = read_lock(config.sources_lock)
+        self.lock = read_lock(config.sources_lock, configfiles)
         # Of each source the shards, and of each shard the raw files that it is made from, in order.
         self.text = {
             c.name: shards(c, f"corpora[{i}]", self.lock, config.pretrain_data.shard_size)
@@ -52,6 +56,14 @@ class Graph:
     def raw_chats(self, wildcards: Any) -> list[str]:
         """The raw files of a shard of conversations."""
         return self.conversations[wildcards.source][wildcards.shard]
+
+    def locked_file(self, wildcards: Any) -> LockedFile:
+        """A file to download."""
+        return self.lock.file(wildcards.source, wildcards.file)
+
+    def to_download(self) -> str | None:
+        """What is listed and not here yet, in one line."""
+        return to_download(self.config, self.lock)
 
     def rendered_chats(self, wildcards: Any) -> list[str]:
         """The rendered shards that are packed together: one, or all of a source."""

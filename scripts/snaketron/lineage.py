@@ -78,7 +78,8 @@ def record_of(entry: Mapping[str, Any]) -> Path | None:
     path = Path(entry["path"])
     if "version" in entry:  # a checkpoint
         return path / "record.json"
-    for candidate in (path.parent / "record.json", path.with_suffix(".json")):
+    beside = (path.parent / "record.json", path.with_suffix(".json"), path.with_name(f"{path.name}.json"))
+    for candidate in beside:
         try:
             outputs = read(candidate)["outputs"]
         except UserError:
