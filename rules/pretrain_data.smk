@@ -39,8 +39,10 @@ rule blend_pretrain:
     params:
         weights=graph.phase_weights,
         train_tokens=graph.phase_tokens,
+        max_epochs=graph.config.pretrain_data.max_epochs,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
         "python scripts/blend_pretrain.py --phase {wildcards.phase} --weights {params.weights}"
-        " --train-tokens {params.train_tokens} --records {input.records} --tokenizer {params.tokenizer}"
+        " --train-tokens {params.train_tokens} --max-epochs {params.max_epochs}"
+        " --records {input.records} --tokenizer {params.tokenizer}"
         " --output {output.blend} --record {output.record} --log-file {log}"

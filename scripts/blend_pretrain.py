@@ -20,6 +20,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--train-tokens", type=int, required=True, help="tokens that the phase trains on")
     parser.add_argument(
+        "--max-epochs", type=float, required=True, help="warn when a corpus is repeated more often"
+    )
+    parser.add_argument(
         "--records", type=Path, nargs="+", required=True, help="records of the tokenized shards"
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer")
@@ -44,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         args.phase,
         weights=dict(args.weights),
         train_tokens=args.train_tokens,
+        max_epochs=args.max_epochs,
         records=args.records,
         tokenizer=args.tokenizer,
         output=args.output,
@@ -53,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         split = getattr(result, name)
         shares = ", ".join(
             f"{c.corpus} {c.share:.1%} from {c.tokens} tokens"
-            + (f" ({c.epochs:.2f} epochs)" if c.epochs else "")
+            + (f" ({c.taken} taken, {c.epochs:.2f} epochs)" if c.epochs is not None else "")
             for c in split.corpora
         )
         logger.info("%s: %d shards, %d tokens; %s", name, len(split.shards), split.tokens, shares or "empty")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,13 @@ def records(tokenize, tmp_path, write_jsonl) -> list[Path]:
 def build(run_script, tmp_path, tokenizer_dir) -> Callable[..., tuple[int, str]]:
     """Run blend_pretrain; returns exit status and standard error."""
 
-    def run(records: list[Path], *weights: str, tokenizer: Path = tokenizer_dir) -> tuple[int, str]:
+    def run(
+        records: list[Path], *weights: str, tokenizer: Path = tokenizer_dir, max_epochs: float = 4
+    ) -> tuple[int, str]:
         return run_script(
             "blend_pretrain",
             *("--phase", "broad", "--weights", *weights, "--train-tokens", "40"),
+            *("--max-epochs", max_epochs),
             *("--records", *records, "--tokenizer", tokenizer),
             *("--output", tmp_path / "out" / "blend.json", "--record", tmp_path / "out" / "record.json"),
         )
@@ -61,8 +65,28 @@ def test_a_corpus_weight_is_spread_over_its_shards_by_tokens(build, records, tmp
     assert value["train"]["prefixes"] == prefixes
     assert value["train"]["weights"] == [0.25 * 2 / 8, 0.25 * 6 / 8, 0.75]
     assert value["train"]["corpora"] == [
-        {"corpus": "docs", "share": 0.25, "epochs": 1.25, "documents": 3, "tokens": 8},
-        {"corpus": "code", "share": 0.75, "epochs": 3.75, "documents": 1, "tokens": 8},
+        {
+            "corpus": "docs",
+            "asked": 0.25,
+            "share": 0.25,
+            "present": 0.5,  # 8 of 16 tokens
+            "documents": 3,
+            "tokens": 8,
+            "taken": 10,  # of 40
+            "epochs": 1.25,
+            "empty_shards": 0,
+        },
+        {
+            "corpus": "code",
+            "asked": 0.75,
+            "share": 0.75,
+            "present": 0.5,
+            "documents": 1,
+            "tokens": 8,
+            "taken": 30,
+            "epochs": 3.75,
+            "empty_shards": 0,
+        },
     ]
     assert (value["train"]["tokens"], value["train"]["documents"]) == (16, 4)
     assert value["tokenizer"] == files.sha256(tokenizer_dir / "tokenizer.json")
@@ -80,6 +104,7 @@ def test_a_corpus_weight_is_spread_over_its_shards_by_tokens(build, records, tmp
     record = files.read_json(tmp_path / "out" / "record.json")
     assert [i["path"] for i in record["inputs"][:3]] == [str(r) for r in records]
     assert record["counts"]["train"] == {"documents": 4, "tokens": 16}
+    assert record["counts"]["repeated"] == {} and "goes through" not in stderr
 
 
 def test_megatron_gets_none_for_a_split_without_tokens(build, records, tmp_path, caplog):
@@ -94,11 +119,12 @@ def test_megatron_gets_none_for_a_split_without_tokens(build, records, tmp_path,
 
 
 def test_a_corpus_or_shard_without_tokens_in_a_split_is_left_out_there(
-    build, tokenize, tmp_path, write_jsonl
+    build, tokenize, tmp_path, write_jsonl, caplog
 ):
     numbers = [str(i) for i in range(10, 100)]  # 3 tokens each
     valid = [n for n in numbers if split_of(n, 0.5, 0.0) == "valid"]
     train = [n for n in numbers if split_of(n, 0.5, 0.0) == "train"]
+    caplog.set_level("INFO")
     made = []
     for corpus, shard, texts in (
         ("docs", "a", [train[0], valid[0], valid[1]]),
@@ -113,7 +139,10 @@ def test_a_corpus_or_shard_without_tokens_in_a_split_is_left_out_there(
     assert loaded.train.weights == [0.15, 0.15, 0.7]
     assert loaded.valid.prefixes == [str(made[0].parent / "valid" / "a")]
     assert loaded.valid.weights == [1.0]
-    assert [(c.corpus, c.share, c.tokens) for c in loaded.valid.corpora] == [("docs", 1.0, 6)]
+    (docs,) = loaded.valid.corpora
+    assert (docs.corpus, docs.asked, docs.share, docs.present, docs.tokens) == ("docs", 0.3, 1.0, 1.0, 6)
+    assert (docs.taken, docs.epochs, docs.empty_shards) == (None, None, 1)
+    assert "corpus docs: 1 of its 2 shards have no tokens in valid: left out there" in caplog.text
 
 
 def test_the_same_shards_give_the_same_bytes(build, records, tmp_path):
@@ -137,6 +166,38 @@ def test_prefixes_stay_relative(build, records, tmp_path, monkeypatch):
         files.write_json(record, value)
     build(records, "docs=1", "code=1")
     assert blend.check(Path("out/blend.json")).train.prefixes[0] == "tokens/docs/train/a"
+
+
+def test_a_corpus_that_is_repeated_too_often_is_named_and_recorded(build, records, tmp_path):
+    """40 tokens, a quarter of them of 8 and the rest of another 8: 1.25 and 3.75 epochs."""
+    status, stderr = build(records, "docs=1", "code=3", max_epochs=3.5)
+    assert status == 0
+    assert (
+        "phase broad goes through corpus code 3.75 times (it takes 30 tokens and there are 8), more than "
+        "pretrain_data.max_epochs 3.5" in stderr
+    )
+    assert "corpus docs" not in stderr.split("goes through")[1]
+    assert files.read_json(tmp_path / "out" / "record.json")["counts"]["repeated"] == {"code": 3.75}
+
+
+def test_the_limit_of_repetition_does_not_change_the_blend(build, records, tmp_path):
+    """A training is identified by its blend.json; another limit of a warning must not train again."""
+    build(records, "docs=1", "code=3", max_epochs=1)
+    first = (tmp_path / "out" / "blend.json").read_bytes()
+    build(records, "docs=1", "code=3", max_epochs=100)
+    assert (tmp_path / "out" / "blend.json").read_bytes() == first
+
+
+def test_a_warning_reaches_the_terminal_and_the_log(build, records, tmp_path, tokenizer_dir, run_script):
+    log = tmp_path / "blend.log"
+    _, stderr = run_script(
+        "blend_pretrain",
+        *("--log-file", log, "--phase", "broad", "--weights", "docs=1", "code=3", "--train-tokens", "40"),
+        *("--max-epochs", "3.5", "--records", *records, "--tokenizer", tokenizer_dir),
+        *("--output", tmp_path / "out" / "blend.json", "--record", tmp_path / "out" / "record.json"),
+    )
+    assert "corpus code 3.75 times" in stderr and "corpus code 3.75 times" in log.read_text()
+    assert "train: 3 shards" in log.read_text() and "train: 3 shards" not in stderr
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -211,6 +272,57 @@ def test_a_corpus_without_train_tokens_is_refused(build, tokenize, tmp_path, wri
     text = next(t for t in map(str, range(100)) if split_of(t, 0.5, 0.0) == "valid")
     _, _, record = tokenize(write_jsonl(tmp_path / "a.jsonl", [{"text": text}]), valid=0.5, test=0.0)
     assert_refused(build([record], "docs=1"), tmp_path, "corpus 'docs' has no tokens in train")
+
+
+def empty_shard(record: Path, like: Path, dropped: dict[str, int]) -> Path:
+    """A shard of 0 documents beside a record that is otherwise as `like`."""
+    value = files.read_json(like)
+    value["settings"]["corpus"] = record.parent.name
+    value["counts"] |= {split: {"documents": 0, "tokens": 0} for split in ("train", "valid", "test")}
+    value["counts"]["dropped"] = dropped
+    value["outputs"] = []
+    for split in ("train", "valid", "test"):
+        prefix = record.parent / split / record.stem
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        index = struct.pack("<9sQBQQq", b"MMIDIDX\x00\x00", 1, 8, 0, 1, 0)
+        for path, data in ((Path(f"{prefix}.bin"), b""), (Path(f"{prefix}.idx"), index)):
+            path.write_bytes(data)
+            value["outputs"].append({"path": str(path), "bytes": len(data), "sha256": files.sha256(path)})
+    files.write_json(record, value)
+    return record
+
+
+def test_a_corpus_without_documents_says_what_became_of_them(build, records, tmp_path):
+    web = [
+        empty_shard(tmp_path / "web" / "a.json", records[0], {"empty": 1, "invalid text": 0}),
+        empty_shard(tmp_path / "web" / "b.json", records[0], {"empty": 2, "filtered by where": 5}),
+    ]
+    assert_refused(
+        build([*records, *web], "docs=1", "code=1", "web=1"),
+        tmp_path,
+        "phase 'broad': corpus 'web' has no documents in any of its 2 shards "
+        "(dropped: 3 empty, 5 filtered by where)",
+    )
+
+
+def test_a_shard_without_documents_is_counted_and_left_out(build, records, tmp_path, caplog):
+    caplog.set_level("INFO")
+    empty = empty_shard(tmp_path / "docs2" / "c.json", records[0], {"empty": 1})
+    value = files.read_json(empty)
+    value["settings"]["corpus"] = "docs"
+    files.write_json(empty, value)
+    status, stderr = build([*records, empty], "docs=1", "code=1")
+    assert status == 0, stderr
+    train = blend.load(tmp_path / "out" / "blend.json").train
+    assert len(train.prefixes) == 3 and train.corpora[0].empty_shards == 1
+    assert "corpus docs: 1 of its 3 shards have no tokens in train: left out there" in caplog.text
+
+
+def test_more_shards_than_megatron_can_number_are_refused():
+    shards = [blend.Shard(f"s{i}", "docs", 1, 2, 4, "", 66, "") for i in range(32767)]
+    blend._check_weights("broad", {"docs": 1}, {"train": shards[1:]}, {})
+    with pytest.raises(UserError, match="32767 shards with tokens in train, where megatron-core takes 32766"):
+        blend._check_weights("broad", {"docs": 1}, {"train": shards}, {})
 
 
 # ---------------------------------------------------------------------------------------- reading

@@ -131,6 +131,7 @@ def blend_path(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) ->
         "one",
         weights={"docs": 1.0},
         train_tokens=320,
+        max_epochs=4,
         records=[root / "part.json"],
         tokenizer=tokenizer_dir,
         output=root / "blend.json",
