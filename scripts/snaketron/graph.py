@@ -133,10 +133,11 @@ class Graph:
     def read_settings(self, wildcards: Any) -> str:
         return read_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()
 
-    def pack_seed(self) -> int | None:
-        """The seed of packing, where it matters."""
-        shuffled = self.config.sft_data.algorithm == "first_fit_shuffle"
-        return self.config.seed if shuffled else None
+    def packing(self) -> str:
+        """Options of pack_sft that say how it packs; the seed only where it matters."""
+        data = self.config.sft_data
+        seed = f" --seed {self.config.seed}" if data.algorithm == "first_fit_shuffle" else ""
+        return f"--pack-size {data.pack_size} --algorithm {data.algorithm}{seed}"
 
     def chat_fields(self, wildcards: Any) -> dict[str, str]:
         return self.chats[wildcards.source].model_dump(include={"messages_field", "tools_field"})
