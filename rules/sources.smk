@@ -1,0 +1,23 @@
+rule download:
+    """Fetch one file of the lock, from where an earlier attempt ended, and verify it by size and hash."""
+    output:
+        file="<data>/raw/{source}/{file}",
+        record="<data>/raw/{source}/{file}.json",
+    log:
+        "<logs>/download/{source}/{file}.log",
+    benchmark:
+        "<benchmarks>/download/{source}/{file}.tsv"
+    wildcard_constraints:
+        file=DOWNLOADED,
+    resources:
+        # An address may change and the file stay the same, so it is no parameter.
+        address=graph.download_address,
+        download_mb=graph.download_mb,
+        downloads=1,
+    params:
+        size=graph.download_size,
+        sha256=graph.download_sha256,
+    shell:
+        "python scripts/download.py --address {resources.address:q} --size {params.size}"
+        " --sha256 {params.sha256} --name {wildcards.source}/{wildcards.file}"
+        " --output {output.file} --record {output.record} --log-file {log}"
