@@ -1,4 +1,4 @@
-"""Pack rendered conversations, each split by itself; no conversation is split across packs."""
+"""Pack the rendered conversations of a source, each split by itself; none is split across packs."""
 
 from __future__ import annotations
 
@@ -12,52 +12,62 @@ from snaketron.log import argument_parser, logger, run
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--chats", type=Path, required=True, help="rendered conversations (render_chat)")
+    add(
+        "--chats",
+        nargs="+",
+        type=Path,
+        required=True,
+        help="rendered conversations of one source (render_chat), packed together",
+    )
     add("--pack-size", type=int, required=True, help="tokens of a pack; longer conversations are dropped")
     add("--algorithm", choices=ALGORITHMS, required=True)
+    add("--seed", type=int, help="of the order of first_fit_shuffle; the others need none")
     add("--train", type=Path, required=True, help="Parquet file to write")
     add("--valid", type=Path, required=True, help="Parquet file to write")
     add("--test", type=Path, required=True, help="Parquet file to write")
     add("--record", type=Path, required=True, help="lineage record to write")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.algorithm != "first_fit_shuffle":
+        args.seed = None
+    elif args.seed is None:
+        parser.error("--algorithm first_fit_shuffle needs --seed")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     from snaketron import files, lineage
-    from snaketron.data.pack_sft import Chats, pack_split
+    from snaketron.data.pack_sft import Chats, plan, write
 
     chats = Chats.read(args.chats)
     targets = {"train": args.train, "valid": args.valid, "test": args.test}
+    plans = {split: plan(chats, split, args.pack_size, args.algorithm, args.seed) for split in targets}
     settings = {
         **chats.metadata,
         "pack_size": args.pack_size,
         "algorithm": args.algorithm,
+        **({} if args.seed is None else {"seed": args.seed}),
         "padding_multiple": 1,
     }
     with files.writing(*targets.values(), args.record) as temporary:
-        outputs = dict(zip(targets.values(), temporary, strict=False))
-        counts = {
-            split: pack_split(chats, split, outputs[target], metadata=settings)
-            for split, target in targets.items()
-        }
+        write(chats, plans, dict(zip(targets, temporary, strict=False)), settings)
         value = lineage.record(
             "pack_sft",
-            f"{chats.metadata['source']}/{args.chats.stem}",
-            inputs=[args.chats],
-            outputs=outputs,
+            f"{chats.metadata['source']}/{args.record.stem}",
+            inputs=args.chats,
+            outputs=dict(zip(targets.values(), temporary, strict=False)),
             settings=settings,
-            counts={"splits": counts},
+            counts={"splits": {split: made.counts for split, made in plans.items()}},
         )
         temporary[-1].write_bytes(files.to_json(value))
-    for split, count in counts.items():
+    for split, made in plans.items():
         logger.info(
             "%s: %d conversations in %d packs, %d tokens, %d of them trained, %.1f %% full; dropped: %s",
             targets[split],
-            *(count[name] for name in ("packed", "packs", "tokens", "trained_tokens")),
-            100 * count["efficiency"],
-            ", ".join(f"{number} x {reason}" for reason, number in count["dropped"].items()) or "none",
+            *(made.counts[name] for name in ("packed", "packs", "tokens", "trained_tokens")),
+            100 * made.counts["efficiency"],
+            ", ".join(f"{number} x {reason}" for reason, number in made.counts["dropped"].items()) or "none",
         )
     return 0
 

@@ -1,75 +1,186 @@
-"""Rendered chats into packs, one split at a time."""
+"""Rendered chats into packs: planned from the lengths of all conversations, then written in passes.
+
+A pack may hold conversations of any of the files. The tokens do not have to fit in memory: each pass over
+the files collects those of as many packs as do.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from snaketron.data import packed, packing, rendered
+from snaketron.data.split import SPLITS
 from snaketron.log import UserError
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+PASS_TOKENS = 1 << 28  # tokens in memory, at 5 bytes each
+
+
+class _RowGroup(NamedTuple):
+    """A row group of a file, and the numbers of its conversations."""
+
+    path: Path
+    number: int
+    start: int
+    end: int
+
 
 @dataclass(frozen=True)
 class Chats:
-    """A file of rendered chats in memory (5 bytes a token)."""
+    """All conversations of some files, numbered through, without their tokens (about 10 bytes each)."""
 
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
-    offsets: np.ndarray  # where each conversation begins, and the end
-    splits: np.ndarray
-    metadata: dict[str, Any]
+    groups: list[_RowGroup]
+    lengths: np.ndarray
+    trained: np.ndarray  # how many tokens of each are trained; nothing predicts the first
+    splits: np.ndarray  # indices of SPLITS
+    metadata: dict[str, Any]  # what the files were made with
 
     @classmethod
-    def read(cls, path: Path) -> Chats:
-        _, metadata = packed.read_footer(path, rendered.SCHEMA.names)
-        try:
-            with pq.ParquetFile(path) as file:  # pq.read_table imports pandas: 1 s
-                table = file.read()
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path}: cannot be read ({error}); delete it and run again") from None
-        input_ids, offsets = packed.flatten(table.column("input_ids"))
-        loss_mask, _ = packed.flatten(table.column("loss_mask"))
-        splits = np.array(table.column("split").to_pylist(), dtype="<U5")
-        return cls(input_ids, loss_mask, offsets, splits, metadata)
+    def read(cls, files: Sequence[Path]) -> Chats:
+        metadata: dict[str, Any] = {}
+        groups: list[_RowGroup] = []
+        parts = [(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int8))]
+        count = 0
+        for path in files:
+            if list(files).count(path) > 1:
+                raise UserError(f"{path}: is given twice; its conversations would be packed twice")
+            _, made_with = packed.read_footer(path, rendered.SCHEMA.names)
+            metadata = metadata or made_with
+            packed.check_expected(path, made_with, metadata)
+            for number, table in enumerate(_tables(path, ["loss_mask", "split"])):
+                mask, offsets = packed.flatten(table.column("loss_mask"))
+                before = np.concatenate([np.zeros(1, np.int64), np.cumsum(mask, dtype=np.int64)])
+                starts, ends = offsets[:-1], offsets[1:]
+                trained = before[ends] - before[np.minimum(starts + 1, ends)]
+                lengths = ends - starts
+                parts.append((lengths.astype(np.int32), trained.astype(np.int32), _splits(table)))
+                groups.append(_RowGroup(path, number, count, count + len(starts)))
+                count += len(starts)
+        lengths, trained, splits = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return cls(groups, lengths, trained, splits, metadata)
 
-    def conversation(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        place = slice(self.offsets[index], self.offsets[index + 1])
-        return self.input_ids[place], self.loss_mask[place]
+    def tokens(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and masks, aligned with the labels, of the `wanted` conversations, one after the other.
+
+        Every row group that holds one of them is read once, in the order of the files.
+        """
+        ends = np.cumsum(self.lengths[wanted], dtype=np.int64)
+        place = np.full(len(self.lengths), -1, dtype=np.int64)
+        place[wanted] = ends - self.lengths[wanted]
+        input_ids = np.empty(ends[-1], dtype=np.int32)
+        loss_mask = np.zeros(ends[-1], dtype=np.uint8)
+        for path, groups in itertools.groupby(self.groups, key=lambda group: group.path):
+            needed = [group for group in groups if (place[group.start : group.end] >= 0).any()]
+            tables = _tables(path, ["input_ids", "loss_mask"], [group.number for group in needed])
+            for group, table in zip(needed, tables, strict=True):
+                ids, offsets = packed.flatten(table.column("input_ids"))
+                trained, _ = packed.flatten(table.column("loss_mask"))
+                there = place[group.start : group.end]
+                for item in np.flatnonzero(there >= 0).tolist():
+                    to, start, end = there[item], offsets[item], offsets[item + 1]
+                    input_ids[to : to + end - start] = ids[start:end]
+                    loss_mask[to : to + end - start - 1] = trained[start + 1 : end]
+        return input_ids, loss_mask
 
 
-def pack_split(chats: Chats, split: str, path: Path, *, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the packs of one split to `path`; returns its counts."""
-    pack_size = metadata["pack_size"]
-    chosen: list[int] = []
-    dropped: Counter[str] = Counter()
-    indices = np.flatnonzero(chats.splits == split).tolist()
-    for index in indices:
-        input_ids, loss_mask = chats.conversation(index)
-        if len(input_ids) > pack_size:
-            dropped["longer than a pack"] += 1
-        elif not loss_mask[1:].any():  # nothing predicts the first token
-            dropped["nothing to train on"] += 1
-        else:
-            chosen.append(index)
-    lengths = np.diff(chats.offsets)[chosen].tolist()
-    bins = packing.pack(lengths, pack_size, metadata["algorithm"])
-    tokens = sum(lengths)
-    counts: dict[str, Any] = {
-        "conversations": len(indices),
+def _tables(path: Path, columns: list[str], numbers: Sequence[int] | None = None) -> Iterator[pa.Table]:
+    """Row groups of a file, all of them or those of some numbers."""
+    try:
+        with pq.ParquetFile(path) as file:  # pq.read_table imports pandas: 1 s
+            for number in range(file.num_row_groups) if numbers is None else numbers:
+                yield file.read_row_group(number, columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it and run again") from None
+
+
+def _splits(table: pa.Table) -> np.ndarray:
+    """The splits of conversations, as indices of SPLITS."""
+    parts = [np.empty(0, np.int8)]
+    for chunk in table.column("split").chunks:
+        names = np.array([SPLITS.index(name) for name in chunk.dictionary.to_pylist()], dtype=np.int8)
+        parts.append(names[packed.view(chunk.indices)])
+    return np.concatenate(parts)
+
+
+# ----------------------------------------------------------------------------------------------- planning
+
+
+class Plan(NamedTuple):
+    """The packs of a split: pack i holds the conversations indices[offsets[i] : offsets[i + 1]]."""
+
+    offsets: np.ndarray
+    indices: np.ndarray
+    counts: dict[str, Any]
+
+
+def plan(chats: Chats, split: str, pack_size: int, algorithm: str, seed: int | None = None) -> Plan:
+    """Which conversations share a pack. What cannot be used is dropped and counted."""
+    in_split = chats.splits == SPLITS.index(split)
+    too_long = in_split & (chats.lengths > pack_size)
+    untrained = in_split & ~too_long & (chats.trained == 0)
+    chosen = np.flatnonzero(in_split & ~too_long & ~untrained)
+    lengths = chats.lengths[chosen]
+    bins = packing.pack(lengths, pack_size, algorithm, seed)
+    dropped = {"longer than a pack": too_long.sum(), "nothing to train on": untrained.sum()}
+    tokens = int(lengths.sum(dtype=np.int64))
+    counts = {
+        "conversations": int(in_split.sum()),
         "packed": len(chosen),
-        "dropped": dict(dropped),
+        "dropped": {reason: int(number) for reason, number in dropped.items() if number},
         "packs": len(bins),
         "tokens": tokens,
-        "trained_tokens": sum(int(chats.conversation(i)[1][1:].sum()) for i in chosen),
-        "efficiency": round(tokens / (len(bins) * pack_size), 4) if bins else 0.0,
+        "trained_tokens": int(chats.trained[chosen].sum(dtype=np.int64)),
+        "efficiency": round(tokens / (len(bins) * pack_size), 4) if len(bins) else 0.0,
+        "length_histogram": length_histogram(lengths),
     }
-    packs = (packed.join([chats.conversation(chosen[item]) for item in items]) for items in bins)
-    packed.write(path, packs, {**metadata, "split": split, "counts": counts})
-    return counts
+    return Plan(bins.offsets, chosen[bins.indices], counts)
+
+
+def length_histogram(lengths: np.ndarray) -> dict[str, int]:
+    """How many lengths lie in [2^k, 2^(k + 1)), by 2^k; powers without any are left out."""
+    powers = np.bincount(np.frexp(lengths)[1] - 1)
+    return {str(2**k): int(number) for k, number in enumerate(powers) if number}
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write(
+    chats: Chats, plans: Mapping[str, Plan], paths: Mapping[str, Path], metadata: Mapping[str, Any]
+) -> None:
+    """Write the packs of each split to its path, with what they were made with in the footer."""
+    packs = read_packs(chats, list(plans.values()))
+    for split, made in plans.items():
+        footer = {**metadata, "split": split, "counts": made.counts}
+        packed.write(paths[split], itertools.islice(packs, made.counts["packs"]), footer)
+
+
+def read_packs(chats: Chats, plans: Sequence[Plan]) -> Iterator[packed.Pack]:
+    """The packs of all plans, one after the other.
+
+    A pass over the files collects as many packs as have `PASS_TOKENS` tokens together, or one.
+    """
+    indices = np.concatenate([made.indices for made in plans])
+    sizes = np.concatenate([np.diff(made.offsets) for made in plans])
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])  # of the packs, in conversations
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(chats.lengths[indices], dtype=np.int64)])
+    begins = starts[bounds]  # of the packs, in tokens
+    first = 0
+    while first < len(sizes):
+        fit = int(np.searchsorted(begins, begins[first] + PASS_TOKENS, side="right")) - 1
+        last = max(first + 1, fit)
+        input_ids, loss_mask = chats.tokens(indices[bounds[first] : bounds[last]])
+        for pack in range(first, last):
+            inner = starts[bounds[pack] : bounds[pack + 1]] - begins[pack]
+            here = slice(begins[pack] - begins[first], begins[pack + 1] - begins[first])
+            # Copies: else the packs that wait for their row group would keep the arrays of two passes.
+            yield packed.Pack(input_ids[here].copy(), loss_mask[here].copy(), inner.astype(np.int32))
+        first = last
+        del input_ids, loss_mask

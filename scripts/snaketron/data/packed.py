@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ SCHEMA = pa.schema(
         ("seq_start_id", pa.list_(pa.int32())),
     ]
 )
-ROW_GROUP_TOKENS = 65_536  # a random read decodes no more than this (0.3 MB), or one pack
+ROW_GROUP_TOKENS = 16_384  # a random read decodes no more than this (80 kB), or one pack
+FOOTER_ROW_GROUPS = 65_536  # of so many row groups the footers stay in memory, at 3 kB each
 
 
 class Pack(NamedTuple):
@@ -52,7 +53,9 @@ def join(conversations: Sequence[tuple[np.ndarray, np.ndarray]]) -> Pack:
 def write(path: Path, packs: Iterable[Pack], metadata: Mapping[str, Any]) -> None:
     """Write packs and the footer; without packs, a valid file of no rows."""
     schema = SCHEMA.with_metadata({KEY: json.dumps(metadata).encode()})
-    with pq.ParquetWriter(path, schema, compression="zstd", write_statistics=False) as writer:
+    # Without a dictionary, zstd sees the ids in their order and finds what is repeated: a quarter smaller.
+    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    with pq.ParquetWriter(path, schema, **options) as writer:
         group: list[Pack] = []
         num_tokens = 0
         for pack in packs:
@@ -77,6 +80,15 @@ def list_array(arrays: Sequence[np.ndarray], value_type: pa.DataType) -> pa.List
     offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int32)
     values = np.concatenate([np.empty(0, dtype=value_type.to_pandas_dtype()), *arrays])
     return pa.ListArray.from_arrays(number_array(offsets, pa.int32()), number_array(values, value_type))
+
+
+def string_array(values: Sequence[str | None]) -> pa.StringArray:
+    """An Arrow array of text; see `number_array`."""
+    encoded = [b"" if value is None else value.encode(errors="replace") for value in values]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    valid = np.packbits([value is not None for value in values], bitorder="little")
+    buffers = [pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)), pa.py_buffer(valid)]
+    return pa.StringArray.from_buffers(len(encoded), *buffers)
 
 
 def number_array(values: np.ndarray, value_type: pa.DataType) -> pa.Array:
@@ -118,6 +130,24 @@ class _RowGroup(NamedTuple):
         return Pack(*(values[offsets[row] : offsets[row + 1]] for values, offsets in self.columns))
 
 
+class _Cache[Key, Value]:
+    """The values that were asked for last, as many as `limit` holds, and at least one."""
+
+    def __init__(self, limit: int, size: Callable[[Value], int]) -> None:
+        self.limit, self.size, self.used = limit, size, 0
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        value = self._values[key] = make()
+        self.used += self.size(value)
+        while self.used > self.limit and len(self._values) > 1:
+            self.used -= self.size(self._values.popitem(last=False)[1])
+        return value
+
+
 class PackedDataset:
     """Random access to the packs of several files, as one sequence.
 
@@ -130,21 +160,19 @@ class PackedDataset:
         self, files: Sequence[Path], expected: Mapping[str, Any], *, cache_bytes: int = 256 * 2**20
     ) -> None:
         self.files = [Path(file) for file in files]
-        self.cache_bytes = cache_bytes
         self.row_groups_decoded = 0
-        self._footers = []
-        self._groups: list[tuple[int, int]] = []  # (file, row group in it)
-        rows = [0]
+        self._groups: _Cache[int, _RowGroup] = _Cache(cache_bytes, lambda group: group.num_bytes)
+        self._footers: _Cache[int, tuple[pq.FileMetaData, dict[str, Any]]] = _Cache(
+            FOOTER_ROW_GROUPS, lambda footer: footer[0].num_row_groups
+        )
+        rows, groups = [0], [0]
         for number, path in enumerate(self.files):
-            footer, metadata = read_footer(path, SCHEMA.names)
+            footer, metadata = self._footer(number)
             check_expected(path, metadata, expected)
-            self._footers.append(footer)
-            for group in range(footer.num_row_groups):
-                self._groups.append((number, group))
-                rows.append(footer.row_group(group).num_rows)
-        self._first_row = np.cumsum(rows)
-        self._cache: OrderedDict[int, _RowGroup] = OrderedDict()
-        self._cached_bytes = 0
+            groups.append(footer.num_row_groups)
+            rows += [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        self._first_row = np.cumsum(rows)  # of each row group, and the end
+        self._first_group = np.cumsum(groups)  # of each file, and the end
 
     def __len__(self) -> int:
         return int(self._first_row[-1])
@@ -153,38 +181,31 @@ class PackedDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
         group = int(np.searchsorted(self._first_row, index, side="right")) - 1
-        return self._row_group(group).pack(index - int(self._first_row[group]))
+        decoded = self._groups.get(group, lambda: self._decode(group))
+        return decoded.pack(index - int(self._first_row[group]))
 
-    def _row_group(self, group: int) -> _RowGroup:
-        if group in self._cache:
-            self._cache.move_to_end(group)
-            return self._cache[group]
-        decoded = self._decode(*self._groups[group])
-        self._cache[group] = decoded
-        self._cached_bytes += decoded.num_bytes
-        while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
-            _, oldest = self._cache.popitem(last=False)
-            self._cached_bytes -= oldest.num_bytes
-        return decoded
+    def _footer(self, number: int) -> tuple[pq.FileMetaData, dict[str, Any]]:
+        return self._footers.get(number, lambda: read_footer(self.files[number], SCHEMA.names))
 
-    def _decode(self, number: int, group: int) -> _RowGroup:
+    def _decode(self, group: int) -> _RowGroup:
         self.row_groups_decoded += 1
-        path = self.files[number]
+        number = int(np.searchsorted(self._first_group, group, side="right")) - 1
+        path, in_file = self.files[number], group - int(self._first_group[number])
         # Opened for each row group and closed: thousands of shards would use up the open files otherwise.
         try:
-            with pq.ParquetFile(path, metadata=self._footers[number]) as file:
-                table = file.read_row_group(group, columns=SCHEMA.names, use_threads=False)
+            with pq.ParquetFile(path, metadata=self._footer(number)[0]) as file:
+                table = file.read_row_group(in_file, columns=SCHEMA.names, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                f"{path}: row group {group} cannot be read ({error}); delete it and run again"
+                f"{path}: row group {in_file} cannot be read ({error}); delete it and run again"
             ) from None
         return _RowGroup(tuple(flatten(table.column(name)) for name in SCHEMA.names))
 
 
 def flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """The values of a list column, one after the other, and the offset at which each row's begin and end."""
-    lengths = [np.diff(_numpy(chunk.offsets)) for chunk in column.chunks]
-    values = [_numpy(chunk.flatten()) for chunk in column.chunks]
+    lengths = [np.diff(view(chunk.offsets)) for chunk in column.chunks]
+    values = [view(chunk.flatten()) for chunk in column.chunks]
     if len(values) == 1:
         joined = values[0]
     else:
@@ -192,7 +213,7 @@ def flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return joined, np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *lengths]), dtype=np.int64)
 
 
-def _numpy(array: pa.Array) -> np.ndarray:
+def view(array: pa.Array) -> np.ndarray:
     """A read-only view of an Arrow array of numbers without nulls (`to_numpy()` would import pandas)."""
     dtype = np.dtype(array.type.to_pandas_dtype())
     data = array.buffers()[1] or b""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pack_sft
 from snaketron import lineage
+from snaketron.data import pack_sft as pack_sft_module
 from snaketron.data import packed, rendered
 from snaketron.log import UserError
 
@@ -25,6 +26,7 @@ def write_chats(path: Path, chats: list[tuple[list[int], list[int], str]]) -> Pa
         {
             "input_ids": [ids for ids, _, _ in chats],
             "loss_mask": [mask for _, mask, _ in chats],
+            "file": ["raw.jsonl"] * len(chats),
             "row": list(range(1, len(chats) + 1)),
             "split": [split for _, _, split in chats],
         }
@@ -34,9 +36,8 @@ def write_chats(path: Path, chats: list[tuple[list[int], list[int], str]]) -> Pa
     return path
 
 
-def arguments(tmp_path: Path, **options: Any) -> list[str]:
+def arguments(tmp_path: Path, *chats: Path, **options: Any) -> list[str]:
     values = {
-        "chats": tmp_path / "chat/questions/part_0.parquet",
         "pack_size": 8,
         "algorithm": "first_fit_decreasing",
         "train": tmp_path / "sft/train/questions/part_0.parquet",
@@ -44,7 +45,9 @@ def arguments(tmp_path: Path, **options: Any) -> list[str]:
         "test": tmp_path / "sft/test/questions/part_0.parquet",
         "record": tmp_path / "sft/questions/part_0.json",
     } | options
-    return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    given = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    chats = chats or (tmp_path / "chat/questions/part_0.parquet",)
+    return ["--chats", *map(str, chats), *given]
 
 
 def pack(tmp_path: Path, chats: list[tuple[list[int], list[int], str]], **options: Any) -> dict[str, Any]:
@@ -93,6 +96,7 @@ def test_everything_is_counted(tmp_path):
         "tokens": 11,
         "trained_tokens": 5,
         "efficiency": 0.6875,  # 11 of 2 x 8
+        "length_histogram": {"2": 2, "4": 1},  # 3 and 2, 6
     }
     assert counts["valid"]["trained_tokens"] == 1
     assert counts["test"] == {
@@ -103,6 +107,7 @@ def test_everything_is_counted(tmp_path):
         "tokens": 0,
         "trained_tokens": 0,
         "efficiency": 0.0,
+        "length_histogram": {},
     }
 
 
@@ -121,10 +126,78 @@ def test_the_footer_says_what_the_packs_are_for(tmp_path):
     assert len(packed.PackedDataset([path], made_for)) == 2
 
 
+def many_chats() -> list[tuple[list[int], list[int], str]]:
+    """500 conversations of 2 to 59 tokens, of which each is the number of the conversation."""
+    lengths = np.random.default_rng(0).integers(2, 60, size=500).tolist()
+    return [([i] * n, [0] + [1] * (n - 1), ("train", "valid", "test")[i % 3]) for i, n in enumerate(lengths)]
+
+
+def pack_parts(tmp_path: Path, num_parts: int, **options: Any) -> dict[str, Any]:
+    """Pack the many conversations from several files; returns the record."""
+    chats, size = many_chats(), 500 // num_parts
+    parts = [
+        write_chats(tmp_path / f"chat/questions/part_{i}.parquet", chats[i * size : (i + 1) * size])
+        for i in range(num_parts)
+    ]
+    options = {"pack_size": 64, "record": tmp_path / "sft/questions/all.json"} | options
+    assert pack_sft.main(arguments(tmp_path, *parts, **options)) == 0
+    return lineage.read(tmp_path / "sft/questions/all.json")
+
+
+def test_conversations_of_several_files_share_packs(tmp_path):
+    pack(tmp_path, many_chats(), pack_size=64)
+    alone = {split: packs(tmp_path, split) for split in ("train", "valid", "test")}
+    record = pack_parts(tmp_path, 5)
+    assert {split: packs(tmp_path, split) for split in alone} == alone
+    assert record["name"] == "questions/all"
+    assert [Path(entry["path"]).stem for entry in record["inputs"]] == [f"part_{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("pass_tokens", [1, 300])
+def test_what_fits_in_memory_does_not_change_the_bytes(tmp_path, monkeypatch, pass_tokens):
+    def run() -> list[bytes]:
+        pack_parts(tmp_path, 5)
+        return [path.read_bytes() for path in sorted(tmp_path.glob("sft/*/questions/*.parquet"))]
+
+    expected = run()
+    monkeypatch.setattr(pack_sft_module, "PASS_TOKENS", pass_tokens)
+    assert run() == expected
+
+
+def test_a_pass_holds_no_more_tokens_than_it_may(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_sft_module, "PASS_TOKENS", 300)
+    sizes = []
+    collect = pack_sft_module.Chats.tokens
+
+    def tokens(chats: Any, wanted: np.ndarray) -> Any:
+        collected = collect(chats, wanted)
+        sizes.append(len(collected[0]))
+        return collected
+
+    monkeypatch.setattr(pack_sft_module.Chats, "tokens", tokens)
+    record = pack_parts(tmp_path, 5)
+    total = sum(counts["tokens"] for counts in record["counts"]["splits"].values())
+    assert sum(sizes) == total and max(sizes) <= 300 and len(sizes) < total / 200
+
+
+def test_the_seed_matters_to_the_shuffle_only(tmp_path):
+    shuffled = pack_parts(tmp_path, 5, algorithm="first_fit_shuffle", seed=1)
+    first = packs(tmp_path)
+    assert shuffled["settings"]["seed"] == 1
+    pack_parts(tmp_path, 5, algorithm="first_fit_shuffle", seed=2)
+    assert packs(tmp_path) != first
+    assert "seed" not in pack_parts(tmp_path, 5, seed=1)["settings"]
+
+
+def test_the_shuffle_needs_a_seed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        pack_parts(tmp_path, 5, algorithm="first_fit_shuffle")
+    assert "--algorithm first_fit_shuffle needs --seed" in capsys.readouterr().err
+
+
 def test_nothing_is_lost_among_many_conversations(tmp_path):
-    draw = np.random.default_rng(0)
-    lengths = draw.integers(2, 60, size=500).tolist()
-    chats = [([i] * n, [0] + [1] * (n - 1), ("train", "valid", "test")[i % 3]) for i, n in enumerate(lengths)]
+    chats = many_chats()
+    lengths = [len(ids) for ids, _, _ in chats]
     record = pack(tmp_path, chats, pack_size=64)
     seen: dict[int, int] = {}
     for split in ("train", "valid", "test"):
@@ -146,9 +219,9 @@ def test_an_empty_file_gives_empty_splits(tmp_path):
     assert [counts["packs"] for counts in record["counts"]["splits"].values()] == [0, 0, 0]
 
 
-def refused(tmp_path: Path) -> str:
+def refused(tmp_path: Path, *chats: Path) -> str:
     with pytest.raises(UserError) as caught:
-        pack_sft.main(arguments(tmp_path))
+        pack_sft.main(arguments(tmp_path, *chats))
     assert not [path for path in tmp_path.glob("sft/**/*") if path.is_file()]
     return str(caught.value).replace(f"{tmp_path}/", "")
 
@@ -162,7 +235,22 @@ def test_a_truncated_file_is_an_error(tmp_path):
 def test_another_kind_of_file_is_an_error(tmp_path):
     (tmp_path / "chat/questions").mkdir(parents=True)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "chat/questions/part_0.parquet")
-    assert "column input_ids, loss_mask, row, split is missing" in refused(tmp_path)
+    assert "column input_ids, loss_mask, file, row, split is missing" in refused(tmp_path)
+
+
+def test_files_of_different_sources_are_not_packed_together(tmp_path, monkeypatch):
+    first = write_chats(tmp_path / "chat/questions/part_0.parquet", CHATS)
+    monkeypatch.setitem(METADATA, "source", "tools")
+    second = write_chats(tmp_path / "chat/tools/part_0.parquet", CHATS)
+    message = refused(tmp_path, first, second)
+    assert message.startswith(
+        "chat/tools/part_0.parquet: was made with source tools, and questions is wanted"
+    )
+
+
+def test_a_file_that_is_given_twice_is_an_error(tmp_path):
+    path = write_chats(tmp_path / "chat/questions/part_0.parquet", CHATS)
+    assert refused(tmp_path, path, path).startswith("chat/questions/part_0.parquet: is given twice")
 
 
 def test_a_missing_file_is_an_error(tmp_path):

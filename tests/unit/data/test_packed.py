@@ -99,8 +99,17 @@ def test_the_cache_stays_below_its_limit(files):
     dataset = packed.PackedDataset(files, MADE_WITH, cache_bytes=300)
     for index in np.random.default_rng(0).permutation(32):
         assert dataset[index].input_ids[0] == index
-        assert dataset._cached_bytes == sum(group.num_bytes for group in dataset._cache.values()) <= 300
+        groups = dataset._groups
+        assert groups.used == sum(group.num_bytes for group in groups._values.values()) <= 300
     assert dataset.row_groups_decoded > 17
+
+
+def test_footers_beyond_the_limit_are_read_again(files, monkeypatch):
+    monkeypatch.setattr(packed, "FOOTER_ROW_GROUPS", 5)
+    dataset = packed.PackedDataset(files, MADE_WITH, cache_bytes=1)
+    for index in (0, 31, 24, 25):
+        assert dataset[index].input_ids[0] == index
+        assert len(dataset._footers._values) == 1  # of 13 or of 4 row groups
 
 
 def test_a_row_group_larger_than_the_cache_is_still_read(files):
