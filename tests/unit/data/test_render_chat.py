@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import render_chat
 from snaketron import files, lineage
-from snaketron.data import packed
+from snaketron.data import packed, rendered
 from snaketron.data.split import split_of
 from snaketron.log import UserError
 from tests.unit.data.chat_samples import build_tokenizer, question, save_tokenizer, write_jsonl
@@ -22,20 +23,25 @@ def tokenizer(tmp_path: Path) -> Path:
     return save_tokenizer(tmp_path / "tokenizer")
 
 
-def arguments(tmp_path: Path, chats: Path, **options: Any) -> list[str]:
+def arguments(tmp_path: Path, *chats: Path, **options: Any) -> list[str]:
+    """A command line; options that are none of the script's are settings."""
     values = {
-        "chats": chats,
+        "tokenizer": tmp_path / "tokenizer",
+        "template": tmp_path / "tokenizer/chat_template.jinja",
+        "output": tmp_path / "out/part_0.parquet",
+        "record": tmp_path / "out/part_0.json",
+    }
+    settings = {
         "source": "questions",
         "messages_field": "messages",
         "tools_field": "tools",
-        "tokenizer": tmp_path / "tokenizer",
-        "template": tmp_path / "tokenizer/chat_template.jinja",
         "valid_fraction": 0.2,
         "test_fraction": 0.1,
-        "output": tmp_path / "out/part_0.parquet",
-        "record": tmp_path / "out/part_0.json",
-    } | options
-    return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    }
+    for name, value in options.items():
+        (values if name in values else settings)[name] = value
+    given = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    return ["--chats", *map(str, chats), "--settings", json.dumps(settings), *given]
 
 
 def render(tmp_path: Path, rows: list[Any], **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -46,9 +52,16 @@ def render(tmp_path: Path, rows: list[Any], **options: Any) -> tuple[list[dict[s
     )
 
 
-def refused(tmp_path: Path, chats: Path, **options: Any) -> str:
+def render_files(tmp_path: Path, *chats: Path, **options: Any) -> tuple[list[int], dict[str, Any]]:
+    """Render files; returns the rows and the counts."""
+    assert render_chat.main(arguments(tmp_path, *chats, **options)) == 0
+    rows = pq.read_table(tmp_path / "out/part_0.parquet").to_pylist()
+    return rows, lineage.read(tmp_path / "out/part_0.json")["counts"]
+
+
+def refused(tmp_path: Path, *chats: Path, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        render_chat.main(arguments(tmp_path, chats, **options))
+        render_chat.main(arguments(tmp_path, *chats, **options))
     assert not list((tmp_path / "out").glob("*"))
     return str(caught.value).replace(f"{tmp_path}/", "")
 
@@ -59,7 +72,8 @@ def test_a_conversation_becomes_ids_mask_row_and_split(tmp_path, tokenizer):
     ids = build_tokenizer().encode(text).ids
     answer = len(build_tokenizer().encode("Two.").ids) + 1  # and <|im_end|>
     mask = [0] * (len(ids) - answer - 1) + [1] * answer + [0]
-    assert rows == [{"input_ids": ids, "loss_mask": mask, "row": 1, "split": split_of(text, 0.2, 0.1)}]
+    row = {"input_ids": ids, "loss_mask": mask, "file": str(tmp_path / "chats.jsonl"), "row": 1}
+    assert rows == [row | {"split": split_of(text, 0.2, 0.1)}]
     assert record["counts"]["conversations"] == record["counts"]["rows"] == 1
     assert (record["counts"]["tokens"], record["counts"]["trained_tokens"]) == (len(ids), answer)
     assert record["counts"]["dropped"] == {} and record["name"] == "questions/part_0"
@@ -71,6 +85,7 @@ def test_the_file_says_what_it_was_made_with(tmp_path, tokenizer):
     assert [str(field.type) for field in schema] == [
         "list<element: int32>",
         "list<element: uint8>",
+        "string",
         "int64",
         "dictionary<values=string, indices=int8, ordered=0>",
     ]
@@ -128,7 +143,7 @@ def test_dropped_rows_are_counted_by_reason_and_listed(tmp_path, tokenizer):
     assert counts["dropped_rows"][1]["detail"].startswith("message 0 is by 'human'")
 
 
-def test_at_most_a_hundred_dropped_rows_are_listed(tmp_path, tokenizer):
+def test_at_most_a_hundred_dropped_rows_of_a_reason_are_listed(tmp_path, tokenizer):
     _, record = render(tmp_path, [{"messages": []}] * 150 + [{"messages": question("a", "b")}])
     assert record["counts"]["dropped"] == {"no messages": 150}
     assert len(record["counts"]["dropped_rows"]) == 100
@@ -167,7 +182,8 @@ def test_parquet_and_compressed_files_give_the_same_conversations(tmp_path, toke
     (tmp_path / "chats.jsonl.gz").write_bytes(gzip.compress((tmp_path / "chats.jsonl").read_bytes()))
     for name in ("chats.parquet", "chats.jsonl.gz"):
         assert render_chat.main(arguments(tmp_path, tmp_path / name)) == 0
-        assert pq.read_table(tmp_path / "out/part_0.parquet").to_pylist() == expected
+        found = pq.read_table(tmp_path / "out/part_0.parquet").to_pylist()
+        assert found == [row | {"file": str(tmp_path / name)} for row in expected]
 
 
 def test_an_empty_file_gives_a_file_of_no_rows(tmp_path, tokenizer):
@@ -179,6 +195,108 @@ def test_a_missing_field_is_an_error_that_names_the_fields(tmp_path, tokenizer):
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"conversations": [], "id": 1}])
     message = refused(tmp_path, chats)
     assert message.startswith("chats.jsonl:1: no field 'messages'; the fields are 'conversations', 'id'")
+
+
+def test_files_of_a_shard_are_rendered_in_order(tmp_path, tokenizer):
+    parts = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"messages": question(name, str(i))} for i in range(2)])
+        for name in ("b", "a")
+    ]
+    rows, counts = render_files(tmp_path, *parts)
+    assert [(Path(row["file"]).name, row["row"]) for row in rows] == [
+        ("b.jsonl", 1),
+        ("b.jsonl", 2),
+        ("a.jsonl", 1),
+        ("a.jsonl", 2),
+    ]
+    assert counts["rows"] == counts["conversations"] == 4
+    record = lineage.read(tmp_path / "out/part_0.json")
+    assert [Path(entry["path"]).name for entry in record["inputs"][:2]] == ["b.jsonl", "a.jsonl"]
+
+
+@pytest.fixture
+def three_files(tmp_path: Path) -> list[Path]:
+    """Six conversations in three files, and a row of the second that cannot be used."""
+    chats = [{"messages": question("What is two?", "Two." * (i + 1))} for i in range(6)]
+    rows = [chats[:2], [{"messages": []}, *chats[2:4]], chats[4:]]
+    return [write_jsonl(tmp_path / f"{i}.jsonl", part) for i, part in enumerate(rows)]
+
+
+def test_max_documents_takes_exactly_so_many_conversations(tmp_path, tokenizer, three_files):
+    whole, _ = render_files(tmp_path, *three_files)
+    rows, counts = render_files(tmp_path, *three_files, max_documents=3)
+    assert rows == whole[:3]
+    assert (counts["rows"], counts["conversations"], counts["dropped"]) == (4, 3, {"no messages": 1})
+    inputs = lineage.read(tmp_path / "out/part_0.json")["inputs"]
+    assert str(three_files[1]) in str(inputs) and str(three_files[2]) not in str(inputs)  # never opened
+
+
+def test_max_tokens_takes_whole_conversations_until_the_next_would_exceed_it(
+    tmp_path, tokenizer, three_files
+):
+    whole, _ = render_files(tmp_path, *three_files)
+    lengths = [len(row["input_ids"]) for row in whole]
+    for most, expected in ((sum(lengths[:3]), 3), (sum(lengths[:4]) - 1, 3), (sum(lengths[:4]), 4)):
+        rows, counts = render_files(tmp_path, *three_files, max_tokens=most)
+        assert rows == whole[:expected]
+        assert counts["rows"] == expected + 1 and counts["tokens"] == sum(lengths[:expected]) <= most
+
+
+def test_a_first_conversation_above_max_tokens_is_an_error(tmp_path, tokenizer, three_files):
+    assert refused(tmp_path, *three_files, max_tokens=5) == (
+        "0.jsonl:1: the first conversation has 19 tokens, more than max_tokens 5 of source 'questions'; "
+        "raise it"
+    )
+
+
+def test_rows_are_filtered_and_counted(tmp_path, tokenizer):
+    chats = [{"messages": question("a", str(i)), "used_in": used} for i, used in enumerate("xyx")]
+    rows, record = render(tmp_path, chats, where={"used_in": ["x"]})
+    assert [row["row"] for row in rows] == [1, 3]
+    assert record["counts"]["dropped"] == {"filtered by where": 1}
+    rows, record = render(tmp_path, chats, where={"used_in": ["z"]})
+    assert rows == [] and record["counts"]["dropped"] == {"filtered by where": 3}
+
+
+def test_bad_rows_are_dropped_and_counted_up_to_a_share(tmp_path, tokenizer):
+    chats = [{"messages": question("a", "b")}, {"messages": "Hello"}, {"messages": question("c", "d")}]
+    path = write_jsonl(tmp_path / "chats.jsonl", chats)
+    path.write_text(path.read_text() + '{"messages": [')
+    rows, counts = render_files(tmp_path, path, bad_rows="drop", max_dropped_fraction=0.5)
+    assert [row["row"] for row in rows] == [1, 3]
+    assert (counts["rows"], counts["dropped"]) == (4, {"bad row": 2})
+    (tmp_path / "out/part_0.parquet").unlink()
+    (tmp_path / "out/part_0.json").unlink()
+    message = refused(tmp_path, path, bad_rows="drop", max_dropped_fraction=0.4)
+    assert message.startswith("2 of 4 rows are bad or invalid, more than max_dropped_fraction 0.4 allows; ")
+
+
+def test_metadata_fields_are_kept_as_text(tmp_path, tokenizer, caplog):
+    chats = [
+        {"messages": question("a", "b"), "id": 7, "tags": ["x"], "license": "mit"},
+        {"messages": question("c", "d"), "license": None},
+    ]
+    rows, record = render(tmp_path, chats, metadata_fields=["id", "tags", "license", "lisence"])
+    assert [[row[name] for name in ("id", "tags", "license", "lisence")] for row in rows] == [
+        ["7", '["x"]', "mit", None],
+        [None, None, None, None],
+    ]
+    assert record["settings"]["metadata_fields"] == ["id", "tags", "license", "lisence"]
+    assert caplog.messages == [f"{tmp_path}/chats.jsonl: no row has the metadata field 'lisence'"]
+
+
+def test_a_metadata_field_cannot_take_the_name_of_a_column(tmp_path, tokenizer):
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": question("a", "b"), "split": "x"}])
+    message = refused(tmp_path, chats, metadata_fields=["split"])
+    assert message.startswith("metadata_fields: 'split' is a column of rendered chats itself; leave it out")
+
+
+def test_row_groups_do_not_change_what_is_written(tmp_path, tokenizer, three_files, monkeypatch):
+    whole, _ = render_files(tmp_path, *three_files)
+    monkeypatch.setattr(rendered, "ROW_GROUP_TOKENS", 30)
+    monkeypatch.setattr(rendered, "BATCH_CHARACTERS", 100)
+    assert render_files(tmp_path, *three_files)[0] == whole
+    assert pq.read_metadata(tmp_path / "out/part_0.parquet").num_row_groups > 1
 
 
 def test_a_field_that_holds_no_messages_is_an_error(tmp_path, tokenizer):
@@ -195,7 +313,7 @@ def test_a_file_of_which_no_row_can_be_used_is_an_error(tmp_path, tokenizer):
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [{"from": "human", "value": "a"}]}] * 3)
     assert refused(tmp_path, chats) == (
         "chats.jsonl: none of 3 rows can be used: 3 x a message without a role; "
-        "row 1: message 0 has from, value"
+        "chats.jsonl:1: message 0 has from, value"
     )
 
 
