@@ -32,7 +32,7 @@ def write_chats(path: Path, chats: list[tuple[list[int], list[int], str]]) -> Pa
         }
     ).cast(rendered.SCHEMA)
     schema = rendered.SCHEMA.with_metadata({packed.KEY: packed.json.dumps(METADATA).encode()})
-    pq.write_table(table.cast(schema), path)
+    pq.write_table(table.cast(schema), path, row_group_size=40)
     return path
 
 
