@@ -1,5 +1,5 @@
 rule render_chat:
-    """Render one file of conversations to tokens and a mask of what the assistant said."""
+    """Render the conversations of a shard to tokens and a mask of what the assistant said."""
     input:
         chats=graph.raw_chats,
         tokenizer="<data>/tokenizer/tokenizer.json",
@@ -12,22 +12,18 @@ rule render_chat:
     benchmark:
         "<benchmarks>/render_chat/{source}/{shard}.tsv"
     params:
-        fields=graph.chat_fields,
-        valid_fraction=graph.config.sft_data.valid_fraction,
-        test_fraction=graph.config.sft_data.test_fraction,
+        settings=graph.render_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/render_chat.py --chats {input.chats} --source {wildcards.source}"
-        " --messages-field {params.fields[messages_field]:q} --tools-field {params.fields[tools_field]:q}"
+        "python scripts/render_chat.py --chats {input.chats} --settings {params.settings:q}"
         " --tokenizer {params.tokenizer} --template {input.template}"
-        " --valid-fraction {params.valid_fraction} --test-fraction {params.test_fraction}"
         " --output {output.rendered} --record {output.record} --log-file {log}"
 
 
 rule pack_sft:
     """Pack rendered conversations; none is split across packs."""
     input:
-        "<data>/chat/{source}/{shard}.parquet",
+        graph.rendered_chats,
     output:
         train="<data>/sft/train/{source}/{shard}.parquet",
         valid="<data>/sft/valid/{source}/{shard}.parquet",
@@ -38,12 +34,11 @@ rule pack_sft:
     benchmark:
         "<benchmarks>/pack_sft/{source}/{shard}.tsv"
     params:
-        pack_size=graph.config.sft_data.pack_size,
-        algorithm=graph.config.sft_data.algorithm,
+        packing=graph.packing(),
     shell:
-        "python scripts/pack_sft.py --chats {input} --pack-size {params.pack_size}"
-        " --algorithm {params.algorithm} --train {output.train} --valid {output.valid}"
-        " --test {output.test} --record {output.record} --log-file {log}"
+        "python scripts/pack_sft.py --chats {input} {params.packing}"
+        " --train {output.train} --valid {output.valid} --test {output.test}"
+        " --record {output.record} --log-file {log}"
 
 
 rule blend_sft:

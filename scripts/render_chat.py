@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron import files, lineage
     from snaketron.data import tokenizer
     from snaketron.data.chat import load_template, special_tokens
-    from snaketron.data.rendered import Renderer, RenderSettings
+    from snaketron.data.rendered import Renderer
+    from snaketron.settings import RenderSettings
 
     settings = RenderSettings.model_validate_json(args.settings)
     renderer = Renderer(

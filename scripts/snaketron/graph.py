@@ -12,6 +12,7 @@ from snaketron.config import ChatSource, Config, Corpus
 from snaketron.settings import (
     pretrain_settings,
     read_settings,
+    render_settings,
     run_settings,
     sft_settings,
     tokenize_settings,
@@ -139,8 +140,8 @@ class Graph:
         seed = f" --seed {self.config.seed}" if data.algorithm == "first_fit_shuffle" else ""
         return f"--pack-size {data.pack_size} --algorithm {data.algorithm}{seed}"
 
-    def chat_fields(self, wildcards: Any) -> dict[str, str]:
-        return self.chats[wildcards.source].model_dump(include={"messages_field", "tools_field"})
+    def render_settings(self, wildcards: Any) -> str:
+        return render_settings(self.config, self.chats[wildcards.source]).model_dump_json()
 
     def phase_weights(self, wildcards: Any) -> list[str]:
         return [f"{e.corpus}={e.weight}" for e in self.phases[wildcards.phase].blend]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from snaketron.config import Config, Corpus, Model, Optimizer, Pretrain, Run, Section, Sft
+from snaketron.config import ChatSource, Config, Corpus, Model, Optimizer, Pretrain, Run, Section, Sft
 
 from pydantic import Field
 
@@ -74,6 +74,18 @@ class TokenizeSettings(ReadSettings):
     long_documents: Literal["cut", "drop"] = "cut"
 
 
+class RenderSettings(ReadSettings):
+    """Everything that, with the raw files, the tokenizer and the template, defines a rendered shard."""
+
+    source: str
+    messages_field: str
+    tools_field: str
+    metadata_fields: list[str] = Field(default_factory=list)
+    max_tokens: int | None = None
+    valid_fraction: float
+    test_fraction: float
+
+
 def read_settings(config: Config, corpus: Corpus) -> ReadSettings:
     """How the raw rows of a corpus are read."""
     data = config.pretrain_data
@@ -103,6 +115,21 @@ def tokenize_settings(config: Config, corpus: Corpus) -> TokenizeSettings:
         seed=config.seed if data.document_order == "shuffled" else None,
         max_document_tokens=data.max_document_tokens,
         long_documents=data.long_documents,
+    )
+
+
+def render_settings(config: Config, source: ChatSource) -> RenderSettings:
+    """What defines the rendered conversations of a source."""
+    return RenderSettings(
+        where=source.where,
+        max_documents=source.max_documents,
+        max_tokens=source.max_tokens,
+        source=source.name,
+        messages_field=source.messages_field,
+        tools_field=source.tools_field,
+        metadata_fields=source.metadata_fields,
+        valid_fraction=config.sft_data.valid_fraction,
+        test_fraction=config.sft_data.test_fraction,
     )
 
 

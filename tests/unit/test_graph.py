@@ -114,9 +114,30 @@ def test_weights_are_given_as_they_are_written():
 
 
 def test_fields_are_those_of_the_source():
-    assert graph().text_field(job(corpus="web")) == "body"
-    assert graph().text_field(job(corpus="code")) == "text"
-    assert graph().chat_fields(job(source="help")) == {"messages_field": "turns", "tools_field": "functions"}
+    texts = [json.loads(graph().tokenize_settings(job(corpus=c))) for c in ("web", "code")]
+    assert [settings["text_field"] for settings in texts] == ["body", "text"]
+    chats = json.loads(graph().render_settings(job(source="help")))
+    assert (chats["messages_field"], chats["tools_field"]) == ("turns", "functions")
+
+
+def test_a_corpus_is_read_once_by_its_own_settings():
+    """What curation left is read as it is: the filter, the limit and the policies were applied before."""
+    corpus = {"name": "web", "paths": ["raw/web"], "text_field": "body", "where": {"lang": ["en"]}}
+    for curation, expected in ((None, ("body", {"lang": ["en"]})), ({"pii": True}, ("text", {}))):
+        made = graph(
+            corpora=[*VALUES["corpora"][1:], {**corpus, "curation": curation}],
+            pretrain_data={"bad_rows": "drop"},
+        )
+        settings = json.loads(made.tokenize_settings(job(corpus="web")))
+        assert (settings["text_field"], settings["where"]) == expected
+        assert settings["bad_rows"] == ("fail" if curation else "drop")
+        assert json.loads(made.read_settings(job(corpus="web")))["where"] == {"lang": ["en"]}
+
+
+def test_the_seed_reaches_the_packs_only_where_it_matters():
+    assert graph(seed=7).packing() == "--pack-size 1024 --algorithm first_fit_decreasing"
+    shuffled = graph(seed=7, sft_data={"algorithm": "first_fit_shuffle"})
+    assert shuffled.packing() == "--pack-size 1024 --algorithm first_fit_shuffle --seed 7"
 
 
 def test_a_tokenizer_is_trained_on_its_text():

@@ -16,12 +16,11 @@ from snaketron.data.packed import KEY, list_array, number_array, string_array
 from snaketron.data.rows import FILTERED, Bad, Drops, place, read_rows, reject
 from snaketron.data.split import SPLITS, split_of
 from snaketron.log import UserError
-from snaketron.settings import ReadSettings
+from snaketron.settings import RenderSettings
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
 if TYPE_CHECKING:
     import jinja2
@@ -40,18 +39,6 @@ SCHEMA = pa.schema(
 )
 BATCH_CHARACTERS = 1_000_000  # tokenized together
 ROW_GROUP_TOKENS = 1 << 18
-
-
-class RenderSettings(ReadSettings):
-    """Everything that, with the raw files, the tokenizer and the template, defines a rendered shard."""
-
-    source: str
-    messages_field: str
-    tools_field: str
-    metadata_fields: list[str] = Field(default_factory=list)  # kept as columns of text
-    max_tokens: int | None = None
-    valid_fraction: float
-    test_fraction: float
 
 
 class Rendered(NamedTuple):
