@@ -102,7 +102,7 @@ def read_lock(path: str | Path, configfiles: Iterable[str | Path] = ()) -> Lock:
             raise ValueError(f"its version is {content['version']}, this program reads {LOCK_VERSION}")
         lock = Lock(path, content["sources"], command)
         for name, entry in lock.sources.items():
-            entry["request"], lock.files(name)
+            entry["request"], entry["revision"], lock.files(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"sources_lock: {path} is not a lock file ({type(error).__name__}: {error}). "

@@ -257,7 +257,8 @@ def test_other_settings_of_a_source_do_not_ask_for_another_listing():
         "[]",
         '{"version": 2, "sources": {}}',
         '{"version": 1, "sources": {"web": {"files": []}}}',
-        '{"version": 1, "sources": {"web": {"request": {}, "files": [{"name": "a.parquet"}]}}}',
+        '{"version": 1, "sources": {"web": {"request": {}, "files": []}}}',
+        '{"version": 1, "sources": {"web": {"request": {}, "revision": null, "files": [{"name": "a"}]}}}',
         '<<<<<<< HEAD\n{"version": 1}',
     ],
 )

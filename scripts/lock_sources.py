@@ -1,0 +1,69 @@
+"""List the files of hub data sets and other addresses, with sizes and hashes, into the lock file.
+
+Run it once, and commit the file: the workflow reads which files there are from it, without the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from snaketron.config import ConfigError, load
+from snaketron.log import UserError, argument_parser, run
+
+DEFAULT_CONFIG = Path("config/config.yaml")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--configfile", type=Path, nargs="+", default=[], help="as you give them to snakemake, in that order"
+    )
+    parser.add_argument("--source", nargs="+", default=[], help="only these sources (default: all)")
+    parser.add_argument(
+        "--update", action="store_true", help="list again what is listed already, at its newest revision"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        config = load(merged(args.configfile))
+    except ConfigError as error:
+        raise UserError(f"the configuration is wrong.\n{error}") from None
+    from snaketron.listing import lock_sources
+
+    silence_libraries()
+    lock_sources(config, names=args.source, update=args.update)
+    return 0
+
+
+def silence_libraries() -> None:
+    """No progress bars and no hints that belong to other programs."""
+    import datasets
+    from huggingface_hub.utils import logging
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    logging.set_verbosity_error()
+
+
+def merged(configfiles: list[Path]) -> dict[str, Any]:
+    """The configuration as Snakemake merges it: the defaults, and over them the files in their order."""
+    from snakemake.common.configfile import load_configfile
+    from snakemake.exceptions import WorkflowError
+    from snakemake.utils import update_config
+
+    config: dict[str, Any] = {}
+    for path in [DEFAULT_CONFIG, *configfiles]:
+        try:
+            update_config(config, load_configfile(path))
+        except (WorkflowError, OSError) as error:
+            raise UserError(f"--configfile {path}: {error}") from None
+    return config
+
+
+if __name__ == "__main__":
+    run(main)
