@@ -1,0 +1,20 @@
+"""Curation of pretraining corpora with datatrove's blocks, each run for one file-target at a time."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+logger = logging.getLogger(__name__)
+
+
+def quiet() -> None:
+    """Let datatrove's warnings go where ours go, and nothing else. To be called before its blocks run."""
+    import loguru
+    import tqdm
+
+    tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
+    loguru.logger.remove()
+    loguru.logger.add(
+        lambda message: logger.warning("%s", message.strip()), level="WARNING", format="{message}"
+    )

@@ -1,0 +1,254 @@
+"""Documents on their way through curation: where each came from, its tokens, and why it was removed.
+
+A filtered or curated shard is Parquet with `text`, the raw `file` and `row` (from 1) that it came from, and
+the corpus's metadata fields as text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from snaketron.data.curation.settings import FilterSettings
+from snaketron.data.documents import text_of
+from snaketron.data.encode import Encoder, Mismatch
+from snaketron.data.rows import Drops, place, read_documents
+from snaketron.log import UserError
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datatrove.data import Document
+
+logger = logging.getLogger(__name__)
+
+KEY = b"snaketron"
+COLUMNS = ("text", "file", "row")
+GROUP_CHARACTERS = 4_000_000  # of a row group, or one document
+GROUP_DOCUMENTS = 10_000
+EXAMPLE_CHARACTERS = 200
+EMPTY = "empty"
+
+Documents = Iterable[Document]
+Counter = Callable[[Sequence[str]], list[int]]
+
+
+def token_counter(directory: Path) -> Counter:
+    """What counts the tokens of texts as tokenize_shard will, the end of each document included."""
+    encoder = Encoder(directory)
+
+    def count(texts: Sequence[str]) -> list[int]:
+        nonlocal encoder
+        try:
+            _, starts = encoder.encode(texts)
+        except Mismatch as error:
+            logger.warning("counting tokens with `tokenizers`, slower: fastokens differs: %s", error)
+            encoder = Encoder(directory, fast=False)
+            _, starts = encoder.encode(texts)
+        return [int(end - start + 1) for start, end in itertools.pairwise(starts)]
+
+    return count
+
+
+# ------------------------------------------------------------------------------------------- accounting
+
+
+@dataclass
+class Tally:
+    """Documents and tokens that came in, were removed for each reason, were changed, and are left."""
+
+    count_tokens: Counter
+    num_examples: int
+    documents: int = 0
+    tokens: int = 0
+    kept: dict[str, int] = field(default_factory=lambda: {"documents": 0, "tokens": 0})
+    removed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    changed: dict[str, dict[str, int]] = field(default_factory=dict)
+    current: Document | None = None  # that a block is looking at
+
+    def enter(self, documents: Documents) -> Iterator[Document]:
+        """Count documents as they come in, and their tokens."""
+        for batch in batches(documents):
+            for document, tokens in zip(batch, self.count_tokens([d.text for d in batch]), strict=True):
+                self.documents += 1
+                self.tokens += tokens
+                document.metadata["tokens"] = tokens
+                self.current = document
+                yield document
+
+    def remove(self, document: Document, reason: str, detail: str = "") -> None:
+        """Count a document that is removed."""
+        entry = self.removed.setdefault(reason, {"documents": 0, "tokens": 0, "examples": []})
+        entry["documents"] += 1
+        entry["tokens"] += document.metadata["tokens"]
+        if len(entry["examples"]) < self.num_examples:
+            example = {
+                "file": document.metadata["file"],
+                "row": document.metadata["row"],
+                "text": document.text[:EXAMPLE_CHARACTERS],
+            }
+            entry["examples"].append(example | ({"detail": detail[:EXAMPLE_CHARACTERS]} if detail else {}))
+
+    def watch(self, documents: Documents, name: str, texts: dict[str, str]) -> Iterator[Document]:
+        """Count documents that the block `name` changed; `texts` holds the text of the last one before it."""
+        for document in documents:
+            if document.text != texts["before"]:
+                tokens = self.count_tokens([document.text])[0]
+                entry = self.changed.setdefault(name, {"documents": 0, "tokens": 0})
+                entry["documents"] += 1
+                entry["tokens"] += tokens - document.metadata["tokens"]
+                document.metadata["tokens"] = tokens
+            yield document
+
+    def through(self, documents: Documents, name: str, block: Any) -> Iterator[Document]:
+        """Run a datatrove block, which sees one document at a time, and count what it changes."""
+        texts = {"before": ""}
+
+        def before() -> Iterator[Document]:
+            for document in documents:
+                texts["before"] = document.text
+                yield document
+
+        return self.watch(block.run(before()), name, texts)
+
+    def leave(self, documents: Documents) -> Iterator[Document]:
+        """Count what is left; a document without text is removed."""
+        for document in documents:
+            if not document.text:
+                self.remove(document, EMPTY)
+                continue
+            self.kept["documents"] += 1
+            self.kept["tokens"] += document.metadata["tokens"]
+            yield document
+
+    @contextlib.contextmanager
+    def locating(self) -> Iterator[None]:
+        """Name the document at which a block fails."""
+        try:
+            yield
+        except (UserError, OSError):
+            raise
+        except Exception:
+            if self.current is not None:
+                origin = self.current.metadata
+                logger.error("failed at the document %s", place(Path(origin["file"]), origin["row"]))
+            raise
+
+    def counts(self) -> dict[str, Any]:
+        """For the record. documents = kept + removed; tokens = kept + removed - changed."""
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "kept": self.kept,
+            "removed": dict(sorted(self.removed.items(), key=lambda item: -item[1]["documents"])),
+            "changed": self.changed,
+        }
+
+
+class Removed:
+    """Takes the documents that a datatrove block removes, in place of its writer of excluded ones."""
+
+    def __init__(self, tally: Tally, name: str) -> None:
+        self.tally = tally
+        self.name = name
+
+    def __enter__(self) -> Removed:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def write(self, document: Document, rank: int = 0) -> None:
+        reason = document.metadata.get("filter_reason")
+        self.tally.remove(document, f"{self.name}: {reason}" if reason else self.name)
+
+
+def batches(documents: Documents) -> Iterator[list[Document]]:
+    """Documents in lists of bounded size."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= GROUP_CHARACTERS or len(batch) >= GROUP_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def describe(removed: dict[str, dict[str, Any]]) -> str:
+    """Reasons and numbers in one line."""
+    return ", ".join(f"{entry['documents']} x {reason}" for reason, entry in removed.items()) or "nothing"
+
+
+# ------------------------------------------------------------------------------------- reading and writing
+
+
+def raw(paths: Sequence[Path], settings: FilterSettings, drops: Drops) -> Iterator[Document]:
+    """The documents of raw files, one file after the other, up to `max_documents`."""
+    number, fields = 0, settings.metadata_fields
+    for path in paths:
+        for row, text, values in read_documents(
+            path, settings.text_field, optional=fields, settings=settings, drops=drops
+        ):
+            number += 1
+            metadata = {"file": str(path), "row": row, "fields": [text_of(values.get(f)) for f in fields]}
+            yield Document(text=text, id=str(number), metadata=metadata)
+            if number == settings.max_documents:
+                return
+
+
+def fields_of(path: Path) -> list[str]:
+    """The metadata fields of a filtered or curated shard."""
+    with _opening(path), pq.ParquetFile(path) as file:
+        return [name for name in file.schema_arrow.names if name not in COLUMNS]
+
+
+def read(path: Path) -> Iterator[Document]:
+    """The documents of a filtered shard; the id of each is its index."""
+    index = 0
+    with _opening(path), pq.ParquetFile(path, buffer_size=1 << 20) as file:
+        fields = [name for name in file.schema_arrow.names if name not in COLUMNS]
+        for batch in file.iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                metadata = {"file": row["file"], "row": row["row"], "fields": [row[f] for f in fields]}
+                yield Document(text=row["text"], id=str(index), metadata=metadata)
+                index += 1
+
+
+@contextlib.contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the rule that makes it has not finished") from None
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: truncated or not Parquet ({error}); delete it and run again") from None
+
+
+def write(path: Path, documents: Documents, fields: Sequence[str], about: dict[str, Any]) -> None:
+    """Write documents to a Parquet file whose footer says what it is (`about`)."""
+    for name in fields:
+        if name in COLUMNS:
+            raise UserError(f"metadata_fields: {name!r} is a column of curated text; rename the field")
+    columns = [("text", pa.large_string()), ("file", pa.string()), ("row", pa.int64())]
+    schema = pa.schema([*columns, *((name, pa.string()) for name in fields)])
+    schema = schema.with_metadata({KEY: json.dumps(about).encode()})
+    dictionaries = ["file", *fields]
+    with pq.ParquetWriter(
+        path, schema, compression="zstd", write_statistics=False, use_dictionary=dictionaries
+    ) as writer:
+        for batch in batches(documents):
+            values = [
+                [d.text for d in batch],
+                *([d.metadata[name] for d in batch] for name in COLUMNS[1:]),
+                *([d.metadata["fields"][i] for d in batch] for i in range(len(fields))),
+            ]
+            arrays = [pa.array(v, f.type) for v, f in zip(values, schema, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
