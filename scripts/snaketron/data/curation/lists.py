@@ -1,0 +1,59 @@
+"""A list of numbers for each of several names, in one Parquet file that gives one list without the others.
+
+A rule's outputs share its wildcards, so the lists of all shards of a group, which one job makes, are one
+file: a row group a name, in order; the footer holds the names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from snaketron.data.packed import KEY, number_array, read_footer
+from snaketron.log import UserError
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+COLUMN = "value"
+
+
+def write(path: Path, lists: Mapping[str, np.ndarray], dtype: Any, about: dict[str, Any]) -> None:
+    """Write the lists; `about` goes into the footer."""
+    value_type = pa.from_numpy_dtype(np.dtype(dtype))
+    footer = about | {"names": list(lists), "lengths": [len(values) for values in lists.values()]}
+    schema = pa.schema([(COLUMN, value_type)], metadata={KEY: json.dumps(footer).encode()})
+    with pq.ParquetWriter(
+        path, schema, compression="zstd", write_statistics=False, use_dictionary=False
+    ) as writer:
+        for values in lists.values():
+            if len(values):
+                array = number_array(values, value_type)
+                table = pa.Table.from_arrays([array], schema=schema)
+                writer.write_table(table, row_group_size=len(values))
+
+
+class Lists:
+    """The lists of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _, self.about = read_footer(path, [COLUMN])
+        self.names: list[str] = self.about["names"]
+        lengths = self.about["lengths"]
+        filled = [name for name, length in zip(self.names, lengths, strict=True) if length]
+        self._groups = {name: group for group, name in enumerate(filled)}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.names:
+            raise UserError(f"{self.path}: nothing about {name}; delete it and run again")
+        if name not in self._groups:
+            return np.empty(0, dtype=np.uint32)
+        with pq.ParquetFile(self.path) as file:
+            column = file.read_row_group(self._groups[name], columns=[COLUMN]).column(COLUMN)
+        dtype = np.dtype(column.type.to_pandas_dtype())
+        parts = [(chunk.buffers()[1], len(chunk), chunk.offset) for chunk in column.chunks]
+        return np.concatenate([np.frombuffer(data, dtype, n, at * dtype.itemsize) for data, n, at in parts])

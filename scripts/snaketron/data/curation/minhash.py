@@ -1,0 +1,200 @@
+"""Documents with nearly the same text: datatrove's MinHash in three stages.
+
+A signature a shard, pairs of documents that agree in a bucket, and clusters of such pairs. datatrove keeps
+the document that its clustering happened to make the root; here the first stays, in the order of the group's
+corpora, their shards and rows. Documents that are exact duplicates of others are left out before pairs are
+made, so that not both copies vanish; the signatures do not depend on that.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from snaketron import files, lineage
+from snaketron.config import MinHash
+from snaketron.data import curation
+from snaketron.data.curation import documents, lists
+from snaketron.data.curation.exact import write_duplicates
+from snaketron.data.curation.folder import Folder, Records, chunk_records, parts, recorded, shard_name
+from snaketron.data.curation.words import learn, simplify_text
+from snaketron.log import UserError
+
+import numpy as np
+from datatrove.io import DataFolder
+from datatrove.pipeline.dedup.minhash import (
+    MinhashConfig,
+    MinhashDedupBuckets,
+    MinhashDedupCluster,
+    MinhashDedupSignature,
+)
+from datatrove.utils.text import ngrams
+from datatrove.utils.typeshelper import Languages
+
+logger = logging.getLogger(__name__)
+
+PRIME = np.uint64((1 << 61) - 1)
+SHINGLES = 256  # at a time: 112 hashes of each stay in the processor's cache
+PAIR = np.dtype([("first", "<u4", 2), ("second", "<u4", 2)])  # (shard, document) of each
+
+
+def datatrove_config(settings: MinHash) -> MinhashConfig:
+    return MinhashConfig(
+        n_grams=settings.n_grams,
+        num_buckets=settings.num_buckets,
+        hashes_per_bucket=settings.hashes_per_bucket,
+    )
+
+
+def record_type(settings: MinHash) -> np.dtype:
+    """A document in a bucket of datatrove's signature file."""
+    return np.dtype([("hashes", "<u8", settings.hashes_per_bucket), ("document", "<u4")])
+
+
+class Signature(MinhashDedupSignature):
+    """datatrove's block with the same result, faster and in bounded memory for a document of any length."""
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        words = self.word_tokenizer.word_tokenize(simplify_text(text, self.config.norm_config))
+        hashes = map(self._hash_func, map(" ".join, ngrams(words, self.config.n_grams)))
+        return np.fromiter(hashes, np.uint64).reshape((-1, 1))
+
+    def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
+        a, b = self.parameters
+        smallest = np.full(self.num_hashes, PRIME)
+        for start in range(0, len(shingles), SHINGLES):
+            values = shingles[start : start + SHINGLES] * a + b
+            values = (values & PRIME) + (values >> np.uint64(61))  # modulo 2^61 - 1, or that plus it,
+            np.minimum(values, values - PRIME, out=values)  # which then wraps around
+            np.minimum(smallest, values.min(axis=0), out=smallest)
+        return [part.tolist() for part in np.split(smallest, self.config.num_buckets)]
+
+
+def minhash_signature(filtered: Path, *, settings: MinHash, output: Path, record: Path) -> dict[str, Any]:
+    """Write the hashes of each document of a filtered shard: bucket after bucket, each sorted."""
+    curation.quiet()
+    learn(Languages.english)
+    read = 0
+
+    def counted() -> Any:
+        nonlocal read
+        for document in documents.read(filtered):
+            read += 1
+            yield document
+
+    with files.writing(output, record) as temporary, parts(output) as directory:
+        Signature(DataFolder(str(directory)), datatrove_config(settings)).run(counted())
+        with temporary[0].open("wb") as file:
+            for bucket in range(settings.num_buckets):
+                with (directory / f"bucket_{bucket:03d}/00000.minhash.sig").open("rb") as part:
+                    shutil.copyfileobj(part, file, 1 << 20)
+        compared = _num_documents(temporary[0], settings)
+        value = lineage.record(
+            "minhash_signature",
+            shard_name(output),
+            inputs=[recorded(filtered)],
+            outputs={output: temporary[0]},
+            settings=settings.model_dump(),
+            counts={"documents": read, "compared": compared, "too_short": read - compared},
+        )
+        temporary[1].write_bytes(files.to_json(value))
+    return value
+
+
+def _num_documents(signature: Path, settings: MinHash) -> int:
+    count, rest = divmod(signature.stat().st_size, settings.num_buckets * record_type(settings).itemsize)
+    if rest:
+        raise UserError(f"{signature}: made with other settings of MinHash; delete it and run again")
+    return count
+
+
+def minhash_buckets(
+    signatures: Sequence[Path],
+    *,
+    removals: Sequence[Path],
+    bucket: int,
+    settings: MinHash,
+    output: Path,
+    record: Path,
+) -> dict[str, Any]:
+    """Write the pairs of documents that agree in all hashes of a bucket, without those in `removals`.
+
+    A document is (number of its signature in `signatures`, index in the filtered shard).
+    """
+    curation.quiet()
+    dtype, removed = record_type(settings), [lists.Lists(path) for path in removals]
+    inputs = {}
+    for rank, path in enumerate(signatures):
+        count = _num_documents(path, settings)
+        left_out = [each[shard_name(path)] for each in removed if shard_name(path) in each.names]
+        inputs[f"bucket_{bucket:03d}/{rank:05d}.minhash.sig"] = Records(
+            path, dtype, bucket * count, count, _without(left_out[0]) if left_out else None
+        )
+    with files.writing(output, record) as temporary, parts(output) as directory:
+        MinhashDedupBuckets(
+            Folder(inputs),
+            DataFolder(str(directory)),
+            config=datatrove_config(settings),
+            lines_to_buffer=chunk_records(dtype, len(signatures)),
+        ).run(rank=bucket, world_size=settings.num_buckets)
+        (directory / f"{bucket:05d}_00.dups").replace(temporary[0])
+        value = lineage.record(
+            "minhash_pairs",
+            f"{output.parent.name}/{output.stem}",
+            inputs=[recorded(path) for path in [*signatures, *removals]],
+            outputs={output: temporary[0]},
+            settings=settings.model_dump() | {"bucket": bucket},
+            counts={"pairs": temporary[0].stat().st_size // PAIR.itemsize},
+        )
+        temporary[1].write_bytes(files.to_json(value))
+    return value
+
+
+def _without(removed: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Leave out the documents of a sorted list."""
+
+    def change(chunk: np.ndarray) -> np.ndarray:
+        if not len(removed):
+            return chunk
+        at = np.minimum(np.searchsorted(removed, chunk["document"]), len(removed) - 1)
+        return chunk[removed[at] != chunk["document"]]
+
+    return change
+
+
+def minhash_cluster(
+    pairs: Sequence[Path], *, signatures: Sequence[Path], settings: MinHash, output: Path, record: Path
+) -> dict[str, Any]:
+    """Write, for each shard, the indices of documents that are not the first of their cluster.
+
+    `pairs` are the files of all buckets; the signatures are those in which they were found, in their order.
+    """
+    curation.quiet()
+    inputs = {
+        f"{bucket:05d}_00.dups": Records(path, PAIR, 0, path.stat().st_size // PAIR.itemsize)
+        for bucket, path in enumerate(pairs)
+    }
+    found = Folder()
+    MinhashDedupCluster(
+        Folder(inputs), found, datatrove_config(settings), save_cluster_id=True, lines_to_buffer=4096
+    ).run()
+    names = [f"{rank:06d}.clusters" for rank in range(len(signatures))]
+    repeated = not_first([np.frombuffer(found.written[name], "<u4").reshape(-1, 2) for name in names])
+    by_shard = dict(zip(map(shard_name, signatures), repeated, strict=True))
+    return write_duplicates(output, record, "near_duplicates", by_shard, None, pairs, settings.model_dump())
+
+
+def not_first(clusters: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Of (document, cluster) rows of each shard, by document: the documents whose cluster came before."""
+    seen = np.zeros(max((int(rows[:, 1].max()) + 1 for rows in clusters if len(rows)), default=0), dtype=bool)
+    repeated = []
+    for rows in clusters:
+        first = np.zeros(len(rows), dtype=bool)
+        first[np.unique(rows[:, 1], return_index=True)[1]] = True
+        first &= ~seen[rows[:, 1]]
+        seen[rows[:, 1]] = True
+        repeated.append(rows[~first, 0])
+    return repeated
