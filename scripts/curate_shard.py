@@ -1,0 +1,65 @@
+"""Remove duplicates and contaminated documents from a filtered shard, and replace personal addresses."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from snaketron.log import argument_parser, run
+
+logger = logging.getLogger("snaketron")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--filtered", type=Path, required=True, help="CORPUS/SHARD.parquet of filter_shard")
+    parser.add_argument("--exact", type=Path, nargs="*", default=[], help="exact duplicates of its group")
+    parser.add_argument("--near", type=Path, nargs="*", default=[], help="near-duplicates of its group")
+    parser.add_argument("--index", type=Path, nargs="*", default=[], help="of decontamination_index")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of it, to count tokens with")
+    parser.add_argument("--settings", required=True, help="CurateSettings as JSON")
+    parser.add_argument("--num-examples", type=int, default=3, help="removed documents to list a reason")
+    parser.add_argument("--output", type=Path, required=True, help="CORPUS/SHARD.parquet to write")
+    parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
+    args = parser.parse_args(argv)
+    for name in ("exact", "near", "index"):
+        given = getattr(args, name)
+        if len(given) > 1:
+            parser.error(f"--{name}: one file at most")
+        setattr(args, name, given[0] if given else None)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    from snaketron.data.curation.curate import curate_shard
+    from snaketron.data.curation.documents import describe
+    from snaketron.data.curation.settings import CurateSettings
+
+    record = curate_shard(
+        args.filtered,
+        exact=args.exact,
+        near=args.near,
+        index=args.index,
+        tokenizer=args.tokenizer,
+        settings=CurateSettings.model_validate_json(args.settings),
+        num_examples=args.num_examples,
+        output=args.output,
+        record=args.record,
+    )
+    counts = record["counts"]
+    logger.info(
+        "%s: of %d documents %d are left; removed %s; changed %s; %.1f s",
+        record["name"],
+        counts["documents"],
+        counts["kept"]["documents"],
+        describe(counts["removed"]),
+        describe(counts["changed"]),
+        record["seconds"],
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,123 @@
+"""The last step: a filtered shard without duplicates and contaminated documents, and with PII replaced."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from snaketron import files, lineage
+from snaketron.data import curation
+from snaketron.data.curation import decontamination, documents, lists
+from snaketron.data.curation.folder import recorded, shard_name
+from snaketron.data.curation.settings import CurateSettings
+from snaketron.log import UserError
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.formatters import PIIFormatter
+
+logger = logging.getLogger(__name__)
+
+EXACT = "exact duplicate"
+NEAR = "near duplicate"
+PII = "pii"
+
+
+class Pii(PIIFormatter):
+    """datatrove's formatter, which takes its replacements in turn: here each document begins with the first.
+
+    So what becomes of a document does not depend on the documents before it.
+    """
+
+    def format(self, text: str) -> str:
+        self.emails_replacer._replace_i = self.ip_replacer._replace_i = 0
+        return super().format(text)
+
+
+def curate_shard(
+    filtered: Path,
+    *,
+    exact: Path | None,
+    near: Path | None,
+    index: Path | None,
+    tokenizer: Path,
+    settings: CurateSettings,
+    num_examples: int,
+    output: Path,
+    record: Path,
+) -> dict[str, Any]:
+    """Write what is left of a filtered shard to `output`, and `record` last; returns the record.
+
+    `exact` and `near` list the duplicates of its groups, `index` is that of the evaluations. The record's
+    counts are those of the whole curation, from the raw files on. The tokenizer only counts.
+    """
+    curation.quiet()
+    name = shard_name(output)
+    before = lineage.read(filtered.with_suffix(".json"))["counts"]
+    tally = documents.Tally(documents.token_counter(tokenizer), num_examples)
+    fields = documents.fields_of(filtered)
+    with files.writing(output, record) as temporary, tally.locating():
+        stream: Iterable[Document] = tally.enter(documents.read(filtered))
+        duplicates = {
+            reason: lists.Lists(path)[name] for reason, path in ((EXACT, exact), (NEAR, near)) if path
+        }
+        stream = without(stream, duplicates, tally)
+        if settings.decontamination_n_grams is not None:
+            assert index is not None
+            removed = decontamination.Contaminated(tally, decontamination.REASON)
+            block = decontamination.decontamination_filter(index, settings.decontamination_n_grams, removed)
+            stream = tally.through(stream, decontamination.REASON, block)
+        if settings.pii:
+            stream = tally.through(stream, PII, Pii())
+        documents.write(temporary[0], tally.leave(stream), fields, {"curated": name})
+        if tally.documents != before["kept"]["documents"]:
+            raise UserError(f"{filtered}: not the file that its record is about; delete both and run again")
+        counts = whole(before, tally.counts())
+        if not tally.kept["documents"]:
+            logger.warning(
+                "%s: NOTHING IS LEFT of %d documents: %s",
+                name,
+                counts["documents"],
+                documents.describe(counts["removed"]),
+            )
+        value = lineage.record(
+            "curated",
+            name,
+            inputs=[recorded(path) for path in (filtered, exact, near, index) if path],
+            outputs={output: temporary[0]},
+            settings=settings.model_dump(),
+            counts=counts,
+        )
+        temporary[1].write_bytes(files.to_json(value))
+    return value
+
+
+def without(
+    stream: Iterable[Document], duplicates: dict[str, np.ndarray], tally: documents.Tally
+) -> Iterator[Document]:
+    """Remove the documents whose index is listed, for the reason under which it is."""
+    reasons = {int(index): reason for reason, listed in duplicates.items() for index in listed}
+    for index, document in enumerate(stream):
+        reason = reasons.pop(index, None)
+        if reason is None:
+            yield document
+        else:
+            tally.remove(document, reason)
+    if reasons:
+        raise UserError(
+            f"document {next(iter(reasons))} is listed as a duplicate and is not there; delete the lists and "
+            "run again"
+        )
+
+
+def whole(before: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
+    """The counts of filtering and of what came after it as one."""
+    return counts | {
+        "documents": before["documents"],
+        "tokens": before["tokens"],
+        "removed": before["removed"] | counts["removed"],
+        "changed": before["changed"] | counts["changed"],
+        **{key: before[key] for key in ("rows", "dropped", "dropped_rows")},
+    }
