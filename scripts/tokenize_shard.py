@@ -1,9 +1,10 @@
-"""Tokenize one raw file into a Megatron .bin/.idx pair for each of train, valid and test."""
+"""Tokenize the raw files of a shard into a Megatron .bin/.idx pair for each of train, valid and test."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 from pathlib import Path
 
 from snaketron.data.split import SPLITS
@@ -14,47 +15,63 @@ logger = logging.getLogger("snaketron")
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--text", type=Path, required=True, help="raw file: .jsonl[.gz|.zst] or .parquet")
-    parser.add_argument("--text-field", required=True, help="column or JSON key that holds the document")
-    parser.add_argument("--corpus", required=True, help="name of the corpus")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer")
     parser.add_argument(
-        "--valid-fraction", type=float, required=True, help="share of documents for validation"
+        "--text",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="raw files: .jsonl or .json (also .gz, .zst), .parquet, .arrow; what curate_shard wrote, too",
     )
-    parser.add_argument("--test-fraction", type=float, required=True, help="share of documents for the test")
+    parser.add_argument("--settings", required=True, help="JSON of snaketron.settings.TokenizeSettings")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the result is the same")
     parser.add_argument(
         "--bins", type=Path, nargs=3, required=True, metavar=tuple(f"{s.upper()}.bin" for s in SPLITS)
+    )
+    parser.add_argument(
+        "--documents", type=Path, required=True, help="Parquet file that says where each sequence comes from"
     )
     parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
     args = parser.parse_args(argv)
     if any(path.suffix != ".bin" for path in args.bins):
         parser.error("--bins: each path must end in .bin")
+    if args.threads < 1:
+        parser.error("--threads: at least 1")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    # read when the encoders are first used: by fastokens, by `tokenizers`
+    os.environ["FASTOKENS_BPE_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(args.threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = str(args.threads > 1).lower()
     from snaketron.data.tokenize import tokenize_shard
+    from snaketron.settings import TokenizeSettings
 
     record = tokenize_shard(
         args.text,
-        text_field=args.text_field,
-        corpus=args.corpus,
+        settings=TokenizeSettings.model_validate_json(args.settings),
         tokenizer=args.tokenizer,
-        valid_fraction=args.valid_fraction,
-        test_fraction=args.test_fraction,
         bins=dict(zip(SPLITS, args.bins, strict=True)),
+        table=args.documents,
         record=args.record,
+        threads=args.threads,
     )
     counts = record["counts"]
+    num_tokens = sum(counts[split]["tokens"] for split in SPLITS)
     logger.info(
-        "%s: %d documents, %d dropped %s; %s; %.1f s",
-        args.text,
+        "%s: %d documents, %d dropped %s, %d cut; %s; encoded by %s, %d documents compared; "
+        "%.1f s, %.2f million tokens a second",
+        ", ".join(map(str, args.text)),
         counts["documents"],
         sum(counts["dropped"].values()),
         counts["dropped"],
+        counts["cut"],
         ", ".join(f"{s} {counts[s]['documents']} documents, {counts[s]['tokens']} tokens" for s in SPLITS),
+        counts["encoder"],
+        counts["checked"],
         record["seconds"],
+        num_tokens / max(record["seconds"], 1e-9) / 1e6,
     )
     return 0
 

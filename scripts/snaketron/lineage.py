@@ -19,7 +19,7 @@ from snaketron.log import UserError
 
 _started = time.monotonic()  # the import of this module is the start of the job, to within its imports
 
-PACKAGES = ("snaketron", "datatrove", "tokenizers", "pyarrow", "torch", "megatron-core")
+PACKAGES = ("snaketron", "datatrove", "tokenizers", "fastokens", "pyarrow", "torch", "megatron-core")
 
 
 def record(
@@ -30,13 +30,16 @@ def record(
     outputs: Mapping[Path, Path] | Iterable[Path],
     settings: Mapping[str, Any],
     counts: Mapping[str, Any],
+    hashes: Mapping[Path, str] | None = None,
 ) -> dict[str, Any]:
     """The record of an artifact, to be written with `files.write_json`.
 
     `inputs` are files, hashed here, or entries `{"path": ..., "sha256": ...}` of other records.
     `outputs` are files, or a mapping from final path to the path where the file lies now.
+    `hashes` are the sha256, by final path, of outputs that need not be read again for them.
     `settings` and `counts` are JSON values; `counts` says what went in, came out and was dropped by reason.
     """
+    known = hashes or {}
     present = outputs if isinstance(outputs, Mapping) else {path: path for path in outputs}
     return {
         "kind": kind,
@@ -47,7 +50,7 @@ def record(
             dict(i) if isinstance(i, Mapping) else {"path": str(i), "sha256": sha256(i)} for i in inputs
         ],
         "outputs": [
-            {"path": str(final), "sha256": sha256(now), "bytes": now.stat().st_size}
+            {"path": str(final), "sha256": known.get(final) or sha256(now), "bytes": now.stat().st_size}
             for final, now in present.items()
         ],
         "settings": dict(settings),

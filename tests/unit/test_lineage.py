@@ -55,6 +55,14 @@ def test_a_record_says_what_went_in_and_what_came_out(tmp_path: Path):
     assert datetime.fromisoformat(value["created"]).tzinfo is not None and value["seconds"] >= 0
 
 
+def test_an_output_whose_hash_is_known_is_not_read_again(tmp_path: Path):
+    one, two = (write(tmp_path / name, "four") for name in ("one", "two"))
+    value = lineage.record(
+        "k", "n", inputs=[], outputs=[one, two], settings={}, counts={}, hashes={one: "ff"}
+    )
+    assert [entry["sha256"] for entry in value["outputs"]] == ["ff", files.sha256(two)]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset (.bin and .idx): the check that a pair is complete, without torch.
+"""Megatron's indexed dataset (.bin and .idx): written as a stream, and checked, without torch.
 
 .bin  token ids of all sequences, one after the other
 .idx  "MMIDIDX\\0\\0", version 1 (u64), dtype code (u8), number of sequences (u64), number of documents
@@ -8,7 +8,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import struct
+import tempfile
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +25,8 @@ import numpy as np
 DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}  # the codes that we write
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
+_BLOCK = 1 << 20  # sequences of an index at a time
+_BUFFER = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -81,3 +89,118 @@ def _arrays(idx_path: Path, sequences: int) -> tuple[np.ndarray, np.ndarray, np.
             np.fromfile(file, np.int64, sequences),
             np.fromfile(file, np.int64, sequences + 1),
         )
+
+
+# -------------------------------------------------------------------------------------------------- writing
+
+
+class Writer:
+    """Writes a pair, one document a sequence; nothing of it stays in memory.
+
+    `final` is the path that errors name. The lengths go to the .idx at once, the rest when it is closed.
+    """
+
+    def __init__(self, bin_path: Path, idx_path: Path, dtype: np.dtype, final: Path) -> None:
+        self._paths = (bin_path, idx_path)
+        self._final = final
+        self._code = next(code for code, known in DTYPES.items() if known == dtype)
+        self.dtype = dtype
+        self.num_sequences = 0
+        self._hash = hashlib.sha256()
+        self._bin = bin_path.open("wb", buffering=_BUFFER)
+        self._idx = idx_path.open("w+b", buffering=_BUFFER)
+        self._idx.write(bytes(_HEADER.size))
+
+    def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Add the sequences of so many tokens that `tokens` holds, one after the other."""
+        data = np.ascontiguousarray(tokens, self.dtype).data.cast("B")
+        with naming(self._final):
+            self._bin.write(data)
+            self._idx.write(np.ascontiguousarray(lengths, np.int32).data.cast("B"))
+        self._hash.update(data)
+        self.num_sequences += len(lengths)
+
+    def close(self) -> tuple[str, str]:
+        """Complete both files; returns the sha256 of each."""
+        with naming(self._final):
+            self._bin.close()
+            header = _HEADER.pack(_MAGIC, 1, self._code, self.num_sequences, self.num_sequences + 1)
+            for offsets in self._offsets():
+                self._idx.write(offsets.data.cast("B"))
+            for start in range(0, self.num_sequences + 1, _BLOCK):
+                end = min(start + _BLOCK, self.num_sequences + 1)
+                self._idx.write(np.arange(start, end, dtype=np.int64).data.cast("B"))
+            self._idx.seek(0)
+            self._idx.write(header)
+            self._idx.seek(0)
+            digest = hashlib.file_digest(self._idx, "sha256").hexdigest()  # type: ignore[arg-type]
+            self._idx.close()
+        return self._hash.hexdigest(), digest
+
+    def _offsets(self) -> Iterator[np.ndarray]:
+        """Where each sequence begins in the .bin, from the lengths in the .idx."""
+        self._idx.flush()
+        total = 0
+        for start in range(0, self.num_sequences, _BLOCK):
+            count = min(_BLOCK, self.num_sequences - start)
+            data = os.pread(self._idx.fileno(), 4 * count, _HEADER.size + 4 * start)
+            ends = total + np.cumsum(np.frombuffer(data, np.int32), dtype=np.int64) * self.dtype.itemsize
+            yield np.concatenate([[total], ends[:-1]])
+            total = int(ends[-1])
+
+    def abandon(self) -> None:
+        """Let go of the files; what is buffered may have no room."""
+        for file in (self._bin, self._idx):
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+class Shuffled:
+    """Takes documents as a `Writer` does and gives them to one in an order drawn by `seed`.
+
+    They wait in a file without a name in the directory of the .bin. A document is one sequence, or several
+    that stay together; 12 bytes of memory each.
+    """
+
+    def __init__(self, writer: Writer, seed: tuple[int, ...]) -> None:
+        self._writer = writer
+        self._seed = seed
+        self._file = tempfile.TemporaryFile(dir=writer._final.parent, buffering=_BUFFER)  # noqa: SIM115
+        self._lengths = array("i")
+        self._pieces = array("i")  # sequences of each document
+
+    def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Add one document."""
+        with naming(self._writer._final):
+            self._file.write(np.ascontiguousarray(tokens, self._writer.dtype).data.cast("B"))
+        self._lengths.extend(lengths.tolist())
+        self._pieces.append(len(lengths))
+
+    def finish(self) -> np.ndarray:
+        """Write all documents; returns the new index of each sequence."""
+        self._file.flush()
+        lengths, pieces = np.frombuffer(self._lengths, np.int32), np.frombuffer(self._pieces, np.int32)
+        first = np.concatenate([[0], np.cumsum(pieces, dtype=np.int64)])  # sequence of each document
+        size = self._writer.dtype.itemsize
+        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64) * size])[first]
+        order = np.random.default_rng(self._seed).permutation(len(pieces))
+        index = np.empty(len(lengths), np.int64)
+        count = 0
+        for document in order:
+            begin, end = first[document], first[document + 1]
+            data = os.pread(self._file.fileno(), starts[document + 1] - starts[document], starts[document])
+            self._writer.write(np.frombuffer(data, self._writer.dtype), lengths[begin:end])
+            index[begin:end] = np.arange(count, count + end - begin)
+            count += end - begin
+        self._file.close()
+        return index
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in a failure to write: a full disk alone does not say which."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

@@ -76,26 +76,28 @@ def write_jsonl() -> Callable[[Path, Iterable[Any]], Path]:
 def tokenize(
     tmp_path: Path, tokenizer_dir: Path, run_script: Callable[..., tuple[int, str]]
 ) -> Callable[..., tuple[int, str, Path]]:
-    """Run tokenize_shard on a raw file; returns exit status, standard error and the path of the record."""
+    """Run tokenize_shard on raw files; returns exit status, standard error and the path of the record."""
 
     def run(
-        text: Path,
-        *,
+        *text: Path,
         corpus: str = "docs",
         text_field: str = "text",
         valid: float = 0.2,
         test: float = 0.2,
         tokenizer: Path = tokenizer_dir,
+        threads: int = 1,
+        **settings: Any,
     ) -> tuple[int, str, Path]:
         root = tmp_path / "tokens" / corpus
-        shard = text.name.partition(".")[0]
+        shard = text[0].name.partition(".")[0]
         record = root / f"{shard}.json"
+        settings |= {"corpus": corpus, "text_field": text_field}
+        settings |= {"valid_fraction": valid, "test_fraction": test}
         status, stderr = run_script(
             "tokenize_shard",
-            *("--text", text, "--text-field", text_field, "--corpus", corpus, "--tokenizer", tokenizer),
-            *("--valid-fraction", valid, "--test-fraction", test),
+            *("--text", *text, "--settings", json.dumps(settings), "--tokenizer", tokenizer),
             *("--bins", *(root / split / f"{shard}.bin" for split in ("train", "valid", "test"))),
-            *("--record", record),
+            *("--documents", root / f"{shard}.parquet", "--record", record, "--threads", threads),
         )
         return status, stderr, record
 

@@ -104,7 +104,7 @@ UTF8_COLUMN = pa.Array.from_buffers(
         ("a.jsonl", None, ["a.jsonl: no such file"]),
         ("a.jsonl", b"", ["a.jsonl: holds no documents"]),
         ("a.jsonl", b"\n \n", ["a.jsonl: holds no documents"]),
-        ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', ["the text of each of its 2 documents is empty"]),
+        ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', ["a.jsonl: none of its 2 rows is used (2 empty)"]),
         ("a.jsonl.gz", gzip.compress(b""), ["holds no documents"]),
         ("a.jsonl.zst", b"", ["holds no documents"]),
         ("a.csv", b"text\nhello\n", ["a.csv: unknown format", ".parquet"]),

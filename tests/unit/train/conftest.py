@@ -12,7 +12,13 @@ from snaketron.data import blend, tokenizer
 from snaketron.data.tokenize import tokenize_shard
 from snaketron.log import logger
 from snaketron.model import backend
-from snaketron.settings import RunSettings, TrainSettings, pretrain_settings, run_settings
+from snaketron.settings import (
+    RunSettings,
+    TokenizeSettings,
+    TrainSettings,
+    pretrain_settings,
+    run_settings,
+)
 
 import pytest
 import torch
@@ -118,13 +124,11 @@ def blend_path(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) ->
     ]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenize_shard(
-        text,
-        text_field="text",
-        corpus="docs",
+        [text],
+        settings=TokenizeSettings(corpus="docs", text_field="text", valid_fraction=0.2, test_fraction=0.0),
         tokenizer=tokenizer_dir,
-        valid_fraction=0.2,
-        test_fraction=0.0,
         bins={split: root / split / "part.bin" for split in ("train", "valid", "test")},
+        table=root / "part.parquet",
         record=root / "part.json",
     )
     blend.build(

@@ -1,0 +1,149 @@
+"""Plain text to token ids: by `fastokens` as long as it gives what `tokenizers` gives, else by `tokenizers`.
+
+The ids are those of `tokenizers`, always. That `fastokens` gives the same ones is checked: for texts that
+are known to be hard when the tokenizer is loaded, then for a sample of the documents.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from snaketron.data import tokenizer as tokenizers
+from snaketron.log import UserError
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+# `tokenizers` takes about 30 times as long, so that these cost some 2 % of the time, and at least 0.05 s.
+SAMPLE = 2000  # one document in so many is compared,
+FIRST_CHARACTERS = 50_000  # and the first ones, up to so many characters,
+MAX_CHARACTERS = 50_000  # and the longest ones; of a longer document, its beginning is compared
+
+PROBES = (
+    "The quick brown fox doesn't jump; it's 3.14159 + 1,000,000 = ?\n\n\n",
+    "def f(x):\n\treturn {'a': [1, 2],  \r\n        'b': x[::-1]}   # ok   \n ",
+    "a\0b \x7f \u00a0 \u200b \u2028 \ufeff \ufffd \uffff \U0010ffff",
+    "naïve café e\u0301 ﬁ \uff21 ß İ ǅ ½ ² ΑΩ привет שלום مرحبا नमस्ते 日本語の文章 한국어 ไทย",
+    "👩‍👩‍👧‍👦 🇩🇪 👍🏽 ☃️ \U0001d4b3 ١٢٣ ६७ Ⅷ",
+    " ",
+    "     x     " * 20,
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" * 20,
+    "[CLS] <s> </s> <unk> <|endoftext|> <0x0A> ▁ Ġ Ċ ##ing @@ </w>",
+)
+_MAX_PROBED_TOKENS = 200
+
+
+class Mismatch(Exception):
+    """Document `index` of a batch has other ids; the message says which."""
+
+    def __init__(self, index: int, detail: str) -> None:
+        super().__init__(detail)
+        self.index = index
+
+
+class Encoder:
+    """Encodes batches of documents as text: what spells a control token gets the ids of its characters.
+
+    `fast=False` uses `tokenizers` from the beginning. `num_checked` documents were compared.
+    """
+
+    def __init__(self, directory: Path, *, fast: bool = True) -> None:
+        path = directory / "tokenizer.json"
+        self._exact = tokenizers.load(directory)
+        tokenizers.plain(self._exact)
+        if getattr(self._exact.model, "dropout", None):
+            raise UserError(f"{path}: its model drops merges at random (dropout); set dropout to null")
+        self._fast = _load(path) if fast else None
+        self._num_seen = self._num_characters = self._longest = self.num_checked = 0
+        if self._fast is not None:
+            try:
+                self._probe()
+            except Exception as error:
+                logger.warning("%s: encoding with `tokenizers`, slower: fastokens fails: %s", path, error)
+                self._fast = None
+
+    @property
+    def name(self) -> str:
+        return "tokenizers" if self._fast is None else "fastokens"
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all `texts`, one after the other, and where each begins (and the end).
+
+        `Mismatch` when a compared document has other ids; then those of all before it are in doubt.
+        """
+        if self._fast is None:
+            return self._encode_exactly(texts)
+        try:
+            ids, starts = _flat(self._fast, texts)
+        except Exception as error:  # a limit of its regular expressions, say in 20 MB of spaces
+            logger.warning("fastokens fails (%s): `tokenizers` encodes these %d texts", error, len(texts))
+            return self._encode_exactly(texts)
+        for index in self._sample(texts):
+            self._compare(index, texts[index], ids[starts[index] : starts[index + 1]])
+            self.num_checked += 1
+        return ids, starts
+
+    def _encode_exactly(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        encodings = self._exact.encode_batch_fast(texts, add_special_tokens=False)
+        starts = np.cumsum([0, *map(len, encodings)])
+        ids = np.empty(starts[-1], np.uint32)
+        for (start, end), encoding in zip(pairwise(starts), encodings, strict=True):
+            ids[start:end] = encoding.ids
+        return ids, starts
+
+    def _sample(self, texts: Sequence[str]) -> Iterator[int]:
+        """Which documents are compared: it depends on nothing but the documents before."""
+        for index, text in enumerate(texts):
+            spread = self._num_seen * 2654435761 % 2**32 < 2**32 // SAMPLE  # evenly, but not periodic
+            if spread or self._num_characters < FIRST_CHARACTERS or len(text) > 2 * self._longest:
+                self._longest = max(self._longest, len(text))
+                yield index
+            self._num_seen += 1
+            self._num_characters += len(text)
+
+    def _compare(self, index: int, text: str, ids: np.ndarray) -> None:
+        if len(text) > MAX_CHARACTERS:
+            text = text[:MAX_CHARACTERS]
+            ids, _ = _flat(self._fast, [text])
+        expected = np.array(self._exact.encode(text, add_special_tokens=False).ids, np.uint32)
+        if np.array_equal(ids, expected):
+            return
+        shared = min(len(ids), len(expected))
+        different = np.flatnonzero(ids[:shared] != expected[:shared])
+        at = int(different[0]) if len(different) else shared
+        found = [str(i[at]) if at < len(i) else "the end" for i in (ids, expected)]
+        raise Mismatch(index, f"token {at} is {found[0]}, `tokenizers` gives {found[1]}")
+
+    def _probe(self) -> None:
+        added = [token.content for token in self._exact.get_added_tokens_decoder().values()]
+        texts = [*PROBES, *(f"a{token} {token}\n{token}" for token in added[:_MAX_PROBED_TOKENS])]
+        ids, starts = _flat(self._fast, texts)
+        for index, text in enumerate(texts):
+            try:
+                self._compare(index, text, ids[starts[index] : starts[index + 1]])
+            except Mismatch as error:
+                raise ValueError(f"in {text!r}, {error}") from None
+
+
+def _load(path: Path) -> Any:
+    """The `fastokens` tokenizer of a file, or None, with a warning, if it is not supported."""
+    from fastokens import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        logger.warning("%s: encoding with `tokenizers`, slower: fastokens does not take it: %s", path, error)
+        return None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _flat(tokenizer: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    ids, starts = tokenizer.encode_batch_flat(list(texts), False, True)  # no special tokens, text is text
+    return np.frombuffer(ids, "<u4"), np.frombuffer(starts, "<u8").astype(np.int64)

@@ -1,0 +1,179 @@
+"""The ids are those of `tokenizers`, whichever encoder gives them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+from snaketron import files
+from snaketron.data import encode
+from snaketron.data import tokenizer as tokenizers
+from snaketron.log import UserError
+
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+HARD = [
+    *encode.PROBES,
+    "",
+    "<|im_end|>",
+    "a <|im_end|><|endoftext|> b",
+    "\0",
+    "\ud7ff\ue000",
+    "x" * 3000,
+    " " * 3000,
+]
+
+
+def exact(directory: Path, texts: list[str]) -> list[list[int]]:
+    tokenizer = tokenizers.load(directory)
+    tokenizers.plain(tokenizer)
+    return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def encoded(encoder: encode.Encoder, texts: list[str]) -> list[list[int]]:
+    ids, starts = encoder.encode(texts)
+    return [ids[start:end].tolist() for start, end in pairwise(starts)]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_both_encoders_take_a_document_as_text(tokenizer_dir: Path, fast: bool):
+    encoder = encode.Encoder(tokenizer_dir, fast=fast)
+    assert encoder.name == ("fastokens" if fast else "tokenizers")
+    assert encoded(encoder, HARD) == exact(tokenizer_dir, HARD)
+    assert encoded(encoder, []) == []
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Save a tokenizer trained on a sentence."""
+
+    def save(tokenizer: Tokenizer, trainer: trainers.Trainer) -> Path:
+        tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 9], trainer)
+        tokenizer.add_special_tokens(["<|endoftext|>"])
+        tokenizer.add_tokens([AddedToken("<extra>", lstrip=True), AddedToken("fox", single_word=True)])
+        (tmp_path / "tokenizer").mkdir()
+        tokenizer.save(str(tmp_path / "tokenizer/tokenizer.json"))
+        (tmp_path / "tokenizer/tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+        return tmp_path / "tokenizer"
+
+    return save
+
+
+UNSUPPORTED = {
+    "Unigram": (Tokenizer(models.Unigram()), trainers.UnigramTrainer(unk_token="<unk>", vocab_size=60)),
+    "WordPiece": (Tokenizer(models.WordPiece(unk_token="<unk>")), trainers.WordPieceTrainer(vocab_size=90)),
+}
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_a_tokenizer_that_is_not_supported_is_used_all_the_same(
+    kind: str, save, tokenize, tmp_path: Path, write_jsonl, caplog
+):
+    tokenizer, trainer = UNSUPPORTED[kind]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.normalizer = normalizers.NFKC()
+    trainer.special_tokens, trainer.show_progress = ["<unk>"], False
+    directory = save(tokenizer, trainer)
+    texts = ["the lazy fox", "<|endoftext|> dog <extra> quick"]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    status, stderr, record = tokenize(path, tokenizer=directory, valid=0.0, test=0.0)
+    assert status == 0, stderr
+    assert "encoding with `tokenizers`, slower: fastokens does not take it" in caplog.text
+    counts = files.read_json(record)["counts"]
+    assert (counts["encoder"], counts["checked"]) == ("tokenizers", 0)
+    end = tokenizers.info(directory).eos_id
+    read = [ids.tolist() for ids in IndexedDataset(str(record.parent / "train/a"))]
+    assert read == [[*ids, end] for ids in exact(directory, texts)]
+
+
+@pytest.fixture
+def differ_in_z(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let fastokens give the id of "y" for each "z" of a document, not of the probes; returns that id."""
+    flat = encode._flat
+    (y,), (z,) = exact(tokenizer_dir, ["y", "z"])
+
+    def wrong(tokenizer, texts):
+        ids, starts = flat(tokenizer, texts)
+        ids = ids.copy()
+        if texts[0] != encode.PROBES[0]:
+            ids[ids == z] = y
+        return ids, starts
+
+    monkeypatch.setattr(encode, "_flat", wrong)
+    return y
+
+
+def test_a_document_with_other_ids_is_named_and_the_shard_is_encoded_again(
+    tokenize, tmp_path: Path, tokenizer_dir: Path, write_jsonl, differ_in_z, monkeypatch, caplog
+):
+    monkeypatch.setattr("snaketron.data.tokenize.BATCH_DOCUMENTS", 3)
+    texts = ["one", "two", "three", "four", "qqz", "six"]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    status, stderr, record = tokenize(path, valid=0.0, test=0.0)
+    assert status == 0, stderr
+    z = exact(tokenizer_dir, ["z"])[0][0]
+    detail = f"{path}:5: token 2 is {differ_in_z}, `tokenizers` gives {z}"
+    assert f"encoding all of this shard again with `tokenizers`, slower: fastokens: {detail}" in caplog.text
+    counts = files.read_json(record)["counts"]
+    assert (counts["encoder"], counts["fallback"], counts["documents"]) == ("tokenizers", detail, 6)
+    read = [ids.tolist()[:-1] for ids in IndexedDataset(str(record.parent / "train/a"))]
+    assert read == exact(tokenizer_dir, texts)
+
+
+def test_a_tokenizer_that_differs_in_the_probes_is_not_used(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch, caplog
+):
+    load = encode._load
+    value = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    value["model"]["merges"] = []
+    (tmp_path / "other.json").write_text(json.dumps(value))
+    monkeypatch.setattr(encode, "_load", lambda _: load(tmp_path / "other.json"))
+    encoder = encode.Encoder(tokenizer_dir)
+    assert encoder.name == "tokenizers"
+    assert 'fastokens fails: in "The quick brown' in caplog.text
+    assert encoded(encoder, HARD) == exact(tokenizer_dir, HARD)
+
+
+def test_the_first_the_longest_and_some_of_the_others_are_compared(tokenizer_dir: Path, monkeypatch):
+    compared: list[int] = []
+    compare = encode.Encoder._compare
+    encoder = encode.Encoder(tokenizer_dir)
+    monkeypatch.setattr(
+        encode.Encoder, "_compare", lambda self, i, *rest: compared.append(i) or compare(self, i, *rest)
+    )
+    texts = ["a" * 500] * 110 + ["b" * 5000] + ["c" * 100] * 10_000
+    encoder.encode(texts)
+    assert compared[:101] == [*range(100), 110]  # the first 50,000 characters, and the longest
+    assert len(compared) in (101 + 4, 101 + 5, 101 + 6)  # one of 2000 of the others
+    assert encoder.num_checked == len(compared)
+
+
+def test_of_a_very_long_document_the_beginning_is_compared(tokenizer_dir: Path):
+    encoder = encode.Encoder(tokenizer_dir)
+    text = "word " * 30_000
+    assert encoded(encoder, [text]) == exact(tokenizer_dir, [text])
+    assert encoder.num_checked == 1
+
+
+def test_a_batch_that_fastokens_refuses_is_encoded_by_tokenizers(tokenizer_dir: Path, monkeypatch, caplog):
+    encoder = encode.Encoder(tokenizer_dir)
+
+    def refuse(*_):
+        raise ValueError("match limit exceeded")
+
+    monkeypatch.setattr(encode, "_flat", refuse)
+    caplog.set_level(logging.WARNING)
+    assert encoded(encoder, HARD) == exact(tokenizer_dir, HARD)
+    assert "fastokens fails (match limit exceeded)" in caplog.text
+
+
+def test_a_tokenizer_that_drops_merges_at_random_is_refused(save):
+    tokenizer = Tokenizer(models.BPE(dropout=0.1))
+    directory = save(tokenizer, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    with pytest.raises(UserError, match="dropout"):
+        encode.Encoder(directory)
