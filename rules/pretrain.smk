@@ -6,6 +6,7 @@ rule pretrain:
     """
     input:
         blend="<data>/pretrain/{phase}/blend.json",
+        index="<data>/pretrain/{phase}/index",
         tokenizer="<data>/tokenizer/tokenizer.json",
         base=graph.previous_phase,
     output:
@@ -22,6 +23,7 @@ rule pretrain:
         settings=graph.pretrain_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "{resources.launch} scripts/pretrain.py --blend {input.blend} --tokenizer {params.tokenizer}"
+        "{resources.launch} scripts/pretrain.py --blend {input.blend} --index {input.index}"
+        " --tokenizer {params.tokenizer}"
         " --base {input.base} --settings {params.settings:q} --run-settings {resources.run:q}"
         " --output {output} --log-file {log}"

@@ -46,3 +46,22 @@ rule blend_pretrain:
         " --train-tokens {params.train_tokens} --max-epochs {params.max_epochs}"
         " --records {input.records} --tokenizer {params.tokenizer}"
         " --output {output.blend} --record {output.record} --log-file {log}"
+
+
+rule index_pretrain:
+    """Build megatron-core's data set index of a phase, so that no GPU waits for it."""
+    input:
+        "<data>/pretrain/{phase}/blend.json",
+    output:
+        index=directory("<data>/pretrain/{phase}/index"),
+        record="<data>/pretrain/{phase}/index.json",
+    log:
+        "<logs>/index_pretrain/{phase}.log",
+    benchmark:
+        "<benchmarks>/index_pretrain/{phase}.tsv"
+    params:
+        settings=graph.index_settings,
+    shell:
+        "python scripts/index_pretrain.py --blend {input} --seed {params.settings[seed]}"
+        " --seq-length {params.settings[seq_length]} --train-samples {params.settings[train_samples]}"
+        " --output {output.index} --record {output.record} --log-file {log}"

@@ -1,11 +1,16 @@
 """Train one pretraining phase, from random weights or from the end of the phase before it."""
 
+from pathlib import Path
+
 from snaketron.log import run
-from snaketron.train.stage import Stage, exit_status, parse_args
+from snaketron.train.stage import Stage, argument_parser, exit_status
 
 
 def main(argv: list[str] | None = None) -> int:
-    stage = Stage(parse_args(__doc__, argv))
+    parser = argument_parser(__doc__)
+    parser.add_argument("--index", type=Path, required=True, help="directory that index_pretrain made")
+    args = parser.parse_args(argv)
+    stage = Stage(args)
 
     def make_batches(stage: Stage):
         from snaketron.train.batches import PretrainBatches
@@ -14,9 +19,9 @@ def main(argv: list[str] | None = None) -> int:
             stage.blend,
             stage.settings,
             stage.tokenizer,
+            index=args.index,
             micro_batch_size=stage.run.micro_batch_size,
             eval_samples=stage.run.eval_samples,
-            index_cache=stage.directory / "index_cache",
         )
 
     return exit_status(stage, lambda: stage.train(make_batches, with_optimizer=True))

@@ -150,6 +150,11 @@ class Graph:
         """Tokens of a phase, in whole steps."""
         return math.prod(self.config.pretrain.steps(self.phases[wildcards.phase]))
 
+    def index_settings(self, wildcards: Any) -> dict[str, int]:
+        """What, with the blend, defines the index of a phase."""
+        iters, batch, length = self.config.pretrain.steps(self.phases[wildcards.phase])
+        return {"seed": self.config.seed, "seq_length": length, "train_samples": iters * batch}
+
     def sft_weights(self) -> list[str]:
         return [f"{e.source}={e.weight}" for e in self.config.sft.blend]
 

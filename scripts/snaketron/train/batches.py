@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from snaketron.data import blend as pretrain_blend
 from snaketron.data import blend_sft
+from snaketron.data.index import load
 from snaketron.data.mixing import mix
 from snaketron.data.packed import Pack, PackedDataset
 from snaketron.data.tokenizer import Info
-from snaketron.files import partial
-from snaketron.log import UserError, logger
+from snaketron.log import logger
 from snaketron.model import backend
 from snaketron.settings import TrainSettings
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -68,64 +64,36 @@ class PretrainBatches(Batches):
         settings: TrainSettings,
         tokenizer: Info,
         *,
+        index: Path,
         micro_batch_size: int,
         eval_samples: int,
-        index_cache: Path,
     ) -> None:
         super().__init__(micro_batch_size)
-        loaded = pretrain_blend.check(blend)
-        if loaded.tokenizer != tokenizer.sha256:
-            raise UserError(
-                f"{blend}: made with another tokenizer (sha256 {loaded.tokenizer[:12]}, "
-                f"and {tokenizer.sha256[:12]} is wanted); remove it and run again"
-            )
-        # Megatron-core writes its index files in place: built aside, a killed run leaves no half of one.
-        building = index_cache if index_cache.exists() else partial(index_cache)
-        if torch.distributed.get_rank() == 0 and building != index_cache:
-            shutil.rmtree(building, ignore_errors=True)
-        torch.distributed.barrier()
-        config = GPTDatasetConfig(
-            random_seed=settings.seed,
-            sequence_length=settings.seq_length,
-            blend_per_split=loaded.blend_per_split,
-            tokenizer=_DatasetTokenizer(tokenizer),
-            path_to_cache=str(building),
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
+        self.datasets = load(
+            index,
+            blend,
+            tokenizer,
+            seed=settings.seed,
+            seq_length=settings.seq_length,
+            train_samples=settings.train_iters * settings.global_batch_size,
         )
-        held_out = self.round_up(eval_samples)
-        sizes = [settings.train_iters * settings.global_batch_size, held_out, held_out]
-        self.datasets = dict(
-            zip(
-                SPLITS,
-                BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build(),
-                strict=True,
-            )
-        )
-        torch.distributed.barrier()
-        if torch.distributed.get_rank() == 0 and building != index_cache:
-            building.replace(index_cache)
+        for split, (_, samples) in self.datasets.items():
+            if split != "train" and samples < eval_samples:
+                logger.info(
+                    "%s has %d sequences; the eval_samples %d read some again", split, samples, eval_samples
+                )
 
     def has(self, split: Split) -> bool:
-        return self.datasets[split] is not None
+        return split in self.datasets
 
     def collate(self, split: Split, indices: Sequence[int]) -> Batch:
-        rows = [self.datasets[split][i] for i in indices]
+        dataset, samples = self.datasets[split]
+        rows = [dataset[i % samples] for i in indices]  # a held-out split may be smaller than eval_samples
         keys = ("tokens", "labels", "loss_mask", "position_ids")
         batch = {key: torch.stack([row[key] for row in rows]).to(backend.device()) for key in keys}
         if parallel_state.get_context_parallel_world_size() > 1:
             batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
         return {"input_ids": batch.pop("tokens"), **batch}
-
-
-class _DatasetTokenizer:
-    """What GPTDataset asks of a tokenizer."""
-
-    def __init__(self, info: Info) -> None:
-        self.eod, self.pad, self.vocab_size = info.eos_id, info.pad_id, info.vocab_size
-        self.unique_identifiers = {"sha256": info.sha256}
 
 
 class SftBatches(Batches):

@@ -37,7 +37,8 @@ FREE = {
 }
 
 
-def parse_args(description: str | None, argv: list[str] | None) -> argparse.Namespace:
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that both trainings have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--blend", type=Path, required=True, help="blend.json of the data")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer directory")
@@ -49,7 +50,11 @@ def parse_args(description: str | None, argv: list[str] | None) -> argparse.Name
     parser.add_argument(
         "--log-file", type=Path, help="file for this attempt's log; the version keeps all of them"
     )
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(description: str | None, argv: list[str] | None) -> argparse.Namespace:
+    return argument_parser(description).parse_args(argv)
 
 
 class Stage:
@@ -196,7 +201,6 @@ class Stage:
                 "train_seconds": round(seconds, 2),
             },
         )
-        shutil.rmtree(self.directory / "index_cache", ignore_errors=True)  # of the data; rebuilt when missing
         with writing(self.directory / versions.RECORD) as (temporary,):
             temporary.write_bytes(to_json(record | {"key": self.key}))
 

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
+from snaketron.data import index
 from snaketron.data import tokenizer as tokenizers
 from snaketron.data.packed import Pack, join, write
-from snaketron.files import partial, write_json
+from snaketron.files import write_json
 from snaketron.log import UserError
 from snaketron.train.batches import PretrainBatches, SftBatches, collate_pack
 
@@ -89,15 +90,25 @@ def test_a_pack_longer_than_its_footer_says_is_our_mistake():
 
 @pytest.fixture
 def make(blend_path: Path, tokenizer_dir: Path, tmp_path: Path, settings):
-    def batches(cache: str = "cache", **keys) -> PretrainBatches:
+    def batches(name: str = "index", eval_samples: int = 5, **keys) -> PretrainBatches:
         train, run = settings(**keys)
+        directory = tmp_path / name
+        if not directory.exists():
+            index.build(
+                blend_path,
+                seed=train.seed,
+                seq_length=train.seq_length,
+                train_samples=train.train_iters * train.global_batch_size,
+                output=directory,
+                record=directory.with_suffix(".json"),
+            )
         return PretrainBatches(
             blend_path,
             train,
             tokenizers.info(tokenizer_dir),
+            index=directory,
             micro_batch_size=run.micro_batch_size,
-            eval_samples=5,
-            index_cache=tmp_path / cache,
+            eval_samples=eval_samples,
         )
 
     return batches
@@ -139,32 +150,31 @@ def test_held_out_samples_are_rounded_up_for_all_ranks(make, monkeypatch: pytest
     assert [batches.round_up(n) for n in (1, 2, 5)] == [2, 2, 6]
     monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda: 3)
     assert [batches.round_up(n) for n in (1, 6, 7)] == [6, 6, 12]
-    assert len(make("other").datasets["valid"]) >= 6
 
 
 def test_a_restart_sees_the_same_samples(make, tmp_path: Path):
-    first = make()
-    everything = rows(first, "train", 0, 20)
-    before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "cache").iterdir())
-    second = make()  # from the cache
-    assert rows(second, "train", 8, 12) == everything[8:]
-    assert sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "cache").iterdir()) == before
-    assert rows(make("rebuilt"), "train", 0, 20) == everything  # after the cache was deleted
+    everything = rows(make(), "train", 0, 20)
+    assert rows(make(), "train", 8, 12) == everything[8:]
+    assert rows(make("rebuilt"), "train", 0, 20) == everything
     assert rows(make("other", seed=5), "train", 0, 20) != everything
 
 
-def test_another_micro_batch_size_sees_the_same_samples(make):
-    assert rows(make(), "train", 0, 8) == rows(make("other", micro_batch_size=4), "train", 0, 8)
+def test_how_a_training_is_run_needs_no_other_index(make, tmp_path: Path):
+    """One index serves every micro-batch size and number of held-out samples, and nothing is added to it."""
+    first = make()
+    files = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "index").iterdir())
+    second = make(micro_batch_size=4, eval_samples=1000)
+    assert rows(second, "train", 0, 8) == rows(first, "train", 0, 8)
+    assert rows(second, "valid", 0, 8) == rows(first, "valid", 0, 8)
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "index").iterdir()) == files
 
 
-def test_the_index_cache_is_complete_or_absent(make, tmp_path: Path):
-    """A killed run leaves a part under another name, which the next one replaces."""
-    leftover = partial(tmp_path / "cache")
-    leftover.mkdir()
-    (leftover / "half.npy").write_bytes(b"\x93NUMPY")
-    make()
-    assert not leftover.exists()
-    assert (tmp_path / "cache").is_dir() and not (tmp_path / "cache/half.npy").exists()
+def test_held_out_sequences_are_read_again_after_the_last(make, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    batches = make(eval_samples=1000)
+    count = batches.datasets["valid"][1]
+    assert f"valid has {count} sequences; the eval_samples 1000 read some again" in caplog.text
+    assert rows(batches, "valid", 2 * count, 2) == rows(batches, "valid", 0, 2)
 
 
 def test_a_split_without_tokens_is_none(make):
@@ -180,16 +190,9 @@ def test_a_blend_of_another_tokenizer_is_refused(
     other.write_text(json.dumps(value | {"tokenizer": "f" * 64}))
     info = tokenizers.info(tokenizer_dir)
     with pytest.raises(UserError) as error:
-        PretrainBatches(
-            other,
-            settings()[0],
-            info,
-            micro_batch_size=2,
-            eval_samples=4,
-            index_cache=tmp_path / "cache",
-        )
+        PretrainBatches(other, settings()[0], info, index=tmp_path, micro_batch_size=2, eval_samples=4)
     assert str(error.value).startswith(f"{other}: made with another tokenizer (sha256 ffffffffffff, and ")
-    assert info.sha256[:12] in str(error.value) and not (tmp_path / "cache").exists()
+    assert info.sha256[:12] in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------- SFT

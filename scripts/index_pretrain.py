@@ -1,0 +1,50 @@
+"""Build megatron-core's data set index of a phase, so that no GPU waits for it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from snaketron.data.split import SPLITS
+from snaketron.log import argument_parser, run
+
+logger = logging.getLogger("snaketron")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--blend", type=Path, required=True, help="blend.json of the phase")
+    parser.add_argument("--seed", type=int, required=True, help="seed of the order of the samples")
+    parser.add_argument("--seq-length", type=int, required=True, help="tokens of a sample")
+    parser.add_argument(
+        "--train-samples", type=int, required=True, help="samples that the phase trains on: steps x batch"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="directory of the index")
+    parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    from snaketron.data import index
+
+    counts = index.build(
+        args.blend,
+        seed=args.seed,
+        seq_length=args.seq_length,
+        train_samples=args.train_samples,
+        output=args.output,
+        record=args.record,
+    )
+    for split in SPLITS:
+        if taken := counts[split]:
+            shares = ", ".join(f"{name} {n / taken['samples']:.2%}" for name, n in taken["corpora"].items())
+            logger.info("%s: %d samples; %s", split, taken["samples"], shares)
+        else:
+            logger.info("%s: no tokens", split)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
