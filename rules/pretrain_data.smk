@@ -1,26 +1,25 @@
 rule tokenize_shard:
-    """Tokenize one raw file and split its documents into train, valid and test."""
+    """Tokenize the raw files of a shard and split their documents into train, valid and test."""
     input:
-        text=graph.raw_text,
+        text=graph.text_to_tokenize,
         tokenizer="<data>/tokenizer/tokenizer.json",
     output:
         bins=expand("<data>/tokens/{{corpus}}/{split}/{{shard}}.bin", split=SPLITS),
         idxs=expand("<data>/tokens/{{corpus}}/{split}/{{shard}}.idx", split=SPLITS),
+        documents="<data>/tokens/{corpus}/{shard}.parquet",
         record="<data>/tokens/{corpus}/{shard}.json",
     log:
         "<logs>/tokenize_shard/{corpus}/{shard}.log",
     benchmark:
         "<benchmarks>/tokenize_shard/{corpus}/{shard}.tsv"
+    threads: graph.config.pretrain_data.cpus_per_task
     params:
-        text_field=graph.text_field,
-        valid_fraction=graph.config.pretrain_data.valid_fraction,
-        test_fraction=graph.config.pretrain_data.test_fraction,
+        settings=graph.tokenize_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/tokenize_shard.py --text {input.text} --text-field {params.text_field:q}"
-        " --corpus {wildcards.corpus} --tokenizer {params.tokenizer}"
-        " --valid-fraction {params.valid_fraction} --test-fraction {params.test_fraction}"
-        " --bins {output.bins} --record {output.record} --log-file {log}"
+        "python scripts/tokenize_shard.py --text {input.text} --settings {params.settings:q}"
+        " --tokenizer {params.tokenizer} --threads {threads} --bins {output.bins}"
+        " --documents {output.documents} --record {output.record} --log-file {log}"
 
 
 rule blend_pretrain:

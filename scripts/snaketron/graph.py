@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from snaketron.config import ChatSource, Config, Corpus
+from snaketron.curation_graph import CurationGraph
 from snaketron.settings import (
     pretrain_settings,
     read_settings,
@@ -20,7 +21,7 @@ from snaketron.settings import (
 from snaketron.sources import LockedFile, read_lock, shards, to_download
 
 
-class Graph:
+class Graph(CurationGraph):
     """Answers from a checked configuration. Raises `ConfigError` when a raw file is missing.
 
     `configfiles` are those of the command line, which messages repeat.
@@ -124,9 +125,6 @@ class Graph:
         if tokenizer.chat_template:
             return f"--template {shlex.quote(tokenizer.chat_template)}"
         return f"--tokenizer {shlex.quote(tokenizer.path or '')}"
-
-    def text_field(self, wildcards: Any) -> str:
-        return self.corpora[wildcards.corpus].text_field
 
     def tokenize_settings(self, wildcards: Any) -> str:
         return tokenize_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()
