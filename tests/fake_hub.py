@@ -36,6 +36,12 @@ class FakeHub(FaultyServer):
         self.branches.setdefault(repository, {})[branch] = commit
         return commit
 
+    def store(self, content: bytes) -> str:
+        """The path at which a large file is kept, where its address leads."""
+        path = f"/store/{hashlib.sha256(content).hexdigest()}"
+        self.files[path] = content
+        return path
+
     def environment(self, cache: Any) -> dict[str, str]:
         """What the clients need to ask this hub and nobody else."""
         return {
@@ -133,8 +139,6 @@ class _HubHandler(_Handler):
         if not path.endswith(LARGE):
             self.answer(200, headers, data)
             return
-        store = f"/store/{digest}"
-        self.faulty.files[store] = data
         linked = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{digest}"'}
-        where = f"http://localhost:{self.faulty.port}{store}?X-Amz-Signature=secret"
+        where = f"http://localhost:{self.faulty.port}{self.faulty.store(data)}?X-Amz-Signature=secret"
         self.answer(302, headers | linked | {"Location": where})

@@ -283,6 +283,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 def _open_http(address: str, url: str, headers: dict[str, str], start: int, stall_timeout: float) -> Stream:
     """Ask a server for the bytes from `start` on; one that begins elsewhere is read up to there."""
+    url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # what is quoted already stays
     asked = {name.title(): value for name, value in headers.items()} | {"Accept-Encoding": "identity"}
     if start:
         asked["Range"] = f"bytes={start}-"
@@ -297,6 +298,8 @@ def _open_http(address: str, url: str, headers: dict[str, str], start: int, stal
                 f"{address}: {error.reason}; SSL_CERT_FILE names the certificates to trust"
             ) from None
         raise Broken(_why(error.reason, stall_timeout)) from None
+    except http.client.InvalidURL as error:
+        raise UserError(f"{address}: {error}") from None
     except (OSError, http.client.HTTPException) as error:
         raise Broken(_why(error, stall_timeout)) from None
     begin, size = 0, response.length

@@ -24,7 +24,8 @@ SHORT_PATIENCE = Patience(retries=3, stall_timeout=0.3, first_pause=0.01)
 
 
 @pytest.fixture
-def server() -> Iterator[FaultyServer]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
+    monkeypatch.setenv("NO_PROXY", "*")
     with FaultyServer() as server:
         yield server
 
@@ -61,6 +62,13 @@ def test_a_file_comes_with_a_record_of_where_it_was(server: FaultyServer, tmp_pa
     digest = hashlib.sha256(CONTENT).hexdigest()
     assert record["inputs"] == [{"path": address, "sha256": digest}]
     assert record["outputs"][0]["sha256"] == digest and record["counts"]["bytes"] == 100_000
+
+
+def test_an_address_may_hold_what_a_url_must_quote(server: FaultyServer, tmp_path: Path):
+    address = server.put("/a b/ü [1].jsonl", CONTENT)
+    assert get(address, tmp_path) == CONTENT
+    with pytest.raises(UserError, match="nonnumeric port"):
+        get("http://127.0.0.1:http/a.jsonl", tmp_path / "other")
 
 
 def test_an_empty_file_is_asked_for_nothing(server: FaultyServer, tmp_path: Path):
