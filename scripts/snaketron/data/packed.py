@@ -161,18 +161,17 @@ class PackedDataset:
     ) -> None:
         self.files = [Path(file) for file in files]
         self.row_groups_decoded = 0
-        self._groups: _Cache[int, _RowGroup] = _Cache(cache_bytes, lambda group: group.num_bytes)
+        self._groups: _Cache[tuple[int, int], _RowGroup] = _Cache(cache_bytes, lambda g: g.num_bytes)
         self._footers: _Cache[int, tuple[pq.FileMetaData, dict[str, Any]]] = _Cache(
             FOOTER_ROW_GROUPS, lambda footer: footer[0].num_row_groups
         )
-        rows, groups = [0], [0]
+        self._first_rows: dict[int, np.ndarray] = {}  # by file: of each of its row groups, and the end
+        rows = [0]
         for number, path in enumerate(self.files):
             footer, metadata = self._footer(number)
             check_expected(path, metadata, expected)
-            groups.append(footer.num_row_groups)
-            rows += [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-        self._first_row = np.cumsum(rows)  # of each row group, and the end
-        self._first_group = np.cumsum(groups)  # of each file, and the end
+            rows.append(footer.num_rows)
+        self._first_row = np.cumsum(rows)  # of each file, and the end
 
     def __len__(self) -> int:
         return int(self._first_row[-1])
@@ -180,24 +179,33 @@ class PackedDataset:
     def __getitem__(self, index: int) -> Pack:
         if not 0 <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
-        group = int(np.searchsorted(self._first_row, index, side="right")) - 1
-        decoded = self._groups.get(group, lambda: self._decode(group))
-        return decoded.pack(index - int(self._first_row[group]))
+        number = int(np.searchsorted(self._first_row, index, side="right")) - 1
+        row = index - int(self._first_row[number])
+        first_rows = self._row_groups_of(number)
+        group = int(np.searchsorted(first_rows, row, side="right")) - 1
+        decoded = self._groups.get((number, group), lambda: self._decode(number, group))
+        return decoded.pack(row - int(first_rows[group]))
 
     def _footer(self, number: int) -> tuple[pq.FileMetaData, dict[str, Any]]:
         return self._footers.get(number, lambda: read_footer(self.files[number], SCHEMA.names))
 
-    def _decode(self, group: int) -> _RowGroup:
+    def _row_groups_of(self, number: int) -> np.ndarray:
+        if number not in self._first_rows:
+            footer, _ = self._footer(number)
+            sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+            self._first_rows[number] = np.cumsum([0, *sizes])
+        return self._first_rows[number]
+
+    def _decode(self, number: int, group: int) -> _RowGroup:
         self.row_groups_decoded += 1
-        number = int(np.searchsorted(self._first_group, group, side="right")) - 1
-        path, in_file = self.files[number], group - int(self._first_group[number])
+        path = self.files[number]
         # Opened for each row group and closed: thousands of shards would use up the open files otherwise.
         try:
             with pq.ParquetFile(path, metadata=self._footer(number)[0]) as file:
-                table = file.read_row_group(in_file, columns=SCHEMA.names, use_threads=False)
+                table = file.read_row_group(group, columns=SCHEMA.names, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                f"{path}: row group {in_file} cannot be read ({error}); delete it and run again"
+                f"{path}: row group {group} cannot be read ({error}); delete it and run again"
             ) from None
         return _RowGroup(tuple(flatten(table.column(name)) for name in SCHEMA.names))
 

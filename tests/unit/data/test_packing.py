@@ -65,9 +65,9 @@ def test_a_run_of_equal_lengths_fills_old_bins_before_new_ones():
     assert bins.lists() == [[0, 2, 3], [1, 4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-@pytest.mark.parametrize("comparisons", [0, 10**9], ids=["tree", "runs"])
-def test_first_fit_decreasing_is_that_of_a_plain_scan(comparisons, monkeypatch):
-    monkeypatch.setattr(packing, "_COMPARISONS_A_WALK", comparisons)
+@pytest.mark.parametrize("walk", [0, 10**9], ids=["tree", "runs"])
+def test_first_fit_decreasing_is_that_of_a_plain_scan(walk, monkeypatch):
+    monkeypatch.setattr(packing, "_WALK", walk)
     for lengths, pack_size in random_cases(500):
         expected = plain_first_fit(lengths, pack_size, longest_first(lengths))
         assert pack(lengths, pack_size, "first_fit_decreasing").lists() == expected
