@@ -10,7 +10,7 @@ import numpy as np
 
 ALGORITHMS = ("first_fit_decreasing", "first_fit_shuffle", "concatenative")
 
-# In the time of one walk through the tree, and of one run, a length is compared with so many bins of an array.
+# A length is compared with so many bins of an array in the time of one walk through the tree, and of one run.
 _WALK, _RUN = 2500, 30_000
 
 
