@@ -46,6 +46,14 @@ class Mismatch(Exception):
         self.index = index
 
 
+class Unencodable(Exception):
+    """Document `index` of a batch is beyond both encoders; the message says why."""
+
+    def __init__(self, index: int, detail: str) -> None:
+        super().__init__(detail)
+        self.index = index
+
+
 class Encoder:
     """Encodes batches of documents as text: what spells a control token gets the ids of its characters.
 
@@ -75,20 +83,46 @@ class Encoder:
         """The ids of all `texts`, one after the other, and where each begins (and the end).
 
         `Mismatch` when a compared document has other ids; then those of all before it are in doubt.
+        `Unencodable` when neither encoder takes a document.
         """
-        if self._fast is None:
-            return self._encode_exactly(texts)
         try:
+            if self._fast is None:
+                return self._exactly(texts)
             ids, starts = _flat(self._fast, texts)
-        except Exception as error:  # a limit of its regular expressions, say in 20 MB of spaces
-            logger.warning("fastokens fails (%s): `tokenizers` encodes these %d texts", error, len(texts))
-            return self._encode_exactly(texts)
+        except BaseException as error:
+            if not _is_failure(error):
+                raise
+            return self._one_by_one(texts)
         for index in self._sample(texts):
             self._compare(index, texts[index], ids[starts[index] : starts[index + 1]])
             self.num_checked += 1
         return ids, starts
 
-    def _encode_exactly(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _one_by_one(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same where a whole batch fails because of one text, by whichever encoder takes it."""
+        found = []
+        for index, text in enumerate(texts):
+            try:
+                found.append(self._exactly([text]) if self._fast is None else _flat(self._fast, [text]))
+            except BaseException as error:
+                if not _is_failure(error):
+                    raise
+                found.append(self._last_resort(index, text, error))
+        starts = np.cumsum([0, *(len(ids) for ids, _ in found)])
+        return np.concatenate([ids for ids, _ in found]), starts
+
+    def _last_resort(self, index: int, text: str, error: BaseException) -> tuple[np.ndarray, np.ndarray]:
+        if self._fast is not None:
+            logger.warning("fastokens fails (%s): `tokenizers` encodes a text of %d", error, len(text))
+            try:
+                return self._exactly([text])
+            except BaseException as second:
+                if not _is_failure(second):
+                    raise
+                error = second
+        raise Unencodable(index, f"the tokenizer gives up on this text of {len(text)} characters ({error})")
+
+    def _exactly(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         encodings = self._exact.encode_batch_fast(texts, add_special_tokens=False)
         starts = np.cumsum([0, *map(len, encodings)])
         ids = np.empty(starts[-1], np.uint32)
@@ -128,6 +162,12 @@ class Encoder:
                 self._compare(index, text, ids[starts[index] : starts[index + 1]])
             except Mismatch as error:
                 raise ValueError(f"in {text!r}, {error}") from None
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether an encoder failed, say at a limit of its regular expressions in 20 MB of spaces. A panic of
+    Rust code is no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _load(path: Path) -> Any:

@@ -213,6 +213,7 @@ def _json_rows(
             except Bad as bad:
                 reject(bad, path, number, settings, drops)
             else:
+                del line  # it may be large
                 yield number, row
 
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from snaketron import files, lineage
 from snaketron.data import binidx, documents
 from snaketron.data import tokenizer as tokenizers
-from snaketron.data.encode import Encoder, Mismatch
-from snaketron.data.rows import FILTERED, Drops, place, read_documents
+from snaketron.data.encode import Encoder, Mismatch, Unencodable
+from snaketron.data.rows import FILTERED, Bad, Drops, place, read_documents, reject
 from snaketron.data.split import SPLITS, split_of
 from snaketron.log import UserError
 from snaketron.settings import TokenizeSettings
@@ -219,18 +219,26 @@ class _Shard:
         with contextlib.ExitStack() as stack:
             self._open(stack)
             for batch in _ahead(batches) if threads > 1 and not limited else batches:
-                try:
-                    ids, starts = encoder.encode([document.text for document in batch])
-                except Mismatch as error:
-                    document = batch[error.index]
-                    where = place(Path(document.file), document.row)
-                    raise Mismatch(error.index, f"{where}: {error}") from None
-                self._write(batch, ids, starts)
+                self._write(batch, *self._encode(encoder, batch))
                 if self._full:
                     break
             self._check()
             self._close()
         self._encoder = encoder
+
+    def _encode(self, encoder: Encoder, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a batch, without documents that cannot be encoded, or an error with the place."""
+        while True:
+            try:
+                return encoder.encode([document.text for document in batch])
+            except Mismatch as error:
+                document = batch[error.index]
+                where = place(Path(document.file), document.row)
+                raise Mismatch(error.index, f"{where}: {error}") from None
+            except Unencodable as error:
+                document = batch.pop(error.index)
+                bad = Bad(str(error), "remove the row, or set bad_rows to drop")
+                reject(bad, Path(document.file), document.row, self.settings, self._drops)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         self._writers = []
@@ -281,7 +289,7 @@ class _Shard:
             keep &= pieces <= 1
         if settings.max_tokens is not None:
             total = self._tokens.sum() + np.cumsum(np.where(keep, lengths + pieces, 0))
-            self._full = bool(total[-1] > settings.max_tokens)
+            self._full = bool((total > settings.max_tokens).any())
             if self._full:
                 after = keep & (total > settings.max_tokens)
                 self._drops.reasons[AFTER_LIMIT] += int(np.count_nonzero(after))
@@ -335,11 +343,11 @@ class _Shard:
 
     def _check(self) -> None:
         """Complain when too much was dropped, and when nothing is left where something should be."""
-        settings, drops = self.settings, self.reader.drops
+        settings, drops = self.settings, self._all_drops()
         drops.check(settings)
         where = ", ".join(map(str, self.reader.read))
         if not self._kept:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self._reasons().items())
+            reasons = ", ".join(f"{count} {reason}" for reason, count in drops.reasons.most_common())
             message = f"{where}: none of its {drops.num_rows} rows is used ({reasons or 'it is empty'})"
             if not (self.reader.curated or drops.reasons[FILTERED]):
                 raise UserError(f"{message}; correct it, or take it out of the corpus {settings.corpus!r}")
@@ -357,21 +365,24 @@ class _Shard:
         self._table.close()
         self.hashes = [digest for writer in self._writers for digest in writer.close()]
 
-    def _reasons(self) -> dict[str, int]:
-        return dict((self.reader.drops.reasons + self._drops.reasons).most_common())
+    def _all_drops(self) -> Drops:
+        """Those of the reader and those made here."""
+        read, here = self.reader.drops, self._drops
+        return Drops(read.reasons + here.reasons, read.listed + here.listed, read.num_rows, read.num_replaced)
 
     def counts(self) -> dict[str, Any]:
         """What the record says."""
+        drops = self._all_drops()
         totals = zip(self._documents.tolist(), self._tokens.tolist(), self._bytes.tolist(), strict=True)
         names = ("documents", "tokens", "bytes")  # in the splits, a document is a sequence
         return {
-            "documents": self.reader.drops.num_rows,
+            "documents": drops.num_rows,
             "kept": self._kept,
             "cut": self._cut,
-            "replaced": self.reader.drops.num_replaced,
+            "replaced": drops.num_replaced,
             "bytes": int(self._bytes.sum()),
-            "dropped": self._reasons(),
-            "dropped_rows": [*self.reader.drops.listed, *self._drops.listed],
+            "dropped": dict(drops.reasons.most_common()),
+            "dropped_rows": drops.listed,
             "encoder": self._encoder.name,
             "checked": self._encoder.num_checked,
             **({"fallback": self.fallback} if self.fallback else {}),

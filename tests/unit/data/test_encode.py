@@ -172,6 +172,30 @@ def test_a_batch_that_fastokens_refuses_is_encoded_by_tokenizers(tokenizer_dir: 
     assert "fastokens fails (match limit exceeded)" in caplog.text
 
 
+def test_a_document_beyond_both_encoders_is_a_bad_row(
+    tokenize, tmp_path: Path, tokenizer_dir: Path, write_jsonl, monkeypatch
+):
+    """As 20 MB of spaces are, of which the regular expressions of both make too much."""
+    flat, exactly = encode._flat, encode.Encoder._exactly
+
+    def refuse(texts):
+        if any(text.startswith("zz") for text in texts):
+            raise ValueError("match limit exceeded")
+
+    monkeypatch.setattr(encode, "_flat", lambda t, texts: refuse(texts) or flat(t, texts))
+    monkeypatch.setattr(encode.Encoder, "_exactly", lambda self, texts: refuse(texts) or exactly(self, texts))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("one", "zzz", "two", "zzzz")])
+    status, stderr, _ = tokenize(path, valid=0.0, test=0.0)
+    assert (status, "a.jsonl:2: the tokenizer gives up on this text of 3 characters" in stderr) == (1, True)
+    policy = {"bad_rows": "drop", "max_dropped_fraction": 0.5}
+    _, _, record = tokenize(path, valid=0.0, test=0.0, **policy)
+    assert files.read_json(record)["counts"]["dropped"] == {"bad row": 2}
+    read = [ids.tolist()[:-1] for ids in IndexedDataset(str(record.parent / "train/a"))]
+    assert read == exact(tokenizer_dir, ["one", "two"])
+    status, stderr, _ = tokenize(path, bad_rows="drop")
+    assert (status, "2 of 4 rows are bad or invalid" in stderr) == (1, True)
+
+
 def test_a_tokenizer_that_drops_merges_at_random_is_refused(save):
     tokenizer = Tokenizer(models.BPE(dropout=0.1))
     directory = save(tokenizer, trainers.BpeTrainer(vocab_size=60, show_progress=False))
