@@ -51,6 +51,12 @@ def test_the_file_has_the_columns_of_megatron_bridge_and_a_footer(tmp_path):
     }
 
 
+def test_columns_of_text_may_hold_nothing():
+    values = ["a", None, "", "ü\ud800"]  # the last has a lone surrogate, which Parquet cannot hold
+    assert packed.string_array(values).to_pylist() == ["a", None, "", "ü?"]
+    assert packed.string_array([]).to_pylist() == []
+
+
 def test_a_split_without_packs_is_a_valid_file(tmp_path):
     packed.write(tmp_path / "a.parquet", [], MADE_WITH)
     assert pq.read_table(tmp_path / "a.parquet").num_rows == 0
