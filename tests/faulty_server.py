@@ -14,7 +14,7 @@ from urllib.parse import unquote
 class Fault:
     """What goes wrong with one answer."""
 
-    kind: str  # drop, stall, short, ignore_range, early_range, strange_range, status, content
+    kind: str  # drop, stall, wait, short, ignore_range, early_range, strange_range, status, content
     after: int = 0  # bytes of the answer's body that are sent before
     status: int = 0
     retry_after: str = ""
@@ -23,14 +23,12 @@ class Fault:
 
 @dataclass
 class Request:
-    """What was asked, and what was sent."""
+    """What was asked."""
 
     method: str
     path: str
     start: int  # of its Range
     authorization: str | None
-    host: str
-    sent: int = 0  # bytes of the body
 
 
 class FaultyServer:
@@ -42,6 +40,7 @@ class FaultyServer:
         self.redirects: dict[str, str] = {}
         self.requests: list[Request] = []
         self.over = threading.Event()
+        self.go_on = threading.Event()  # for answers that wait in the middle
         server = self
 
         class Handler(_Handler):
@@ -88,10 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         server, path = self.faulty, unquote(self.path.partition("?")[0])
         given = re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("Range", ""))
         start = int(given[1]) if given else 0
-        request = Request(
-            self.command, path, start, self.headers.get("Authorization"), self.headers.get("Host", "")
-        )
-        server.requests.append(request)
+        server.requests.append(Request(self.command, path, start, self.headers.get("Authorization")))
         if path in server.redirects:
             self.answer(302, {"Location": server.redirects[path]})
             return
@@ -103,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(fault.status, {"Retry-After": fault.retry_after} if fault.retry_after else {})
             return
         content = fault.content if fault.kind == "content" else server.files[path]
-        self.send(content, start, fault, request)
+        self.send(content, start, fault)
 
     def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
         self.send_response(status)
@@ -113,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def send(self, content: bytes, start: int, fault: Fault, request: Request) -> None:
+    def send(self, content: bytes, start: int, fault: Fault) -> None:
         if start > len(content) or (start and start == len(content)):
             self.answer(416, {"Content-Range": f"bytes */{len(content)}"})
             return
@@ -134,12 +130,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if fault.kind in ("drop", "stall", "short"):
+        rest = body[fault.after :] if fault.kind == "wait" else b""
+        if fault.kind in ("drop", "stall", "short", "wait"):
             body = body[: fault.after]
         try:
             self.wfile.write(body)
-            self.wfile.flush()
-            request.sent = len(body)
+            if rest:
+                self.faulty.go_on.wait(60)
+                self.wfile.write(rest)
         except OSError:  # the client has gone
             self.close_connection = True
             return

@@ -59,6 +59,10 @@ class Changed(Exception):
     """The file is not the one that the lock file lists."""
 
 
+class OtherSize(Changed):
+    """The server says so. What was fetched before may be right: error pages come with sizes, too."""
+
+
 class Stream(NamedTuple):
     """A file from some byte on."""
 
@@ -74,8 +78,8 @@ def download(
 ) -> dict[str, Any]:
     """Fetch a file of the lock to `output`, and write its lineage record after it; return the record.
 
-    What is there of an earlier attempt is kept in a partial file, and the rest asked for. A partial file
-    that turns out wrong is fetched once more from the beginning; if that is wrong as well, `UserError`.
+    What is there of an earlier attempt is kept in a partial file, and the rest asked for. What turns out
+    wrong is fetched once more from the beginning; if that is wrong as well, `UserError`.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with _owned(partial(output)) as file:
@@ -105,18 +109,24 @@ def _is(path: Path, size: int, sha256: str) -> bool:
 def _complete_or_again(
     file: IO[bytes], output: Path, address: str, size: int, sha256: str, patience: Patience
 ) -> None:
-    for last in (False, True):
+    failed: set[type[Changed]] = set()
+    while True:
         try:
             return _complete(file, address, size, sha256, patience)
         except Changed as error:
-            file.truncate(0)
-            if last:
+            if type(error) in failed:
                 partial(output).unlink()
                 raise UserError(
                     f"{address}: the file has changed since it was locked ({error}); list it again with "
                     "`python scripts/lock_sources.py --update` and your --configfile, or restore it there"
                 ) from None
-            logger.warning("%s: %s; fetching it once more from its beginning", address, error)
+            failed.add(type(error))
+            if isinstance(error, OtherSize):
+                logger.warning("%s: %s; asking once more", address, error)
+            else:
+                logger.warning("%s: %s; fetching it once more from its beginning", address, error)
+                file.truncate(0)
+            time.sleep(patience.first_pause)
         except OSError as error:
             if error.errno in NO_SPACE and not error.filename:
                 error.filename = str(output)  # a failed write does not say of which file
@@ -148,7 +158,7 @@ def _complete(file: IO[bytes], address: str, size: int, sha256: str, patience: P
 
 @contextlib.contextmanager
 def _owned(path: Path) -> Iterator[IO[bytes]]:
-    """Open `path` to read and append what no other process is writing; it stays if this fails."""
+    """Open `path` to read and append what no other process is writing; what is in it stays."""
     while True:
         with path.open("a+b") as file:
             try:
@@ -158,7 +168,13 @@ def _owned(path: Path) -> Iterator[IO[bytes]]:
                 fcntl.flock(file, fcntl.LOCK_EX)
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # else it was renamed: begin again
-                    yield file
+                    try:
+                        yield file
+                    finally:
+                        with contextlib.suppress(FileNotFoundError):
+                            file.flush()
+                            if path.stat().st_size == 0:
+                                path.unlink()
                     return
 
 
@@ -182,7 +198,7 @@ def fetch(
             stream = _open(address, at, patience.stall_timeout)
             with contextlib.closing(stream.blocks):  # type: ignore[type-var]
                 if size is not None and stream.size not in (None, size):
-                    raise Changed(f"it is {stream.size} bytes long and the lock file says {size}")
+                    raise OtherSize(f"it is {stream.size} bytes long and the lock file says {size}")
                 for block in stream.blocks:
                     if size is not None and at + len(block) > size:
                         raise Changed(f"it is longer than the {size} bytes of the lock file")
@@ -339,7 +355,7 @@ def _refused(address: str, error: urllib.error.HTTPError) -> NoReturn:
     """Say what a server's refusal means."""
     answer = f"the server answered {error.code} {error.reason}"
     if error.code == 416:
-        raise Changed("the file is shorter than the lock file says") from None
+        raise OtherSize("the file is shorter than the lock file says") from None
     if error.code in _TEMPORARY:
         raise Broken(answer, _wish(error.headers.get("Retry-After"))) from None
     if error.code in (401, 403):

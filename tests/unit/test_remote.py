@@ -7,7 +7,8 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import fsspec
 import pytest
 
 CONTENT = b"".join(b"%07d\n" % i for i in range(12_500))  # 100 kB, every 8 bytes of it different
-SHORT_PATIENCE = Patience(retries=3, stall_timeout=0.3, first_pause=0.01)
+SHORT_PATIENCE = Patience(retries=3, stall_timeout=20, first_pause=0.01)
 
 
 @pytest.fixture
@@ -89,9 +90,10 @@ def test_a_connection_on_which_nothing_comes_is_given_up_and_opened_again(
     server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     address = server.put("/a.jsonl", CONTENT, Fault("stall", after=30_000), Fault("stall", after=0))
-    assert get(address, tmp_path) == CONTENT
-    assert server.starts("/a.jsonl") == [0, 30_000, 30_000]
-    assert "nothing came for 0.3 s" in caplog.text
+    assert get(address, tmp_path, patience=Patience(8, 0.5, 0.01)) == CONTENT
+    # On a busy machine nothing may come for so long from a healthy server, too.
+    assert list(dict.fromkeys(server.starts("/a.jsonl")))[-2:] == [0, 30_000]
+    assert "nothing came for 0.5 s; trying again" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["ignore_range", "early_range"])
@@ -113,6 +115,16 @@ def test_an_answer_that_pretends_to_be_complete_is_fetched_again(server: FaultyS
     address = server.put("/a.jsonl", CONTENT, Fault("short", after=30_000))
     assert get(address, tmp_path) == CONTENT
     assert server.starts("/a.jsonl") == [0, 0]
+
+
+def test_an_answer_of_another_size_does_not_cost_what_was_fetched_before(
+    server: FaultyServer, tmp_path: Path
+):
+    address = server.put(
+        "/a.jsonl", CONTENT, Fault("drop", after=90_000), Fault("content", content=b"<html>")
+    )
+    assert get(address, tmp_path) == CONTENT
+    assert server.starts("/a.jsonl") == [0, 90_000, 90_000]
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
@@ -159,7 +171,7 @@ def test_what_is_not_there_or_forbidden_is_not_asked_for_again(
     address = server.put("/a.jsonl", CONTENT, Fault("status", status=status))
     with pytest.raises(UserError, match=f"{address}: the server answered {status} .*; {advice}"):
         get(address, tmp_path)
-    assert len(server.requests) == 1
+    assert len(server.requests) == 1 and left(tmp_path) == []
 
 
 def test_a_partial_file_that_is_wrong_is_fetched_once_more_from_its_beginning(
@@ -220,9 +232,9 @@ def test_a_file_that_became_shorter_than_what_is_here_has_changed(server: Faulty
     output = tmp_path / "raw/docs/a.jsonl"
     output.parent.mkdir(parents=True)
     partial(output).write_bytes(CONTENT[:30_000])
-    with pytest.raises(UserError, match="has changed since it was locked"):
+    with pytest.raises(UserError, match=r"has changed since it was locked \(the file is shorter"):
         get(server.put("/a.jsonl", CONTENT[:20_000]), tmp_path)
-    assert server.starts("/a.jsonl") == [30_000, 0] and left(tmp_path) == []
+    assert server.starts("/a.jsonl") == [30_000, 30_000] and left(tmp_path) == []
 
 
 def test_a_token_is_told_to_the_hub_and_not_to_where_it_sends_us(
@@ -245,20 +257,28 @@ def test_a_token_is_told_to_the_hub_and_not_to_where_it_sends_us(
     ]
 
 
-def test_two_processes_do_not_write_one_file(server: FaultyServer, tmp_path: Path, caplog):
-    address = server.put("/a.jsonl", CONTENT, Fault("stall", after=30_000))
-    patience = Patience(retries=3, stall_timeout=1.0, first_pause=0.01)
-    threads = [
-        threading.Thread(target=get, args=(address, tmp_path), kwargs={"patience": patience}) for _ in "ab"
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert server.starts("/a.jsonl") == [0, 30_000]  # the second waited, and took what the first had made
+def test_two_processes_do_not_write_one_file(
+    server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    address = server.put("/a.jsonl", CONTENT, Fault("wait", after=30_000))
+    first, second = (threading.Thread(target=get, args=(address, tmp_path)) for _ in range(2))
+    first.start()
+    until(lambda: server.requests)
+    second.start()
+    until(lambda: "waiting for another process" in caplog.text)
+    server.go_on.set()
+    first.join()
+    second.join()
+    assert server.starts("/a.jsonl") == [0]  # the second took what the first had made
     assert (tmp_path / "raw/docs/a.jsonl").read_bytes() == CONTENT
     assert left(tmp_path) == ["a.jsonl", "a.jsonl.json"]
-    assert "waiting for another process" in caplog.text
+
+
+def until(reached: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_full_disk_is_not_taken_for_a_broken_connection(server: FaultyServer):
