@@ -1,0 +1,101 @@
+"""The workflow fetches what the lock file lists; killed in the middle, it goes on from there."""
+
+from __future__ import annotations
+
+import gzip
+import signal
+import sys
+from collections.abc import Iterator
+
+from snaketron.files import partial
+from snaketron.sources import size_text
+from tests.conftest import Workspace
+from tests.end_to_end.processes import run_until
+from tests.fake_hub import FakeHub
+from tests.faulty_server import Fault
+
+import pytest
+
+TEXT = "".join(f'{{"text": "Document {i}, of a corpus that lies elsewhere."}}\n' for i in range(20_000))
+PARTS = {f"data/train-0000{i}-of-00002.jsonl.gz": gzip.compress(TEXT.encode(), 0, mtime=i) for i in range(2)}
+CORPORA = """
+corpora:
+  - {name: docs, paths: [data/sample/docs/part_0.jsonl]}
+  - {name: code, paths: [data/sample/code/part_0.jsonl]}
+  - {name: web, hub: {repository: lab/web, revision: v1}}
+"""
+TARGETS = [f"data/tokens/web/train_0000{i}_of_00002.json" for i in range(2)]
+FILES = [f"data/raw/web/train_0000{i}_of_00002.jsonl.gz" for i in range(2)]
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as hub:
+        hub.commit("lab/web", PARTS, branch="v1")
+        yield hub
+
+
+@pytest.fixture
+def web(workspace: Workspace, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A working directory with a corpus of the hub."""
+    for name, value in hub.environment(workspace.path / "hub_cache").items():
+        monkeypatch.setenv(name, value)
+    workspace.write("corpora.yaml", CORPORA)
+    workspace.overlays = (*workspace.overlays, "corpora.yaml")
+    return workspace
+
+
+def lock(web: Workspace, *options: str) -> str:
+    result = web.run(sys.executable, "scripts/lock_sources.py", *options, "--configfile", *web.overlays)
+    assert result.status == 0, result.output
+    return result.output
+
+
+def test_a_download_that_is_killed_goes_on_where_it_ended(web: Workspace, hub: FakeHub):
+    refused = web.snakemake("-n", *TARGETS)
+    assert refused.status == 1
+    assert "corpora[2] (web): its files are not listed in sources.lock.json yet" in refused.output
+    command = "python scripts/lock_sources.py --configfile tests/config/micro.yaml corpora.yaml"
+    assert command in refused.output and "Traceback" not in refused.output
+
+    lock(web)
+    hub.requests.clear()
+    dry = web.snakemake("-n", *TARGETS)
+    assert f"To download: web 2 files, {size_text(sum(map(len, PARTS.values())))}\n" in dry.output
+    assert dry.jobs["download"] == 2 and dry.jobs["tokenize_shard"] == 2
+    assert hub.requests == []  # the graph is built without the network
+
+    # Both files stop in the middle, and the run is killed.
+    stores = [hub.store(content) for content in PARTS.values()]
+    for store in stores:
+        hub.faults[store] = [Fault("stall", after=300_000)]
+    partials = [partial(web.path / file) for file in FILES]
+    run_until(
+        web,
+        web.command("--cores", "2", *FILES),
+        lambda: all(p.exists() and p.stat().st_size == 300_000 for p in partials),
+        signal.SIGKILL,
+    )
+    assert not any((web.path / file).exists() for file in FILES)
+
+    hub.requests.clear()
+    result = web.snakemake(*FILES)
+    assert result.status == 0, result.output[-5000:]
+    assert [hub.starts(store) for store in stores] == [[300_000], [300_000]]
+    for file, content in zip(FILES, PARTS.values(), strict=True):
+        assert (web.path / file).read_bytes() == content
+        log = (web.path / f"logs/download/web/{file.rpartition('/')[2]}.log").read_text()
+        assert "300 kB of 1.2 MB are here from an earlier attempt" in log
+    again = web.snakemake("-n", *FILES)
+    assert "Nothing to be done" in again.output and "To download" not in again.output
+
+
+def test_of_another_commit_only_what_changed_is_fetched(web: Workspace, hub: FakeHub):
+    lock(web)
+    assert web.snakemake(*FILES).jobs == {"download": 2}
+    hub.commit("lab/web", PARTS | {"data/train-00001-of-00002.jsonl.gz": b"other"}, branch="v1")
+    assert "(0 added, 0 removed, 1 changed)" in lock(web, "--update")
+    hub.requests.clear()
+    assert web.snakemake(*FILES).jobs == {"download": 1}
+    assert (web.path / FILES[1]).read_bytes() == b"other"
+    assert [r.path for r in hub.requests if r.path.startswith("/store/")] == [hub.store(b"other")]
