@@ -86,7 +86,7 @@ def string_array(values: Sequence[str | None]) -> pa.StringArray:
     """An Arrow array of text; see `number_array`."""
     encoded = [b"" if value is None else value.encode(errors="replace") for value in values]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
-    valid = np.packbits([value is not None for value in values], bitorder="little")
+    valid = np.packbits(np.array([value is not None for value in values], dtype=bool), bitorder="little")
     buffers = [pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)), pa.py_buffer(valid)]
     return pa.StringArray.from_buffers(len(encoded), *buffers)
 
