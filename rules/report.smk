@@ -1,0 +1,53 @@
+rule data_report:
+    """Say what is in the data, from the records alone: text, a page and figures."""
+    input:
+        indices=expand("<data>/pretrain/{phase}/index.json", phase=graph.phases),
+        chats="<data>/sft/record.json",
+    output:
+        text="<data>/report/report.md",
+        record="<data>/report/record.json",
+        page=report(
+            "<data>/report/report.html",
+            caption="report/report.rst",
+            category="Data",
+            labels={"what": "the whole report"},
+        ),
+        tokens=report(
+            "<data>/report/tokens.svg",
+            caption="report/tokens.rst",
+            category="Data",
+            labels={"what": "tokens of each corpus"},
+        ),
+        lengths=report(
+            "<data>/report/lengths.svg",
+            caption="report/lengths.rst",
+            category="Data",
+            labels={"what": "lengths"},
+        ),
+        mix=report(
+            "<data>/report/mix.svg",
+            caption="report/mix.rst",
+            category="Data",
+            labels={"what": "mix of each phase"},
+        ),
+        removed=report(
+            "<data>/report/removed.svg",
+            caption="report/removed.rst",
+            category="Data",
+            labels={"what": "what was removed"},
+        ),
+        packing=report(
+            "<data>/report/packing.svg",
+            caption="report/packing.rst",
+            category="Data",
+            labels={"what": "packing of conversations"},
+        ),
+    log:
+        "<logs>/data_report.log",
+    benchmark:
+        "<benchmarks>/data_report.tsv"
+    params:
+        directory=subpath(output.text, parent=True),
+    shell:
+        "python scripts/data_report.py --records {input.indices} {input.chats}"
+        " --output {params.directory} --log-file {log}"
