@@ -13,6 +13,7 @@ sys.path.insert(0, f"{workflow.basedir}/scripts")
 from snaketron import lock
 from snaketron.config import ConfigError, load
 from snaketron.graph import Graph
+from snaketron.sources import DOWNLOADED
 
 SPLITS = ("train", "valid", "test")
 
@@ -41,7 +42,7 @@ except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 
 
-if workflow.dryrun and (to_download := graph.to_download()):
+if workflow.is_main_process and (to_download := graph.to_download()):
     logger.info(to_download)
 
 
@@ -60,7 +61,9 @@ rule all:
 
 
 include: "rules/sample.smk"
+include: "rules/sources.smk"
 include: "rules/tokenizer.smk"
+include: "rules/curation.smk"
 include: "rules/pretrain_data.smk"
 include: "rules/pretrain.smk"
 include: "rules/sft_data.smk"

@@ -67,6 +67,9 @@ class Source(Section):
     where: dict[str, list[str | int | bool]] = key(
         dict, "keep only rows whose field is, or is a list that holds, one of these values"
     )
+    max_files: Positive | None = key(
+        None, "use only so many files, the first ones; the others are not even downloaded; null: all"
+    )
     max_documents: Positive | None = key(
         None, "take so many documents of the first files and no more, to try things out; null: all"
     )

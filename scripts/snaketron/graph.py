@@ -59,10 +59,6 @@ class Graph(CurationGraph):
         """The raw files of a shard of conversations."""
         return self.conversations[wildcards.source][wildcards.shard]
 
-    def locked_file(self, wildcards: Any) -> LockedFile:
-        """A file to download."""
-        return self.lock.file(wildcards.source, wildcards.file)
-
     def to_download(self) -> str | None:
         """What is listed and not here yet, in one line."""
         return to_download(self.config, self.lock)
@@ -162,7 +158,22 @@ class Graph(CurationGraph):
     def sft_settings(self) -> str:
         return sft_settings(self.config).model_dump_json()
 
+    def download_size(self, wildcards: Any) -> int:
+        """Bytes of a file to download."""
+        return self._locked_file(wildcards).size
+
+    def download_sha256(self, wildcards: Any) -> str:
+        return self._locked_file(wildcards).sha256
+
     # Resources: a change runs nothing again.
+
+    def download_address(self, wildcards: Any) -> str:
+        """Where a file to download lies; from commit to commit it may move and stay the same."""
+        return self._locked_file(wildcards).address
+
+    def download_mb(self, wildcards: Any) -> int:
+        """Size of a file to download, for limits of a profile."""
+        return math.ceil(self._locked_file(wildcards).size / 1e6)
 
     def run(self, section: Literal["pretrain", "sft"]) -> str:
         return run_settings(self.config, section).model_dump_json()
@@ -178,3 +189,6 @@ class Graph(CurationGraph):
         if processes == 1:
             return "python"
         return f"OMP_NUM_THREADS={stage.cpus_per_task} torchrun --standalone --nproc-per-node {processes}"
+
+    def _locked_file(self, wildcards: Any) -> LockedFile:
+        return self.lock.file(wildcards.source, wildcards.file)

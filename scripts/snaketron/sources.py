@@ -5,6 +5,7 @@ Every job parses this: nothing but the standard library, and nothing that asks t
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -164,9 +165,10 @@ def to_download(config: Config, lock: Lock) -> str | None:
     """How many files and bytes of which sources are listed and not yet here; None when all are."""
     root = Path(config.pathvars.get("data", "data")) / "raw"
     missing = []
-    for name in remote(config):
+    for name, (_, source) in remote(config).items():
+        used = itertools.islice(lock.files(name).values(), source.max_files)
         here = {path.name for path in (root / name).iterdir()} if (root / name).is_dir() else set()
-        files = [file for file in lock.files(name).values() if file.name not in here]
+        files = [file for file in used if file.name not in here]
         if files:
             count = "1 file" if len(files) == 1 else f"{len(files)} files"
             missing.append(f"{name} {count}, {size_text(sum(file.size for file in files))}")
@@ -192,10 +194,11 @@ def shards(
 
     A shard is called after its first file, without path and suffix. With `shard_size`, files are put
     together by name until a shard has so many bytes. Of a limited source all files, in the order of the
-    configuration, are the one shard `sample`.
+    configuration, are the one shard `sample`. Files after the first `max_files` are left out.
     A file of the sample may not exist yet; anything else must. Raises `ConfigError`.
     """
     files = _remote(source, where, lock) if request(source) else _local(source, where)
+    files = dict(itertools.islice(files.items(), source.max_files))
     if source.limited:
         return {"sample": [path for path, _ in files.values()]}
     found: dict[str, list[str]] = {}

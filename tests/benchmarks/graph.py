@@ -89,7 +89,7 @@ def dry_run(root: Path) -> None:
 
 
 def real_run(root: Path, num_files: int, megabytes: float) -> None:
-    """The same text as many small jobs and as few larger ones, against the work that they record."""
+    """The same text as many small jobs and as few larger ones; the difference is what a job costs."""
     path = workspace(root / "jobs")
     source = "\n".join(p.read_text(errors="ignore") for p in sorted(Path(os.__file__).parent.glob("*.py")))
     words, draw = source.split(" "), random.Random(0)
@@ -109,9 +109,10 @@ def real_run(root: Path, num_files: int, megabytes: float) -> None:
     }
     (path / "jobs.yaml").write_text(yaml.safe_dump(config))
     snakemake(path, "data/tokenizer/record.json", "--configfile", "jobs.yaml")
-    print(f"\na real run: {num_files} files of {megabytes:g} MB on {os.cpu_count()} cores")
-    print(f"{'jobs':>6} {'seconds':>8} {'working':>8} {'overhead':>9} {'a job':>8}")
-    for together in (1, num_files // 4):
+    print(f"the same {num_files} files of {megabytes:g} MB as many jobs and as few, one at a time")
+    print(f"{'jobs':>6} {'seconds':>8}")
+    taken: dict[int, float] = {}
+    for together in (1, 8, num_files // 2):
         size = f"pretrain_data={{shard_size: {int(together * megabytes * 1e6)}}}"
         seconds, _ = snakemake(
             path,
@@ -123,15 +124,17 @@ def real_run(root: Path, num_files: int, megabytes: float) -> None:
             "--cores",
             "1",
         )
-        records = [json.loads(r.read_text()) for r in (path / "data/tokens/text").glob("*.json")]
-        working = sum(r["counts"]["seconds"] for r in records)
-        spent = seconds - working
-        print(
-            f"{len(records):>6} {seconds:>8.1f} {working:>8.1f} {spent / working:>9.1%}"
-            f" {spent / len(records):>6.2f} s"
-        )
+        jobs = len(list((path / "data/tokens/text").glob("*.json")))
+        taken[jobs] = seconds
+        print(f"{jobs:>6} {seconds:>8.1f}")
         for made in (path / "data/tokens", path / "data/pretrain"):
             subprocess.run(["rm", "-r", made], check=True)
+    # Two runs of the same work differ in the number of jobs alone.
+    most, fewest = max(taken), min(taken)
+    overhead = (taken[most] - taken[fewest]) / (most - fewest)
+    work = (taken[fewest] - fewest * overhead) / num_files
+    print(f"a job costs {overhead:.2f} s beside its work; a file of {megabytes:g} MB takes {work:.2f} s")
+    print(f"overhead is 5 % of the work from shards of {20 * overhead * megabytes / work:,.0f} MB on")
 
 
 if __name__ == "__main__":

@@ -182,6 +182,12 @@ def test_a_limited_source_is_one_shard_in_the_order_of_the_configuration():
         }
 
 
+def test_only_the_first_files_are_used_when_so_configured():
+    touch("z/b.jsonl", "z/a.jsonl", "c.jsonl")
+    assert grouped("z", "c.jsonl", max_files=2) == {"a": ["z/a.jsonl"], "b": ["z/b.jsonl"]}
+    assert grouped("z", "c.jsonl", max_files=1, max_documents=9) == {"sample": ["z/a.jsonl"]}
+
+
 # Files that lie elsewhere
 
 WEB = Corpus(name="web", paths=["s3://bucket/*.parquet", "s3://bucket/more"])
@@ -317,6 +323,8 @@ def test_a_dry_run_knows_what_is_not_here_yet():
     assert to_download(config(), lock) == "To download: web 2 files, 3.4 GB; math 1 file, 200 MB"
     touch("data/raw/web/a.parquet", "data/raw/web/.b.parquet.partial", "data/raw/math/x.parquet")
     assert to_download(config(), lock) == "To download: web 1 file, 2.0 GB"
+    first = WEB.model_copy(update={"max_files": 1})
+    assert to_download(config(corpora=[*config().corpora[:1], first, HUB]), lock) is None
     touch("data/raw/web/b.parquet")
     assert to_download(config(), lock) is None
     elsewhere = config(pathvars={"data": "scratch"})
