@@ -161,7 +161,7 @@ def draw_lengths(data: Data) -> bytes:
             axes.grid(axis="y")
         for axes in list(panels.flat)[len(found) :]:
             axes.set_visible(False)
-        marks = range(0, len(bins) + 1, math.ceil(len(bins) / 5))
+        marks = range(0, len(bins), math.ceil(len(bins) / 5))
         for axes in panels.flat:
             axes.set_xticks([i - 0.5 for i in marks], [binary(low << i) for i in marks])
             axes.tick_params(labelbottom=True)
