@@ -57,23 +57,25 @@ class Unencodable(Exception):
 class Encoder:
     """Encodes batches of documents as text: what spells a control token gets the ids of its characters.
 
-    `fast=False` uses `tokenizers` from the beginning. `num_checked` documents were compared.
+    `num_checked` documents were compared. With a `problem`, `tokenizers` is used from the beginning.
     """
 
-    def __init__(self, directory: Path, *, fast: bool = True) -> None:
+    def __init__(self, directory: Path, *, problem: str | None = None) -> None:
         path = directory / "tokenizer.json"
         self._exact = tokenizers.load(directory)
         tokenizers.plain(self._exact)
         if getattr(self._exact.model, "dropout", None):
             raise UserError(f"{path}: its model drops merges at random (dropout); set dropout to null")
-        self._fast = _load(path) if fast else None
         self._num_seen = self._num_characters = self._longest = self.num_checked = 0
-        if self._fast is not None:
+        self._fast: Any = None
+        self.problem = problem  # why fastokens is not used
+        if not problem:
             try:
+                self._fast = _load(path)
                 self._probe()
             except Exception as error:
-                logger.warning("%s: encoding with `tokenizers`, slower: fastokens fails: %s", path, error)
-                self._fast = None
+                logger.warning("%s: encoding with `tokenizers`, slower: fastokens: %s", path, error)
+                self._fast, self.problem = None, str(error)
 
     @property
     def name(self) -> str:
@@ -171,14 +173,10 @@ def _is_failure(error: BaseException) -> bool:
 
 
 def _load(path: Path) -> Any:
-    """The `fastokens` tokenizer of a file, or None, with a warning, if it is not supported."""
+    """The `fastokens` tokenizer of a file; `ValueError` if it is not supported."""
     from fastokens import Tokenizer
 
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
-        logger.warning("%s: encoding with `tokenizers`, slower: fastokens does not take it: %s", path, error)
-        return None
+    tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

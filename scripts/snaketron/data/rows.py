@@ -247,7 +247,7 @@ def _repaired(line: bytes, error: orjson.JSONDecodeError, settings: ReadSettings
     if value is None:
         raise Bad(f"{problem} and invalid JSON", fix)
     if settings.invalid_text != "replace":
-        raise Bad(problem, f"{fix}, or set invalid_text", INVALID_TEXT)
+        raise Bad(problem, f"{fix}, or set invalid_text to replace or drop", INVALID_TEXT)
     return repaired
 
 
@@ -421,7 +421,7 @@ def _check_arrow(row: dict[str, Any], settings: ReadSettings, drops: Drops) -> N
             if settings.invalid_text != "replace":
                 raise Bad(
                     f"invalid UTF-8 in field {name!r}",
-                    "convert the file to UTF-8, or set invalid_text",
+                    "convert the file to UTF-8, or set invalid_text to replace or drop",
                     INVALID_TEXT,
                 )
             row[name] = value.replaced
@@ -434,7 +434,7 @@ def _parquet(raw: BinaryIO) -> tuple[list[str], Callable[[list[str]], Iterator[p
     from pyarrow.parquet import ParquetFile
 
     # buffer_size: pages are streamed, a column of a row group need not fit in memory
-    file = ParquetFile(raw, buffer_size=_BUFFER)
+    file = ParquetFile(raw, buffer_size=_BUFFER, page_checksum_verification=True)
     num_bytes = [1]  # a row, the largest average of a row group
     for group in map(file.metadata.row_group, range(file.num_row_groups)):
         num_bytes.append(group.total_byte_size // max(1, group.num_rows))

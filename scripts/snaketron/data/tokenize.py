@@ -74,8 +74,7 @@ def tokenize_shard(
         except Mismatch as error:
             logger.warning("encoding all of this shard again with `tokenizers`, slower: fastokens: %s", error)
             shard = _Shard(texts, settings, info, outputs, temporary)
-            shard.run(Encoder(tokenizer, fast=False), threads)
-            shard.fallback = str(error)
+            shard.run(Encoder(tokenizer, problem=str(error)), threads)
         value = lineage.record(
             "tokens",
             f"{settings.corpus}/{record.stem}",
@@ -137,8 +136,10 @@ class _Reader:
                     self.drops.add(path, number, EMPTY)
                     continue
                 split = SPLITS.index(split_of(text, settings.valid_fraction, settings.test_fraction))
-                self.found.update(name for name in fields if name in row)
-                metadata = [documents.text_of(row.get(name)) for name in fields]
+                metadata: Sequence[str | None] = ()
+                if fields:
+                    self.found.update(name for name in fields if name in row)
+                    metadata = [documents.text_of(row.get(name)) for name in fields]
                 file, number = (row["file"], row["row"]) if origin else (str(path), number)
                 yield Document(text, file, number, split, metadata)
             if self.drops.num_rows == before and not origin:
@@ -202,7 +203,6 @@ class _Shard:
         self.settings = settings
         self.reader = _Reader(texts, settings, room=settings.max_documents)
         self.hashes: list[str] = []  # of the files of the pairs, in their order
-        self.fallback: str | None = None  # why it was encoded by `tokenizers`
         self._info = info
         self._dtype = np.dtype(info.dtype)
         self._outputs, self._temporary = outputs, temporary
@@ -385,7 +385,7 @@ class _Shard:
             "dropped_rows": drops.listed,
             "encoder": self._encoder.name,
             "checked": self._encoder.num_checked,
-            **({"fallback": self.fallback} if self.fallback else {}),
+            "fallback": self._encoder.problem,  # why not by fastokens
             **{s: dict(zip(names, values, strict=True)) for s, values in zip(SPLITS, totals, strict=True)},
             "length_histogram": {str(1 << k): int(n) for k, n in enumerate(self._histogram) if n},
         }
