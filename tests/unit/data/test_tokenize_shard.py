@@ -341,8 +341,10 @@ def test_a_limit_that_no_document_keeps_is_an_error(tokenize, tmp_path, write_js
 
 
 def test_a_shuffled_shard_holds_the_same_documents_in_another_order(
-    tokenize, tmp_path, tokenizer_dir, write_jsonl
+    tokenize, tmp_path, tokenizer_dir, write_jsonl, monkeypatch
 ):
+    monkeypatch.setattr("snaketron.data.documents._ROW_GROUP", 7)
+    monkeypatch.setattr("snaketron.data.tokenize.BATCH_DOCUMENTS", 5)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS])
     orders = []
     for corpus, settings in {
@@ -377,7 +379,9 @@ def test_the_number_of_threads_changes_no_byte(tokenize, tmp_path, write_jsonl, 
     assert outputs[0] == outputs[1]
 
 
-def test_the_files_are_those_of_datatrove(tokenize, tmp_path, tokenizer_dir, write_jsonl):
+@pytest.mark.parametrize("block", [7, 1 << 20])
+def test_the_files_are_those_of_datatrove(tokenize, tmp_path, tokenizer_dir, write_jsonl, monkeypatch, block):
+    monkeypatch.setattr("snaketron.data.binidx._BLOCK", block)  # of sequences in the .idx at a time
     texts = [t for t in TEXTS if split_of(t, 0.2, 0.2) == "train"]
     _, _, record = tokenize(write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS]))
     theirs = MegatronTokenizedFile(str(tmp_path / "theirs"), "a", token_size=2)
