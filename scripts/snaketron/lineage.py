@@ -19,6 +19,7 @@ from snaketron.log import UserError
 
 _started = time.monotonic()  # the import of this module is the start of the job, to within its imports
 
+_LARGEST_RECORD = 1 << 28  # bytes
 PACKAGES = ("snaketron", "datatrove", "tokenizers", "fastokens", "pyarrow", "torch", "megatron-core")
 
 
@@ -84,8 +85,10 @@ def record_of(entry: Mapping[str, Any]) -> Path | None:
     beside = (path.parent / "record.json", path.with_suffix(".json"), path.with_name(f"{path.name}.json"))
     for candidate in beside:
         try:
+            if candidate == path and path.stat().st_size > _LARGEST_RECORD:
+                continue  # raw JSON, which may be larger than the memory
             outputs = read(candidate)["outputs"]
-        except UserError:
+        except (UserError, FileNotFoundError):
             continue
         if candidate == path:
             if sha256(path) == entry["sha256"]:

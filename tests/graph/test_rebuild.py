@@ -9,7 +9,8 @@ from tests.conftest import Workspace
 import pytest
 import yaml
 
-TEXT = {"tokenize_shard": 1, "blend_pretrain": 1, "pretrain": 2, "sft": 1}
+BLEND = {"blend_pretrain": 1, "index_pretrain": 1}
+TEXT = {"tokenize_shard": 1, **BLEND, "pretrain": 2, "sft": 1}
 
 
 def jobs(workspace: Workspace, *config: str) -> dict[str, int]:
@@ -43,26 +44,31 @@ def test_a_changed_chat_file_rebuilds_its_shard_and_sft(copy: Workspace):
             "pretrain={phases: [{name: broad, tokens: 12288, blend: "
             "[{corpus: docs, weight: 0.6}, {corpus: code, weight: 0.4}]}, "
             "{name: focused, tokens: 8192, blend: [{corpus: docs, weight: 1.0}]}]}",
-            {"blend_pretrain": 1, "pretrain": 2, "sft": 1},
+            {**BLEND, "pretrain": 2, "sft": 1},
         ),
+        ("pretrain_data={document_order: shuffled}", {"tokenize_shard": 3}),
+        ("sft_data={pack_across_shards: true}", {"pack_sft": 2, "blend_sft": 1, "sft": 1}),
         ("sft_data={pack_size: 768}", {"pack_sft": 2, "blend_sft": 1, "sft": 1}),
         ("sft={blend: [{source: tools, weight: 1.0}]}", {"blend_sft": 1, "sft": 1}),
         ("sft={train_iters: 13}", {"sft": 1}),
         ("sft={optimizer: {learning_rate: 0.002}}", {"sft": 1}),
         ("pretrain={optimizer: {learning_rate: 0.002}}", {"pretrain": 2, "sft": 1}),
         ("model={moe_router_topk: 3}", {"pretrain": 2, "sft": 1}),
-        ("seed=5", {"pretrain": 2, "sft": 1}),
+        ("seed=5", {"index_pretrain": 2, "pretrain": 2, "sft": 1}),
         # How a training runs and is watched, and what no rule uses, make nothing run again.
         ("pretrain={log_interval: 1, save_interval: 3, micro_batch_size: 2}", {}),
         ("pretrain={parallel: {tensor_model_parallel_size: 2}}", {}),
+        ("pretrain_data={cpus_per_task: 2}", {}),
         ("tracking=offline", {}),
         ("tokenizer={vocab_size: 1100}", {"build_tokenizer": 1, "tokenize_shard": 3, "render_chat": 2}),
     ],
 )
 def test_a_changed_key_rebuilds_what_depends_on_it(copy: Workspace, change: str, expected: dict[str, int]):
     found = jobs(copy, change)
-    if "build_tokenizer" in expected:  # a changed tokenizer retokenizes everything
-        expected = expected | {"blend_pretrain": 2, "pretrain": 2, "pack_sft": 2, "blend_sft": 1, "sft": 1}
+    if "tokenize_shard" in expected:  # of all text
+        expected = expected | {"blend_pretrain": 2, "index_pretrain": 2, "pretrain": 2, "sft": 1}
+    if "render_chat" in expected:
+        expected = expected | {"pack_sft": 2, "blend_sft": 1}
     assert found == expected
 
 
@@ -71,7 +77,7 @@ def test_more_tokens_in_the_last_phase_leave_a_stable_first_phase_alone(copy: Wo
     phases = yaml.safe_load((copy.path / "tests/config/micro.yaml").read_text())["pretrain"]["phases"]
     phases[1]["tokens"] *= 2
     change = f"pretrain={yaml.safe_dump({'phases': phases}, default_flow_style=True, width=10000).strip()}"
-    assert jobs(copy, change) == {"blend_pretrain": 1, "pretrain": 1, "sft": 1}
+    assert jobs(copy, change) == {**BLEND, "pretrain": 1, "sft": 1}
 
 
 def test_a_new_raw_file_is_tokenized_and_the_tokenizer_stays(copy: Workspace):
@@ -85,7 +91,8 @@ def test_a_new_raw_file_is_tokenized_and_the_tokenizer_stays(copy: Workspace):
 def test_a_changed_text_that_trained_the_tokenizer_leaves_it_alone(copy: Workspace):
     raw = copy.path / "data/sample/docs/part_0.jsonl"
     raw.write_text(raw.read_text() + '{"text": "a new document"}\n')
-    assert jobs(copy) == {"tokenize_shard": 1, "blend_pretrain": 2, "pretrain": 2, "sft": 1}
+    blends = {"blend_pretrain": 2, "index_pretrain": 2}
+    assert jobs(copy) == {"tokenize_shard": 1, **blends, "pretrain": 2, "sft": 1}
 
 
 def test_a_changed_template_renders_chats_and_leaves_text_alone(copy: Workspace):
@@ -98,6 +105,11 @@ def test_a_changed_template_renders_chats_and_leaves_text_alone(copy: Workspace)
         "blend_sft": 1,
         "sft": 1,
     }
+
+
+def test_the_data_report_is_made_from_records_alone(copy: Workspace):
+    result = copy.snakemake("-n", "data_report")
+    assert result.status == 0 and result.jobs == {"data_report": 1}, result.output
 
 
 def test_a_comment_changes_nothing(copy: Workspace):
