@@ -63,6 +63,16 @@ def test_a_document_with_a_question_of_an_evaluation_is_removed(steps: Steps):
     assert removed["examples"][0]["detail"] == "how many of the seven swans that swam on the lake at"
 
 
+def test_an_evaluation_may_lie_anywhere(steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A path without directories, and one with characters that mean something in a glob."""
+    monkeypatch.chdir(tmp_path)
+    steps.root = Path()
+    index(steps, {"swans": [QUESTION], "[all]": [words("o", 30)]})
+    steps.filtered("web/one", [QUESTION, words("o", 30), A])
+    removed = steps.curate("web/one", n=12)["removed"]
+    assert list(removed) == ["contaminated: swans.jsonl", "contaminated: [all].jsonl"]
+
+
 def test_the_index_does_not_need_lighteval(steps: Steps):
     """datatrove's step wants it even for documents; the n-grams are 18 words - 12 + 1 and 60 - 12 + 1."""
     with pytest.raises(ImportError, match="lighteval"):

@@ -93,4 +93,8 @@ def decontamination_filter(path: Path, n: int, removed: Contaminated) -> NGramsD
         raise UserError(f"{path}: of {index.about['n']} words, not {n}; delete it and run again")
     folder = Folder({f"{name}.index.hashes": index[name].tobytes() for name in index.names})
     n_grams.simplify_text = simplify_text  # faster, with the same result
-    return NGramsDecontFilter(folder, NGramsDecontConfig(n_grams=n), exclusion_writer=removed)
+    block = NGramsDecontFilter(folder, NGramsDecontConfig(n_grams=n), exclusion_writer=removed)
+    block.load_index_hashes()
+    if block._index_hashes.keys() != {value for name in index.names for value in index[name].tolist()}:
+        raise RuntimeError(f"{path}: datatrove did not load all of the index")  # or it would let all pass
+    return block

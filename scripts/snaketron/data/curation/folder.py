@@ -83,8 +83,10 @@ class Folder(DataFolder):
         glob_pattern: str | None = None,
         include_directories: bool = False,
     ) -> list[str]:
-        names = [name for name in self.files if name.startswith(subdirectory)]
-        return [name for name in names if fnmatch.fnmatch(name, glob_pattern or "*")]
+        pattern = (glob_pattern or "*").removeprefix("**/")  # which matches nothing, too
+        return [
+            name for name in self.files if name.startswith(subdirectory) and fnmatch.fnmatch(name, pattern)
+        ]
 
     def open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> Any:
         entry = self.files[path]
