@@ -28,6 +28,21 @@ def changed(text: str, at: int) -> str:
     return " ".join(parts)
 
 
+def language_model(path: Path) -> Path:
+    """Write a fastText model that knows English from German by a few words each."""
+    import fasttext
+
+    english = ["the water is in the house", "the house is old", "where is the water"]
+    german = ["das wasser ist in dem haus", "das haus ist alt", "wo ist das wasser"]
+    lines = [f"__label__en {text}" for text in english] + [f"__label__de {text}" for text in german]
+    text = path.with_suffix(".txt")
+    text.write_text("\n".join(lines * 20) + "\n")
+    # A thread gives a tenth of the words their first weights; other words would have what memory holds.
+    model = fasttext.train_supervised(str(text), epoch=200, lr=0.5, dim=8, thread=12, verbose=0)
+    model.save_model(str(path))
+    return path
+
+
 class Steps:
     """Curation in a directory, one function a rule. A shard is CORPUS/SHARD."""
 

@@ -11,7 +11,7 @@ from snaketron import files
 from snaketron.config import FILTERS, Filter
 from snaketron.data.curation import filters
 from snaketron.log import UserError
-from tests.unit.data.curated import Steps, words
+from tests.unit.data.curated import Steps, language_model, words
 
 import pytest
 from datatrove.pipeline.filters import LanguageFilter
@@ -231,24 +231,10 @@ def test_a_failing_filter_names_the_document(
 # ---------------------------------------------------------------------------------------------- language
 
 
-@pytest.fixture(scope="session")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fastText model that knows English from German by four words each."""
-    import fasttext
-
-    folder = tmp_path_factory.mktemp("model")
-    english = ["the water is in the house", "the house is old", "where is the water"]
-    german = ["das wasser ist in dem haus", "das haus ist alt", "wo ist das wasser"]
-    lines = [f"__label__en {t}" for t in english] + [f"__label__de {t}" for t in german]
-    (folder / "text").write_text("\n".join(lines * 20) + "\n")
-    model = fasttext.train_supervised(str(folder / "text"), epoch=50, lr=1.0, dim=8, thread=1, verbose=0)
-    model.save_model(str(folder / "lid.bin"))
-    return folder / "lid.bin"
-
-
-def test_the_language_filter_reads_a_model_of_this_machine(steps: Steps, language_model: Path):
+def test_the_language_filter_reads_a_model_of_this_machine(steps: Steps):
+    model = language_model(steps.root / "lid.bin")
     raw = steps.raw("web/a", ["the old house", "das alte haus ist", "the water"])
-    entry = {"name": "language", "options": {"model": str(language_model), "languages": ["en"]}}
+    entry = {"name": "language", "options": {"model": str(model), "languages": ["en"]}}
     counts = steps.filter("web/a", [raw], entry)
     assert steps.texts("filtered/web/a") == ["the old house", "the water"]
     assert counts["removed"]["language"]["documents"] == 1
@@ -264,7 +250,7 @@ def test_remembered_words_are_the_same_words(monkeypatch: pytest.MonkeyPatch):
 
     from datatrove.utils.word_tokenizers import SpaCyTokenizer
 
-    texts = [PROSE, "It's 3.14, isn't it? (e.g. a@b.org)", words("x"), "naïve café", "", PROSE]
+    texts = [PROSE, "It's 3.14, isn't it? (e.g. a@b.org)", "x \n\n\ty ", words("x"), "naïve café", "", PROSE]
     expected = [SpaCyTokenizer("en").word_tokenize(text) for text in texts]
     spans = [SpaCyTokenizer("en").span_tokenize(text) for text in texts]
     fresh = SpaCyTokenizer("en")
@@ -281,5 +267,14 @@ def test_ascii_text_is_simplified_as_datatrove_does():
     from datatrove.utils.text import TextNormConfig
     from datatrove.utils.text import simplify_text as expected
 
-    for text in [PROSE, "A, b; 1,5 -- {x}\n\ty", "Naïve É 日本", "", "\x00 a"]:
+    everything = "".join(chr(code) for code in range(0x11000) if not 0xD800 <= code < 0xE000)
+    for text in [
+        PROSE,
+        "A, b; 1,5 -- {x}\n\ty",
+        "Naïve É 日本",
+        "",
+        "\x00 a",
+        " \u0301 x \u2000",
+        everything,
+    ]:
         assert simplify_text(text, TextNormConfig()) == expected(text)

@@ -17,7 +17,7 @@ from typing import Any
 
 from snaketron.data.curation.settings import FilterSettings
 from snaketron.data.documents import text_of
-from snaketron.data.encode import Encoder, Mismatch
+from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.rows import Drops, place, read_documents
 from snaketron.log import UserError
 
@@ -48,8 +48,11 @@ def token_counter(directory: Path) -> Counter:
             _, starts = encoder.encode(texts)
         except Mismatch as error:
             logger.warning("counting tokens with `tokenizers`, slower: fastokens differs: %s", error)
-            encoder = Encoder(directory, fast=False)
-            _, starts = encoder.encode(texts)
+            encoder = Encoder(directory, problem=str(error))
+            return count(texts)
+        except Unencodable as error:  # tokenize_shard will say what becomes of it
+            logger.warning("a document is counted as 0 tokens: %s", error)
+            return [*count(texts[: error.index]), 0, *count(texts[error.index + 1 :])]
         return [int(end - start + 1) for start, end in itertools.pairwise(starts)]
 
     return count

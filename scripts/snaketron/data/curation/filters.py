@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron import files, lineage
-from snaketron.config import Filter
+from snaketron.config import FILTERS, Filter
 from snaketron.data import curation
 from snaketron.data.curation import documents
 from snaketron.data.curation.settings import FilterSettings
@@ -75,7 +75,8 @@ def build(entry: Filter, removed: documents.Removed) -> BaseFilter:
     options = dict(entry.options)
     if options.get("stop_chars") is not None:
         options["stop_chars"] = tuple(options["stop_chars"])  # str.endswith takes no list
-    learn(options.get("language", Languages.english))
+    if "language" in FILTERS[entry.name]:
+        learn(options.get("language", Languages.english))
     return CLASSES[entry.name](**options, exclusion_writer=removed)
 
 
