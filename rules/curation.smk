@@ -1,0 +1,178 @@
+rule filter_shard:
+    """Let datatrove's filters choose the documents of a shard of raw files.
+
+    The tokenizer is `ancient`: it only counts what is removed.
+    """
+    input:
+        text=graph.raw_text,
+        models=graph.language_models,
+        tokenizer=ancient("<data>/tokenizer/tokenizer.json"),
+    output:
+        filtered="<data>/curation/filtered/{corpus}/{shard}.parquet",
+        record="<data>/curation/filtered/{corpus}/{shard}.json",
+    log:
+        "<logs>/filter_shard/{corpus}/{shard}.log",
+    benchmark:
+        "<benchmarks>/filter_shard/{corpus}/{shard}.tsv"
+    resources:
+        num_examples=graph.config.curation.num_examples,
+    params:
+        settings=graph.filter_settings,
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "python scripts/filter_shard.py --text {input.text} --tokenizer {params.tokenizer}"
+        " --settings {params.settings:q} --num-examples {resources.num_examples}"
+        " --output {output.filtered} --record {output.record} --log-file {log}"
+
+
+rule exact_signature:
+    """Write a hash of each document of a filtered shard."""
+    input:
+        "<data>/curation/filtered/{corpus}/{shard}.parquet",
+    output:
+        signature="<data>/curation/exact_signatures/{corpus}/{shard}.sig",
+        record="<data>/curation/exact_signatures/{corpus}/{shard}.json",
+    log:
+        "<logs>/exact_signature/{corpus}/{shard}.log",
+    benchmark:
+        "<benchmarks>/exact_signature/{corpus}/{shard}.tsv"
+    shell:
+        "python scripts/exact_signature.py --filtered {input}"
+        " --output {output.signature} --record {output.record} --log-file {log}"
+
+
+rule exact_find:
+    """Find the documents of a group whose text came before, in the order of its corpora and shards."""
+    input:
+        signatures=graph.exact_signatures,
+    output:
+        duplicates="<data>/curation/exact_duplicates/{group}.parquet",
+        record="<data>/curation/exact_duplicates/{group}.json",
+    log:
+        "<logs>/exact_find/{group}.log",
+    benchmark:
+        "<benchmarks>/exact_find/{group}.tsv"
+    wildcard_constraints:
+        group=r"[a-z0-9_]+",
+    params:
+        order=graph.exact_corpora,
+    shell:
+        "python scripts/exact_find.py --signatures {input.signatures}"
+        " --output {output.duplicates} --record {output.record} --log-file {log}"
+
+
+rule minhash_signature:
+    """Write the MinHash signature of each document of a filtered shard."""
+    input:
+        "<data>/curation/filtered/{corpus}/{shard}.parquet",
+    output:
+        signature="<data>/curation/minhash_signatures/{corpus}/{shard}.sig",
+        record="<data>/curation/minhash_signatures/{corpus}/{shard}.json",
+    log:
+        "<logs>/minhash_signature/{corpus}/{shard}.log",
+    benchmark:
+        "<benchmarks>/minhash_signature/{corpus}/{shard}.tsv"
+    params:
+        settings=graph.minhash_settings(),
+    shell:
+        "python scripts/minhash_signature.py --filtered {input} --settings {params.settings:q}"
+        " --output {output.signature} --record {output.record} --log-file {log}"
+
+
+rule minhash_buckets:
+    """Find the pairs of documents of a group that agree in one bucket of their signatures.
+
+    Exact duplicates are left out, so that not both copies vanish.
+    """
+    input:
+        signatures=graph.minhash_signatures,
+        removals=graph.exact_duplicates_of_group,
+    output:
+        pairs="<data>/curation/minhash_pairs/{group}/{bucket}.dups",
+        record="<data>/curation/minhash_pairs/{group}/{bucket}.json",
+    log:
+        "<logs>/minhash_buckets/{group}/{bucket}.log",
+    benchmark:
+        "<benchmarks>/minhash_buckets/{group}/{bucket}.tsv"
+    wildcard_constraints:
+        group=r"[a-z0-9_]+",
+        bucket=r"\d+",
+    params:
+        settings=graph.minhash_settings(),
+        order=graph.minhash_corpora,
+    shell:
+        "python scripts/minhash_buckets.py --signatures {input.signatures} --removals {input.removals}"
+        " --bucket {wildcards.bucket} --settings {params.settings:q}"
+        " --output {output.pairs} --record {output.record} --log-file {log}"
+
+
+rule minhash_cluster:
+    """Join the pairs of all buckets: the first document of each cluster stays."""
+    input:
+        pairs=expand(
+            "<data>/curation/minhash_pairs/{{group}}/{bucket}.dups",
+            bucket=range(graph.config.curation.minhash.num_buckets),
+        ),
+        signatures=graph.minhash_signatures,
+    output:
+        duplicates="<data>/curation/near_duplicates/{group}.parquet",
+        record="<data>/curation/near_duplicates/{group}.json",
+    log:
+        "<logs>/minhash_cluster/{group}.log",
+    benchmark:
+        "<benchmarks>/minhash_cluster/{group}.tsv"
+    wildcard_constraints:
+        group=r"[a-z0-9_]+",
+    params:
+        settings=graph.minhash_settings(),
+        order=graph.minhash_corpora,
+    shell:
+        "python scripts/minhash_cluster.py --pairs {input.pairs} --signatures {input.signatures}"
+        " --settings {params.settings:q}"
+        " --output {output.duplicates} --record {output.record} --log-file {log}"
+
+
+rule decontamination_index:
+    """Write the hashes of the n-grams of words that evaluations hold."""
+    input:
+        graph.config.curation.evaluation,
+    output:
+        index="<data>/curation/evaluation/index.parquet",
+        record="<data>/curation/evaluation/index.json",
+    log:
+        "<logs>/decontamination_index.log",
+    benchmark:
+        "<benchmarks>/decontamination_index.tsv"
+    params:
+        text_field=graph.config.curation.evaluation_field,
+        n_grams=graph.config.curation.decontamination_n_grams,
+    shell:
+        "python scripts/decontamination_index.py --texts {input} --text-field {params.text_field:q}"
+        " --n-grams {params.n_grams} --output {output.index} --record {output.record} --log-file {log}"
+
+
+rule curate_shard:
+    """Remove duplicates and contaminated documents from a filtered shard, and replace personal addresses."""
+    input:
+        filtered="<data>/curation/filtered/{corpus}/{shard}.parquet",
+        exact=graph.exact_duplicates,
+        near=graph.near_duplicates,
+        index=graph.decontamination_index,
+        tokenizer=ancient("<data>/tokenizer/tokenizer.json"),
+    output:
+        curated="<data>/curated/{corpus}/{shard}.parquet",
+        record="<data>/curated/{corpus}/{shard}.json",
+    log:
+        "<logs>/curate_shard/{corpus}/{shard}.log",
+    benchmark:
+        "<benchmarks>/curate_shard/{corpus}/{shard}.tsv"
+    resources:
+        num_examples=graph.config.curation.num_examples,
+    params:
+        settings=graph.curate_settings,
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "python scripts/curate_shard.py --filtered {input.filtered} --exact {input.exact}"
+        " --near {input.near} --index {input.index} --tokenizer {params.tokenizer}"
+        " --settings {params.settings:q} --num-examples {resources.num_examples}"
+        " --output {output.curated} --record {output.record} --log-file {log}"
