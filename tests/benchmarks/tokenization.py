@@ -221,11 +221,11 @@ def compare(directory: Path, megabytes: int, repeats: int) -> None:
         out = directory / f"ours_{threads}"
         command = [sys.executable, SCRIPT, *arguments(corpus, tokenizer, out, threads)]
         programs[f"tokenize_shard, {threads} thread{'s' * (threads > 1)}"] = (command, str(threads))
-    runs = {}
-    for name, (command, threads) in programs.items():
+    runs: dict[str, Run] = {}
+    for name, (command, threads) in list(programs.items()) * repeats:
         parallel = {"RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": str(threads != "1").lower()}
-        measured = [measure(*command, **parallel) for _ in range(repeats)]
-        runs[name] = min(measured, key=lambda run: run.seconds)
+        run = measure(*command, **parallel)
+        runs[name] = min(run, runs.get(name, run), key=lambda run: run.seconds)
     outputs = ["datatrove/code_00000_tokens.bin", "megatron/code.bin", "ours_1/train/code.bin"]
     hashes = {hashlib.sha256((directory / output).read_bytes()).hexdigest() for output in outputs}
     tokens = (directory / outputs[0]).stat().st_size // 2
