@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+PACK_CACHE = 2**28  # bytes of decoded packs that a split keeps
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 Batch = dict[str, Any]  # keyword arguments of the model, and loss_mask
@@ -126,7 +127,8 @@ class SftBatches(Batches):
         self.order: dict[Split, tuple[np.ndarray, np.ndarray]] = {}
         for split in SPLITS:
             sources = loaded.splits[split]
-            self.packs[split] = [PackedDataset(source.files, expected) for source in sources]
+            room = PACK_CACHE // max(1, len(sources))
+            self.packs[split] = [PackedDataset(s.files, expected, cache_bytes=room) for s in sources]
             if sources:
                 sizes, weights = [len(p) for p in self.packs[split]], [source.weight for source in sources]
                 self.order[split] = mix(sizes, weights, samples[split], settings.seed)
