@@ -41,19 +41,24 @@ class Lists:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _, self.about = read_footer(path, [COLUMN])
+        self._footer, self.about = read_footer(path, [COLUMN])
         self.names: list[str] = self.about["names"]
-        lengths = self.about["lengths"]
-        filled = [name for name, length in zip(self.names, lengths, strict=True) if length]
-        self._groups = {name: group for group, name in enumerate(filled)}
+        # A list that is empty has no row group.
+        lengths = dict(zip(self.names, self.about["lengths"], strict=True))
+        groups = iter(range(len(lengths)))
+        self._groups = {name: next(groups) if length else None for name, length in lengths.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._groups
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.names:
+        if name not in self:
             raise UserError(f"{self.path}: nothing about {name}; delete it and run again")
-        if name not in self._groups:
+        group = self._groups[name]
+        if group is None:
             return np.empty(0, dtype=np.uint32)
-        with pq.ParquetFile(self.path) as file:
-            column = file.read_row_group(self._groups[name], columns=[COLUMN]).column(COLUMN)
+        with pq.ParquetFile(self.path, metadata=self._footer) as file:
+            column = file.read_row_group(group, columns=[COLUMN], use_threads=False).column(COLUMN)
         dtype = np.dtype(column.type.to_pandas_dtype())
         parts = [(chunk.buffers()[1], len(chunk), chunk.offset) for chunk in column.chunks]
         return np.concatenate([np.frombuffer(data, dtype, n, at * dtype.itemsize) for data, n, at in parts])

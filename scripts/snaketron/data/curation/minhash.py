@@ -129,7 +129,7 @@ def minhash_buckets(
     inputs = {}
     for rank, path in enumerate(signatures):
         count = _num_documents(path, settings)
-        left_out = [each[shard_name(path)] for each in removed if shard_name(path) in each.names]
+        left_out = [each[shard_name(path)] for each in removed if shard_name(path) in each]
         inputs[f"bucket_{bucket:03d}/{rank:05d}.minhash.sig"] = Records(
             path, dtype, bucket * count, count, _without(left_out[0]) if left_out else None
         )
