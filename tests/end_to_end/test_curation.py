@@ -110,6 +110,27 @@ def test_what_is_left_and_what_the_record_says(finished: Workspace, shard: str):
     assert counts["kept"]["documents"] == len(LEFT[shard])
 
 
+def test_what_is_left_is_tokenized_and_knows_where_it_came_from(copy: Workspace):
+    result = copy.snakemake("data/tokens/web/b.json")
+    assert result.status == 0, result.output[-3000:]
+    records = [copy.path / f"data/{stage}/web/b.json" for stage in ("curated", "tokens")]
+    curated, tokens = (json.loads(record.read_text())["counts"] for record in records)
+    assert sum(tokens[s]["tokens"] for s in ("train", "valid", "test")) == curated["kept"]["tokens"]
+    places = pq.read_table(copy.path / "data/tokens/web/b.parquet").to_pylist()
+    assert sorted((p["file"], p["row"], p["url"]) for p in places) == [
+        ("raw/web/b.jsonl", 3, "u2"),
+        ("raw/web/b.jsonl", 5, "u4"),
+    ]
+
+
+def test_a_shard_of_which_nothing_is_left_is_tokenized_to_nothing(copy: Workspace):
+    copy.write("raw/plain/a.jsonl", json.dumps({"text": "SECRET"}) + "\n")
+    result = copy.snakemake("data/tokens/plain/a.json")
+    assert result.status == 0, result.output[-3000:]
+    assert "plain/a: NOTHING IS LEFT of 1 rows: 1 x regex SECRET" in result.output
+    assert (copy.path / "data/tokens/plain/train/a.bin").stat().st_size == 0
+
+
 def test_nothing_is_left_to_do(finished: Workspace):
     assert finished.snakemake("-n", *TARGETS).jobs == {}
 

@@ -71,7 +71,7 @@ def curate_shard(
             stream = tally.through(stream, decontamination.REASON, block)
         if settings.pii:
             stream = tally.through(stream, PII, Pii())
-        documents.write(temporary[0], tally.leave(stream), fields, {"curated": name})
+        documents.write(temporary[0], tally.leave(stream), fields, {"kind": "curated", "name": name})
         if tally.documents != before["kept"]["documents"]:
             raise UserError(f"{filtered}: not the file that its record is about; delete both and run again")
         counts = whole(before, tally.counts())

@@ -102,7 +102,9 @@ def filter_shard(
         for entry in settings.filters:
             reason = f"regex {entry.options['pattern']}" if entry.name == "regex" else entry.name
             stream = tally.through(stream, entry.name, build(entry, documents.Removed(tally, reason)))
-        documents.write(temporary[0], tally.leave(stream), settings.metadata_fields, {"filtered": name})
+        documents.write(
+            temporary[0], tally.leave(stream), settings.metadata_fields, {"kind": "filtered", "name": name}
+        )
         if not drops.num_rows:
             raise UserError(
                 f"{', '.join(map(str, text))}: holds no documents; remove it from the corpus "
