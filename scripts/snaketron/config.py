@@ -272,7 +272,7 @@ class PretrainData(Shards):
     document_order: Literal["kept", "shuffled"] = key(
         "kept", "order of the documents of a shard: as in the raw files, or shuffled by the seed"
     )
-    max_document_tokens: Positive | None = key(
+    max_document_tokens: Annotated[int, Field(ge=2)] | None = key(
         None, "tokens of a document, its end included, above which it is `long`; null: any length"
     )
     long_documents: Literal["cut", "drop"] = key(
@@ -288,7 +288,9 @@ class PretrainData(Shards):
         "text that is not valid Unicode (lone surrogates, invalid UTF-8): stop, put U+FFFD in place of what "
         "is invalid, or drop and count the document. NUL is valid and stays",
     )
-    max_line_bytes: Positive = key(100_000_000, "bytes of a row above which it is a bad row")
+    max_line_bytes: Positive = key(
+        50_000_000, "bytes of a row above which it is a bad row; a job takes up to 20 times as much memory"
+    )
     max_dropped_fraction: Fraction = key(
         0.01, "share of bad or invalid rows of a shard above which it fails in spite of `drop`"
     )
@@ -557,6 +559,9 @@ def _check_references(config: Config) -> list[str]:
     ]
 
 
+RESERVED = ("split", "sequence", "file", "row", "tokens", "text", "input_ids", "loss_mask")  # our columns
+
+
 def _check_sources(config: Config) -> list[str]:
     problems = []
     sources = [(f"corpora[{i}]", c) for i, c in enumerate(config.corpora)]
@@ -564,6 +569,11 @@ def _check_sources(config: Config) -> list[str]:
     for at, source in sources:
         if bool(source.paths) == bool(source.hub):
             problems.append(f"{at} ({source.name}): give either paths or hub")
+        problems += [
+            f"{at}.metadata_fields: {name!r} is the name of a column of ours; leave it out"
+            for name in source.metadata_fields
+            if name in RESERVED
+        ]
     for i, corpus in enumerate(config.corpora):
         curation = corpus.curation or Curation()
         if curation.decontaminate and not config.curation.evaluation:

@@ -55,7 +55,7 @@ class ReadSettings(Section):
     max_documents: int | None = None
     bad_rows: Literal["fail", "drop"] = "fail"
     invalid_text: Literal["fail", "replace", "drop"] = "fail"
-    max_line_bytes: int = 100_000_000
+    max_line_bytes: int = 50_000_000
     max_dropped_fraction: float = 0.01
 
 

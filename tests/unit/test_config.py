@@ -160,6 +160,10 @@ BLEND = {"pretrain": {"phases": [{"name": "p", "tokens": 10**6, "blend": [{"corp
         ({}, "corpora[0] (a): give either paths or hub"),
         ({"paths": ["x"], "hub": {"repository": "o/n"}}, "corpora[0] (a): give either paths or hub"),
         (
+            {"paths": ["x"], "metadata_fields": ["url", "row"]},
+            "corpora[0].metadata_fields: 'row' is the name of a column of ours; leave it out",
+        ),
+        (
             {"paths": ["x"], "curation": {"decontaminate": True}},
             "corpora[0].curation.decontaminate: name the texts to protect in curation.evaluation",
         ),
