@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -591,6 +592,11 @@ def _check_sources(config: Config) -> list[str]:
             problems += [
                 f"{at}.{name}: {entry.name} needs it" for name in needed if name not in entry.options
             ]
+            if entry.name == "regex":
+                try:
+                    re.compile(str(entry.options.get("pattern", "")))
+                except re.error as error:
+                    problems.append(f"{at}.pattern: not a regular expression ({error})")
     return problems
 
 

@@ -106,6 +106,7 @@ def sft_begun(copy: Workspace) -> bool:
         ("render_chat", "data/chat/*/.*.partial"),
         ("pack_sft", "data/sft/*/*/.*.partial"),
         ("blend_sft", "data/sft/.*.partial"),
+        ("index_pretrain", "data/pretrain/broad/.index.partial/*-sample_index.npy"),
     ],
 )
 def test_killed_data_rules_end_with_the_same_files(copy: Workspace, rule: str, partial: str):
@@ -113,7 +114,7 @@ def test_killed_data_rules_end_with_the_same_files(copy: Workspace, rule: str, p
     expected = contents(copy.path / "data")
     shutil.rmtree(copy.path / "data")
     shutil.rmtree(copy.path / "ckpt")
-    targets = ["data/sft/blend.json", "data/pretrain/broad/blend.json"]
+    targets = ["data/sft/blend.json", "data/pretrain/broad/index"]
     run_until(copy, copy.command(*targets), exists(copy.path, partial), signal.SIGKILL)
     again = copy.snakemake(*targets)
     assert again.status == 0, again.output[-3000:]

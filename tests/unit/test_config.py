@@ -179,6 +179,11 @@ BLEND = {"pretrain": {"phases": [{"name": "p", "tokens": 10**6, "blend": [{"corp
             {"paths": ["x"], "curation": {"filters": [{"name": "regex"}]}},
             "corpora[0].curation.filters[0].options.pattern: regex needs it",
         ),
+        (
+            {"paths": ["x"], "curation": {"filters": [{"name": "regex", "options": {"pattern": "a("}}]}},
+            "corpora[0].curation.filters[0].options.pattern: not a regular expression "
+            "(missing ), unterminated subpattern at position 1)",
+        ),
     ],
 )
 def test_a_source_that_cannot_be_meant_is_refused(corpus, message):

@@ -31,14 +31,19 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+HELD_OUT_SAMPLES = 1 << 16
 OPEN_FILES = 6  # of a shard that is read: 2 of its text, 1 of its .idx, 3 of the index
 SPARE_FILES = 500  # of everything else that a training opens
 
 
 def num_samples(blend: blends.Blend, seq_length: int, train_samples: int) -> dict[str, int]:
-    """Samples of each split: what the phase takes of train, and once all tokens of the held-out ones."""
+    """Samples of each split: what the phase takes of train, and of the held-out ones all tokens once.
+
+    Of large held-out splits `HELD_OUT_SAMPLES`: no validation reads more.
+    """
     held_out = {
-        split: max(1, (getattr(blend, split).tokens - 1) // seq_length) for split in ("valid", "test")
+        split: min(max(1, (getattr(blend, split).tokens - 1) // seq_length), HELD_OUT_SAMPLES)
+        for split in ("valid", "test")
     }
     return {"train": train_samples} | held_out
 

@@ -282,7 +282,8 @@ def test_metadata_fields_are_kept_as_text(tmp_path, tokenizer, caplog):
         [None, None, None, None],
     ]
     assert record["settings"]["metadata_fields"] == ["id", "tags", "license", "lisence"]
-    assert caplog.messages == [f"{tmp_path}/chats.jsonl: no row has the metadata field 'lisence'"]
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [f"{tmp_path}/chats.jsonl: no row has the metadata field 'lisence'"]
 
 
 def test_a_metadata_field_cannot_take_the_name_of_a_column(tmp_path, tokenizer):
