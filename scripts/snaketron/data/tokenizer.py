@@ -38,8 +38,14 @@ SPECIAL_TOKENS = (
     "<tools>",
     "</tools>",
 )
-# Words with the space before them, single digits (a number has one spelling), punctuation, line ends, spaces.
-PATTERN = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# As Nemotron's own tokenizers split text: words with the space before them, and camel case, single digits (a
+# number has one spelling), punctuation, line ends, spaces. fastokens has a scanner for this very pattern: six
+# times as fast as through its regular expressions (tests/benchmarks/tokenization.py).
+PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True)
