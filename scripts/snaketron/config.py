@@ -260,8 +260,8 @@ class Shards(Section):
     shard_size: Positive | None = key(
         None,
         "bytes: raw files of a source are put together, by name, until a shard has so many, and each shard "
-        "is one job; null: each file is a shard. A job costs about two seconds, so 1_000_000_000 is a good "
-        "size for many small files",
+        "is one job; null: each file is a shard. A job costs up to two seconds beside its work, so "
+        "1_000_000_000 is a good size for many small files",
     )
 
 
