@@ -187,7 +187,7 @@ def _add_text(data: Data, record: dict[str, Any]) -> None:
     text.checked += counts.get("checked", 0)
     text.encoders[counts.get("encoder", "tokenizers")] += 1
     text.replaced += counts.get("replaced", 0)
-    if "fallback" in counts:
+    if counts.get("fallback"):
         data.fallbacks.append(f"{record['name']} was encoded by tokenizers: {counts['fallback']}")
     for split in SPLITS:
         text.kept[split] += counts[split]["documents"]

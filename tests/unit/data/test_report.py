@@ -96,7 +96,7 @@ def run(make, tmp_path: Path) -> list[Path]:
     )
     docs, code = {"corpus": "docs"}, {"corpus": "code"}
     histogram = {"4": 90, "8": 9, "1024": 1}
-    more = {"dropped": {"empty": 2}, "cut": 3, "checked": 20, "encoder": "fastokens"}
+    more = {"dropped": {"empty": 2}, "cut": 3, "checked": 20, "encoder": "fastokens", "fallback": None}
     a = make(
         "docs/a.json", "tokens", counts=shard(1000, 100, 0, length_histogram=histogram, **more), settings=docs
     )
