@@ -109,3 +109,17 @@ def test_every_printed_command_runs_by_itself(workspace: Workspace, finished: Wo
         result = workspace.run("bash", "-c", line)
         assert result.status == 0, f"{line}\n{result.output[-2000:]}"
     assert weights(workspace.path / "ckpt/sft") == weights(finished.path / "ckpt/sft")
+
+
+def test_the_data_report_reaches_the_report_of_snakemake(copy: Workspace):
+    made = copy.snakemake("data_report")
+    assert made.status == 0 and made.jobs == {"data_report": 1}, made.output
+    page = (copy.path / "data/report/report.html").read_text()
+    assert page.count('src="data:image/svg+xml') == 4  # nothing was removed
+    assert "http" not in page
+    text = (copy.path / "data/report/report.md").read_text()
+    assert "Encoded by fastokens for 3 shards" in text and "encoded by tokenizers" not in text
+    result = copy.snakemake("--report", "report.html", "data_report")
+    assert result.status == 0, result.output
+    report = (copy.path / "report.html").read_text()
+    assert all(f"{name}.svg" in report for name in ("tokens", "lengths", "mix", "removed", "packing"))

@@ -6,6 +6,7 @@ import re
 
 from tests.conftest import REPOSITORY, Workspace
 
+import pytest
 import yaml
 
 README = (REPOSITORY / "README.md").read_text()
@@ -26,19 +27,39 @@ def test_the_picture_is_the_graph(workspace: Workspace):
     assert sorted(shown) == expected, "the picture should be:\n" + "\n".join(expected)
 
 
-def test_your_own_data_as_the_readme_shows_it(workspace: Workspace):
-    """The overlay and the command of the README, on files like the ones it names."""
+def commands(document: str) -> list[str]:
+    """The snakemake commands that a document shows, without `uv run`."""
+    return re.findall(r"^    uv run (snakemake .*)$", (REPOSITORY / document).read_text(), re.MULTILINE)
+
+
+@pytest.fixture
+def mine(workspace: Workspace) -> Workspace:
+    """A workspace with the overlay of the README, and files like the ones that it names."""
     (overlay,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     workspace.write("mine.yaml", overlay)
     values = yaml.safe_load(overlay)
     for source in values["corpora"] + values["chats"]:
         for path in source["paths"]:
             workspace.write(path.replace("*", "part_0"), "")
-    (command,) = re.findall(r"uv run (snakemake .*--configfile mine.yaml -n .*)", README)
-    result = workspace.run(*command.split())
+    return workspace
+
+
+def test_your_own_data_as_the_readme_shows_it(mine: Workspace):
+    (command,) = [c for c in commands("README.md") if "mine.yaml" in c and " -n " in c]
+    result = mine.run(*command.split())
     assert result.status == 0, result.output
     assert "tokens/notes" in result.output and "sft/train/support" in result.output
     assert "rule sample_corpus" not in result.output
+
+
+SHOWN = [*commands("README.md"), *commands("docs/data.md")]
+
+
+@pytest.mark.parametrize("command", [c for c in SHOWN if "--report" not in c])
+def test_every_command_is_one_that_snakemake_takes(mine: Workspace, command: str):
+    """As dry-runs. The one with --report needs a finished run: tests/end_to_end/test_main_job.py."""
+    result = mine.run(*command.split(), "-n")
+    assert result.status == 0, result.output
 
 
 def test_every_file_the_readme_names_is_there():

@@ -22,7 +22,7 @@ EXAMPLE_CHARACTERS = 100
 
 # Steps of the data, in the order in which they come, and what a record of each is about.
 STEPS = {
-    "download": "download",
+    "raw": "download",
     "tokenizer": "build tokenizer",
     "filtered": "filter",
     "exact_signature": "exact duplicates: hash",

@@ -216,6 +216,7 @@ def test_a_metadata_field_cannot_have_the_name_of_a_column(steps: Steps):
         steps.filter("web/a", [steps.raw("web/a", ["one"])], metadata_fields=["row"])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of datatrove's division by zero
 def test_a_failing_filter_names_the_document(
     steps: Steps, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
