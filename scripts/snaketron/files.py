@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from snaketron.log import NO_SPACE, logger
 
@@ -33,7 +33,7 @@ def writing(*paths: Path) -> Iterator[list[Path]]:
     temporary = [partial(path) for path in paths]
     with contextlib.ExitStack() as locks:
         for path in temporary:
-            locks.enter_context(_locked(path))
+            locks.enter_context(owned(path)).truncate(0)
         try:
             yield temporary
             for path in temporary:
@@ -50,20 +50,25 @@ def writing(*paths: Path) -> Iterator[list[Path]]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Create an empty file at `path` that no other process is writing."""
+def owned(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, to read and to append, that no other process is writing; what is in it stays."""
     while True:
-        with path.open("ab") as file:
+        with path.open("a+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 logger.warning("waiting for another process that is writing %s", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # else it was renamed: begin again
-                    file.truncate(0)
-                    yield
-                    return
+            if _is_at(path, file):  # else it was renamed meanwhile: begin again
+                yield file
+                return
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: Path, text: str | bytes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import http.client
@@ -82,7 +81,7 @@ def download(
     wrong is fetched once more from the beginning; if that is wrong as well, `UserError`.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _owned(partial(output)) as file:
+    with _partial(output) as file:
         resumed_at = os.fstat(file.fileno()).st_size
         if _is(output, size, sha256):  # Snakemake deletes outputs: it is of a process that we waited for
             output.replace(partial(output))
@@ -157,25 +156,17 @@ def _complete(file: IO[bytes], address: str, size: int, sha256: str, patience: P
 
 
 @contextlib.contextmanager
-def _owned(path: Path) -> Iterator[IO[bytes]]:
-    """Open `path` to read and append what no other process is writing; what is in it stays."""
-    while True:
-        with path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.warning("waiting for another process that is writing %s", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
+def _partial(output: Path) -> Iterator[IO[bytes]]:
+    """What there is of a file, which no other process is writing; nothing is left where nothing came."""
+    path = partial(output)
+    with files.owned(path) as file:
+        try:
+            yield file
+        finally:
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # else it was renamed: begin again
-                    try:
-                        yield file
-                    finally:
-                        with contextlib.suppress(FileNotFoundError):
-                            file.flush()
-                            if path.stat().st_size == 0:
-                                path.unlink()
-                    return
+                file.flush()
+                if path.stat().st_size == 0:
+                    path.unlink()
 
 
 def fetch(

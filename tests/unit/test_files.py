@@ -106,3 +106,10 @@ def test_hashes_are_those_of_sha256(tmp_path: Path):
     assert files.sha256(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
     assert files.sha256_of({"b": 1, "a": [2]}) == hashlib.sha256(b'{"a":[2],"b":1}').hexdigest()
     assert files.sha256_of({"a": [2], "b": 1}) == files.sha256_of({"b": 1, "a": [2]})
+
+
+def test_a_missing_input_is_reported_as_such(tmp_path: Path):
+    """And not taken for a temporary file that is gone."""
+    with pytest.raises(FileNotFoundError, match="absent"), files.writing(tmp_path / "a"):
+        (tmp_path / "absent").read_text()
+    assert list(tmp_path.iterdir()) == []
