@@ -35,14 +35,16 @@ rule blend_pretrain:
         "<logs>/blend_pretrain/{phase}.log",
     benchmark:
         "<benchmarks>/blend_pretrain/{phase}.tsv"
+    resources:
+        # A warning alone depends on it, so it is no parameter.
+        max_epochs=str(graph.config.pretrain_data.max_epochs),
     params:
         weights=graph.phase_weights,
         train_tokens=graph.phase_tokens,
-        max_epochs=graph.config.pretrain_data.max_epochs,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
         "python scripts/blend_pretrain.py --phase {wildcards.phase} --weights {params.weights}"
-        " --train-tokens {params.train_tokens} --max-epochs {params.max_epochs}"
+        " --train-tokens {params.train_tokens} --max-epochs {resources.max_epochs}"
         " --records {input.records} --tokenizer {params.tokenizer}"
         " --output {output.blend} --record {output.record} --log-file {log}"
 

@@ -100,9 +100,11 @@ def read_settings(config: Config, corpus: Corpus) -> ReadSettings:
 
 
 def tokenize_settings(config: Config, corpus: Corpus) -> TokenizeSettings:
-    """What defines the tokens of a corpus; a curated one was read, and `where` applied, before."""
+    """What defines the tokens of a corpus; of a curated one, `where` and the limit were applied before."""
     data = config.pretrain_data
-    read = ReadSettings() if corpus.curation else read_settings(config, corpus)
+    read = read_settings(config, corpus)
+    if corpus.curation:
+        read = read.model_copy(update={"where": {}, "max_documents": None})
     return TokenizeSettings(
         **read.model_dump(),
         corpus=corpus.name,

@@ -121,16 +121,16 @@ def test_fields_are_those_of_the_source():
 
 
 def test_a_corpus_is_read_once_by_its_own_settings():
-    """What curation left is read as it is: the filter, the limit and the policies were applied before."""
+    """The filter and the limit are applied before curation; the policies hold for what it leaves as well."""
     corpus = {"name": "web", "paths": ["raw/web"], "text_field": "body", "where": {"lang": ["en"]}}
     for curation, expected in ((None, ("body", {"lang": ["en"]})), ({"pii": True}, ("text", {}))):
         made = graph(
             corpora=[*VALUES["corpora"][1:], {**corpus, "curation": curation}],
-            pretrain_data={"bad_rows": "drop"},
+            pretrain_data={"bad_rows": "drop", "max_line_bytes": 99_000_000},
         )
         settings = json.loads(made.tokenize_settings(job(corpus="web")))
         assert (settings["text_field"], settings["where"]) == expected
-        assert settings["bad_rows"] == ("fail" if curation else "drop")
+        assert (settings["bad_rows"], settings["max_line_bytes"]) == ("drop", 99_000_000)
         assert json.loads(made.read_settings(job(corpus="web")))["where"] == {"lang": ["en"]}
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 from pathlib import Path
 
-from snaketron import files
+from snaketron import files, lineage
 from snaketron.config import FILTERS, Filter
 from snaketron.data.curation import filters
 from snaketron.log import UserError
@@ -161,6 +161,9 @@ def test_a_sample_stops_after_so_many_documents(steps: Steps):
     counts = steps.filter("web/sample", raw, max_documents=3)
     assert steps.texts("filtered/web/sample") == ["one", "two", "three"]
     assert counts["rows"] == 3 and accounted(counts)
+    steps.filter("web/less", raw, max_documents=2)
+    record = lineage.read(steps.root / "filtered/web/less.json")
+    assert [entry["path"] for entry in record["inputs"]] == [str(raw[0])]  # the other was not opened
 
 
 def test_rows_that_cannot_be_read_are_dropped_and_counted_when_asked(steps: Steps):

@@ -193,10 +193,13 @@ def describe(removed: dict[str, dict[str, Any]]) -> str:
 # ------------------------------------------------------------------------------------- reading and writing
 
 
-def raw(paths: Sequence[Path], settings: FilterSettings, drops: Drops) -> Iterator[Document]:
-    """The documents of raw files, one file after the other, up to `max_documents`."""
+def raw(
+    paths: Sequence[Path], settings: FilterSettings, drops: Drops, opened: list[Path]
+) -> Iterator[Document]:
+    """The documents of raw files, one file after the other, up to `max_documents`; adds to `opened`."""
     number, fields = 0, settings.metadata_fields
     for path in paths:
+        opened.append(path)
         for row, text, values in read_documents(
             path, settings.text_field, optional=fields, settings=settings, drops=drops
         ):

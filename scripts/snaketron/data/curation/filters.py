@@ -96,9 +96,9 @@ def filter_shard(
     curation.quiet()
     name = f"{output.parent.name}/{output.stem}"
     tally = documents.Tally(documents.token_counter(tokenizer), num_examples)
-    drops = Drops()
+    drops, opened = Drops(), list[Path]()
     with files.writing(output, record) as temporary, tally.locating():
-        stream = tally.enter(documents.raw(text, settings, drops))
+        stream = tally.enter(documents.raw(text, settings, drops, opened))
         for entry in settings.filters:
             reason = f"regex {entry.options['pattern']}" if entry.name == "regex" else entry.name
             stream = tally.through(stream, entry.name, build(entry, documents.Removed(tally, reason)))
@@ -118,7 +118,7 @@ def filter_shard(
         value = lineage.record(
             "filtered",
             name,
-            inputs=[*text, *models(settings)],
+            inputs=[*opened, *models(settings)],
             outputs={output: temporary[0]},
             settings=settings.model_dump(),
             counts=tally.counts()
