@@ -5,12 +5,11 @@ Source of the choices: NVIDIA's training recipe and configuration of Nemotron 3 
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import Any
 
 from snaketron.config import Model, Parallel
 from snaketron.model import backend
+from snaketron.sizes import padded_vocab_size, pipeline_pattern
 
 import torch
 from megatron.core import parallel_state
@@ -84,34 +83,6 @@ def transformer_config(model: Model, parallel: Parallel, **overrides: Any) -> Tr
         **backend.transformer_config_options(),
     }
     return TransformerConfig(**{**fields, **overrides})
-
-
-def pipeline_pattern(pattern: str, stages: int) -> str:
-    """The layer pattern with `|` between pipeline stages of equal length.
-
-    Where the layers do not divide evenly, the first stages get one more: the last one has the output
-    layer and multi-token prediction to compute as well.
-
-    >>> pipeline_pattern("MEM*EME", 2)
-    'MEM*|EME'
-
-    Raises:
-        ValueError: fewer layers than stages.
-    """
-    if stages > len(pattern):
-        raise ValueError(
-            f"model.hybrid_layer_pattern {pattern!r} has {len(pattern)} layers, "
-            f"too few for pipeline_model_parallel_size {stages}"
-        )
-    size, extra = divmod(len(pattern), stages)
-    cuts = [stage * size + min(stage, extra) for stage in range(stages + 1)]
-    return "|".join(pattern[start:end] for start, end in itertools.pairwise(cuts))
-
-
-def padded_vocab_size(model: Model, vocab_size: int, tensor_parallel_size: int) -> int:
-    """Rows of the embedding: the next multiple of make_vocab_size_divisible_by and of the TP size."""
-    multiple = math.lcm(model.make_vocab_size_divisible_by, tensor_parallel_size)
-    return math.ceil(vocab_size / multiple) * multiple
 
 
 def build_model(config: TransformerConfig, model: Model, vocab_size: int, seq_length: int) -> HybridModel:

@@ -17,26 +17,6 @@ def routers(model):
     return [m for m in model.modules() if getattr(m, "expert_bias", None) is not None]
 
 
-@pytest.mark.parametrize(
-    ("stages", "expected"),
-    [(1, "MEM*EME"), (2, "MEM*|EME"), (3, "MEM|*E|ME"), (7, "M|E|M|*|E|M|E")],
-)
-def test_pipeline_stages_are_even_and_the_first_ones_longer(stages, expected):
-    assert spec.pipeline_pattern("MEM*EME", stages) == expected
-
-
-def test_more_stages_than_layers_is_an_error_that_names_both():
-    with pytest.raises(ValueError, match=r"'ME' has 2 layers.*pipeline_model_parallel_size 3"):
-        spec.pipeline_pattern("ME", 3)
-
-
-def test_vocabulary_is_padded_for_every_tensor_parallel_rank():
-    model = Model(make_vocab_size_divisible_by=128)
-    assert spec.padded_vocab_size(model, 2048, 1) == 2048
-    assert spec.padded_vocab_size(model, 2049, 4) == 2176  # the same for each TP that divides 128, ...
-    assert spec.padded_vocab_size(model, 2049, 3) == 2304  # ... and 6 * 384 for one that does not
-
-
 def test_parameters_by_hand(build):
     model = build(vocab_size=200)  # padded to 256
     hidden, vocabulary = 128, 256

@@ -1,0 +1,254 @@
+"""How large a model is: parameters, what divides them among processes, FLOPs and bytes.
+
+Plain arithmetic on the configuration, without torch: the graph is built from it. Parameters are those
+that megatron-core builds, in the layout that it gives them (tests compare with models it built).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from snaketron.config import Model, Parallel
+
+CONV_WIDTH = 4  # of Mamba-2's convolution, megatron-core's d_conv
+# Bytes of a parameter as weight and activation.
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters, by what divides them among the processes of a pipeline stage."""
+
+    tensor: int = 0  # by tensor parallelism
+    replicated: int = 0  # by nothing
+    expert: int = 0  # routed experts, by expert and expert tensor parallelism
+
+    def __add__(self, other: Parameters) -> Parameters:
+        return Parameters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def total(self) -> int:
+        return self.tensor + self.replicated + self.expert
+
+    def dense_of_process(self, parallel: Parallel) -> int:
+        """What one process holds beside routed experts."""
+        return self.tensor // parallel.tensor_model_parallel_size + self.replicated
+
+    def expert_of_process(self, parallel: Parallel) -> int:
+        """What one process holds of the routed experts."""
+        return self.expert // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
+
+    def of_process(self, parallel: Parallel) -> int:
+        return self.dense_of_process(parallel) + self.expert_of_process(parallel)
+
+
+def pipeline_pattern(pattern: str, stages: int) -> str:
+    """The layer pattern with `|` between pipeline stages of equal length.
+
+    Where the layers do not divide evenly, the first stages get one more: the last one has the output
+    layer and multi-token prediction to compute as well.
+
+    >>> pipeline_pattern("MEM*EME", 2)
+    'MEM*|EME'
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    if stages > len(pattern):
+        raise ValueError(
+            f"model.hybrid_layer_pattern {pattern!r} has {len(pattern)} layers, "
+            f"too few for pipeline_model_parallel_size {stages}"
+        )
+    size, extra = divmod(len(pattern), stages)
+    cuts = [stage * size + min(stage, extra) for stage in range(stages + 1)]
+    return "|".join(pattern[start:end] for start, end in itertools.pairwise(cuts))
+
+
+def padded_vocab_size(model: Model, vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding: the next multiple of make_vocab_size_divisible_by and of the TP size."""
+    multiple = math.lcm(model.make_vocab_size_divisible_by, tensor_parallel_size)
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+# -------------------------------------------------------------------------------------- parameters
+
+
+def layer_parameters(model: Model, layer: str) -> Parameters:
+    """Parameters of a layer, by its letter in the pattern, with the norm before it."""
+    hidden = model.hidden_size
+    if layer == "M":
+        inner, conv = _mamba_widths(model)
+        heads = model.mamba_num_heads
+        in_proj, out_proj = hidden * (inner + conv + heads), inner * hidden
+        convolution, gated_norm, dt_bias_a_d = conv * (CONV_WIDTH + 1), inner, 3 * heads
+        return Parameters(in_proj + out_proj + convolution + gated_norm + dt_bias_a_d, hidden)
+    if layer == "*":
+        queries = model.num_attention_heads * model.kv_channels
+        keys_values = 2 * model.num_query_groups * model.kv_channels
+        return Parameters(hidden * (2 * queries + keys_values), hidden)
+    if layer == "-":
+        return Parameters(2 * hidden * model.ffn_hidden_size, hidden)
+    experts, latent = model.num_moe_experts, _expert_width(model)
+    projections = 2 * hidden * latent if model.moe_latent_size else 0
+    return Parameters(
+        tensor=2 * hidden * model.moe_shared_expert_intermediate_size,
+        replicated=hidden * experts + projections + hidden,
+        expert=experts * _expert_parameters(model),
+    )
+
+
+def mtp_parameters(model: Model) -> Parameters:
+    """Parameters of multi-token prediction: one block, whatever the number of depths."""
+    if not model.mtp_num_layers:
+        return Parameters()
+    hidden = model.hidden_size
+    joined = Parameters(2 * hidden * hidden, 3 * hidden)  # eh_proj; enorm, hnorm and the final norm
+    return joined + _sum(layer_parameters(model, layer) for layer in model.mtp_hybrid_layer_pattern)
+
+
+def stage_parameters(model: Model, vocab_size: int, parallel: Parallel) -> list[Parameters]:
+    """Parameters of each pipeline stage.
+
+    The first one holds the embedding. The last one holds the final norm, the output layer and
+    multi-token prediction, which needs the embedding too: with several stages it holds a copy.
+    """
+    stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
+    found = [_sum(layer_parameters(model, layer) for layer in stage) for stage in stages]
+    table = Parameters(
+        padded_vocab_size(model, vocab_size, parallel.tensor_model_parallel_size) * model.hidden_size
+    )
+    found[0] += table
+    found[-1] += table + Parameters(replicated=model.hidden_size) + mtp_parameters(model)
+    if model.mtp_num_layers and len(stages) > 1:
+        found[-1] += table
+    return found
+
+
+def num_parameters(model: Model, vocab_size: int) -> Parameters:
+    """Parameters of the whole model: embedding, layers, final norm, output layer, multi-token prediction."""
+    return stage_parameters(model, vocab_size, Parallel())[0]
+
+
+def num_active_parameters(model: Model, vocab_size: int) -> int:
+    """Parameters that a token meets in the decoder: of the routed experts only `moe_router_topk`; no
+    multi-token prediction, which only training has."""
+    layers = _sum(layer_parameters(model, layer) for layer in model.hybrid_layer_pattern)
+    idle = model.num_moe_experts - model.moe_router_topk
+    unused = model.hybrid_layer_pattern.count("E") * idle * _expert_parameters(model)
+    tables = 2 * padded_vocab_size(model, vocab_size, 1) * model.hidden_size
+    return layers.total - unused + tables + model.hidden_size
+
+
+# ------------------------------------------------------------------------------------------- FLOPs
+
+
+def layer_flops(model: Model, layer: str, seq_length: float) -> float:
+    """Model FLOPs of the forward pass of a layer for one token.
+
+    Counted are matrix products, 2 a weight that the token meets, and
+
+    - M: the recurrence of the state, 7 x inner x state_dim as in Megatron-LM (num_floating_point_operations
+      of megatron/training/training.py): decay, outer product, sum and product with C, however the
+      kernel computes them;
+    - `*`: scores and their product with the values, 2 x 2 x heads x kv_channels for each key that a token
+      sees; under the causal mask that is half of the sequence on average.
+
+    Not counted: norms, activations, convolutions (under 1 %), recomputation.
+
+    Args:
+        seq_length: tokens of a sequence (packed: the mean over tokens of their sequence's length).
+    """
+    hidden = model.hidden_size
+    if layer == "M":
+        inner, conv = _mamba_widths(model)
+        projections = hidden * (inner + conv + model.mamba_num_heads) + inner * hidden
+        return 2 * projections + 7 * inner * model.mamba_state_dim
+    if layer == "*":
+        queries = model.num_attention_heads * model.kv_channels
+        keys_values = 2 * model.num_query_groups * model.kv_channels
+        return 2 * hidden * (2 * queries + keys_values) + 4 * queries * seq_length / 2
+    if layer == "-":
+        return 4 * hidden * model.ffn_hidden_size
+    projections = 2 * hidden * _expert_width(model) if model.moe_latent_size else 0
+    router, shared = hidden * model.num_moe_experts, 2 * hidden * model.moe_shared_expert_intermediate_size
+    return 2 * (router + projections + shared + model.moe_router_topk * _expert_parameters(model))
+
+
+def training_flops(model: Model, vocab_size: int, seq_length: float) -> float:
+    """Model FLOPs of training on one token: three times the forward pass, the backward pass having a
+    product for the gradient of the weights and one for that of the input.
+
+    The output layer counts once, and once more for each depth of multi-token prediction.
+    """
+    hidden = model.hidden_size
+    output = 2 * hidden * padded_vocab_size(model, vocab_size, 1)
+    forward = output + sum(layer_flops(model, layer, seq_length) for layer in model.hybrid_layer_pattern)
+    depth: float = 2 * 2 * hidden * hidden + output
+    depth += sum(layer_flops(model, layer, seq_length) for layer in model.mtp_hybrid_layer_pattern)
+    return 3 * (forward + model.mtp_num_layers * depth)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+@dataclass(frozen=True)
+class StaticMemory:
+    """Bytes that one process keeps from step to step."""
+
+    weights: float
+    gradients: float
+    main_weights: float  # fp32 copies that the optimizer updates
+    moments: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.main_weights + self.moments
+
+
+def static_memory(model: Model, vocab_size: int, parallel: Parallel) -> list[StaticMemory]:
+    """What a process of each pipeline stage keeps.
+
+    Gradients are fp32. Main weights and Adam's two moments are fp32 and divided by the distributed
+    optimizer among the processes that hold the same parameters; a model in fp32 has no main weights.
+    """
+    width = WEIGHT_BYTES[model.precision]
+    processes = parallel.world_size // parallel.pipeline_model_parallel_size
+    copies = parallel.data_parallel_size * parallel.context_parallel_size
+    expert_copies = processes // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
+    found = []
+    for stage in stage_parameters(model, vocab_size, parallel):
+        dense, expert = stage.dense_of_process(parallel), stage.expert_of_process(parallel)
+        optimized = dense / copies + expert / expert_copies
+        found.append(
+            StaticMemory(
+                weights=width * (dense + expert),
+                gradients=4 * (dense + expert),
+                main_weights=4 * optimized if model.precision == "bf16" else 0,
+                moments=8 * optimized,
+            )
+        )
+    return found
+
+
+# ----------------------------------------------------------------------------------------- widths
+
+
+def _mamba_widths(model: Model) -> tuple[int, int]:
+    """Channels of x (and of z), and of x, B and C together."""
+    inner = model.mamba_num_heads * model.mamba_head_dim
+    return inner, inner + 2 * model.mamba_num_groups * model.mamba_state_dim
+
+
+def _expert_width(model: Model) -> int:
+    return model.moe_latent_size or model.hidden_size
+
+
+def _expert_parameters(model: Model) -> int:
+    return 2 * _expert_width(model) * model.moe_ffn_hidden_size
+
+
+def _sum(parameters: Iterable[Parameters]) -> Parameters:
+    return sum(parameters, Parameters())

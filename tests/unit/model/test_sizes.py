@@ -1,0 +1,190 @@
+"""Sizes against models that megatron-core builds, published numbers, and sums by hand."""
+
+import json
+import os
+import subprocess
+import sys
+
+from snaketron import sizes
+from snaketron.config import Model, Parallel
+from tests.conftest import REPOSITORY
+from tests.unit.model.built_sizes import LAYOUTS, VOCABULARY
+
+import pytest
+
+SUPER = Model(
+    hybrid_layer_pattern="MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+    hidden_size=4096,
+    num_attention_heads=32,
+    num_query_groups=2,
+    kv_channels=128,
+    mamba_num_heads=128,
+    mamba_head_dim=64,
+    mamba_num_groups=8,
+    mamba_state_dim=128,
+    num_moe_experts=512,
+    moe_router_topk=22,
+    moe_ffn_hidden_size=2688,
+    moe_latent_size=1024,
+    moe_shared_expert_intermediate_size=5376,
+    precision="bf16",
+)
+VOCABULARY_OF_SUPER = 131072
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [(1, "MEM*EME"), (2, "MEM*|EME"), (3, "MEM|*E|ME"), (7, "M|E|M|*|E|M|E")],
+)
+def test_pipeline_stages_are_even_and_the_first_ones_longer(stages, expected):
+    assert sizes.pipeline_pattern("MEM*EME", stages) == expected
+
+
+def test_more_stages_than_layers_is_an_error_that_names_both():
+    with pytest.raises(ValueError, match=r"'ME' has 2 layers.*pipeline_model_parallel_size 3"):
+        sizes.pipeline_pattern("ME", 3)
+
+
+def test_vocabulary_is_padded_for_every_tensor_parallel_rank():
+    model = Model(make_vocab_size_divisible_by=128)
+    assert sizes.padded_vocab_size(model, 2048, 1) == 2048
+    assert sizes.padded_vocab_size(model, 2049, 4) == 2176  # the same for each TP that divides 128, ...
+    assert sizes.padded_vocab_size(model, 2049, 3) == 2304  # ... and 6 * 384 for one that does not
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"mtp_num_layers": 0},
+        {"moe_latent_size": None, "hybrid_layer_pattern": "M-E*", "ffn_hidden_size": 96},
+        {"mtp_hybrid_layer_pattern": "M", "mtp_num_layers": 1, "mamba_num_groups": 4, "hidden_size": 64},
+        {"hybrid_layer_pattern": "EE", "num_moe_experts": 5, "make_vocab_size_divisible_by": 7},
+    ],
+)
+def test_a_model_has_the_parameters_that_are_predicted(build, keys):
+    built = build(vocab_size=VOCABULARY, **keys)
+    expected = sizes.num_parameters(Model(**keys), VOCABULARY)
+    assert sum(p.numel() for p in built.parameters()) == expected.total
+    experts = sum(p.numel() for name, p in built.named_parameters() if ".experts." in name)
+    assert experts == expected.expert
+
+
+def test_each_process_of_a_layout_holds_what_is_predicted():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.unit.model.built_sizes"],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for layout, keys in LAYOUTS.items():
+        parallel = Parallel(**keys)
+        stages = sizes.stage_parameters(Model(), VOCABULARY, parallel)
+        for rank, numbers in enumerate(found[layout]):
+            # With two stages the second process is the second stage; otherwise both hold the same amount.
+            stage = stages[rank % len(stages)]
+            expected = [stage.dense_of_process(parallel), stage.expert_of_process(parallel)]
+            assert numbers == expected, (layout, rank)
+
+
+def test_parameters_of_nemotron_3_super_are_the_published_ones():
+    # The Hugging Face checkpoint has 123,611,033,088 elements, multi-token prediction included; 41 routers
+    # (40 layers and the block of multi-token prediction) keep a bias of 512 experts that is no parameter.
+    total = sizes.num_parameters(SUPER, VOCABULARY_OF_SUPER).total
+    assert total + 41 * 512 == 123_611_033_088
+    # "120.6B" without multi-token prediction, "12.7B active".
+    assert total - sizes.mtp_parameters(SUPER).total == 120_668_687_360
+    assert sizes.num_active_parameters(SUPER, VOCABULARY_OF_SUPER) == 12_770_216_960
+
+
+HAND = Model(
+    hidden_size=10,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=3,
+    ffn_hidden_size=7,
+    mamba_num_heads=2,
+    mamba_head_dim=4,
+    mamba_num_groups=1,
+    mamba_state_dim=5,
+    num_moe_experts=6,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=9,
+    moe_latent_size=8,
+    moe_shared_expert_intermediate_size=11,
+    make_vocab_size_divisible_by=16,
+)
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        # in_proj 10 -> z 8, x 8, B 5, C 5, dt 2; out_proj 8 -> 10; state of 8 x 5 numbers
+        ("M", 2 * (10 * 28 + 8 * 10) + 7 * 8 * 5),
+        # query 12, key 6, value 6; output 12 -> 10; 50 of 100 keys, two products of width 12
+        ("*", 2 * (10 * 24 + 12 * 10) + 2 * 2 * 12 * 50),
+        ("-", 2 * (10 * 7 + 7 * 10)),
+        # router to 6, latent 10 -> 8 -> 10, two experts 8 -> 9 -> 8, shared 10 -> 11 -> 10
+        ("E", 2 * (10 * 6 + 2 * 10 * 8 + 2 * 2 * 8 * 9 + 2 * 10 * 11)),
+    ],
+)
+def test_flops_of_a_layer_by_hand(layer, expected):
+    assert sizes.layer_flops(HAND, layer, 100) == expected
+
+
+def test_flops_of_training_by_hand():
+    # Two layers, an output layer of 32 rows, and twice: the joining projection 20 -> 10, a layer, the output.
+    model = HAND.model_copy(
+        update={"hybrid_layer_pattern": "M-", "mtp_hybrid_layer_pattern": "-", "mtp_num_layers": 2}
+    )
+    mamba, mlp, output = 2 * (10 * 28 + 8 * 10) + 7 * 8 * 5, 280, 2 * 10 * 32
+    forward = mamba + mlp + output + 2 * (2 * 20 * 10 + mlp + output)
+    assert sizes.training_flops(model, 30, 100) == 3 * forward
+
+
+def test_memory_by_hand():
+    # One MLP layer: 2 x 10 x 7 weights and a norm of 10; embedding and output of 16 rows, a final norm.
+    keys = {"hybrid_layer_pattern": "-", "mtp_num_layers": 0, "precision": "bf16"}
+    model = HAND.model_copy(update=keys)
+    sharded, replicated = 140 + 2 * 160, 20
+    parallel = Parallel(tensor_model_parallel_size=2, data_parallel_size=2)
+    (found,) = sizes.static_memory(model, 16, parallel)
+    mine = sharded / 2 + replicated
+    assert found == sizes.StaticMemory(
+        weights=2 * mine, gradients=4 * mine, main_weights=4 * mine / 2, moments=8 * mine / 2
+    )
+    assert found.total == 12 * mine
+
+
+def test_memory_of_experts_is_divided_by_their_own_copies():
+    # Eight processes, experts over four of them: two copies of each expert, eight of all else.
+    keys = {"hybrid_layer_pattern": "E", "mtp_num_layers": 0, "precision": "bf16", "num_moe_experts": 8}
+    model = HAND.model_copy(update=keys)
+    parallel = Parallel(data_parallel_size=8, expert_model_parallel_size=4)
+    (found,) = sizes.static_memory(model, 16, parallel)
+    experts = 2 * 2 * 8 * 9  # two of the eight
+    dense = 10 * 8 + 2 * 10 * 8 + 2 * 10 * 11 + 10 + 2 * 160 + 10
+    assert found.weights == 2 * (experts + dense)
+    assert found.moments == 8 * (experts / 2 + dense / 8)
+
+
+def test_a_model_in_fp32_has_no_main_weights():
+    (found,) = sizes.static_memory(Model(), 512, Parallel())
+    assert (found.main_weights, found.weights) == (0, found.gradients)
+
+
+def test_the_last_stage_holds_a_copy_of_the_embedding_for_multi_token_prediction():
+    two = Parallel(pipeline_model_parallel_size=2)
+    table = 512 * 128
+    for depths, copies in ((0, 1), (1, 2)):
+        model = Model(mtp_num_layers=depths, hybrid_layer_pattern="--", mtp_hybrid_layer_pattern="-")
+        mlp = sizes.layer_parameters(model, "-").total
+        block = depths * (2 * 128 * 128 + 3 * 128 + mlp)
+        first, last = (stage.total for stage in sizes.stage_parameters(model, 512, two))
+        assert first == mlp + table
+        assert last == mlp + 128 + block + copies * table
