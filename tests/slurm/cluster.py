@@ -1,35 +1,50 @@
 """A real Slurm on this machine: python -m tests.slurm.cluster DIRECTORY
 
-munged, slurmctld and two slurmd run as the calling user with everything they write in DIRECTORY: no
-systemd, no cgroups, nothing in /etc. `ready` is printed when both nodes are idle, else what went wrong.
+munged, MariaDB, slurmdbd, slurmctld and two slurmd run as the calling user with everything they write in
+DIRECTORY: no systemd, no cgroups, nothing in /etc. `ready` is printed when both nodes are idle, else what
+went wrong. Then each line of standard input is a request, answered by `done` or what went wrong:
+
+    kill node2     the node loses its slurmd by SIGKILL; what its jobs run lives on
+    start node2    and gets it back, which is done when the node takes jobs again
+
 All is stopped when standard input ends, as it does when the process at its other end is killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import pwd
+import re
 import secrets
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import psutil
 
-DAEMONS = ("munged", "slurmctld", "slurmd")
+DAEMONS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd")
 CLIENTS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo", "sacct", "sacctmgr", "sshare")
+PACKAGES = ("slurm-wlm", "slurmdbd", "mariadb-server", "munge")  # Debian's
 NODES = ("node1", "node2")
+CPUS = 8  # of a node, as are these
+MEMORY = 16_000  # MB
+GPUS = 2
 PARTITION = "tests"
+ACCOUNT = "tests"
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
-SECONDS_TO_START = 30
+SECONDS_TO_WAIT = 30
 
-# CPUs and memory are declared, whatever the machine has. There is no default partition, and none of
+# CPUs, memory and GPUs are declared, whatever the machine has. There is no default partition, and none of
 # the name in profiles/slurm: a job runs only if it asks for the one that the tests name.
 SLURM_CONF = """
 ClusterName=tests
@@ -37,7 +52,8 @@ SlurmctldHost={host}({address})
 SlurmctldPort={controller_port}
 SlurmUser={user}
 SlurmdUser={user}
-AuthInfo=socket={directory}/munge.socket
+# a requeued job waits until its credential has expired: 120 s if not said
+AuthInfo=socket={directory}/munge.socket,cred_expire=5
 # bind to the address of the host name, which is loopback where it resolves so, and not to all
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation={directory}/state
@@ -49,18 +65,56 @@ MailProg=/bin/true
 ProctrackType=proctrack/linuxproc
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
+DefMemPerCPU=1000
+GresTypes=gpu
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1
+# seconds that squeue shows a finished job
+MinJobAge=3600
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost={address}
+AccountingStoragePort={accounting_port}
+AccountingStoragePass={directory}/munge.socket
+AccountingStorageTRES=gres/gpu
+AccountingStoreFlags=job_comment,job_env,job_script
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=1
+# A node without its slurmd is DOWN after the first, and a message to it lost after the second: about 20 s
+# together. Then its jobs are requeued. It may come back.
+SlurmdTimeout=10
+MessageTimeout=5
+JobRequeue=1
 ReturnToService=2
-# seconds that squeue shows a finished job: how its end is seen without accounting
-MinJobAge=300
-PartitionName={partition} Nodes=ALL MaxTime=INFINITE State=UP
+# seconds from SIGTERM to SIGKILL
+KillWait=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName={partition} Nodes=ALL MaxTime=INFINITE PriorityTier=5 PreemptMode=OFF
+PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=3
+PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF
 """
-NODE_CONF = "NodeName={node} NodeHostname={host} NodeAddr={address} Port={port} CPUs=2 RealMemory=8000\n"
+NODE_CONF = (
+    "NodeName={node} NodeHostname={host} NodeAddr={address} Port={port} "
+    f"CPUs={CPUS} RealMemory={MEMORY} Gres=gpu:{GPUS}\n"
+)
+# The database knows the calling user by its socket: there is no password.
+SLURMDBD_CONF = """
+AuthInfo=socket={directory}/munge.socket
+DbdHost={host}
+DbdAddr={address}
+DbdPort={accounting_port}
+CommunicationParameters=NoInAddrAny
+SlurmUser={user}
+PidFile={directory}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser={user}
+StorageLoc=slurm
+"""
 
 
-class CannotStart(Exception):
-    """Slurm is here and did not come up."""
+class Failed(Exception):
+    """Slurm is here and did not do what it should."""
 
 
 def find(command: str) -> str | None:
@@ -85,24 +139,29 @@ def configure(directory: Path) -> None:
     try:
         address = socket.gethostbyname(host)
     except OSError:
-        raise CannotStart(f"the host name {host} has no address; add it to /etc/hosts") from None
-    controller_port, *ports = free_ports(1 + len(NODES))
-    text = SLURM_CONF.format(
-        host=host,
-        address=address,
-        controller_port=controller_port,
-        user=pwd.getpwuid(os.getuid()).pw_name,
-        directory=directory,
-        partition=PARTITION,
-    )
+        raise Failed(f"the host name {host} has no address; add it to /etc/hosts") from None
+    controller_port, accounting_port, *ports = free_ports(2 + len(NODES))
+    names = {
+        "host": host,
+        "address": address,
+        "controller_port": controller_port,
+        "accounting_port": accounting_port,
+        "user": user(),
+        "directory": directory,
+        "partition": PARTITION,
+    }
+    text = SLURM_CONF.format(**names)
     for node, port in zip(NODES, ports, strict=True):
         text += NODE_CONF.format(node=node, host=host, address=address, port=port)
     (directory / "slurm.conf").write_text(text)
     (directory / "plugstack.conf").touch()  # the distribution's names a directory in /etc
     (directory / "state").mkdir()
-    key = directory / "munge.key"
-    key.write_bytes(secrets.token_bytes(128))
-    key.chmod(0o400)
+    # A GPU is a character device to Slurm, and one of its own.
+    for number in range(GPUS):
+        (directory / f"gpu{number}").symlink_to("/dev/null")
+    (directory / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={directory}/gpu[0-{GPUS - 1}]\n")
+    write_private(directory / "slurmdbd.conf", SLURMDBD_CONF.format(**names).encode())
+    write_private(directory / "munge.key", secrets.token_bytes(128))
     # The executor removes every SLURM_* variable before a rule runs, so the clients say it themselves.
     clients = directory / "bin"
     clients.mkdir()
@@ -112,57 +171,156 @@ def configure(directory: Path) -> None:
         script.chmod(0o755)
 
 
-def start(directory: Path) -> None:
-    # --force: the socket's directory may be closed to other users, as pytest's are.
-    munged = ["--foreground", "--force", f"--socket={directory}/munge.socket"]
-    munged += [f"--{kind}-file={directory}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
-    daemons = [daemon(directory, "munged", "munged", *munged)]
-    wait_for((directory / "munge.socket").exists, daemons, directory)
-    daemons.append(daemon(directory, "slurmctld", "slurmctld", "-D"))
-    daemons += [daemon(directory, f"slurmd.{node}", "slurmd", "-D", "-N", node) for node in NODES]
-    sinfo = [str(directory / "bin/sinfo"), "--noheader", "--Node", "--format=%T"]
-    idle = "idle\n" * len(NODES)
-    wait_for(lambda: subprocess.run(sinfo, capture_output=True, text=True).stdout == idle, daemons, directory)
+def user() -> str:
+    return pwd.getpwuid(os.getuid()).pw_name
 
 
-def daemon(directory: Path, name: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
-    with (directory / f"{name}.log").open("wb") as log:
-        return subprocess.Popen(
-            [find(command) or command, *arguments],
-            env=os.environ | {"SLURM_CONF": f"{directory}/slurm.conf"},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+def write_private(path: Path, content: bytes) -> None:
+    path.touch(mode=0o600)
+    path.write_bytes(content)
+
+
+@dataclass
+class Cluster:
+    """The daemons that run in a directory which is configured."""
+
+    directory: Path
+    daemons: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+
+    def start(self) -> None:
+        # --force: the socket's directory may be closed to other users, as pytest's are.
+        munged = ["--foreground", "--force", f"--socket={self.directory}/munge.socket"]
+        munged += [f"--{kind}-file={self.directory}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
+        self.daemon("munged", "munged", *munged)
+        database = ["--no-defaults", f"--user={user()}", f"--datadir={self.directory}/database"]
+        database += ["--innodb-log-file-size=8M"]  # it is written whole: 100 MB if not said
+        self.run("mariadb-install-db", *database, "--skip-test-db")
+        self.daemon(
+            "mariadbd", "mariadbd", *database, "--skip-networking", f"--socket={self.database_socket}"
         )
+        self.wait_for(lambda: self.database_socket.exists() and (self.directory / "munge.socket").exists())
+        self.daemon("slurmdbd", "slurmdbd", "-D")
+        self.wait_for(lambda: not self.run("sacctmgr", "show", "cluster", check=False).returncode)
+        for what in (["cluster", "tests"], ["account", ACCOUNT], ["user", user(), f"account={ACCOUNT}"]):
+            self.run("sacctmgr", "--immediate", "add", *what)
+        self.daemon("slurmctld", "slurmctld", "-D")
+        for node in NODES:
+            self.daemon(node, "slurmd", "-D", "-N", node)
+        self.wait_for(lambda: all(self.state(node) == "idle" for node in NODES))
 
+    def obey(self, request: str) -> None:
+        match request.split():
+            case ["kill", node] if node in NODES and node in self.daemons:
+                process = self.daemons.pop(node)
+                process.kill()
+                process.wait()
+            case ["start", node] if node in NODES and node not in self.daemons:
+                # What a requeued job left here is killed when slurmd registers. The same job, if sent before
+                # this is over, would fail ("Job credential revoked") or could not be killed any more.
+                self.run("scontrol", "update", f"node={node}", "state=drain", "reason=starting")
+                now = datetime.now().replace(microsecond=0)
+                self.daemon(node, "slurmd", "-D", "-N", node)
+                self.wait_for(lambda: self.registered(node) >= now and not self.left_behind(node))
+                time.sleep(1)  # the resolution of a revocation
+                self.run("scontrol", "update", f"node={node}", "state=resume")
+                self.wait_for(lambda: self.state(node).isalpha() and self.state(node) != "down")
+            case _:
+                raise Failed(f"cannot {request}")
 
-def wait_for(reached: Callable[[], bool], daemons: list[subprocess.Popen[bytes]], directory: Path) -> None:
-    deadline = time.monotonic() + SECONDS_TO_START
-    while not reached():
-        if time.monotonic() > deadline or any(one.poll() is not None for one in daemons):
-            logs = sorted(directory.glob("*.log"))
-            said = "\n".join(f"{log.name}: {log.read_text(errors='replace')[-800:]}" for log in logs)
-            raise CannotStart(f"the daemons ended or are not idle after {SECONDS_TO_START} s\n{said}")
-        time.sleep(0.1)
+    def state(self, node: str) -> str:
+        """As `idle`, `mixed` or `down*`."""
+        sinfo = ["sinfo", f"--nodes={node}", f"--partition={PARTITION}", "--noheader", "--format=%T"]
+        return self.run(*sinfo, check=False).stdout.strip()
+
+    def registered(self, node: str) -> datetime:
+        """When the daemon started that the controller knows of."""
+        said = self.run("scontrol", "show", "node", node).stdout
+        found = re.search(r"SlurmdStartTime=(\d\S+)", said)
+        return datetime.fromisoformat(found[1]) if found else datetime.min
+
+    def left_behind(self, node: str) -> set[str]:
+        """Jobs with a step on the node that should not run there. A step listens at `node1_7.0`."""
+        squeue = ["squeue", "--noheader", f"--nodelist={node}", "--states=running", "--format=%A"]
+        steps = f"{self.directory}/spool.{node}/{node}_"
+        sockets = [str(one.laddr) for one in psutil.net_connections("unix")]
+        jobs = {path.removeprefix(steps).split(".")[0] for path in sockets if path.startswith(steps)}
+        return jobs - set(self.run(*squeue).stdout.split())
+
+    @property
+    def database_socket(self) -> Path:
+        return self.directory / "database.socket"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {
+            "SLURM_CONF": f"{self.directory}/slurm.conf",
+            "MYSQL_UNIX_PORT": str(self.database_socket),  # slurmdbd has no option for it
+        }
+
+    def daemon(self, name: str, command: str, *arguments: str) -> None:
+        with (self.directory / f"{name}.log").open("a") as log:
+            self.daemons[name] = subprocess.Popen(
+                [find(command) or command, *arguments],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+
+    def run(self, command: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [find(command) or command, *arguments], env=self.environment, capture_output=True, text=True
+        )
+        if check and done.returncode:
+            raise Failed(f"{command} {' '.join(arguments)}: {done.stdout}{done.stderr}")
+        return done
+
+    def wait_for(self, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SECONDS_TO_WAIT
+        while not reached():
+            ended = [name for name, process in self.daemons.items() if process.poll() is not None]
+            if ended or time.monotonic() > deadline:
+                logs = sorted(self.directory.glob("*.log"))
+                said = "\n".join(f"{log.name}: {log.read_text(errors='replace')[-800:]}" for log in logs)
+                why = f"{', '.join(ended)} ended" if ended else f"not reached in {SECONDS_TO_WAIT} s"
+                raise Failed(f"{why}\n{said}")
+            time.sleep(0.05)
+
+    def requests(self) -> Iterator[str]:
+        """The lines of standard input. Meanwhile orphans of the daemons, our children, leave no zombies."""
+        while True:
+            if select.select([sys.stdin], [], [], 1)[0]:
+                if not (line := sys.stdin.readline()):
+                    return
+                yield line.strip()
+            daemons = {process.pid for process in self.daemons.values()}
+            for child in psutil.Process().children():
+                if child.pid not in daemons:
+                    os.waitpid(child.pid, os.WNOHANG)
 
 
 def stop() -> None:
     """Kill the daemons and what their jobs left; orphans among them have become our children."""
     while everyone := psutil.Process().children(recursive=True):
         for process in everyone:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(everyone, timeout=1)
 
 
 def main(directory: Path) -> int:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    cluster = Cluster(directory)
     try:
         configure(directory)
-        start(directory)
+        cluster.start()
         print("ready", flush=True)
-        sys.stdin.read()
-    except CannotStart as error:
+        for request in cluster.requests():
+            cluster.obey(request)
+            print("done", flush=True)
+    except Failed as error:
         print(error, flush=True)
         return 1
     finally:

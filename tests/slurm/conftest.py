@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,20 +18,51 @@ from tests.slurm import cluster
 import pytest
 
 # What a user changes for a site: the names, and what a job gets.
-SITE = (f"slurm_partition={cluster.PARTITION}", "slurm_account=tests", "runtime=5", "mem_mb=1000")
+SITE = (
+    f"slurm_partition={cluster.PARTITION}",
+    f"slurm_account={cluster.ACCOUNT}",
+    "runtime=5",
+    "mem_mb=1000",
+)
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
 
 @dataclass
 class Job:
     """A line of squeue."""
 
+    id: int
     state: str
+    reason: str  # why it is pending
+    restarts: int
+    exit_code: int  # or minus the number of a signal
     partition: str
     account: str
+    nodes: str  # as `node[1-2]`
     cpus: int
     memory: str
+    gres: str  # of each node, as `gres:gpu:2`
     rule: str
     directory: Path
+
+
+# The columns that these are. Job.rule is the start of the comment, where the executor puts it.
+COLUMNS = (
+    *("JobID", "State", "Reason", "RestartCnt", "exit_code", "Partition", "Account", "NodeList"),
+    *("NumCPUs", "MinMemory", "tres-per-node", "Comment", "WorkDir"),
+)
+
+
+@dataclass
+class Running:
+    """A Snakemake that has not ended yet, and the file that it writes to."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def result(self, seconds: float = 300) -> Result:
+        """What it did, once it has ended."""
+        return Result(self.process.wait(timeout=seconds), self.log.read_text())
 
 
 @dataclass
@@ -36,34 +70,124 @@ class Slurm:
     """A running cluster."""
 
     path: Path
+    process: subprocess.Popen[str]
 
-    def run(self, workspace: Workspace, *targets: str) -> Result:
-        """Make `targets` with the profile that ships, as a user of this site would."""
-        environment = {"PATH": f"{self.path / 'bin'}:{os.environ['PATH']}"}
+    def environment(self) -> dict[str, str]:
+        """What a process needs to find this cluster."""
+        environment = os.environ | {"PATH": f"{self.path / 'bin'}:{os.environ['PATH']}"}
         if sys.dont_write_bytecode:  # two Snakemakes start in each job, and would compile all they import
             environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{self.path}/compiled"}
-        return Submitting(workspace.path, workspace.overlays).snakemake(*targets, environment=environment)
+        return environment
+
+    def run(self, workspace: Workspace, *targets: str, config: tuple[str, ...] = ()) -> Result:
+        """Make `targets` with the profile that ships, as a user of this site would."""
+        submitting = Submitting(workspace.path, workspace.overlays)
+        return submitting.snakemake(*targets, config=config, environment=self.environment())
+
+    @contextlib.contextmanager
+    def start(self, workspace: Workspace, *targets: str, config: tuple[str, ...] = ()) -> Iterator[Running]:
+        """Begin to make `targets`, for something to happen meanwhile; at the end nothing of it is left."""
+        log = workspace.path / "submitting.log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                Submitting(workspace.path, workspace.overlays).command(*targets, config=config),
+                cwd=workspace.path,
+                env=self.environment() | {"PYTHONUNBUFFERED": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            yield Running(process, log)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            self.scancel(*(str(job.id) for job in self.jobs(workspace) if job.state not in ENDED))
 
     def jobs(self, workspace: Workspace) -> list[Job]:
-        """What Slurm knows of the jobs of a workspace. The executor puts the rule in the comment."""
-        squeue = [self.path / "bin/squeue", "--noheader", "--states=all", "--format=%T|%P|%a|%C|%m|%k|%Z"]
-        lines = subprocess.run(squeue, check=True, capture_output=True, text=True).stdout.splitlines()
+        """The jobs of a workspace, ended ones too, each once: a requeued job is the same job.
+
+        squeue knows at once what happens, and how often a job was requeued; sacct knows neither.
+        """
+        columns = ",".join(f"{column}:|" for column in COLUMNS)
         found = []
-        for state, partition, account, cpus, memory, comment, directory in (
-            line.split("|") for line in lines
-        ):
-            rule = comment.removeprefix("rule_").split("_wildcards_")[0]
-            found.append(Job(state, partition, account, int(cpus), memory, rule, Path(directory)))
+        for line in self.call("squeue", "--noheader", "--states=all", f"--Format={columns}").splitlines():
+            values = ["" if value in ("N/A", "(null)") else value for value in line.split("|")]
+            job_id, state, reason, restarts, status, partition, account, nodes, *values = values
+            cpus, memory, gres, comment, directory, _ = values
+            found.append(
+                Job(
+                    id=int(job_id),
+                    state=state,
+                    reason=reason,
+                    restarts=int(restarts),
+                    exit_code=os.waitstatus_to_exitcode(int(status)),
+                    partition=partition,
+                    account=account,
+                    nodes=nodes,
+                    cpus=int(cpus),
+                    memory=memory,
+                    gres=gres,
+                    rule=comment.removeprefix("rule_").split("_wildcards_")[0],
+                    directory=Path(directory),
+                )
+            )
         return [job for job in found if job.directory == workspace.path]
+
+    def accounting(self, *arguments: str, columns: tuple[str, ...]) -> list[dict[str, str]]:
+        """Lines of sacct, one for a job and for each of its steps. It hears of events with a delay."""
+        said = self.call("sacct", "--parsable2", "--noheader", f"--format={','.join(columns)}", *arguments)
+        return [dict(zip(columns, line.split("|"), strict=True)) for line in said.splitlines()]
+
+    def scontrol(self, *arguments: str) -> str:
+        return self.call("scontrol", *arguments)
+
+    def scancel(self, *arguments: str) -> None:
+        if arguments:
+            self.call("scancel", *arguments)
+
+    def call(self, command: str, *arguments: str) -> str:
+        """What a command of Slurm prints."""
+        done = subprocess.run(
+            [command, *arguments], env=self.environment(), capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, f"{command} {' '.join(arguments)}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def kill_node(self, node: str) -> None:
+        """SIGKILL the slurmd of `node`; what its jobs run lives on until Slurm gives them up."""
+        self.ask(f"kill {node}")
+
+    def start_node(self, node: str) -> None:
+        """Start it again, and wait until the node takes jobs."""
+        self.ask(f"start {node}")
+
+    def ask(self, request: str) -> None:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(f"{request}\n")
+        self.process.stdin.flush()
+        if (said := self.process.stdout.readline()) != "done\n":
+            pytest.fail(f"Slurm failed to {request}: {said}{self.process.stdout.read()}")
+
+
+def wait_for[T](condition: Callable[[], T], seconds: float = 60) -> T:
+    """What `condition` returns, as soon as it is true."""
+    deadline = time.monotonic() + seconds
+    while not (reached := condition()):
+        assert time.monotonic() < deadline, f"still not so after {seconds} s"
+        time.sleep(0.2)
+    return reached
 
 
 class Submitting(Workspace):
     """A working directory whose jobs go to Slurm."""
 
     def command(self, *arguments: str, config: tuple[str, ...] = ()) -> list[str]:
-        snakemake = [sys.executable, str(REPOSITORY / "tests/slurm/poll_often.py")]
-        command = [*snakemake, "--profile", "profiles/slurm", *arguments, "--default-resources", *SITE]
-        return [*command, "--slurm-init-seconds-before-status-checks", "1", "--configfile", *self.overlays]
+        command = [sys.executable, str(REPOSITORY / "tests/slurm/poll_often.py")]
+        command += ["--profile", "profiles/slurm", *arguments, "--default-resources", *SITE]
+        command += ["--slurm-init-seconds-before-status-checks", "1", "--configfile", *self.overlays]
+        return [*command, "--config", *config] if config else command
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +195,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """Two idle nodes. Where there can be none, the tests are skipped, or fail in CI."""
     give_up = pytest.fail if os.environ.get("CI") else pytest.skip
     if missing := cluster.not_installed():
-        give_up(f"Slurm is not installed: no {', '.join(missing)} (Debian: slurm-wlm, munge)")
+        packages = ", ".join(cluster.PACKAGES)
+        give_up(f"Slurm is not installed: no {', '.join(missing)} (Debian: {packages})")
     path = tmp_path_factory.mktemp("slurm")
     with subprocess.Popen(
         [sys.executable, "-m", "tests.slurm.cluster", str(path)],
@@ -84,7 +209,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         assert process.stdout
         if (said := process.stdout.readline()) != "ready\n":
             give_up(f"Slurm does not run here: {said}{process.stdout.read()}")
-        yield Slurm(path)
+        yield Slurm(path, process)
         process.terminate()  # a process that a test forked may hold our end of its input open
 
 
