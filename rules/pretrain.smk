@@ -17,13 +17,12 @@ rule pretrain:
         "<benchmarks>/pretrain/{phase}.tsv"
     threads: graph.threads("pretrain")
     resources:
-        launch=graph.launch("pretrain"),
-        run=graph.run("pretrain"),
+        **graph.training_resources("pretrain"),
     params:
         settings=graph.pretrain_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "{resources.launch} scripts/pretrain.py --blend {input.blend} --index {input.index}"
+        "python scripts/pretrain.py --blend {input.blend} --index {input.index}"
         " --tokenizer {params.tokenizer}"
         " --base {input.base} --settings {params.settings:q} --run-settings {resources.run:q}"
-        " --output {output} --log-file {log}"
+        " --output {output} --log-file {log} --attempt {resources.attempt}"

@@ -16,12 +16,11 @@ rule sft:
         "<benchmarks>/sft.tsv"
     threads: graph.threads("sft")
     resources:
-        launch=graph.launch("sft"),
-        run=graph.run("sft"),
+        **graph.training_resources("sft"),
     params:
         settings=graph.sft_settings(),
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "{resources.launch} scripts/sft.py --blend {input.blend} --tokenizer {params.tokenizer}"
+        "python scripts/sft.py --blend {input.blend} --tokenizer {params.tokenizer}"
         " --base {input.base} --settings {params.settings:q} --run-settings {resources.run:q}"
-        " --output {output} --log-file {log}"
+        " --output {output} --log-file {log} --attempt {resources.attempt}"

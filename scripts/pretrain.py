@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from snaketron.log import run
-from snaketron.train.stage import Stage, argument_parser, exit_status
+from snaketron.train.stage import Stage, argument_parser, run_stage
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
             eval_samples=stage.run.eval_samples,
         )
 
-    return exit_status(stage, lambda: stage.train(make_batches, with_optimizer=True))
+    return run_stage(stage, lambda: stage.train(make_batches, with_optimizer=True))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from snaketron.files import write_text
 from snaketron.log import run
 from snaketron.summary import summarize
-from snaketron.train.stage import Stage, exit_status, parse_args
+from snaketron.train.launch import is_rank
+from snaketron.train.stage import Stage, parse_args, run_stage
 
 if TYPE_CHECKING:
     from snaketron.train.batches import SftBatches
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     stage = Stage(parse_args(__doc__, argv))
-    status = exit_status(stage, lambda: train(stage))
-    if not status and stage.rank == 0:
+    status = run_stage(stage, lambda: train(stage))
+    if status == 0 and not is_rank():
         summary = summarize(stage.output)
         write_text(stage.output / "summary.md", summary)
         print(summary)

@@ -393,6 +393,41 @@ class Parallel(Section):
         )
 
 
+class Cluster(Section):
+    """The nodes that trainings run on. The site's names (partition, account, limits) are the profile's."""
+
+    gpus_per_node: Count = key(0, "GPUs of a node, one process each; 0: trainings run on CPUs")
+    tasks_per_node: Positive | None = key(
+        None,
+        "processes of a training on a node; null: one for each GPU, or all on one node where there are none",
+    )
+    gpu_memory_gb: Annotated[float, Field(gt=0)] | None = key(
+        None,
+        "memory of a GPU (10^9 bytes); a training whose weights, gradients and optimizer alone need more is "
+        "an error of the dry-run; null: not checked",
+    )
+    container: str | None = key(
+        None, "image that the processes of a training run in (envs/); null: the environment of the workflow"
+    )
+    container_runtime: Literal["apptainer", "pyxis"] = key(
+        "apptainer", "what starts the image: `apptainer exec`, or srun's --container-image (pyxis and enroot)"
+    )
+    mounts: list[str] = key(
+        list,
+        "paths of the host that the image sees beside the working directory: `path` or `path:path_inside`",
+    )
+    cache_dir: str | None = key(
+        None,
+        "directory on a disk of each node for compiled kernels, kept from job to job; null: below $TMPDIR",
+    )
+    environment: dict[str, str] = key(
+        dict, "variables of the environment of a training's processes, over our defaults (docs/slurm.md)"
+    )
+    secrets_file: str | None = key(
+        None, "file of mode 600 with lines NAME=value, such as WANDB_API_KEY, for the trainings alone"
+    )
+
+
 # ------------------------------------------------------------------------------------------ training
 
 
@@ -419,6 +454,21 @@ class Run(Section):
     keep_checkpoints: Positive = key(2, "checkpoints kept while training; the newest ones")
     cpus_per_task: Positive = key(
         2, "CPU threads of a process; another number may change the last bits of a result"
+    )
+    mem_gb_per_task: Annotated[float, Field(gt=0)] = key(4, "memory of the node that a process needs, in GB")
+    stop_before_limit: Positive = key(
+        120, "seconds before a Slurm job's time limit at which it saves and hands over to the next job"
+    )
+    step_timeout: Positive = key(
+        1800,
+        "seconds without a step, a validation or a checkpoint after which the processes are taken to hang: "
+        "they are killed and started again. The first step may take minutes",
+    )
+    max_restarts: Count = key(
+        3, "starts in a row that may end without a new checkpoint before the training gives up"
+    )
+    tokens_per_second_per_gpu: Annotated[float, Field(gt=0)] | None = key(
+        None, "measured or expected throughput, from which a dry-run estimates the time; null: no estimate"
     )
     parallel: Parallel = key(Parallel, "how many processes share the model")
 
@@ -514,6 +564,7 @@ class Config(Section):
     curation: CurationData = key(CurationData, "what the curation of all corpora shares")
     pretrain_data: PretrainData = key(PretrainData, "from raw text to tokens")
     model: Model = key(Model, "the architecture")
+    cluster: Cluster = key(Cluster, "the nodes that trainings run on")
     pretrain: Pretrain = key(Pretrain, "pretraining")
     chats: list[ChatSource] = Field(default_factory=sample_chats, description="conversations for SFT")
     sft_data: SftData = key(SftData, "from conversations to packs")
@@ -532,6 +583,9 @@ class Config(Section):
             *_check_model(self.model),
             *_check_run("pretrain", self.pretrain, self.model),
             *_check_run("sft", self.sft, self.model),
+            *_check_nodes("pretrain", self.pretrain, self.cluster),
+            *_check_nodes("sft", self.sft, self.cluster),
+            *_check_environment(self.cluster),
             *_check_batches(self),
         ]
         if problems:
@@ -631,10 +685,15 @@ def _check_run(section: str, run: Pretrain | Sft, model: Model) -> list[str]:
         parallel.expert_tensor_parallel_size,
     )
     stages = parallel.pipeline_model_parallel_size
-    shared = ["num_attention_heads", "num_query_groups", "mamba_num_heads", "mamba_num_groups"]
+    shared = ["num_attention_heads", "mamba_num_heads", "mamba_num_groups"]
+    if model.num_query_groups >= tp:
+        shared.append("num_query_groups")
     problems = [
         _divides(f"model.{k}", getattr(model, k), f"{at}.tensor_model_parallel_size", tp) for k in shared
     ]
+    if model.num_query_groups < tp:  # each group is then on several processes
+        groups = model.num_query_groups
+        problems.append(_divides(f"{at}.tensor_model_parallel_size", tp, "model.num_query_groups", groups))
     problems += [
         _divides("model.num_moe_experts", model.num_moe_experts, f"{at}.expert_model_parallel_size", ep),
         _divides(
@@ -656,6 +715,34 @@ def _check_run(section: str, run: Pretrain | Sft, model: Model) -> list[str]:
         else "",
     ]
     return [p for p in problems if p]
+
+
+def _check_nodes(section: str, run: Pretrain | Sft, cluster: Cluster) -> list[str]:
+    """The processes of a training must fill its nodes."""
+    gpus, tasks = cluster.gpus_per_node, cluster.tasks_per_node
+    if gpus and tasks and tasks > gpus:
+        return [f"cluster.tasks_per_node {tasks} is more than cluster.gpus_per_node {gpus}: each needs a GPU"]
+    by = "tasks_per_node" if tasks else "gpus_per_node"
+    per_node, processes = tasks or gpus, run.parallel.world_size
+    if not per_node or processes <= per_node or processes % per_node == 0:
+        return []
+    return [
+        f"{section}.parallel: {processes} processes do not fill nodes of cluster.{by} {per_node}; "
+        f"{processes // per_node * per_node} or {-(-processes // per_node) * per_node} would"
+    ]
+
+
+# Names of variables that hold secrets. The configuration is copied beside checkpoints and to W&B.
+SECRET = re.compile(r"(?i)(_|^)(key|token|secret|password|passwd|credentials?)(_|$)")
+
+
+def _check_environment(cluster: Cluster) -> list[str]:
+    return [
+        f"cluster.environment.{name}: a secret does not belong in a configuration; set it in the environment "
+        "of the command, or name a file of mode 600 in cluster.secrets_file"
+        for name in cluster.environment
+        if SECRET.search(name)
+    ]
 
 
 def _check_batches(config: Config) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from snaketron.cluster import check_memory, layout, resources
 from snaketron.config import ChatSource, Config, Corpus
 from snaketron.curation_graph import CurationGraph
 from snaketron.settings import (
@@ -28,6 +29,7 @@ class Graph(CurationGraph):
     """
 
     def __init__(self, config: Config, configfiles: Iterable[str | Path] = ()) -> None:
+        check_memory(config)
         self.config = config
         self.corpora: dict[str, Corpus] = {c.name: c for c in config.corpora}
         self.chats: dict[str, ChatSource] = {c.name: c for c in config.chats}
@@ -176,19 +178,22 @@ class Graph(CurationGraph):
         return math.ceil(self._locked_file(wildcards).size / 1e6)
 
     def run(self, section: Literal["pretrain", "sft"]) -> str:
-        return run_settings(self.config, section).model_dump_json()
+        return run_settings(self.config, section).model_dump_json(exclude_defaults=True)
 
     def threads(self, section: str) -> int:
+        """CPUs of a training on a node, for `profiles/local`: capped there to those of the machine."""
         stage = getattr(self.config, section)
-        return stage.cpus_per_task * stage.parallel.world_size
+        return stage.cpus_per_task * layout(stage, self.config.cluster).tasks_per_node
 
-    def launch(self, section: str) -> str:
-        """The command that starts a training script on this machine."""
+    def training_resources(self, section: Literal["pretrain", "sft"]) -> dict[str, Any]:
+        """What a training asks Slurm for, and what else its command needs that does not define its result."""
         stage = getattr(self.config, section)
-        processes = stage.parallel.world_size
-        if processes == 1:
-            return "python"
-        return f"OMP_NUM_THREADS={stage.cpus_per_task} torchrun --standalone --nproc-per-node {processes}"
+        return resources(stage, self.config.cluster) | {"run": self.run(section), "attempt": attempt}
 
     def _locked_file(self, wildcards: Any) -> LockedFile:
         return self.lock.file(wildcards.source, wildcards.file)
+
+
+def attempt(_wildcards: Any, attempt: int) -> int:
+    """How often Snakemake has submitted a job, with this time."""
+    return attempt

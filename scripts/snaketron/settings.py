@@ -7,7 +7,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from snaketron.config import ChatSource, Config, Corpus, Model, Optimizer, Pretrain, Run, Section, Sft
+from snaketron.config import (
+    ChatSource,
+    Cluster,
+    Config,
+    Corpus,
+    Model,
+    Optimizer,
+    Pretrain,
+    Run,
+    Section,
+    Sft,
+)
 
 from pydantic import Field
 
@@ -43,6 +54,7 @@ class TrainSettings(Section):
 class RunSettings(Run):
     """How a training is run; none of it changes the result."""
 
+    cluster: Cluster = Field(default_factory=Cluster)
     tracking: Literal["off", "offline", "online"]
     num_samples: int = 0
     sample_tokens: int = 0
@@ -189,4 +201,4 @@ def run_settings(config: Config, section: Literal["pretrain", "sft"]) -> RunSett
     values = {name: getattr(run, name) for name in Run.model_fields}
     if isinstance(run, Sft):
         values |= {"num_samples": run.num_samples, "sample_tokens": run.sample_tokens}
-    return RunSettings(**values, tracking=config.tracking)
+    return RunSettings(**values, cluster=config.cluster, tracking=config.tracking)

@@ -121,6 +121,17 @@ OTHER: dict[str, Any] = {
     "pretrain.parallel.expert_tensor_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
     "sft.parallel.expert_model_parallel_size": ("sft.parallel.data_parallel_size", 2),
     "sft.parallel.expert_tensor_parallel_size": ("sft.parallel.data_parallel_size", 2),
+    "pretrain.tokens_per_second_per_gpu": 100.0,
+    "sft.tokens_per_second_per_gpu": 100.0,
+    "cluster.gpus_per_node": 8,
+    "cluster.tasks_per_node": 8,
+    "cluster.gpu_memory_gb": 80.0,
+    "cluster.container": "a.sif",
+    "cluster.container_runtime": "pyxis",
+    "cluster.mounts": ["/data"],
+    "cluster.cache_dir": "/scratch",
+    "cluster.environment": {"NCCL_DEBUG": "INFO"},
+    "cluster.secrets_file": "secrets",
 }
 # Identified by the files that they make.
 DATA = (
@@ -140,7 +151,7 @@ DATA = (
 def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         path = f"{prefix}{name}"
-        if isinstance(value, dict) and not path.startswith(DATA):
+        if isinstance(value, dict) and value and not path.startswith(DATA):
             yield from leaves(value, f"{path}.")
         else:
             yield path, value
@@ -166,7 +177,7 @@ def expected(path: str) -> set[str]:
     section, _, key = path.partition(".")
     if path == "seed" or section == "model":
         return {"pretrain", "sft"}
-    if path == "tracking":
+    if path == "tracking" or section == "cluster":
         return {"run pretrain", "run sft"}
     of_result = ("optimizer", "seq_length", "global_batch_size", "train_iters", "warmup", "decay")
     return {section} if key.startswith(of_result) else {f"run {section}"}

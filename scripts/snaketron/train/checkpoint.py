@@ -14,6 +14,7 @@ from typing import Any
 import snaketron.model  # noqa: F401 - before megatron-core
 from snaketron.files import partial, writing
 from snaketron.log import UserError
+from snaketron.train.versions import LATEST, iteration_directory
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -22,25 +23,6 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
-
-LATEST = "latest_checkpointed_iteration.txt"
-
-
-def iteration_directory(directory: Path, iteration: int) -> Path:
-    return directory / f"iter_{iteration:07d}"
-
-
-def latest_iteration(directory: Path) -> int | None:
-    """Steps of the newest complete checkpoint below `directory`; None when there is none.
-
-    That is the one that LATEST names, or, when that was deleted because it could not be read, one before.
-    """
-    try:
-        latest = int((directory / LATEST).read_text())
-    except FileNotFoundError:
-        return None
-    there = [int(path.name.removeprefix("iter_")) for path in directory.glob("iter_*")]
-    return max((iteration for iteration in there if iteration <= latest), default=None)
 
 
 def save(

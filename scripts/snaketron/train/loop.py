@@ -15,8 +15,9 @@ from snaketron.model import backend
 from snaketron.model.initial import initialize_weights
 from snaketron.model.spec import DTYPES, build_model, transformer_config
 from snaketron.settings import RunSettings, TrainSettings
-from snaketron.train import checkpoint
+from snaketron.train import checkpoint, versions
 from snaketron.train.batches import Batch, Batches, Split
+from snaketron.train.heartbeat import Heartbeat
 from snaketron.train.metrics import Metrics, Progress
 from snaketron.train.schedule import build_schedule, seek
 
@@ -41,7 +42,6 @@ class Stopped(Exception):
 
     def __init__(self, iteration: int, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} after step {iteration}")
-        self.status = 128 + number
 
 
 @contextlib.contextmanager
@@ -137,7 +137,7 @@ class Trainer:
 
     def resume(self, directory: Path) -> bool:
         """Continue from the newest checkpoint of this version; False when there is none."""
-        iteration = checkpoint.latest_iteration(directory)
+        iteration = versions.latest_iteration(directory)
         if iteration is None:
             return False
         progress = checkpoint.load(directory, iteration, self.model, self.optimizer)
@@ -147,9 +147,9 @@ class Trainer:
 
     def start_from(self, base: Path, *, with_optimizer: bool) -> None:
         """Take the weights, and the optimizer's state if the curriculum goes on, of a finished checkpoint."""
-        iteration = checkpoint.latest_iteration(base)
+        iteration = versions.latest_iteration(base)
         if iteration is None:
-            raise UserError(f"{base}: no {checkpoint.LATEST} there; it is not a checkpoint")
+            raise UserError(f"{base}: no {versions.LATEST} there; it is not a checkpoint")
         checkpoint.load(base, iteration, self.model, self.optimizer if with_optimizer else None)
         if not with_optimizer:
             self.optimizer.reload_model_params()  # the optimizer's own copy of the weights
@@ -172,6 +172,8 @@ class Trainer:
         self.seconds = metrics.seconds
         tokens = self.settings.global_batch_size * self.settings.seq_length
         progress = Progress(self.settings.stage, self.settings.train_iters, tokens)
+        heartbeat = Heartbeat(directory, self.settings.train_iters, writer=is_writer())
+        heartbeat.beat(self.iteration)
         with self._signals():
             if self.iteration == 0:
                 after_start()
@@ -182,11 +184,14 @@ class Trainer:
                 self.seconds += time.monotonic() - began
                 if is_writer():
                     progress.show(self.iteration, self._mean_loss())
+                    heartbeat.beat(self.iteration, loss=self._mean_loss(), tokens_per_second=progress.speed)
                 self._after_step(batches, metrics, directory, grad_norm)
+                heartbeat.beat(self.iteration)  # a validation or a checkpoint may have taken its time
             if batches.has("test"):
                 metrics.write(iteration=self.iteration, test_loss=self.evaluate(batches, "test"))
 
     def _after_step(self, batches: Batches, metrics: Metrics, directory: Path, grad_norm: float) -> None:
+        versions.check_owner(directory)
         at_end = self.iteration == self.settings.train_iters
         if self.iteration % self.run.log_interval == 0 or at_end:
             metrics.write(**self._line(grad_norm))

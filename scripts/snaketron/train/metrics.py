@@ -70,19 +70,33 @@ class Progress:
         self.began: tuple[float, int] | None = None  # time and step of the first call
         self.shown = -math.inf
         self.terminal = sys.stderr.isatty()
+        self.speed: float | None = None  # tokens a second since the first call
 
     def show(self, done: int, loss: float) -> None:
         now = time.monotonic()
         self.began = self.began or (now, done)
         began, first = self.began
+        if done > first:
+            self.speed = self.tokens_per_step * (done - first) / (now - began)
         if done < self.total and now - self.shown < (0.2 if self.terminal else self.INTERVAL):
             return
         if done == first and done < self.total:
             return  # the first step is slower than the others, and says nothing about the time left
         self.shown = now
         seconds = (now - began) / max(1, done - first)
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - done)))
+        left = duration(seconds * (self.total - done))
         speed = self.tokens_per_step / seconds
         text = f"{self.stage}  step {done}/{self.total}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left"
         end = "\n" if done == self.total or not self.terminal else ""
         print(f"\r{text}\x1b[K" if self.terminal else text, end=end, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> duration(93784)
+    '26:03:04'
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02d}:{minutes:02d}:{seconds:02d}"

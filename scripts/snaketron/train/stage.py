@@ -17,7 +17,7 @@ from snaketron.files import sha256, to_json, writing
 from snaketron.log import UserError, log_to, logger
 from snaketron.settings import RunSettings, TrainSettings
 from snaketron.tracking import Tracker
-from snaketron.train import versions
+from snaketron.train import launch, versions
 from snaketron.train.metrics import Metrics
 
 import yaml
@@ -44,11 +44,13 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer directory")
     parser.add_argument("--base", type=Path, nargs="?", help="checkpoint to start from; none: random weights")
     parser.add_argument("--settings", required=True, help="JSON of TrainSettings: what is trained")
-    # No option may begin one of torchrun's, which would take it for its own (--run, --log).
     parser.add_argument("--run-settings", required=True, help="JSON of RunSettings: how it is run")
     parser.add_argument("--output", type=Path, required=True, help="link to make: <ckpt>/<stage>")
     parser.add_argument(
         "--log-file", type=Path, help="file for this attempt's log; the version keeps all of them"
+    )
+    parser.add_argument(
+        "--attempt", type=int, default=1, help="how often Snakemake has run this; later ones do not try again"
     )
     return parser
 
@@ -58,9 +60,11 @@ def parse_args(description: str | None, argv: list[str] | None) -> argparse.Name
 
 
 class Stage:
-    """One stage with its inputs identified and its version directory owned."""
+    """One stage with its inputs identified, in the supervisor and in each of its processes alike."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        if launch.is_rank():
+            launch.join()
         self.settings = _parse(TrainSettings, args.settings, "--settings")
         self.run = _parse(RunSettings, args.run_settings, "--run-settings")
         self.blend, self.base, self.output = args.blend, args.base, args.output
@@ -77,14 +81,13 @@ class Stage:
         identities = [i.get("sha256") or i["version"] for i in self.inputs]
         self.key = versions.version_key(self.settings.model_dump(), identities)
         self.directory = versions.version_directory(self.output, self.settings.stage, self.key)
-        if self.rank == 0:
-            self.owner = versions.own(self.directory)
+        self.attempt = args.attempt
         if not _is_last_rank():
             logger.setLevel(logging.WARNING)
             return
         log_to(self.directory / "train.log", "a")
         if args.log_file:
-            log_to(args.log_file, "w")
+            log_to(args.log_file, "a" if launch.is_rank() else "w")
 
     def _check_base(self) -> None:
         """The base must be the same architecture with the same tokenizer."""
@@ -148,9 +151,8 @@ class Stage:
                 batches = make_batches(self)
                 trainer.train(batches, self.directory, lambda: before(trainer, batches), tracker.log)
                 after(trainer, batches)
-            except Stopped as stopped:
-                logger.warning("%s: %s; run the same command again to continue", self.settings.stage, stopped)
-                return stopped.status
+            except Stopped:
+                return launch.SAVED
             seconds = trainer.seconds
         if self.rank == 0:
             self._finish(seconds)
@@ -158,9 +160,8 @@ class Stage:
         return 0
 
     def publish(self) -> None:
-        if self.rank == 0:
-            versions.publish(self.directory, self.output)
-            logger.info("%s: %s is %s", self.settings.stage, self.output, self.directory)
+        versions.publish(self.directory, self.output)
+        logger.info("%s: %s is %s", self.settings.stage, self.output, self.directory)
 
     def _write_config(self) -> None:
         with writing(self.directory / "config.yaml") as (temporary,):
@@ -179,9 +180,8 @@ class Stage:
 
     def _finish(self, seconds: float) -> None:
         """Write the record, which says that the version is complete."""
-        from snaketron.train import checkpoint
 
-        final = checkpoint.iteration_directory(self.directory, self.settings.train_iters)
+        final = versions.iteration_directory(self.directory, self.settings.train_iters)
         lines = Metrics.read(self.directory / "metrics.jsonl")
         valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
         record = lineage.record(
@@ -225,11 +225,14 @@ def _is_last_rank() -> bool:
     return int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
 
 
-def exit_status(stage: Stage, train: Callable[[], Any]) -> int:
-    """Run `train` unless the version is finished already; then publish."""
-    if stage.is_finished:
-        logger.info("%s: these settings were trained before: %s", stage.settings.stage, stage.directory)
-    elif status := train():
-        return int(status)
-    stage.publish()
-    return 0
+def run_stage(stage: Stage, train: Callable[[], int]) -> int:
+    """Supervise the training and publish it, or `train` as one of its processes; the exit status."""
+    if launch.is_rank():
+        with launch.telling(stage.directory):
+            return train()
+    status = launch.supervise(
+        stage.settings.stage, stage.directory, stage.run, lambda: stage.is_finished, attempt=stage.attempt
+    )
+    if status == 0:
+        stage.publish()
+    return status

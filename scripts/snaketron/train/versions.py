@@ -11,16 +11,22 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from snaketron import lineage
-from snaketron.files import partial, sha256_of
-from snaketron.log import UserError
+from snaketron import lineage, slurm
+from snaketron.files import partial, read_json, sha256_of, write_json
+from snaketron.log import UserError, logger
 
 RECORD = "record.json"
+LATEST = "latest_checkpointed_iteration.txt"
+OWNER = "owner.json"
+TOKEN = "TRAINING_TOKEN"  # variable of the environment of a training's processes: what OWNER must hold
+PATIENCE_S = 60  # for the processes of a dead supervisor to save and end
 
 
 def version_key(settings: dict[str, Any], inputs: list[str]) -> str:
@@ -36,26 +42,112 @@ def version_directory(output: Path, stage: str, key: str) -> Path:
     return root / "versions" / f"{stage.replace('/', '_')}-{key}"
 
 
-def own(directory: Path) -> TextIO:
-    """Own a version until this process ends; `UserError` if another process does.
+class Owner:
+    """A version that this process owns until it, and every process that inherited `file`, has ended."""
 
-    The lock is the kernel's, so a killed process does not leave it behind.
+    def __init__(self, directory: Path, file: TextIO, token: str) -> None:
+        self.directory, self.file, self.token = directory, file, token
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> Owner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def own(directory: Path) -> Owner:
+    """Own a version; `UserError` if another training does.
+
+    The lock is the kernel's, so a killed process does not leave it behind. A holder that Slurm says is over
+    (its node was lost, say, and the job runs again elsewhere) or whose supervisor is dead is taken over: the
+    new token in OWNER ends its processes at their next write (`check_owner`).
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file = (directory / "owner").open("a+")
+    file = (directory / "lock").open("a")
+    locked = _lock(file)
+    if not locked and (holder := _holder(directory)) and not _is_gone(holder):
+        file.close()
+        raise UserError(
+            f"{directory}: {_describe(holder)} is training here (a job that outlived its Snakemake?); wait "
+            "until it ends, or stop it, and run the same command again"
+        )
+    owner = Owner(directory, file, secrets.token_hex(8))
+    write_json(
+        directory / OWNER,
+        {
+            "token": owner.token,
+            "process": os.getpid(),
+            "host": platform.node(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        },
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    while not locked and time.monotonic() < deadline:
+        time.sleep(0.2)
+        locked = _lock(file)
+    if not locked:
+        logger.warning("%s: an earlier training has not let go of it; it stops at its next write", directory)
+    return owner
+
+
+def check_owner(directory: Path) -> None:
+    """Called before a training writes; `UserError` when another one has taken the version over."""
+    token = os.environ.get(TOKEN)
+    if token and (holder := _holder(directory)) and holder["token"] != token:
+        raise UserError(f"{directory}: taken over by {_describe(holder)}; this training stops")
+
+
+def _lock(file: TextIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
+        return False
+    except OSError as error:
         raise UserError(
-            f"{directory}: {file.read().strip() or 'another process'} is training here (a job that outlived "
-            "its Snakemake?); wait until it ends, or stop it, and run the same command again"
+            f"{file.name}: this file system has no locks ({error.strerror}); ask for them (Lustre: the mount "
+            "option flock), or move `pathvars.ckpt` to one that has"
         ) from None
-    file.truncate(0)
-    job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-    file.write(f"process {os.getpid()} on {platform.node()}{job}\n")
-    file.flush()
-    return file
+    return True
+
+
+def _holder(directory: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(directory / OWNER)
+    except FileNotFoundError:
+        return None
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    """Whether the supervisor of a training is certainly dead, though some of its processes may not be."""
+    if job := holder["job"]:
+        # The same job again: Slurm runs it once at a time.
+        return job == os.environ.get("SLURM_JOB_ID") or slurm.is_over(job)
+    return holder["host"] == platform.node() and not Path(f"/proc/{holder['process']}").exists()
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    job = f", Slurm job {holder['job']}" if holder["job"] else ""
+    return f"process {holder['process']} on {holder['host']}{job}"
+
+
+def iteration_directory(directory: Path, iteration: int) -> Path:
+    return directory / f"iter_{iteration:07d}"
+
+
+def latest_iteration(directory: Path) -> int | None:
+    """Steps of the newest complete checkpoint below `directory`; None when there is none.
+
+    That is the one that LATEST names, or, when that was deleted because it could not be read, one before.
+    """
+    try:
+        latest = int((directory / LATEST).read_text())
+    except FileNotFoundError:
+        return None
+    there = [int(path.name.removeprefix("iter_")) for path in directory.glob("iter_*")]
+    return max((iteration for iteration in there if iteration <= latest), default=None)
 
 
 def is_finished(directory: Path) -> bool:

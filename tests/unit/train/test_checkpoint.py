@@ -10,7 +10,7 @@ from pathlib import Path
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.files import partial
 from snaketron.log import UserError
-from snaketron.train import checkpoint
+from snaketron.train import versions
 from snaketron.train.batches import Batches
 from snaketron.train.loop import Trainer
 
@@ -85,7 +85,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(trainer, tmp_path: Path, p
 
 
 def test_a_new_directory_has_nothing_to_resume(trainer, tmp_path: Path):
-    assert checkpoint.latest_iteration(tmp_path) is None
+    assert versions.latest_iteration(tmp_path) is None
     one = trainer()
     assert not one.resume(tmp_path) and one.iteration == 0
 
@@ -93,7 +93,7 @@ def test_a_new_directory_has_nothing_to_resume(trainer, tmp_path: Path):
 def test_an_interrupted_save_is_ignored_and_replaced(trainer, tmp_path: Path):
     one = trainer(steps=1)
     one.save(tmp_path)
-    leftover = partial(checkpoint.iteration_directory(tmp_path, 2))
+    leftover = partial(versions.iteration_directory(tmp_path, 2))
     leftover.mkdir()
     (leftover / "__0_0.distcp").write_bytes(b"half")
     (leftover / "of_another_attempt").write_bytes(b"")
@@ -113,7 +113,7 @@ def test_a_complete_checkpoint_that_latest_does_not_name_is_not_taken(trainer, t
     one._step(Random(2))
     one.save(tmp_path)
     whole = shards(tmp_path / "iter_0000002")
-    (tmp_path / checkpoint.LATEST).write_text("1")
+    (tmp_path / versions.LATEST).write_text("1")
     (tmp_path / "iter_0000002/__0_0.distcp").write_bytes(b"anything")
     two = trainer(seed=2)
     assert two.resume(tmp_path) and two.iteration == 1
@@ -122,7 +122,7 @@ def test_a_complete_checkpoint_that_latest_does_not_name_is_not_taken(trainer, t
     found = shards(tmp_path / "iter_0000002")
     assert found.keys() == whole.keys() == {"__0_0.distcp", ".metadata", "metadata.json"}
     assert found["__0_0.distcp"] == whole["__0_0.distcp"]  # the same bytes in every run
-    assert (tmp_path / checkpoint.LATEST).read_text() == "2"
+    assert (tmp_path / versions.LATEST).read_text() == "2"
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [4, 6]), (5, [2, 4, 6])])
@@ -147,10 +147,10 @@ def test_a_save_on_a_full_disk_leaves_the_checkpoint_before_it_and_no_partial_on
             one.save(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001", checkpoint.LATEST]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001", versions.LATEST]
     assert trainer(seed=2).resume(tmp_path)
     one.save(tmp_path)  # there is room again
-    assert checkpoint.latest_iteration(tmp_path) == 2
+    assert versions.latest_iteration(tmp_path) == 2
 
 
 def test_a_failed_rename_leaves_the_checkpoint_before_it(trainer, tmp_path: Path):
@@ -161,7 +161,7 @@ def test_a_failed_rename_leaves_the_checkpoint_before_it(trainer, tmp_path: Path
     (tmp_path / "iter_0000002").write_text("in the way")
     with pytest.raises(OSError):
         one.save(tmp_path)
-    assert checkpoint.latest_iteration(tmp_path) == 1
+    assert versions.latest_iteration(tmp_path) == 1
     assert trainer(seed=2).resume(tmp_path)
 
 

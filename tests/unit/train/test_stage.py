@@ -11,7 +11,7 @@ from snaketron import files
 from snaketron.log import UserError, logger
 from snaketron.train import versions
 from snaketron.train.loop import distributed
-from snaketron.train.stage import Stage, exit_status, parse_args
+from snaketron.train.stage import Stage, parse_args, run_stage
 
 import pytest
 import yaml
@@ -64,21 +64,12 @@ def test_the_version_is_that_of_the_settings_and_inputs(
 
 def test_how_it_is_run_leaves_the_version_alone(stage):
     one = stage()
-    one.owner.close()
     assert stage(log_interval=3, keep_checkpoints=9, cpus_per_task=2, micro_batch_size=4).key == one.key
 
 
 def test_what_is_trained_is_another_version(stage, base: Path):
     keys = [stage().key, stage(tokens=640).key, stage(seed=5).key, stage(base=base).key]
     assert len(set(keys)) == 4
-
-
-def test_a_version_is_of_one_process_at_a_time(stage):
-    one = stage()
-    with pytest.raises(UserError, match="is training here"):
-        stage()
-    one.owner.close()
-    stage()
 
 
 def test_a_base_of_another_model_is_refused_with_every_key_that_differs(stage, base: Path, tmp_path: Path):
@@ -142,16 +133,8 @@ def test_another_number_of_processes_than_the_parallel_sizes_want_is_refused(set
 def test_a_finished_version_is_published_without_training(stage, tmp_path: Path):
     one = stage()
     files.write_json(one.directory / "record.json", {})
-    assert exit_status(one, lambda: pytest.fail("it trained")) == 0
+    assert run_stage(one, lambda: pytest.fail("it trained")) == 0
     assert (tmp_path / "ckpt/pretrain/one").resolve() == one.directory
-
-
-def test_a_training_that_stopped_is_not_published(stage, tmp_path: Path):
-    one = stage()
-    assert exit_status(one, lambda: 143) == 143
-    assert not (tmp_path / "ckpt/pretrain/one").exists()
-    assert exit_status(one, lambda: 0) == 0
-    assert (tmp_path / "ckpt/pretrain/one").is_symlink()
 
 
 def test_the_version_keeps_the_log_of_every_attempt(stage, tmp_path: Path):
@@ -159,7 +142,6 @@ def test_the_version_keeps_the_log_of_every_attempt(stage, tmp_path: Path):
         one = stage()
         logger.setLevel(logging.INFO)
         logger.info("%s attempt", attempt)
-        one.owner.close()
         for handler in logger.handlers[:]:
             logger.removeHandler(handler)
     assert "second attempt" in (tmp_path / "logs/one.log").read_text()

@@ -136,13 +136,13 @@ def test_a_version_has_one_owner_until_that_is_killed(tmp_path: Path, owner: sub
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     with versions.own(directory):
-        assert (directory / "owner").read_text().startswith(f"process {os.getpid()} on ")
+        assert files.read_json(directory / versions.OWNER)["process"] == os.getpid()
 
 
 def test_a_version_in_use_is_not_removed(tmp_path: Path, owner: subprocess.Popen):
     with pytest.raises(UserError, match=f"process {owner.pid}"):
         versions.remove(tmp_path / "version")
-    assert (tmp_path / "version/owner").exists()
+    assert (tmp_path / "version" / versions.OWNER).exists()
     owner.kill()
     owner.wait()
     versions.remove(tmp_path / "version")

@@ -1,0 +1,77 @@
+"""How the processes of a training lie on the nodes of a cluster, and what Slurm is asked for.
+
+The rules that these requests follow, and what the executor plugin makes of them, are in docs/slurm.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from snaketron.config import Cluster, Config, ConfigError, Run
+from snaketron.sizes import static_memory
+
+
+class Layout(NamedTuple):
+    """How the processes of a training lie on nodes; each node has as many."""
+
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int  # asked for: no more than there are processes
+
+
+def layout(run: Run, cluster: Cluster) -> Layout:
+    """The nodes that a training needs; the configuration was checked to fill them.
+
+    >>> run = Run(parallel=Parallel(tensor_model_parallel_size=4, data_parallel_size=8))
+    >>> layout(run, Cluster(gpus_per_node=8))
+    Layout(nodes=4, tasks_per_node=8, gpus_per_node=8)
+    """
+    processes = run.parallel.world_size
+    per_node = min(processes, cluster.tasks_per_node or cluster.gpus_per_node or processes)
+    return Layout(processes // per_node, per_node, min(per_node, cluster.gpus_per_node))
+
+
+def check_memory(config: Config) -> None:
+    """`ConfigError` when a training keeps more on a GPU than it has, by `cluster.gpu_memory_gb`."""
+    problems, limit = [], config.cluster.gpu_memory_gb or math.inf
+    for section in ("pretrain", "sft"):
+        parallel = getattr(config, section).parallel
+        stages = static_memory(config.model, config.tokenizer.vocab_size, parallel)
+        needed = max(stage.total for stage in stages) / 1e9
+        if needed > limit:
+            problems.append(
+                f"{section}.parallel: weights, gradients and optimizer take {needed:.4g} GB of a GPU, more "
+                f"than cluster.gpu_memory_gb {limit:g}; raise expert_model_parallel_size (experts are most "
+                "of the model), tensor_ or pipeline_model_parallel_size, or data_parallel_size"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def resources(run: Run, cluster: Cluster) -> dict[str, Any]:
+    """The Snakemake resources of a training rule, which the executor plugin turns into an sbatch request.
+
+    On one node it is an ordinary job: one task that has the CPUs and GPUs of all processes, which the trainer
+    starts. On several nodes `mpi` makes the plugin run the rule in the batch step, where the trainer calls
+    srun with the whole geometry.
+    """
+    nodes, per_node, gpus = layout(run, cluster)
+    asked: dict[str, Any] = {
+        "nodes": nodes,
+        "cpus_per_task": run.cpus_per_task * (per_node if nodes == 1 else 1),
+        "mem_mb": math.ceil(run.mem_gb_per_task * 1000) * per_node,  # of a node
+        # Slurm itself requeues the job when a node fails or it is pre-empted, and its log is continued.
+        "slurm_extra": "--requeue --open-mode=append",
+    }
+    if gpus:
+        asked["gres"] = f"gpu:{gpus}"  # of each node; `gpu` is of the job, and may be split over nodes
+    if nodes > 1:
+        asked["mpi"] = "srun"  # its presence counts: "" or None would be one too
+        if per_node > 1:
+            asked["tasks_per_node"] = per_node
+        else:  # which the plugin refuses to ask as tasks_per_node=1
+            asked["tasks"] = nodes
+            if gpus:
+                asked["tasks_per_gpu"] = 0  # else `tasks` is read as those of a GPU: pending for ever
+    return asked

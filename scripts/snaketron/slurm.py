@@ -1,0 +1,86 @@
+"""What a job asks Slurm about itself and others. Without Slurm's commands the answer is None, or no."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+
+TIMEOUT_S = 60  # for a busy controller to answer
+# States in which the processes of a job may be alive.
+ALIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "CONFIGURING"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """The Slurm job that this process is in."""
+
+    id: str
+    of_rule: bool  # submitted by Snakemake for one rule, and so ours to requeue; else the user's allocation
+
+
+def current_job() -> Job | None:
+    if not (number := os.environ.get("SLURM_JOB_ID")):
+        return None
+    # The executor plugin writes the rule into the comment.
+    return Job(number, (_squeue(number, "%k") or "").startswith("rule_"))
+
+
+def seconds_left(job: Job) -> float | None:
+    """Seconds until the time limit of a job; None when there is no limit, or Slurm does not tell."""
+    return parse_time(_squeue(job.id, "%L") or "")
+
+
+def parse_time(text: str) -> float | None:
+    """Seconds of a time as squeue writes it, such as 1-02:03:04 or 03:04; None for UNLIMITED and the like.
+
+    >>> parse_time("1-02:03:04")
+    93784.0
+    """
+    if not (match := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)):
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def is_over(number: str) -> bool:
+    """Whether Slurm says that a job does not run any more: then its processes are gone, or cut off."""
+    try:
+        done = _run("squeue", "--noheader", f"--jobs={number}", "--format=%T")
+    except OSError:
+        return False
+    if done.returncode:
+        return "Invalid job id" in done.stderr  # finished so long ago that it is forgotten
+    return not set(done.stdout.split()) & ALIVE
+
+
+def requeue(job: Job) -> bool:
+    """Put a job back into the queue, to run again under the same number; it is then ended by Slurm."""
+    try:
+        return _run("scontrol", "requeue", job.id).returncode == 0
+    except OSError:
+        return False
+
+
+def kill_steps(job: Job) -> None:
+    """Kill what srun started in a job. A killed srun would leave its tasks behind."""
+    listed = _run("squeue", "--steps", "--noheader", f"--jobs={job.id}", "--format=%i").stdout
+    steps = [step for step in listed.split() if step.rpartition(".")[2].isdigit()]
+    if steps:
+        _run("scancel", "--signal=KILL", *steps)
+
+
+def _squeue(number: str, form: str) -> str | None:
+    try:
+        done = _run("squeue", "--noheader", f"--jobs={number}", f"--format={form}")
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"no answer within {TIMEOUT_S} s")
