@@ -1,6 +1,7 @@
 # Raw text to an instruction-tuned checkpoint:
 #     snakemake --profile profiles/local ckpt/sft
 # Outputs lie at <root>/<stage>/<noun>; a wildcard fills one component of a path.
+import atexit
 import gc
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ gc.set_threshold(
 )  # else 15 % of a dry-run of 7,000 jobs goes into walking the graph
 sys.path.insert(0, f"{workflow.basedir}/scripts")
 
-from snaketron import lock
+from snaketron import dry_run, lock, secrets, status
 from snaketron.config import ConfigError, load
 from snaketron.graph import Graph
 from snaketron.sources import DOWNLOADED
@@ -46,8 +47,12 @@ except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 
 
-if workflow.is_main_process and (to_download := graph.to_download()):
-    logger.info(to_download)
+logger.addFilter(secrets.Redact())
+if workflow.is_main_process:
+    if to_download := graph.to_download():
+        logger.info(to_download)
+    # There is no hook of a dry-run.
+    atexit.register(dry_run.explain, workflow, graph.config)
 
 
 # Before the first job of a run, not of a dry-run.
@@ -55,6 +60,10 @@ onstart:
     if not lock.hold(Path(".snakemake/snaketron.lock")):
         raise WorkflowError(
             "Another Snakemake is running in this directory; wait for it or stop it."
+        )
+    if workflow.executor_plugin.name == "slurm":
+        status.report_every(
+            60, Path.cwd(), Path(graph.config.pathvars["ckpt"]), logger.info
         )
 
 

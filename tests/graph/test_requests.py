@@ -1,0 +1,51 @@
+"""Every request to Slurm, for the laptop's configuration and for the full size, as a dry-run shows it.
+
+When a request changes on purpose, write the new text into tests/graph/requests/: a failure prints it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.conftest import Workspace
+
+import pytest
+
+BEGIN = "To be submitted to Slurm:"
+REQUESTS = Path(__file__).parent / "requests"
+
+
+def plan(workspace: Workspace, *arguments: str) -> str:
+    result = workspace.run("snakemake", "--profile", "profiles/slurm", "-n", "ckpt/sft", *arguments)
+    assert result.status == 0, result.output[-3000:]
+    return BEGIN + result.output.partition(BEGIN)[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("tiny", []), ("super", ["--configfile", "config/super.yaml"])]
+)
+def test_the_requests_are_those_written_down(workspace: Workspace, name: str, arguments: list[str]):
+    found = plan(workspace, *arguments)
+    assert found.splitlines() == (REQUESTS / f"{name}.txt").read_text().splitlines(), found
+
+
+def test_the_full_size_has_the_published_number_of_parameters(workspace: Workspace):
+    """123,611,033,088 of NVIDIA's checkpoint, and 12.7 B active by its report."""
+    assert "    123.6 B parameters, 12.8 B active a token\n" in plan(
+        workspace, "--configfile", "config/super.yaml"
+    )
+
+
+def test_a_local_dry_run_asks_slurm_for_nothing(workspace: Workspace):
+    result = workspace.snakemake("-n", "ckpt/sft")
+    assert result.status == 0 and BEGIN not in result.output
+
+
+def test_what_is_there_is_not_asked_for(copy: Workspace):
+    """Nothing to do, nothing to submit; after a change, what depends on it."""
+    overlay = ("--configfile", *copy.overlays)
+    done = copy.run("snakemake", "--profile", "profiles/slurm", "-n", "ckpt/sft", *overlay)
+    assert done.status == 0 and BEGIN not in done.output
+    change = ("--config", "sft={train_iters: 4, tokens_per_second_per_gpu: 2.0}")
+    rules = [line.strip() for line in plan(copy, *overlay, *change).splitlines() if line.startswith("  s")]
+    assert rules == ["sft"]
