@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -51,10 +52,14 @@ def explain(workflow: Any, config: Config) -> None:
         def request(job: Any) -> str:
             return sbatch_request(job, get_submit_command, set_gres_string)
 
-        order = {rule.name: place for place, rule in enumerate(workflow.rules)}
-        jobs = dag.needrun_jobs(exclude_finished=False)  # all of them count as finished by now
-        jobs = sorted((j for j in jobs if not j.is_group()), key=lambda job: order[job.rule.name])
-        if plan := describe(config, jobs, request):
+        rules = [rule.name for rule in workflow.rules]
+        phases = ["", *(phase.name for phase in config.pretrain.phases)]
+        jobs = sorted(
+            dag.needrun_jobs(exclude_finished=False),  # all of them count as finished by now
+            key=lambda job: (rules.index(job.rule.name), phases.index(job.wildcards.get("phase", ""))),
+        )
+        submitted = list(dict.fromkeys(dag.get_job_group(job) or job for job in jobs))
+        if plan := describe(config, submitted, request):
             print(f"\n{plan}", file=sys.stderr)
 
 
@@ -77,37 +82,46 @@ def sbatch_request(job: Any, get_submit_command: Callable[..., str], set_gres_st
 
 
 def describe(config: Config, jobs: Iterable[Any], request: Request) -> str | None:
-    """The plan of the jobs that would be submitted to Slurm; None where none would.
+    """The plan of the jobs, or groups of jobs, that would be submitted to Slurm; None where none would.
 
-    Jobs of a rule with the same request are one entry. GPU hours and times are those of trainings whose
-    throughput the configuration states.
+    Those of the same rules with the same request are one entry. GPU hours and times are those of trainings
+    whose throughput the configuration states.
     """
     known = trainings(config)
     entries: dict[tuple[str, str], list[Any]] = {}
     for job in jobs:
         if job.resources.get("slurm_partition"):
-            key = (job.rule.name, job.wildcards.get("phase", ""))
-            title = known[key].title if key in known else job.rule.name
-            entries.setdefault((title, request(job)), []).append(job)
+            entries.setdefault((_title(job, known), request(job)), []).append(job)
     if not entries:
         return None
     lines, gpu_hours, cpu_hours = ["To be submitted to Slurm:"], 0.0, 0.0
     for (title, options), same in entries.items():
         lines += ["", f"  {title}" + (f"  x {len(same)}" if len(same) > 1 else ""), f"    sbatch {options}"]
         first = same[0]
-        training = known.get((first.rule.name, first.wildcards.get("phase", "")))
-        minutes = first.resources.get("runtime") or 0
+        training, minutes = known.get(_key(first)), first.resources.get("runtime") or 0
         if training:
             lines += [f"    {line}" for line in _needs(config, training)]
             lines.append(f"    {_time(training, minutes)}")
             if training.hours and config.cluster.gpus_per_node:
                 gpu_hours += training.hours * training.run.parallel.world_size
         else:
-            cpu_hours += len(same) * minutes / 60 * (first.resources.get("cpus_per_task") or first.threads)
+            cpus = first.resources.get("cpus_per_task") or first.threads
+            cpu_hours += len(same) * minutes / 60 * cpus
     total = f"At most {cpu_hours:,.0f} CPU hours for data, by the time limits"
     if gpu_hours:
         total += f"; {gpu_hours:,.1f} GPU hours for trainings, by the stated throughput"
     return "\n".join([*lines, "", f"{total}."])
+
+
+def _key(job: Any) -> tuple[str, str]:
+    return ("", "") if job.is_group() else (job.rule.name, job.wildcards.get("phase", ""))
+
+
+def _title(job: Any, known: dict[tuple[str, str], Training]) -> str:
+    if not job.is_group():
+        return known[_key(job)].title if _key(job) in known else job.rule.name
+    counts = Counter(member.rule.name for member in job.jobs)
+    return "a group of " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
 def _needs(config: Config, training: Training) -> list[str]:
