@@ -26,10 +26,10 @@ def lines(directory: Path, ckpt: Path) -> list[str]:
     by_kind: dict[tuple[str, str], list[str]] = {}
     for row in _jobs():
         number, state, run_time, nodes, reason, where, comment = row
-        if Path(where) != directory or not comment.startswith(("rule_", "group_")):
+        if Path(where) != directory or not comment.startswith("rule_"):
             continue
         rule, _, wildcards = comment.partition("_wildcards_")
-        rule = rule.removeprefix("rule_").removeprefix("group_")
+        rule = rule.removeprefix("rule_")  # or the name of a group of jobs
         title = f"{rule} {wildcards}".strip()
         about = f"{run_time} on {nodes} node{'s' if nodes != '1' else ''}"
         if state == "PENDING":

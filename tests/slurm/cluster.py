@@ -6,6 +6,7 @@ went wrong. Then each line of standard input is a request, answered by `done` or
 
     kill node2     the node loses its slurmd by SIGKILL; what its jobs run lives on
     start node2    and gets it back, which is done when the node takes jobs again
+    kill slurmctld, start slurmctld     the same of the controller; nodes and jobs go on meanwhile
 
 All is stopped when standard input ends, as it does when the process at its other end is killed.
 """
@@ -210,8 +211,11 @@ class Cluster:
 
     def obey(self, request: str) -> None:
         match request.split():
-            case ["kill", node] if node in NODES and node in self.daemons:
-                process = self.daemons.pop(node)
+            case ["start", "slurmctld"] if "slurmctld" not in self.daemons:
+                self.daemon("slurmctld", "slurmctld", "-D")
+                self.wait_for(lambda: self.run("scontrol", "ping", check=False).returncode == 0)
+            case ["kill", name] if name in (*NODES, "slurmctld") and name in self.daemons:
+                process = self.daemons.pop(name)
                 process.kill()
                 process.wait()
             case ["start", node] if node in NODES and node not in self.daemons:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,19 +12,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tests.conftest import REPOSITORY, Result, Workspace
+from tests.conftest import REPOSITORY, Result, Workspace, make_workspace
 from tests.slurm import cluster
 
 import pytest
+import yaml
 
-# What a user changes for a site: the names, and what a job gets.
-SITE = (
-    f"slurm_partition={cluster.PARTITION}",
-    f"slurm_account={cluster.ACCOUNT}",
-    "runtime=5",
-    "mem_mb=1000",
-)
+if TYPE_CHECKING:
+    from tests.slurm.disturbed import Disturbed
+
+MINUTES = 5  # time limit of every job
+TWO_NODES = ("tests/config/micro.yaml", "tests/slurm/two_nodes.yaml")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
 
@@ -163,6 +164,13 @@ class Slurm:
         """Start it again, and wait until the node takes jobs."""
         self.ask(f"start {node}")
 
+    def kill_controller(self) -> None:
+        """SIGKILL slurmctld: nobody answers a command, and jobs run on."""
+        self.ask("kill slurmctld")
+
+    def start_controller(self) -> None:
+        self.ask("start slurmctld")
+
     def ask(self, request: str) -> None:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(f"{request}\n")
@@ -185,9 +193,23 @@ class Submitting(Workspace):
 
     def command(self, *arguments: str, config: tuple[str, ...] = ()) -> list[str]:
         command = [sys.executable, str(REPOSITORY / "tests/slurm/poll_often.py")]
-        command += ["--profile", "profiles/slurm", *arguments, "--default-resources", *SITE]
-        command += ["--slurm-init-seconds-before-status-checks", "1", "--configfile", *self.overlays]
+        command += ["--profile", str(self.profile()), *arguments]
+        command += ["--slurm-init-seconds-before-status-checks", "1", "--max-status-checks-per-second", "10"]
+        command += ["--configfile", *self.overlays]
         return [*command, "--config", *config] if config else command
+
+    def profile(self) -> Path:
+        """The profile that ships, with the names of this site in it and nothing else changed."""
+        profile = yaml.safe_load((REPOSITORY / "profiles/slurm/config.yaml").read_text())
+        profile["default-resources"] |= {
+            "slurm_partition": cluster.PARTITION,
+            "slurm_account": cluster.ACCOUNT,
+            "runtime": MINUTES,
+        }
+        for training in ("pretrain", "sft"):
+            profile["set-resources"][training] |= {"slurm_partition": cluster.PARTITION, "runtime": MINUTES}
+        self.write("site/config.yaml", yaml.safe_dump(profile))
+        return self.path / "site"
 
 
 @pytest.fixture(scope="session")
@@ -219,3 +241,27 @@ def outside_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith(("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def two_nodes(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The main job, run once on two nodes from raw text to its end. Tests work on copies."""
+    workspace = make_workspace(tmp_path_factory.mktemp("two_nodes") / "work")
+    workspace.overlays = TWO_NODES
+    result = slurm.run(workspace, "ckpt/sft")
+    assert result.status == 0, result.output[-5000:]
+    (workspace.path / "transcript.txt").write_text(result.output)
+    return workspace
+
+
+def copy_of(workspace: Workspace, path: Path) -> Workspace:
+    """A copy of a finished run, times included, to change."""
+    shutil.copytree(workspace.path, path, symlinks=True)
+    return Workspace(path, workspace.overlays)
+
+
+@pytest.fixture
+def disturbed(slurm: Slurm, two_nodes: Workspace, tmp_path: Path) -> Disturbed:
+    from tests.slurm.disturbed import Disturbed
+
+    return Disturbed(slurm, copy_of(two_nodes, tmp_path / "work"))

@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
-from tests.conftest import Workspace
-from tests.end_to_end.test_kill import begin_again, contents, weights
+from snaketron import status
+from tests.conftest import REPOSITORY, Workspace
+from tests.end_to_end.test_kill import begin_again, contents, metrics, weights
 from tests.slurm.cluster import CLIENTS, DAEMONS
 from tests.slurm.conftest import Slurm
 
+import pytest
 import yaml
 
+pytestmark = pytest.mark.xdist_group("slurm")  # one cluster, and one main job on it
 
-def test_data_that_slurm_jobs_make_is_the_same(slurm: Slurm, workspace: Workspace, finished: Workspace):
-    result = slurm.run(workspace, "data/sft/blend.json", "data/pretrain/broad/index")
-    assert result.status == 0, result.output[-5000:]
-    expected = contents(finished.path / "data")
-    expected = {name: digest for name, digest in expected.items() if "pretrain/focused" not in name}
-    assert contents(workspace.path / "data") == expected
-    jobs = slurm.jobs(workspace)
-    assert result.jobs.keys() >= {"build_tokenizer", "tokenize_shard", "blend_pretrain", "blend_sft"}
-    assert Counter(job.rule for job in jobs) == result.jobs
-    assert {(job.state, job.partition, job.account) for job in jobs} == {("COMPLETED", "tests", "tests")}
+
+def test_the_main_job_on_two_nodes(slurm: Slurm, two_nodes: Workspace, finished: Workspace):
+    """Every rule a job, with the CPUs and nodes that it asked for; the data is that of a local run."""
+    assert contents(two_nodes.path / "data") == contents(finished.path / "data")
+    assert (two_nodes.path / "ckpt/sft/summary.md").exists()
+    jobs = slurm.jobs(two_nodes)
+    assert {(job.state, job.partition, job.account, job.restarts) for job in jobs} == {
+        ("COMPLETED", "tests", "tests", 0)
+    }
+    asked = {job.rule: (job.nodes, job.cpus, job.memory) for job in jobs if job.rule in ("pretrain", "sft")}
+    assert asked == {"pretrain": ("node[1-2]", 2, "2000M"), "sft": ("node[1-2]", 2, "2000M")}
+    counts = Counter(job.rule for job in jobs)
+    # Three shards of text are tokenized in one group, two of chats rendered in one and packed in one.
+    groups = ("tokens_tokenize_shard", "chats_render_chat", "packs_pack_sft")
+    expected = {"pretrain": 2, "sft": 1, "sample_corpus": 2} | dict.fromkeys(groups, 1)
+    assert {name: counts[name] for name in expected} == expected
+    assert counts["tokenize_shard"] == counts["render_chat"] == 0
     assert {job.cpus for job in jobs if job.rule == "build_tokenizer"} == {2}  # its `threads`
-    assert {job.cpus for job in jobs if job.rule != "build_tokenizer"} == {1}
-    assert {job.memory for job in jobs} == {"1000M"}
+    assert {job.cpus for job in jobs if job.rule in groups} == {1}
 
 
-def test_a_training_in_a_slurm_job_ends_with_the_same_weights(slurm: Slurm, copy: Workspace):
+def test_the_processes_were_on_both_nodes(slurm: Slurm, two_nodes: Workspace):
+    ids = [str(job.id) for job in slurm.jobs(two_nodes) if job.rule == "sft"]
+    steps = slurm.accounting(f"--jobs={','.join(ids)}", columns=("JobID", "NodeList", "NTasks", "State"))
+    assert [tuple(step.values())[1:] for step in steps if step["JobID"].endswith(".0")] == [
+        ("node[1-2]", "2", "COMPLETED")
+    ]
+
+
+def test_logs_and_the_efficiency_report_are_at_known_places(two_nodes: Workspace):
+    assert (two_nodes.path / "logs/pretrain/broad.log").read_text().count("validation loss") == 3
+    (log,) = (two_nodes.path / "logs/slurm/rule_sft").glob("*.log")
+    assert "step 10/10" in log.read_text()
+    (report,) = (two_nodes.path / "logs/slurm").glob("efficiency_report_*.csv")
+    assert "rule_sft" in report.read_text()
+
+
+def test_a_training_on_one_node_ends_with_the_weights_of_a_local_one(slurm: Slurm, copy: Workspace):
     target = "ckpt/pretrain/broad"
     undisturbed = begin_again(copy, target)
     result = slurm.run(copy, target)
@@ -37,8 +63,40 @@ def test_a_training_in_a_slurm_job_ends_with_the_same_weights(slurm: Slurm, copy
     assert result.jobs == {"pretrain": 1}
     (job,) = slurm.jobs(copy)
     cpus = yaml.safe_load((undisturbed / "config.yaml").read_text())["run"]["cpus_per_task"]
-    assert (job.rule, job.state, job.cpus) == ("pretrain", "COMPLETED", cpus)
+    assert (job.rule, job.state, job.cpus, job.gres) == ("pretrain", "COMPLETED", cpus, "")
     assert weights(copy.path / target) == weights(undisturbed)
+    assert metrics(copy.path / target) == metrics(undisturbed)
+
+
+def test_gpus_are_asked_for_on_each_node_and_missed_where_torch_sees_none(slurm: Slurm, copy: Workspace):
+    """The nodes declare GPUs that they do not have."""
+    begin_again(copy, "ckpt/sft")
+    config = ("cluster={gpus_per_node: 2}", "sft={parallel: {data_parallel_size: 4}, global_batch_size: 4}")
+    result = slurm.run(copy, "ckpt/sft", config=config)
+    assert result.status != 0
+    assert "cluster.gpus_per_node is 2 and torch sees no GPU on " in result.output
+    jobs = slurm.jobs(copy)
+    assert {(job.rule, job.nodes, job.gres, job.state) for job in jobs} == {
+        ("sft", "node[1-2]", "gres:gpu:2", "FAILED")
+    }
+    assert not (copy.path / "ckpt/sft").exists()
+
+
+def test_a_job_is_a_line_with_the_progress_of_its_training(
+    slurm: Slurm, copy: Workspace, monkeypatch: pytest.MonkeyPatch
+):
+    begin_again(copy, "ckpt/sft")
+    monkeypatch.setenv("PATH", slurm.environment()["PATH"])
+    command = [sys.executable, str(REPOSITORY / "scripts/status.py")]
+    before = subprocess.run(command, cwd=copy.path, capture_output=True, text=True)
+    assert before.stdout == "Slurm has no job of this directory\n"
+    said: list[str] = []
+    with slurm.start(copy, "ckpt/sft") as running:
+        status.report_every(0.2, copy.path, copy.path / "ckpt", said.append)
+        assert running.result().status == 0
+    assert all(line.startswith("sft  ") and "\n" not in line for line in said)
+    assert any(" RUNNING " in line and " on 1 node  step " in line and " loss " in line for line in said)
+    assert len(said) == len(set(said))  # only what has changed
 
 
 def test_a_dry_run_needs_no_slurm(workspace: Workspace, tmp_path: Path):

@@ -56,6 +56,7 @@ def save(
     try:
         dist_checkpointing.save(state, temporary, strategy, content_metadata=metadata)
     except (OSError, CheckpointException) as error:
+        torch.distributed.barrier()  # fails where another process has died, which then is the reason
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # the space is wanted
         # The reason is lost on the way: torch says only that it is not where it should be in the file.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,11 @@ def distributed(settings: TrainSettings, run: RunSettings) -> Iterator[None]:
         raise UserError(
             f"{world} processes were started, and the parallel sizes of the configuration want "
             f"{run.parallel.world_size}"
+        )
+    if run.cluster.gpus_per_node and not backend.HAS_GPU:
+        raise UserError(
+            f"cluster.gpus_per_node is {run.cluster.gpus_per_node} and torch sees no GPU on "
+            f"{platform.node()}: look at nvidia-smi there, and whether this torch has CUDA; 0 trains on CPUs"
         )
     torch.set_num_threads(run.cpus_per_task)
     backend.device()  # makes this process' GPU the current one

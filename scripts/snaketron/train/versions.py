@@ -27,6 +27,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 OWNER = "owner.json"
 TOKEN = "TRAINING_TOKEN"  # variable of the environment of a training's processes: what OWNER must hold
 PATIENCE_S = 60  # for the processes of a dead supervisor to save and end
+OVER_S = 10  # the same in a job that Slurm has ended, with all that is in reach
 
 
 def version_key(settings: dict[str, Any], inputs: list[str]) -> str:
@@ -67,8 +68,8 @@ def own(directory: Path) -> Owner:
     """
     directory.mkdir(parents=True, exist_ok=True)
     file = (directory / "lock").open("a")
-    locked = _lock(file)
-    if not locked and (holder := _holder(directory)) and not _is_gone(holder):
+    locked, holder = _lock(file), _holder(directory)
+    if not locked and holder and not _is_gone(holder):
         file.close()
         raise UserError(
             f"{directory}: {_describe(holder)} is training here (a job that outlived its Snakemake?); wait "
@@ -84,7 +85,7 @@ def own(directory: Path) -> Owner:
             "job": os.environ.get("SLURM_JOB_ID"),
         },
     )
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + (PATIENCE_S if locked or not holder or not holder["job"] else OVER_S)
     while not locked and time.monotonic() < deadline:
         time.sleep(0.2)
         locked = _lock(file)
