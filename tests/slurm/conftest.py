@@ -179,12 +179,12 @@ class Slurm:
             pytest.fail(f"Slurm failed to {request}: {said}{self.process.stdout.read()}")
 
 
-def wait_for[T](condition: Callable[[], T], seconds: float = 60) -> T:
+def wait_for[T](condition: Callable[[], T], seconds: float = 60, every: float = 0.2) -> T:
     """What `condition` returns, as soon as it is true."""
     deadline = time.monotonic() + seconds
     while not (reached := condition()):
         assert time.monotonic() < deadline, f"still not so after {seconds} s"
-        time.sleep(0.2)
+        time.sleep(every)
     return reached
 
 

@@ -60,13 +60,14 @@ class Disturbed:
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the training, by rank."""
-        found = {}
-        for process in psutil.process_iter():
+        found: dict[int, psutil.Process] = {}
+        for process in sorted(psutil.process_iter(), key=lambda process: process.pid, reverse=True):
             with contextlib.suppress(psutil.Error):
                 environment = process.environ()
                 if versions.TOKEN in environment and process.cwd() == str(self.workspace.path):
                     command = process.cmdline()
                     if "scripts/sft.py" in command and "python" in Path(command[0]).name:
+                        # The first: later ones are its children, which write checkpoints.
                         found[int(environment["SLURM_PROCID"])] = process
         return [found[rank] for rank in sorted(found)]
 

@@ -76,7 +76,10 @@ def test_processes_that_hang_are_replaced_within_the_job(disturbed: Disturbed):
 
 def test_a_requeue_inside_a_checkpoint_write_goes_on_from_the_one_before(disturbed: Disturbed):
     with disturbed.start() as running:
-        wait_for(lambda: any(disturbed.version.glob(".iter_0000008.partial/*")), 120)
+        disturbed.wait_for(4)
+        ranks = disturbed.ranks()
+        wait_for(lambda: any(disturbed.version.glob(".iter_0000008.partial/*")), 120, every=0.001)
+        ranks[0].suspend()
         disturbed.slurm.scontrol("requeue", str(disturbed.job.id))
         assert running.result().status == 0
     assert disturbed.job.restarts == 1 and disturbed.job.state == "COMPLETED"
@@ -144,12 +147,13 @@ def test_a_controller_that_is_away_for_a_while_is_waited_for(disturbed: Disturbe
     """Snakemake asks it every second here, and nobody answers for half a minute."""
     with disturbed.start() as running:
         disturbed.wait_for(1)
-        disturbed.slurm.kill_controller()
-        try:
-            time.sleep(30)
-            assert running.process.poll() is None
-        finally:
-            disturbed.slurm.start_controller()
+        with disturbed.suspended(0):
+            disturbed.slurm.kill_controller()
+            try:
+                time.sleep(30)
+                assert running.process.poll() is None
+            finally:
+                disturbed.slurm.start_controller()
         assert running.result().status == 0
     assert [job.state for job in disturbed.jobs] == ["COMPLETED"]
     disturbed.is_undisturbed()

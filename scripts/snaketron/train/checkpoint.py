@@ -6,6 +6,7 @@ expect. A checkpoint is written aside and renamed by rank 0 when every rank has 
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import snaketron.model  # noqa: F401 - before megatron-core
 from snaketron.files import partial, writing
-from snaketron.log import UserError
+from snaketron.log import NO_SPACE, UserError
 from snaketron.train.versions import LATEST, iteration_directory
 
 import torch
@@ -57,13 +58,17 @@ def save(
         dist_checkpointing.save(state, temporary, strategy, content_metadata=metadata)
     except (OSError, CheckpointException) as error:
         torch.distributed.barrier()  # fails where another process has died, which then is the reason
+        # The reason is lost on the way: torch says only that it is not where it should be in the file.
+        problem = _no_room(temporary / f"room_{rank}")
+        torch.distributed.barrier()
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # the space is wanted
-        # The reason is lost on the way: torch says only that it is not where it should be in the file.
-        raise UserError(
-            f"{target}: the checkpoint cannot be written, most likely because the disk is full; "
-            "free some and run the same command again to continue from the one before it"
-        ) from error
+        if problem:
+            raise UserError(
+                f"{target}: the checkpoint cannot be written ({problem}); free some and run the same command "
+                "again to continue from the one before it"
+            ) from error
+        raise RuntimeError(f"{target}: the checkpoint cannot be written: {_cause(error)}") from error
     torch.distributed.barrier()
     if rank == 0:
         shutil.rmtree(target, ignore_errors=True)  # complete, but LATEST was not written
@@ -107,6 +112,17 @@ def load(
         for group, values in zip(optimizer.param_groups, configured, strict=True):
             group.update(values)
     return state["progress"]
+
+
+def _no_room(path: Path) -> str | None:
+    """Why there is no room for a file of a few megabytes; None when there is."""
+    try:
+        with path.open("wb") as file:
+            file.write(bytes(16_000_000))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return NO_SPACE.get(error.errno or 0)
+    return None
 
 
 def _cause(error: BaseException) -> BaseException:
