@@ -25,12 +25,7 @@ class Attempts:
         self.all: list[dict[str, Any]] = read_json(self.path) if self.path.exists() else []
 
     def begin(self, iteration: int, job: str | None) -> None:
-        """Note a start after `iteration` steps. `UserError` when the attempts before it forbid another.
-
-        They do when the last two failed in the same way after the same step, or when more than
-        `max_restarts` in a row ended without a new checkpoint.
-        """
-        self._check(iteration)
+        """Note a start after `iteration` steps."""
         self.all.append(
             {
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -61,7 +56,12 @@ class Attempts:
         """Why the last attempt was the last."""
         return self.all[-1].get("gave_up") if self.all else None
 
-    def _check(self, iteration: int) -> None:
+    def check(self, iteration: int) -> None:
+        """`UserError` when the attempts so far forbid another one after `iteration` steps.
+
+        They do when the last two failed in the same way after the same step, or when more than
+        `max_restarts` in a row ended without a new checkpoint.
+        """
         recent = self._recent()
         failures = [(a["iteration"], a["error"]) for a in recent[:2] if a["outcome"] in ("failed", "hung")]
         if len(failures) == 2 and failures[0] == failures[1]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import shlex
 import shutil
 import signal
 import socket
@@ -144,16 +143,18 @@ def containerized(command: list[str], cluster: Cluster) -> tuple[list[str], list
 class Ranks:
     """The processes of one attempt."""
 
-    def __init__(self, command: list[str], run: RunSettings, owner: versions.Owner) -> None:
+    def __init__(
+        self, command: list[str], run: RunSettings, owner: versions.Owner, job: slurm.Job | None
+    ) -> None:
         self.layout = nodes, per_node, _ = layout(run, run.cluster)
-        self.job = slurm.current_job()
-        if nodes > 1 and self.job is None:
+        self.job = job
+        if nodes > 1 and job is None:
             raise UserError(
                 f"this training needs {nodes} nodes of {per_node} processes, and this is no Slurm job; run "
                 "it with profiles/slurm, or make cluster.gpus_per_node and the parallel sizes fit"
             )
         options, command = containerized(command, run.cluster)
-        if options and nodes == 1 and self.job is None:
+        if options and job is None:
             raise UserError("cluster.container_runtime: pyxis is a part of srun, and this is no Slurm job")
         shared = os.environ | environment(run) | {versions.TOKEN: owner.token}
         if (world := nodes * per_node) > 1:
@@ -174,6 +175,7 @@ class Ranks:
                 f"--ntasks={world}",
                 f"--ntasks-per-node={per_node}",
                 f"--cpus-per-task={run.cpus_per_task}",
+                "--overlap",  # on one node the rule itself is in a step that has it all
                 "--distribution=block",  # consecutive ranks on a node: tensor parallelism wants NVLink
                 "--kill-on-bad-exit=1",
                 "--mpi=none",
@@ -188,20 +190,22 @@ class Ranks:
                 shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
                 for rank in range(world)
             ]
-        logger.debug("starting %s", shlex.join(command))
-        self.processes = [
-            subprocess.Popen(
-                command,
-                env=one,
+        self.command, self.environments, self.owner = command, environments, owner
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.failed_at: float | None = None
+
+    def start(self) -> None:
+        for environment in self.environments:
+            process = subprocess.Popen(
+                self.command,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 # The version stays owned until the last process has ended, also when we are killed.
-                pass_fds=[owner.file.fileno()],
+                pass_fds=[self.owner.file.fileno()],
                 # Away from the terminal's Ctrl-C: we tell them, once, and they save.
                 start_new_session=True,
             )
-            for one in environments
-        ]
-        self.failed_at: float | None = None
+            self.processes.append(process)
 
     def __str__(self) -> str:
         where = f", Slurm job {self.job.id}" if self.job else ""
@@ -372,8 +376,10 @@ def _supervise(
             limit = Limit(job, run.stop_before_limit)
             shutil.rmtree(directory / FAILURES, ignore_errors=True)
             (directory / heartbeat.FILE).unlink(missing_ok=True)
+            attempts.check(before)
+            ranks = Ranks([sys.executable, *sys.argv], run, owner, job)
             attempts.begin(before, job.id if job else None)
-            ranks = Ranks([sys.executable, *sys.argv], run, owner)
+            ranks.start()
             logger.info("%s: %s, after step %d", name, ranks, before)
             ended = watch(ranks, directory, signals, limit, run.step_timeout)
             if ended.status == 0 and is_finished():

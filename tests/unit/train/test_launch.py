@@ -15,6 +15,7 @@ from typing import Any
 from snaketron import files, slurm
 from snaketron.cluster import layout
 from snaketron.config import Cluster, load
+from snaketron.log import UserError
 from snaketron.settings import run_settings
 from snaketron.train import launch, versions
 from snaketron.train.attempts import Attempts
@@ -161,16 +162,14 @@ def test_processes_that_hang_are_killed_and_replaced(toy: Toy):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_and_the_next_run_goes_on(toy: Toy, number: signal.Signals):
-    with toy.start() as process:
+    with toy.start({"1:0:6": "wait"}) as process:
         wait_for(toy.has_done(5))
         process.send_signal(number)
         output, _ = process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    ((_, stopped_at, outcome),) = toy.attempts
-    assert 5 <= stopped_at < 12 and outcome == "stopped"
-    assert f"stopped by {number.name} after step {stopped_at}; run the same command again" in output
+    assert f"stopped by {number.name} after step 6; run the same command again" in output
     assert toy.run()[0] == 0
-    assert toy.attempts[1:] == [(stopped_at, 12, "finished")]
+    assert toy.attempts == [(0, 6, "stopped"), (6, 12, "finished")]
 
 
 def test_a_second_signal_does_not_wait(toy: Toy):
@@ -185,7 +184,7 @@ def test_a_second_signal_does_not_wait(toy: Toy):
 
 
 def test_processes_of_a_killed_supervisor_save_and_let_go(toy: Toy):
-    with toy.start() as process:
+    with toy.start({"1:1:3": "wait"}) as process:
         wait_for(toy.has_done(2))
         ranks = psutil.Process(process.pid).children()
         process.kill()
@@ -194,22 +193,22 @@ def test_processes_of_a_killed_supervisor_save_and_let_go(toy: Toy):
     (lost,) = toy.attempts
     assert lost == (0, 0, None)
     assert toy.run()[0] == 0
-    (_, (start, _, outcome)) = toy.attempts
-    assert 2 <= start < 12 and outcome == "finished"
+    assert toy.attempts == [lost, (3, 12, "finished")]
 
 
 def test_who_comes_while_it_runs_is_sent_away(toy: Toy):
-    with toy.start() as process:
+    with toy.start({"1:0:2": "wait"}) as process:
         wait_for(toy.has_done(1))
         status, output = toy.run()
+        process.terminate()
         process.communicate(timeout=20)
     assert status == 1 and f"process {process.pid} on " in output and "is training here" in output
-    assert process.returncode == 0 and toy.attempts == [(0, 12, "finished")]
+    assert process.returncode == 143 and toy.attempts == [(0, 2, "stopped")]
 
 
 def test_who_was_taken_over_stops_before_it_writes(toy: Toy):
     """As when Slurm lost a node, which lives on, and runs the job again on another one."""
-    with toy.start() as process:
+    with toy.start({"1:0:3": "pause"}) as process:
         wait_for(toy.has_done(2))
         other = {"token": "other", "process": 1, "host": "node7", "job": "99"}
         files.write_json(toy.directory / versions.OWNER, other)
@@ -306,9 +305,9 @@ def test_an_attempt_that_ended_without_a_word_counts(tmp_path: Path):
     """As when a node is lost: nobody could note how it ended."""
     for _ in range(2):
         Attempts("toy", tmp_path, 1).begin(0, "7")
-    with pytest.raises(Exception, match=r"2 starts in a row .* it ended without a word"):
-        Attempts("toy", tmp_path, 1).begin(0, "7")
-    Attempts("toy", tmp_path, 1).begin(0, "8")  # asked for by a person
+    with pytest.raises(UserError, match=r"toy: 2 starts in a row .* it ended without a word"):
+        Attempts("toy", tmp_path, 1).check(0)
+    Attempts("toy", tmp_path, 1).check(0)  # asked for by a person
 
 
 @pytest.mark.parametrize(

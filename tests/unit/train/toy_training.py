@@ -44,7 +44,7 @@ def train(directory: Path, plan: dict[str, str]) -> int:
         signal.signal(number, lambda n, _: stop.append(n))
     heartbeat = Heartbeat(directory, STEPS, writer=rank == world - 1)
     for step in range((versions.latest_iteration(directory) or 0) + 1, STEPS + 1):
-        go_wrong(plan.get(f"{attempt}:{rank}:{step}"))
+        go_wrong(plan.get(f"{attempt}:{rank}:{step}"), stop)
         time.sleep(0.02)
         asked = bool(stop)
         write_text(directory / f"steps/{attempt}_{step}_{rank}", str(int(asked)))
@@ -65,7 +65,7 @@ def train(directory: Path, plan: dict[str, str]) -> int:
     return 0
 
 
-def go_wrong(how: str | None) -> None:
+def go_wrong(how: str | None, stop: list[int]) -> None:
     match how:
         case None:
             return
@@ -73,6 +73,11 @@ def go_wrong(how: str | None) -> None:
             raise ValueError("the gradient is not finite")
         case "refuse":
             raise UserError("data/blend.json: no such file")
+        case "wait":
+            while not stop:
+                time.sleep(0.002)
+        case "pause":
+            time.sleep(2)
         case "hang":
             signal.pthread_sigmask(signal.SIG_BLOCK, launch.Signals.NUMBERS)
             time.sleep(600)
