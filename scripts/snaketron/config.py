@@ -24,6 +24,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "nvfp4"]
+Module = Literal["layer", "core_attn", "layernorm", "mlp", "moe", "shared_experts"]
 
 
 class ConfigError(ValueError):
@@ -365,8 +367,13 @@ class Model(Section):
     make_vocab_size_divisible_by: Positive = key(
         128, "the embedding is padded to a multiple of this and of TP"
     )
-    precision: Literal["fp32", "bf16"] = key(
-        "fp32", "type of weights and activations; bf16 keeps fp32 main weights"
+    precision: Precision = key(
+        "fp32",
+        "of products; all but fp32 keep bf16 weights and fp32 main weights. fp8_delayed, fp8_current (one "
+        "scale a tensor) and fp8_blockwise need a Hopper GPU, nvfp4 a Blackwell",
+    )
+    bf16_layers_at_end: Count = key(
+        0, "layers at the end that stay in bf16 under fp8 and nvfp4; Nemotron 3 Super's recipe: 14"
     )
 
 
@@ -441,6 +448,13 @@ class Optimizer(Section):
     adam_beta2: Fraction = key(0.95, "decay of the second moment")
     adam_eps: Annotated[float, Field(gt=0)] = key(1e-8, "epsilon of Adam")
     clip_grad: Annotated[float, Field(ge=0)] = key(1.0, "limit of the global gradient norm; 0 turns it off")
+    gradient_precision: Literal["fp32", "bf16"] = key(
+        "fp32", "of gradients while micro-batches and processes add them up; bf16 saves 2 bytes a parameter"
+    )
+    moment_precision: Literal["fp32", "bf16"] = key(
+        "fp32",
+        "of Adam's two moments; bf16 saves 6 bytes a parameter, over data parallelism. Needs a GPU",
+    )
 
 
 class Run(Section):
@@ -471,6 +485,12 @@ class Run(Section):
         None, "measured or expected throughput, from which a dry-run estimates the time; null: no estimate"
     )
     parallel: Parallel = key(Parallel, "how many processes share the model")
+    recompute: list[Module] = key(
+        list, "what the backward pass computes again instead of keeping it; layer: everything, and then alone"
+    )
+    offload_optimizer: Annotated[float, Field(ge=0, le=1)] = key(
+        0.0, "share of the optimizer's state that stays in host memory and is updated there. Needs a GPU"
+    )
 
 
 class Phase(Section):
@@ -714,6 +734,8 @@ def _check_run(section: str, run: Pretrain | Sft, model: Model) -> list[str]:
         if len(model.hybrid_layer_pattern) < stages
         else "",
     ]
+    if "layer" in run.recompute and len(run.recompute) > 1:
+        problems.append(f"{section}.recompute: layer is everything; leave out the others of {run.recompute}")
     return [p for p in problems if p]
 
 

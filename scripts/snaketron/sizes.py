@@ -11,11 +11,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from snaketron.config import Model, Parallel
+from snaketron.config import Model, Optimizer, Parallel
 
 CONV_WIDTH = 4  # of Mamba-2's convolution, megatron-core's d_conv
-# Bytes of a parameter as weight and activation.
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -208,26 +206,34 @@ class StaticMemory:
         return self.weights + self.gradients + self.main_weights + self.moments
 
 
-def static_memory(model: Model, vocab_size: int, parallel: Parallel) -> list[StaticMemory]:
-    """What a process of each pipeline stage keeps.
+def static_memory(
+    model: Model,
+    vocab_size: int,
+    parallel: Parallel,
+    optimizer: Optimizer | None = None,
+    offload_optimizer: float = 0.0,
+) -> list[StaticMemory]:
+    """What a process of each pipeline stage keeps on its GPU.
 
-    Gradients are fp32. Main weights and Adam's two moments are fp32 and divided by the distributed
-    optimizer among the processes that hold the same parameters; a model in fp32 has no main weights.
+    Weights are bf16 unless the model is in fp32. The distributed optimizer divides main weights and Adam's
+    two moments among the processes that hold the same parameters. Main weights are fp32, and with moments in
+    bf16 the 16 bits that bf16 weights lack; a model in fp32 has none.
     """
-    width = WEIGHT_BYTES[model.precision]
+    optimizer = optimizer or Optimizer()
+    in_bf16, short = model.precision != "fp32", optimizer.moment_precision == "bf16"
     processes = parallel.world_size // parallel.pipeline_model_parallel_size
     copies = parallel.data_parallel_size * parallel.context_parallel_size
     expert_copies = processes // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
     found = []
     for stage in stage_parameters(model, vocab_size, parallel):
         dense, expert = stage.dense_of_process(parallel), stage.expert_of_process(parallel)
-        optimized = dense / copies + expert / expert_copies
+        here = (dense / copies + expert / expert_copies) * (1 - offload_optimizer)
         found.append(
             StaticMemory(
-                weights=width * (dense + expert),
-                gradients=4 * (dense + expert),
-                main_weights=4 * optimized if model.precision == "bf16" else 0,
-                moments=8 * optimized,
+                weights=(2 if in_bf16 else 4) * (dense + expert),
+                gradients=(2 if optimizer.gradient_precision == "bf16" else 4) * (dense + expert),
+                main_weights=(2 if short else 4) * here if in_bf16 else 0,
+                moments=(4 if short else 8) * here,
             )
         )
     return found

@@ -122,7 +122,11 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
             "pretrain_data.valid_fraction: input should be less than 1 (it is 1)",
         ),
         ("model.hybrid_layer_pattern", "MAMBA", "model.hybrid_layer_pattern: string should match pattern"),
-        ("model.precision", "fp16", "model.precision: input should be 'fp32' or 'bf16' (it is 'fp16')"),
+        (
+            "model.precision",
+            "fp16",
+            "model.precision: input should be 'fp32', 'bf16', 'fp8_delayed', ",
+        ),
         ("tokenizer.text", "a.jsonl", "tokenizer.text: input should be a valid list (it is 'a.jsonl')"),
         ("sft", None, "sft: input should be a valid dictionary or instance of Sft (it is None)"),
         ("sft.micro_batch_size", 2, "sft.micro_batch_size: input should be 1 (it is 2)"),

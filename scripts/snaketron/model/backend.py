@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+from snaketron.config import Model, Optimizer, Run
+from snaketron.log import UserError
+
 import torch
 
 HAS_GPU = torch.cuda.is_available()
@@ -77,7 +80,13 @@ def _light_import() -> Iterator[None]:
                 del sys.modules["wandb"]
 
 
+# Packages of the GPU that megatron-core would use as soon as they are installed.
+_GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
+
 _silence()
+if not HAS_GPU:
+    for package in _GPU_PACKAGES:
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it is an ImportError
 if not HAS_GPU and "megatron.core" in sys.modules:
     torch.compiler.set_stance("force_eager")  # too late to leave the compiler out, not to leave it unused
 with _light_import():
@@ -93,13 +102,45 @@ def hybrid_stack_spec() -> ModuleSpec:
     return _stack_spec
 
 
+def check(model: Model, optimizer: Optimizer, run: Run) -> None:
+    """Refuse what this machine cannot do; `UserError`."""
+    problems = []
+    if HAS_GPU:
+        major, minor = torch.cuda.get_device_capability()
+        needed = {"fp8": (8, 9), "nvf": (10, 0)}.get(model.precision[:3], (0, 0))
+        if (major, minor) < needed:
+            others = "bf16 or an fp8 precision" if major >= 9 else "bf16"
+            problems.append(
+                f"model.precision: {model.precision} needs a GPU of compute capability "
+                f"{needed[0]}.{needed[1]}, and this {torch.cuda.get_device_name()} has {major}.{minor}; "
+                f"choose {others}"
+            )
+        if model.precision == "fp32" and run.parallel.context_parallel_size > 1:
+            problems.append(
+                f"parallel.context_parallel_size {run.parallel.context_parallel_size} needs bf16 on GPUs: "
+                "Transformer Engine has no attention in fp32 that shares a sequence; set model.precision"
+            )
+    else:
+        keys = {
+            "model.precision": model.precision if model.precision not in ("fp32", "bf16") else "",
+            "optimizer.moment_precision": "bf16" if optimizer.moment_precision == "bf16" else "",
+            "offload_optimizer": run.offload_optimizer or "",
+            "recompute": "layernorm" if "layernorm" in run.recompute else "",  # by Transformer Engine
+        }
+        problems += [
+            f"{key}: {value} needs a GPU, and this machine has none" for key, value in keys.items() if value
+        ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
 def device() -> torch.device:
     """Where this process computes: its own GPU (by LOCAL_RANK, which is made current), or the CPU."""
     if not HAS_GPU:
         return torch.device("cpu")
-    gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(gpu)
-    return gpu
+    found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(found)
+    return found
 
 
 def process_group_backend() -> str:

@@ -5,6 +5,7 @@ Source of the choices: NVIDIA's training recipe and configuration of Nemotron 3 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from snaketron.config import Model, Parallel
@@ -15,10 +16,73 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# TransformerConfig fields of a precision below bf16. Gradients have a wider range and less precision (e5m2).
+LOW_PRECISION: dict[str, dict[str, Any]] = {
+    "fp8_delayed": {
+        "fp8": "hybrid",
+        "fp8_recipe": "delayed",
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+    },
+    "fp8_current": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "fp8_blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},  # scales of 1 x 128 and 128 x 128 blocks
+    "nvfp4": {"fp4": "e2m1", "fp4_recipe": "nvfp4"},
+}
+# Which modules of Nemotron 3 Super stay in bf16 or mxfp8 under nvfp4; the others are nvfp4. Source:
+# te_quant.cfg of Megatron-Bridge's recipes for it.
+NVFP4_EXCEPTIONS = {
+    "*.linear_qkv": "bf16",
+    "*.linear_proj": "bf16",
+    "*mlp.fc[12]_latent_proj": "bf16",
+    "mtp.*": "bf16",
+    "*mixer.out_proj": "mxfp8",
+}
+_TE = {"transformer_engine_config_type": "TEQuantizationParams"}
+_QUANTIZATION = {
+    "bf16": _TE | {"training_recipe": {}},
+    "mxfp8": _TE | {"training_recipe": {"fp8_quantization_recipe": "mxfp8"}},
+    "nvfp4": _TE | {"training_recipe": {"fp4_quantization_recipe": "nvfp4"}},
+}
+
+
+def quantization_recipe() -> RecipeConfig:
+    """Which modules are quantized how under nvfp4, by the first pattern that fits their name."""
+    return RecipeConfig(
+        [GlobMatcher(pattern, kind) for pattern, kind in (NVFP4_EXCEPTIONS | {"*": "nvfp4"}).items()],
+        _QUANTIZATION,
+    )
+
+
+def low_precision(model: Model) -> dict[str, Any]:
+    """TransformerConfig fields for what is below bf16; none for fp32 and bf16."""
+    fields = dict(LOW_PRECISION.get(model.precision, {}))
+    if fields and model.bf16_layers_at_end:
+        fields |= {
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": 0,
+            "num_layers_at_end_in_bf16": model.bf16_layers_at_end,
+        }
+    if model.precision == "nvfp4":
+        fields["quant_recipe"] = quantization_recipe()
+    return fields
+
+
+def recomputation(modules: Sequence[str]) -> dict[str, Any]:
+    """TransformerConfig fields for what the backward pass computes again."""
+    if not modules:
+        return {}
+    if "layer" in modules:
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+
+
+def dtype_of(model: Model) -> torch.dtype:
+    """Of weights and of what is between products."""
+    return torch.float32 if model.precision == "fp32" else torch.bfloat16
 
 
 def transformer_config(model: Model, parallel: Parallel, **overrides: Any) -> TransformerConfig:
@@ -32,7 +96,7 @@ def transformer_config(model: Model, parallel: Parallel, **overrides: Any) -> Tr
     Raises:
         ValueError: megatron-core refuses the combination.
     """
-    dtype = DTYPES[model.precision]
+    dtype = dtype_of(model)
     fields: dict[str, Any] = {
         "num_layers": len(model.hybrid_layer_pattern),
         "hidden_size": model.hidden_size,
@@ -80,6 +144,7 @@ def transformer_config(model: Model, parallel: Parallel, **overrides: Any) -> Tr
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.tensor_model_parallel_size > 1,
+        **low_precision(model),
         **backend.transformer_config_options(),
     }
     return TransformerConfig(**{**fields, **overrides})

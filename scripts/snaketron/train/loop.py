@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from snaketron.config import Optimizer
 from snaketron.log import UserError, logger
 from snaketron.model import backend
 from snaketron.model.initial import initialize_weights
-from snaketron.model.spec import DTYPES, build_model, transformer_config
+from snaketron.model.spec import build_model, recomputation, transformer_config
 from snaketron.settings import RunSettings, TrainSettings
 from snaketron.train import checkpoint, versions
 from snaketron.train.batches import Batch, Batches, Split
@@ -93,14 +94,17 @@ class Trainer:
     def __init__(self, settings: TrainSettings, run: RunSettings, vocab_size: int) -> None:
         self.settings, self.run, self.vocab_size = settings, run, vocab_size
         self.iteration, self.seconds = 0, 0.0
-        self.config = transformer_config(settings.model, run.parallel)
+        backend.check(settings.model, settings.optimizer, run)
+        self.config = transformer_config(settings.model, run.parallel, **recomputation(run.recompute))
         self.model = build_model(self.config, settings.model, vocab_size, settings.seq_length)
         initialize_weights(self.model, self.config, settings.seed)
         wrapped = Float16Module(self.config, self.model) if self.config.bf16 else self.model
         self.parallel_model = DistributedDataParallel(
             self.config,
             DistributedDataParallelConfig(
-                use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=settings.optimizer.gradient_precision == "fp32",
+                check_for_nan_in_grad=True,
             ),
             wrapped,
         )
@@ -117,8 +121,9 @@ class Trainer:
                 adam_eps=values.adam_eps,
                 clip_grad=values.clip_grad,
                 bf16=self.config.bf16,
-                params_dtype=DTYPES[settings.model.precision],
+                params_dtype=self.config.params_dtype,
                 use_distributed_optimizer=True,
+                **optimizer_options(values, run),
             ),
             [self.parallel_model],
         )
@@ -345,6 +350,26 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Ca
         return total, tokens.int(), torch.stack([total.detach(), tokens]).double()
 
     return model(attention_mask=None, **batch), loss_function
+
+
+def optimizer_options(optimizer: Optimizer, run: RunSettings) -> dict[str, Any]:
+    """OptimizerConfig fields that say where the state lies and how precisely."""
+    options: dict[str, Any] = {}
+    if optimizer.moment_precision == "bf16":
+        # Transformer Engine's FusedAdam keeps fp32 main weights as bf16 weights and the 16 bits after them.
+        options |= {
+            "use_precision_aware_optimizer": True,
+            "exp_avg_dtype": torch.bfloat16,
+            "exp_avg_sq_dtype": torch.bfloat16,
+        }
+    if run.offload_optimizer:
+        options |= {
+            "use_precision_aware_optimizer": True,
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": run.offload_optimizer,
+            "overlap_cpu_optimizer_d2h_h2d": True,
+        }
+    return options
 
 
 def is_writer() -> bool:

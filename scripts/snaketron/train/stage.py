@@ -34,6 +34,7 @@ FREE = {
     "mtp_loss_scaling_factor",
     "init_method_std",
     "precision",
+    "bf16_layers_at_end",
 }
 
 

@@ -1,6 +1,13 @@
 """The stand-ins for GPU-only pieces against formulas and against torch."""
 
+import os
+import subprocess
+import sys
+
+from snaketron.config import Model, Optimizer, Run
+from snaketron.log import UserError
 from snaketron.model import backend, mamba2
+from tests.conftest import REPOSITORY
 
 import pytest
 import torch
@@ -133,3 +140,33 @@ def test_cuda_means_cpu_to_megatron_and_to_nobody_else():
     assert torch.cuda.current_device() == "cpu"
     with pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(1, device="cuda")
+
+
+def test_packages_of_the_gpu_are_left_alone_on_a_machine_without_one(tmp_path):
+    """A login node has the environment of the GPU nodes."""
+    for package in ("transformer_engine", "mamba_ssm", "causal_conv1d"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise OSError('libcuda.so.1 is not there')")
+    code = "from snaketron.model import spec; print(spec.transformer_config.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY / 'scripts'}", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "transformer_config\n", done.stderr
+
+
+def test_what_needs_a_gpu_is_refused_without_one():
+    model = Model(precision="nvfp4")
+    with pytest.raises(UserError) as refused:
+        backend.check(model, Optimizer(moment_precision="bf16"), Run(offload_optimizer=0.5))
+    assert str(refused.value).splitlines() == [
+        f"{key} needs a GPU, and this machine has none"
+        for key in (
+            "model.precision: nvfp4",
+            "optimizer.moment_precision: bf16",
+            "offload_optimizer: 0.5",
+        )
+    ]
+    backend.check(Model(precision="bf16"), Optimizer(gradient_precision="bf16"), Run())

@@ -5,11 +5,13 @@ from snaketron.model import backend, spec
 
 import pytest
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.quantization.quant_config import MatchContext
 from megatron.core.transformer.module import Float16Module
 
 
@@ -109,3 +111,41 @@ def test_same_seed_gives_the_same_bits(build, num_threads):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("decoder.layers.0.mixer.in_proj", "nvfp4"),
+        ("decoder.layers.0.mixer.out_proj", "mxfp8"),
+        ("decoder.layers.7.self_attention.linear_qkv", "bf16"),
+        ("decoder.layers.1.mlp.fc1_latent_proj", "bf16"),
+        ("decoder.layers.1.mlp.experts.linear_fc1", "nvfp4"),
+        ("mtp.layers.0.eh_proj", "bf16"),
+    ],
+)
+def test_modules_of_nemotron_3_super_are_quantized_as_in_its_recipe(name, kind):
+    recipe = spec.low_precision(Model(precision="nvfp4"))["quant_recipe"]
+    assert recipe.match_to_config_key(MatchContext(name, 0)) == kind
+
+
+def test_the_last_layers_stay_in_bf16_where_asked():
+    fields = spec.low_precision(Model(precision="fp8_current", bf16_layers_at_end=14))
+    assert (fields["num_layers_at_start_in_bf16"], fields["num_layers_at_end_in_bf16"]) == (0, 14)
+    assert spec.low_precision(Model(precision="bf16", bf16_layers_at_end=14)) == {}
+
+
+@pytest.mark.parametrize("modules", [["layer"], ["moe"], ["shared_experts"], ["core_attn"], ["mlp"]])
+def test_what_is_computed_again_changes_no_gradient(modules):
+    def gradients(recompute):
+        torch.manual_seed(0)
+        tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        model = Model()
+        config = spec.transformer_config(model, Parallel(), **spec.recomputation(recompute))
+        built = spec.build_model(config, model, 256, 512)
+        ids = torch.arange(100)[None].to(backend.device())
+        built(ids, None, None, labels=ids, loss_mask=torch.ones_like(ids).float()).sum().backward()
+        return [p.grad for p in built.parameters()]
+
+    for kept, again in zip(gradients([]), gradients(modules), strict=True):
+        torch.testing.assert_close(again, kept)
