@@ -41,6 +41,8 @@ _NOISE = {
 
 
 _NOISY_WARNINGS = (
+    # Of earlier versions; ours gives the losses of the native one (docs/measurements.md).
+    "Transformer Engine cross entropy loss fusion has known stability issues",
     "full scope is deprecated",  # raised by TransformerConfig for its own default
     "MimoModelConfig is experimental",  # a model that we do not use
     "The .grad attribute of a Tensor that is not a leaf",  # the distributed optimizer looks, and knows why
@@ -84,7 +86,11 @@ def _light_import() -> Iterator[None]:
 _GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
 
 _silence()
-if not HAS_GPU:
+if HAS_GPU:
+    from snaketron.model import gpu
+
+    gpu.prepare()
+else:
     for package in _GPU_PACKAGES:
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it is an ImportError
 if not HAS_GPU and "megatron.core" in sys.modules:
@@ -95,6 +101,9 @@ with _light_import():
     else:
         from snaketron.model.cpu import hybrid_stack_spec as _stack_spec
     from megatron.core.transformer.spec_utils import ModuleSpec
+
+if HAS_GPU:
+    gpu.patch()
 
 
 def hybrid_stack_spec() -> ModuleSpec:
@@ -134,6 +143,12 @@ def check(model: Model, optimizer: Optimizer, run: Run) -> None:
         raise UserError("\n".join(problems))
 
 
+def prepare_model(model: torch.nn.Module) -> None:
+    """What a new model needs on this machine before it is wrapped."""
+    if HAS_GPU:
+        gpu.prepare_model(model)
+
+
 def device() -> torch.device:
     """Where this process computes: its own GPU (by LOCAL_RANK, which is made current), or the CPU."""
     if not HAS_GPU:
@@ -150,9 +165,4 @@ def process_group_backend() -> str:
 
 def transformer_config_options() -> dict[str, Any]:
     """TransformerConfig fields for kernels that only a GPU has; they change speed, not the mathematics."""
-    return {
-        "moe_grouped_gemm": HAS_GPU,
-        "moe_permute_fusion": HAS_GPU,
-        "use_fused_weighted_squared_relu": HAS_GPU,
-        "cross_entropy_loss_fusion": HAS_GPU,
-    }
+    return dict(gpu.TRANSFORMER_CONFIG) if HAS_GPU else {}

@@ -191,4 +191,5 @@ def build_model(config: TransformerConfig, model: Model, vocab_size: int, seq_le
             # Gives the experts an optimizer of their own with EP = 1 too, as megatron-core does with EP > 1;
             # otherwise a checkpoint of one does not load into the other.
             parameter.allreduce = False
+    backend.prepare_model(built)
     return built

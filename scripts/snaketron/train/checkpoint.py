@@ -19,7 +19,11 @@ from snaketron.train.versions import LATEST, iteration_directory
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_save_sharded_strategy,
+    load_sharded_metadata,
+)
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -94,6 +98,7 @@ def load(
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
     try:
+        _leave_out_absent_extra_state(state["model"], source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about torch's own calls of torch
             state = dist_checkpointing.load(state, source)
@@ -103,14 +108,22 @@ def load(
             f"{source}: the checkpoint cannot be read ({type(cause).__name__}: {cause}); "
             "delete it and run again, to continue from the one before it"
         ) from error
-    model.load_state_dict(state["model"])
+    absent = [
+        key
+        for key in model.load_state_dict(state["model"], strict=False).missing_keys
+        if not key.endswith(_EXTRA_STATE)
+    ]
+    if absent:
+        raise AssertionError(f"{source} does not hold {absent}")
     if optimizer is not None:
-        configured = [
-            {k: v for k, v in group.items() if k in _CONFIGURED} for group in optimizer.param_groups
+        before = [
+            {k: v for k, v in group.items() if k not in ("params", "step")}
+            for group in optimizer.param_groups
         ]
         optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(optimizer.param_groups, configured, strict=True):
-            group.update(values)
+        for group, values in zip(optimizer.param_groups, before, strict=True):
+            # What this machine's optimizer has and that of the checkpoint's does not, and what is configured.
+            group.update({k: v for k, v in values.items() if k in _CONFIGURED or k not in group})
     return state["progress"]
 
 
@@ -123,6 +136,24 @@ def _no_room(path: Path) -> str | None:
     except OSError as error:
         return NO_SPACE.get(error.errno or 0)
     return None
+
+
+# What Transformer Engine's modules keep beside their weights: nothing, or the scales of fp8.
+_EXTRA_STATE = "_extra_state"
+
+
+def _leave_out_absent_extra_state(state: dict[str, Any], source: Path) -> None:
+    """Do not ask for the extra state of modules that had none where the checkpoint was made: on a CPU."""
+    asked = [key for key, value in state.items() if isinstance(value, ShardedObject) and _EXTRA_STATE in key]
+    if not asked:
+        return
+    try:
+        there = load_sharded_metadata(str(source))
+    except Exception:  # of many kinds; what is damaged is told by the load that follows
+        return
+    for key in asked:
+        if state[key].unique_key not in there:
+            del state[key]
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -1,0 +1,91 @@
+"""The routed experts of a layer as a handful of kernels that the host need not wait for.
+
+Transformer Engine's GroupedLinear takes the number of tokens of each expert as a list, so that the host
+waits for the router in every layer, and then handles each expert's matrix in Python: on an H200 at 16k tokens
+that kept the host busy for 20 ms a layer and the GPU idle for half of a step. Here the numbers stay on the
+GPU and the matrices of all experts are one tensor, which they are in the buffers of megatron-core's
+DistributedDataParallel. Parameters, their names and the checkpoint stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_weighted_squared_relu import (
+    weighted_squared_relu,
+    weighted_squared_relu_back,
+)
+from torch import Tensor
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor | None:
+    """Tensors of one shape that follow each other in memory as one (count, ...); None if they do not."""
+    first = parts[0]
+    step, start = first.numel() * first.element_size(), first.data_ptr()
+    for i, part in enumerate(parts):
+        if part.data_ptr() != start + i * step or not part.is_contiguous():
+            return None
+    strides = [first.numel(), *first.stride()]
+    return first.detach().as_strided([len(parts), *first.shape], strides)
+
+
+class Experts(torch.autograd.Function):
+    """fc2(squared_relu(fc1(x)) * probability), each token by its own expert.
+
+    Gradients of the weights are added to `main_grad`, as megatron-core's fused accumulation does. The first
+    weight of each kind is an input to let autograd call what waits for them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        probs: Tensor,
+        ends: Tensor,
+        fc1: Tensor,
+        fc2: Tensor,
+        weights: tuple[Tensor, Tensor],
+        grads: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """
+        Args:
+            x: (tokens, input), sorted by expert.
+            probs: (tokens, 1), weight of an expert's output.
+            ends: (experts,), int32, number of tokens up to the end of each expert's.
+            fc1, fc2: the first experts' parameters.
+            weights: (experts, inner, input) and (experts, output, inner).
+            grads: `main_grad` of the weights, of the same shapes; None: nothing to train.
+
+        Returns:
+            (tokens, output).
+        """
+        hidden = torch._grouped_mm(x, weights[0].mT, offs=ends)
+        ctx.save_for_backward(x, probs, ends, hidden)
+        ctx.weights, ctx.grads, ctx.first = weights, grads, (fc1, fc2)
+        return torch._grouped_mm(weighted_squared_relu(hidden, probs), weights[1].mT, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, probs, ends, hidden = ctx.saved_tensors
+        grad = grad.contiguous()
+        activated = weighted_squared_relu(hidden, probs)
+        _accumulate(ctx.grads[1], grad, activated, ends)
+        grad_activated = torch._grouped_mm(grad, ctx.weights[1], offs=ends)
+        grad_hidden, grad_probs = weighted_squared_relu_back(grad_activated, hidden, probs)
+        del activated, grad_activated
+        _accumulate(ctx.grads[0], grad_hidden, x, ends)
+        grad_x = torch._grouped_mm(grad_hidden, ctx.weights[0], offs=ends)
+        return grad_x, grad_probs, None, *(_added(first) for first in ctx.first), None, None
+
+
+def _accumulate(total: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tensor) -> None:
+    """total (experts, output, input) += for each expert grad_output^T inputs."""
+    total.add_(torch._grouped_mm(grad_output.mT, inputs, offs=ends))
+
+
+def _added(parameter: Tensor) -> Tensor:
+    """What autograd gets for a gradient that is in main_grad already."""
+    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(parameter)

@@ -1,0 +1,147 @@
+"""What a GPU adds to megatron-core 0.19.2: switches of its kernels, and a function that APEX would have.
+
+Imported by `backend` before megatron-core, and only on a machine with a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from typing import Any
+
+import torch
+
+# Read by libraries when they are imported or first used; what the user sets holds.
+ENVIRONMENT = {
+    # Triton keeps what its autotuner found beside the compiled kernels.
+    "TRITON_CACHE_AUTOTUNING": "1",
+}
+
+TRANSFORMER_CONFIG = {
+    "moe_grouped_gemm": True,
+    "moe_permute_fusion": True,
+    "moe_router_fusion": True,
+    "use_fused_weighted_squared_relu": True,
+    # Transformer Engine's: the native one keeps fp32 copies of the logits, and rounds their gradient to bf16
+    # in an fp32 model too.
+    "cross_entropy_loss_fusion": True,
+    "cross_entropy_fusion_impl": "te",
+    "gradient_accumulation_fusion": True,
+}
+
+
+def _accumulate_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad += grad_output^T inputs, in one kernel, whatever the type of main_grad."""
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    general_gemm(
+        inputs,
+        grad_output,
+        out_dtype=main_grad.dtype,
+        layout="NT",
+        out=main_grad,
+        accumulate=True,
+        use_split_accumulator=True,
+        grad=True,
+    )
+
+
+def prepare() -> None:
+    """Set the environment, and give megatron-core the one function that it would take from APEX."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    module: Any = types.ModuleType("fused_weight_gradient_mlp_cuda")
+    module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = _accumulate_gradient
+    sys.modules.setdefault(module.__name__, module)
+
+
+def patch() -> None:
+    """Put our experts under megatron-core's, after its import; see `experts`."""
+    from megatron.core.models.common.language_module import language_module
+    from megatron.core.transformer import multi_token_prediction
+    from megatron.core.transformer.moe import experts as theirs
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    mlp_forward = theirs.TEGroupedMLP.forward
+    dispatch_postprocess, combine_preprocess = Dispatcher.dispatch_postprocess, Dispatcher.combine_preprocess
+    to_host = Dispatcher._maybe_dtoh_and_synchronize
+
+    def forward(
+        self: Any, x: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor, **kwargs: Any
+    ) -> Any:
+        ours = _our_experts(self, x, tokens_per_expert, probs)
+        return mlp_forward(self, x, tokens_per_expert, probs, **kwargs) if ours is None else (ours, None)
+
+    def alone(self: Any) -> bool:
+        return self.ep_size == self.tp_size == 1
+
+    def _maybe_dtoh_and_synchronize(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        # With all experts on this GPU nothing else needs the numbers on the host.
+        return tokens_per_expert if alone(self) else to_host(self, point, tokens_per_expert)
+
+    def _dispatch_postprocess(self: Any, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
+        if alone(self):  # they are sorted by expert already
+            numbers, self.tokens_per_expert = self.tokens_per_expert, None
+            return tokens, numbers, probs
+        tokens, numbers, probs = dispatch_postprocess(self, tokens, probs)
+        if self.num_local_experts > 1:
+            numbers = self.num_global_tokens_per_local_expert.sum(0)  # which is on the GPU
+        return tokens, numbers, probs
+
+    def _combine_preprocess(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states if alone(self) else combine_preprocess(self, hidden_states)
+
+    def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, group: Any, *_: Any) -> torch.Tensor:
+        return parallel_cross_entropy(logits, labels, dist_process_group=group, overwrite_input=True)
+
+    # The gradient takes the place of the logits, of which theirs keeps a copy (4 GiB at 16k tokens).
+    language_module.te_parallel_cross_entropy = cross_entropy
+    # A metric that we do not report, by one more pass over the logits of each depth.
+    multi_token_prediction._compute_mtp_acceptance_counts = lambda logits, *_: (logits.new_zeros(()),) * 2
+    theirs.TEGroupedMLP.forward = forward
+    Dispatcher._maybe_dtoh_and_synchronize = _maybe_dtoh_and_synchronize
+    Dispatcher.dispatch_postprocess = _dispatch_postprocess
+    Dispatcher.combine_preprocess = _combine_preprocess
+
+
+def _our_experts(
+    module: Any, x: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+) -> torch.Tensor | None:
+    """The output of the experts, or None where Transformer Engine must compute it: quantized, in fp32, or
+    before the weights are in one buffer."""
+    from snaketron.model.experts import Experts, stacked
+
+    config, layers = module.config, (module.linear_fc1, module.linear_fc2)
+    if config.fp8 or config.fp4 or x.dtype != torch.bfloat16 or not len(x):
+        return None
+    if not hasattr(module, "_stacked"):
+        parameters = [_weights(layer) for layer in layers]
+        tensors = [stacked(p) for p in parameters]
+        if hasattr(parameters[0][0], "main_grad"):
+            tensors += [stacked([p.main_grad for p in ps]) for ps in parameters]
+        else:
+            tensors += [None, None]
+        module._stacked = None if any(t is None for t in tensors) else (tensors[:2], tensors[2:])
+    if module._stacked is None:
+        return None
+    ends = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0).int()
+    first = (layers[0].weight0, layers[1].weight0)
+    return Experts.apply(x, probs.unsqueeze(-1), ends, *first, *module._stacked)
+
+
+def _weights(layer: Any) -> list[Any]:
+    return [getattr(layer, f"weight{i}") for i in range(layer.num_gemms)]
+
+
+def prepare_model(model: torch.nn.Module) -> None:
+    """Register the experts of a new model from the last to the first: DistributedDataParallel lays parameters
+    out in memory the other way round, and our experts want the first one first."""
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+
+    for module in model.modules():
+        if isinstance(module, TEGroupedMLP):
+            for layer in (module.linear_fc1, module.linear_fc2):
+                for i in reversed(range(layer.num_gemms)):
+                    layer._parameters[f"weight{i}"] = layer._parameters.pop(f"weight{i}")

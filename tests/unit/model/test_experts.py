@@ -1,0 +1,57 @@
+"""The experts of a GPU against a loop over them in double precision."""
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.model import backend
+from snaketron.model.experts import Experts, stacked
+
+import torch
+
+COUNTS, INPUTS, INNER = [70, 0, 1, 129], 64, 96  # of tokens for each expert, and widths
+
+
+def errors(dtype: torch.dtype) -> list[float]:
+    """Relative errors of the output, and of the gradients of input, probabilities and both weights."""
+    torch.manual_seed(0)
+    tokens, device = sum(COUNTS), backend.device()
+    x, probs = torch.randn(tokens, INPUTS, device=device), torch.rand(tokens, 1, device=device)
+    buffers = [torch.randn(4, *s, device=device) / 8 for s in ((INNER, INPUTS), (INPUTS, INNER))]
+    weight = torch.randn(tokens, INPUTS, device=device)
+
+    exact = [t.double().requires_grad_() for t in (x, probs, *buffers)]
+    parts = []
+    for i, rows in enumerate(torch.arange(tokens, device=device).split(COUNTS)):
+        hidden = torch.relu(exact[0][rows] @ exact[2][i].T) ** 2 * exact[1][rows]
+        parts.append(hidden @ exact[3][i].T)
+    expected = torch.cat(parts)
+    (expected * weight).sum().backward()
+
+    # As DistributedDataParallel lays them out: parameters that are parts of one piece of memory.
+    memory = [buffer.to(dtype) for buffer in buffers]
+    weights = [[torch.nn.Parameter(part) for part in m.unbind()] for m in memory]
+    stacks = tuple(stacked(w) for w in weights)
+    grads = tuple(torch.ones_like(buffer) for buffer in buffers)  # of micro-batches before
+    a, p = x.to(dtype).requires_grad_(), probs.clone().requires_grad_()
+    ends = torch.tensor(COUNTS, device=device).cumsum(0).int()
+    out = Experts.apply(a, p, ends, weights[0][0], weights[1][0], stacks, grads)
+    (out * weight).sum().backward()
+    assert all(w[0].grad_added_to_main_grad for w in weights)
+    found = [out, a.grad, p.grad, grads[0] - 1, grads[1] - 1]
+    wanted = [expected, *(t.grad for t in exact)]
+    return [float((f.double() - w).norm() / w.norm()) for f, w in zip(found, wanted, strict=True)]
+
+
+def test_experts_are_those_of_a_loop_over_them():
+    if backend.HAS_GPU:  # its kernel is for bf16, of which a product has 8 bits
+        assert max(errors(torch.bfloat16)) < 2e-2
+    else:
+        assert max(errors(torch.float32)) < 1e-5
+
+
+def test_tensors_are_stacked_only_where_they_follow_each_other():
+    memory = torch.arange(24.0)
+    parts = [part.view(2, 3) for part in memory.chunk(4)]
+    found = stacked(parts)
+    assert found is not None and torch.equal(found, memory.view(4, 2, 3))
+    assert stacked(parts[::-1]) is None
+    assert stacked([parts[0], parts[2]]) is None
+    assert stacked([p.T for p in parts]) is None
