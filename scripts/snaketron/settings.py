@@ -56,6 +56,7 @@ class RunSettings(Run):
 
     cluster: Cluster = Field(default_factory=Cluster)
     tracking: Literal["off", "offline", "online"]
+    cuda_graphs: bool = False  # of pretraining: packed sequences have no fixed shapes
     num_samples: int = 0
     sample_tokens: int = 0
 
@@ -201,4 +202,6 @@ def run_settings(config: Config, section: Literal["pretrain", "sft"]) -> RunSett
     values = {name: getattr(run, name) for name in Run.model_fields}
     if isinstance(run, Sft):
         values |= {"num_samples": run.num_samples, "sample_tokens": run.sample_tokens}
+    else:
+        values["cuda_graphs"] = run.cuda_graphs
     return RunSettings(**values, cluster=config.cluster, tracking=config.tracking)

@@ -105,6 +105,7 @@ OTHER: dict[str, Any] = {
     "model.mtp_hybrid_layer_pattern": "*-",
     "model.precision": "bf16",
     "model.bf16_layers_at_end": 2,
+    "pretrain.cuda_graphs": True,
     **{f"{s}.optimizer.{k}_precision": "bf16" for s in ("pretrain", "sft") for k in ("gradient", "moment")},
     **{f"{s}.recompute": ["moe"] for s in ("pretrain", "sft")},
     **{f"{s}.offload_optimizer": 0.5 for s in ("pretrain", "sft")},

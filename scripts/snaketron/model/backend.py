@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from snaketron.config import Model, Optimizer, Run
+from snaketron.config import Model, Optimizer
 from snaketron.log import UserError
+from snaketron.settings import RunSettings
 
 import torch
 
@@ -111,7 +112,7 @@ def hybrid_stack_spec() -> ModuleSpec:
     return _stack_spec
 
 
-def check(model: Model, optimizer: Optimizer, run: Run) -> None:
+def check(model: Model, optimizer: Optimizer, run: RunSettings) -> None:
     """Refuse what this machine cannot do; `UserError`."""
     problems = []
     if HAS_GPU:
@@ -133,6 +134,7 @@ def check(model: Model, optimizer: Optimizer, run: Run) -> None:
         keys = {
             "model.precision": model.precision if model.precision not in ("fp32", "bf16") else "",
             "optimizer.moment_precision": "bf16" if optimizer.moment_precision == "bf16" else "",
+            "cuda_graphs": run.cuda_graphs or "",
             "offload_optimizer": run.offload_optimizer or "",
             "recompute": "layernorm" if "layernorm" in run.recompute else "",  # by Transformer Engine
         }
@@ -141,6 +143,11 @@ def check(model: Model, optimizer: Optimizer, run: Run) -> None:
         ]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def cuda_graph_options(run: RunSettings) -> dict[str, Any]:
+    """TransformerConfig fields of recorded layers."""
+    return dict(gpu.CUDA_GRAPHS) if run.cuda_graphs else {}
 
 
 def prepare_model(model: torch.nn.Module) -> None:

@@ -34,6 +34,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -77,7 +78,8 @@ def distributed(settings: TrainSettings, run: RunSettings) -> Iterator[None]:
         expert_tensor_parallel_size=run.parallel.expert_tensor_parallel_size,
     )
     torch.manual_seed(settings.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(settings.seed)
+    # Transformer Engine's tracker of random numbers is the one that can be recorded.
+    tensor_parallel.model_parallel_cuda_manual_seed(settings.seed, te_rng_tracker=run.cuda_graphs)
     try:
         yield
     finally:
@@ -95,7 +97,12 @@ class Trainer:
         self.settings, self.run, self.vocab_size = settings, run, vocab_size
         self.iteration, self.seconds = 0, 0.0
         backend.check(settings.model, settings.optimizer, run)
-        self.config = transformer_config(settings.model, run.parallel, **recomputation(run.recompute))
+        self.config = transformer_config(
+            settings.model,
+            run.parallel,
+            **recomputation(run.recompute),
+            **backend.cuda_graph_options(run),
+        )
         self.model = build_model(self.config, settings.model, vocab_size, settings.seq_length)
         initialize_weights(self.model, self.config, settings.seed)
         wrapped = Float16Module(self.config, self.model) if self.config.bf16 else self.model
@@ -225,6 +232,8 @@ class Trainer:
             self.iteration * self.settings.global_batch_size,
             self.settings.global_batch_size,
         )
+        if self.run.cuda_graphs:
+            _forget_recording(self.model)
         success, grad_norm, _ = self.optimizer.step()
         if not success:
             raise RuntimeError(
@@ -370,6 +379,13 @@ def optimizer_options(optimizer: Optimizer, run: RunSettings) -> dict[str, Any]:
             "overlap_cpu_optimizer_d2h_h2d": True,
         }
     return options
+
+
+def _forget_recording(model: torch.nn.Module) -> None:
+    """Clear what routers counted while megatron-core recorded them, after the gradients of the first step."""
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.local_tokens_per_expert.zero_()
 
 
 def is_writer() -> bool:

@@ -4,9 +4,10 @@ import os
 import subprocess
 import sys
 
-from snaketron.config import Model, Optimizer, Run
+from snaketron.config import Model, Optimizer
 from snaketron.log import UserError
 from snaketron.model import backend, mamba2
+from snaketron.settings import RunSettings
 from tests.conftest import REPOSITORY
 
 import pytest
@@ -159,14 +160,17 @@ def test_packages_of_the_gpu_are_left_alone_on_a_machine_without_one(tmp_path):
 
 def test_what_needs_a_gpu_is_refused_without_one():
     model = Model(precision="nvfp4")
+    run = RunSettings(tracking="off", offload_optimizer=0.5, recompute=["layernorm"], cuda_graphs=True)
     with pytest.raises(UserError) as refused:
-        backend.check(model, Optimizer(moment_precision="bf16"), Run(offload_optimizer=0.5))
+        backend.check(model, Optimizer(moment_precision="bf16"), run)
     assert str(refused.value).splitlines() == [
         f"{key} needs a GPU, and this machine has none"
         for key in (
             "model.precision: nvfp4",
             "optimizer.moment_precision: bf16",
+            "cuda_graphs: True",
             "offload_optimizer: 0.5",
+            "recompute: layernorm",
         )
     ]
-    backend.check(Model(precision="bf16"), Optimizer(gradient_precision="bf16"), Run())
+    backend.check(Model(precision="bf16"), Optimizer(gradient_precision="bf16"), RunSettings(tracking="off"))
