@@ -27,6 +27,7 @@ def summarize(checkpoint: Path) -> str:
     parts = [
         f"# {checkpoint}",
         _training(stages),
+        *_performance(stages),
         _text(records["tokens"]),
         _conversations(records["render_chat"], records["pack_sft"]),
         _time(stages, records),
@@ -71,6 +72,20 @@ def _training(stages: list[dict[str, Any]]) -> str:
         )
     header = ["training", "steps", "tokens", "valid loss before", "after", "test loss", "tokens/s"]
     return "## Training\n\n" + table(header, rows)
+
+
+def _performance(stages: list[dict[str, Any]]) -> list[str]:
+    """Speed and memory of a process (a GPU), and where its time went; nothing for records without them."""
+    keys = ("tokens_per_second_per_process", "tflops_per_process", "peak_memory_gib")
+    seconds = ("step_seconds", "data_seconds", "checkpoint_seconds")
+    rows = [
+        [stage["name"], f"{counts[keys[0]]:,.0f}", f"{counts[keys[1]]:.3g}", f"{counts[keys[2]]:.1f}"]
+        + [f"{counts[key]:,.1f}" for key in seconds]
+        for stage in stages
+        if keys[0] in (counts := stage["counts"])
+    ]
+    header = ["of a process", "tokens/s", "model TFLOP/s", "peak GiB", "s in steps", "waiting for data"]
+    return ["## Performance\n\n" + table([*header, "in checkpoints"], rows)] if rows else []
 
 
 def _text(records: list[dict[str, Any]]) -> str:

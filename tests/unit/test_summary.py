@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,23 @@ def test_training_is_from_the_first_phase_to_the_last(run: Path):
         "| ckpt/pretrain/broad |    10 | 20,480 |            7.5000 | 4.2500 |         - |    5,120 |",
         "| ckpt/sft            | 1,200 |  1,000 |            4.0000 | 3.1235 |    3.5000 |    2,000 |",
     ]
+
+
+def test_performance_is_of_the_stages_that_measured_it(run: Path):
+    assert "Performance" not in sections(summarize(run))
+    path = run / "record.json"
+    record = json.loads(path.read_text())
+    record["counts"] |= {"tokens_per_second_per_process": 20_400.4, "tflops_per_process": 187.91}
+    record["counts"] |= {"peak_memory_gib": 88.04, "step_seconds": 1_200, "data_seconds": 3.25}
+    path.write_text(json.dumps(record | {"counts": record["counts"] | {"checkpoint_seconds": 40.06}}))
+    lines = sections(summarize(run))["Performance"].splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == [
+        "of a process", "tokens/s", "model TFLOP/s", "peak GiB",
+        "s in steps", "waiting for data", "in checkpoints",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
+        "ckpt/sft", "20,400", "188", "88.0", "1,200.0", "3.2", "40.1",
+    ]  # fmt: skip
 
 
 def test_text_is_summed_over_the_shards_of_a_corpus(run: Path):

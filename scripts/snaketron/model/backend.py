@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Iterator
@@ -163,6 +164,17 @@ def device() -> torch.device:
     found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(found)
     return found
+
+
+def memory() -> dict[str, float]:
+    """Peak of this process since its start, in GiB: of the GPU's memory in tensors and as reserved for them,
+    or of the host's where there is no GPU."""
+    if not HAS_GPU:
+        return {"peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+    return {
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+    }
 
 
 def process_group_backend() -> str:

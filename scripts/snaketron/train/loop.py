@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from snaketron.model import backend
 from snaketron.model.initial import initialize_weights
 from snaketron.model.spec import build_model, recomputation, transformer_config
 from snaketron.settings import RunSettings, TrainSettings
+from snaketron.sizes import training_flops
 from snaketron.train import checkpoint, versions
 from snaketron.train.batches import Batch, Batches, Split
 from snaketron.train.heartbeat import Heartbeat
-from snaketron.train.metrics import Metrics, Progress
+from snaketron.train.metrics import Clock, Metrics, Progress
 from snaketron.train.schedule import build_schedule, seek
 
 import torch
@@ -96,6 +96,8 @@ class Trainer:
     def __init__(self, settings: TrainSettings, run: RunSettings, vocab_size: int) -> None:
         self.settings, self.run, self.vocab_size = settings, run, vocab_size
         self.iteration, self.seconds = 0, 0.0
+        flops = training_flops(settings.model, vocab_size, settings.seq_length)
+        self.clock = Clock(flops, run.parallel.world_size)
         backend.check(settings.model, settings.optimizer, run)
         self.config = transformer_config(
             settings.model,
@@ -197,9 +199,10 @@ class Trainer:
                 after_start()
                 self._validate(batches, metrics)
             while self.iteration < self.settings.train_iters:
-                began = time.monotonic()
-                grad_norm = self._step(batches)
-                self.seconds += time.monotonic() - began
+                before = self.clock.spent["step"]
+                with self.clock.spend("step"):
+                    grad_norm = self._step(batches)
+                self.seconds += self.clock.spent["step"] - before
                 if is_writer():
                     progress.show(self.iteration, self._mean_loss())
                     heartbeat.beat(self.iteration, loss=self._mean_loss(), tokens_per_second=progress.speed)
@@ -217,7 +220,8 @@ class Trainer:
         if self.iteration % self.run.eval_interval == 0 or at_end:
             self._validate(batches, metrics)
         if self.iteration % self.run.save_interval == 0 or at_end or self.stop_signal:
-            self.save(directory)
+            with self.clock.spend("checkpoint"):
+                self.save(directory)
         if self.stop_signal and not at_end:
             raise Stopped(self.iteration, self.stop_signal)
 
@@ -249,9 +253,10 @@ class Trainer:
         """Outputs of the loss function (last pipeline stage only) and the number of micro-batches."""
         data_parallel = parallel_state.get_data_parallel_world_size()
         micro_batches = count // (batches.micro_batch_size * data_parallel)
+        data = batches.micro_batches(split, first, count)
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=batches.micro_batches(split, first, count),
+            data_iterator=data if forward_only else self.clock.waiting(data),
             model=[self.parallel_model],
             num_microbatches=micro_batches,
             seq_length=self.settings.seq_length,
@@ -329,6 +334,8 @@ class Trainer:
             "timing": {
                 "seconds": round(self.seconds, 3),
                 "tokens_per_second": round(self.iteration * step_tokens / self.seconds, 1),
+                **self.clock.report(int(steps) * step_tokens),
+                **backend.memory(),
             },
         }
 

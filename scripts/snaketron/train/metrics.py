@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,64 @@ class Metrics:
         with self.path.open("ab") as file:
             file.write(orjson.dumps(values) + b"\n")
         self.observe(values)
+
+
+def performance(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """How a training went, from its lines of metrics: the median speed of a process, its peak of memory, and
+    the seconds in each activity. A checkpoint's time is in the line after it."""
+    timings = [line["timing"] for line in lines if "step_seconds" in line.get("timing", {})]
+    if not timings:
+        return {}
+    medians = ("tokens_per_second_per_process", "tflops_per_process")
+    sums = ("step_seconds", "data_seconds", "checkpoint_seconds")
+    return {
+        **{key: statistics.median(t[key] for t in timings) for key in medians},
+        "peak_memory_gib": max(t["peak_memory_gib"] for t in timings),
+        **{key: round(sum(t[key] for t in timings), 2) for key in sums},
+    }
+
+
+class Clock:
+    """Seconds of this process by what they were spent on, and what a step costs to compute.
+
+    `data` is a part of `step`: the time in which a step waited for its micro-batches.
+    """
+
+    def __init__(self, flops_per_token: float, processes: int) -> None:
+        """`flops_per_token` of training (`sizes.training_flops`), on `processes` together."""
+        self.flops_per_token, self.processes = flops_per_token, processes
+        self.spent = {"step": 0.0, "data": 0.0, "checkpoint": 0.0}
+        self.last, self.tokens = dict(self.spent), 0
+
+    @contextlib.contextmanager
+    def spend(self, on: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[on] += time.monotonic() - began
+
+    def waiting[T](self, items: Iterable[T]) -> Iterator[T]:
+        """The items, with the time that each takes to come counted as data."""
+        iterator = iter(items)
+        while True:
+            with self.spend("data"):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def report(self, tokens: int) -> dict[str, float]:
+        """What happened since the last report, in which the processes together trained on `tokens`."""
+        since = {name: self.spent[name] - self.last[name] for name in self.spent}
+        self.last = dict(self.spent)
+        speed = tokens / max(since["step"], 1e-9) / self.processes
+        return {
+            "tokens_per_second_per_process": round(speed, 1),
+            "tflops_per_process": round(speed * self.flops_per_token / 1e12, 4),
+            **{f"{name}_seconds": round(seconds, 3) for name, seconds in since.items()},
+        }
 
 
 class Progress:

@@ -18,7 +18,7 @@ from snaketron.log import UserError, log_to, logger
 from snaketron.settings import RunSettings, TrainSettings
 from snaketron.tracking import Tracker
 from snaketron.train import launch, versions
-from snaketron.train.metrics import Metrics
+from snaketron.train.metrics import Metrics, performance
 
 import yaml
 from pydantic import ValidationError
@@ -200,6 +200,7 @@ class Stage:
                 "valid_loss_after": valid[-1] if valid else None,
                 "test_loss": next((line["test_loss"] for line in lines if "test_loss" in line), None),
                 "train_seconds": round(seconds, 2),
+                **performance(lines),
             },
         )
         with writing(self.directory / versions.RECORD) as (temporary,):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from snaketron.train import metrics
 from snaketron.train.metrics import Metrics, Progress
 
 import pytest
@@ -80,3 +81,50 @@ def test_progress_says_where_a_stage_is(capsys: pytest.CaptureFixture[str], monk
         "sft  step 3/5  loss 1.2346  50 tokens/s  00:00:04 left",
         "sft  step 5/5  loss 0.5000  80 tokens/s  00:00:00 left",
     ]
+
+
+def test_a_clock_reports_what_was_spent_since_the_last_report(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    clock = metrics.Clock(flops_per_token=3e9, processes=2)
+
+    def batches():
+        for _ in range(2):
+            now[0] += 0.25  # to read a micro-batch
+            yield "batch"
+
+    with clock.spend("step"):
+        for _ in clock.waiting(batches()):
+            now[0] += 1.75  # to compute with it
+    with clock.spend("checkpoint"):
+        now[0] += 6
+    # 4 s for 8000 tokens on two processes: 1000 tokens/s on each, of 3 GFLOP.
+    assert clock.report(8_000) == {
+        "tokens_per_second_per_process": 1000.0,
+        "tflops_per_process": 3.0,
+        "step_seconds": 4.0,
+        "data_seconds": 0.5,
+        "checkpoint_seconds": 6.0,
+    }
+    with clock.spend("step"):
+        now[0] += 1
+    found = clock.report(1_000)
+    assert (found["tokens_per_second_per_process"], found["data_seconds"]) == (500.0, 0.0)
+
+
+def test_the_performance_of_a_training_is_that_of_its_lines():
+    def line(speed, memory, step):
+        timing = {"tokens_per_second_per_process": speed, "tflops_per_process": speed / 100}
+        timing |= {"peak_memory_gib": memory, "step_seconds": step, "data_seconds": 0.5}
+        return {"iteration": 1, "timing": timing | {"checkpoint_seconds": 2.0}}
+
+    lines = [{"iteration": 0, "valid_loss": 7.0}, line(100, 3.0, 10), line(900, 4.5, 2), line(300, 4.5, 4)]
+    assert metrics.performance(lines) == {
+        "tokens_per_second_per_process": 300,
+        "tflops_per_process": 3.0,
+        "peak_memory_gib": 4.5,
+        "step_seconds": 16,
+        "data_seconds": 1.5,
+        "checkpoint_seconds": 6.0,
+    }
+    assert metrics.performance(lines[:1]) == {}
