@@ -1,0 +1,237 @@
+"""Speed and memory of training on a GPU, one setting after the other.
+
+    python tests/benchmarks/gpu_training.py                       # all variants
+    python tests/benchmarks/gpu_training.py baseline graphs       # some
+
+Each variant trains the model of `MODEL` on random tokens with `Trainer`, in a process of its own that starts
+(imports) while another one measures. Lines of JSON come on standard output and a table at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+VOCABULARY = 131072
+MODEL = {
+    "hybrid_layer_pattern": "MEMEM*EMEMEM*EMEMEM*EMEME",
+    "mtp_hybrid_layer_pattern": "*E",
+    "mtp_num_layers": 2,
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_query_groups": 2,
+    "kv_channels": 128,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "mamba_num_groups": 8,
+    "mamba_state_dim": 128,
+    "num_moe_experts": 64,
+    "moe_router_topk": 6,
+    "moe_ffn_hidden_size": 1344,
+    "moe_latent_size": 512,
+    "moe_shared_expert_intermediate_size": 2688,
+    "precision": "bf16",
+}
+# megatron-core's own defaults, with the switches that the first attempt had.
+PLAIN = {
+    "moe_router_fusion": False,
+    "cross_entropy_fusion_impl": "native",
+    "gradient_accumulation_fusion": False,
+}
+GRAPHS = {"cuda_graphs": True}
+# Transformer Engine's grouped products instead of our experts.
+THEIRS = {"SNAKETRON_THEIR_EXPERTS": "1"}
+CUTLASS = THEIRS | {"NVTE_USE_CUTLASS_GROUPED_GEMM": "1"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "baseline": {"config": PLAIN, "environment": THEIRS},
+    "baseline_mbs1": {"config": PLAIN, "environment": THEIRS, "micro_batch_size": 1},
+    "te_loss": {"config": PLAIN | {"cross_entropy_fusion_impl": "te"}, "environment": THEIRS},
+    "wgrad": {"config": {"moe_router_fusion": False}, "environment": THEIRS},
+    "cutlass": {"config": {"moe_router_fusion": False}, "environment": CUTLASS},
+    "router": {"environment": CUTLASS},
+    "router_graphs": {"run": GRAPHS, "environment": CUTLASS},
+    "experts": {},
+    "experts_mbs1": {"micro_batch_size": 1},
+    "experts_x4": {"micro_batches": 4},
+    "graphs": {"run": GRAPHS},
+    "graphs_mbs1": {"run": GRAPHS, "micro_batch_size": 1},
+    "graphs_x4": {"run": GRAPHS, "micro_batches": 4},
+    "mbs8": {"micro_batch_size": 8},
+    "graphs_mbs8": {"run": GRAPHS, "micro_batch_size": 8},
+}
+
+
+def measure(name: str, profile: bool) -> dict[str, Any]:
+    variant = VARIANTS[name]
+    os.environ.update(variant.get("environment", {}))
+    began = time.monotonic()
+    import snaketron.model  # noqa: F401
+    from snaketron.config import Model, load
+    from snaketron.model import backend, spec
+    from snaketron.settings import pretrain_settings, run_settings
+    from snaketron.sizes import static_memory, training_flops
+    from snaketron.train import loop
+    from snaketron.train.batches import Batches
+
+    import torch
+
+    imported = time.monotonic() - began
+    sys.stdin.readline()  # wait for the variants before
+    began = time.monotonic()
+    micro_batch_size, micro_batches = variant.get("micro_batch_size", 4), variant.get("micro_batches", 1)
+    length, batch = variant.get("seq_length", 4096), micro_batch_size * micro_batches
+    phase = {"name": "one", "tokens": 100 * batch * length, "blend": [{"corpus": "docs", "weight": 1}]}
+    pretrain = {"seq_length": length, "global_batch_size": batch, "micro_batch_size": micro_batch_size}
+    pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "phases": [phase], "cpus_per_task": 4}
+    pretrain |= variant.get("run", {})
+    pretrain["optimizer"] = {"learning_rate": 1e-4, "min_learning_rate": 1e-5}
+    config = load({"model": MODEL, "pretrain": pretrain}, {})
+    settings, run = pretrain_settings(config, "one"), run_settings(config, "pretrain")
+
+    device = backend.device()
+
+    class RandomBatches(Batches):
+        def collate(self, split, indices):
+            generator = torch.Generator(device).manual_seed(indices[0])
+            shape = (len(indices), length + 1)
+            # Half of the tokens are one of few, so that there is something to learn.
+            ids = torch.randint(0, VOCABULARY, shape, generator=generator, device=device)
+            ids = torch.where(ids % 2 == 0, ids, ids % 97)
+            positions = torch.arange(length, device=device).expand(len(indices), -1)
+            return {
+                "input_ids": ids[:, :-1].contiguous(),
+                "labels": ids[:, 1:].contiguous(),
+                "loss_mask": torch.ones(len(indices), length, device=device),
+                "position_ids": positions,
+            }
+
+    if "SNAKETRON_THEIR_EXPERTS" in os.environ:  # of this program alone
+        from snaketron.model import gpu
+
+        gpu._our_experts = lambda *_: None
+    plain = spec.transformer_config
+    loop.transformer_config = lambda *a, **k: plain(*a, **(k | variant.get("config", {})))
+    result: dict[str, Any] = {"name": name, "import_s": imported}
+    with loop.distributed(settings, run):
+        trainer = loop.Trainer(settings, run, VOCABULARY)
+        result["build_s"] = time.monotonic() - began
+        batches, seconds, losses, norms = RandomBatches(micro_batch_size), [], [], []
+        trainer.parallel_model.train()
+        for step in range(variant.get("steps", 12)):
+            torch.cuda.synchronize()
+            began = time.monotonic()
+            if profile and step == 9:
+                with torch.profiler.profile() as profiler:
+                    norms.append(trainer._step(batches))
+                    torch.cuda.synchronize()
+            else:
+                norms.append(trainer._step(batches))
+            torch.cuda.synchronize()
+            seconds.append(time.monotonic() - began)
+            losses.append(trainer._mean_loss())
+            trainer.totals.zero_()
+        model = Model(**MODEL)
+        flops = training_flops(model, VOCABULARY, length)
+        steady = sorted(seconds[-6:])[2]
+        rate = batch * length / steady
+        result |= {
+            "gpu": torch.cuda.get_device_name(),
+            "tokens_per_second": rate,
+            "tflops": rate * flops / 1e12,
+            "step_ms": steady * 1e3,
+            "first_step_s": seconds[0],
+            "seconds": [round(s, 3) for s in seconds],
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+            "static_gib": static_memory(model, VOCABULARY, run.parallel)[0].total / 2**30,
+            "losses": [round(x, 4) for x in losses],
+            "norms": [round(float(x), 4) for x in norms],
+        }
+    if profile:
+        rows = profiler.key_averages()
+        for kind, key in (("GPU", "self_device_time_total"), ("CPU", "self_cpu_time_total")):
+            top = sorted(rows, key=lambda row: -getattr(row, key))
+            total = sum(getattr(row, key) for row in top if kind == "CPU" or not row.cpu_time_total)
+            result[f"top {kind}, ms of {total / 1e3:.0f}"] = [
+                f"{getattr(row, key) / 1e3:.1f} ({row.count}) {row.key[:90]}"
+                for row in top
+                if kind == "CPU" or not row.cpu_time_total
+            ][:40]
+    return result
+
+
+def ceiling() -> float:
+    """TFLOP/s of a large bf16 matrix product on random data."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    for _ in range(5):
+        a @ b
+    events[0].record()
+    for _ in range(30):
+        a @ b
+    events[1].record()
+    torch.cuda.synchronize()
+    return 30 * 2 * 8192**3 / events[0].elapsed_time(events[1]) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("variants", nargs="*", default=[])
+    parser.add_argument("--one", help="measure this variant in this process")
+    parser.add_argument("--profile", nargs="*", default=[])
+    parser.add_argument("--seconds", type=float, default=540, help="start no variant after this")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args.one in args.profile)), flush=True)
+        return
+    began, results = time.monotonic(), []
+    print(f"matrix ceiling {ceiling():.0f} TFLOP/s", flush=True)
+    names = args.variants or list(VARIANTS)
+    out = Path(os.environ.get("OUT", "."))
+
+    def start(name: str) -> subprocess.Popen:
+        command = [sys.executable, str(HERE), "--one", name, "--profile", *args.profile]
+        with (out / f"{name}.log").open("w") as log:
+            return subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+
+    running = [(names[0], start(names[0]))]
+    for i, _ in enumerate(names):
+        if i + 1 < len(names):
+            running.append((names[i + 1], start(names[i + 1])))  # imports while this one measures
+        name, process = running[i]
+        try:
+            left = min(150 if i else 260, max(5.0, args.seconds - (time.monotonic() - began)))
+            text = process.communicate("go\n", timeout=left)[0]
+            results.append(json.loads(text.splitlines()[-1]))
+            line = json.dumps(results[-1], indent=1 if name in args.profile else None)
+            print(f"{time.monotonic() - began:.0f} s", line, flush=True)
+        except (subprocess.TimeoutExpired, IndexError, json.JSONDecodeError):
+            process.kill()
+            log = (out / f"{name}.log").read_text()[-1500:]
+            print(f"{time.monotonic() - began:.0f} s {name} failed: {log}", flush=True)
+    for _, process in running:
+        if process.poll() is None:
+            process.kill()
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    print("| variant | tokens/s | TFLOP/s | step ms | first step s | peak GiB | loss |")
+    print("|---|" + "--:|" * 6)
+    for r in results:
+        print(
+            f"| {r['name']} | {r['tokens_per_second']:,.0f} | {r['tflops']:.0f} | {r['step_ms']:.0f} | "
+            f"{r['first_step_s']:.0f} | {r['peak_gib']:.1f} | {r['losses'][-1]:.4f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Tests that need GPUs: all of them, in one command, with one process of pytest.
+
+    uv run pytest -n0 tests/gpu
+
+Without a GPU they are skipped, and with one GPU those that need two.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+
+import pytest
+import torch
+
+HERE = pathlib.Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    there = torch.cuda.device_count()
+    for item in items:
+        if HERE not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.gpu)
+        marker = item.get_closest_marker("gpus")
+        wanted = marker.args[0] if marker else 1
+        if there < wanted:
+            reason = f"needs {wanted} GPUs, and torch sees {there}"
+            item.add_marker(pytest.mark.skip(reason=re.sub("1 GPUs", "a GPU", reason)))
+
+
+@pytest.fixture(autouse=True)
+def one_process_of_pytest() -> None:
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1 and torch.cuda.is_available():
+        pytest.exit("the GPU tests want the GPUs to themselves: pytest -n0 tests/gpu", returncode=2)

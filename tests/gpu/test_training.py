@@ -1,0 +1,178 @@
+"""The same training on a CPU and on GPUs, in every layout, from one checkpoint that a CPU made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import REPOSITORY
+
+import pytest
+import torch
+
+STEPS = 5
+PRECISIONS = ("fp32", "bf16")
+# Largest difference of a loss of about 6 nats over five steps, and of a gradient norm (relative), between
+# a CPU and a GPU: other kernels, and TF32 in Triton's and cuBLAS' products in fp32.
+TOLERANCE = {"fp32": (2e-3, 1e-2), "bf16": (1e-2, 3e-2)}
+# Between layouts on GPUs: sums in another order; with CP the weight of the multi-token prediction loss, too.
+LAYOUT_TOLERANCE = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 3e-2)}
+LAYOUTS = {
+    "tp": {"tensor_model_parallel_size": 2},
+    "ep": {"expert_model_parallel_size": 2, "data_parallel_size": 2},
+    "pp": {"pipeline_model_parallel_size": 2},
+    "cp": {"context_parallel_size": 2},
+    "dp": {"data_parallel_size": 2},
+}
+# Without a search for the fastest kernels, which takes a minute or two for each new shape.
+UNTUNED = {"MAMBA_DETERMINISTIC": "1", "TRITON_CACHE_AUTOTUNING": "0"}
+DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+# Final loss of 40 steps (about 4.6 nats) against bf16.
+LOW_PRECISION = {"fp8_delayed": 0.05, "fp8_current": 0.05, "fp8_blockwise": 0.05}
+# fp8 products want multiples of 16; the default's Mamba projection has 584 columns.
+FP8_MODEL = {"mamba_num_heads": 16, "mamba_head_dim": 16}
+
+
+def train(directory: Path, *, gpus: int, environment: dict[str, str] | None = None, **config: Any) -> Any:
+    """What a training of `gpus` processes (0: one on the CPU) reports."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(max(gpus, 1))]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "tests.gpu.worker"]
+    text = json.dumps({"directory": str(directory), "steps": STEPS, "save_at": [], **config})
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    environment = environment if gpus else {}
+    done = subprocess.run(
+        [*command, text],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | UNTUNED | hidden | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=420,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def one_gpu(started: Any) -> dict[str, str]:
+    """An environment in which the next of several small trainings sees one of the GPUs."""
+    there = max(1, torch.cuda.device_count())
+    return {"CUDA_VISIBLE_DEVICES": str(len(started) % there)} if torch.cuda.is_available() else {}
+
+
+class Runs:
+    """All trainings of this file, started at once: a process spends most of its time importing."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.pool = ThreadPoolExecutor(32)
+        self.futures: dict[str, Future] = {}
+        for precision in PRECISIONS:
+            self.futures[f"cpu {precision}"] = self.pool.submit(self._cpu, precision)
+
+        for precision, gpus in [("cpu", 0), *((p, 1) for p in ("bf16", *LOW_PRECISION))]:
+            model = FP8_MODEL | {"precision": precision if gpus else "fp32"}
+            directory = root / f"curve_{precision}"
+            self.futures[f"curve {precision}"] = self.pool.submit(
+                train, directory, gpus=gpus, model=model, steps=40, environment=one_gpu(self.futures)
+            )
+
+        for name in ("whole", "again", "resumed"):
+            self.futures[f"{name} resume"] = self.pool.submit(self._resume, name)
+
+    def _resume(self, name: str) -> Any:
+        options: dict[str, Any] = {"gpus": 1, "model": {"precision": "bf16"}}
+        options["environment"] = DETERMINISTIC | one_gpu(self.futures)
+        if name == "resumed":
+            train(self.root / name, steps=2, save_at=[2], **options)
+        return train(self.root / name, **options)
+
+    def _cpu(self, precision: str) -> Any:
+        model = {"precision": precision}
+        base = self.root / f"base_{precision}"
+        found = train(base, gpus=0, model=model, save_at=[1])
+        for name, gpus, run in [("one", 1, {}), *((k, 2, {"parallel": v}) for k, v in LAYOUTS.items())]:
+            if torch.cuda.device_count() >= gpus:
+                directory = self.root / f"{name}_{precision}"
+                shutil.copytree(base, directory)
+                self.futures[f"{name} {precision}"] = self.pool.submit(
+                    train, directory, gpus=gpus, model=model, run=run, save_at=[3] if name == "one" else []
+                )
+        return found
+
+    def __getitem__(self, name: str) -> Any:
+        if name.split()[1] in PRECISIONS and not name.startswith("curve"):
+            self.futures[f"cpu {name.split()[1]}"].result()  # which starts the others
+        return self.futures[name].result()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    started = Runs(tmp_path_factory.mktemp("runs"))
+    yield started
+    started.pool.shutdown(cancel_futures=True)
+
+
+def difference(a: Any, b: Any) -> tuple[float, float]:
+    """Largest differences of the losses (nats) and of the gradient norms (relative)."""
+    steps = min(len(a["losses"]), len(b["losses"]))  # the last ones: they end at the same step
+    pairs = {key: zip(a[key][-steps:], b[key][-steps:], strict=True) for key in ("losses", "mtp", "norms")}
+    losses = [abs(x - y) for key in ("losses", "mtp") for x, y in pairs[key]]
+    return max(losses), max(abs(x / y - 1) for x, y in pairs["norms"])
+
+
+def check(name: str, found: tuple[float, float], limit: tuple[float, float]) -> None:
+    print(f"{name}: losses within {found[0]:.1e} nats, gradient norms within {found[1]:.1e}")
+    assert found[0] < limit[0] and found[1] < limit[1]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_checkpoint_of_a_cpu_continues_on_a_gpu_with_the_same_losses(runs: Runs, precision: str):
+    cpu, gpu = runs[f"cpu {precision}"], runs[f"one {precision}"]
+    assert gpu["resumed"] and len(gpu["losses"]) == STEPS - 1
+    check(precision, difference(gpu, cpu), TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_checkpoint_of_a_gpu_continues_on_a_cpu(runs: Runs, precision: str):
+    gpu = runs[f"one {precision}"]
+    cpu = train(runs.root / f"one_{precision}", gpus=0, model={"precision": precision})
+    assert cpu["resumed"] and len(cpu["losses"]) == STEPS - 3
+    check(precision, difference(cpu, gpu), TOLERANCE[precision])
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_gpus_give_the_losses_of_one(runs: Runs, layout: str, precision: str):
+    found = difference(runs[f"{layout} {precision}"], runs[f"one {precision}"])
+    check(f"{layout} {precision}", found, LAYOUT_TOLERANCE[precision])
+
+
+def test_a_resumed_training_ends_with_the_same_bits(runs: Runs):
+    """Where Transformer Engine is told to use deterministic kernels: its backward pass of attention."""
+    whole, again, resumed = (runs[f"{name} resume"] for name in ("whole", "again", "resumed"))
+    assert len(whole["losses"]) == STEPS and len(resumed["losses"]) == STEPS - 2
+    assert whole["hashes"] == again["hashes"]
+    assert whole["hashes"] == resumed["hashes"]
+
+
+@pytest.mark.parametrize("precision", LOW_PRECISION)
+def test_fp8_trains_to_a_loss_close_to_that_of_bf16(runs: Runs, precision: str):
+    curves = {name: runs[f"curve {name}"]["losses"] for name in ("cpu", "bf16", precision)}
+    for name, losses in curves.items():
+        print(f"{name}: {[round(loss, 3) for loss in losses[::4]]}, last {losses[-1]:.4f}")
+    assert curves["bf16"][-1] < curves["bf16"][0] - 1  # something was learnt
+    assert abs(curves[precision][-1] - curves["bf16"][-1]) < LOW_PRECISION[precision]
+
+
+def test_nvfp4_is_refused_where_the_gpu_has_no_fp4(tmp_path: Path):
+    if torch.cuda.get_device_capability() >= (10, 0):
+        pytest.skip("this GPU has fp4")
+    with pytest.raises(AssertionError, match=r"nvfp4 needs a GPU of compute capability 10\.0, and this"):
+        train(tmp_path, gpus=1, model=FP8_MODEL | {"precision": "nvfp4"})

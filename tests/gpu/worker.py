@@ -1,0 +1,101 @@
+"""One process of a training that the GPU tests start: on CPUs or GPUs, in any layout, from any checkpoint.
+
+    torchrun ... -m tests.gpu.worker '{"directory": ..., "steps": 4}'
+
+The last rank prints, as a line of JSON: the losses and gradient norms of the steps, the validation loss
+before them, and a hash of the weights and optimizer states of each rank after them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.config import load
+from snaketron.model import backend
+from snaketron.settings import pretrain_settings, run_settings
+from snaketron.train import loop
+from snaketron.train.batches import Batches
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+VOCABULARY, LENGTH, BATCH = 512, 64, 4
+
+
+class FixedBatches(Batches):
+    """Tokens that depend on the sample number alone, the same on each machine."""
+
+    def has(self, split: str) -> bool:
+        return split != "test"
+
+    def collate(self, split: str, indices: Any) -> dict[str, Any]:
+        rows = [np.random.default_rng([split == "valid", i]).integers(0, 97, LENGTH + 1) for i in indices]
+        ids = torch.from_numpy(np.stack(rows)).to(backend.device())
+        batch = {
+            "tokens": ids[:, :-1].contiguous(),
+            "labels": ids[:, 1:].contiguous(),
+            "loss_mask": torch.ones(len(rows), LENGTH, device=ids.device),
+            "position_ids": torch.arange(LENGTH, device=ids.device).expand(len(rows), -1).contiguous(),
+        }
+        if parallel_state.get_context_parallel_world_size() > 1:
+            batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
+        return {"input_ids": batch.pop("tokens"), **batch}
+
+
+def state_hash(trainer: loop.Trainer) -> str:
+    digest = hashlib.sha256()
+    for tensor in [*trainer.model.parameters(), *_tensors(trainer.optimizer.state_dict())]:
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in _tensors(v)]
+    if isinstance(value, list | tuple):
+        return [t for v in value for t in _tensors(v)]
+    return []
+
+
+def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
+    """Train from what `directory` holds to step `steps`, and save at some of them."""
+    model, run = keys.pop("model", {}), keys.pop("run", {})
+    if keys:
+        raise TypeError(f"unknown: {keys}")
+    phase = {"name": "one", "tokens": 100 * BATCH * LENGTH, "blend": [{"corpus": "docs", "weight": 1}]}
+    pretrain = {"seq_length": LENGTH, "global_batch_size": BATCH, "micro_batch_size": 2, "phases": [phase]}
+    pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 1, "eval_samples": 4} | run
+    config = load({"model": model, "pretrain": pretrain}, {})
+    settings, run_as = pretrain_settings(config, "one"), run_settings(config, "pretrain")
+    with loop.distributed(settings, run_as):
+        trainer = loop.Trainer(settings, run_as, VOCABULARY)
+        trainer.seconds = 1.0
+        resumed = trainer.resume(Path(directory))
+        batches = FixedBatches(run_as.micro_batch_size)
+        found: dict[str, Any] = {"resumed": resumed, "valid": trainer.evaluate(batches, "valid")}
+        found |= {"losses": [], "mtp": [], "norms": []}
+        while trainer.iteration < steps:
+            trainer.totals.zero_()
+            found["norms"].append(float(trainer._step(batches)))
+            line = trainer._line(0.0)
+            found["losses"].append(line["loss"])
+            found["mtp"].append(line.get("mtp_1_loss"))
+            if trainer.iteration in save_at:
+                trainer.save(Path(directory))
+        hashes: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(hashes, state_hash(trainer))
+        if loop.is_writer():
+            print("RESULT " + json.dumps(found | {"hashes": hashes}), flush=True)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))
