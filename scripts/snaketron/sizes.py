@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from snaketron.config import Model, Optimizer, Parallel
+from snaketron.config import Model, Optimizer, Parallel, Run
 
 CONV_WIDTH = 4  # of Mamba-2's convolution, megatron-core's d_conv
 
@@ -237,6 +237,70 @@ def static_memory(
             )
         )
     return found
+
+
+def layer_activations(model: Model, layer: str, tensor_parallel_size: int, recompute: Sequence[str]) -> float:
+    """Numbers for each token that a layer keeps on a GPU for its backward pass.
+
+    The input of the norm and its output, which sequence parallelism divides as tensor parallelism does the
+    rest; outputs of projections; what attention, scan and gated norm keep of their own output. Experts keep
+    their input and what is before the activation.
+    """
+    hidden = model.hidden_size
+    if "layer" in recompute:
+        return hidden / tensor_parallel_size
+    norm = hidden * (1 if "layernorm" in recompute else 2)
+    if layer == "M":
+        inner, conv = _mamba_widths(model)
+        kept = norm + (inner + conv + model.mamba_num_heads) + 3 * inner
+    elif layer == "*":
+        queries = model.num_attention_heads * model.kv_channels
+        keys_values = 2 * model.num_query_groups * model.kv_channels
+        kept = norm + 2 * queries + keys_values
+    elif layer == "-":
+        kept = norm if "mlp" in recompute else norm + 2 * model.ffn_hidden_size
+    else:
+        shared = 2 * model.moe_shared_expert_intermediate_size
+        width = _expert_width(model)
+        routed = 2 * width + model.moe_router_topk * (width + model.moe_ffn_hidden_size)
+        if "moe" in recompute:
+            shared = routed = 0
+        kept = norm + (0 if "shared_experts" in recompute else shared) + routed
+    return kept / tensor_parallel_size
+
+
+def activation_memory(model: Model, vocab_size: int, seq_length: int, run: Run) -> list[float]:
+    """Bytes of activations of a process of each pipeline stage at their peak, the end of a forward pass.
+
+    A stage keeps the micro-batches that are under way in the ones after it as well. The logits of the output
+    layer, and of each depth of multi-token prediction, are kept for their gradient, which takes their place.
+    """
+    parallel, tp = run.parallel, run.parallel.tensor_model_parallel_size
+    tokens = run.micro_batch_size * seq_length / parallel.context_parallel_size
+
+    def layers(pattern: str) -> float:
+        return sum(layer_activations(model, layer, tp, run.recompute) for layer in pattern)
+
+    stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
+    found = [layers(stage) for stage in stages]
+    logits = padded_vocab_size(model, vocab_size, tp)
+    # Both norms before the joining projection, its input, and the block's layers.
+    depth = 6 * model.hidden_size / tp + layers(model.mtp_hybrid_layer_pattern)
+    found[-1] += logits / tp + model.mtp_num_layers * (depth + logits / tp)
+    width = 4 if model.precision == "fp32" else 2
+    return [width * tokens * kept * (len(stages) - stage) for stage, kept in enumerate(found)]
+
+
+def memory_of_process(
+    model: Model, vocab_size: int, seq_length: int, run: Run, optimizer: Optimizer
+) -> float:
+    """Bytes in tensors on the GPU of the fullest process, at their peak.
+
+    Not counted: what the allocator reserves beside them, buffers of libraries (1 to 2 GB), CUDA graphs.
+    """
+    static = static_memory(model, vocab_size, run.parallel, optimizer, run.offload_optimizer)
+    activations = activation_memory(model, vocab_size, seq_length, run)
+    return max(kept.total + peak for kept, peak in zip(static, activations, strict=True))
 
 
 # ----------------------------------------------------------------------------------------- widths

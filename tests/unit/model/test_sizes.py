@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from snaketron import sizes
-from snaketron.config import Model, Parallel
+from snaketron.config import Model, Optimizer, Parallel, Run
 from tests.conftest import REPOSITORY
 from tests.unit.model.built_sizes import LAYOUTS, VOCABULARY
 
@@ -188,3 +188,71 @@ def test_the_last_stage_holds_a_copy_of_the_embedding_for_multi_token_prediction
         first, last = (stage.total for stage in sizes.stage_parameters(model, 512, two))
         assert first == mlp + table
         assert last == mlp + 128 + block + copies * table
+
+
+@pytest.mark.parametrize(
+    ("layer", "recompute", "expected"),
+    [
+        # norm in and out; z 8, x 8, B 5, C 5, dt 2; scan, gate and norm of width 8
+        ("M", [], 2 * 10 + 28 + 3 * 8),
+        ("*", [], 2 * 10 + 2 * 12 + 12),
+        ("-", [], 2 * 10 + 2 * 7),
+        # shared fc1 and activation of 11; latent 8 in and out; two experts' input 8 and inner 9
+        ("E", [], 2 * 10 + 2 * 11 + 2 * 8 + 2 * (8 + 9)),
+        ("E", ["shared_experts", "layernorm"], 10 + 2 * 8 + 2 * (8 + 9)),
+        ("E", ["moe"], 2 * 10),
+        ("M", ["layer"], 10),
+    ],
+)
+def test_activations_of_a_layer_by_hand(layer, recompute, expected):
+    assert sizes.layer_activations(HAND, layer, 1, recompute) == expected
+    assert sizes.layer_activations(HAND, layer, 2, recompute) == expected / 2
+
+
+def test_activations_of_pipeline_stages_by_hand():
+    # Two stages of an MLP layer each, the last with logits of 32 and one depth of prediction with 32 more.
+    keys = {"hybrid_layer_pattern": "--", "mtp_hybrid_layer_pattern": "-", "mtp_num_layers": 1}
+    model = HAND.model_copy(update=keys | {"precision": "bf16"})
+    run = Run(micro_batch_size=3, parallel=Parallel(pipeline_model_parallel_size=2))
+    mlp = 2 * 10 + 2 * 7
+    first, last = sizes.activation_memory(model, 30, 100, run)
+    assert first == 2 * 300 * mlp * 2  # two micro-batches under way
+    assert last == 2 * 300 * (mlp + 32 + 6 * 10 + mlp + 32)
+
+
+def test_lower_precision_and_offloading_leave_less_on_the_gpu():
+    model = HAND.model_copy(update={"hybrid_layer_pattern": "-", "mtp_num_layers": 0, "precision": "bf16"})
+    mine = 140 + 2 * 160 + 20
+    short = Optimizer(gradient_precision="bf16", moment_precision="bf16")
+    (found,) = sizes.static_memory(model, 16, Parallel(), short)
+    assert found.total == (2 + 2 + 2 + 4) * mine
+    (found,) = sizes.static_memory(model, 16, Parallel(), Optimizer(), 0.75)
+    assert found.total == (2 + 4 + 12 / 4) * mine
+
+
+# Measured in bf16 on an H200 (docs/measurements.md): GiB in tensors at the end of the forward pass.
+MEASURED = Model(
+    hybrid_layer_pattern="MEMEM*EMEMEM*EMEMEM*EMEME",
+    hidden_size=2048,
+    num_attention_heads=16,
+    kv_channels=128,
+    mamba_num_heads=64,
+    mamba_head_dim=64,
+    mamba_num_groups=8,
+    mamba_state_dim=128,
+    num_moe_experts=64,
+    moe_router_topk=6,
+    moe_ffn_hidden_size=1344,
+    moe_latent_size=512,
+    moe_shared_expert_intermediate_size=2688,
+    precision="bf16",
+)
+
+
+@pytest.mark.parametrize(("micro_batch_size", "peak_gib"), [(4, 75.48), (8, 114.51)])
+def test_the_estimate_is_near_what_was_measured(micro_batch_size, peak_gib):
+    """With what these measurements had and is gone: experts that kept their activation, a copy of logits."""
+    run = Run(micro_batch_size=micro_batch_size)
+    estimate = sizes.memory_of_process(MEASURED, 131072, 4096, run, Optimizer())
+    estimate += 2 * micro_batch_size * 4096 * (13 * 6 * 1344 + 131072)
+    assert estimate / 2**30 == pytest.approx(peak_gib, rel=0.02)
