@@ -465,6 +465,7 @@ class Run(Section):
     eval_interval: Positive = key(100, "steps between two validations")
     eval_samples: Positive = key(32, "sequences of a validation, the same ones each time")
     save_interval: Positive = key(100, "steps between two checkpoints: what a killed run loses at most")
+    save_in_background: bool | None = key(None, "write checkpoints while the training goes on; null: on GPUs")
     keep_checkpoints: Positive = key(2, "checkpoints kept while training; the newest ones")
     cpus_per_task: Positive = key(
         2, "CPU threads of a process; another number may change the last bits of a result"

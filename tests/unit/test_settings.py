@@ -106,6 +106,7 @@ OTHER: dict[str, Any] = {
     "model.precision": "bf16",
     "model.bf16_layers_at_end": 2,
     "pretrain.cuda_graphs": True,
+    **{f"{s}.save_in_background": True for s in ("pretrain", "sft")},
     **{f"{s}.optimizer.{k}_precision": "bf16" for s in ("pretrain", "sft") for k in ("gradient", "moment")},
     **{f"{s}.recompute": ["moe"] for s in ("pretrain", "sft")},
     **{f"{s}.offload_optimizer": 0.5 for s in ("pretrain", "sft")},

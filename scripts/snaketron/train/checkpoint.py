@@ -6,16 +6,19 @@ expect. A checkpoint is written aside and renamed by rank 0 when every rank has 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import snaketron.model  # noqa: F401 - before megatron-core
 from snaketron.files import partial, writing
 from snaketron.log import NO_SPACE, UserError
-from snaketron.train.versions import LATEST, iteration_directory
+from snaketron.train.versions import LATEST, check_owner, iteration_directory
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -24,48 +27,111 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_save_sharded_strategy,
     load_sharded_metadata,
 )
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 
-def save(
-    directory: Path,
-    iteration: int,
-    model: HybridModel,
-    optimizer: MegatronOptimizer,
-    progress: dict[str, Any],
-    *,
-    keep: int,
-) -> None:
-    """Write `iter_<iteration>` and point LATEST to it; then delete all but the newest `keep` checkpoints.
+class Saver:
+    """Writes the checkpoints of a training; in the background, a process beside each rank writes meanwhile.
 
-    `progress` is a small dictionary, equal on all ranks. All ranks must call this.
+    Each is complete or absent either way: it is written aside, and renamed when every rank has written.
     """
-    target = iteration_directory(directory, iteration)
-    temporary = partial(target)
-    rank = torch.distributed.get_rank()
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    torch.distributed.barrier()
-    metadata = _metadata()
-    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata), "progress": progress}
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=False, metadata=metadata)
-    metadata.pop("dp_cp_group")
-    strategy = FullyParallelSaveStrategyWrapper(
-        get_default_save_sharded_strategy(),
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-    )
+
+    def __init__(self, *, keep: int, background: bool) -> None:
+        self.keep, self.background = keep, background
+        self.queue = AsyncCallsQueue()
+
+    def save(
+        self,
+        directory: Path,
+        iteration: int,
+        model: HybridModel,
+        optimizer: MegatronOptimizer,
+        progress: dict[str, Any],
+    ) -> None:
+        """Write `iter_<iteration>` and point LATEST to it; then delete all but the newest `keep` checkpoints.
+
+        `progress` is a small dictionary, equal on all ranks. All ranks must call this. In the background the
+        checkpoint is there when `finish` has returned true.
+        """
+        self.finish()
+        target = iteration_directory(directory, iteration)
+        # A writer may outlive a killed training, and must not write into what the next attempt writes.
+        attempt = [secrets.token_hex(4)]
+        torch.distributed.broadcast_object_list(attempt, src=0)
+        temporary = partial(target.with_name(f"{target.name}.{attempt[0]}"))
+        if torch.distributed.get_rank() == 0:
+            remove_partial(directory)
+            temporary.mkdir(parents=True)
+        torch.distributed.barrier()
+        metadata = _metadata()
+        state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata), "progress": progress}
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=False, metadata=metadata)
+        metadata.pop("dp_cp_group")
+        strategy = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        with _explained(temporary, target):
+            request = dist_checkpointing.save(
+                state,
+                temporary,
+                strategy,
+                content_metadata=metadata,
+                async_sharded_save=self.background,
+                async_strategy="mcore",
+            )
+        if request is None:
+            self._publish(temporary, target)
+            return
+        request.add_finalize_fn(lambda: self._publish(temporary, target))
+        self.written = temporary, target
+        self.queue.schedule_async_request(request)
+
+    def finish(self, *, wait: bool = True) -> bool:
+        """Publish what was written in the background, if asked after waiting for it; whether nothing is left.
+
+        All ranks must call this.
+        """
+        if self.queue.get_num_unfinalized_calls():
+            with _explained(*self.written):
+                self.queue.maybe_finalize_async_calls(blocking=wait)
+        return not self.queue.get_num_unfinalized_calls()
+
+    def _publish(self, temporary: Path, target: Path) -> None:
+        torch.distributed.barrier()
+        directory = target.parent
+        if torch.distributed.get_rank() == 0:
+            check_owner(directory)
+            shutil.rmtree(target, ignore_errors=True)  # complete, but LATEST was not written
+            temporary.replace(target)
+            with writing(directory / LATEST) as (text,):
+                text.write_text(str(int(target.name.removeprefix("iter_"))))
+            for old in sorted(directory.glob("iter_*"))[: -self.keep]:
+                shutil.rmtree(old)
+        torch.distributed.barrier()
+
+
+def remove_partial(directory: Path) -> None:
+    """Delete what attempts that were killed left half-written."""
+    for leftover in directory.glob(f"{partial(directory / 'iter_').name.removesuffix('.partial')}*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _explained(temporary: Path, target: Path) -> Iterator[None]:
+    """Say what a failed write means, and give its space back."""
     try:
-        dist_checkpointing.save(state, temporary, strategy, content_metadata=metadata)
+        yield
     except (OSError, CheckpointException) as error:
         torch.distributed.barrier()  # fails where another process has died, which then is the reason
         # The reason is lost on the way: torch says only that it is not where it should be in the file.
-        problem = _no_room(temporary / f"room_{rank}")
+        problem = _no_room(temporary / f"room_{torch.distributed.get_rank()}")
         torch.distributed.barrier()
-        if rank == 0:
+        if torch.distributed.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # the space is wanted
         if problem:
             raise UserError(
@@ -73,16 +139,6 @@ def save(
                 "again to continue from the one before it"
             ) from error
         raise RuntimeError(f"{target}: the checkpoint cannot be written: {_cause(error)}") from error
-    torch.distributed.barrier()
-    if rank == 0:
-        shutil.rmtree(target, ignore_errors=True)  # complete, but LATEST was not written
-        temporary.replace(target)
-        with writing(directory / LATEST) as (text,):
-            text.write_text(str(iteration))
-        complete = sorted(directory.glob("iter_*"))
-        for old in complete[:-keep]:
-            shutil.rmtree(old)
-    torch.distributed.barrier()
 
 
 def load(
@@ -127,17 +183,6 @@ def load(
     return state["progress"]
 
 
-def _no_room(path: Path) -> str | None:
-    """Why there is no room for a file of a few megabytes; None when there is."""
-    try:
-        with path.open("wb") as file:
-            file.write(bytes(16_000_000))
-            os.fsync(file.fileno())
-    except OSError as error:
-        return NO_SPACE.get(error.errno or 0)
-    return None
-
-
 # What Transformer Engine's modules keep beside their weights: nothing, or the scales of fp8.
 _EXTRA_STATE = "_extra_state"
 
@@ -154,6 +199,17 @@ def _leave_out_absent_extra_state(state: dict[str, Any], source: Path) -> None:
     for key in asked:
         if state[key].unique_key not in there:
             del state[key]
+
+
+def _no_room(path: Path) -> str | None:
+    """Why there is no room for a file of a few megabytes; None when there is."""
+    try:
+        with path.open("wb") as file:
+            file.write(bytes(16_000_000))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return NO_SPACE.get(error.errno or 0)
+    return None
 
 
 def _cause(error: BaseException) -> BaseException:

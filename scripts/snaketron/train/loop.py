@@ -98,6 +98,8 @@ class Trainer:
         self.iteration, self.seconds = 0, 0.0
         flops = training_flops(settings.model, vocab_size, settings.seq_length)
         self.clock = Clock(flops, run.parallel.world_size)
+        in_background = backend.HAS_GPU if run.save_in_background is None else run.save_in_background
+        self.saver = checkpoint.Saver(keep=run.keep_checkpoints, background=in_background)
         backend.check(settings.model, settings.optimizer, run)
         self.config = transformer_config(
             settings.model,
@@ -151,9 +153,7 @@ class Trainer:
             "consumed_train_samples": self.iteration * self.settings.global_batch_size,
             "totals": self.totals.tolist(),
         }
-        checkpoint.save(
-            directory, self.iteration, self.model, self.optimizer, progress, keep=self.run.keep_checkpoints
-        )
+        self.saver.save(directory, self.iteration, self.model, self.optimizer, progress)
 
     def resume(self, directory: Path) -> bool:
         """Continue from the newest checkpoint of this version; False when there is none."""
@@ -222,6 +222,10 @@ class Trainer:
         if self.iteration % self.run.save_interval == 0 or at_end or self.stop_signal:
             with self.clock.spend("checkpoint"):
                 self.save(directory)
+                if at_end or self.stop_signal:
+                    self.saver.finish()
+        else:
+            self.saver.finish(wait=False)
         if self.stop_signal and not at_end:
             raise Stopped(self.iteration, self.stop_signal)
 

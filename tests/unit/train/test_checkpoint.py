@@ -230,3 +230,50 @@ def test_a_directory_that_is_no_checkpoint_is_no_base(trainer, tmp_path: Path):
         UserError, match=r"no latest_checkpointed_iteration.txt there; it is not a checkpoint"
     ):
         trainer().start_from(tmp_path, with_optimizer=True)
+
+
+def test_a_checkpoint_written_in_the_background_is_that_of_the_step_it_was_saved_at(trainer, tmp_path: Path):
+    """Although the training goes on while it is written."""
+    made = trainer(steps=2, save_in_background=True)
+    before = state(made)
+    made.save(tmp_path / "behind")
+    assert versions.latest_iteration(tmp_path / "behind") is None
+    made._step(Random(2))
+    assert not same(state(made), before)
+    assert made.saver.finish()
+    waited = trainer(steps=2)
+    waited.save(tmp_path / "waited")
+    first, second = (shards(tmp_path / name / "iter_0000002") for name in ("behind", "waited"))
+    assert first.keys() == second.keys()
+    assert all(first[name] == second[name] for name in first if name.endswith(".distcp"))
+    other = trainer(seed=9)
+    assert other.resume(tmp_path / "behind") and other.iteration == 2
+    assert same(state(other), before)
+
+
+def test_the_next_save_waits_for_the_one_in_the_background(trainer, tmp_path: Path):
+    made = trainer(steps=1, save_in_background=True)
+    made.save(tmp_path)
+    made._step(Random(2))
+    made.save(tmp_path)
+    assert versions.latest_iteration(tmp_path) == 1
+    made.saver.finish()
+    assert versions.latest_iteration(tmp_path) == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_save_in_the_background_on_a_full_disk_is_told_when_it_ends(trainer, tmp_path: Path):
+    made = trainer(steps=1, save_in_background=True)
+    made.save(tmp_path)
+    made._step(Random(2))
+    made.saver.finish()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # a full disk, for files of this process
+    try:
+        made.save(tmp_path)
+        with pytest.raises(UserError, match=r"iter_0000002: the checkpoint cannot be written"):
+            made.saver.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert versions.latest_iteration(tmp_path) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001", versions.LATEST]
