@@ -1,0 +1,201 @@
+"""Whether this machine can train: driver, CUDA, kernels, communication and disk, said in words.
+
+Each check is a function that gives findings. What a check needs is imported in it, because that it cannot be
+imported is what the check is about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+KERNELS = {
+    "transformer-engine": "transformer_engine.pytorch",
+    "mamba-ssm": "mamba_ssm.ops.triton.ssd_combined",
+    "causal-conv1d": "causal_conv1d",
+}
+DISK_BYTES = 2**28
+SLOW_DISK = 100e6  # bytes a second, at which a checkpoint of 2 billion parameters (30 GB) takes five minutes
+SLOW_LINK = 20e9  # bytes a second between two GPUs: PCIe 4 gives about 20 GB/s, NVLink hundreds
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    good: bool
+    text: str  # what there is, or what is wrong and what to do
+
+
+def examine(directory: Path, wanted_gpus: int) -> Iterator[Finding]:
+    """All findings; those about GPUs only where GPUs are there or wanted."""
+    yield from _driver(wanted_gpus)
+    gpus = list(_torch(wanted_gpus))
+    yield from gpus
+    if all(finding.good for finding in gpus) and _gpu_count():
+        yield from _kernels()
+        yield from _communication()
+    yield from _disk(directory)
+
+
+def _driver(wanted_gpus: int) -> Iterator[Finding]:
+    if not shutil.which("nvidia-smi"):
+        text = "no nvidia-smi here, so no NVIDIA driver: trainings run on the CPU"
+        advice = "; this is not the GPU node, or its driver is not installed" if wanted_gpus else ""
+        yield Finding("driver", not wanted_gpus, text + advice)
+        return
+    fields = "name,memory.total,driver_version"
+    done = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    if done.returncode:
+        yield Finding("driver", False, f"nvidia-smi fails: {done.stdout.strip() or done.stderr.strip()}")
+        return
+    for line in done.stdout.strip().splitlines():
+        yield Finding("driver", True, f"GPU {line}")
+
+
+def _torch(wanted_gpus: int) -> Iterator[Finding]:
+    import torch
+
+    there = _gpu_count()
+    built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}"
+    if there < wanted_gpus:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        reason = f"CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else "is the driver too old?"
+        yield Finding("CUDA", False, f"{built}, sees {there} of {wanted_gpus} GPUs; {reason}")
+        return
+    if not there:
+        yield Finding("CUDA", True, f"{built}, sees no GPU")
+        return
+    for i in range(there):
+        free, total = torch.cuda.mem_get_info(i)
+        major, minor = torch.cuda.get_device_capability(i)
+        text = f"GPU {i}: {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}, "
+        text += f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        if free < 0.9 * total:
+            text += "; another process uses it (nvidia-smi shows which)"
+        yield Finding("CUDA", free >= 0.9 * total, text)
+
+
+def _kernels() -> Iterator[Finding]:
+    for package, module in KERNELS.items():
+        try:
+            importlib.import_module(module)
+            yield Finding("kernels", True, f"{package} {version(package)}")
+        except PackageNotFoundError:
+            yield Finding("kernels", True, f"{package}, of no recorded version")
+        except Exception as error:
+            advice = "uv sync --extra gpu, with the CUDA toolkit, or take the image of envs/"
+            yield Finding("kernels", False, f"{package}: {type(error).__name__}: {error}; {advice}")
+
+
+def _communication() -> Iterator[Finding]:
+    """An all-reduce among this machine's GPUs by NCCL, in processes of their own that can be killed."""
+    import torch
+
+    there = _gpu_count()
+    if there < 2:
+        yield Finding("NCCL", True, f"{'.'.join(map(str, torch.cuda.nccl.version()))}, nothing to connect")
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(there)]
+    try:
+        done = subprocess.run(
+            [*command, "-m", "snaketron.doctor"], capture_output=True, text=True, timeout=45
+        )
+    except subprocess.TimeoutExpired:
+        advice = "NCCL_DEBUG=INFO says where it waits; try NCCL_P2P_DISABLE=1"
+        yield Finding("NCCL", False, f"{there} GPUs do not answer each other within 45 s; {advice}")
+        return
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        yield Finding("NCCL", False, f"an all-reduce fails: {last[0]}; NCCL_DEBUG=INFO says more")
+        return
+    speed = float(done.stdout.split()[-1])
+    text = f"{there} GPUs, all-reduce at {speed / 1e9:.0f} GB/s (bus bandwidth)"
+    if speed < SLOW_LINK:
+        text += "; that is less than PCIe gives: nvidia-smi topo -m shows how they are linked"
+    yield Finding("interconnect", speed >= SLOW_LINK, text)
+
+
+def _disk(directory: Path) -> Iterator[Finding]:
+    """Whether checkpoints can be written here, how fast, and whether the file system has locks."""
+    import fcntl
+
+    path = directory / f".doctor_{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        block, began = os.urandom(2**22), time.monotonic()
+        with path.open("wb") as file:
+            for _ in range(DISK_BYTES // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            speed = DISK_BYTES / (time.monotonic() - began)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        yield Finding("disk", False, f"{directory}: {error.strerror}; move pathvars.ckpt to another disk")
+        return
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    free = shutil.disk_usage(directory).free
+    text = f"{directory}: writes {speed / 1e6:,.0f} MB/s, {free / 1e9:,.0f} GB free, has locks"
+    if speed < SLOW_DISK:
+        text += "; that is slow for checkpoints: move pathvars.ckpt, or raise save_interval"
+    yield Finding("disk", speed >= SLOW_DISK, text)
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def report(findings: Iterator[Finding], show: Callable[[str], Any] = print) -> bool:
+    """Show each finding as it comes; whether all are good."""
+    bad = 0
+    for finding in findings:
+        show(f"{'ok     ' if finding.good else 'PROBLEM'}  {finding.name:13} {finding.text}")
+        bad += not finding.good
+    show(f"{bad} problem{'s' if bad > 1 else ''}." if bad else "This machine can train.")
+    return not bad
+
+
+def _all_reduce() -> None:
+    """One process of the test of communication: the first prints bytes a second."""
+    import torch
+
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl")
+    ranks = torch.distributed.get_world_size()
+    data = torch.ones(2**26, device="cuda")  # 256 MiB
+    torch.distributed.all_reduce(data)
+    if int(data[0]) != ranks:
+        raise RuntimeError(f"an all-reduce of ones over {ranks} GPUs gave {data[0]}")
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    for _ in range(5):
+        torch.distributed.all_reduce(data)
+    torch.cuda.synchronize()
+    # Each byte crosses the bus 2 (n - 1) / n times: NCCL's bus bandwidth.
+    moved = 5 * data.nbytes * 2 * (ranks - 1) / ranks
+    if torch.distributed.get_rank() == 0:
+        print(moved / (time.monotonic() - began))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _all_reduce()

@@ -1,0 +1,74 @@
+"""How long a training waits for a checkpoint: written at once, and in the background.
+
+    python tests/benchmarks/saving.py --hidden 512 --directory /tmp/saving
+
+Trains the default model at another width on random tokens, saves after the third and sixth step, and prints
+the seconds that the step loop stood still for each, the whole time, and the size of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.config import load
+from snaketron.model import backend
+from snaketron.settings import pretrain_settings, run_settings
+from snaketron.train import loop
+from snaketron.train.batches import Batches
+
+import torch
+
+LENGTH, VOCABULARY, STEPS, SAVES = 128, 4096, 9, (3, 6)
+
+
+class RandomBatches(Batches):
+    def collate(self, split: str, indices: Any) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(indices[0])
+        ids = torch.randint(0, VOCABULARY, (len(indices), LENGTH + 1), generator=generator)
+        positions = torch.arange(LENGTH).expand(len(indices), -1)
+        batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": positions}
+        batch["loss_mask"] = torch.ones(len(indices), LENGTH)
+        return {name: value.contiguous().to(backend.device()) for name, value in batch.items()}
+
+
+def measure(directory: Path, hidden: int, *, background: bool) -> None:
+    phase = {"name": "one", "tokens": 100 * 4 * LENGTH, "blend": [{"corpus": "docs", "weight": 1}]}
+    pretrain = {"seq_length": LENGTH, "micro_batch_size": 4, "phases": [phase], "decay_tokens": 64}
+    pretrain |= {"warmup_tokens": 0, "save_in_background": background}
+    model = {"hidden_size": hidden, "precision": "bf16"}
+    config = load({"model": model, "pretrain": pretrain}, {})
+    settings, run = pretrain_settings(config, "one"), run_settings(config, "pretrain")
+    shutil.rmtree(directory, ignore_errors=True)
+    with loop.distributed(settings, run):
+        trainer, batches, stalls = loop.Trainer(settings, run, VOCABULARY), RandomBatches(4), []
+        trainer._step(batches)
+        began = time.monotonic()
+        while trainer.iteration < STEPS:
+            trainer._step(batches)
+            before = time.monotonic()
+            if trainer.iteration in SAVES:
+                trainer.save(directory)
+            else:
+                trainer.saver.finish(wait=False)
+            stalls.append(time.monotonic() - before)
+        trainer.saver.finish()
+        whole = time.monotonic() - began
+    size = sum(p.stat().st_size for p in directory.glob("iter_0000006/*")) / 1e6
+    print(
+        f"{'background' if background else 'at once':10}  {size:.0f} MB, stood still "
+        f"{sum(stalls) / len(SAVES):.2f} s for each save, {whole:.1f} s in all"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--directory", type=Path, required=True)
+    args = parser.parse_args()
+    for background in (False, True):
+        measure(args.directory, args.hidden, background=background)
