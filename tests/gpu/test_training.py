@@ -70,7 +70,8 @@ class Runs:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.pool = ThreadPoolExecutor(32)
+        # Of one or two processes, each of which imports for 20 s and compiles: more at once only wait.
+        self.pool = ThreadPoolExecutor(max(4, (os.cpu_count() or 4) // 4))
         self.futures: dict[str, Future] = {}
         for precision in PRECISIONS:
             self.futures[f"cpu {precision}"] = self.pool.submit(self._cpu, precision)
@@ -150,6 +151,10 @@ def test_a_checkpoint_of_a_gpu_continues_on_a_cpu(runs: Runs, precision: str):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_gpus_give_the_losses_of_one(runs: Runs, layout: str, precision: str):
+    if (layout, precision) == ("cp", "fp32"):  # Transformer Engine has no such attention
+        with pytest.raises(AssertionError, match="context_parallel_size 2 needs bf16 on GPUs"):
+            _ = runs["cp fp32"]
+        return
     found = difference(runs[f"{layout} {precision}"], runs[f"one {precision}"])
     check(f"{layout} {precision}", found, LAYOUT_TOLERANCE[precision])
 

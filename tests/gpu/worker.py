@@ -91,6 +91,7 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
             found["mtp"].append(line.get("mtp_1_loss"))
             if trainer.iteration in save_at:
                 trainer.save(Path(directory))
+        trainer.saver.finish()
         hashes: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(hashes, state_hash(trainer))
         if loop.is_writer():
