@@ -76,6 +76,22 @@ def test_a_killed_pretraining_ends_as_an_undisturbed_one(copy: Workspace, moment
     assert list((copy.path / "ckpt/versions").glob("*/.*.partial")) == []
 
 
+def test_killed_while_a_checkpoint_is_written_in_the_background(copy: Workspace):
+    """The bytes are those of a run that waited for its checkpoints."""
+    target, config = "ckpt/pretrain/broad", ("pretrain={save_in_background: true}",)
+    undisturbed = begin_again(copy, target)
+    for version in list((copy.path / "ckpt/versions").iterdir()):
+        version.rename(copy.path / version.name)
+    moment = half_written(copy.path / "ckpt")
+    killed, _ = run_until(copy, copy.command(target, config=config), moment, signal.SIGKILL)
+    assert killed == -signal.SIGKILL
+    again = copy.snakemake(target, config=config)
+    assert again.status == 0, again.output[-3000:]
+    assert weights(copy.path / target) == weights(undisturbed)
+    assert metrics(copy.path / target) == metrics(undisturbed)
+    assert list((copy.path / "ckpt/versions").glob("*/.*.partial")) == []
+
+
 def test_a_killed_sft_ends_as_an_undisturbed_one(copy: Workspace):
     undisturbed = begin_again(copy, "ckpt/sft")
     answers = (undisturbed / "answers.json").read_text()
