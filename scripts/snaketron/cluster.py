@@ -37,7 +37,10 @@ def check_memory(config: Config) -> None:
     problems, limit = [], config.cluster.gpu_memory_gb or math.inf
     for section in ("pretrain", "sft"):
         parallel = getattr(config, section).parallel
-        stages = static_memory(config.model, config.tokenizer.vocab_size, parallel)
+        run = getattr(config, section)
+        stages = static_memory(
+            config.model, config.tokenizer.vocab_size, parallel, run.optimizer, run.offload_optimizer
+        )
         needed = max(stage.total for stage in stages) / 1e9
         if needed > limit:
             problems.append(

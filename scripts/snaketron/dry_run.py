@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from snaketron.config import Config, Pretrain, Sft
-from snaketron.sizes import num_active_parameters, num_parameters, static_memory
+from snaketron.sizes import memory_of_process, num_active_parameters, num_parameters, static_memory
 
+BYTES = ("TB", "GB", "MB", "kB")
 # What the executor plugin writes: (job, parameters) -> the sbatch command, and its --gres.
 Request = Callable[[Any], str]
 
@@ -22,6 +23,7 @@ class Training(NamedTuple):
     title: str
     run: Pretrain | Sft
     tokens: int
+    seq_length: int
 
     @property
     def hours(self) -> float | None:
@@ -33,13 +35,14 @@ def trainings(config: Config) -> dict[tuple[str, str], Training]:
     """The trainings of a configuration, by rule and phase."""
     found = {
         ("pretrain", phase.name): Training(
-            f"pretrain {phase.name}", config.pretrain, math.prod(config.pretrain.steps(phase))
+            f"pretrain {phase.name}", config.pretrain, math.prod(steps), seq_length=steps[-1]
         )
         for phase in config.pretrain.phases
+        for steps in [config.pretrain.steps(phase)]
     }
     sft = config.sft
     tokens = sft.train_iters * sft.global_batch_size * config.sft_data.pack_size
-    return found | {("sft", ""): Training("sft", sft, tokens)}
+    return found | {("sft", ""): Training("sft", sft, tokens, config.sft_data.pack_size)}
 
 
 def explain(workflow: Any, config: Config) -> None:
@@ -128,7 +131,10 @@ def _needs(config: Config, training: Training) -> list[str]:
     """The size of the model and of what a process keeps of it."""
     model, vocab_size = config.model, config.tokenizer.vocab_size
     parallel = training.run.parallel
-    largest = max(memory.total for memory in static_memory(model, vocab_size, parallel))
+    run = training.run
+    static = static_memory(model, vocab_size, parallel, run.optimizer, run.offload_optimizer)
+    largest = max(memory.total for memory in static)
+    peak = memory_of_process(model, vocab_size, training.seq_length, run, run.optimizer)
     sizes = {
         "TP": parallel.tensor_model_parallel_size,
         "PP": parallel.pipeline_model_parallel_size,
@@ -143,7 +149,8 @@ def _needs(config: Config, training: Training) -> list[str]:
         f"{_count(num_parameters(model, vocab_size).total)} parameters, "
         f"{_count(num_active_parameters(model, vocab_size))} active a token",
         f"{on}{f': {layout}' if layout else ''}",
-        f"{_count(largest, ('TB', 'GB', 'MB', 'kB'))} of weights, gradients and optimizer on each",
+        f"{_count(largest, BYTES)} of weights, gradients and optimizer on each, "
+        f"{_count(peak, BYTES)} with activations",
     ]
 
 
