@@ -78,7 +78,7 @@ def test_a_requeue_inside_a_checkpoint_write_goes_on_from_the_one_before(disturb
     with disturbed.start() as running:
         disturbed.wait_for(4)
         ranks = disturbed.ranks()
-        wait_for(lambda: any(disturbed.version.glob(".iter_0000008.partial/*")), 120, every=0.001)
+        wait_for(lambda: any(disturbed.version.glob(".iter_0000008.*.partial/*")), 120, every=0.001)
         ranks[0].suspend()
         disturbed.slurm.scontrol("requeue", str(disturbed.job.id))
         assert running.result().status == 0

@@ -276,9 +276,14 @@ PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight"
             {"pretrain": {"parallel": {"tensor_model_parallel_size": 3}}},
             "model.num_attention_heads 8 is not divisible by pretrain.parallel.tensor_model_parallel_size 3",
         ),
+        # Fewer groups than processes are repeated, so many times in each.
         (
-            {"sft": {"parallel": {"tensor_model_parallel_size": 4}}},
-            "model.num_query_groups 2 is not divisible by sft.parallel.tensor_model_parallel_size 4",
+            {"model": {"num_query_groups": 4}, "sft": {"parallel": {"tensor_model_parallel_size": 6}}},
+            "sft.parallel.tensor_model_parallel_size 6 is not divisible by model.num_query_groups 4",
+        ),
+        (
+            {"model": {"num_query_groups": 8}, "sft": {"parallel": {"tensor_model_parallel_size": 3}}},
+            "model.num_query_groups 8 is not divisible by sft.parallel.tensor_model_parallel_size 3",
         ),
         (
             {"sft": {"parallel": {"tensor_model_parallel_size": 4}}},

@@ -160,12 +160,18 @@ def test_settings_are_json_of_one_stage():
     assert json.loads(graph().run("sft"))["micro_batch_size"] == 1
 
 
-def test_one_process_is_started_by_python_and_several_by_torchrun():
+def test_a_training_has_the_threads_of_its_processes_on_a_node():
     parallel = {"tensor_model_parallel_size": 2, "data_parallel_size": 2}
     sft = VALUES["sft"] | {"cpus_per_task": 3, "parallel": parallel}
-    assert (graph().launch("pretrain"), graph().threads("pretrain")) == ("python", 2)
-    assert graph(sft=sft).launch("sft").endswith("torchrun --standalone --nproc-per-node 4")
+    assert graph().threads("pretrain") == 2
     assert graph(sft=sft).threads("sft") == 4 * 3
+    assert graph(sft=sft, cluster={"tasks_per_node": 2}).threads("sft") == 2 * 3
+
+
+def test_a_retry_of_snakemake_is_told_to_the_training():
+    asked = graph().training_resources("sft")
+    assert asked["attempt"](None, 2) == 2
+    assert json.loads(asked["run"])["eval_samples"] == 16  # only what differs from the defaults
 
 
 def test_a_missing_raw_file_is_named_with_its_path_in_the_configuration():

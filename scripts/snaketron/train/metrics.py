@@ -120,10 +120,11 @@ class Clock:
 
 
 class Progress:
-    """One line on the terminal that says the stage, step, loss and time left; a line every few seconds
-    where standard error is not a terminal."""
+    """One line on the terminal that says the stage, step, loss and time left; where standard error is not a
+    terminal a line every few seconds, and ever more rarely: a day of training is some 350 lines of a log."""
 
     INTERVAL = 5.0
+    GROWTH = 0.02  # of the time since the first line
 
     def __init__(self, stage: str, total: int, tokens_per_step: int) -> None:
         self.stage, self.total, self.tokens_per_step = stage, total, tokens_per_step
@@ -138,7 +139,8 @@ class Progress:
         began, first = self.began
         if done > first:
             self.speed = self.tokens_per_step * (done - first) / (now - began)
-        if done < self.total and now - self.shown < (0.2 if self.terminal else self.INTERVAL):
+        interval = 0.2 if self.terminal else max(self.INTERVAL, self.GROWTH * (now - began))
+        if done < self.total and now - self.shown < interval:
             return
         if done == first and done < self.total:
             return  # the first step is slower than the others, and says nothing about the time left

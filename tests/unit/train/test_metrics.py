@@ -67,6 +67,18 @@ def test_no_file_is_no_lines(tmp_path: Path):
     assert Metrics.read(tmp_path / "metrics.jsonl") == []
 
 
+def test_a_log_gets_lines_ever_more_rarely(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Every 5 s at first; an hour after the first line every 72 s, 2 % of 3600."""
+    progress = Progress("sft", total=10_000, tokens_per_step=100)
+    for now, done in ((0.0, 1), (5.0, 2), (9.9, 3), (10.0, 4), (3600.0, 5), (3671.9, 6), (3674.0, 7)):
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        progress.show(done, 1.0)
+    shown = [line.split()[2] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["2/10000", "4/10000", "5/10000", "7/10000"]
+
+
 def test_progress_says_where_a_stage_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     progress = Progress("sft", total=5, tokens_per_step=100)
     for now, done, loss in (
