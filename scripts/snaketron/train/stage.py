@@ -17,7 +17,7 @@ from snaketron.files import sha256, to_json, writing
 from snaketron.log import UserError, log_to, logger
 from snaketron.settings import RunSettings, TrainSettings
 from snaketron.tracking import Tracker
-from snaketron.train import launch, versions
+from snaketron.train import launch, supervisor, versions
 from snaketron.train.metrics import Metrics, performance
 
 import yaml
@@ -232,7 +232,7 @@ def run_stage(stage: Stage, train: Callable[[], int]) -> int:
     if launch.is_rank():
         with launch.telling(stage.directory):
             return train()
-    status = launch.supervise(
+    status = supervisor.supervise(
         stage.settings.stage, stage.directory, stage.run, lambda: stage.is_finished, attempt=stage.attempt
     )
     if status == 0:

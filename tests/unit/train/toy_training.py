@@ -16,7 +16,7 @@ from pathlib import Path
 from snaketron.files import write_text
 from snaketron.log import UserError, run
 from snaketron.settings import RunSettings
-from snaketron.train import launch, versions
+from snaketron.train import launch, supervisor, versions
 from snaketron.train.heartbeat import Heartbeat
 
 STEPS, SAVE_INTERVAL = 12, 4
@@ -30,7 +30,7 @@ def main() -> int:
             return train(directory, plan)
     settings = RunSettings.model_validate_json(settings)
     attempt = int(os.environ.get("ATTEMPT", 1))
-    return launch.supervise(
+    return supervisor.supervise(
         "toy", directory, settings, lambda: (directory / "record.json").exists(), attempt=attempt
     )
 
@@ -40,7 +40,7 @@ def train(directory: Path, plan: dict[str, str]) -> int:
     attempt = len(json.loads((directory / "attempts.json").read_text()))
     write_text(directory / f"environment_{rank}.json", json.dumps(dict(os.environ)))
     stop: list[int] = []
-    for number in launch.Signals.NUMBERS:
+    for number in supervisor.Signals.NUMBERS:
         signal.signal(number, lambda n, _: stop.append(n))
     heartbeat = Heartbeat(directory, STEPS, writer=rank == world - 1)
     for step in range((versions.latest_iteration(directory) or 0) + 1, STEPS + 1):
@@ -79,7 +79,7 @@ def go_wrong(how: str | None, stop: list[int]) -> None:
         case "pause":
             time.sleep(2)
         case "hang":
-            signal.pthread_sigmask(signal.SIG_BLOCK, launch.Signals.NUMBERS)
+            signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.Signals.NUMBERS)
             time.sleep(600)
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -17,7 +17,7 @@ from snaketron.cluster import layout
 from snaketron.config import Cluster, load
 from snaketron.log import UserError
 from snaketron.settings import run_settings
-from snaketron.train import launch, versions
+from snaketron.train import launch, supervisor, versions
 from snaketron.train.attempts import Attempts
 
 import psutil
@@ -282,7 +282,7 @@ def test_the_environment_of_the_processes(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_how_a_process_ended_in_words(status: int, words: str):
-    assert launch._ended_with(status) == words
+    assert supervisor._ended_with(status) == words
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,254 @@
+"""The supervisor of a training: watches over its processes, and starts them again where that may help.
+
+`python scripts/pretrain.py ...` is the supervisor, in a shell as in a Slurm job. It owns the version
+directory and starts the same command once a process (`launch`). It tells the processes to save and stop when
+a signal comes or the job's time limit is near, kills them when they hang, and starts them again unless
+the attempts so far forbid it (`attempts`). They say how far they are (`heartbeat`) and why they failed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from snaketron import slurm
+from snaketron.files import read_json
+from snaketron.log import UserError, logger
+from snaketron.settings import RunSettings
+from snaketron.train import heartbeat, versions
+from snaketron.train.attempts import Attempts
+from snaketron.train.launch import FAILURES, SAVED, Ranks
+
+POLL_S = 0.2
+HANDOVER_S = 600.0  # for Slurm to end a job that was requeued or told to go
+
+
+@dataclass
+class Ended:
+    """How an attempt ended."""
+
+    why: Literal["exit", "signal", "time limit", "hang"]
+    status: int
+
+
+class Signals:
+    """Notes the signals that ask to stop, in order."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+
+    def __enter__(self) -> Signals:
+        self._before = {n: signal.signal(n, lambda n, _: self.received.append(n)) for n in self.NUMBERS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Limit:
+    """The time limit of the Slurm job: asked for at the start, and again when it seems near, as an
+    administrator may have moved it."""
+
+    def __init__(self, job: slurm.Job | None, margin: float) -> None:
+        self.job, self.margin = job, margin
+        self.stop_at = self._ask()
+        if self.stop_at is not None and self.stop_at <= time.monotonic():
+            raise UserError(
+                f"the Slurm job ends within stop_before_limit ({margin:.0f} s): raise its time limit "
+                "(`runtime` in the profile, minutes), or lower stop_before_limit to what a checkpoint takes"
+            )
+
+    def is_near(self) -> bool:
+        if self.stop_at is not None and time.monotonic() >= self.stop_at:
+            self.stop_at = self._ask()
+            return self.stop_at is not None and time.monotonic() >= self.stop_at
+        return False
+
+    def _ask(self) -> float | None:
+        left = slurm.seconds_left(self.job) if self.job else None
+        return None if left is None else time.monotonic() + left - self.margin
+
+
+def watch(ranks: Ranks, directory: Path, signals: Signals, limit: Limit, step_timeout: float) -> Ended:
+    """Wait until the processes have ended, and have them stop, or be killed, when it is time."""
+    why: Literal["exit", "signal", "time limit", "hang"] = "exit"
+    heard, last = time.monotonic(), None
+    seen = len(signals.received)
+    while (status := ranks.poll()) is None:
+        time.sleep(POLL_S)
+        if len(signals.received) > seen:
+            seen = len(signals.received)
+            if why == "signal":
+                ranks.kill()  # asked twice
+            elif why == "exit":
+                why = "signal"
+                ranks.stop()
+        if why == "exit" and limit.is_near():
+            why = "time limit"
+            ranks.stop()
+        if (beat := _changed(directory / heartbeat.FILE)) != last:
+            heard, last = time.monotonic(), beat
+        if time.monotonic() - heard > step_timeout:
+            why, heard = "hang", time.monotonic()
+            ranks.kill()
+    return Ended(why, status)
+
+
+def _changed(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+# --------------------------------------------------------------------------------------- supervising
+
+
+def supervise(
+    name: str, directory: Path, run: RunSettings, is_finished: Callable[[], bool], *, attempt: int = 1
+) -> int:
+    """Run a training to its end, in this job; the exit status.
+
+    Args:
+        name: stage, for messages.
+        directory: the version that it works in.
+        run: how it is run.
+        is_finished: whether the version is complete.
+        attempt: how often Snakemake has submitted this job. From the second time on, what gave up stays so.
+
+    Raises:
+        UserError: the training gave up, or another one owns the version.
+    """
+    with Signals() as signals:
+        job = slurm.current_job()
+        status = _supervise(name, directory, run, is_finished, attempt, signals, job)
+        if status and job and job.of_rule:
+            _wait_to_be_ended(status, signals)
+        return status
+
+
+def _supervise(
+    name: str,
+    directory: Path,
+    run: RunSettings,
+    is_finished: Callable[[], bool],
+    attempt: int,
+    signals: Signals,
+    job: slurm.Job | None,
+) -> int:
+    with versions.own(directory) as owner:
+        if is_finished():
+            logger.info("%s: these settings were trained before: %s", name, directory)
+            return 0
+        attempts = Attempts(name, directory, run.max_restarts)
+        if attempt > 1 and attempts.gave_up:
+            raise UserError(f"{name}: {attempts.gave_up}")
+        while True:
+            before = versions.latest_iteration(directory) or 0
+            limit = Limit(job, run.stop_before_limit)
+            shutil.rmtree(directory / FAILURES, ignore_errors=True)
+            (directory / heartbeat.FILE).unlink(missing_ok=True)
+            attempts.check(before)
+            ranks = Ranks([sys.executable, *sys.argv], run, owner, job)
+            attempts.begin(before, job.id if job else None)
+            ranks.start()
+            logger.info("%s: %s, after step %d", name, ranks, before)
+            ended = watch(ranks, directory, signals, limit, run.step_timeout)
+            if ended.status == 0 and is_finished():
+                attempts.end("finished", heartbeat.read(directory).get("iteration", before))
+                return 0
+            if status := _judge(name, directory, run, ended, attempts, signals, job):
+                return status
+
+
+def _judge(
+    name: str,
+    directory: Path,
+    run: RunSettings,
+    ended: Ended,
+    attempts: Attempts,
+    signals: Signals,
+    job: slurm.Job | None,
+) -> int:
+    """Note how an attempt ended; the exit status of the job, or 0 to start once more."""
+    saved = versions.latest_iteration(directory) or 0
+    done = max(heartbeat.read(directory).get("iteration", 0), saved)
+    if ended.why == "signal" or (ended.why == "exit" and ended.status == SAVED):
+        # Slurm may have told the processes alone.
+        attempts.end("stopped", done)
+        return _stopped(name, signals.received[0] if signals.received else signal.SIGTERM, saved)
+    if ended.why == "time limit":
+        attempts.end("time limit", done)
+        return _hand_over(name, saved, job)
+    failure = _first_failure(directory)
+    if ended.why == "hang":
+        error = f"no step within step_timeout ({run.step_timeout} s)"
+    elif failure:
+        error = failure["error"]
+    else:
+        error = f"a process {_ended_with(ended.status)}"
+    attempts.end("hung" if ended.why == "hang" else "failed", done, error)
+    if failure and failure["traceback"]:
+        where = f"{name}: rank {failure['rank']} on {failure['host']}"
+        logger.error("%s failed after step %d\n%s", where, done, failure["traceback"].rstrip())
+    if failure and failure["by_user"]:
+        attempts.give_up(error)
+        raise UserError(error)
+    logger.warning("%s: %s after step %d; starting again from step %d", name, error, done, saved)
+    return 0
+
+
+def _stopped(name: str, number: int, saved: int) -> int:
+    logger.warning(
+        "%s: stopped by %s after step %d; run the same command again to continue",
+        name,
+        signal.Signals(number).name,
+        saved,
+    )
+    return 128 + number
+
+
+def _hand_over(name: str, saved: int, job: slurm.Job | None) -> int:
+    if job and job.of_rule and slurm.requeue(job):
+        logger.warning(
+            "%s: saved step %d before the time limit; job %s goes on from there", name, saved, job.id
+        )
+    else:
+        logger.warning(
+            "%s: saved step %d before the time limit; run the same command again to continue", name, saved
+        )
+    return SAVED
+
+
+def _wait_to_be_ended(status: int, signals: Signals) -> None:
+    """Let Slurm end the job that it requeues, pre-empts or cancels; the version is let go of by now.
+
+    A pre-empted job that ends by itself counts as failed, and is not requeued.
+    """
+    before = len(signals.received)
+    deadline = time.monotonic() + (HANDOVER_S if status in (SAVED, 128 + signal.SIGTERM) else 0)
+    while len(signals.received) == before and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+
+
+def _first_failure(directory: Path) -> dict[str, Any] | None:
+    """What the process that failed first said; the others fail because it is gone."""
+    said = [read_json(path) for path in (directory / FAILURES).glob("rank_*.json")]
+    return min(said, key=lambda failure: failure["time"], default=None)
+
+
+def _ended_with(status: int) -> str:
+    number = -status if status < 0 else status - 128  # of a child, or as srun and the shell say it
+    if 0 < number < signal.NSIG:
+        hint = " (out of memory?)" if number == signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(number).name}{hint}"
+    return f"ended with status {status}"
