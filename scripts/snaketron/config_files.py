@@ -16,7 +16,7 @@ from pydantic import BaseModel
 def as_yaml() -> str:
     """The text of config/config.yaml: every key with its default and its description."""
     lines = [
-        "# Every key with its default, generated from scripts/snaketron/config.py. Change values in a",
+        "# Every key with its default, generated from scripts/snaketron/config/. Change values in a",
         "# file of your own and name it with --configfile: it is merged over this one, lists replace lists.",
         "# yaml-language-server: $schema=schema.json",
     ]

@@ -1,0 +1,175 @@
+"""The configuration: one model, every key with its default, unit and how to choose it.
+
+`config/config.yaml` and `config/schema.json` are generated from these classes (`config_files`), and the
+Snakefile checks what the user gives with `load`.
+Nothing heavier than pydantic is imported here: every Slurm job parses the Snakefile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from snaketron.config.base import ConfigError, Count, Section, key, suggest
+from snaketron.config.checks import (
+    SECRET,
+    check_batches,
+    check_environment,
+    check_model,
+    check_nodes,
+    check_references,
+    check_run,
+    check_sources,
+    check_tokenizer,
+    duplicates,
+)
+from snaketron.config.data import (
+    FILTERS,
+    ChatSource,
+    Corpus,
+    Curation,
+    CurationData,
+    Filter,
+    Hub,
+    MinHash,
+    PretrainData,
+    SftData,
+    Tokenizer,
+    sample_chats,
+    sample_corpora,
+)
+from snaketron.config.training import Cluster, Model, Optimizer, Parallel, Pretrain, Run, Sft
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+__all__ = [
+    "FILTERS",
+    "SECRET",
+    "ChatSource",
+    "Cluster",
+    "Config",
+    "ConfigError",
+    "Corpus",
+    "Curation",
+    "Filter",
+    "Hub",
+    "MinHash",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "Pretrain",
+    "Run",
+    "Section",
+    "Sft",
+    "load",
+]
+
+ENVIRONMENT_PREFIX = "SNAKETRON_"
+
+
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads a bare `off` as false
+
+
+class Config(Section):
+    pathvars: dict[Literal["data", "ckpt", "logs", "benchmarks"], str] = key(
+        lambda: {"data": "data", "ckpt": "ckpt"},
+        "roots of the outputs; move them to a parallel file system here",
+    )
+    seed: Count = key(1234, "seed of initial weights, shuffling and sampling")
+    tracking: Annotated[Literal["off", "offline", "online"], BeforeValidator(_off)] = key(
+        "off",
+        "Weights & Biases: off, offline (below ./wandb, for `wandb sync`) or online (needs WANDB_API_KEY)",
+    )
+    tokenizer: Tokenizer = key(Tokenizer, "trained from text, or taken from a path")
+    sources_lock: str = key(
+        "sources.lock.json", "what scripts/lock_sources.py writes: the files of sources that lie elsewhere"
+    )
+    corpora: list[Corpus] = Field(default_factory=sample_corpora, description="text for pretraining")
+    curation: CurationData = key(CurationData, "what the curation of all corpora shares")
+    pretrain_data: PretrainData = key(PretrainData, "from raw text to tokens")
+    model: Model = key(Model, "the architecture")
+    cluster: Cluster = key(Cluster, "the nodes that trainings run on")
+    pretrain: Pretrain = key(Pretrain, "pretraining")
+    chats: list[ChatSource] = Field(default_factory=sample_chats, description="conversations for SFT")
+    sft_data: SftData = key(SftData, "from conversations to packs")
+    sft: Sft = key(Sft, "supervised fine-tuning")
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Everything that one key alone cannot show, with both numbers in the message."""
+        problems = [
+            *duplicates("corpora", [c.name for c in self.corpora]),
+            *duplicates("chats", [c.name for c in self.chats]),
+            *duplicates("pretrain.phases", [p.name for p in self.pretrain.phases]),
+            *check_references(self),
+            *check_sources(self),
+            *check_tokenizer(self.tokenizer),
+            *check_model(self.model),
+            *check_run("pretrain", self.pretrain, self.model),
+            *check_run("sft", self.sft, self.model),
+            *check_nodes("pretrain", self.pretrain, self.cluster),
+            *check_nodes("sft", self.sft, self.cluster),
+            *check_environment(self.cluster),
+            *check_batches(self),
+        ]
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return self
+
+
+def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Config:
+    """Check the merged configuration of Snakemake and return it typed.
+
+    `SNAKETRON_SFT__TRAIN_ITERS=10` in the environment sets `sft.train_iters` over every file.
+    Raises `ConfigError` with one line for each problem.
+    """
+    merged = json.loads(json.dumps(values, default=str))  # YAML knows dates, which no key takes
+    for name, value in sorted(environment.items()):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            _set(merged, name, value)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def _set(values: dict[str, Any], variable: str, text: str) -> None:
+    """Set the key that a variable of the environment names to its YAML value."""
+    path = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"environment variable {variable}: {text!r} is not YAML") from None
+    for name in path[:-1]:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"environment variable {variable}: {name!r} is not a section")
+    values[path[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error["loc"]).lstrip(".")
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key{suggest(str(error['loc'][-1]), _keys_at(error['loc'][:-1]))}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return f"{path}: missing"
+    return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]} (it is {error['input']!r})"
+
+
+def _keys_at(path: tuple[str | int, ...]) -> set[str]:
+    """Names of the keys of the section at `path`."""
+    section: Any = Config
+    for name in path:
+        if isinstance(name, int):
+            continue
+        annotation = section.model_fields[name].annotation
+        section = next(
+            (a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")), annotation
+        )
+    return set(section.model_fields)

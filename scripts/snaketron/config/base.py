@@ -1,0 +1,35 @@
+"""What every section of the configuration is made of."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "nvfp4"]
+Module = Literal["layer", "core_attn", "layernorm", "mlp", "moe", "shared_experts"]
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message names each path and what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def key(default: Any, description: str) -> Any:
+    """A configuration key; a callable default builds a list or a section."""
+    if callable(default):
+        return Field(default_factory=default, description=description)
+    return Field(default, description=description)
+
+
+def suggest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"

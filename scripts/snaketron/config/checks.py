@@ -1,0 +1,226 @@
+"""What one key alone cannot show: each check returns problems, with the paths and both numbers."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from snaketron.config.base import suggest
+from snaketron.config.data import FILTERS, Curation, Tokenizer
+from snaketron.config.training import Cluster, Model, Parallel, Pretrain, Run, Sft
+
+if TYPE_CHECKING:
+    from snaketron.config import Config
+
+
+def duplicates(path: str, names: list[str]) -> list[str]:
+    return [
+        f"{path}: the name {name!r} is used twice"
+        for name in sorted({n for n in names if names.count(n) > 1})
+    ]
+
+
+def check_references(config: Config) -> list[str]:
+    corpora, sources = {c.name for c in config.corpora}, {c.name for c in config.chats}
+    used = [
+        (f"pretrain.phases[{i}].blend[{j}].corpus", entry.corpus, corpora)
+        for i, phase in enumerate(config.pretrain.phases)
+        for j, entry in enumerate(phase.blend)
+    ] + [(f"sft.blend[{j}].source", entry.source, sources) for j, entry in enumerate(config.sft.blend)]
+    return [
+        f"{path}: {name!r} is not defined{suggest(name, known)}"
+        for path, name, known in used
+        if name not in known
+    ]
+
+
+RESERVED = ("split", "sequence", "file", "row", "tokens", "text", "input_ids", "loss_mask")  # our columns
+
+
+def check_sources(config: Config) -> list[str]:
+    problems = []
+    sources = [(f"corpora[{i}]", c) for i, c in enumerate(config.corpora)]
+    sources += [(f"chats[{i}]", c) for i, c in enumerate(config.chats)]  # type: ignore[misc]
+    for at, source in sources:
+        if bool(source.paths) == bool(source.hub):
+            problems.append(f"{at} ({source.name}): give either paths or hub")
+        problems += [
+            f"{at}.metadata_fields: {name!r} is the name of a column of ours; leave it out"
+            for name in source.metadata_fields
+            if name in RESERVED
+        ]
+    for i, corpus in enumerate(config.corpora):
+        curation = corpus.curation or Curation()
+        if curation.decontaminate and not config.curation.evaluation:
+            problems.append(
+                f"corpora[{i}].curation.decontaminate: name the texts to protect in curation.evaluation"
+            )
+        for j, entry in enumerate(curation.filters):
+            at, known = f"corpora[{i}].curation.filters[{j}].options", FILTERS[entry.name]
+            problems += [
+                f"{at}.{name}: unknown option of {entry.name}{suggest(name, set(known))}"
+                for name in entry.options
+                if name not in known
+            ]
+            needed = {"language": ("model", "languages"), "regex": ("pattern",)}.get(entry.name, ())
+            problems += [
+                f"{at}.{name}: {entry.name} needs it" for name in needed if name not in entry.options
+            ]
+            if entry.name == "regex":
+                try:
+                    re.compile(str(entry.options.get("pattern", "")))
+                except re.error as error:
+                    problems.append(f"{at}.pattern: not a regular expression ({error})")
+    return problems
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> list[str]:
+    if not tokenizer.path and not tokenizer.chat_template:
+        return ["tokenizer.chat_template: null needs tokenizer.path, which the template would come from"]
+    if not tokenizer.path and not tokenizer.text:
+        return ["tokenizer.text: name the files to train a tokenizer on, or give tokenizer.path"]
+    return []
+
+
+def check_model(model: Model) -> list[str]:
+    checks = [
+        ("num_attention_heads", "num_query_groups"),
+        ("mamba_num_heads", "mamba_num_groups"),
+    ]
+    problems = [_divides(f"model.{a}", getattr(model, a), f"model.{b}", getattr(model, b)) for a, b in checks]
+    if model.moe_router_topk > model.num_moe_experts:
+        problems.append(
+            f"model.moe_router_topk {model.moe_router_topk} is more than "
+            f"model.num_moe_experts {model.num_moe_experts}"
+        )
+    return [p for p in problems if p]
+
+
+def check_run(section: str, run: Pretrain | Sft, model: Model) -> list[str]:
+    """Parallel sizes against the model; the rules are megatron-core's."""
+    parallel, at = run.parallel, f"{section}.parallel"
+    tp, ep, etp = (
+        parallel.tensor_model_parallel_size,
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+    )
+    stages = parallel.pipeline_model_parallel_size
+    shared = ["num_attention_heads", "mamba_num_heads", "mamba_num_groups"]
+    if model.num_query_groups >= tp:
+        shared.append("num_query_groups")
+    problems = [
+        _divides(f"model.{k}", getattr(model, k), f"{at}.tensor_model_parallel_size", tp) for k in shared
+    ]
+    if model.num_query_groups < tp:  # each group is then on several processes
+        groups = model.num_query_groups
+        problems.append(_divides(f"{at}.tensor_model_parallel_size", tp, "model.num_query_groups", groups))
+    problems += [
+        _divides("model.num_moe_experts", model.num_moe_experts, f"{at}.expert_model_parallel_size", ep),
+        _divides(
+            "model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, f"{at}.expert_tensor_parallel_size", etp
+        ),
+        _divides(
+            f"the processes of a pipeline stage ({section})",
+            parallel.world_size // stages,
+            "expert_model_parallel_size x expert_tensor_parallel_size",
+            ep * etp,
+        ),
+        _divides(
+            "the layers of model.hybrid_layer_pattern",
+            len(model.hybrid_layer_pattern),
+            f"{at}.pipeline_model_parallel_size",
+            stages,
+        )
+        if len(model.hybrid_layer_pattern) < stages
+        else "",
+    ]
+    if "layer" in run.recompute and len(run.recompute) > 1:
+        problems.append(f"{section}.recompute: layer is everything; leave out the others of {run.recompute}")
+    return [p for p in problems if p]
+
+
+def check_nodes(section: str, run: Pretrain | Sft, cluster: Cluster) -> list[str]:
+    """The processes of a training must fill its nodes."""
+    gpus, tasks = cluster.gpus_per_node, cluster.tasks_per_node
+    if gpus and tasks and tasks > gpus:
+        return [f"cluster.tasks_per_node {tasks} is more than cluster.gpus_per_node {gpus}: each needs a GPU"]
+    by = "tasks_per_node" if tasks else "gpus_per_node"
+    per_node, processes = tasks or gpus, run.parallel.world_size
+    if not per_node or processes <= per_node or processes % per_node == 0:
+        return []
+    return [
+        f"{section}.parallel: {processes} processes do not fill nodes of cluster.{by} {per_node}; "
+        f"{processes // per_node * per_node} or {-(-processes // per_node) * per_node} would"
+    ]
+
+
+# Names of variables that hold secrets. The configuration is copied beside checkpoints and to W&B.
+SECRET = re.compile(r"(?i)(_|^)(key|token|secret|password|passwd|credentials?)(_|$)")
+
+
+def check_environment(cluster: Cluster) -> list[str]:
+    return [
+        f"cluster.environment.{name}: a secret does not belong in a configuration; set it in the environment "
+        "of the command, or name a file of mode 600 in cluster.secrets_file"
+        for name in cluster.environment
+        if SECRET.search(name)
+    ]
+
+
+def check_batches(config: Config) -> list[str]:
+    pretrain, sft, problems = config.pretrain, config.sft, []
+    for i, phase in enumerate(pretrain.phases):
+        at = f"pretrain.phases[{i}]" if phase.global_batch_size else "pretrain"
+        problems.append(_batch(at, phase.global_batch_size or pretrain.global_batch_size, pretrain))
+        at = f"pretrain.phases[{i}]" if phase.seq_length else "pretrain"
+        problems.append(
+            _sequence(f"{at}.seq_length", phase.seq_length or pretrain.seq_length, pretrain.parallel)
+        )
+    problems.append(_batch("sft", sft.global_batch_size, sft))
+    problems.append(_sequence("sft_data.pack_size", config.sft_data.pack_size, sft.parallel))
+    if sft.parallel.context_parallel_size > 1:
+        problems.append("sft.parallel.context_parallel_size: packed sequences are trained with 1 only")
+    if sft.warmup_iters >= sft.train_iters:
+        problems.append(
+            f"sft.warmup_iters {sft.warmup_iters} is not less than sft.train_iters {sft.train_iters}"
+        )
+    for section in ("pretrain_data", "sft_data"):
+        data = getattr(config, section)
+        if data.valid_fraction + data.test_fraction >= 1:
+            problems.append(
+                f"{section}: valid_fraction {data.valid_fraction} + test_fraction {data.test_fraction} "
+                "leave nothing to train on"
+            )
+    for section, optimizer in (("pretrain", pretrain.optimizer), ("sft", sft.optimizer)):
+        if optimizer.min_learning_rate > optimizer.learning_rate:
+            problems.append(
+                f"{section}.optimizer.min_learning_rate {optimizer.min_learning_rate} is more than "
+                f"learning_rate {optimizer.learning_rate}"
+            )
+    total = pretrain.spans()[-1][1]
+    if pretrain.warmup_tokens + pretrain.decay_tokens > total:
+        problems.append(
+            f"pretrain.warmup_tokens {pretrain.warmup_tokens} + decay_tokens {pretrain.decay_tokens} "
+            f"are more than the {total} tokens of all phases"
+        )
+    return list(dict.fromkeys(p for p in problems if p))
+
+
+def _batch(at: str, global_batch_size: int, run: Run) -> str:
+    copies = run.parallel.data_parallel_size
+    return _divides(
+        f"{at}.global_batch_size",
+        global_batch_size,
+        f"micro_batch_size {run.micro_batch_size} x data_parallel_size {copies} =",
+        run.micro_batch_size * copies,
+    )
+
+
+def _sequence(at: str, length: int, parallel: Parallel) -> str:
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    parts = tp * (2 * cp if cp > 1 else 1)  # context parallelism gives each process two chunks
+    return _divides(at, length, f"tensor {tp} x context {cp} parallel parts =", parts)
+
+
+def _divides(name: str, value: int, by_name: str, by: int) -> str:
+    return "" if value % by == 0 else f"{name} {value} is not divisible by {by_name} {by}"

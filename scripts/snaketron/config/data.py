@@ -1,0 +1,286 @@
+"""Sources of text and conversations, and what becomes of them before a training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from snaketron.config.base import Count, Fraction, Name, Positive, Section, key
+
+from pydantic import Field
+
+
+class Hub(Section):
+    """A data set of the Hugging Face hub. The lock file pins its commit and files."""
+
+    repository: str = Field(description="owner/name of the data set")
+    configuration: str | None = key(
+        None, "its configuration, by its exact name; null: the only one, or the default one"
+    )
+    split: str = key("train", "its split, by its exact name")
+    revision: str = key("main", "branch, tag or commit that lock_sources pins")
+
+
+class Source(Section):
+    """Rows from files: of this machine, or of elsewhere and then listed in the lock file."""
+
+    name: Name = Field(description="directory name of what is made from it")
+    paths: list[str] = key(
+        list,
+        "files, directories or globs: .jsonl or .json (also .gz, .zst), .parquet, .arrow; or addresses "
+        "(s3://, gs://, hf://, https://), which scripts/lock_sources.py lists",
+    )
+    hub: Hub | None = key(None, "a data set of the Hugging Face hub, in place of `paths`")
+    where: dict[str, list[str | int | bool]] = key(
+        dict, "keep only rows whose field is, or is a list that holds, one of these values"
+    )
+    max_files: Positive | None = key(
+        None, "use only so many files, the first ones; the others are not even downloaded; null: all"
+    )
+    max_documents: Positive | None = key(
+        None, "take so many documents of the first files and no more, to try things out; null: all"
+    )
+    max_tokens: Positive | None = key(
+        None, "take whole documents of the first files up to so many tokens; null: all"
+    )
+    metadata_fields: list[str] = key(list, "columns or JSON keys to keep beside the tokens")
+
+    @property
+    def limited(self) -> bool:
+        """Whether only the beginning of the source is used."""
+        return self.max_documents is not None or self.max_tokens is not None
+
+
+# Options that each filter takes; they are the arguments of datatrove's class of that name.
+FILTERS: dict[str, tuple[str, ...]] = {
+    "gopher_quality": (
+        "min_doc_words",
+        "max_doc_words",
+        "min_avg_word_length",
+        "max_avg_word_length",
+        "max_symbol_word_ratio",
+        "max_bullet_lines_ratio",
+        "max_ellipsis_lines_ratio",
+        "max_non_alpha_words_ratio",
+        "min_stop_words",
+        "stop_words",
+        "language",
+    ),
+    "gopher_repetition": (
+        "dup_line_frac",
+        "dup_para_frac",
+        "dup_line_char_frac",
+        "dup_para_char_frac",
+        "top_n_grams",
+        "dup_n_grams",
+        "language",
+    ),
+    "c4_quality": (
+        "split_paragraph",
+        "remove_citations",
+        "filter_no_terminal_punct",
+        "min_num_sentences",
+        "min_words_per_line",
+        "max_word_length",
+        "filter_lorem_ipsum",
+        "filter_javascript",
+        "filter_curly_bracket",
+        "filter_policy",
+        "language",
+    ),
+    "fineweb_quality": (
+        "line_punct_thr",
+        "line_punct_exclude_zero",
+        "stop_chars",
+        "short_line_thr",
+        "short_line_length",
+        "char_duplicates_ratio",
+        "new_line_ratio",
+        "language",
+    ),
+    "language": ("model", "languages", "language_threshold"),
+    "regex": ("pattern",),
+}
+
+
+class Filter(Section):
+    """One of datatrove's filters."""
+
+    name: Literal[
+        "gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality", "language", "regex"
+    ] = Field(description="which; `regex` removes documents in which `pattern` is found")
+    options: dict[str, Any] = key(
+        dict,
+        "arguments of datatrove's filter, those not given as it has them; `language` needs `model`, the path "
+        "of a fastText model, and `languages`",
+    )
+
+
+class Curation(Section):
+    """What is removed from a corpus before it is tokenized, in this order."""
+
+    filters: list[Filter] = key(list, "filters of single documents, in order")
+    exact_dedup: Name | None = key(
+        None,
+        "name of a group of corpora: of documents with the same text, the first stays, in the order of "
+        "the corpora; null: no exact de-duplication",
+    )
+    minhash_dedup: Name | None = key(
+        None, "name of a group of corpora: of documents with nearly the same text, one stays"
+    )
+    decontaminate: bool = key(False, "remove documents that share an n-gram with `curation.evaluation`")
+    pii: bool = key(False, "replace e-mail and public IP addresses")
+
+
+class Corpus(Source):
+    """One pretraining corpus: raw files of one kind, tokenized once and shared by every phase."""
+
+    text_field: str = key("text", "column or JSON key that holds the document")
+    curation: Curation | None = key(None, "what is removed before it is tokenized; null: nothing")
+
+
+class ChatSource(Source):
+    """One source of conversations in the OpenAI message format."""
+
+    messages_field: str = key("messages", "column or JSON key that holds the list of messages")
+    tools_field: str = key(
+        "tools", "column or JSON key that holds the tool definitions; may be absent in a row"
+    )
+
+
+class CorpusWeight(Section):
+    corpus: str = Field(description="name of a corpus")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        description="share of the mix, relative to the other weights"
+    )
+
+
+class SourceWeight(Section):
+    source: str = Field(description="name of a chat source")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        description="share of the mix, relative to the other weights"
+    )
+
+
+def sample_paths(name: str, count: int) -> list[str]:
+    return [f"data/sample/{name}/part_{i}.jsonl" for i in range(count)]
+
+
+def sample_corpora() -> list[Corpus]:
+    return [
+        Corpus(name="docs", paths=sample_paths("docs", 3)),
+        Corpus(name="code", paths=sample_paths("code", 3)),
+        Corpus(name="packages", paths=sample_paths("packages", 3)),
+    ]
+
+
+def sample_chats() -> list[ChatSource]:
+    return [
+        ChatSource(name="questions", paths=sample_paths("questions", 2)),
+        ChatSource(name="tools", paths=sample_paths("tools", 2)),
+    ]
+
+
+class Tokenizer(Section):
+    path: str | None = key(
+        None, "directory or hub id of a Hugging Face tokenizer to use; null trains one from `text`"
+    )
+    chat_template: str | None = key(
+        "config/chat_template.jinja",
+        "Jinja file saved with the tokenizer; null keeps the template that comes with `path`",
+    )
+    vocab_size: Positive = key(
+        2048, "tokens of a trained tokenizer, special ones included; 32k to 131k for a real model"
+    )
+    text: list[str] = key(
+        lambda: [p for c in sample_corpora() for p in c.paths],
+        "files that a new tokenizer is trained on (no globs: a file that joins a corpus later must not "
+        "change the tokenizer); edit it, or run with `-R build_tokenizer`, to ask for a new one",
+    )
+    text_field: str = key("text", "column or JSON key of those files that holds the document")
+
+
+class MinHash(Section):
+    """Near-duplicates: two documents are compared by hashes of their n-grams (datatrove's MinHash)."""
+
+    n_grams: Positive = key(5, "words of an n-gram")
+    num_buckets: Positive = key(14, "buckets; documents that agree in all hashes of one are duplicates")
+    hashes_per_bucket: Positive = key(
+        8, "hashes of a bucket; 14 x 8 finds a similarity of 0.75 in 77 % and one of 0.8 in 92 % of the cases"
+    )
+
+
+class CurationData(Section):
+    """What the curation of all corpora shares. A corpus is curated only where it says so."""
+
+    minhash: MinHash = key(MinHash, "how near-duplicates are found")
+    evaluation: list[str] = key(
+        list, "files with the texts of evaluations, for `decontaminate`: the same formats as a corpus"
+    )
+    evaluation_field: str = key("text", "column or JSON key of those files that holds the text")
+    decontamination_n_grams: Positive = key(12, "words of an n-gram that must not be shared")
+    num_examples: Count = key(3, "examples of removed documents to keep for each reason and file")
+
+
+class Shards(Section):
+    shard_size: Positive | None = key(
+        None,
+        "bytes: raw files of a source are put together, by name, until a shard has so many, and each shard "
+        "is one job; null: each file is a shard. A job costs up to two seconds beside its work, so "
+        "1_000_000_000 is a good size for many small files",
+    )
+
+
+class PretrainData(Shards):
+    valid_fraction: Fraction = key(
+        0.01, "share of the documents held out for validation, by a hash of the text"
+    )
+    test_fraction: Fraction = key(0.01, "share of the documents held out for the test, by a hash of the text")
+    document_order: Literal["kept", "shuffled"] = key(
+        "kept", "order of the documents of a shard: as in the raw files, or shuffled by the seed"
+    )
+    max_document_tokens: Annotated[int, Field(ge=2)] | None = key(
+        None, "tokens of a document, its end included, above which it is `long`; null: any length"
+    )
+    long_documents: Literal["cut", "drop"] = key(
+        "cut", "cut a long document into several ones of at most so many tokens, or drop and count it"
+    )
+    bad_rows: Literal["fail", "drop"] = key(
+        "fail",
+        "a row that cannot be read (invalid JSON, no text, a line that is too long): stop, or drop it and "
+        "count it",
+    )
+    invalid_text: Literal["fail", "replace", "drop"] = key(
+        "fail",
+        "text that is not valid Unicode (lone surrogates, invalid UTF-8): stop, put U+FFFD in place of what "
+        "is invalid, or drop and count the document. NUL is valid and stays",
+    )
+    max_line_bytes: Positive = key(
+        50_000_000, "bytes of a row above which it is a bad row; a job takes up to 20 times as much memory"
+    )
+    max_dropped_fraction: Fraction = key(
+        0.01, "share of bad or invalid rows of a shard above which it fails in spite of `drop`"
+    )
+    max_epochs: Annotated[float, Field(gt=0)] = key(
+        4.0, "warn when a phase repeats a corpus more often (above about 4, repeated tokens are worth less)"
+    )
+    cpus_per_task: Positive = key(1, "CPU threads of a job that tokenizes; the result is the same")
+
+
+class SftData(Shards):
+    valid_fraction: Fraction = key(
+        0.04, "share of the conversations held out for validation, by a hash of the text"
+    )
+    test_fraction: Fraction = key(
+        0.02, "share of the conversations held out for the test, by a hash of the text"
+    )
+    pack_size: Positive = key(
+        1024, "tokens of a pack, and the sequence length of SFT; longer conversations are dropped and counted"
+    )
+    algorithm: Literal["first_fit_decreasing", "first_fit_shuffle", "concatenative"] = key(
+        "first_fit_decreasing",
+        "how conversations are packed: tightly, longest first; first fit in an order shuffled by the seed; "
+        "or in order and only as far as the next one fits",
+    )
+    pack_across_shards: bool = key(
+        False, "pack all shards of a source in one job, for fuller packs when a shard fills only a few"
+    )

@@ -1,0 +1,250 @@
+"""The model, the nodes that it is trained on, and the trainings."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from snaketron.config.base import Count, Fraction, Module, Name, Positive, Precision, Section, key
+from snaketron.config.data import CorpusWeight, SourceWeight, sample_chats
+
+from pydantic import Field
+
+
+class Model(Section):
+    """The architecture, in megatron-core's names. The default has 1.8 million parameters."""
+
+    hybrid_layer_pattern: Annotated[str, Field(pattern=r"^[ME*\-]+$")] = key(
+        "MEM*EME", "one letter a layer: M Mamba-2, E mixture of experts, * attention, - dense MLP"
+    )
+    hidden_size: Positive = key(128, "width of the residual stream")
+    ffn_hidden_size: Positive = key(256, "inner width of a dense MLP layer (-)")
+    num_attention_heads: Positive = key(8, "query heads of an attention layer")
+    num_query_groups: Positive = key(2, "key and value heads (grouped-query attention)")
+    kv_channels: Positive = key(16, "width of an attention head")
+    mamba_num_heads: Positive = key(8, "heads of a Mamba-2 layer")
+    mamba_head_dim: Positive = key(32, "width of a Mamba-2 head")
+    mamba_state_dim: Positive = key(16, "size of the state of a head")
+    mamba_num_groups: Positive = key(
+        2, "groups of heads that share B and C; a multiple of the tensor parallel size"
+    )
+    num_moe_experts: Positive = key(8, "routed experts of a layer")
+    moe_router_topk: Positive = key(2, "routed experts that a token visits")
+    moe_ffn_hidden_size: Positive = key(128, "inner width of a routed expert")
+    moe_latent_size: Positive | None = key(
+        64, "width of the latent space in which the routed experts work; null: the hidden size"
+    )
+    moe_shared_expert_intermediate_size: Positive = key(
+        256, "inner width of the expert that every token visits"
+    )
+    moe_router_topk_scaling_factor: float = key(2.5, "factor on the routed experts' output")
+    moe_aux_loss_coeff: float = key(1e-4, "weight of the router's load balancing loss")
+    moe_router_bias_update_rate: float = key(
+        1e-3, "step of the expert bias towards an even load, a step of training"
+    )
+    mtp_num_layers: Count = key(2, "depths of multi-token prediction; they share one block. 0 turns it off")
+    mtp_hybrid_layer_pattern: Annotated[str, Field(pattern=r"^[ME*\-]+$")] = key(
+        "*E", "layers of the multi-token prediction block"
+    )
+    mtp_loss_scaling_factor: float = key(0.3, "weight of the multi-token prediction loss")
+    init_method_std: float = key(0.02, "standard deviation of the initial weights")
+    layernorm_epsilon: float = key(1e-5, "epsilon of RMSNorm")
+    make_vocab_size_divisible_by: Positive = key(
+        128, "the embedding is padded to a multiple of this and of TP"
+    )
+    precision: Precision = key(
+        "fp32",
+        "of products; all but fp32 keep bf16 weights and fp32 main weights. fp8_delayed, fp8_current (one "
+        "scale a tensor) and fp8_blockwise need a Hopper GPU, nvfp4 a Blackwell",
+    )
+    bf16_layers_at_end: Count = key(
+        0, "layers at the end that stay in bf16 under fp8 and nvfp4; Nemotron 3 Super's recipe: 14"
+    )
+
+
+class Parallel(Section):
+    """How many processes share a model. Changing it continues the same training."""
+
+    tensor_model_parallel_size: Positive = key(
+        1, "processes that share each layer (with sequence parallelism)"
+    )
+    pipeline_model_parallel_size: Positive = key(1, "processes that hold consecutive layers")
+    context_parallel_size: Positive = key(1, "processes that share each sequence")
+    expert_model_parallel_size: Positive = key(1, "processes that share the routed experts")
+    expert_tensor_parallel_size: Positive = key(1, "processes that share each routed expert")
+    data_parallel_size: Positive = key(1, "copies of the model, each with its part of the global batch")
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes (GPUs) of the job."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+            * self.data_parallel_size
+        )
+
+
+class Cluster(Section):
+    """The nodes that trainings run on. The site's names (partition, account, limits) are the profile's."""
+
+    gpus_per_node: Count = key(0, "GPUs of a node, one process each; 0: trainings run on CPUs")
+    tasks_per_node: Positive | None = key(
+        None,
+        "processes of a training on a node; null: one for each GPU, or all on one node where there are none",
+    )
+    gpu_memory_gb: Annotated[float, Field(gt=0)] | None = key(
+        None,
+        "memory of a GPU (10^9 bytes); a training whose weights, gradients and optimizer alone need more is "
+        "an error of the dry-run; null: not checked",
+    )
+    container: str | None = key(
+        None, "image that the processes of a training run in (envs/); null: the environment of the workflow"
+    )
+    container_runtime: Literal["apptainer", "pyxis"] = key(
+        "apptainer", "what starts the image: `apptainer exec`, or srun's --container-image (pyxis and enroot)"
+    )
+    mounts: list[str] = key(
+        list,
+        "paths of the host that the image sees beside the working directory: `path` or `path:path_inside`",
+    )
+    cache_dir: str | None = key(
+        None,
+        "directory on a disk of each node for compiled kernels, kept from job to job; null: below $TMPDIR",
+    )
+    environment: dict[str, str] = key(
+        dict, "variables of the environment of a training's processes, over our defaults (docs/slurm.md)"
+    )
+    secrets_file: str | None = key(
+        None, "file of mode 600 with lines NAME=value, such as WANDB_API_KEY, for the trainings alone"
+    )
+
+
+class Optimizer(Section):
+    """AdamW and its learning rate."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = key(3e-3, "maximum learning rate")
+    min_learning_rate: Annotated[float, Field(ge=0)] = key(3e-5, "learning rate at the end of the decay")
+    weight_decay: Annotated[float, Field(ge=0)] = key(0.1, "decoupled weight decay")
+    adam_beta1: Fraction = key(0.9, "decay of the first moment")
+    adam_beta2: Fraction = key(0.95, "decay of the second moment")
+    adam_eps: Annotated[float, Field(gt=0)] = key(1e-8, "epsilon of Adam")
+    clip_grad: Annotated[float, Field(ge=0)] = key(1.0, "limit of the global gradient norm; 0 turns it off")
+    gradient_precision: Literal["fp32", "bf16"] = key(
+        "fp32", "of gradients while micro-batches and processes add them up; bf16 saves 2 bytes a parameter"
+    )
+    moment_precision: Literal["fp32", "bf16"] = key(
+        "fp32",
+        "of Adam's two moments; bf16 saves 6 bytes a parameter, over data parallelism. Needs a GPU",
+    )
+
+
+class Run(Section):
+    """How a training is run. None of these keys changes what is trained, so none makes it run again."""
+
+    micro_batch_size: Positive = key(4, "sequences that one process computes at a time; 1 for packed data")
+    log_interval: Positive = key(10, "steps between two lines of metrics")
+    eval_interval: Positive = key(100, "steps between two validations")
+    eval_samples: Positive = key(32, "sequences of a validation, the same ones each time")
+    save_interval: Positive = key(100, "steps between two checkpoints: what a killed run loses at most")
+    save_in_background: bool | None = key(None, "write checkpoints while the training goes on; null: on GPUs")
+    keep_checkpoints: Positive = key(2, "checkpoints kept while training; the newest ones")
+    cpus_per_task: Positive = key(
+        2, "CPU threads of a process; another number may change the last bits of a result"
+    )
+    mem_gb_per_task: Annotated[float, Field(gt=0)] = key(4, "memory of the node that a process needs, in GB")
+    stop_before_limit: Positive = key(
+        120, "seconds before a Slurm job's time limit at which it saves and hands over to the next job"
+    )
+    step_timeout: Positive = key(
+        1800,
+        "seconds without a step, a validation or a checkpoint after which the processes are taken to hang: "
+        "they are killed and started again. The first step may take minutes",
+    )
+    max_restarts: Count = key(
+        3, "starts in a row that may end without a new checkpoint before the training gives up"
+    )
+    tokens_per_second_per_gpu: Annotated[float, Field(gt=0)] | None = key(
+        None, "measured or expected throughput, from which a dry-run estimates the time; null: no estimate"
+    )
+    parallel: Parallel = key(Parallel, "how many processes share the model")
+    recompute: list[Module] = key(
+        list, "what the backward pass computes again instead of keeping it; layer: everything, and then alone"
+    )
+    offload_optimizer: Annotated[float, Field(ge=0, le=1)] = key(
+        0.0, "share of the optimizer's state that stays in host memory and is updated there. Needs a GPU"
+    )
+
+
+class Phase(Section):
+    """One part of the pretraining curriculum, from the previous phase's last step on its own blend."""
+
+    name: Name = Field(description="directory name below ckpt/pretrain")
+    tokens: Positive = Field(description="tokens to train on; rounded up to whole steps")
+    blend: list[CorpusWeight] = Field(min_length=1, description="corpora and their weights")
+    seq_length: Positive | None = key(None, "tokens of a sequence; null: pretrain.seq_length")
+    global_batch_size: Positive | None = key(None, "sequences of a step; null: pretrain.global_batch_size")
+
+
+def sample_phases() -> list[Phase]:
+    def blend(**weights: float) -> list[CorpusWeight]:
+        return [CorpusWeight(corpus=c, weight=w) for c, w in weights.items()]
+
+    return [
+        Phase(name="broad", tokens=200_000, blend=blend(docs=0.3, code=0.4, packages=0.3)),
+        Phase(name="focused", tokens=80_000, blend=blend(docs=0.7, packages=0.3)),
+    ]
+
+
+class Pretrain(Run):
+    cuda_graphs: bool = key(
+        False,
+        "record the kernels of each layer once and start them together: a sixth faster on one H200 at "
+        "micro-batch 4, for more memory. Needs a GPU",
+    )
+    seq_length: Positive = key(256, "tokens of a sequence")
+    global_batch_size: Positive = key(4, "sequences of a step, over all processes")
+    warmup_tokens: Count = key(20_000, "tokens over which the learning rate rises from 0")
+    decay_tokens: Count = key(
+        80_000, "tokens at the end of the last phase over which it falls by 1 - sqrt (the D of WSD)"
+    )
+    optimizer: Optimizer = key(Optimizer, "AdamW and its learning rate")
+    phases: list[Phase] = Field(
+        default_factory=sample_phases, min_length=1, description="the curriculum, in order"
+    )
+
+    def steps(self, phase: Phase) -> tuple[int, int, int]:
+        """(train_iters, global_batch_size, seq_length) of a phase; tokens are rounded up to whole steps."""
+        batch = phase.global_batch_size or self.global_batch_size
+        length = phase.seq_length or self.seq_length
+        return math.ceil(phase.tokens / (batch * length)), batch, length
+
+    def spans(self) -> list[tuple[int, int]]:
+        """First token and end of each phase, counted over the whole curriculum."""
+        spans, start = [], 0
+        for phase in self.phases:
+            spans.append((start, start + math.prod(self.steps(phase))))
+            start = spans[-1][1]
+        return spans
+
+
+class Sft(Run):
+    micro_batch_size: Literal[1] = key(
+        1, "packs that one process computes at a time: packed sequences need 1"
+    )
+    train_iters: Positive = key(100, "steps")
+    global_batch_size: Positive = key(2, "packs of a step, over all processes")
+    warmup_iters: Count = key(
+        10, "steps over which the learning rate rises from 0; then it falls as a cosine"
+    )
+    optimizer: Optimizer = key(
+        lambda: Optimizer(learning_rate=1e-3, min_learning_rate=1e-4), "AdamW and its learning rate"
+    )
+    eval_samples: Positive = key(16, "packs of a validation, the same ones each time")
+    blend: list[SourceWeight] = Field(
+        default_factory=lambda: [SourceWeight(source=s.name, weight=0.5) for s in sample_chats()],
+        min_length=1,
+        description="chat sources and their weights",
+    )
+    num_samples: Count = key(2, "answers of the base and of the tuned model to keep in the summary")
+    sample_tokens: Positive = key(48, "tokens of such an answer at most")
