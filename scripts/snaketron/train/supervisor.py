@@ -129,113 +129,101 @@ def supervise(
         UserError: the training gave up, or another one owns the version.
     """
     with Signals() as signals:
-        job = slurm.current_job()
-        status = _supervise(name, directory, run, is_finished, attempt, signals, job)
-        if status and job and job.of_rule:
-            _wait_to_be_ended(status, signals)
+        supervisor = Supervisor(name, directory, run, is_finished, signals, slurm.current_job())
+        status = supervisor.run_to_the_end(attempt)
+        if supervisor.to_be_ended:
+            _wait_to_be_ended(signals)
         return status
 
 
-def _supervise(
-    name: str,
-    directory: Path,
-    run: RunSettings,
-    is_finished: Callable[[], bool],
-    attempt: int,
-    signals: Signals,
-    job: slurm.Job | None,
-) -> int:
-    with versions.own(directory) as owner:
-        if is_finished():
-            logger.info("%s: these settings were trained before: %s", name, directory)
-            return 0
-        attempts = Attempts(name, directory, run.max_restarts)
-        if attempt > 1 and attempts.gave_up:
-            raise UserError(f"{name}: {attempts.gave_up}")
-        while True:
-            before = versions.latest_iteration(directory) or 0
-            limit = Limit(job, run.stop_before_limit)
-            shutil.rmtree(directory / FAILURES, ignore_errors=True)
-            (directory / heartbeat.FILE).unlink(missing_ok=True)
-            attempts.check(before)
-            ranks = Ranks([sys.executable, *sys.argv], run, owner, job)
-            attempts.begin(before, job.id if job else None)
-            ranks.start()
-            logger.info("%s: %s, after step %d", name, ranks, before)
-            ended = watch(ranks, directory, signals, limit, run.step_timeout)
-            if ended.status == 0 and is_finished():
-                attempts.end("finished", heartbeat.read(directory).get("iteration", before))
+@dataclass
+class Supervisor:
+    """One training in one job."""
+
+    name: str
+    directory: Path
+    run: RunSettings
+    is_finished: Callable[[], bool]
+    signals: Signals
+    job: slurm.Job | None  # the Slurm job that this is
+    to_be_ended: bool = False  # by Slurm, which requeues, pre-empts or cancels the job
+
+    def run_to_the_end(self, attempt: int) -> int:
+        with versions.own(self.directory) as owner:
+            if self.is_finished():
+                logger.info("%s: these settings were trained before: %s", self.name, self.directory)
                 return 0
-            if status := _judge(name, directory, run, ended, attempts, signals, job):
-                return status
+            attempts = Attempts(self.name, self.directory, self.run.max_restarts)
+            if attempt > 1 and attempts.gave_up:
+                raise UserError(f"{self.name}: {attempts.gave_up}")
+            while True:
+                before = versions.latest_iteration(self.directory) or 0
+                limit = Limit(self.job, self.run.stop_before_limit)
+                shutil.rmtree(self.directory / FAILURES, ignore_errors=True)
+                (self.directory / heartbeat.FILE).unlink(missing_ok=True)
+                attempts.check(before)
+                ranks = Ranks([sys.executable, *sys.argv], self.run, owner, self.job)
+                attempts.begin(before, self.job.id if self.job else None)
+                ranks.start()
+                logger.info("%s: %s, after step %d", self.name, ranks, before)
+                ended = watch(ranks, self.directory, self.signals, limit, self.run.step_timeout)
+                status = self.judge(ended, attempts)
+                if status is not None:
+                    return status
 
+    def judge(self, ended: Ended, attempts: Attempts) -> int | None:
+        """Note how an attempt ended; the exit status of the job, or None to start once more."""
+        saved = versions.latest_iteration(self.directory) or 0
+        done = max(heartbeat.read(self.directory).get("iteration", 0), saved)
+        if ended.status == 0 and self.is_finished():
+            attempts.end("finished", done)
+            return 0
+        if ended.why == "signal" or (ended.why == "exit" and ended.status == SAVED):
+            attempts.end("stopped", done)
+            # Slurm may have told the processes alone.
+            return self.stopped(self.signals.received[0] if self.signals.received else signal.SIGTERM, saved)
+        failure = _first_failure(self.directory)
+        if ended.why == "hang":
+            error = f"no step within step_timeout ({self.run.step_timeout} s)"
+        else:
+            error = failure["error"] if failure else f"a process {_ended_with(ended.status)}"
+        if ended.why == "time limit":
+            attempts.end("time limit", done, None if ended.status == SAVED else error)
+            return self.hand_over(saved)
+        attempts.end("hung" if ended.why == "hang" else "failed", done, error)
+        if failure and failure["traceback"]:
+            where = f"{self.name}: rank {failure['rank']} on {failure['host']}"
+            logger.error("%s failed after step %d\n%s", where, done, failure["traceback"].rstrip())
+        if failure and failure["by_user"]:
+            attempts.give_up(error)
+            raise UserError(error)
+        logger.warning("%s: %s after step %d; starting again from step %d", self.name, error, done, saved)
+        return None
 
-def _judge(
-    name: str,
-    directory: Path,
-    run: RunSettings,
-    ended: Ended,
-    attempts: Attempts,
-    signals: Signals,
-    job: slurm.Job | None,
-) -> int:
-    """Note how an attempt ended; the exit status of the job, or 0 to start once more."""
-    saved = versions.latest_iteration(directory) or 0
-    done = max(heartbeat.read(directory).get("iteration", 0), saved)
-    if ended.why == "signal" or (ended.why == "exit" and ended.status == SAVED):
-        # Slurm may have told the processes alone.
-        attempts.end("stopped", done)
-        return _stopped(name, signals.received[0] if signals.received else signal.SIGTERM, saved)
-    if ended.why == "time limit":
-        attempts.end("time limit", done)
-        return _hand_over(name, saved, job)
-    failure = _first_failure(directory)
-    if ended.why == "hang":
-        error = f"no step within step_timeout ({run.step_timeout} s)"
-    elif failure:
-        error = failure["error"]
-    else:
-        error = f"a process {_ended_with(ended.status)}"
-    attempts.end("hung" if ended.why == "hang" else "failed", done, error)
-    if failure and failure["traceback"]:
-        where = f"{name}: rank {failure['rank']} on {failure['host']}"
-        logger.error("%s failed after step %d\n%s", where, done, failure["traceback"].rstrip())
-    if failure and failure["by_user"]:
-        attempts.give_up(error)
-        raise UserError(error)
-    logger.warning("%s: %s after step %d; starting again from step %d", name, error, done, saved)
-    return 0
-
-
-def _stopped(name: str, number: int, saved: int) -> int:
-    logger.warning(
-        "%s: stopped by %s after step %d; run the same command again to continue",
-        name,
-        signal.Signals(number).name,
-        saved,
-    )
-    return 128 + number
-
-
-def _hand_over(name: str, saved: int, job: slurm.Job | None) -> int:
-    if job and job.of_rule and slurm.requeue(job):
+    def stopped(self, number: int, saved: int) -> int:
         logger.warning(
-            "%s: saved step %d before the time limit; job %s goes on from there", name, saved, job.id
+            "%s: stopped by %s after step %d; run the same command again to continue",
+            self.name,
+            signal.Signals(number).name,
+            saved,
         )
-    else:
-        logger.warning(
-            "%s: saved step %d before the time limit; run the same command again to continue", name, saved
-        )
-    return SAVED
+        # A pre-empted job that ends by itself counts as failed, and is not requeued.
+        self.to_be_ended = number == signal.SIGTERM and self.job is not None and self.job.of_rule
+        return 128 + number
+
+    def hand_over(self, saved: int) -> int:
+        what = f"{self.name}: saved step {saved} before the time limit"
+        if self.job and self.job.of_rule and slurm.requeue(self.job):
+            logger.warning("%s; job %s goes on from there", what, self.job.id)
+            self.to_be_ended = True
+        else:
+            logger.warning("%s; run the same command again to continue", what)
+        return SAVED
 
 
-def _wait_to_be_ended(status: int, signals: Signals) -> None:
-    """Let Slurm end the job that it requeues, pre-empts or cancels; the version is let go of by now.
-
-    A pre-empted job that ends by itself counts as failed, and is not requeued.
-    """
-    before = len(signals.received)
-    deadline = time.monotonic() + (HANDOVER_S if status in (SAVED, 128 + signal.SIGTERM) else 0)
+def _wait_to_be_ended(signals: Signals) -> None:
+    """Wait for Slurm to end the job; the version is let go of by now."""
+    before, deadline = len(signals.received), time.monotonic() + HANDOVER_S
     while len(signals.received) == before and time.monotonic() < deadline:
         time.sleep(POLL_S)
 
