@@ -107,7 +107,7 @@ BAD = {  # the content of a raw file, and what is said about it
     "json.jsonl": (jsonl(*ROWS[:1000], '{"text": "a', *ROWS[1000:]), ":1001: invalid JSON ("),
     "field.jsonl": (jsonl(*ROWS[:1500], '{"body": "a"}'), ":1501: no field 'text'; the fields are 'body'"),
     "type.jsonl": (jsonl(*ROWS[:1500], '{"text": 3}'), ":1501: field 'text' is int, not text"),
-    "cut_gz.jsonl.gz": (cut(gzip.compress(TEXTS)), "cut off or damaged here"),
+    "cut_gz.jsonl.gz": (cut(gzip.compress(TEXTS, mtime=0)), "cut off or damaged here"),
     "cut_zst.jsonl.zst": (cut(zstandard.compress(TEXTS)), "cut off or damaged here"),
     "cut.parquet": (cut(parquet()), ": not a complete Parquet file"),
 }

@@ -51,8 +51,8 @@ def texts(path: Path, field: str = "text") -> list[str]:
         ("a.json", JSONL),
         ("a.v2.jsonl", JSONL.removesuffix(b"\n")),
         ("crlf.jsonl", JSONL.replace(b"\n", b"\r\n")),
-        ("a.jsonl.gz", gzip.compress(JSONL)),
-        ("two.jsonl.gz", gzip.compress(JSONL[:50]) + gzip.compress(JSONL[50:])),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)),
+        ("two.jsonl.gz", gzip.compress(JSONL[:50], mtime=0) + gzip.compress(JSONL[50:], mtime=0)),
         ("a.jsonl.zst", zstd(JSONL)),
         ("file.arrow", arrow([TEXTS[:2], [], TEXTS[2:]], file=True)),
         ("stream.arrow", arrow([TEXTS[:2], [], TEXTS[2:]])),
@@ -105,7 +105,7 @@ UTF8_COLUMN = pa.Array.from_buffers(
         ("a.jsonl", b"", ["a.jsonl: holds no documents"]),
         ("a.jsonl", b"\n \n", ["a.jsonl: holds no documents"]),
         ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', ["a.jsonl: none of its 2 rows is used (2 empty)"]),
-        ("a.jsonl.gz", gzip.compress(b""), ["holds no documents"]),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), ["holds no documents"]),
         ("a.jsonl.zst", b"", ["holds no documents"]),
         ("a.csv", b"text\nhello\n", ["a.csv: unknown format", ".parquet"]),
         ("a.jsonl", GOOD + b'{"text": "cut\n' + GOOD, ["a.jsonl:2: invalid JSON"]),
@@ -118,7 +118,7 @@ UTF8_COLUMN = pa.Array.from_buffers(
         ("a.jsonl", GOOD + b'{"text": null}\n', ["a.jsonl:2: field 'text' is null"]),
         ("a.jsonl", GOOD + b'{"text": ["a"]}\n', ["a.jsonl:2: field 'text' is list"]),
         ("a.jsonl", GOOD + b'{"text": "\xe9t\xe9"}\n', ["a.jsonl:2: invalid UTF-8", "0xe9 at position 11"]),
-        ("a.jsonl.gz", gzip.compress(GOOD * 5)[:-9], ["a.jsonl.gz:", "cut off or damaged"]),
+        ("a.jsonl.gz", gzip.compress(GOOD * 5, mtime=0)[:-9], ["a.jsonl.gz:", "cut off or damaged"]),
         ("a.jsonl.gz", GOOD, ["a.jsonl.gz:1: cut off or damaged"]),
         ("a.jsonl.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 20, ["a.jsonl.gz:1: cut off or damaged"]),
         ("a.jsonl.zst", zstd(GOOD * 5)[:-3], ["a.jsonl.zst:", "cut off or damaged"]),
@@ -189,7 +189,7 @@ def read(path: Path, **settings) -> tuple[list[tuple[int, str]], Drops]:
 def test_bad_rows_are_dropped_and_counted_where_the_settings_say_so(tmp_path: Path, suffix: str):
     path = tmp_path / f"a.jsonl{suffix}"
     data = b"\n".join(ROWS)
-    path.write_bytes({"": data, ".gz": gzip.compress(data), ".zst": zstd(data)}[suffix])
+    path.write_bytes({"": data, ".gz": gzip.compress(data, mtime=0), ".zst": zstd(data)}[suffix])
     kept, drops = read(path, bad_rows="drop", invalid_text="drop")
     assert kept == [(1, "good"), (9, "zero \0")]
     assert (drops.num_rows, drops.reasons) == (9, {"bad row": 5, "invalid text": 2})
