@@ -72,6 +72,12 @@ def make_workspace(path: Path) -> Workspace:
     return Workspace(path)
 
 
+def copy_of(workspace: Workspace, path: Path) -> Workspace:
+    """A copy of a finished run, times included, to change."""
+    shutil.copytree(workspace.path, path, symlinks=True)
+    return Workspace(path, workspace.overlays)
+
+
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     """An empty working directory."""
@@ -97,6 +103,4 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture
 def copy(finished: Workspace, tmp_path: Path) -> Workspace:
     """A copy of the finished run, times included, to change."""
-    path = tmp_path / "work"
-    shutil.copytree(finished.path, path, symlinks=True)
-    return Workspace(path)
+    return copy_of(finished, tmp_path / "work")

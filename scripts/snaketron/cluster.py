@@ -36,10 +36,9 @@ def check_memory(config: Config) -> None:
     """`ConfigError` when a training keeps more on a GPU than it has, by `cluster.gpu_memory_gb`."""
     problems, limit = [], config.cluster.gpu_memory_gb or math.inf
     for section in ("pretrain", "sft"):
-        parallel = getattr(config, section).parallel
         run = getattr(config, section)
         stages = static_memory(
-            config.model, config.tokenizer.vocab_size, parallel, run.optimizer, run.offload_optimizer
+            config.model, config.tokenizer.vocab_size, run.parallel, run.optimizer, run.offload_optimizer
         )
         needed = max(stage.total for stage in stages) / 1e9
         if needed > limit:

@@ -13,8 +13,7 @@ from snaketron.config import Config, Pretrain, Sft
 from snaketron.sizes import memory_of_process, num_active_parameters, num_parameters, static_memory
 
 BYTES = ("TB", "GB", "MB", "kB")
-# What the executor plugin writes: (job, parameters) -> the sbatch command, and its --gres.
-Request = Callable[[Any], str]
+Request = Callable[[Any], str]  # from a job to options of sbatch
 
 
 class Training(NamedTuple):
@@ -130,8 +129,7 @@ def _title(job: Any, known: dict[tuple[str, str], Training]) -> str:
 def _needs(config: Config, training: Training) -> list[str]:
     """The size of the model and of what a process keeps of it."""
     model, vocab_size = config.model, config.tokenizer.vocab_size
-    parallel = training.run.parallel
-    run = training.run
+    run, parallel = training.run, training.run.parallel
     static = static_memory(model, vocab_size, parallel, run.optimizer, run.offload_optimizer)
     largest = max(memory.total for memory in static)
     peak = memory_of_process(model, vocab_size, training.seq_length, run, run.optimizer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.conftest import REPOSITORY, Result, Workspace, make_workspace
+from tests.conftest import REPOSITORY, Result, Workspace, copy_of, make_workspace
 from tests.slurm import cluster
 
 import pytest
@@ -252,12 +251,6 @@ def two_nodes(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Workspa
     assert result.status == 0, result.output[-5000:]
     (workspace.path / "transcript.txt").write_text(result.output)
     return workspace
-
-
-def copy_of(workspace: Workspace, path: Path) -> Workspace:
-    """A copy of a finished run, times included, to change."""
-    shutil.copytree(workspace.path, path, symlinks=True)
-    return Workspace(path, workspace.overlays)
 
 
 @pytest.fixture

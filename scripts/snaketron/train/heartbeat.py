@@ -33,8 +33,10 @@ class Heartbeat:
 
 def read(directory: Path) -> dict[str, Any]:
     """The last word of the training in `directory`; empty when there is none."""
-    path = directory / FILE
-    return read_json(path) if path.exists() else {}
+    try:
+        return read_json(directory / FILE)
+    except FileNotFoundError:  # not begun, or just about to begin again
+        return {}
 
 
 def sentence(values: dict[str, Any]) -> str:
