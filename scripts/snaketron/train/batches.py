@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -187,6 +188,8 @@ class SftBatches(Batches):
             "valid": held_out,
             "test": held_out,
         }
+        self._reader = ThreadPoolExecutor(1, "packs")  # one thread, since the caches are for one
+        self._reading: dict[tuple[Split, int, int], Future[Any]] = {}
         self.sources = tuple(source.source for source in loaded.splits["train"])
         self.weights = {source.source: source.weight for source in loaded.splits["train"]}
         self.names: dict[Split, list[str]] = {}
@@ -250,22 +253,33 @@ class SftBatches(Batches):
             return "sample" if chosen == "token" else "token"
         return chosen
 
+    def _read(
+        self, split: Split, first: int, count: int
+    ) -> tuple[list[tuple[int, Pack]], list[np.ndarray], np.ndarray]:
+        """This rank's packs of a step, the weights of their positions, and what they add to the numbers that
+        divide the sums (`loss_weights`) and to the tokens."""
+        packs = [self.pack(split, int(i)) for i in self.share(first, count).flatten()]
+        average, depths = self.average(first), self.settings.model.mtp_num_layers
+        weights, totals = zip(*(loss_weights(pack, depths, average) for _, pack in packs), strict=True)
+        tokens = sum(len(pack.input_ids) for _, pack in packs)
+        return packs, list(weights), np.append(np.sum(totals, axis=0), tokens)
+
     def micro_batches(self, split: Split, first: int, count: int) -> Iterator[Batch]:
         """As in the base class. Every rank takes part: the averages are over the whole step.
 
-        A step's packs are read before its first micro-batch, since what a token counts depends on all.
+        A step's packs are read before its first micro-batch, since what a token counts depends on all, and
+        while the step before it is computed.
         """
-        packs = [self.pack(split, int(i)) for i in self.share(first, count).flatten()]
-        average, depths = self.average(first), self.settings.model.mtp_num_layers
-        weighted = [loss_weights(pack, depths, average) for _, pack in packs]
-        totals = np.append(
-            np.sum([totals for _, totals in weighted], axis=0), sum(len(pack.input_ids) for _, pack in packs)
-        )
+        ahead = self._reading.pop((split, first, count), None)
+        packs, weighted, totals = (ahead or self._reader.submit(self._read, split, first, count)).result()
+        if split == "train" and first + 2 * count <= len(self.order[split][0]):
+            following = (split, first + count, count)
+            self._reading = {following: self._reader.submit(self._read, *following)}
         shared = torch.from_numpy(totals).to(backend.device())
         torch.distributed.all_reduce(shared, group=parallel_state.get_data_parallel_group())
         *numbers, tokens = shared.tolist()
         factors = np.array([[tokens / number if number else 0.0] for number in numbers], dtype=np.float32)
-        for (source, pack), (weights, _) in zip(packs, weighted, strict=True):
+        for (source, pack), weights in zip(packs, weighted, strict=True):
             yield collate_pack(
                 pack,
                 self.pack_size,
