@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from snaketron import files, lineage
     from snaketron.data import tokenizer
+    from snaketron.data.masks import Masker
     from snaketron.data.rendered import Renderer
     from snaketron.data.template import load_template, special_tokens
     from snaketron.settings import RenderSettings
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments=settings.template_arguments,
             off_arguments=settings.reasoning.off_arguments,
         ),
-        tokenizer=tokenizer.load(args.tokenizer),
+        masker=Masker(args.tokenizer),
         settings=settings,
     )
     metadata = {

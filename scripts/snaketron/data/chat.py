@@ -1,20 +1,18 @@
-"""Conversations in the OpenAI format: checked, brought into one form, and as token ids with a mask."""
+"""Conversations in the OpenAI format: checked, and brought into one form."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import orjson
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
 
 Span = tuple[int, int]
 Message = dict[str, Any]
@@ -199,24 +197,3 @@ def check_text(conversation: Conversation, control_tokens: re.Pattern[str] | Non
         raise Unusable("a control token in the text", found.group())
     if found := re.search("|".join(NONCHARACTERS), text):
         raise Unusable(NOT_UNICODE, f"it holds the noncharacter U+{ord(found.group()):04X}")
-
-
-# ------------------------------------------------------------------------------------------- tokens
-
-
-def tokenize(tokenizer: Tokenizer, text: str, spans: Iterable[Span]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (int32) of the text, and for each whether it is output of the assistant (uint8)."""
-    return masked(tokenizer.encode(text, add_special_tokens=False), spans)
-
-
-def masked(encoding: Encoding, spans: Iterable[Span]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask of an encoded text: a token is trained if it lies wholly inside a span."""
-    input_ids = np.array(encoding.ids, dtype=np.int32)
-    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    loss_mask = np.zeros(len(input_ids), dtype=np.uint8)
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    for start, end in spans:
-        # Some tokenizers cut spaces off the offsets: a token of spaces only is empty, and lies at its end.
-        after = (starts >= start) & ((starts < ends) | (starts > start))
-        loss_mask[after & (ends <= end)] = 1
-    return input_ids, loss_mask

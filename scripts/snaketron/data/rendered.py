@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from snaketron.data import chat, reasoning
 from snaketron.data.documents import text_of
+from snaketron.data.encode import Mismatch, Unencodable
+from snaketron.data.masks import Masker
 from snaketron.data.packed import KEY, list_array, number_array, string_array
 from snaketron.data.rows import FILTERED, Bad, Drops, place, read_rows, reject
 from snaketron.data.split import SPLITS, split_of
@@ -27,9 +29,6 @@ from snaketron.settings import RenderSettings
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -90,15 +89,24 @@ class Renderer:
     """What turns the rows of one source into token ids."""
 
     template: Template
-    tokenizer: Tokenizer
+    masker: Masker
     settings: RenderSettings
     read: list[Path] = field(default_factory=list)  # the files that were opened
     found: set[str] = field(default_factory=set)  # the metadata fields that a row had
     _checked: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     _num_unwritten: int = 0  # conversations whose reasoning the template leaves out
 
-    def write(self, path: Path, chats: Iterable[Path], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    def write(self, path: Path, chats: list[Path], metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Write the conversations of the files `chats` to `path`; returns the counts for the record."""
+        try:
+            return self._write(path, chats, metadata)
+        except Mismatch as error:
+            logger.warning("fastokens: %s; rendering again, with `tokenizers`", error)
+            masker = Masker(self.masker.directory, problem=str(error))
+            self.__init__(self.template, masker, self.settings)  # type: ignore[misc]
+            return self._write(path, chats, metadata)
+
+    def _write(self, path: Path, chats: list[Path], metadata: Mapping[str, Any]) -> dict[str, Any]:
         fields = self.settings.metadata_fields
         if taken := [name for name in fields if name in SCHEMA.names]:
             raise UserError(
@@ -138,15 +146,16 @@ class Renderer:
             "dropped": {reason: count for reason, count in drops.reasons.most_common() if count},
             "dropped_rows": drops.listed,
             "replaced": drops.num_replaced,
+            "encoder": self.masker.name,
         }
 
     def check_ends(self) -> None:
         """`UserError` when what ends an answer is no token: a model could not learn to stop there."""
         rendered = self.template.render(PROBE)
         for start, end in rendered.spans:
-            encoding = self.tokenizer.encode(rendered.text, add_special_tokens=False)
+            encoding = self.masker.tokenizer.encode(rendered.text, add_special_tokens=False)
             last = max(i for i, (_, stop) in enumerate(encoding.offsets) if stop == end)
-            added = self.tokenizer.get_added_tokens_decoder()
+            added = self.masker.tokenizer.get_added_tokens_decoder()
             if encoding.ids[last] not in added:
                 raise UserError(
                     f"{self.template.name}: an answer ends with {rendered.text[start:end][-30:]!r}, and the "
@@ -175,7 +184,7 @@ class Renderer:
     def render(self, chats: Iterable[Path], drops: Drops) -> Iterator[Rendered]:
         """The rows of all files as text, one after the other."""
         settings = self.settings
-        control_tokens = chat.control_tokens(self.tokenizer)
+        control_tokens = chat.control_tokens(self.masker.tokenizer)
         optional = [settings.tools_field, *settings.metadata_fields]
         for path in chats:
             self.read.append(path)
@@ -229,7 +238,7 @@ class Renderer:
             arguments = modes.low_effort_arguments
         elif mode == reasoning.TRUNCATED:
             position = reasoning.draw(self.settings, found, f"budget {turn}")
-            cut = reasoning.cut(self.tokenizer, messages, first, modes.min_budget, position)
+            cut = reasoning.cut(self.masker.tokenizer, messages, first, modes.min_budget, position)
             if cut is None:
                 mode = reasoning.FULL
             else:
@@ -258,14 +267,27 @@ class Renderer:
         limited = settings.max_documents is not None or settings.max_tokens is not None
         at_once = 1 if limited else BATCH_CHARACTERS
         for batch in batches(rendered, at_once, lambda item: item.size):
-            texts = [text.text for source in batch for text in source.texts]
-            encodings = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
+            texts = [text for source in batch for text in source.texts]
+            try:
+                encoded = iter(self.masker.encode([t.text for t in texts], [t.spans for t in texts]))
+            except Unencodable as error:
+                source = next(s for s in batch if any(t is texts[error.index] for t in s.texts))
+                raise UserError(f"{place(source.file, source.row)}: {error}; remove the row") from None
             for source in batch:
                 made = []
                 for text in source.texts:
-                    ids, mask = chat.masked(next(encodings), text.spans)
-                    place = (str(source.file), source.row, text.turn)
-                    made.append(Sequence(ids, mask, *place, source.split, text.mode, source.metadata))
+                    input_ids, loss_mask = next(encoded)
+                    item = Sequence(
+                        input_ids,
+                        loss_mask,
+                        file=str(source.file),
+                        row=source.row,
+                        turn=text.turn,
+                        split=source.split,
+                        mode=text.mode,
+                        metadata=source.metadata,
+                    )
+                    made.append(item)
                 if all(item.loss_mask.any() for item in made):
                     yield made
                 else:

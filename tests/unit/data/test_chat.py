@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from snaketron.data import chat
+from snaketron.data.masks import tokenize
 from tests.unit.data.chat_samples import build_tokenizer, question
 from tests.unit.data.golden import WEATHER, assistant, call, tool, user
 
@@ -13,8 +14,8 @@ def test_a_token_that_reaches_over_the_border_is_not_trained():
     tokenizer = build_tokenizer()
     text = "The capital"
     assert tokenizer.encode(text).tokens[-1] == "Ġcapital"
-    assert chat.tokenize(tokenizer, text, [(4, 11)])[1].sum() == 0  # the space lies outside
-    assert chat.tokenize(tokenizer, text, [(3, 11)])[1].sum() == 1
+    assert tokenize(tokenizer, text, [(4, 11)])[1].sum() == 0  # the space lies outside
+    assert tokenize(tokenizer, text, [(3, 11)])[1].sum() == 1
 
 
 def test_spaces_before_an_answer_are_not_trained_where_offsets_leave_spaces_out():
@@ -26,7 +27,7 @@ def test_spaces_before_an_answer_are_not_trained_where_offsets_leave_spaces_out(
         if "Ġ" in t
     ]
     assert spaces and all(start == end for start, end in spaces)
-    assert chat.tokenize(tokenizer, text, [(4, 14)])[1].tolist() == [0] * len(spaces) + [0, 1]
+    assert tokenize(tokenizer, text, [(4, 14)])[1].tolist() == [0] * len(spaces) + [0, 1]
 
 
 @pytest.mark.parametrize(

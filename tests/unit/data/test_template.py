@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from snaketron.data import chat
+from snaketron.data.masks import tokenize
 from snaketron.data.template import compile_template, special_tokens
 from snaketron.log import UserError
 from tests.unit.data.chat_samples import build_tokenizer, question
@@ -55,7 +56,7 @@ def test_ids_and_mask_are_those_of_transformers(hugging_face, trim_offsets, case
         return_assistant_tokens_mask=True,
     )
     made = rendered("shipped", case)
-    input_ids, loss_mask = chat.tokenize(build_tokenizer(trim_offsets), made.text, made.spans)
+    input_ids, loss_mask = tokenize(build_tokenizer(trim_offsets), made.text, made.spans)
     assert input_ids.dtype == np.int32 and loss_mask.dtype == np.uint8
     assert input_ids.tolist() == theirs["input_ids"]
     assert loss_mask.tolist() == theirs["assistant_masks"]
@@ -108,14 +109,14 @@ def test_the_text_without_generation_blocks_is_that_of_transformers(hugging_face
     messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in found.messages]
     theirs = hugging_face["other", False].apply_chat_template(messages, tools=found.tools)["input_ids"]
     made = rendered("other", case)
-    assert chat.tokenize(build_tokenizer(), made.text, made.spans)[0].tolist() == theirs
+    assert tokenize(build_tokenizer(), made.text, made.spans)[0].tolist() == theirs
 
 
 @BOTH
 @EACH_CASE
 def test_the_trained_tokens_spell_the_trained_text(name, case):
     tokenizer, made = build_tokenizer(), rendered(name, case)
-    input_ids, loss_mask = chat.tokenize(tokenizer, made.text, made.spans)
+    input_ids, loss_mask = tokenize(tokenizer, made.text, made.spans)
     trained = tokenizer.decode(input_ids[loss_mask == 1].tolist(), skip_special_tokens=False)
     expected = "".join(part.split("⟧")[0] for part in getattr(case, name).split("⟦")[1:])
     assert bytes_of(trained) == expected.encode()
@@ -138,7 +139,7 @@ def test_the_prompt_for_an_answer_is_the_start_of_the_training_text(hugging_face
         messages[:1], add_generation_prompt=True, enable_thinking=thinks
     )["input_ids"]
     made = compiled(name).render(messages, None, {"enable_thinking": thinks})
-    input_ids, loss_mask = chat.tokenize(build_tokenizer(), made.text, made.spans)
+    input_ids, loss_mask = tokenize(build_tokenizer(), made.text, made.spans)
     assert input_ids[: len(prompt)].tolist() == prompt
     assert loss_mask.argmax() == len(prompt)
 
