@@ -88,7 +88,7 @@ def _show_owners(body: list[nodes.Node], depth: int = 0) -> list[nodes.Node]:
             node.else_ = _show_owners(node.else_, depth)
         elif isinstance(node, nodes.With | nodes.Scope):
             node.body = _show_owners(node.body, depth)
-        elif isinstance(node, nodes.For) and node.find(nodes.Output):
+        elif isinstance(node, nodes.For) and node.find(nodes.Output) and not node.recursive:
             node.body = _show_owners(node.body, depth + 1)
             if isinstance(node.target, nodes.Name):
                 target = nodes.Name(node.target.name, "load")

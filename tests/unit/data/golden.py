@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from snaketron.data import chat
 from snaketron.data.template import Rendered, Template, compile_template
 from tests.unit.data.chat_samples import TEMPLATE, question
 
@@ -244,3 +245,41 @@ CASES = [
         "<|turn|>assistant\n<think></think>⟦é🙂<|stop|>⟧\n\n",
     ),
 ]
+
+
+SHOWN = (
+    "question and answer",
+    "consecutive turns of one role",
+    "arguments as JSON text, and no arguments",
+    "results that follow one another",
+    "reasoning in two turns, the first a call",
+)
+
+
+def table() -> str:
+    """Some of the cases for the documentation: what is said, and the text by the shipped template."""
+    shown = [case for case in CASES if case.name in SHOWN]
+    lines = []
+    for case in shown:
+        lines += [f"{case.name}: {'; '.join(map(_said, case.messages))}", *_lines(case.shipped)]
+    found = chat.conversation(shown[-1].messages)
+    template = compiled("shipped", truncate_history_thinking=True)
+    for turn, (first, end) in enumerate(found.turns, 1):
+        made = template.render(found.messages[:end])
+        spans = [span for span, owner in zip(made.spans, made.owners, strict=True) if (owner or 0) >= first]
+        lines += [f"the same, turn {turn}, with truncate_history_thinking"]
+        lines += _lines(marked(Rendered(made.text, spans, [])))
+    return "\n".join(lines) + "\n"
+
+
+def _lines(text: str) -> list[str]:
+    parts = text.replace("\n", "⏎").split("<|im_start|>")
+    return [f"    <|im_start|>{part}" for part in parts if part]
+
+
+def _said(message: dict[str, Any]) -> str:
+    parts = [f"thinks {message['reasoning_content']!r}"] if message.get("reasoning_content") else []
+    parts += [repr(message["content"])] if message["content"] else []
+    calls = message.get("tool_calls", [])
+    parts += [f"calls {c['function']['name']}({c['function']['arguments'] or ''})" for c in calls]
+    return f"{message['role']} {', '.join(parts)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from snaketron.data import chat
@@ -9,7 +10,19 @@ from snaketron.data.masks import tokenize
 from snaketron.data.template import compile_template, special_tokens
 from snaketron.log import UserError
 from tests.unit.data.chat_samples import build_tokenizer, question
-from tests.unit.data.golden import CASES, OFF, SOURCES, Case, assistant, call, compiled, marked, tool, user
+from tests.unit.data.golden import (
+    CASES,
+    OFF,
+    SOURCES,
+    Case,
+    assistant,
+    call,
+    compiled,
+    marked,
+    table,
+    tool,
+    user,
+)
 
 import numpy as np
 import pytest
@@ -27,6 +40,11 @@ def rendered(name: str, case: Case, **arguments: Any):
 @EACH_CASE
 def test_a_conversation_renders_to_this_text(name, case):
     assert marked(rendered(name, case)) == getattr(case, name)
+
+
+def test_the_documentation_shows_what_is_tested():
+    documentation = Path(__file__).parents[3] / "docs/data.md"
+    assert f"```text\n{table()}```\n" in documentation.read_text()
 
 
 # --------------------------------------------------------------------------- independent implementations
