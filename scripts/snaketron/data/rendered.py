@@ -103,8 +103,10 @@ class Renderer:
         except Mismatch as error:
             logger.warning("fastokens: %s; rendering again, with `tokenizers`", error)
             masker = Masker(self.masker.directory, problem=str(error))
-            self.__init__(self.template, masker, self.settings)  # type: ignore[misc]
-            return self._write(path, chats, metadata)
+            again = Renderer(self.template, masker, self.settings)
+            counts = again._write(path, chats, metadata)
+            self.read = again.read
+            return counts
 
     def _write(self, path: Path, chats: list[Path], metadata: Mapping[str, Any]) -> dict[str, Any]:
         fields = self.settings.metadata_fields
@@ -154,9 +156,9 @@ class Renderer:
         rendered = self.template.render(PROBE)
         for start, end in rendered.spans:
             encoding = self.masker.tokenizer.encode(rendered.text, add_special_tokens=False)
-            last = max(i for i, (_, stop) in enumerate(encoding.offsets) if stop == end)
             added = self.masker.tokenizer.get_added_tokens_decoder()
-            if encoding.ids[last] not in added:
+            places = zip(encoding.ids, encoding.offsets, strict=True)
+            if not any(stop == end and number in added for number, (_, stop) in places):
                 raise UserError(
                     f"{self.template.name}: an answer ends with {rendered.text[start:end][-30:]!r}, and the "
                     "tokenizer has no added token for that; use the template of this tokenizer, or add the "

@@ -317,14 +317,18 @@ class Template:
         arguments: Mapping[str, Any] | None,
         rendered: Rendered,
     ) -> None:
-        """`UserError` unless the text up to each answer of the last turn is what inference is given.
+        """`UserError` unless the text up to the first two answers and the last one of the last turn is what
+        inference is given.
 
         For a template without generation blocks, whose prompts were found by trying.
         """
         last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-        for (start, _), owner in zip(rendered.spans, rendered.owners, strict=True):
-            if not owner or owner <= last or messages[owner - 1]["role"] == "assistant":
-                continue
+        asked = [
+            (start, owner)
+            for (start, _), owner in zip(rendered.spans, rendered.owners, strict=True)
+            if owner and owner > last and messages[owner - 1]["role"] != "assistant"
+        ]
+        for start, owner in dict.fromkeys([*asked[:2], *asked[-1:]]):  # a turn may have hundreds of calls
             before = rendered.text[:start]
             given = self.prompt(messages[:owner], tools, arguments)
             if before == given:

@@ -234,6 +234,12 @@ PROMPT = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
         (LOOP + PROMPT, "<|user|>a<|end|>\n<|assistant|>⟦b<|end|>⟧\n"),
         # a prompt that only other answers have: the text before the answer is what precedes it
         (LOOP + PROMPT.replace("|>{", "|><think>{"), "<|user|>a<|end|>\n<|assistant|>⟦b<|end|>⟧\n"),
+        # calls in a loop of their own, and what `continue` leaves out
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% continue %}{% endif %}"
+            "<|assistant|>{% for letter in m.content %}{{ letter }}{% endfor %}<|end|>{% endfor %}" + PROMPT,
+            "a<|assistant|>⟦b<|end|>⟧",
+        ),
         # without a prompt, as Mistral's
         (
             "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
