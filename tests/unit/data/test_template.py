@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.unit.data.golden import (
     CASES,
     OFF,
     SOURCES,
+    WEATHER,
     Case,
     assistant,
     call,
@@ -128,6 +130,57 @@ def test_the_text_without_generation_blocks_is_that_of_transformers(hugging_face
     theirs = hugging_face["other", False].apply_chat_template(messages, tools=found.tools)["input_ids"]
     made = rendered("other", case)
     assert tokenize(build_tokenizer(), made.text, made.spans)[0].tolist() == theirs
+
+
+def random_case(number: int) -> Case:
+    """Turns of any kind one after the other: repeated roles, reasoning here and there, calls and results."""
+    draw = random.Random(number)
+    words = ["Paris", "two plus two", "é 東京", "  spaced ", "{'a': 1}", "a\nb", "<think>", "end."]
+    messages = [{"role": "system", "content": "Be brief."}] if draw.random() < 0.3 else []
+    for _ in range(draw.randint(1, 5)):
+        messages += [user(draw.choice(words)) for _ in range(draw.choice((1, 1, 1, 2)))]
+        for _ in range(draw.choice((0, 0, 1, 2))):
+            arguments = draw.choice(({}, {"city": draw.choice(words)}, '{"n": [1, 2.5, null]}'))
+            calls = [call(arguments) for _ in range(draw.randint(1, 2))]
+            messages.append(assistant(draw.choice(("", *words)), tool_calls=calls))
+            messages += [tool(draw.choice(words)) for _ in calls]
+        messages.append(assistant(draw.choice(words)))
+        for message in messages:
+            if message["role"] == "assistant" and "reasoning_content" not in message and draw.random() < 0.4:
+                message["reasoning_content"] = draw.choice(words)
+    return Case(f"random {number}", messages, "", "", [WEATHER] if draw.random() < 0.5 else None)
+
+
+@pytest.mark.parametrize("shortened", [True, False])
+def test_random_conversations_have_the_spans_of_prefix_rendering(hugging_face, shortened):
+    tokenizer = hugging_face["other", False]
+    template = compiled("other", truncate_history_thinking=shortened)
+    for number in range(150):
+        case = random_case(number)
+        found = chat.conversation(case.messages, case.tools)
+        made = template.render(found.messages, found.tools)
+        expected = by_prefixes(tokenizer, case, truncate_history_thinking=shortened)
+        assert made.spans[-len(expected) :] == expected
+        assert shortened or len(made.spans) == len(expected)
+        template.check(found.messages, found.tools, None, made)
+
+
+def test_random_conversations_have_the_ids_and_masks_of_transformers(hugging_face):
+    template, tokenizer = compiled("shipped"), build_tokenizer()
+    for number in range(150):
+        case = random_case(number)
+        found = chat.conversation(case.messages, case.tools)
+        theirs = hugging_face["shipped", False].apply_chat_template(
+            found.messages,
+            tools=found.tools,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        made = template.render(found.messages, found.tools)
+        input_ids, loss_mask = tokenize(tokenizer, made.text, made.spans)
+        assert input_ids.tolist() == theirs["input_ids"]
+        assert loss_mask.tolist() == theirs["assistant_masks"]
 
 
 @BOTH
