@@ -26,6 +26,7 @@ NOT_UNICODE = "not Unicode text"
 REFUSED = "the template refuses it"
 LEFT_OUT = "the template leaves out a message"
 NO_PROMPT = "an answer that does not begin with its prompt"
+NO_END = "an answer without the token that ends it"
 
 # What to do about rows that are dropped for a reason, where that is not plain.
 ADVICE = {
@@ -43,6 +44,7 @@ ADVICE = {
     REFUSED: "give what the template wants, or another template (chat_template of the source)",
     LEFT_OUT: "use a template that writes it (chat_template of the source)",
     NO_PROMPT: "use a template with generation blocks (chat_template of the source)",
+    NO_END: "use a template with generation blocks (chat_template of the source)",
     "nothing to train on": "remove the row, or correct the template",
 }
 

@@ -94,7 +94,11 @@ class Renderer:
     read: list[Path] = field(default_factory=list)  # the files that were opened
     found: set[str] = field(default_factory=set)  # the metadata fields that a row had
     _checked: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    _added: list[int] = field(init=False)
     _num_unwritten: int = 0  # conversations whose reasoning the template leaves out
+
+    def __post_init__(self) -> None:
+        self._added = list(self.masker.tokenizer.get_added_tokens_decoder())
 
     def write(self, path: Path, chats: list[Path], metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Write the conversations of the files `chats` to `path`; returns the counts for the record."""
@@ -156,9 +160,8 @@ class Renderer:
         rendered = self.template.render(PROBE)
         for start, end in rendered.spans:
             encoding = self.masker.tokenizer.encode(rendered.text, add_special_tokens=False)
-            added = self.masker.tokenizer.get_added_tokens_decoder()
             places = zip(encoding.ids, encoding.offsets, strict=True)
-            if not any(stop == end and number in added for number, (_, stop) in places):
+            if not any(stop == end and number in self._added for number, (_, stop) in places):
                 raise UserError(
                     f"{self.template.name}: an answer ends with {rendered.text[start:end][-30:]!r}, and the "
                     "tokenizer has no added token for that; use the template of this tokenizer, or add the "
@@ -290,10 +293,17 @@ class Renderer:
                         metadata=source.metadata,
                     )
                     made.append(item)
-                if all(item.loss_mask.any() for item in made):
-                    yield made
-                else:
+                if not all(item.loss_mask.any() for item in made):
                     drops.add(source.file, source.row, "nothing to train on")
+                elif not (self.template.marked or all(self.ends(item) for item in made)):
+                    drops.add(source.file, source.row, chat.NO_END)
+                else:
+                    yield made
+
+    def ends(self, item: Sequence) -> bool:
+        """Whether each answer ends with a token of its own, not one of its text."""
+        last = item.loss_mask > np.append(item.loss_mask[1:], 0)
+        return bool(np.isin(item.input_ids[last], self._added).all())
 
     def limited(self, conversations: Iterable[list[Sequence]], drops: Drops) -> Iterator[list[Sequence]]:
         """The first conversations, exactly as many as the limits of the settings allow."""

@@ -134,14 +134,14 @@ class Template:
         environment.globals["raise_exception"] = _raise_exception
         try:
             parsed = environment.parse(source)
+            parsed.body = _show_owners(parsed.body)
+            parsed.set_environment(environment)
+            code = environment.compile(parsed)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 f"{name}:{error.lineno}: the chat template does not parse: {error.message}"
             ) from None
         self.marked = environment.num_generation_blocks > 0  # type: ignore[attr-defined]
-        parsed.body = _show_owners(parsed.body)
-        parsed.set_environment(environment)
-        code = environment.compile(parsed)
         made = jinja2.Template.from_code(environment, code, environment.make_globals(dict(variables or {})))
         self._template = made
         if not self.marked:
@@ -250,10 +250,13 @@ class Template:
         return self._writes(_CALL, '"Oslo"')
 
     def _writes(self, messages: Sequence[Message], text: str) -> bool:
-        try:
-            return text in self._write(messages, None, None, False)
-        except Unusable:
-            return False
+        for tools in (None, _TOOLS):
+            try:
+                if text in self._write(messages, tools, None, False):
+                    return True
+            except Unusable:
+                continue
+        return False
 
     # ------------------------------------------------- templates that do not mark what is generated
 
@@ -360,6 +363,16 @@ _CALL: list[Message] = [
             }
         ],
     },
+]
+_TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather of a city.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
 ]
 _CALLED: list[Message] = [
     *_CALL,

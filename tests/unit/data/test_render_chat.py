@@ -347,6 +347,21 @@ def test_a_template_of_another_tokenizer_is_an_error(tmp_path, tokenizer):
     )
 
 
+def test_an_answer_that_ends_with_its_text_is_dropped(tmp_path, tokenizer):
+    """This template ends an answer with <|im_end|>, but a call with the call: no model would stop there."""
+    template = tmp_path / "calls.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}"
+        "{% endfor %}{{ '<|im_end|>' if not m.tool_calls }}{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
+    chats = [{"messages": question("a", "b")}, {"messages": [{"role": "user", "content": "a"}, call]}]
+    rows, record = render(tmp_path, chats, template=template, max_dropped_fraction=0.5)
+    assert [row["row"] for row in rows] == [1]
+    assert record["counts"]["dropped"] == {"an answer without the token that ends it": 1}
+
+
 @pytest.fixture
 def other_tokenizer(tmp_path: Path) -> Path:
     """One that knows the tokens of the other template."""

@@ -377,6 +377,14 @@ def test_a_conversation_that_is_not_written_whole_is_unusable(source, messages, 
     assert caught.value.reason == reason
 
 
+def test_a_role_that_needs_tools_is_tried_with_tools():
+    source = (
+        "{% for m in messages %}{% if m.role == 'tool' and not tools %}{{ raise_exception('no tools') }}"
+        "{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}" + PROMPT
+    )
+    assert "tool" in compile_template(source).roles and "developer" in compile_template(source).roles
+
+
 def test_rendering_is_linear_in_the_number_of_turns(monkeypatch):
     """Each conversation is rendered once, whatever its length: no prefix is rendered again."""
     made = compiled("other")
@@ -414,6 +422,8 @@ def test_special_tokens_are_variables_of_the_template(tmp_path):
 def test_a_template_that_does_not_parse_is_refused_with_its_line():
     with pytest.raises(UserError, match=r"my\.jinja:3: .*does not parse"):
         compile_template("a\nb\n{% if %}", name="my.jinja")
+    with pytest.raises(UserError, match=r"my\.jinja:2: .*does not parse.*No filter named 'shout'"):
+        compile_template("a\n{{ a | shout }}", name="my.jinja")
     with pytest.raises(UserError, match=r"my\.jinja:1: .*does not parse.*endgeneration"):
         compile_template("{% generation %}a", name="my.jinja")
 
