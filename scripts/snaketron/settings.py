@@ -50,6 +50,8 @@ class TrainSettings(Section):
     global_batch_size: int
     train_iters: int
     schedule: Schedule
+    loss_average: Literal["token", "sample"] = "token"
+    switch_loss_average_after: int | None = None
 
 
 class RunSettings(Run):
@@ -59,6 +61,7 @@ class RunSettings(Run):
     tracking: Literal["off", "offline", "online"]
     cuda_graphs: bool = False  # of pretraining: packed sequences have no fixed shapes
     num_samples: int = 0
+    sample_interval: int | None = None
     sample_tokens: int = 0
 
 
@@ -209,7 +212,18 @@ def sft_settings(config: Config) -> TrainSettings:
         schedule=Schedule(
             style="cosine", start=0, warmup=sft.warmup_iters, end=sft.train_iters, decay=0, increment=1
         ),
+        loss_average=sft.loss_average,
+        switch_loss_average_after=sft.switch_loss_average_after,
     )
+
+
+def padding_multiple(config: Config) -> int:
+    """What the length of a conversation in a pack is rounded up to: context parallelism gives each process
+    two chunks of every sequence."""
+    if config.sft_data.padding_multiple:
+        return config.sft_data.padding_multiple
+    size = config.sft.parallel.context_parallel_size
+    return 2 * size if size > 1 else 1
 
 
 def run_settings(config: Config, section: Literal["pretrain", "sft"]) -> RunSettings:
@@ -217,7 +231,11 @@ def run_settings(config: Config, section: Literal["pretrain", "sft"]) -> RunSett
     run: Pretrain | Sft = getattr(config, section)
     values = {name: getattr(run, name) for name in Run.model_fields}
     if isinstance(run, Sft):
-        values |= {"num_samples": run.num_samples, "sample_tokens": run.sample_tokens}
+        values |= {
+            "num_samples": run.num_samples,
+            "sample_interval": run.sample_interval,
+            "sample_tokens": run.sample_tokens,
+        }
     else:
         values["cuda_graphs"] = run.cuda_graphs
     return RunSettings(**values, cluster=config.cluster, tracking=config.tracking)

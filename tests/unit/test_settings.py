@@ -121,7 +121,9 @@ OTHER: dict[str, Any] = {
     "pretrain.optimizer.adam_beta2": 0.8,
     "sft.optimizer.adam_beta1": 0.8,
     "sft.optimizer.adam_beta2": 0.8,
-    "sft.parallel.context_parallel_size": None,  # 1 only
+    "sft.loss_average": "sample",
+    "sft.switch_loss_average_after": 20,
+    "sft.sample_interval": 20,
     "sft.micro_batch_size": None,  # 1 only
     "pretrain.parallel.expert_model_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
     "pretrain.parallel.expert_tensor_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
@@ -185,7 +187,16 @@ def expected(path: str) -> set[str]:
         return {"pretrain", "sft"}
     if path == "tracking" or section == "cluster":
         return {"run pretrain", "run sft"}
-    of_result = ("optimizer", "seq_length", "global_batch_size", "train_iters", "warmup", "decay")
+    of_result = (
+        "optimizer",
+        "seq_length",
+        "global_batch_size",
+        "train_iters",
+        "warmup",
+        "decay",
+        "loss",
+        "switch",
+    )
     return {section} if key.startswith(of_result) else {f"run {section}"}
 
 

@@ -19,7 +19,14 @@ def shard(tokens: int, documents: int, num_bytes: int, empty: int = 0) -> dict[s
 
 
 def packs(count: int, tokens: int, trained: int, kept: int, **dropped: int) -> dict[str, Any]:
-    return {"packs": count, "tokens": tokens, "trained_tokens": trained, "packed": kept, "dropped": dropped}
+    return {
+        "packs": count,
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "packed": kept,
+        "dropped": dropped,
+        "cut": 0,
+    }
 
 
 NO_PACKS = packs(0, 0, 0, 0)
@@ -152,8 +159,10 @@ def test_time_is_summed_over_the_jobs_of_a_kind(run: Path):
 
 
 def test_answers_are_quoted_as_they_are(run: Path):
-    answers = [{"prompt": "what?\nnow", "reference": " this ", "base model": "#", "tuned model": "that"}]
-    files.write_json(run / "answers.json", answers)
+    (run / "answers").mkdir()
+    for step, answer in ((0, "#"), (20, "on the way"), (100, "that")):
+        entry = {"prompt": "what?\nnow", "reference": " this ", "answer": answer}
+        files.write_json(run / f"answers/step_{step:07d}.json", [entry])
     text = summarize(run)
     assert text.startswith(f"# {run}\n\n## Training\n\n")
     assert text.endswith(

@@ -139,6 +139,17 @@ def check_run(section: str, run: Pretrain | Sft, model: Model) -> list[str]:
     problems = [
         _divides(f"model.{k}", getattr(model, k), f"{at}.tensor_model_parallel_size", tp) for k in shared
     ]
+    if (context := parallel.context_parallel_size) > 1:
+        # A Mamba-2 layer then shares its heads, not the sequence; each process has groups of its own or
+        # several share one.
+        by = f"{at}.tensor_model_parallel_size x context_parallel_size ="
+        problems.append(_divides("model.mamba_num_heads", model.mamba_num_heads, by, tp * context))
+        groups = max(1, model.mamba_num_groups // tp)
+        if max(groups, context) % min(groups, context):
+            problems.append(
+                f"model.mamba_num_groups {model.mamba_num_groups} / {at}.tensor_model_parallel_size {tp} and "
+                f"context_parallel_size {context}: neither divides the other"
+            )
     if model.num_query_groups < tp:  # each group is then on several processes
         groups = model.num_query_groups
         problems.append(_divides(f"{at}.tensor_model_parallel_size", tp, "model.num_query_groups", groups))
@@ -206,8 +217,18 @@ def check_batches(config: Config) -> list[str]:
         )
     problems.append(_batch("sft", sft.global_batch_size, sft))
     problems.append(_sequence("sft_data.pack_size", config.sft_data.pack_size, sft.parallel))
-    if sft.parallel.context_parallel_size > 1:
-        problems.append("sft.parallel.context_parallel_size: packed sequences are trained with 1 only")
+    data, context = config.sft_data, sft.parallel.context_parallel_size
+    if data.padding_multiple:
+        at = "sft_data.padding_multiple"
+        problems.append(_divides("sft_data.pack_size", data.pack_size, at, data.padding_multiple))
+        if context > 1:
+            by = f"2 x sft.parallel.context_parallel_size {context} ="
+            problems.append(_divides(at, data.padding_multiple, by, 2 * context))
+    if sft.switch_loss_average_after is not None and sft.switch_loss_average_after >= sft.train_iters:
+        problems.append(
+            f"sft.switch_loss_average_after {sft.switch_loss_average_after} is not less than sft.train_iters "
+            f"{sft.train_iters}, so it would never switch; leave it out"
+        )
     if sft.warmup_iters >= sft.train_iters:
         problems.append(
             f"sft.warmup_iters {sft.warmup_iters} is not less than sft.train_iters {sft.train_iters}"

@@ -11,7 +11,7 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron.files import partial
 from snaketron.log import UserError
 from snaketron.train import versions
-from snaketron.train.batches import Batches
+from snaketron.train.batches import Batches, sequences
 from snaketron.train.loop import Trainer
 
 import pytest
@@ -28,12 +28,8 @@ class Random(Batches):
         tokens = torch.stack(
             [torch.randint(0, 256, (17,), generator=torch.Generator().manual_seed(i)) for i in indices]
         )
-        return {
-            "input_ids": tokens[:, :-1],
-            "labels": tokens[:, 1:],
-            "loss_mask": torch.ones(len(indices), 16),
-            "position_ids": torch.arange(16).expand(len(indices), 16),
-        }
+        positions = torch.arange(16).expand(len(indices), 16)
+        return sequences(tokens[:, :-1], tokens[:, 1:], positions, depths=1)
 
 
 @pytest.fixture
@@ -77,7 +73,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(trainer, tmp_path: Path, p
     assert not same(state(second), state(first))
     assert second.resume(tmp_path)
     assert same(state(second), state(first)) and len(state(first)) > 50
-    assert second.iteration == 3 and torch.equal(second.totals, first.totals)
+    assert second.iteration == 3 and torch.equal(second.sums, first.sums)
     # And so does the next step.
     first._step(Random(2))
     second._step(Random(2))
