@@ -162,7 +162,7 @@ class Progress:
         interval = 0.2 if self.terminal else max(self.INTERVAL, self.GROWTH * (now - began))
         if done < self.total and now - self.shown < interval:
             return
-        if done == first and done < self.total:
+        if done == first:
             return  # the first step is slower than the others, and says nothing about the time left
         self.shown = now
         seconds = (now - began) / max(1, done - first)

@@ -273,3 +273,21 @@ def test_a_save_in_the_background_on_a_full_disk_is_told_when_it_ends(trainer, t
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert versions.latest_iteration(tmp_path) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001", versions.LATEST]
+
+
+def test_samples_are_taken_before_the_training_on_the_way_and_after_it(settings, tmp_path: Path):
+    """Of 5 steps every 2; a run that continues after step 4 takes the one that is left."""
+    taken: list[int] = []
+
+    def train() -> None:
+        values, run = settings()  # 320 tokens in steps of 4 x 16
+        made = Trainer(values, run.model_copy(update={"sample_interval": 2, "save_interval": 4}), 256)
+        made.resume(tmp_path)
+        made.train(Random(2), tmp_path, lambda: taken.append(made.iteration))
+
+    train()
+    assert taken == [0, 2, 4, 5]
+    shutil.rmtree(tmp_path / "iter_0000005")
+    (tmp_path / versions.LATEST).write_text("4")
+    train()
+    assert taken == [0, 2, 4, 5, 5]

@@ -52,7 +52,7 @@ ALONE = [[c] for c in CONVERSATIONS] + [[A]]  # six packs, a multiple of the acc
 def trainer_of(sft_settings, packed_blend, tokenizer_dir):
     def make(packs: list, **keys) -> tuple[Trainer, SftBatches]:
         settings, run = sft_settings(MODEL, global_batch_size=len(packs), **keys)
-        blend = packed_blend(train={"a": packs})
+        blend = packed_blend(settings.seq_length, train={"a": packs})
         trainer = Trainer(settings, run, VOCABULARY)
         trainer.seconds = 1.0
         trainer.sources = ("a",)
@@ -178,3 +178,13 @@ def test_a_conversation_has_its_loss_wherever_it_lies_in_a_pack(trainer_of, orde
         expected = reference(trainer, [three[which]], "token")["losses"].tolist()
         line = trainer._line(0.0)
         assert [line["loss"], line["mtp_1_loss"], line["mtp_2_loss"]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_step_over_a_pack_of_256k_tokens(trainer_of):
+    """64 conversations, of which one trains its last two tokens: its loss is that of it alone."""
+    silent = [[(3 + (i + j) % 280, 0) for i in range(4096)] for j in range(63)]
+    one = conversation(5, (4094, 0), (2, 1))
+    trainer, batches = trainer_of([[*silent[:40], one, *silent[40:]]], pack_size=262_144)
+    gradients(trainer, batches)
+    expected = reference(trainer, [one], "token")["losses"]
+    assert trainer._line(0.0)["loss"] == pytest.approx(float(expected[0]), abs=1e-3)
