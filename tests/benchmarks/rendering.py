@@ -161,7 +161,7 @@ def table(name: str, path: Path, rows: list[dict[str, Any]], folder: Path, repea
 
     file = folder / "chats.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    few = rows[: max(1, len(rows) // 10)]
+    few = rows[: max(1, len(rows) // 3)]
     (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
     print(f"\ntemplate with {name}: {len(rows)} conversations of {TURNS} turns")
     print(f"{'':58}{'s':>8}{'tokens/s':>12}{'ratio':>8}")
