@@ -60,7 +60,11 @@ def explain(workflow: Any, config: Config) -> None:
             dag.needrun_jobs(exclude_finished=False),  # all of them count as finished by now
             key=lambda job: (rules.index(job.rule.name), phases.index(job.wildcards.get("phase", ""))),
         )
-        submitted = list(dict.fromkeys(dag.get_job_group(job) or job for job in jobs))
+        groups = {job: dag.get_job_group(job) or job for job in jobs}
+        sizes = Counter(groups.values())
+        # Large groups first: Snakemake puts the jobs of a rule into groups in no order.
+        jobs.sort(key=lambda job: (rules.index(job.rule.name), -sizes[groups[job]]))
+        submitted = list(dict.fromkeys(groups[job] for job in jobs))
         if plan := describe(config, submitted, request):
             print(f"\n{plan}", file=sys.stderr)
 
