@@ -151,6 +151,12 @@ def cuda_graph_options(run: RunSettings) -> dict[str, Any]:
     return dict(gpu.CUDA_GRAPHS) if run.cuda_graphs else {}
 
 
+def data_parallel_options(run: RunSettings) -> dict[str, Any]:
+    """DistributedDataParallelConfig fields: whether gradients are summed while others are still computed."""
+    copies = run.parallel.data_parallel_size * run.parallel.context_parallel_size
+    return {"overlap_grad_reduce": HAS_GPU and copies > 1 and not run.cuda_graphs}
+
+
 def prepare_model(model: torch.nn.Module) -> None:
     """What a new model needs on this machine before it is wrapped."""
     if HAS_GPU:

@@ -88,4 +88,5 @@ def _accumulate(total: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tensor
 def _added(parameter: Tensor) -> Tensor:
     """What autograd gets for a gradient that is in main_grad already."""
     parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    parameter.others_added = True  # type: ignore[attr-defined]  # which `gpu` tells what waits for them
     return torch.empty_like(parameter)

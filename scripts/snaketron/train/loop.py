@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import signal
@@ -115,10 +116,14 @@ class Trainer:
             DistributedDataParallelConfig(
                 use_distributed_optimizer=True,
                 grad_reduce_in_fp32=settings.optimizer.gradient_precision == "fp32",
-                check_for_nan_in_grad=True,
+                # It makes the host wait in the middle of a step; `_step` looks at the norm instead.
+                check_for_nan_in_grad=settings.optimizer.clip_grad == 0,
+                **backend.data_parallel_options(run),
             ),
             wrapped,
         )
+        if self.parallel_model.ddp_config.overlap_grad_reduce:
+            self.config.no_sync_func = self.parallel_model.no_sync  # before the last micro-batch
         self.parallel_model.broadcast_params()
         values = settings.optimizer
         self.optimizer = get_megatron_optimizer(
@@ -259,14 +264,15 @@ class Trainer:
         )
         if self.run.cuda_graphs:
             _forget_recording(self.model)
-        success, grad_norm, _ = self.optimizer.step()
-        if not success:
+        success, norm, _ = self.optimizer.step()
+        grad_norm = math.nan if norm is None else float(norm)
+        if not (success and math.isfinite(grad_norm)):
             raise RuntimeError(
                 f"{self.settings.stage}: the gradient of step {self.iteration + 1} is not finite"
             )
         self.iteration += 1
         self._add_up(outputs, micro_batches)
-        return float(grad_norm)
+        return grad_norm
 
     def _forward_backward(
         self, batches: Batches, split: Split, first: int, count: int, *, forward_only: bool = False
