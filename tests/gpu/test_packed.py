@@ -11,22 +11,11 @@ from snaketron.train.batches import collate_pack
 import numpy as np
 import pytest
 import torch
-from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.module import Float16Module
 
+pytestmark = pytest.mark.usefixtures("one_process")
 # The kernels see other shapes, and choose other sums.
 TOLERANCE = {"fp32": 5e-3, "bf16": 5e-2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
