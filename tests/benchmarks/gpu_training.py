@@ -77,6 +77,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dp2_wait": {"parallel": {"data_parallel_size": 2}, "ddp": {"overlap_grad_reduce": False}},
     "dp2_x4": {"parallel": {"data_parallel_size": 2}, "micro_batches": 4},
     "ep2": {"parallel": {"expert_model_parallel_size": 2, "data_parallel_size": 2}},
+    "tp2_connections": {
+        "parallel": {"tensor_model_parallel_size": 2},
+        "environment": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+    },
     "tp2": {"parallel": {"tensor_model_parallel_size": 2}},
     "pp2": {"parallel": {"pipeline_model_parallel_size": 2}, "micro_batches": 4},
     "cp2": {"parallel": {"context_parallel_size": 2}},

@@ -47,4 +47,10 @@ def test_logits_of_a_conversation_in_a_pack_are_those_of_it_alone(precision):
         assert error < TOLERANCE[precision]
     changed = ids.copy()
     changed[:37] = (changed[:37] + 1) % 500  # another first conversation
-    assert torch.equal(logits(changed, starts, 256)[37:191], together[37:191])
+    other = logits(changed, starts, 256)
+    for last in (37 + 3, 191):  # what its convolution would reach, and all that follows
+        after, before = other[37:last], together[37:last]
+        error = float((after - before).norm() / before.norm())
+        print(precision, f"another conversation before: {error:.1e}")
+        # Not the same bits: experts with other numbers of tokens are other products.
+        assert error < TOLERANCE[precision]
