@@ -1,8 +1,9 @@
 """How long a training waits for a checkpoint: written at once, and in the background.
 
     python tests/benchmarks/saving.py --hidden 512 --directory /tmp/saving
+    python tests/benchmarks/saving.py --large --directory /tmp/saving       # on a GPU, 10 GB
 
-Trains the default model at another width on random tokens, saves after the third and sixth step, and prints
+Trains the default model at another width, or that of gpu_training.py with fewer experts, on random tokens, saves after the third and sixth step, and prints
 the seconds that the step loop stood still for each, the whole time, and the size of a checkpoint.
 """
 
@@ -22,6 +23,7 @@ from snaketron.train import loop
 from snaketron.train.batches import Batches
 
 import torch
+from gpu_training import MODEL  # beside this file
 
 LENGTH, VOCABULARY, STEPS, SAVES = 128, 4096, 9, (3, 6)
 
@@ -36,11 +38,10 @@ class RandomBatches(Batches):
         return {name: value.contiguous().to(backend.device()) for name, value in batch.items()}
 
 
-def measure(directory: Path, hidden: int, *, background: bool) -> None:
+def measure(directory: Path, model: dict[str, Any], *, background: bool) -> None:
     phase = {"name": "one", "tokens": 100 * 4 * LENGTH, "blend": [{"corpus": "docs", "weight": 1}]}
     pretrain = {"seq_length": LENGTH, "micro_batch_size": 4, "phases": [phase], "decay_tokens": 64}
-    pretrain |= {"warmup_tokens": 0, "save_in_background": background}
-    model = {"hidden_size": hidden, "precision": "bf16"}
+    pretrain |= {"warmup_tokens": 0, "save_in_background": background, "keep_checkpoints": 1}
     config = load({"model": model, "pretrain": pretrain}, {})
     settings, run = pretrain_settings(config, "one"), run_settings(config, "pretrain")
     shutil.rmtree(directory, ignore_errors=True)
@@ -69,6 +70,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--large", action="store_true")
     args = parser.parse_args()
+    model = (
+        MODEL | {"num_moe_experts": 16} if args.large else {"hidden_size": args.hidden, "precision": "bf16"}
+    )
     for background in (False, True):
-        measure(args.directory, args.hidden, background=background)
+        measure(args.directory, model, background=background)

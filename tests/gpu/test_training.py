@@ -72,17 +72,18 @@ def one_gpu(started: Any) -> dict[str, str]:
 
 
 class Runs:
-    """All trainings of this file, started at once: a process spends most of its time importing."""
+    """The trainings of the tests that were chosen, started at once: a process mostly imports and compiles."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, chosen: str) -> None:
+        self.root, self.chosen = root, chosen  # names of tests
         # Of one or two processes, each of which imports for 20 s and compiles: more at once only wait.
         self.pool = ThreadPoolExecutor(max(4, (os.cpu_count() or 4) // 4))
         self.futures: dict[str, Future] = {}
         for precision in PRECISIONS:
             self.futures[f"cpu {precision}"] = self.pool.submit(self._cpu, precision)
 
-        for name, gpus in [("cpu", 0), *((p, 1) for p in ("bf16", *LOW_PRECISION))]:
+        curves = [("cpu", 0), *((p, 1) for p in ("bf16", *LOW_PRECISION))]
+        for name, gpus in curves if "low_precision" in chosen else []:
             precision = {"cpu": "fp32", "bf16_state": "bf16"}.get(name, name)
             self.futures[f"curve {name}"] = self.pool.submit(
                 train,
@@ -94,7 +95,7 @@ class Runs:
                 environment=one_gpu(self.futures),
             )
 
-        for name in ("whole", "again", "resumed"):
+        for name in ("whole", "again", "resumed") if "resumed" in chosen else ():
             self.futures[f"{name} resume"] = self.pool.submit(self._resume, name)
 
     def _resume(self, name: str) -> Any:
@@ -108,8 +109,10 @@ class Runs:
         model = {"precision": precision}
         base = self.root / f"base_{precision}"
         found = train(base, gpus=0, model=model, save_at=[1])
-        runs = [("one", 1, {}), *((k, 2, {"parallel": v}) for k, v in LAYOUTS.items())]
-        if precision == "bf16":
+        runs: list[tuple[str, int, dict]] = [("one", 1, {})]
+        if "two_gpus" in self.chosen:
+            runs += [(name, 2, {"parallel": sizes}) for name, sizes in LAYOUTS.items()]
+        if precision == "bf16" and "what_saves" in self.chosen:
             runs += [(name, 1, run) for name, run in SAME.items()]
         for name, gpus, run in runs:
             if torch.cuda.device_count() >= gpus:
@@ -133,8 +136,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    started = Runs(tmp_path_factory.mktemp("runs"))
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
+    chosen = " ".join(item.name for item in request.session.items)
+    started = Runs(tmp_path_factory.mktemp("runs"), chosen)
     yield started
     started.pool.shutdown(cancel_futures=True)
 

@@ -142,10 +142,12 @@ def _scan(self: Any, zxbcdt: torch.Tensor, packed: Any = None) -> torch.Tensor:
     """
     from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
 
-    split = self.cp
+    split, zxbcdt = self.cp, zxbcdt.transpose(0, 1)
+    if zxbcdt.shape[-1] % 8:  # which the convolution's strides must be multiples of
+        zxbcdt = zxbcdt.contiguous()
     heads = split.get_D().float().view(-1, self.headdim) if self.D_has_hdim else split.get_D()
     y = mamba_split_conv1d_scan_combined(
-        zxbcdt.transpose(0, 1),
+        zxbcdt,
         split.get_conv1d_weight().squeeze(1),
         split.get_conv1d_bias(),
         split.get_dt_bias().float(),
