@@ -95,8 +95,8 @@ class Cluster(Section):
     )
     gpu_memory_gb: Annotated[float, Field(gt=0)] | None = key(
         None,
-        "memory of a GPU (10^9 bytes); a training whose weights, gradients and optimizer alone need more is "
-        "an error of the dry-run; null: not checked",
+        "memory of a GPU (10^9 bytes); a training that needs more, by the estimate of the dry-run, is an "
+        "error; leave some for libraries (2 GB) and the allocator; null: not checked",
     )
     container: str | None = key(
         None, "image that the processes of a training run in (envs/); null: the environment of the workflow"
