@@ -29,12 +29,10 @@ TRANSFORMER_CONFIG = {
     "cross_entropy_fusion_impl": "te",
     "gradient_accumulation_fusion": True,
 }
-# TransformerConfig fields that record all of a layer but its routed experts, whose numbers of tokens vary.
-# Eager 663 ms a step and recorded 566 on an H200 (micro-batch 4, Transformer Engine's experts).
-CUDA_GRAPHS = {
-    "cuda_graph_impl": "local",
-    "cuda_graph_modules": ["attn", "mamba", "moe_router", "moe_preprocess"],
-}
+# TransformerConfig fields that record attention and Mamba layers. Not the router (moe_router,
+# moe_preprocess): a recorded one counts the tokens of a validation for the load of experts too, and after a
+# validation before the first step it read memory that was gone.
+CUDA_GRAPHS = {"cuda_graph_impl": "local", "cuda_graph_modules": ["attn", "mamba"]}
 
 
 def _accumulate_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
@@ -193,26 +191,12 @@ def _weights(layer: Any) -> list[Any]:
     return [getattr(layer, f"weight{i}") for i in range(layer.num_gemms)]
 
 
-class _NoEvent:
-    """An event that nothing waits for."""
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 def prepare_model(model: torch.nn.Module) -> None:
     """Register the experts of a new model from the last to the first: DistributedDataParallel lays parameters
     out in memory the other way round, and our experts want the first one first."""
     from megatron.core.transformer.moe.experts import TEGroupedMLP
-    from megatron.core.transformer.transformer_layer import MoETransformerLayer
 
     for module in model.modules():
-        if isinstance(module, MoETransformerLayer):
-            dispatcher = module.mlp.token_dispatcher
-            if dispatcher.ep_size == dispatcher.tp_size == 1:
-                # A recorded router makes the host wait for numbers that it does not need.
-                module._router_dtoh_event = _NoEvent()
         if isinstance(module, TEGroupedMLP):
             for layer in (module.linear_fc1, module.linear_fc2):
                 for i in reversed(range(layer.num_gemms)):

@@ -35,7 +35,6 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -262,8 +261,6 @@ class Trainer:
             self.iteration * self.settings.global_batch_size,
             self.settings.global_batch_size,
         )
-        if self.run.cuda_graphs:
-            _forget_recording(self.model)
         success, norm, _ = self.optimizer.step()
         grad_norm = math.nan if norm is None else float(norm)
         if not (success and math.isfinite(grad_norm)):
@@ -299,7 +296,7 @@ class Trainer:
         each one's mean, and `<split>_sources`, the loss of a token of each source.
         """
         self.parallel_model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), backend.without_recordings():
             count = batches.round_up(self.run.eval_samples)
             outputs, _ = self._forward_backward(batches, split, 0, count, forward_only=True)
         self.parallel_model.train()
@@ -452,13 +449,6 @@ def optimizer_options(optimizer: Optimizer, run: RunSettings) -> dict[str, Any]:
             "overlap_cpu_optimizer_d2h_h2d": True,
         }
     return options
-
-
-def _forget_recording(model: torch.nn.Module) -> None:
-    """Clear what routers counted while megatron-core recorded them, after the gradients of the first step."""
-    for module in model.modules():
-        if isinstance(module, TopKRouter):
-            module.local_tokens_per_expert.zero_()
 
 
 def is_writer() -> bool:
