@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16_state": {"optimizer": {"gradient_precision": "bf16", "moment_precision": "bf16"}},
     "offload": {"run": {"offload_optimizer": 0.5}},
     "dp2": {"parallel": {"data_parallel_size": 2}},
-    "dp2_wait": {"parallel": {"data_parallel_size": 2}, "ddp": {"overlap_grad_reduce": False}},
+    "dp2_overlap": {"parallel": {"data_parallel_size": 2}, "ddp": {"overlap_grad_reduce": True}},
     "dp2_x4": {"parallel": {"data_parallel_size": 2}, "micro_batches": 4},
     "ep2": {"parallel": {"expert_model_parallel_size": 2, "data_parallel_size": 2}},
     "tp2_connections": {

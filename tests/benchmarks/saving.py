@@ -1,10 +1,11 @@
 """How long a training waits for a checkpoint: written at once, and in the background.
 
     python tests/benchmarks/saving.py --hidden 512 --directory /tmp/saving
-    python tests/benchmarks/saving.py --large --directory /tmp/saving       # on a GPU, 10 GB
+    python tests/benchmarks/saving.py --large --directory /tmp/saving       # on a GPU
 
-Trains the default model at another width, or that of gpu_training.py with fewer experts, on random tokens, saves after the third and sixth step, and prints
-the seconds that the step loop stood still for each, the whole time, and the size of a checkpoint.
+Trains the default model at another width, or that of gpu_training.py with fewer experts, on random tokens,
+saves after the third and sixth step, and prints the seconds that the step loop stood still for each, the
+whole time, and the size of a checkpoint.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ if __name__ == "__main__":
     parser.add_argument("--large", action="store_true")
     args = parser.parse_args()
     model = (
-        MODEL | {"num_moe_experts": 16} if args.large else {"hidden_size": args.hidden, "precision": "bf16"}
+        MODEL | {"num_moe_experts": 8, "hybrid_layer_pattern": "MEMEM*EME"}
+        if args.large
+        else {"hidden_size": args.hidden, "precision": "bf16"}
     )
     for background in (False, True):
         measure(args.directory, model, background=background)

@@ -29,6 +29,7 @@ LAYOUTS = {
     "pp": {"pipeline_model_parallel_size": 2},
     "cp": {"context_parallel_size": 2},
     "dp": {"data_parallel_size": 2},
+    "dp_nodes": {"data_parallel_size": 2},  # as on two nodes: gradients are summed while others are computed
 }
 # How a training is run, which changes where and when things are computed, not what.
 SAME = {
@@ -124,6 +125,7 @@ class Runs:
                     gpus=gpus,
                     model=model,
                     run=run,
+                    cluster={"gpus_per_node": 1} if name == "dp_nodes" else {},
                     save_at=[3] if name == "one" else [],
                     environment=one_gpu(self.futures) if gpus == 1 else None,
                 )

@@ -68,13 +68,13 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
     """Train from what `directory` holds to step `steps`, and save at some of them."""
-    model, run = keys.pop("model", {}), keys.pop("run", {})
+    model, run, cluster = (keys.pop(key, {}) for key in ("model", "run", "cluster"))
     if keys:
         raise TypeError(f"unknown: {keys}")
     phase = {"name": "one", "tokens": 100 * BATCH * LENGTH, "blend": [{"corpus": "docs", "weight": 1}]}
     pretrain = {"seq_length": LENGTH, "global_batch_size": BATCH, "micro_batch_size": 2, "phases": [phase]}
     pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 1, "eval_samples": 4} | run
-    config = load({"model": model, "pretrain": pretrain}, {})
+    config = load({"model": model, "pretrain": pretrain, "cluster": cluster}, {})
     settings, run_as = pretrain_settings(config, "one"), run_settings(config, "pretrain")
     with loop.distributed(settings, run_as):
         trainer = loop.Trainer(settings, run_as, VOCABULARY)
