@@ -61,9 +61,10 @@ def measure(directory: Path, model: dict[str, Any], *, background: bool) -> None
         trainer.saver.finish()
         whole = time.monotonic() - began
     size = sum(p.stat().st_size for p in directory.glob("iter_0000006/*")) / 1e6
+    each = " and ".join(f"{stalls[save - 2]:.2f}" for save in SAVES)
     print(
-        f"{'background' if background else 'at once':10}  {size:.0f} MB, stood still "
-        f"{sum(stalls) / len(SAVES):.2f} s for each save, {whole:.1f} s in all"
+        f"{'background' if background else 'at once':10}  {size:.0f} MB, stood still {each} s for the saves, "
+        f"{whole:.1f} s in all"
     )
 
 
