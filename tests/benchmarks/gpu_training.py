@@ -101,10 +101,9 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     from snaketron.settings import pretrain_settings, run_settings
     from snaketron.sizes import memory_of_process, training_flops
     from snaketron.train import loop
-    from snaketron.train.batches import Batches
+    from snaketron.train.batches import Batches, sequences
 
     import torch
-    from megatron.core.utils import get_batch_on_this_cp_rank
 
     imported = time.monotonic() - began
     os.read(sys.stdin.fileno(), len(GO))  # wait for the variants before; one for each process
@@ -130,19 +129,9 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
             # Half of the tokens are one of few, so that there is something to learn.
             ids = torch.randint(0, VOCABULARY, shape, generator=generator, device=device)
             ids = torch.where(ids % 2 == 0, ids, ids % 97)
-            positions = torch.arange(length, device=device).expand(len(indices), -1)
-            whole = {
-                "tokens": ids[:, :-1].contiguous(),
-                "labels": ids[:, 1:].contiguous(),
-                "loss_mask": torch.ones(len(indices), length, device=device),
-                "position_ids": positions.contiguous(),
-            }
-            part = (
-                get_batch_on_this_cp_rank(whole, is_hybrid_cp=False)
-                if run.parallel.context_parallel_size > 1
-                else whole
-            )
-            return {"input_ids": part.pop("tokens"), **part}
+            positions = torch.arange(length, device=device).expand(len(indices), -1).contiguous()
+            depths = settings.model.mtp_num_layers
+            return sequences(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, depths)
 
     if "SNAKETRON_THEIR_EXPERTS" in os.environ:  # of this program alone
         from snaketron.model import gpu
@@ -171,7 +160,7 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
             torch.cuda.synchronize()
             seconds.append(time.monotonic() - began)
             losses.append(trainer._mean_loss())
-            trainer.totals.zero_()
+            trainer.sums.zero_()
         model = Model(**MODEL)
         flops = training_flops(model, VOCABULARY, length)
         steady = sorted(seconds[-6:])[2]

@@ -18,10 +18,9 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import load
-from snaketron.model import backend
 from snaketron.settings import pretrain_settings, run_settings
 from snaketron.train import loop
-from snaketron.train.batches import Batches
+from snaketron.train.batches import Batch, Batches, sequences
 
 import torch
 from gpu_training import MODEL  # beside this file
@@ -30,13 +29,15 @@ LENGTH, VOCABULARY, STEPS, SAVES = 128, 4096, 9, (3, 6)
 
 
 class RandomBatches(Batches):
-    def collate(self, split: str, indices: Any) -> dict[str, torch.Tensor]:
+    def __init__(self, micro_batch_size: int, depths: int) -> None:
+        super().__init__(micro_batch_size)
+        self.depths = depths
+
+    def collate(self, split: str, indices: Any) -> Batch:
         generator = torch.Generator().manual_seed(indices[0])
         ids = torch.randint(0, VOCABULARY, (len(indices), LENGTH + 1), generator=generator)
-        positions = torch.arange(LENGTH).expand(len(indices), -1)
-        batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": positions}
-        batch["loss_mask"] = torch.ones(len(indices), LENGTH)
-        return {name: value.contiguous().to(backend.device()) for name, value in batch.items()}
+        positions = torch.arange(LENGTH).expand(len(indices), -1).contiguous()
+        return sequences(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, self.depths)
 
 
 def measure(directory: Path, model: dict[str, Any], *, background: bool) -> None:
@@ -47,7 +48,11 @@ def measure(directory: Path, model: dict[str, Any], *, background: bool) -> None
     settings, run = pretrain_settings(config, "one"), run_settings(config, "pretrain")
     shutil.rmtree(directory, ignore_errors=True)
     with loop.distributed(settings, run):
-        trainer, batches, stalls = loop.Trainer(settings, run, VOCABULARY), RandomBatches(4), []
+        trainer, batches, stalls = (
+            loop.Trainer(settings, run, VOCABULARY),
+            RandomBatches(4, settings.model.mtp_num_layers),
+            [],
+        )
         trainer._step(batches)
         began = time.monotonic()
         while trainer.iteration < STEPS:

@@ -414,7 +414,8 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Ca
     def loss_function(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The weighted sum, the tokens, and what is reported."""
         losses = losses.float()
-        tokens = torch.tensor(report.tokens, dtype=torch.int, device=losses.device)
+        # Not torch.tensor: that copies from the host, which waits for the GPU.
+        tokens = torch.full((), report.tokens, dtype=torch.int, device=losses.device)
         return (losses * weights).sum(), tokens, report.sums(losses)
 
     return model(attention_mask=None, **batch), loss_function

@@ -24,10 +24,14 @@ def trained(precision: str, clip_grad: float = 1e9, spoil: bool = False) -> tupl
     config = load({"model": {"precision": precision}, "pretrain": pretrain}, {})
     run = run_settings(config, "pretrain")
     torch.manual_seed(0)
-    trainer = loop.Trainer(pretrain_settings(config, "one"), run, VOCABULARY)
+    settings = pretrain_settings(config, "one")
+    trainer, batches = (
+        loop.Trainer(settings, run, VOCABULARY),
+        FixedBatches(2, settings.model.mtp_num_layers),
+    )
     if spoil:
         next(trainer.model.parameters()).data[5] = torch.inf
-    return trainer, [trainer._step(FixedBatches(2)) for _ in range(3)]
+    return trainer, [trainer._step(batches) for _ in range(3)]
 
 
 def compare(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
