@@ -9,7 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 from snaketron.config import Cluster, Config, ConfigError, Run
-from snaketron.sizes import static_memory
+from snaketron.sizes import memory_of_process, static_memory
 
 
 class Layout(NamedTuple):
@@ -33,19 +33,23 @@ def layout(run: Run, cluster: Cluster) -> Layout:
 
 
 def check_memory(config: Config) -> None:
-    """`ConfigError` when a training keeps more on a GPU than it has, by `cluster.gpu_memory_gb`."""
+    """`ConfigError` when a training needs more of a GPU than it has, by `cluster.gpu_memory_gb`."""
     problems, limit = [], config.cluster.gpu_memory_gb or math.inf
-    for section in ("pretrain", "sft"):
-        run = getattr(config, section)
-        stages = static_memory(
-            config.model, config.tokenizer.vocab_size, run.parallel, run.optimizer, run.offload_optimizer
-        )
-        needed = max(stage.total for stage in stages) / 1e9
+    longest = max(config.pretrain.steps(phase)[2] for phase in config.pretrain.phases)
+    for section, seq_length in (("pretrain", longest), ("sft", config.sft_data.pack_size)):
+        run, vocab_size = getattr(config, section), config.tokenizer.vocab_size
+        needed = memory_of_process(config.model, vocab_size, seq_length, run, run.optimizer) / 1e9
         if needed > limit:
+            stages = static_memory(
+                config.model, vocab_size, run.parallel, run.optimizer, run.offload_optimizer
+            )
+            kept = max(stage.total for stage in stages) / 1e9
             problems.append(
-                f"{section}.parallel: weights, gradients and optimizer take {needed:.4g} GB of a GPU, more "
-                f"than cluster.gpu_memory_gb {limit:g}; raise expert_model_parallel_size (experts are most "
-                "of the model), tensor_ or pipeline_model_parallel_size, or data_parallel_size"
+                f"{section}.parallel: takes {needed:.4g} GB of a GPU, more than cluster.gpu_memory_gb "
+                f"{limit:g}, of which weights, gradients and optimizer take {kept:.4g}; for these raise "
+                "expert_model_parallel_size (experts are most of the model), tensor_ or "
+                "pipeline_model_parallel_size, or data_parallel_size; for activations, lower "
+                "micro_batch_size, raise context_parallel_size, or set recompute"
             )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -93,7 +94,9 @@ def _torch(wanted_gpus: int) -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     for package, module in KERNELS.items():
         try:
-            importlib.import_module(module)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Transformer Engine about JAX, where that is installed
+                importlib.import_module(module)
             yield Finding("kernels", True, f"{package} {version(package)}")
         except PackageNotFoundError:
             yield Finding("kernels", True, f"{package}, of no recorded version")

@@ -1,10 +1,12 @@
 """Speed and memory of training on a GPU, one setting after the other.
 
-    python tests/benchmarks/gpu_training.py                       # all variants
+    python tests/benchmarks/gpu_training.py                       # all variants for the GPUs that are there
     python tests/benchmarks/gpu_training.py baseline graphs       # some
 
-Each variant trains the model of `MODEL` on random tokens with `Trainer`, in a process of its own that starts
-(imports) while another one measures. Lines of JSON come on standard output and a table at the end.
+Each variant trains the model of `MODEL` on random tokens with `Trainer`, in processes of its own that start
+(import) while another one measures. Lines of JSON come on standard output and a table at the end; with
+--profile NAME also what took the time, and a trace for chrome://tracing. The estimate is that of
+`sizes.memory_of_process`, the peak that of the fullest GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
+GO = b"go\n"
 VOCABULARY = 131072
 MODEL = {
     "hybrid_layer_pattern": "MEMEM*EMEMEM*EMEMEM*EMEME",
@@ -57,15 +60,35 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cutlass": {"config": {"moe_router_fusion": False}, "environment": CUTLASS},
     "router": {"environment": CUTLASS},
     "router_graphs": {"run": GRAPHS, "environment": CUTLASS},
-    "experts": {},
-    "experts_mbs1": {"micro_batch_size": 1},
-    "experts_x4": {"micro_batches": 4},
-    "graphs": {"run": GRAPHS},
-    "graphs_mbs1": {"run": GRAPHS, "micro_batch_size": 1},
-    "graphs_x4": {"run": GRAPHS, "micro_batches": 4},
+    "one": {},
+    "x4": {"micro_batches": 4},
+    "mbs1": {"micro_batch_size": 1},
     "mbs8": {"micro_batch_size": 8},
+    "mbs8_x2": {"micro_batch_size": 8, "micro_batches": 2},
+    "graphs": {"run": GRAPHS},
+    "graphs_x4": {"run": GRAPHS, "micro_batches": 4},
+    "graphs_mbs1": {"run": GRAPHS, "micro_batch_size": 1},
     "graphs_mbs8": {"run": GRAPHS, "micro_batch_size": 8},
+    "recompute_moe": {"run": {"recompute": ["moe"]}},
+    "recompute_layer": {"run": {"recompute": ["layer"]}},
+    "bf16_state": {"optimizer": {"gradient_precision": "bf16", "moment_precision": "bf16"}},
+    "offload": {"run": {"offload_optimizer": 0.5}},
+    "dp2": {"parallel": {"data_parallel_size": 2}},
+    "dp2_overlap": {"parallel": {"data_parallel_size": 2}, "ddp": {"overlap_grad_reduce": True}},
+    "dp2_x4": {"parallel": {"data_parallel_size": 2}, "micro_batches": 4},
+    "ep2": {"parallel": {"expert_model_parallel_size": 2, "data_parallel_size": 2}},
+    "tp2_connections": {
+        "parallel": {"tensor_model_parallel_size": 2},
+        "environment": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+    },
+    "tp2": {"parallel": {"tensor_model_parallel_size": 2}},
+    "pp2": {"parallel": {"pipeline_model_parallel_size": 2}, "micro_batches": 4},
+    "cp2": {"parallel": {"context_parallel_size": 2}},
 }
+
+
+def gpus(name: str) -> int:
+    return max([1, *VARIANTS[name].get("parallel", {}).values()])  # each of ours is of two GPUs in all
 
 
 def measure(name: str, profile: bool) -> dict[str, Any]:
@@ -76,22 +99,24 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     from snaketron.config import Model, load
     from snaketron.model import backend, spec
     from snaketron.settings import pretrain_settings, run_settings
-    from snaketron.sizes import static_memory, training_flops
+    from snaketron.sizes import memory_of_process, training_flops
     from snaketron.train import loop
-    from snaketron.train.batches import Batches
+    from snaketron.train.batches import Batches, sequences
 
     import torch
 
     imported = time.monotonic() - began
-    sys.stdin.readline()  # wait for the variants before
+    os.read(sys.stdin.fileno(), len(GO))  # wait for the variants before; one for each process
     began = time.monotonic()
     micro_batch_size, micro_batches = variant.get("micro_batch_size", 4), variant.get("micro_batches", 1)
-    length, batch = variant.get("seq_length", 4096), micro_batch_size * micro_batches
+    length, parallel = 4096, variant.get("parallel", {})
+    batch = micro_batch_size * micro_batches * parallel.get("data_parallel_size", 1)
     phase = {"name": "one", "tokens": 100 * batch * length, "blend": [{"corpus": "docs", "weight": 1}]}
     pretrain = {"seq_length": length, "global_batch_size": batch, "micro_batch_size": micro_batch_size}
     pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "phases": [phase], "cpus_per_task": 4}
-    pretrain |= variant.get("run", {})
-    pretrain["optimizer"] = {"learning_rate": 1e-4, "min_learning_rate": 1e-5}
+    pretrain |= variant.get("run", {}) | {"parallel": parallel}
+    optimizer = {"learning_rate": 1e-4, "min_learning_rate": 1e-5} | variant.get("optimizer", {})
+    pretrain["optimizer"] = optimizer
     config = load({"model": MODEL, "pretrain": pretrain}, {})
     settings, run = pretrain_settings(config, "one"), run_settings(config, "pretrain")
 
@@ -104,13 +129,9 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
             # Half of the tokens are one of few, so that there is something to learn.
             ids = torch.randint(0, VOCABULARY, shape, generator=generator, device=device)
             ids = torch.where(ids % 2 == 0, ids, ids % 97)
-            positions = torch.arange(length, device=device).expand(len(indices), -1)
-            return {
-                "input_ids": ids[:, :-1].contiguous(),
-                "labels": ids[:, 1:].contiguous(),
-                "loss_mask": torch.ones(len(indices), length, device=device),
-                "position_ids": positions,
-            }
+            positions = torch.arange(length, device=device).expand(len(indices), -1).contiguous()
+            depths = settings.model.mtp_num_layers
+            return sequences(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, depths)
 
     if "SNAKETRON_THEIR_EXPERTS" in os.environ:  # of this program alone
         from snaketron.model import gpu
@@ -118,6 +139,8 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
         gpu._our_experts = lambda *_: None
     plain = spec.transformer_config
     loop.transformer_config = lambda *a, **k: plain(*a, **(k | variant.get("config", {})))
+    options = backend.data_parallel_options
+    backend.data_parallel_options = lambda *a: options(*a) | variant.get("ddp", {})
     result: dict[str, Any] = {"name": name, "import_s": imported}
     with loop.distributed(settings, run):
         trainer = loop.Trainer(settings, run, VOCABULARY)
@@ -131,16 +154,23 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
                 with torch.profiler.profile() as profiler:
                     norms.append(trainer._step(batches))
                     torch.cuda.synchronize()
+                profiler.export_chrome_trace(f"{os.environ.get('OUT', '.')}/{name}.trace.json.gz")
             else:
                 norms.append(trainer._step(batches))
             torch.cuda.synchronize()
             seconds.append(time.monotonic() - began)
             losses.append(trainer._mean_loss())
-            trainer.totals.zero_()
+            trainer.sums.zero_()
         model = Model(**MODEL)
         flops = training_flops(model, VOCABULARY, length)
         steady = sorted(seconds[-6:])[2]
-        rate = batch * length / steady
+        rate = batch * length / steady / run.parallel.world_size
+        peaks = torch.tensor(
+            [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device=device
+        ).double()
+        torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+        peak, reserved = (peaks / 2**30).tolist()
+        estimate = memory_of_process(model, VOCABULARY, length, config.pretrain, settings.optimizer)
         result |= {
             "gpu": torch.cuda.get_device_name(),
             "tokens_per_second": rate,
@@ -148,9 +178,10 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
             "step_ms": steady * 1e3,
             "first_step_s": seconds[0],
             "seconds": [round(s, 3) for s in seconds],
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-            "static_gib": static_memory(model, VOCABULARY, run.parallel)[0].total / 2**30,
+            "gpus": run.parallel.world_size,
+            "peak_gib": peak,
+            "reserved_gib": reserved,
+            "estimate_gib": estimate / 2**30,
             "losses": [round(x, 4) for x in losses],
             "norms": [round(float(x), 4) for x in norms],
         }
@@ -191,19 +222,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540, help="start no variant after this")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.one in args.profile)), flush=True)
+        line = json.dumps(measure(args.one, args.one in args.profile))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(line, flush=True)
         return
+    import torch
+
     began, results = time.monotonic(), []
     print(f"matrix ceiling {ceiling():.0f} TFLOP/s", flush=True)
-    names = args.variants or list(VARIANTS)
+    there = torch.cuda.device_count()
+    names = args.variants or [name for name in VARIANTS if gpus(name) <= there]
     out = Path(os.environ.get("OUT", "."))
 
     def start(name: str) -> subprocess.Popen:
-        command = [sys.executable, str(HERE), "--one", name, "--profile", *args.profile]
+        command = [sys.executable]
+        if gpus(name) > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus(name))]
+        command += [str(HERE), "--one", name, "--profile", *args.profile]
         with (out / f"{name}.log").open("w") as log:
-            return subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-            )
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
 
     running = [(names[0], start(names[0]))]
     for i, _ in enumerate(names):
@@ -212,7 +249,7 @@ def main() -> None:
         name, process = running[i]
         try:
             left = min(150 if i else 260, max(5.0, args.seconds - (time.monotonic() - began)))
-            text = process.communicate("go\n", timeout=left)[0]
+            text = process.communicate(GO * gpus(name), timeout=left)[0]
             results.append(json.loads(text.splitlines()[-1]))
             line = json.dumps(results[-1], indent=1 if name in args.profile else None)
             print(f"{time.monotonic() - began:.0f} s", line, flush=True)
@@ -224,12 +261,13 @@ def main() -> None:
         if process.poll() is None:
             process.kill()
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print("| variant | tokens/s | TFLOP/s | step ms | first step s | peak GiB | loss |")
-    print("|---|" + "--:|" * 6)
+    print("| variant | GPUs | tokens/s/GPU | TFLOP/s/GPU | step ms | first s | peak GiB | estimate | loss |")
+    print("|---|" + "--:|" * 8)
     for r in results:
         print(
-            f"| {r['name']} | {r['tokens_per_second']:,.0f} | {r['tflops']:.0f} | {r['step_ms']:.0f} | "
-            f"{r['first_step_s']:.0f} | {r['peak_gib']:.1f} | {r['losses'][-1]:.4f} |"
+            f"| {r['name']} | {r['gpus']} | {r['tokens_per_second']:,.0f} | {r['tflops']:.0f} | "
+            f"{r['step_ms']:.0f} | {r['first_step_s']:.0f} | {r['peak_gib']:.1f} | {r['estimate_gib']:.1f} | "
+            f"{r['losses'][-1]:.4f} |"
         )
 
 

@@ -1,9 +1,11 @@
 """How long a training waits for a checkpoint: written at once, and in the background.
 
     python tests/benchmarks/saving.py --hidden 512 --directory /tmp/saving
+    python tests/benchmarks/saving.py --large --directory /tmp/saving       # on a GPU
 
-Trains the default model at another width on random tokens, saves after the third and sixth step, and prints
-the seconds that the step loop stood still for each, the whole time, and the size of a checkpoint.
+Trains the default model at another width, or that of gpu_training.py with fewer experts, on random tokens,
+saves after the third and sixth step, and prints the seconds that the step loop stood still for each, the
+whole time, and the size of a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,36 +18,41 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import load
-from snaketron.model import backend
 from snaketron.settings import pretrain_settings, run_settings
 from snaketron.train import loop
-from snaketron.train.batches import Batches
+from snaketron.train.batches import Batch, Batches, sequences
 
 import torch
+from gpu_training import MODEL  # beside this file
 
 LENGTH, VOCABULARY, STEPS, SAVES = 128, 4096, 9, (3, 6)
 
 
 class RandomBatches(Batches):
-    def collate(self, split: str, indices: Any) -> dict[str, torch.Tensor]:
+    def __init__(self, micro_batch_size: int, depths: int) -> None:
+        super().__init__(micro_batch_size)
+        self.depths = depths
+
+    def collate(self, split: str, indices: Any) -> Batch:
         generator = torch.Generator().manual_seed(indices[0])
         ids = torch.randint(0, VOCABULARY, (len(indices), LENGTH + 1), generator=generator)
-        positions = torch.arange(LENGTH).expand(len(indices), -1)
-        batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": positions}
-        batch["loss_mask"] = torch.ones(len(indices), LENGTH)
-        return {name: value.contiguous().to(backend.device()) for name, value in batch.items()}
+        positions = torch.arange(LENGTH).expand(len(indices), -1).contiguous()
+        return sequences(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, self.depths)
 
 
-def measure(directory: Path, hidden: int, *, background: bool) -> None:
+def measure(directory: Path, model: dict[str, Any], *, background: bool) -> None:
     phase = {"name": "one", "tokens": 100 * 4 * LENGTH, "blend": [{"corpus": "docs", "weight": 1}]}
     pretrain = {"seq_length": LENGTH, "micro_batch_size": 4, "phases": [phase], "decay_tokens": 64}
-    pretrain |= {"warmup_tokens": 0, "save_in_background": background}
-    model = {"hidden_size": hidden, "precision": "bf16"}
+    pretrain |= {"warmup_tokens": 0, "save_in_background": background, "keep_checkpoints": 1}
     config = load({"model": model, "pretrain": pretrain}, {})
     settings, run = pretrain_settings(config, "one"), run_settings(config, "pretrain")
     shutil.rmtree(directory, ignore_errors=True)
     with loop.distributed(settings, run):
-        trainer, batches, stalls = loop.Trainer(settings, run, VOCABULARY), RandomBatches(4), []
+        trainer, batches, stalls = (
+            loop.Trainer(settings, run, VOCABULARY),
+            RandomBatches(4, settings.model.mtp_num_layers),
+            [],
+        )
         trainer._step(batches)
         began = time.monotonic()
         while trainer.iteration < STEPS:
@@ -59,9 +66,10 @@ def measure(directory: Path, hidden: int, *, background: bool) -> None:
         trainer.saver.finish()
         whole = time.monotonic() - began
     size = sum(p.stat().st_size for p in directory.glob("iter_0000006/*")) / 1e6
+    each = " and ".join(f"{stalls[save - 2]:.2f}" for save in SAVES)
     print(
-        f"{'background' if background else 'at once':10}  {size:.0f} MB, stood still "
-        f"{sum(stalls) / len(SAVES):.2f} s for each save, {whole:.1f} s in all"
+        f"{'background' if background else 'at once':10}  {size:.0f} MB, stood still {each} s for the saves, "
+        f"{whole:.1f} s in all"
     )
 
 
@@ -69,6 +77,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--large", action="store_true")
     args = parser.parse_args()
+    model = (
+        MODEL | {"num_moe_experts": 8, "hybrid_layer_pattern": "MEMEM*EME"}
+        if args.large
+        else {"hidden_size": args.hidden, "precision": "bf16"}
+    )
     for background in (False, True):
-        measure(args.directory, args.hidden, background=background)
+        measure(args.directory, model, background=background)

@@ -37,6 +37,10 @@ def test_the_scan_that_stands_in_on_a_cpu_has_the_gradients_of_the_kernel(dtype,
     batch, length, heads, width, groups, state = 2, 512, 8, 64, 2, 64
     inner, conv = heads * width, heads * width + 2 * groups * state
 
+    def by_length(tensor: Tensor) -> Tensor:
+        """(batch, length, ...) as it lies in memory in a model: the length first."""
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
     def random(*shape: int, like: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, device="cuda")).to(like)
 
@@ -54,7 +58,11 @@ def test_the_scan_that_stands_in_on_a_cpu_has_the_gradients_of_the_kernel(dtype,
     options |= {"seq_idx": sequence if packed else None, "activation": "silu"}
     weight = torch.randn(batch, length, inner, device="cuda")
     kernel = gradients(
-        lambda **x: mamba_split_conv1d_scan_combined(**x, **options, norm_before_gate=False), inputs, weight
+        lambda zxbcdt, **x: mamba_split_conv1d_scan_combined(
+            by_length(zxbcdt), **x, **options, norm_before_gate=False
+        ),
+        inputs,
+        weight,
     )
     exact = gradients(
         lambda **x: mamba2.mamba_split_conv1d_scan_combined(**x, **options),

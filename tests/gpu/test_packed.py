@@ -11,22 +11,11 @@ from snaketron.train.batches import collate_pack
 import numpy as np
 import pytest
 import torch
-from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.module import Float16Module
 
+pytestmark = pytest.mark.usefixtures("one_process")
 # The kernels see other shapes, and choose other sums.
 TOLERANCE = {"fp32": 5e-3, "bf16": 5e-2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
@@ -43,8 +32,8 @@ def test_logits_of_a_conversation_in_a_pack_are_those_of_it_alone(precision):
 
     def logits(tokens, starts, size):
         pack = Pack(tokens.astype(np.int32), np.ones(len(tokens), np.uint8), np.asarray(starts, np.int32))
-        batch = collate_pack(pack, size, 0)
-        for key in ("labels", "loss_mask"):
+        batch = collate_pack(pack, size, 0, weights=np.ones((1, len(tokens)), np.float32))
+        for key in ("labels", "loss_mask", "report"):
             del batch[key]
         with torch.no_grad():
             return module(attention_mask=None, **batch)[0, : len(tokens)].float()
@@ -58,4 +47,10 @@ def test_logits_of_a_conversation_in_a_pack_are_those_of_it_alone(precision):
         assert error < TOLERANCE[precision]
     changed = ids.copy()
     changed[:37] = (changed[:37] + 1) % 500  # another first conversation
-    assert torch.equal(logits(changed, starts, 256)[37:191], together[37:191])
+    other = logits(changed, starts, 256)
+    for last in (37 + 3, 191):  # what its convolution would reach, and all that follows
+        after, before = other[37:last], together[37:last]
+        error = float((after - before).norm() / before.norm())
+        print(precision, f"another conversation before: {error:.1e}")
+        # Not the same bits: experts with other numbers of tokens are other products.
+        assert error < TOLERANCE[precision]

@@ -29,12 +29,19 @@ LAYOUTS = {
     "pp": {"pipeline_model_parallel_size": 2},
     "cp": {"context_parallel_size": 2},
     "dp": {"data_parallel_size": 2},
+    "dp_nodes": {"data_parallel_size": 2},  # as on two nodes: gradients are summed while others are computed
 }
-# Without a search for the fastest kernels, which takes a minute or two for each new shape.
-UNTUNED = {"MAMBA_DETERMINISTIC": "1", "TRITON_CACHE_AUTOTUNING": "0"}
+# How a training is run, which changes where and when things are computed, not what.
+SAME = {
+    "recompute_moe": {"recompute": ["moe"]},
+    "recompute_layer": {"recompute": ["layer"]},
+    "offload": {"offload_optimizer": 0.5},
+    "graphs": {"cuda_graphs": True},
+}
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 # Final loss of 40 steps (about 4.6 nats) against bf16.
-LOW_PRECISION = {"fp8_delayed": 0.05, "fp8_current": 0.05, "fp8_blockwise": 0.05}
+LOW_PRECISION = {"fp8_delayed": 0.05, "fp8_current": 0.05, "fp8_blockwise": 0.05, "bf16_state": 0.05}
+BF16_STATE = {"gradient_precision": "bf16", "moment_precision": "bf16"}
 # fp8 products want multiples of 16; the default's Mamba projection has 584 columns.
 FP8_MODEL = {"mamba_num_heads": 16, "mamba_head_dim": 16}
 
@@ -49,7 +56,7 @@ def train(directory: Path, *, gpus: int, environment: dict[str, str] | None = No
     done = subprocess.run(
         [*command, text],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | UNTUNED | hidden | (environment or {}),
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | hidden | (environment or {}),
         capture_output=True,
         text=True,
         timeout=420,
@@ -66,24 +73,30 @@ def one_gpu(started: Any) -> dict[str, str]:
 
 
 class Runs:
-    """All trainings of this file, started at once: a process spends most of its time importing."""
+    """The trainings of the tests that were chosen, started at once: a process mostly imports and compiles."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, chosen: str) -> None:
+        self.root, self.chosen = root, chosen  # names of tests
         # Of one or two processes, each of which imports for 20 s and compiles: more at once only wait.
         self.pool = ThreadPoolExecutor(max(4, (os.cpu_count() or 4) // 4))
         self.futures: dict[str, Future] = {}
         for precision in PRECISIONS:
             self.futures[f"cpu {precision}"] = self.pool.submit(self._cpu, precision)
 
-        for precision, gpus in [("cpu", 0), *((p, 1) for p in ("bf16", *LOW_PRECISION))]:
-            model = FP8_MODEL | {"precision": precision if gpus else "fp32"}
-            directory = root / f"curve_{precision}"
-            self.futures[f"curve {precision}"] = self.pool.submit(
-                train, directory, gpus=gpus, model=model, steps=40, environment=one_gpu(self.futures)
+        curves = [("cpu", 0), *((p, 1) for p in ("bf16", *LOW_PRECISION))]
+        for name, gpus in curves if "low_precision" in chosen else []:
+            precision = {"cpu": "fp32", "bf16_state": "bf16"}.get(name, name)
+            self.futures[f"curve {name}"] = self.pool.submit(
+                train,
+                root / f"curve_{name}",
+                gpus=gpus,
+                model=FP8_MODEL | {"precision": precision},
+                run={"optimizer": BF16_STATE} if name == "bf16_state" else {},
+                steps=40,
+                environment=one_gpu(self.futures),
             )
 
-        for name in ("whole", "again", "resumed"):
+        for name in ("whole", "again", "resumed") if "resumed" in chosen else ():
             self.futures[f"{name} resume"] = self.pool.submit(self._resume, name)
 
     def _resume(self, name: str) -> Any:
@@ -97,12 +110,24 @@ class Runs:
         model = {"precision": precision}
         base = self.root / f"base_{precision}"
         found = train(base, gpus=0, model=model, save_at=[1])
-        for name, gpus, run in [("one", 1, {}), *((k, 2, {"parallel": v}) for k, v in LAYOUTS.items())]:
+        runs: list[tuple[str, int, dict]] = [("one", 1, {})]
+        if "two_gpus" in self.chosen:
+            runs += [(name, 2, {"parallel": sizes}) for name, sizes in LAYOUTS.items()]
+        if precision == "bf16" and "what_saves" in self.chosen:
+            runs += [(name, 1, run) for name, run in SAME.items()]
+        for name, gpus, run in runs:
             if torch.cuda.device_count() >= gpus:
                 directory = self.root / f"{name}_{precision}"
                 shutil.copytree(base, directory)
                 self.futures[f"{name} {precision}"] = self.pool.submit(
-                    train, directory, gpus=gpus, model=model, run=run, save_at=[3] if name == "one" else []
+                    train,
+                    directory,
+                    gpus=gpus,
+                    model=model,
+                    run=run,
+                    cluster={"gpus_per_node": 1} if name == "dp_nodes" else {},
+                    save_at=[3] if name == "one" else [],
+                    environment=one_gpu(self.futures) if gpus == 1 else None,
                 )
         return found
 
@@ -113,8 +138,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    started = Runs(tmp_path_factory.mktemp("runs"))
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
+    chosen = " ".join(item.name for item in request.session.items)
+    started = Runs(tmp_path_factory.mktemp("runs"), chosen)
     yield started
     started.pool.shutdown(cancel_futures=True)
 
@@ -167,8 +193,13 @@ def test_a_resumed_training_ends_with_the_same_bits(runs: Runs):
     assert whole["hashes"] == resumed["hashes"]
 
 
+@pytest.mark.parametrize("name", SAME)
+def test_what_saves_memory_or_time_gives_the_same_losses(runs: Runs, name: str):
+    check(name, difference(runs[f"{name} bf16"], runs["one bf16"]), LAYOUT_TOLERANCE["bf16"])
+
+
 @pytest.mark.parametrize("precision", LOW_PRECISION)
-def test_fp8_trains_to_a_loss_close_to_that_of_bf16(runs: Runs, precision: str):
+def test_low_precision_trains_to_a_loss_close_to_that_of_bf16(runs: Runs, precision: str):
     curves = {name: runs[f"curve {name}"]["losses"] for name in ("cpu", "bf16", precision)}
     for name, losses in curves.items():
         print(f"{name}: {[round(loss, 3) for loss in losses[::4]]}, last {losses[-1]:.4f}")

@@ -16,15 +16,12 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import load
-from snaketron.model import backend
 from snaketron.settings import pretrain_settings, run_settings
 from snaketron.train import loop
-from snaketron.train.batches import Batches
+from snaketron.train.batches import Batches, sequences
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 VOCABULARY, LENGTH, BATCH = 512, 64, 4
 
@@ -32,21 +29,18 @@ VOCABULARY, LENGTH, BATCH = 512, 64, 4
 class FixedBatches(Batches):
     """Tokens that depend on the sample number alone, the same on each machine."""
 
+    def __init__(self, micro_batch_size: int, depths: int) -> None:
+        super().__init__(micro_batch_size)
+        self.depths = depths
+
     def has(self, split: str) -> bool:
         return split != "test"
 
     def collate(self, split: str, indices: Any) -> dict[str, Any]:
         rows = [np.random.default_rng([split == "valid", i]).integers(0, 97, LENGTH + 1) for i in indices]
-        ids = torch.from_numpy(np.stack(rows)).to(backend.device())
-        batch = {
-            "tokens": ids[:, :-1].contiguous(),
-            "labels": ids[:, 1:].contiguous(),
-            "loss_mask": torch.ones(len(rows), LENGTH, device=ids.device),
-            "position_ids": torch.arange(LENGTH, device=ids.device).expand(len(rows), -1).contiguous(),
-        }
-        if parallel_state.get_context_parallel_world_size() > 1:
-            batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
-        return {"input_ids": batch.pop("tokens"), **batch}
+        ids = torch.from_numpy(np.stack(rows))
+        positions = torch.arange(LENGTH).expand(len(rows), -1).contiguous()
+        return sequences(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, self.depths)
 
 
 def state_hash(trainer: loop.Trainer) -> str:
@@ -68,23 +62,24 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
     """Train from what `directory` holds to step `steps`, and save at some of them."""
-    model, run = keys.pop("model", {}), keys.pop("run", {})
+    model, run, cluster = (keys.pop(key, {}) for key in ("model", "run", "cluster"))
     if keys:
         raise TypeError(f"unknown: {keys}")
     phase = {"name": "one", "tokens": 100 * BATCH * LENGTH, "blend": [{"corpus": "docs", "weight": 1}]}
     pretrain = {"seq_length": LENGTH, "global_batch_size": BATCH, "micro_batch_size": 2, "phases": [phase]}
     pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 1, "eval_samples": 4} | run
-    config = load({"model": model, "pretrain": pretrain}, {})
+    config = load({"model": model, "pretrain": pretrain, "cluster": cluster}, {})
     settings, run_as = pretrain_settings(config, "one"), run_settings(config, "pretrain")
     with loop.distributed(settings, run_as):
         trainer = loop.Trainer(settings, run_as, VOCABULARY)
         trainer.seconds = 1.0
         resumed = trainer.resume(Path(directory))
-        batches = FixedBatches(run_as.micro_batch_size)
-        found: dict[str, Any] = {"resumed": resumed, "valid": trainer.evaluate(batches, "valid")}
-        found |= {"losses": [], "mtp": [], "norms": []}
+        batches = FixedBatches(run_as.micro_batch_size, settings.model.mtp_num_layers)
+        found: dict[str, Any] = {"resumed": resumed, "losses": [], "mtp": [], "norms": []}
+        found |= trainer.evaluate(batches, "valid")
         while trainer.iteration < steps:
-            trainer.totals.zero_()
+            trainer.sums.zero_()
+            trainer.means.zero_()
             found["norms"].append(float(trainer._step(batches)))
             line = trainer._line(0.0)
             found["losses"].append(line["loss"])

@@ -95,8 +95,8 @@ class Cluster(Section):
     )
     gpu_memory_gb: Annotated[float, Field(gt=0)] | None = key(
         None,
-        "memory of a GPU (10^9 bytes); a training whose weights, gradients and optimizer alone need more is "
-        "an error of the dry-run; null: not checked",
+        "memory of a GPU (10^9 bytes); a training that needs more, by the estimate of the dry-run, is an "
+        "error; leave some for libraries (2 GB) and the allocator; null: not checked",
     )
     container: str | None = key(
         None, "image that the processes of a training run in (envs/); null: the environment of the workflow"
@@ -199,8 +199,8 @@ def sample_phases() -> list[Phase]:
 class Pretrain(Run):
     cuda_graphs: bool = key(
         False,
-        "record the kernels of each layer once and start them together: a sixth faster on one H200 at "
-        "micro-batch 4, for more memory. Needs a GPU",
+        "record the kernels of attention and Mamba layers once and start them together: a third faster on an "
+        "H200 at micro-batch 1, no gain where a step has several of 4. Needs a GPU",
     )
     seq_length: Positive = key(256, "tokens of a sequence")
     global_batch_size: Positive = key(4, "sequences of a step, over all processes")

@@ -24,7 +24,10 @@ def stacked(parts: Sequence[Tensor]) -> Tensor | None:
     """Tensors of one shape that follow each other in memory as one (count, ...); None if they do not."""
     first = parts[0]
     step, start = first.numel() * first.element_size(), first.data_ptr()
+    memory = first.untyped_storage().data_ptr()  # of parameters on their own too, that happen to follow
     for i, part in enumerate(parts):
+        if part.untyped_storage().data_ptr() != memory:
+            return None
         if part.data_ptr() != start + i * step or not part.is_contiguous():
             return None
     strides = [first.numel(), *first.stride()]
@@ -88,4 +91,5 @@ def _accumulate(total: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tensor
 def _added(parameter: Tensor) -> Tensor:
     """What autograd gets for a gradient that is in main_grad already."""
     parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    parameter.others_added = True  # type: ignore[attr-defined]  # which `gpu` tells what waits for them
     return torch.empty_like(parameter)

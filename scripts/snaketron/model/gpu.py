@@ -29,12 +29,10 @@ TRANSFORMER_CONFIG = {
     "cross_entropy_fusion_impl": "te",
     "gradient_accumulation_fusion": True,
 }
-# TransformerConfig fields that record all of a layer but its routed experts, whose numbers of tokens vary.
-# Eager 663 ms a step and recorded 566 on an H200 (micro-batch 4, Transformer Engine's experts).
-CUDA_GRAPHS = {
-    "cuda_graph_impl": "local",
-    "cuda_graph_modules": ["attn", "mamba", "moe_router", "moe_preprocess"],
-}
+# TransformerConfig fields that record attention and Mamba layers. Not the router (moe_router,
+# moe_preprocess): a recorded one counts the tokens of a validation for the load of experts too, and after a
+# validation before the first step it read memory that was gone.
+CUDA_GRAPHS = {"cuda_graph_impl": "local", "cuda_graph_modules": ["attn", "mamba"]}
 
 
 def _accumulate_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
@@ -63,13 +61,19 @@ def prepare() -> None:
 
 
 def patch() -> None:
-    """Put our experts under megatron-core's, after its import; see `experts`."""
+    """Put our experts and our step of the optimizer under megatron-core's, after its import; see `experts`
+    and `adam`."""
+    from snaketron.model import adam
+
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.models.common.language_module import language_module
+    from megatron.core.ssm.mamba_mixer import MambaMixer
     from megatron.core.transformer import multi_token_prediction
     from megatron.core.transformer.moe import experts as theirs
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
+    make_hook = DistributedDataParallel._make_backward_post_hook
     mlp_forward = theirs.TEGroupedMLP.forward
     dispatch_postprocess, combine_preprocess = Dispatcher.dispatch_postprocess, Dispatcher.combine_preprocess
     to_host = Dispatcher._maybe_dtoh_and_synchronize
@@ -79,6 +83,19 @@ def patch() -> None:
     ) -> Any:
         ours = _our_experts(self, x, tokens_per_expert, probs)
         return mlp_forward(self, x, tokens_per_expert, probs, **kwargs) if ours is None else (ours, None)
+
+    def _make_backward_post_hook(self: Any, first: Any) -> Any:
+        """When our experts have added the gradients of a layer, autograd tells it of the first one alone."""
+        hook = make_hook(self, first)
+
+        def all_of_layer(*args: Any) -> None:
+            hook(*args)
+            if self.ddp_config.overlap_grad_reduce and first.__dict__.pop("others_added", False):
+                for other in first.others:
+                    group = self.param_to_bucket_group[other]
+                    group.register_grad_ready(other, self.force_all_reduce)
+
+        return all_of_layer
 
     def alone(self: Any) -> bool:
         return self.ep_size == self.tp_size == 1
@@ -102,14 +119,47 @@ def patch() -> None:
     def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, group: Any, *_: Any) -> torch.Tensor:
         return parallel_cross_entropy(logits, labels, dist_process_group=group, overwrite_input=True)
 
+    adam.patch()
     # The gradient takes the place of the logits, of which theirs keeps a copy (4 GiB at 16k tokens).
     language_module.te_parallel_cross_entropy = cross_entropy
     # A metric that we do not report, by one more pass over the logits of each depth.
     multi_token_prediction._compute_mtp_acceptance_counts = lambda logits, *_: (logits.new_zeros(()),) * 2
+    DistributedDataParallel._make_backward_post_hook = _make_backward_post_hook
+    MambaMixer._ssm_training = _scan
     theirs.TEGroupedMLP.forward = forward
     Dispatcher._maybe_dtoh_and_synchronize = _maybe_dtoh_and_synchronize
     Dispatcher.dispatch_postprocess = _dispatch_postprocess
     Dispatcher.combine_preprocess = _combine_preprocess
+
+
+def _scan(self: Any, zxbcdt: torch.Tensor, packed: Any = None) -> torch.Tensor:
+    """Convolution, scan and gate of a Mamba layer, (length, batch, ...).
+
+    As theirs, but the kernels read their input, and write its gradient, where it is: theirs copies both
+    into the order (batch, length), 19 ms of a step of 32k tokens on an H200.
+    """
+    from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+
+    split, zxbcdt = self.cp, zxbcdt.transpose(0, 1)
+    if zxbcdt.shape[-1] % 8:  # which the convolution's strides must be multiples of
+        zxbcdt = zxbcdt.contiguous()
+    heads = split.get_D().float().view(-1, self.headdim) if self.D_has_hdim else split.get_D()
+    y = mamba_split_conv1d_scan_combined(
+        zxbcdt,
+        split.get_conv1d_weight().squeeze(1),
+        split.get_conv1d_bias(),
+        split.get_dt_bias().float(),
+        -torch.exp(split.get_A_log().float()),
+        D=heads,
+        chunk_size=self.chunk_size,
+        activation=self.activation,
+        headdim=None if self.D_has_hdim else self.headdim,
+        ngroups=split.ngroups_local_tpcp,
+        norm_before_gate=self.norm_before_gate,
+        seq_idx=packed.seq_idx if packed is not None else None,
+    )
+    y = split.post_conv_ssm(y.transpose(0, 1).contiguous(), packed)
+    return self.norm(y) if self.rmsnorm else y
 
 
 def _our_experts(
@@ -141,27 +191,14 @@ def _weights(layer: Any) -> list[Any]:
     return [getattr(layer, f"weight{i}") for i in range(layer.num_gemms)]
 
 
-class _NoEvent:
-    """An event that nothing waits for."""
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 def prepare_model(model: torch.nn.Module) -> None:
     """Register the experts of a new model from the last to the first: DistributedDataParallel lays parameters
     out in memory the other way round, and our experts want the first one first."""
     from megatron.core.transformer.moe.experts import TEGroupedMLP
-    from megatron.core.transformer.transformer_layer import MoETransformerLayer
 
     for module in model.modules():
-        if isinstance(module, MoETransformerLayer):
-            dispatcher = module.mlp.token_dispatcher
-            if dispatcher.ep_size == dispatcher.tp_size == 1:
-                # A recorded router makes the host wait for numbers that it does not need.
-                module._router_dtoh_event = _NoEvent()
         if isinstance(module, TEGroupedMLP):
             for layer in (module.linear_fc1, module.linear_fc2):
                 for i in reversed(range(layer.num_gemms)):
                     layer._parameters[f"weight{i}"] = layer._parameters.pop(f"weight{i}")
+                layer.weight0.others = _weights(layer)[1:]

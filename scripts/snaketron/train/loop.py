@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import signal
@@ -34,7 +35,6 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -115,10 +115,14 @@ class Trainer:
             DistributedDataParallelConfig(
                 use_distributed_optimizer=True,
                 grad_reduce_in_fp32=settings.optimizer.gradient_precision == "fp32",
-                check_for_nan_in_grad=True,
+                # It makes the host wait in the middle of a step; `_step` looks at the norm instead.
+                check_for_nan_in_grad=settings.optimizer.clip_grad == 0,
+                **backend.data_parallel_options(run),
             ),
             wrapped,
         )
+        if self.parallel_model.ddp_config.overlap_grad_reduce:
+            self.config.no_sync_func = self.parallel_model.no_sync  # before the last micro-batch
         self.parallel_model.broadcast_params()
         values = settings.optimizer
         self.optimizer = get_megatron_optimizer(
@@ -257,16 +261,15 @@ class Trainer:
             self.iteration * self.settings.global_batch_size,
             self.settings.global_batch_size,
         )
-        if self.run.cuda_graphs:
-            _forget_recording(self.model)
-        success, grad_norm, _ = self.optimizer.step()
-        if not success:
+        success, norm, _ = self.optimizer.step()
+        grad_norm = math.nan if norm is None else float(norm)
+        if not (success and math.isfinite(grad_norm)):
             raise RuntimeError(
                 f"{self.settings.stage}: the gradient of step {self.iteration + 1} is not finite"
             )
         self.iteration += 1
         self._add_up(outputs, micro_batches)
-        return float(grad_norm)
+        return grad_norm
 
     def _forward_backward(
         self, batches: Batches, split: Split, first: int, count: int, *, forward_only: bool = False
@@ -293,7 +296,7 @@ class Trainer:
         each one's mean, and `<split>_sources`, the loss of a token of each source.
         """
         self.parallel_model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), backend.without_recordings():
             count = batches.round_up(self.run.eval_samples)
             outputs, _ = self._forward_backward(batches, split, 0, count, forward_only=True)
         self.parallel_model.train()
@@ -411,7 +414,8 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Ca
     def loss_function(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The weighted sum, the tokens, and what is reported."""
         losses = losses.float()
-        tokens = torch.tensor(report.tokens, dtype=torch.int, device=losses.device)
+        # Not torch.tensor: that copies from the host, which waits for the GPU.
+        tokens = torch.full((), report.tokens, dtype=torch.int, device=losses.device)
         return (losses * weights).sum(), tokens, report.sums(losses)
 
     return model(attention_mask=None, **batch), loss_function
@@ -446,13 +450,6 @@ def optimizer_options(optimizer: Optimizer, run: RunSettings) -> dict[str, Any]:
             "overlap_cpu_optimizer_d2h_h2d": True,
         }
     return options
-
-
-def _forget_recording(model: torch.nn.Module) -> None:
-    """Clear what routers counted while megatron-core recorded them, after the gradients of the first step."""
-    for module in model.modules():
-        if isinstance(module, TopKRouter):
-            module.local_tokens_per_expert.zero_()
 
 
 def is_writer() -> bool:

@@ -55,3 +55,5 @@ def test_tensors_are_stacked_only_where_they_follow_each_other():
     assert stacked(parts[::-1]) is None
     assert stacked([parts[0], parts[2]]) is None
     assert stacked([p.T for p in parts]) is None
+    alone = [torch.empty(0).set_(memory.untyped_storage()[i : i + 24], 0, (2, 3)) for i in (0, 24)]
+    assert alone[1].data_ptr() == alone[0].data_ptr() + 24 and stacked(alone) is None
