@@ -16,9 +16,12 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import load
-from snaketron.settings import pretrain_settings, run_settings
+from snaketron.data.packed import join, write
+from snaketron.data.tokenizer import Info
+from snaketron.files import write_json
+from snaketron.settings import pretrain_settings, run_settings, sft_settings
 from snaketron.train import loop
-from snaketron.train.batches import Batches, sequences
+from snaketron.train.batches import Batches, SftBatches, sequences
 
 import numpy as np
 import torch
@@ -43,6 +46,50 @@ class FixedBatches(Batches):
         return sequences(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, self.depths)
 
 
+def write_packs(directory: Path, count: int = 40, pack_size: int = 4 * LENGTH) -> Path:
+    """Packs of conversations of 8 to 40 tokens, with room for context parallelism, and their blend."""
+    generator = np.random.default_rng(0)
+    packs = []
+    for _ in range(count):
+        lengths = generator.integers(8, 41, 6)
+        ids = [generator.integers(3, 97, n, dtype=np.int32) for n in lengths]
+        packs.append(join([(x, (np.arange(len(x)) >= len(x) // 3).astype(np.uint8)) for x in ids]))
+    footer = {"tokenizer_sha256": "t", "template_sha256": "t", "pack_size": pack_size, "padding_multiple": 4}
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "packs.parquet"
+    write(path, packs, footer)
+    source: dict[str, Any] = {"source": "made", "weight": 1.0, "template_sha256": "t"}
+    source["files"] = [{"path": str(path), "bytes": path.stat().st_size}]
+    write_json(
+        directory / "blend.json", footer | {"splits": {s: [source] for s in ("train", "valid", "test")}}
+    )
+    return directory / "blend.json"
+
+
+def packed(blend: str, model: dict[str, Any], run: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Settings of a tuning on packs, how it is run, and a function that makes its batches."""
+    sft = {"train_iters": 20, "global_batch_size": BATCH, "warmup_iters": 0, "cpus_per_task": 1}
+    sft |= {"eval_samples": 4} | run
+    config = load({"model": model, "sft": sft, "sft_data": {"pack_size": 4 * LENGTH}}, {})
+    settings = sft_settings(config)
+    info = Info(sha256="t", vocab_size=VOCABULARY, eos_token="", eos_id=0, pad_id=0)
+    return (
+        settings,
+        run_settings(config, "sft"),
+        lambda: SftBatches(Path(blend), settings, info, eval_samples=4),
+    )
+
+
+def fixed(model: dict[str, Any], run: dict[str, Any], cluster: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """As `packed`, of a pretraining on fixed tokens."""
+    phase = {"name": "one", "tokens": 100 * BATCH * LENGTH, "blend": [{"corpus": "docs", "weight": 1}]}
+    pretrain = {"seq_length": LENGTH, "global_batch_size": BATCH, "micro_batch_size": 2, "phases": [phase]}
+    pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 1, "eval_samples": 4} | run
+    config = load({"model": model, "pretrain": pretrain, "cluster": cluster}, {})
+    settings, run_as = pretrain_settings(config, "one"), run_settings(config, "pretrain")
+    return settings, run_as, lambda: FixedBatches(run_as.micro_batch_size, settings.model.mtp_num_layers)
+
+
 def state_hash(trainer: loop.Trainer) -> str:
     digest = hashlib.sha256()
     for tensor in [*trainer.model.parameters(), *_tensors(trainer.optimizer.state_dict())]:
@@ -63,18 +110,19 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
     """Train from what `directory` holds to step `steps`, and save at some of them."""
     model, run, cluster = (keys.pop(key, {}) for key in ("model", "run", "cluster"))
+    blend = keys.pop("blend", None)
     if keys:
         raise TypeError(f"unknown: {keys}")
-    phase = {"name": "one", "tokens": 100 * BATCH * LENGTH, "blend": [{"corpus": "docs", "weight": 1}]}
-    pretrain = {"seq_length": LENGTH, "global_batch_size": BATCH, "micro_batch_size": 2, "phases": [phase]}
-    pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 1, "eval_samples": 4} | run
-    config = load({"model": model, "pretrain": pretrain, "cluster": cluster}, {})
-    settings, run_as = pretrain_settings(config, "one"), run_settings(config, "pretrain")
+    if blend:
+        settings, run_as, make_batches = packed(blend, model, run)
+    else:
+        settings, run_as, make_batches = fixed(model, run, cluster)
     with loop.distributed(settings, run_as):
         trainer = loop.Trainer(settings, run_as, VOCABULARY)
         trainer.seconds = 1.0
         resumed = trainer.resume(Path(directory))
-        batches = FixedBatches(run_as.micro_batch_size, settings.model.mtp_num_layers)
+        batches = make_batches()
+        trainer.sources = batches.sources
         found: dict[str, Any] = {"resumed": resumed, "losses": [], "mtp": [], "norms": []}
         found |= trainer.evaluate(batches, "valid")
         while trainer.iteration < steps:
