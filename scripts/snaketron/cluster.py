@@ -9,7 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 from snaketron.config import Cluster, Config, ConfigError, Run
-from snaketron.sizes import static_memory
+from snaketron.sizes import static_of_run
 
 
 class Layout(NamedTuple):
@@ -35,11 +35,9 @@ def layout(run: Run, cluster: Cluster) -> Layout:
 def check_memory(config: Config) -> None:
     """`ConfigError` when a training keeps more on a GPU than it has, by `cluster.gpu_memory_gb`."""
     problems, limit = [], config.cluster.gpu_memory_gb or math.inf
-    for section in ("pretrain", "sft"):
+    for section in ("pretrain", "sft", "lora"):
         run = getattr(config, section)
-        stages = static_memory(
-            config.model, config.tokenizer.vocab_size, run.parallel, run.optimizer, run.offload_optimizer
-        )
+        stages = static_of_run(config.model, config.tokenizer.vocab_size, run, run.optimizer)
         needed = max(stage.total for stage in stages) / 1e9
         if needed > limit:
             problems.append(

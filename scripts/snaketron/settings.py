@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from snaketron.config import (
+    Adapters,
     ChatSource,
     Cluster,
     Config,
@@ -17,7 +18,7 @@ from snaketron.config import (
     Pretrain,
     Run,
     Section,
-    Sft,
+    Tuning,
 )
 
 from pydantic import Field
@@ -49,6 +50,12 @@ class TrainSettings(Section):
     global_batch_size: int
     train_iters: int
     schedule: Schedule
+
+
+class LoraSettings(TrainSettings):
+    """The same of a training of adapters, on a base that stays as it is."""
+
+    lora: Adapters
 
 
 class RunSettings(Run):
@@ -179,11 +186,11 @@ def pretrain_settings(config: Config, name: str) -> TrainSettings:
     )
 
 
-def sft_settings(config: Config) -> TrainSettings:
-    """What defines the result of SFT."""
-    sft = config.sft
+def sft_settings(config: Config, section: Literal["sft", "lora"] = "sft") -> TrainSettings:
+    """What defines the result of SFT, or what LoRA shares with it."""
+    sft: Tuning = getattr(config, section)
     return TrainSettings(
-        stage="sft",
+        stage=section,
         seed=config.seed,
         model=config.model,
         optimizer=sft.optimizer,
@@ -196,11 +203,17 @@ def sft_settings(config: Config) -> TrainSettings:
     )
 
 
-def run_settings(config: Config, section: Literal["pretrain", "sft"]) -> RunSettings:
+def lora_settings(config: Config, stage: Literal["lora", "lora_merged"] = "lora") -> LoraSettings:
+    """What defines the result of LoRA, and of merging it."""
+    adapters = Adapters(**{name: getattr(config.lora, name) for name in Adapters.model_fields})
+    return LoraSettings(**sft_settings(config, "lora").model_dump() | {"stage": stage}, lora=adapters)
+
+
+def run_settings(config: Config, section: Literal["pretrain", "sft", "lora"]) -> RunSettings:
     """How a stage is run."""
-    run: Pretrain | Sft = getattr(config, section)
+    run: Pretrain | Tuning = getattr(config, section)
     values = {name: getattr(run, name) for name in Run.model_fields}
-    if isinstance(run, Sft):
+    if isinstance(run, Tuning):
         values |= {"num_samples": run.num_samples, "sample_tokens": run.sample_tokens}
     else:
         values["cuda_graphs"] = run.cuda_graphs

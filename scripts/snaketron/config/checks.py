@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from snaketron.config.base import suggest
 from snaketron.config.data import FILTERS, Curation, Tokenizer
-from snaketron.config.training import Cluster, Model, Parallel, Pretrain, Run, Sft
+from snaketron.config.targets import check_targets
+from snaketron.config.training import Cluster, Model, Parallel, Pretrain, Run, Tuning
 
 if TYPE_CHECKING:
     from snaketron.config import Config
@@ -96,7 +97,7 @@ def check_model(model: Model) -> list[str]:
     return [p for p in problems if p]
 
 
-def check_run(section: str, run: Pretrain | Sft, model: Model) -> list[str]:
+def check_run(section: str, run: Pretrain | Tuning, model: Model) -> list[str]:
     """Parallel sizes against the model; the rules are megatron-core's."""
     parallel, at = run.parallel, f"{section}.parallel"
     tp, ep, etp = (
@@ -139,7 +140,7 @@ def check_run(section: str, run: Pretrain | Sft, model: Model) -> list[str]:
     return [p for p in problems if p]
 
 
-def check_nodes(section: str, run: Pretrain | Sft, cluster: Cluster) -> list[str]:
+def check_nodes(section: str, run: Pretrain | Tuning, cluster: Cluster) -> list[str]:
     """The processes of a training must fill its nodes."""
     gpus, tasks = cluster.gpus_per_node, cluster.tasks_per_node
     if gpus and tasks and tasks > gpus:
@@ -168,7 +169,7 @@ def check_environment(cluster: Cluster) -> list[str]:
 
 
 def check_batches(config: Config) -> list[str]:
-    pretrain, sft, problems = config.pretrain, config.sft, []
+    pretrain, problems = config.pretrain, []
     for i, phase in enumerate(pretrain.phases):
         at = f"pretrain.phases[{i}]" if phase.global_batch_size else "pretrain"
         problems.append(_batch(at, phase.global_batch_size or pretrain.global_batch_size, pretrain))
@@ -176,14 +177,18 @@ def check_batches(config: Config) -> list[str]:
         problems.append(
             _sequence(f"{at}.seq_length", phase.seq_length or pretrain.seq_length, pretrain.parallel)
         )
-    problems.append(_batch("sft", sft.global_batch_size, sft))
-    problems.append(_sequence("sft_data.pack_size", config.sft_data.pack_size, sft.parallel))
-    if sft.parallel.context_parallel_size > 1:
-        problems.append("sft.parallel.context_parallel_size: packed sequences are trained with 1 only")
-    if sft.warmup_iters >= sft.train_iters:
-        problems.append(
-            f"sft.warmup_iters {sft.warmup_iters} is not less than sft.train_iters {sft.train_iters}"
-        )
+    tunings: dict[str, Tuning] = {"sft": config.sft, "lora": config.lora}
+    for name, run in tunings.items():
+        problems.append(_batch(name, run.global_batch_size, run))
+        problems.append(_sequence("sft_data.pack_size", config.sft_data.pack_size, run.parallel))
+        if run.parallel.context_parallel_size > 1:
+            at = f"{name}.parallel.context_parallel_size"
+            problems.append(f"{at}: packed sequences are trained with 1 only")
+        if run.warmup_iters >= run.train_iters:
+            problems.append(
+                f"{name}.warmup_iters {run.warmup_iters} is not less than "
+                f"{name}.train_iters {run.train_iters}"
+            )
     for section in ("pretrain_data", "sft_data"):
         data = getattr(config, section)
         if data.valid_fraction + data.test_fraction >= 1:
@@ -191,7 +196,10 @@ def check_batches(config: Config) -> list[str]:
                 f"{section}: valid_fraction {data.valid_fraction} + test_fraction {data.test_fraction} "
                 "leave nothing to train on"
             )
-    for section, optimizer in (("pretrain", pretrain.optimizer), ("sft", sft.optimizer)):
+    for section, optimizer in (
+        ("pretrain", pretrain.optimizer),
+        *((name, run.optimizer) for name, run in tunings.items()),
+    ):
         if optimizer.min_learning_rate > optimizer.learning_rate:
             problems.append(
                 f"{section}.optimizer.min_learning_rate {optimizer.min_learning_rate} is more than "
@@ -204,6 +212,18 @@ def check_batches(config: Config) -> list[str]:
             f"are more than the {total} tokens of all phases"
         )
     return list(dict.fromkeys(p for p in problems if p))
+
+
+def check_lora(config: Config) -> list[str]:
+    from snaketron.sizes import pipeline_pattern  # which imports the configuration
+
+    if not config.lora.target_modules:
+        return ["lora.target_modules: name the layers to adapt"]
+    pattern, stages = config.model.hybrid_layer_pattern, config.lora.parallel.pipeline_model_parallel_size
+    if stages > len(pattern):
+        return []  # said elsewhere
+    parts = pipeline_pattern(pattern, stages).split("|")
+    return check_targets("lora.target_modules", config.lora.target_modules, config.model, parts)
 
 
 def _batch(at: str, global_batch_size: int, run: Run) -> str:
