@@ -142,8 +142,10 @@ def num_active_parameters(model: Model, vocab_size: int) -> int:
 
 
 def adapter_parameters(model: Model, parallel: Parallel, adapters: Adapters) -> list[Parameters]:
-    """Parameters of the adapters of each pipeline stage: A (rank, inputs) and B (outputs, rank) of each layer,
-    of which tensor parallelism divides the one that has the axis that it divides in the layer."""
+    """Parameters of the adapters of each pipeline stage: A (rank, inputs) and B (outputs, rank) of a layer.
+
+    Tensor parallelism divides the one of them that has the axis that it divides in the layer.
+    """
     stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
     return [
         _sum(
@@ -161,7 +163,7 @@ def _adapter(linear: Linear, adapters: Adapters, parallel: Parallel) -> Paramete
         rank = adapters.expert_rank or adapters.rank
         whole = linear.inputs if linear.parallel == "column" else linear.outputs
         divided = linear.inputs + linear.outputs - whole
-        # As if the whole one were divided, too, of as many more.
+        # Each process of expert tensor parallelism has the whole one.
         return Parameters(
             expert=linear.experts * rank * (divided + whole * parallel.expert_tensor_parallel_size)
         )

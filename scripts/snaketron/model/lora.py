@@ -105,7 +105,9 @@ class Adapter(torch.nn.Module):
         Returns:
             (..., outputs), shaped as the linear layer's output.
         """
-        x, a, b = self._dropped(x), self.a, self.b
+        x = self._dropped(x)
+        a: Tensor = self.a
+        b: Tensor = self.b
         if self.expert and self.group.size() > 1:  # the gradient of the whole factor is summed
             a, b = (a, self._everywhere(b)) if self.row else (self._everywhere(a), b)
         hidden = _product(x, a, ends)
