@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from snaketron.cluster import check_memory, layout, resources
+from snaketron.cluster import check_lora, check_memory, layout, resources
 from snaketron.config import ChatSource, Config, Corpus
 from snaketron.curation_graph import CurationGraph
 from snaketron.settings import (
@@ -161,8 +161,12 @@ class Graph(CurationGraph):
     def sft_settings(self) -> str:
         return sft_settings(self.config).model_dump_json()
 
-    def lora_settings(self, stage: Literal["lora", "lora_merged"]) -> str:
-        return lora_settings(self.config, stage).model_dump_json()
+    def lora_settings(self, stage: Literal["lora", "lora_merged"]) -> Callable[[Any], str]:
+        def settings(_wildcards: Any) -> str:
+            check_lora(self.config)  # of nobody else's concern
+            return lora_settings(self.config, stage).model_dump_json()
+
+        return settings
 
     def download_size(self, wildcards: Any) -> int:
         """Bytes of a file to download."""

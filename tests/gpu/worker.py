@@ -3,7 +3,9 @@
     torchrun ... -m tests.gpu.worker '{"directory": ..., "steps": 4}'
 
 The last rank prints, as a line of JSON: the losses and gradient norms of the steps, the validation loss
-before them, and a hash of the weights and optimizer states of each rank after them.
+before them, and a hash of the weights and optimizer states of each rank after them. With adapters (`lora`:
+keys of the configuration, `base`: the checkpoint they are for) also the validation losses after the last step
+and after merging.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.config import load
+from snaketron.config import Adapters, load
 from snaketron.model import backend
-from snaketron.settings import pretrain_settings, run_settings
+from snaketron.model.lora import merge
+from snaketron.settings import LoraSettings, pretrain_settings, run_settings
 from snaketron.train import loop
 from snaketron.train.batches import Batches
 
@@ -69,6 +72,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
     """Train from what `directory` holds to step `steps`, and save at some of them."""
     model, run = keys.pop("model", {}), keys.pop("run", {})
+    lora, base = keys.pop("lora", None), keys.pop("base", None)
     if keys:
         raise TypeError(f"unknown: {keys}")
     phase = {"name": "one", "tokens": 100 * BATCH * LENGTH, "blend": [{"corpus": "docs", "weight": 1}]}
@@ -76,9 +80,13 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
     pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 1, "eval_samples": 4} | run
     config = load({"model": model, "pretrain": pretrain}, {})
     settings, run_as = pretrain_settings(config, "one"), run_settings(config, "pretrain")
+    if lora is not None:
+        settings = LoraSettings(**settings.model_dump(), lora=Adapters(**lora))
     with loop.distributed(settings, run_as):
         trainer = loop.Trainer(settings, run_as, VOCABULARY)
         trainer.seconds = 1.0
+        if base:
+            trainer.start_from(Path(base), with_optimizer=False)
         resumed = trainer.resume(Path(directory))
         batches = FixedBatches(run_as.micro_batch_size)
         found: dict[str, Any] = {"resumed": resumed, "valid": trainer.evaluate(batches, "valid")}
@@ -92,6 +100,10 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
             if trainer.iteration in save_at:
                 trainer.save(Path(directory))
         trainer.saver.finish()
+        if lora is not None:
+            found["tuned"] = trainer.evaluate(batches, "valid")
+            merge(trainer.model)
+            found["merged"] = trainer.evaluate(batches, "valid")
         hashes: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(hashes, state_hash(trainer))
         if loop.is_writer():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from snaketron.config.base import suggest
 from snaketron.config.data import FILTERS, Curation, Tokenizer
-from snaketron.config.targets import check_targets
+from snaketron.config.targets import check_names
 from snaketron.config.training import Cluster, Model, Parallel, Pretrain, Run, Tuning
 
 if TYPE_CHECKING:
@@ -215,15 +215,11 @@ def check_batches(config: Config) -> list[str]:
 
 
 def check_lora(config: Config) -> list[str]:
-    from snaketron.sizes import pipeline_pattern  # which imports the configuration
-
-    if not config.lora.target_modules:
-        return ["lora.target_modules: name the layers to adapt"]
-    pattern, stages = config.model.hybrid_layer_pattern, config.lora.parallel.pipeline_model_parallel_size
-    if stages > len(pattern):
-        return []  # said elsewhere
-    parts = pipeline_pattern(pattern, stages).split("|")
-    return check_targets("lora.target_modules", config.lora.target_modules, config.model, parts)
+    """Whether the targets are there in this model is checked when LoRA is run: others need not know of it."""
+    targets = config.lora.target_modules
+    return check_names("lora.target_modules", targets) or (
+        [] if targets else ["lora.target_modules: name the layers to adapt"]
+    )
 
 
 def _batch(at: str, global_batch_size: int, run: Run) -> str:

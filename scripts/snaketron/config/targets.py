@@ -95,19 +95,29 @@ def targeted(targets: Iterable[str], found: Iterable[Linear]) -> list[Linear]:
     return [linear for linear in found if any(matches(target, linear.name) for target in wanted)]
 
 
+# A model with every kind of linear layer.
+_ANY = Model(hybrid_layer_pattern="ME*-", mtp_num_layers=1)
+
+
+def check_names(at: str, targets: list[str]) -> list[str]:
+    """Targets that mean no linear layer of any model."""
+    return _unknown(at, targets, linears(_ANY, _ANY.hybrid_layer_pattern, with_mtp=True), "no linear layer")
+
+
 def check_targets(at: str, targets: list[str], model: Model, stages: list[str]) -> list[str]:
-    """Targets that mean no layer of the model, and pipeline stages (their patterns) without a target."""
+    """Targets that mean no layer of this model, and pipeline stages (their patterns) without a target."""
     there = linears(model, model.hybrid_layer_pattern, with_mtp=True)
-    known = {linear.name.rpartition(".")[2] for linear in there}
-    problems = [
-        f"{at}[{i}]: {target!r} is no linear layer of the model{suggest(target, known)}"
-        for i, target in enumerate(targets)
-        if not targeted([target], there)
-    ]
-    if problems:
-        return problems
-    return [
+    return _unknown(at, targets, there, "no linear layer of this model") or [
         f"{at}: none of the layers {stage} of pipeline stage {i} is meant; add a target, such as in_proj"
         for i, stage in enumerate(stages)
         if not targeted(targets, linears(model, stage, with_mtp=i == len(stages) - 1))
+    ]
+
+
+def _unknown(at: str, targets: list[str], there: list[Linear], what: str) -> list[str]:
+    known = {linear.name.rpartition(".")[2] for linear in there}
+    return [
+        f"{at}[{i}]: {target!r} is {what}{suggest(target, known)}"
+        for i, target in enumerate(targets)
+        if not targeted([target], there)
     ]
