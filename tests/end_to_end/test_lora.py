@@ -10,7 +10,7 @@ from snaketron import lineage
 from tests.conftest import Workspace, copy_of
 from tests.end_to_end.processes import exists, run_until, saved, shell_lines
 from tests.end_to_end.test_kill import half_written, metrics, weights
-from tests.end_to_end.test_layouts import OTHERWISE, losses, worst
+from tests.end_to_end.test_layouts import losses, worst
 
 import pytest
 import yaml
@@ -18,6 +18,9 @@ import yaml
 pytestmark = pytest.mark.xdist_group("lora")  # one run of it, which the tests copy
 # Every linear layer but the router: Adam would turn the last bits of its tiny gradients into whole steps.
 EVERYTHING = "target_modules: [linear_*, '*_proj']"
+# In nats, of losses about 6: under TP a last bit sends a token to another expert (4e-5). That the gradients
+# are the same to 1e-5 of the largest, the router's too, is in tests/unit/train/test_lora.py.
+TOLERANCE = 1e-4
 LAYOUTS = {
     "tp": "tensor_model_parallel_size: 2, expert_tensor_parallel_size: 2",  # with sequence parallelism
     "tp, ep": "tensor_model_parallel_size: 2, expert_model_parallel_size: 2",
@@ -112,8 +115,8 @@ def test_two_processes_give_the_adapters_and_the_merged_model_of_one(again: Work
     norm = max(abs(a / b - 1) for a, b in zip(norms(ckpt / "lora"), norms(single / "lora"), strict=True))
     merged = valid_losses(ckpt / "lora_merged")
     print(f"{layout}: largest differences {difference}, gradient norms {norm:.1e}, merged {merged}")
-    assert max(difference.values()) < OTHERWISE and norm < 1e-4
-    assert merged == pytest.approx(valid_losses(single / "lora_merged"), abs=OTHERWISE)
+    assert max(difference.values()) < TOLERANCE and norm < 1e-3
+    assert merged == pytest.approx(valid_losses(single / "lora_merged"), abs=TOLERANCE)
     assert merged[1] == pytest.approx(merged[0], abs=1e-6)
 
 
@@ -128,7 +131,7 @@ def test_a_checkpoint_of_one_layout_continues_in_others(again: Workspace):
     assert "continues after step 8" in result.output
     difference = worst(losses(again.path / "ckpt/lora"), losses(again.path / "single/lora"))
     print(f"tp, pp, ep: largest differences {difference}")
-    assert max(difference.values()) < OTHERWISE
+    assert max(difference.values()) < TOLERANCE
 
 
 def test_killed_in_the_middle_it_ends_with_the_same_bytes(again: Workspace):
