@@ -69,8 +69,15 @@ def explain(workflow: Any, config: Config) -> None:
             key=lambda job: (rules.index(job.rule.name), phases.index(job.wildcards.get("phase", ""))),
         )
         submitted = list(dict.fromkeys(dag.get_job_group(job) or job for job in jobs))
+        # Which group comes first is up to chance: of those of the same rules, the larger one.
+        submitted.sort(key=lambda job: (rules.index(_rule(job)), -len(job) if job.is_group() else 0))
         if plan := describe(config, submitted, request):
             print(f"\n{plan}", file=sys.stderr)
+
+
+def _rule(job: Any) -> str:
+    """The rule of a job, or of the first job of a group."""
+    return next(iter(job.jobs)).rule.name if job.is_group() else job.rule.name
 
 
 def sbatch_request(job: Any, get_submit_command: Callable[..., str], set_gres_string: Request) -> str:
