@@ -146,7 +146,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         result |= backend.memory()
         if "out_of_memory" not in result:
             result["measured_bytes"] = kept(trainer)
-            with tempfile.TemporaryDirectory(dir=os.environ.get("OUT")) as directory:
+            with tempfile.TemporaryDirectory() as directory:
                 trainer.save(Path(directory))
                 result["checkpoint_bytes"] = sum(
                     p.stat().st_size for p in Path(directory).rglob("*") if p.is_file()
