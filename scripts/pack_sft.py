@@ -19,7 +19,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         required=True,
         help="rendered conversations of one source (render_chat), packed together",
     )
-    add("--pack-size", type=int, required=True, help="tokens of a pack; longer conversations are dropped")
+    add("--pack-size", type=int, required=True, help="tokens of a pack")
+    add(
+        "--padding-multiple",
+        type=int,
+        default=1,
+        help="leave room to pad each conversation to a multiple of this; it divides the pack size",
+    )
+    add(
+        "--long-conversations",
+        choices=("drop", "cut_at_answer", "cut_unfinished"),
+        default="drop",
+        help="what becomes of those of more tokens than a pack",
+    )
     add("--algorithm", choices=ALGORITHMS, required=True)
     add("--seed", type=int, help="of the order of first_fit_shuffle; the others need none")
     add("--train", type=Path, required=True, help="Parquet file to write")
@@ -27,6 +39,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--test", type=Path, required=True, help="Parquet file to write")
     add("--record", type=Path, required=True, help="lineage record to write")
     args = parser.parse_args(argv)
+    if args.pack_size % args.padding_multiple:
+        parser.error(
+            f"--padding-multiple {args.padding_multiple} does not divide --pack-size {args.pack_size}"
+        )
     if args.algorithm != "first_fit_shuffle":
         args.seed = None
     elif args.seed is None:
@@ -40,15 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron import files, lineage
     from snaketron.data.pack_sft import Chats, plan, write
 
-    chats = Chats.read(args.chats)
+    chats = Chats.read(args.chats, args.pack_size, args.long_conversations)
     targets = {"train": args.train, "valid": args.valid, "test": args.test}
-    plans = {split: plan(chats, split, args.pack_size, args.algorithm, args.seed) for split in targets}
+    how = (args.pack_size, args.algorithm, args.seed, args.padding_multiple)
+    plans = {split: plan(chats, split, *how) for split in targets}
     settings = {
         **chats.metadata,
         "pack_size": args.pack_size,
         "algorithm": args.algorithm,
         **({} if args.seed is None else {"seed": args.seed}),
-        "padding_multiple": 1,
+        "padding_multiple": args.padding_multiple,
+        "long_conversations": args.long_conversations,
     }
     with files.writing(*targets.values(), args.record) as temporary:
         write(chats, plans, dict(zip(targets, temporary, strict=False)), settings)
@@ -63,10 +81,11 @@ def main(argv: list[str] | None = None) -> int:
         temporary[-1].write_bytes(files.to_json(value))
     for split, made in plans.items():
         logger.info(
-            "%s: %d conversations in %d packs, %d tokens, %d of them trained, %.1f %% full; dropped: %s",
+            "%s: %d conversations in %d packs, %d tokens, %d trained, %.1f %% full; cut: %d; dropped: %s",
             targets[split],
             *(made.counts[name] for name in ("packed", "packs", "tokens", "trained_tokens")),
             100 * made.counts["efficiency"],
+            made.counts["cut"],
             ", ".join(f"{number} x {reason}" for reason, number in made.counts["dropped"].items()) or "none",
         )
     return 0

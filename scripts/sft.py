@@ -31,24 +31,18 @@ def main(
 
 
 def make_batches(stage: Stage) -> SftBatches:
-    from snaketron.files import sha256
     from snaketron.train.batches import SftBatches
 
-    template = sha256(stage.tokenizer_directory / "chat_template.jinja")
-    samples = stage.run.eval_samples
-    return SftBatches(stage.blend, stage.settings, stage.tokenizer, template, eval_samples=samples)
+    return SftBatches(stage.blend, stage.settings, stage.tokenizer, eval_samples=stage.run.eval_samples)
 
 
 def train(stage: Stage) -> int:
     from snaketron.train.answers import write_answers
 
-    def before(trainer: Trainer, batches: SftBatches) -> None:
-        write_answers(stage, trainer, batches, "base model")
+    def sample(trainer: Trainer, batches: SftBatches) -> None:
+        write_answers(stage, trainer, batches)
 
-    def after(trainer: Trainer, batches: SftBatches) -> None:
-        write_answers(stage, trainer, batches, "tuned model")
-
-    return stage.train(make_batches, with_optimizer=False, before=before, after=after)
+    return stage.train(make_batches, with_optimizer=False, sample=sample)
 
 
 if __name__ == "__main__":

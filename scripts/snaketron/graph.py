@@ -13,6 +13,7 @@ from snaketron.config import ChatSource, Config, Corpus
 from snaketron.curation_graph import CurationGraph
 from snaketron.settings import (
     lora_settings,
+    padding_multiple,
     pretrain_settings,
     read_settings,
     render_settings,
@@ -135,7 +136,10 @@ class Graph(CurationGraph):
         """Options of pack_sft that say how it packs; the seed only where it matters."""
         data = self.config.sft_data
         seed = f" --seed {self.config.seed}" if data.algorithm == "first_fit_shuffle" else ""
-        return f"--pack-size {data.pack_size} --algorithm {data.algorithm}{seed}"
+        return (
+            f"--pack-size {data.pack_size} --padding-multiple {padding_multiple(self.config)} "
+            f"--long-conversations {data.long_conversations} --algorithm {data.algorithm}{seed}"
+        )
 
     def render_settings(self, wildcards: Any) -> str:
         return render_settings(self.config, self.chats[wildcards.source]).model_dump_json()

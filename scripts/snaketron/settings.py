@@ -5,6 +5,7 @@ The first part is a `params` of the rule, so a change trains again; the second i
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from snaketron.config import (
@@ -50,6 +51,8 @@ class TrainSettings(Section):
     global_batch_size: int
     train_iters: int
     schedule: Schedule
+    loss_average: Literal["token", "sample"] = "token"
+    switch_loss_average_after: int | None = None
 
 
 class LoraSettings(TrainSettings):
@@ -65,6 +68,7 @@ class RunSettings(Run):
     tracking: Literal["off", "offline", "online"]
     cuda_graphs: bool = False  # of pretraining: packed sequences have no fixed shapes
     num_samples: int = 0
+    sample_interval: int | None = None
     sample_tokens: int = 0
 
 
@@ -200,6 +204,8 @@ def sft_settings(config: Config, section: Literal["sft", "lora"] = "sft") -> Tra
         schedule=Schedule(
             style="cosine", start=0, warmup=sft.warmup_iters, end=sft.train_iters, decay=0, increment=1
         ),
+        loss_average=sft.loss_average,
+        switch_loss_average_after=sft.switch_loss_average_after,
     )
 
 
@@ -209,12 +215,25 @@ def lora_settings(config: Config, stage: Literal["lora", "lora_merged"] = "lora"
     return LoraSettings(**sft_settings(config, "lora").model_dump() | {"stage": stage}, lora=adapters)
 
 
+def padding_multiple(config: Config) -> int:
+    """What the length of a conversation in a pack is rounded up to: context parallelism gives each process
+    two chunks of every sequence."""
+    if config.sft_data.padding_multiple:
+        return config.sft_data.padding_multiple
+    sizes = (run.parallel.context_parallel_size for run in (config.sft, config.lora))
+    return math.lcm(*(2 * size if size > 1 else 1 for size in sizes))
+
+
 def run_settings(config: Config, section: Literal["pretrain", "sft", "lora"]) -> RunSettings:
     """How a stage is run."""
     run: Pretrain | Tuning = getattr(config, section)
     values = {name: getattr(run, name) for name in Run.model_fields}
     if isinstance(run, Tuning):
-        values |= {"num_samples": run.num_samples, "sample_tokens": run.sample_tokens}
+        values |= {
+            "num_samples": run.num_samples,
+            "sample_interval": run.sample_interval,
+            "sample_tokens": run.sample_tokens,
+        }
     else:
         values["cuda_graphs"] = run.cuda_graphs
     return RunSettings(**values, cluster=config.cluster, tracking=config.tracking)

@@ -9,7 +9,7 @@ from typing import Any
 from snaketron import lineage
 from snaketron.files import read_json
 
-ANSWERS = "answers.json"
+ANSWERS = "answers"  # directory of a version, with a file a step
 
 
 def summarize(checkpoint: Path) -> str:
@@ -27,13 +27,14 @@ def summarize(checkpoint: Path) -> str:
     parts = [
         f"# {checkpoint}",
         _training(stages),
+        *_mix(last),
         *_performance(stages),
         _text(records["tokens"]),
         _conversations(records["render_chat"], records["pack_sft"]),
         _time(stages, records),
     ]
-    if (checkpoint / ANSWERS).exists():
-        parts.append(_answers(read_json(checkpoint / ANSWERS)))
+    if steps := sorted((checkpoint / ANSWERS).glob("step_*.json")):
+        parts.append(_answers(read_json(steps[0]), read_json(steps[-1])))
     return "\n\n".join(parts) + "\n"
 
 
@@ -72,6 +73,32 @@ def _training(stages: list[dict[str, Any]]) -> str:
         )
     header = ["training", "steps", "tokens", "valid loss before", "after", "test loss", "tokens/s"]
     return "## Training\n\n" + table(header, rows)
+
+
+def _mix(last: dict[str, Any]) -> list[str]:
+    """What the last training took from each source, against the weights; nothing for one without sources."""
+    rows = [
+        [
+            name,
+            f"{source['weight']:.1%}",
+            f"{source['share']:.1%}",
+            *(f"{source[key]:,}" for key in ("packs", "conversations", "tokens", "trained_tokens")),
+            f"{source['epochs']:.2f}",
+            _number(source["valid_loss"]),
+        ]
+        for name, source in last["counts"].get("sources", {}).items()
+    ]
+    header = [
+        "chat source",
+        "wanted",
+        "trained",
+        "packs",
+        "conversations",
+        "tokens",
+        "trained tokens",
+        "epochs",
+    ]
+    return ["## Mix\n\n" + table([*header, "valid loss"], rows)] if rows else []
 
 
 def _performance(stages: list[dict[str, Any]]) -> list[str]:
@@ -116,7 +143,9 @@ def _conversations(rendered: list[dict[str, Any]], packed: list[dict[str, Any]])
         rows.append([source, f"{kept:,}", f"{packs:,}", f"{tokens:,}", f"{trained:,}", efficiency])
         dropped += [s["dropped"] for s in splits]
     header = ["chat source", "conversations", "packs", "tokens", "trained tokens", "packing efficiency"]
-    return "## Conversations\n\n" + table(header, rows) + _dropped(dropped)
+    cut = sum(s["cut"] for r in packed for s in r["counts"]["splits"].values())
+    sentence = f" Cut at the size of a pack: {cut:,}." if cut else ""
+    return "## Conversations\n\n" + table(header, rows) + _dropped(dropped) + sentence
 
 
 def _dropped(counts: list[dict[str, int]]) -> str:
@@ -140,10 +169,12 @@ def _time(stages: list[dict[str, Any]], records: dict[str, list[dict[str, Any]]]
     return "## Time\n\n" + table(["made", "jobs", "seconds"], rows)
 
 
-def _answers(answers: list[dict[str, str]]) -> str:
+def _answers(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
     """Prompts of the validation split with what the base and the tuned model make of them."""
     parts = ["## Answers"]
-    for a in answers:
-        quoted = {name: text.strip().replace("\n", "\n    ") for name, text in a.items()}
+    for base, tuned in zip(before, after, strict=True):
+        texts = {name: base[name] for name in ("prompt", "reference")}
+        texts |= {"base model": base["answer"], "tuned model": tuned["answer"]}
+        quoted = {name: text.strip().replace("\n", "\n    ") for name, text in texts.items()}
         parts.append("\n\n".join(f"{name}:\n\n    {text}" for name, text in quoted.items()))
     return "\n\n".join(parts)

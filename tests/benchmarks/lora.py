@@ -77,7 +77,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     from snaketron.settings import LoraSettings, pretrain_settings, run_settings
     from snaketron.sizes import adapter_parameters, num_parameters, static_memory
     from snaketron.train import loop
-    from snaketron.train.batches import Batches
+    from snaketron.train.batches import Batches, sequences
 
     import torch
 
@@ -105,12 +105,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         def collate(self, split: str, indices: Any) -> dict[str, Any]:
             generator = torch.Generator(device).manual_seed(indices[0])
             ids = torch.randint(0, 97, (1, length + 1), generator=generator, device=device)
-            return {
-                "input_ids": ids[:, :-1].contiguous(),
-                "labels": ids[:, 1:].contiguous(),
-                "loss_mask": torch.ones(1, length, device=device),
-                "position_ids": torch.arange(length, device=device)[None],
-            }
+            positions = torch.arange(length, device=device)[None]
+            tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+            return sequences(tokens, labels, positions, settings.model.mtp_num_layers)
 
     (static,) = static_memory(Model(**model), vocabulary, run.parallel, settings.optimizer, adapters=adapters)
     trained = base = num_parameters(Model(**model), vocabulary).total
@@ -140,7 +137,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
                     torch.cuda.synchronize()
                 seconds.append(time.monotonic() - began)
                 losses.append(trainer._mean_loss())
-                trainer.totals.zero_()
+                trainer.sums.zero_()
         except torch.OutOfMemoryError as error:
             result["out_of_memory"] = f"{at}: {str(error).partition('. GPU')[0]}"
         result |= backend.memory()

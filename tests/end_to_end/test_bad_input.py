@@ -212,16 +212,18 @@ def test_packs_of_something_else_are_refused(copy: Workspace, what: str):
         tokenizer = copy.path / "data/tokenizer/tokenizer.json"
         message = f"was made with {what} {'f' * 64}, and {files.sha256(tokenizer)}"
     elif what == "template_sha256":
-        template = copy.path / "data/tokenizer/chat_template.jinja"
-        old = files.sha256(template)
-        template.write_text(template.read_text() + "\n")
-        message = f"was made with {what} {old}, and {files.sha256(template)}"
+        value = files.read_json(blend)
+        source = value["splits"]["train"][1]
+        old, source[what] = source[what], "f" * 64
+        files.write_json(blend, value)
+        message = f"was made with {what} {old}, and {'f' * 64}"
     else:
         size = files.read_json(blend)["pack_size"]
         line = line.replace(f'"seq_length":{size}', '"seq_length":512')
         message = f"was made with {what} {size}, and 512"
     before = (copy.path / "ckpt/sft").readlink()
-    refused(run(copy, line), f"data/sft/blend.json: {message} is wanted; ")
+    where = "data/sft/train/tools/part_0.parquet" if what == "template_sha256" else "data/sft/blend.json"
+    refused(run(copy, line), f"{where}: {message} is wanted; ")
     assert (copy.path / "ckpt/sft").readlink() == before
 
 

@@ -94,7 +94,7 @@ def test_killed_while_a_checkpoint_is_written_in_the_background(copy: Workspace)
 
 def test_a_killed_sft_ends_as_an_undisturbed_one(copy: Workspace):
     undisturbed = begin_again(copy, "ckpt/sft")
-    answers = (undisturbed / "answers.json").read_text()
+    answers = (undisturbed / "answers/step_0000010.json").read_text()
     inside = half_written(copy.path / "ckpt")
     for version in (copy.path / "ckpt/versions").iterdir():
         (version / "latest_checkpointed_iteration.txt").rename(version / "latest")
@@ -106,7 +106,7 @@ def test_a_killed_sft_ends_as_an_undisturbed_one(copy: Workspace):
     assert "continues after step 4" in again.output
     assert weights(copy.path / "ckpt/sft") == weights(undisturbed)
     assert metrics(copy.path / "ckpt/sft") == metrics(undisturbed)
-    assert (copy.path / "ckpt/sft/answers.json").read_text() == answers
+    assert (copy.path / "ckpt/sft/answers/step_0000010.json").read_text() == answers
 
 
 def sft_begun(copy: Workspace) -> bool:

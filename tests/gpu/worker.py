@@ -18,16 +18,13 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Adapters, load
-from snaketron.model import backend
 from snaketron.model.lora import merge
 from snaketron.settings import LoraSettings, pretrain_settings, run_settings
 from snaketron.train import loop
-from snaketron.train.batches import Batches
+from snaketron.train.batches import Batches, sequences
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 VOCABULARY, LENGTH, BATCH = 512, 64, 4
 
@@ -35,21 +32,17 @@ VOCABULARY, LENGTH, BATCH = 512, 64, 4
 class FixedBatches(Batches):
     """Tokens that depend on the sample number alone, the same on each machine."""
 
+    def __init__(self, micro_batch_size: int, depths: int) -> None:
+        super().__init__(micro_batch_size)
+        self.depths = depths  # of multi-token prediction
+
     def has(self, split: str) -> bool:
         return split != "test"
 
     def collate(self, split: str, indices: Any) -> dict[str, Any]:
         rows = [np.random.default_rng([split == "valid", i]).integers(0, 97, LENGTH + 1) for i in indices]
-        ids = torch.from_numpy(np.stack(rows)).to(backend.device())
-        batch = {
-            "tokens": ids[:, :-1].contiguous(),
-            "labels": ids[:, 1:].contiguous(),
-            "loss_mask": torch.ones(len(rows), LENGTH, device=ids.device),
-            "position_ids": torch.arange(LENGTH, device=ids.device).expand(len(rows), -1).contiguous(),
-        }
-        if parallel_state.get_context_parallel_world_size() > 1:
-            batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
-        return {"input_ids": batch.pop("tokens"), **batch}
+        ids, positions = torch.from_numpy(np.stack(rows)), torch.arange(LENGTH).expand(len(rows), -1)
+        return sequences(ids[:, :-1], ids[:, 1:], positions, self.depths)
 
 
 def state_hash(trainer: loop.Trainer) -> str:
@@ -88,11 +81,14 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
         if base:
             trainer.start_from(Path(base), with_optimizer=False)
         resumed = trainer.resume(Path(directory))
-        batches = FixedBatches(run_as.micro_batch_size)
-        found: dict[str, Any] = {"resumed": resumed, "valid": trainer.evaluate(batches, "valid")}
+        batches = FixedBatches(run_as.micro_batch_size, settings.model.mtp_num_layers)
+        found: dict[str, Any] = {
+            "resumed": resumed,
+            "valid": trainer.evaluate(batches, "valid")["valid_loss"],
+        }
         found |= {"losses": [], "mtp": [], "norms": []}
         while trainer.iteration < steps:
-            trainer.totals.zero_()
+            trainer.sums.zero_()
             found["norms"].append(float(trainer._step(batches)))
             line = trainer._line(0.0)
             found["losses"].append(line["loss"])
@@ -101,9 +97,9 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
                 trainer.save(Path(directory))
         trainer.saver.finish()
         if lora is not None:
-            found["tuned"] = trainer.evaluate(batches, "valid")
+            found["tuned"] = trainer.evaluate(batches, "valid")["valid_loss"]
             merge(trainer.model)
-            found["merged"] = trainer.evaluate(batches, "valid")
+            found["merged"] = trainer.evaluate(batches, "valid")["valid_loss"]
         hashes: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(hashes, state_hash(trainer))
         if loop.is_writer():

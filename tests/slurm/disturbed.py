@@ -88,6 +88,8 @@ class Disturbed:
         """What was published is bit for bit what an undisturbed run published."""
         assert weights(self.published) == weights(self.undisturbed)
         assert metrics(self.published) == metrics(self.undisturbed)
-        answers = [(root / "answers.json").read_text() for root in (self.published, self.undisturbed)]
+        answers = [
+            (root / "answers/step_0000010.json").read_text() for root in (self.published, self.undisturbed)
+        ]
         assert answers[0] == answers[1]
         assert not list(self.version.glob(".*.partial"))

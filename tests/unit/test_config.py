@@ -352,8 +352,22 @@ PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight"
             "sft_data.pack_size 1001 is not divisible by tensor 2 x context 1 parallel parts = 2",
         ),
         (
-            {"sft": {"parallel": {"context_parallel_size": 2}}},
-            "sft.parallel.context_parallel_size: packed sequences are trained with 1 only",
+            {"sft": {"parallel": {"context_parallel_size": 2}}, "sft_data": {"padding_multiple": 2}},
+            "sft_data.padding_multiple 2 is not divisible by 2 x sft.parallel.context_parallel_size 2 = 4",
+        ),
+        (
+            {"sft_data": {"padding_multiple": 48}},
+            "sft_data.pack_size 1024 is not divisible by sft_data.padding_multiple 48",
+        ),
+        (
+            {"sft": {"train_iters": 50, "switch_loss_average_after": 50}},
+            "sft.switch_loss_average_after 50 is not less than sft.train_iters 50, so it would never switch; "
+            "leave it out",
+        ),
+        (
+            {"sft": {"parallel": {"context_parallel_size": 16}}},
+            "model.mamba_num_heads 8 is not divisible by sft.parallel.tensor_model_parallel_size x "
+            "context_parallel_size = 16",
         ),
         ({"sft": {"train_iters": 10}}, "sft.warmup_iters 10 is not less than sft.train_iters 10"),
         (

@@ -135,9 +135,18 @@ def test_a_corpus_is_read_once_by_its_own_settings():
 
 
 def test_the_seed_reaches_the_packs_only_where_it_matters():
-    assert graph(seed=7).packing() == "--pack-size 1024 --algorithm first_fit_decreasing"
+    how = "--pack-size 1024 --padding-multiple 1 --long-conversations drop --algorithm"
+    assert graph(seed=7).packing() == f"{how} first_fit_decreasing"
     shuffled = graph(seed=7, sft_data={"algorithm": "first_fit_shuffle"})
-    assert shuffled.packing() == "--pack-size 1024 --algorithm first_fit_shuffle --seed 7"
+    assert shuffled.packing() == f"{how} first_fit_shuffle --seed 7"
+
+
+def test_packs_leave_the_room_that_the_trainings_on_them_need():
+    """Context parallelism gives each process two chunks of a conversation; other sizes need no room."""
+    tensor, context = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 4}
+    assert "--padding-multiple 8 " in graph(sft=VALUES["sft"] | {"parallel": tensor | context}).packing()
+    assert "--padding-multiple 1 " in graph(sft=VALUES["sft"] | {"parallel": tensor}).packing()
+    assert "--padding-multiple 32 " in graph(sft_data={"padding_multiple": 32}).packing()
 
 
 def test_a_tokenizer_is_trained_on_its_text():

@@ -132,8 +132,10 @@ OTHER: dict[str, Any] = {
     "pretrain.optimizer.adam_beta1": 0.8,
     "pretrain.optimizer.adam_beta2": 0.8,
     **{f"{s}.optimizer.adam_beta{i}": 0.8 for s in ("sft", "lora") for i in (1, 2)},
-    **{f"{s}.parallel.context_parallel_size": None for s in ("sft", "lora")},  # 1 only
     **{f"{s}.micro_batch_size": None for s in ("sft", "lora")},  # 1 only
+    **{f"{s}.loss_average": "sample" for s in ("sft", "lora")},
+    **{f"{s}.switch_loss_average_after": 20 for s in ("sft", "lora")},
+    **{f"{s}.sample_interval": 20 for s in ("sft", "lora")},
     "lora.expert_rank": 2,
     "lora.dropout": 0.1,
     "lora.target_modules": ["in_proj", "linear_qkv"],
@@ -206,8 +208,17 @@ def expected(path: str) -> set[str]:
         return {"pretrain", "sft", "lora"}
     if path == "tracking" or section == "cluster":
         return {"run pretrain", "run sft", "run lora"}
-    of_result = ("optimizer", "seq_length", "global_batch_size", "train_iters", "warmup", "decay")
-    of_result += tuple(Adapters.model_fields)
+    of_result = (
+        "optimizer",
+        "seq_length",
+        "global_batch_size",
+        "train_iters",
+        "warmup",
+        "decay",
+        "loss",
+        "switch",
+        *Adapters.model_fields,
+    )
     return {section} if key.startswith(of_result) else {f"run {section}"}
 
 

@@ -19,7 +19,14 @@ def shard(tokens: int, documents: int, num_bytes: int, empty: int = 0) -> dict[s
 
 
 def packs(count: int, tokens: int, trained: int, kept: int, **dropped: int) -> dict[str, Any]:
-    return {"packs": count, "tokens": tokens, "trained_tokens": trained, "packed": kept, "dropped": dropped}
+    return {
+        "packs": count,
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "packed": kept,
+        "dropped": dropped,
+        "cut": 0,
+    }
 
 
 NO_PACKS = packs(0, 0, 0, 0)
@@ -100,6 +107,24 @@ def test_training_is_from_the_first_phase_to_the_last(run: Path):
     ]
 
 
+def test_the_mix_of_the_last_training_is_shown_against_the_weights(run: Path):
+    assert "Mix" not in sections(summarize(run))
+    record = run / "record.json"
+    value = files.read_json(record)
+    sums = {"packs": 12, "conversations": 3_456, "tokens": 12_000, "trained_tokens": 4_000, "epochs": 1.5}
+    value["counts"]["sources"] = {
+        "tools": {"weight": 2 / 3, "share": 0.75, **sums, "valid_loss": 3.25},
+        "rare": {"weight": 1 / 3, "share": 0.25, **sums, "valid_loss": None},
+    }
+    files.write_json(record, value)
+    assert [line.replace(" ", "") for line in sections(summarize(run))["Mix"].splitlines()] == [
+        "|chatsource|wanted|trained|packs|conversations|tokens|trainedtokens|epochs|validloss|",
+        "|-------------|-------:|--------:|------:|--------------:|-------:|---------------:|-------:|-----------:|",
+        "|tools|66.7%|75.0%|12|3,456|12,000|4,000|1.50|3.2500|",
+        "|rare|33.3%|25.0%|12|3,456|12,000|4,000|1.50|-|",
+    ]
+
+
 def test_performance_is_of_the_stages_that_measured_it(run: Path):
     assert "Performance" not in sections(summarize(run))
     path = run / "record.json"
@@ -152,8 +177,10 @@ def test_time_is_summed_over_the_jobs_of_a_kind(run: Path):
 
 
 def test_answers_are_quoted_as_they_are(run: Path):
-    answers = [{"prompt": "what?\nnow", "reference": " this ", "base model": "#", "tuned model": "that"}]
-    files.write_json(run / "answers.json", answers)
+    (run / "answers").mkdir()
+    for step, answer in ((0, "#"), (20, "on the way"), (100, "that")):
+        entry = {"prompt": "what?\nnow", "reference": " this ", "answer": answer}
+        files.write_json(run / f"answers/step_{step:07d}.json", [entry])
     text = summarize(run)
     assert text.startswith(f"# {run}\n\n## Training\n\n")
     assert text.endswith(

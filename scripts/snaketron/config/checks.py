@@ -112,6 +112,17 @@ def check_run(section: str, run: Pretrain | Tuning, model: Model) -> list[str]:
     problems = [
         _divides(f"model.{k}", getattr(model, k), f"{at}.tensor_model_parallel_size", tp) for k in shared
     ]
+    if (context := parallel.context_parallel_size) > 1:
+        # A Mamba-2 layer then shares its heads, not the sequence; each process has groups of its own or
+        # several share one.
+        by = f"{at}.tensor_model_parallel_size x context_parallel_size ="
+        problems.append(_divides("model.mamba_num_heads", model.mamba_num_heads, by, tp * context))
+        groups = max(1, model.mamba_num_groups // tp)
+        if max(groups, context) % min(groups, context):
+            problems.append(
+                f"model.mamba_num_groups {model.mamba_num_groups} / {at}.tensor_model_parallel_size {tp} and "
+                f"context_parallel_size {context}: neither divides the other"
+            )
     if model.num_query_groups < tp:  # each group is then on several processes
         groups = model.num_query_groups
         problems.append(_divides(f"{at}.tensor_model_parallel_size", tp, "model.num_query_groups", groups))
@@ -177,13 +188,23 @@ def check_batches(config: Config) -> list[str]:
         problems.append(
             _sequence(f"{at}.seq_length", phase.seq_length or pretrain.seq_length, pretrain.parallel)
         )
+    data = config.sft_data
+    if data.padding_multiple:
+        at = "sft_data.padding_multiple"
+        problems.append(_divides("sft_data.pack_size", data.pack_size, at, data.padding_multiple))
     tunings: dict[str, Tuning] = {"sft": config.sft, "lora": config.lora}
     for name, run in tunings.items():
         problems.append(_batch(name, run.global_batch_size, run))
-        problems.append(_sequence("sft_data.pack_size", config.sft_data.pack_size, run.parallel))
-        if run.parallel.context_parallel_size > 1:
-            at = f"{name}.parallel.context_parallel_size"
-            problems.append(f"{at}: packed sequences are trained with 1 only")
+        problems.append(_sequence("sft_data.pack_size", data.pack_size, run.parallel))
+        context = run.parallel.context_parallel_size
+        if data.padding_multiple and context > 1:
+            by = f"2 x {name}.parallel.context_parallel_size {context} ="
+            problems.append(_divides("sft_data.padding_multiple", data.padding_multiple, by, 2 * context))
+        if run.switch_loss_average_after is not None and run.switch_loss_average_after >= run.train_iters:
+            problems.append(
+                f"{name}.switch_loss_average_after {run.switch_loss_average_after} is not less than "
+                f"{name}.train_iters {run.train_iters}, so it would never switch; leave it out"
+            )
         if run.warmup_iters >= run.train_iters:
             problems.append(
                 f"{name}.warmup_iters {run.warmup_iters} is not less than "

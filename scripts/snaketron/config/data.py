@@ -274,7 +274,18 @@ class SftData(Shards):
         0.02, "share of the conversations held out for the test, by a hash of the text"
     )
     pack_size: Positive = key(
-        1024, "tokens of a pack, and the sequence length of SFT; longer conversations are dropped and counted"
+        1024, "tokens of a pack, and the sequence length of SFT; see long_conversations"
+    )
+    padding_multiple: Positive | None = key(
+        None,
+        "packs leave room to pad each conversation to a multiple of this; null: what the context parallel "
+        "size of the trainings on them needs (twice the size). Another one packs anew",
+    )
+    long_conversations: Literal["drop", "cut_at_answer", "cut_unfinished"] = key(
+        "drop",
+        "what becomes of a conversation of more tokens than a pack: dropped; cut after the last answer that "
+        "ends within the pack; or cut at the size of the pack, and that answer not trained. Each is "
+        "counted",
     )
     algorithm: Literal["first_fit_decreasing", "first_fit_shuffle", "concatenative"] = key(
         "first_fit_decreasing",

@@ -236,6 +236,16 @@ class Tuning(Run):
     )
     train_iters: Positive = key(100, "steps")
     global_batch_size: Positive = key(2, "packs of a step, over all processes")
+    loss_average: Literal["token", "sample"] = key(
+        "token",
+        "what a step minimizes: the mean over its trained tokens; or each conversation's own mean, averaged "
+        "over its conversations. Multi-token prediction likewise",
+    )
+    switch_loss_average_after: Count | None = key(
+        None,
+        "steps after which the loss is averaged the other way (Nemotron 3 Super: first by token, then by "
+        "sample); null: never",
+    )
     warmup_iters: Count = key(
         10, "steps over which the learning rate rises from 0; then it falls as a cosine"
     )
@@ -243,7 +253,13 @@ class Tuning(Run):
         lambda: Optimizer(learning_rate=1e-3, min_learning_rate=1e-4), "AdamW and its learning rate"
     )
     eval_samples: Positive = key(16, "packs of a validation, the same ones each time")
-    num_samples: Count = key(2, "answers of the base and of the tuned model to keep in the summary")
+    num_samples: Count = key(
+        2,
+        "held-out prompts that the model answers before, on the way and after: answers/ of the version",
+    )
+    sample_interval: Positive | None = key(
+        None, "steps between two times; null: only before the first and after the last step"
+    )
     sample_tokens: Positive = key(48, "tokens of such an answer at most")
 
 

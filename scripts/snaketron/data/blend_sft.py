@@ -16,7 +16,7 @@ from snaketron.log import UserError
 
 logger = logging.getLogger(__name__)
 
-SAME = ("tokenizer_sha256", "template_sha256", "pack_size", "algorithm", "padding_multiple")
+SAME = ("tokenizer_sha256", "pack_size", "algorithm", "padding_multiple")
 COUNTS = ("packs", "tokens", "trained_tokens")
 
 
@@ -55,6 +55,13 @@ def blend(weights: Mapping[str, float], records: Mapping[Path, Mapping[str, Any]
         if source not in shards:
             raise UserError(f"{path}: source {source!r} has no weight; give --weights {source}=...")
         shards[source].append((path, record))
+        first = shards[source][0]
+        template, other = (r["settings"]["template_sha256"] for r in (record, first[1]))
+        if template != other:
+            raise UserError(
+                f"{path}: made with template_sha256 {template}, but {first[0]} of its source with {other}; "
+                "run the workflow again so that both are made alike"
+            )
     splits = {split: _split(split, weights, shards) for split in SPLITS}
     used = [source for sources in splits.values() for source in sources]
     tokens, packs = (sum(source[name] for source in used) for name in ("tokens", "packs"))
@@ -98,7 +105,10 @@ def _split(
             logger.warning("%s: source %r has no packs and is left out", split, source)
             continue
         totals = {name: sum(file[name] for file in used) for name in COUNTS}
-        sources.append({"source": source, "weight": weight, **totals, "files": used})
+        template = shards[source][0][1]["settings"]["template_sha256"]
+        sources.append(
+            {"source": source, "weight": weight, "template_sha256": template, **totals, "files": used}
+        )
     total = sum(source["weight"] for source in sources)
     return [{**source, "weight": source["weight"] / total} for source in sources]
 
@@ -135,6 +145,7 @@ class Source:
 
     source: str
     weight: float
+    template_sha256: str
     files: list[Path]
 
 
@@ -142,17 +153,19 @@ class Source:
 class Blend:
     """`blend.json` as a trainer needs it; a split without packs has no sources."""
 
+    padding_multiple: int  # the packs have room for conversations padded to it
     splits: dict[str, list[Source]]
 
 
 def check(path: Path, **expected: Any) -> Blend:
     """Read a blend; `UserError` when it was made for something else, or lists a file that is not there.
 
-    `expected` is any of `tokenizer_sha256`, `template_sha256`, `pack_size`, `algorithm`, `padding_multiple`.
+    `expected` is any of `tokenizer_sha256`, `pack_size`, `algorithm`.
     """
     try:
         value = read_json(path)
         listed = {split: value["splits"][split] for split in SPLITS}
+        multiple = int(value["padding_multiple"])
     except FileNotFoundError:
         raise UserError(f"{path}: no such blend; the rule blend_sft makes it") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -160,12 +173,13 @@ def check(path: Path, **expected: Any) -> Blend:
     check_expected(path, value, expected)
     for file in (file for sources in listed.values() for source in sources for file in source["files"]):
         _check_size(Path(file["path"]), file["bytes"], path)
-    return Blend(
-        {
-            split: [
-                Source(source["source"], source["weight"], [Path(file["path"]) for file in source["files"]])
-                for source in sources
-            ]
-            for split, sources in listed.items()
-        }
-    )
+    splits = {
+        split: [
+            Source(
+                s["source"], s["weight"], s["template_sha256"], [Path(file["path"]) for file in s["files"]]
+            )
+            for s in sources
+        ]
+        for split, sources in listed.items()
+    }
+    return Blend(multiple, splits)

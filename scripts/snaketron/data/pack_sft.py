@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from snaketron.data import packed, packing, rendered
 from snaketron.data.split import SPLITS
@@ -34,19 +34,33 @@ class _RowGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class Chats:
-    """All conversations of some files, numbered through, without their tokens (about 10 bytes each)."""
+    """All conversations of some files, numbered through, without their tokens (about 20 bytes each).
+
+    Those of more tokens than a pack may be cut.
+    """
 
     groups: list[_RowGroup]
-    lengths: np.ndarray
+    lengths: np.ndarray  # after cutting
+    answered: (
+        np.ndarray
+    )  # of so many tokens at the beginning of each the mask holds; the others count nothing
     trained: np.ndarray  # how many tokens of each are trained; nothing predicts the first
+    cut: np.ndarray  # how many tokens were cut off
     splits: np.ndarray  # indices of SPLITS
     metadata: dict[str, Any]  # what the files were made with
 
     @classmethod
-    def read(cls, files: Sequence[Path]) -> Chats:
+    def read(
+        cls,
+        files: Sequence[Path],
+        pack_size: int,
+        long_conversations: Literal["drop", "cut_at_answer", "cut_unfinished"] = "drop",
+    ) -> Chats:
+        """Read what is needed to plan; see `config.SftData.long_conversations`. Raises `UserError`."""
         metadata: dict[str, Any] = {}
         groups: list[_RowGroup] = []
-        parts = [(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int8))]
+        numbers = np.empty(0, np.int32)
+        parts = [(numbers, numbers, numbers, numbers, np.empty(0, np.int8))]
         count = 0
         for path in files:
             if list(files).count(path) > 1:
@@ -58,13 +72,19 @@ class Chats:
                 mask, offsets = packed.flatten(table.column("loss_mask"))
                 before = np.concatenate([np.zeros(1, np.int64), np.cumsum(mask, dtype=np.int64)])
                 starts, ends = offsets[:-1], offsets[1:]
-                trained = before[ends] - before[np.minimum(starts + 1, ends)]
                 lengths = ends - starts
-                parts.append((lengths.astype(np.int32), trained.astype(np.int32), _splits(table)))
+                kept, answered = lengths.copy(), lengths.copy()
+                if long_conversations != "drop":
+                    for i in np.flatnonzero(lengths > pack_size).tolist():
+                        answered[i] = last_answer(mask[starts[i] : ends[i]], pack_size)
+                        kept[i] = answered[i] if long_conversations == "cut_at_answer" else pack_size
+                trained = before[starts + answered] - before[np.minimum(starts + 1, starts + answered)]
+                columns = (kept, answered, trained, lengths - kept)
+                parts.append((*(column.astype(np.int32) for column in columns), _splits(table)))
                 groups.append(_RowGroup(path, number, count, count + len(starts)))
                 count += len(starts)
-        lengths, trained, splits = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return cls(groups, lengths, trained, splits, metadata)
+        lengths, answered, trained, cut, splits = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return cls(groups, lengths, answered, trained, cut, splits, metadata)
 
     def tokens(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and masks, aligned with the labels, of the `wanted` conversations, one after the other.
@@ -84,10 +104,20 @@ class Chats:
                 trained, _ = packed.flatten(table.column("loss_mask"))
                 there = place[group.start : group.end]
                 for item in np.flatnonzero(there >= 0).tolist():
-                    to, start, end = there[item], offsets[item], offsets[item + 1]
-                    input_ids[to : to + end - start] = ids[start:end]
-                    loss_mask[to : to + end - start - 1] = trained[start + 1 : end]
+                    to, start = there[item], offsets[item]
+                    length, answered = self.lengths[group.start + item], self.answered[group.start + item]
+                    input_ids[to : to + length] = ids[start : start + length]
+                    loss_mask[to : to + max(answered, 1) - 1] = trained[start + 1 : start + max(answered, 1)]
         return input_ids, loss_mask
+
+
+def last_answer(loss_mask: np.ndarray, room: int) -> int:
+    """Where the last answer ends that ends within `room` tokens; 0 if none does.
+
+    An answer is a run of tokens that are trained.
+    """
+    ends = np.flatnonzero(np.diff(loss_mask[: room + 1].astype(np.int8)) == -1) + 1
+    return int(ends[-1]) if len(ends) else 0
 
 
 def _tables(path: Path, columns: list[str], numbers: Sequence[int] | None = None) -> Iterator[pa.Table]:
@@ -120,20 +150,40 @@ class Plan(NamedTuple):
     counts: dict[str, Any]
 
 
-def plan(chats: Chats, split: str, pack_size: int, algorithm: str, seed: int | None = None) -> Plan:
-    """Which conversations share a pack. What cannot be used is dropped and counted."""
+def plan(
+    chats: Chats,
+    split: str,
+    pack_size: int,
+    algorithm: str,
+    seed: int | None = None,
+    padding_multiple: int = 1,
+) -> Plan:
+    """Which conversations share a pack. What cannot be used is dropped and counted.
+
+    A pack has room for each of its conversations with its length rounded up to the `padding_multiple`, which
+    divides the pack size.
+    """
     in_split = chats.splits == SPLITS.index(split)
     too_long = in_split & (chats.lengths > pack_size)
     untrained = in_split & ~too_long & (chats.trained == 0)
+    unanswered = untrained & (chats.cut > 0)
     chosen = np.flatnonzero(in_split & ~too_long & ~untrained)
     lengths = chats.lengths[chosen]
-    bins = packing.pack(lengths, pack_size, algorithm, seed)
-    dropped = {"longer than a pack": too_long.sum(), "nothing to train on": untrained.sum()}
+    padded = -(-lengths // padding_multiple) * padding_multiple
+    bins = packing.pack(padded, pack_size, algorithm, seed)
+    cut = chosen[chats.cut[chosen] > 0]
+    dropped = {
+        "longer than a pack": too_long.sum(),
+        "longer than a pack, which no answer fits in": unanswered.sum(),
+        "nothing to train on": untrained.sum() - unanswered.sum(),
+    }
     tokens = int(lengths.sum(dtype=np.int64))
     counts = {
         "conversations": int(in_split.sum()),
         "packed": len(chosen),
         "dropped": {reason: int(number) for reason, number in dropped.items() if number},
+        "cut": len(cut),
+        "cut_tokens": int(chats.cut[cut].sum(dtype=np.int64)),
         "packs": len(bins),
         "tokens": tokens,
         "trained_tokens": int(chats.trained[chosen].sum(dtype=np.int64)),

@@ -1,6 +1,7 @@
 """Packed conversations on disk: Parquet in the columns that Megatron-Bridge reads.
 
-A row is a pack: `input_ids` of whole conversations without padding, `loss_mask` aligned with the labels
+A row is a pack: `input_ids` of whole conversations without padding (the trainer puts it where a layout needs
+it, and packs leave the room: `padding_multiple`), `loss_mask` aligned with the labels
 (mask[j] says whether token j+1 is trained; the last position of a conversation is 0), and `seq_start_id`,
 where each conversation begins. The footer says what the packs were made with and for.
 """
@@ -11,7 +12,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from snaketron.log import UserError
 
@@ -36,6 +37,18 @@ class Pack(NamedTuple):
     loss_mask: np.ndarray
     seq_start_id: np.ndarray
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each conversation."""
+        return np.diff(self.seq_start_id, append=len(self.input_ids))
+
+    def places(self, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each token lies, and where conversations begin and the last one ends, when each is followed
+        by padding up to a `multiple`."""
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-self.lengths // multiple) * multiple)])
+        moved = np.repeat(starts[:-1] - self.seq_start_id, self.lengths)
+        return np.arange(len(self.input_ids)) + moved, starts
+
 
 def join(conversations: Sequence[tuple[np.ndarray, np.ndarray]]) -> Pack:
     """One pack of conversations, each its ids and, per token, whether it is output of the assistant."""
@@ -45,6 +58,32 @@ def join(conversations: Sequence[tuple[np.ndarray, np.ndarray]]) -> Pack:
     for start, length, (_, trained) in zip(starts, lengths, conversations, strict=True):
         loss_mask[start : start + length - 1] = trained[1:]
     return Pack(np.concatenate([input_ids for input_ids, _ in conversations]), loss_mask, starts)
+
+
+def loss_weights(
+    pack: Pack, depths: int, average: Literal["token", "sample"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What each position's loss counts, and the number by which their sum is divided.
+
+    Row k of the weights (1 + depths, tokens) is of the prediction of the token k + 1 further on. With "token"
+    a position counts 1 if that token is trained; with "sample" the positions of a conversation count 1
+    together. The numbers (1 + depths,) are those of trained tokens, or of conversations that have any.
+    """
+    weights = np.zeros((1 + depths, len(pack.loss_mask)), dtype=np.float32)
+    totals = np.zeros(1 + depths)
+    lengths = pack.lengths
+    left = np.repeat(pack.seq_start_id + lengths, lengths) - np.arange(len(pack.loss_mask))
+    for depth in range(1 + depths):
+        row = weights[depth]
+        row[: len(row) - depth] = pack.loss_mask[depth:]
+        row[left <= depth] = 0  # that label is of the next conversation
+        if average == "token":
+            totals[depth] = row.sum(dtype=np.float64)
+        else:
+            trained = np.add.reduceat(row, pack.seq_start_id, dtype=np.float64)
+            row /= np.repeat(np.maximum(trained, 1), lengths)
+            totals[depth] = np.count_nonzero(trained)
+    return weights, totals
 
 
 # ------------------------------------------------------------------------------------------ writing

@@ -6,3 +6,4 @@ machine it runs on; without it megatron-core needs a GPU.
 
 from snaketron.model import backend as backend
 from snaketron.model import fixes as fixes
+from snaketron.model import packed as packed

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
 
-from snaketron.model import mamba2
+from snaketron.model import mamba2, packed
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from megatron.core.optimizer import optimizer as mixed_precision_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm import mamba_mixer
+from megatron.core.ssm import mamba_context_parallel, mamba_mixer
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -143,32 +144,39 @@ class Attention(torch.nn.Module):
     ) -> Tensor:
         """query (length, batch, heads, width), key and value with fewer heads; packed: without batch."""
         q, k, v = (x.unsqueeze(1) if query.dim() == 3 else x for x in (query, key, value))
-        if self.cp_group.size() > 1:
-            if packed_seq_params is not None:
-                raise NotImplementedError("packed sequences with context parallelism need a GPU")
-            k, v = (
-                tensor_parallel.gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (k, v)
-            )
-        mask = self._mask(len(q), packed_seq_params)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        ranks, length = self.cp_group.size(), len(q)
+        # Bounds of the sequences, the positions that this rank has the queries of, and those of all keys.
+        ends = (
+            torch.tensor([0, length * ranks]) if packed_seq_params is None else packed_seq_params.cu_seqlens_q
         )
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-    def _mask(self, length: int, packed: PackedSeqParams | None) -> Tensor | None:
-        """(queries, keys), true where a query sees a key; None: causal."""
-        ranks, rank = self.cp_group.size(), self.cp_group.rank()
+        positions = torch.arange(length)
         if ranks > 1:
-            # Rank r holds chunks r and 2 * ranks - 1 - r of the sequence.
-            chunks = torch.arange(length * ranks).chunk(2 * ranks)
-            order = [torch.cat([chunks[r], chunks[2 * ranks - 1 - r]]) for r in range(ranks)]
-            return order[rank][:, None] >= torch.cat(order)
-        if packed is None:
-            return None
-        position = torch.arange(length)
-        sequence = torch.bucketize(position, packed.cu_seqlens_q[1:], right=True)
-        return (position[:, None] >= position) & (sequence[:, None] == sequence)
+            parts = [packed.partition(ends, length * ranks, ranks, rank) for rank in range(ranks)]
+            positions = parts[self.cp_group.rank()]
+            k, v = (
+                tensor_parallel.gather_from_sequence_parallel_region(x, group=self.cp_group)[
+                    torch.cat(parts).argsort()
+                ]
+                for x in (k, v)
+            )
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        # One sequence after the other: a mask of a whole pack grows with the square of its length.
+        bounds = torch.searchsorted(positions, ends.long()).tolist()
+        out = [
+            F.scaled_dot_product_attention(
+                q[:, :, first:last],
+                k[:, :, start:end],
+                v[:, :, start:end],
+                None if ranks == 1 else positions[first:last, None] >= torch.arange(start, end),
+                is_causal=ranks == 1,
+                scale=self.scale,
+                enable_gqa=True,
+            )
+            for (first, last), (start, end) in zip(
+                itertools.pairwise(bounds), itertools.pairwise(ends.tolist()), strict=True
+            )
+        ]
+        return torch.cat(out, 2).permute(2, 0, 1, 3).flatten(2)
 
 
 class GatedRMSNorm(mamba2.RMSNormGated):
@@ -399,6 +407,9 @@ def _patch_megatron() -> None:
     mamba_mixer.ExtendedRMSNorm = GatedRMSNorm
     mamba_mixer.mamba_split_conv1d_scan_combined = mamba2.mamba_split_conv1d_scan_combined
     mamba_mixer._check_mamba_sequence_packing_support = lambda **_: (True, None)
+    # And Transformer Engine where packed sequences are shared by ranks.
+    mamba_context_parallel.tex = types.SimpleNamespace(thd_get_partitioned_indices=packed.partition)
+    mamba_context_parallel.is_te_min_version = lambda *_: True
 
 
 # Of malloc.h.

@@ -123,9 +123,10 @@ def ssd_scan(
     ).unsqueeze(-1)
     added = (b_decayed.reshape(-1, chunk_size, state_dim).mT @ x).view(batch, chunks, heads, -1)
     state, states = torch.zeros_like(added[:, 0]), []
-    for chunk, kept in enumerate((total + keep).exp().unbind(1)):
+    # Unbound: the gradient of `added[:, chunk]` has the size of all of `added`, for each chunk.
+    for new, kept in zip(added.unbind(1), (total + keep).exp().unbind(1), strict=True):
         states.append(state)
-        state = torch.addcmul(added[:, chunk], state, kept)
+        state = torch.addcmul(new, state, kept)
     state_at_start = torch.stack(states, 1).view(-1, state_dim, head_dim)
 
     # What the tokens read from the state at the start of their chunk.

@@ -162,8 +162,8 @@ def build_model(config: TransformerConfig, model: Model, vocab_size: int, seq_le
     Returns:
         A HybridModel. Called with input_ids, position_ids (both (batch, length)) and attention_mask None,
         it gives logits (batch, length, padded vocabulary / TP), or with labels the loss of each token
-        (batch, length) in nats. padding_mask (batch, length / TP), true for padding, keeps tokens out of the
-        decoder's router losses and loads; multi-token prediction does not see it (megatron-core 0.19.2).
+        (batch, length) in nats; loss_mask is then as in `packed.process_mtp_loss`. padding_mask (batch,
+        length / TP), true for padding, keeps tokens out of the routers' losses and loads.
         Expert parameters are marked `allreduce = False`.
     """
     stages = config.pipeline_model_parallel_size

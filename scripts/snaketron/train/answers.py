@@ -1,4 +1,4 @@
-"""Answers of a model to a few held-out prompts, to see what tuning did."""
+"""Answers of a model to a few held-out prompts, to see what tuning does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snaketron.data import tokenizer as tokenizers
-from snaketron.files import read_json, write_json
+from snaketron.files import write_json
 from snaketron.model import backend
 from snaketron.summary import ANSWERS
 from snaketron.train.batches import SftBatches
@@ -34,8 +34,8 @@ def held_out_prompts(batches: SftBatches, count: int) -> Iterator[Prompt]:
     """Prompts of the first `count` validation packs, one of each."""
     if not batches.has("valid"):
         return
-    for source, sample in list(zip(*batches.order["valid"], strict=True))[:count]:
-        pack = batches.packs["valid"][source][int(sample)]
+    for index in range(min(count, len(batches.order["valid"][0]))):
+        _, pack = batches.pack("valid", index)
         end = pack.seq_start_id[1] if len(pack.seq_start_id) > 1 else len(pack.input_ids)
         trained = np.flatnonzero(pack.loss_mask[:end]) + 1  # the mask is that of the label, one further
         first = int(trained[0])
@@ -61,18 +61,18 @@ def answer(trainer: Trainer, prompt: Prompt, max_tokens: int) -> list[int]:
     return ids[len(prompt.input_ids) :]
 
 
-def write_answers(stage: Stage, trainer: Trainer, batches: SftBatches, who: str) -> None:
-    """Add the answers of the model as it is now to the version's answers."""
-    path = stage.directory / ANSWERS
+def write_answers(stage: Stage, trainer: Trainer, batches: SftBatches) -> None:
+    """Write the answers of the model as it is now to the version, in a file of its own for each step."""
     text = tokenizers.load(stage.tokenizer_directory)
     answers: list[dict[str, str]] = []
     for prompt in held_out_prompts(batches, stage.run.num_samples):
         ids = answer(trainer, prompt, stage.run.sample_tokens)
-        entry = {"prompt": prompt.input_ids, "reference": prompt.reference, who: ids}
+        entry = {"prompt": prompt.input_ids, "reference": prompt.reference, "answer": ids}
         answers.append({name: text.decode(ids, skip_special_tokens=False) for name, ids in entry.items()})
-    if stage.rank == 0:
-        earlier = read_json(path) if path.exists() and trainer.iteration else [{}] * len(answers)
-        write_json(path, [old | new for old, new in zip(earlier, answers, strict=True)])
+    if stage.rank == 0 and answers:
+        directory = stage.directory / ANSWERS
+        directory.mkdir(exist_ok=True)
+        write_json(directory / f"step_{trainer.iteration:07d}.json", answers)
 
 
 @contextlib.contextmanager

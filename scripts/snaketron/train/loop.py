@@ -18,7 +18,7 @@ from snaketron.model.spec import build_model, recomputation, transformer_config
 from snaketron.settings import LoraSettings, RunSettings, TrainSettings
 from snaketron.sizes import training_flops
 from snaketron.train import checkpoint, versions
-from snaketron.train.batches import Batch, Batches, Split
+from snaketron.train.batches import SUMS, Batch, Batches, Report, Split
 from snaketron.train.heartbeat import Heartbeat
 from snaketron.train.metrics import Clock, Metrics, Progress
 from snaketron.train.schedule import build_schedule, seek
@@ -150,8 +150,11 @@ class Trainer:
         self.schedule = build_schedule(self.optimizer, values, settings.schedule)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
-        # Sums since the last line of metrics: steps, loss, tokens, router loss, then each MTP depth.
-        self.totals = torch.zeros(4 + settings.model.mtp_num_layers, dtype=torch.float64)
+        # Since the last line of metrics: `SUMS` by source, and summed up over steps how many there were, the
+        # router loss and the loss of each MTP depth.
+        self.sums = torch.zeros(1, len(SUMS), dtype=torch.float64)
+        self.means = torch.zeros(2 + settings.model.mtp_num_layers, dtype=torch.float64)
+        self.sources: tuple[str, ...] = ()
         self.stop_signal = 0
 
     # ------------------------------------------------------------------------------------ checkpoints
@@ -160,7 +163,8 @@ class Trainer:
         progress = {
             "iteration": self.iteration,
             "consumed_train_samples": self.iteration * self.settings.global_batch_size,
-            "totals": self.totals.tolist(),
+            "sums": self.sums.tolist(),
+            "means": self.means.tolist(),
         }
         self.saver.save(directory, self.iteration, self.trained, self.optimizer, progress)
 
@@ -171,7 +175,8 @@ class Trainer:
             return False
         progress = checkpoint.load(directory, iteration, self.trained, self.optimizer)
         self.iteration = progress["iteration"]
-        self.totals = torch.tensor(progress["totals"], dtype=torch.float64)
+        self.sums = torch.tensor(progress["sums"], dtype=torch.float64)
+        self.means = torch.tensor(progress["means"], dtype=torch.float64)
         return True
 
     def start_from(self, base: Path, *, with_optimizer: bool) -> None:
@@ -190,14 +195,15 @@ class Trainer:
         self,
         batches: Batches,
         directory: Path,
-        after_start: Callable[[], None] = lambda: None,
+        sample: Callable[[], None] = lambda: None,
         observe: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> None:
         """Train to the end of the stage, with metrics, validation and checkpoints on the way.
 
-        `after_start` runs before the first step of the stage; `observe` gets each line of metrics on the
-        rank that writes them. Raises `Stopped` on a signal.
+        `sample` runs on every rank before the first step, after every `sample_interval` steps and after the
+        last; `observe` gets each line of metrics on the rank that writes them. Raises `Stopped` on a signal.
         """
+        self.sources = batches.sources
         metrics = Metrics(directory / "metrics.jsonl", self.iteration, observe, writer=is_writer())
         self.seconds = metrics.seconds
         tokens = self.settings.global_batch_size * self.settings.seq_length
@@ -206,7 +212,7 @@ class Trainer:
         heartbeat.beat(self.iteration)
         with self._signals():
             if self.iteration == 0:
-                after_start()
+                sample()
                 self._validate(batches, metrics)
             while self.iteration < self.settings.train_iters:
                 before = self.clock.spent["step"]
@@ -216,19 +222,30 @@ class Trainer:
                 if is_writer():
                     progress.show(self.iteration, self._mean_loss())
                     heartbeat.beat(self.iteration, loss=self._mean_loss(), tokens_per_second=progress.speed)
-                self._after_step(batches, metrics, directory, grad_norm)
+                self._after_step(batches, metrics, directory, grad_norm, sample)
                 heartbeat.beat(self.iteration)  # a validation or a checkpoint may have taken its time
             if batches.has("test"):
-                metrics.write(iteration=self.iteration, test_loss=self.evaluate(batches, "test"))
+                metrics.write(iteration=self.iteration, **self.evaluate(batches, "test"))
 
-    def _after_step(self, batches: Batches, metrics: Metrics, directory: Path, grad_norm: float) -> None:
+    def _after_step(
+        self,
+        batches: Batches,
+        metrics: Metrics,
+        directory: Path,
+        grad_norm: float,
+        sample: Callable[[], None],
+    ) -> None:
         versions.check_owner(directory)
         at_end = self.iteration == self.settings.train_iters
         if self.iteration % self.run.log_interval == 0 or at_end:
             metrics.write(**self._line(grad_norm))
-            self.totals.zero_()
+            self.sums.zero_()
+            self.means.zero_()
         if self.iteration % self.run.eval_interval == 0 or at_end:
             self._validate(batches, metrics)
+        interval = self.run.sample_interval
+        if at_end or (interval and self.iteration % interval == 0):
+            sample()
         if self.iteration % self.run.save_interval == 0 or at_end or self.stop_signal:
             with self.clock.spend("checkpoint"):
                 self.save(directory)
@@ -281,70 +298,86 @@ class Trainer:
         )
         return outputs, micro_batches
 
-    def evaluate(self, batches: Batches, split: Split) -> float:
-        """Mean loss of a token, in nats, over the same samples each time; equal on all ranks."""
+    def evaluate(self, batches: Batches, split: Split) -> dict[str, Any]:
+        """Mean loss of a token, in nats, over the same samples each time; equal on all ranks.
+
+        The key is `<split>_loss`. Of conversations also `<split>_sample_loss`, the mean over conversations of
+        each one's mean, and `<split>_sources`, the loss of a token of each source.
+        """
         self.parallel_model.eval()
         with torch.no_grad():
             count = batches.round_up(self.run.eval_samples)
             outputs, _ = self._forward_backward(batches, split, 0, count, forward_only=True)
         self.parallel_model.train()
-        loss, tokens = self._sum_losses(outputs).tolist()
-        return loss / max(tokens, 1)
+        sums, _ = self._sum_up(outputs, len(batches.sources))
+        total = _means(sums.sum(0))
+        found: dict[str, Any] = {f"{split}_loss": total["loss"]}
+        if batches.sources:
+            found[f"{split}_sample_loss"] = total["sample_loss"]
+            found[f"{split}_sources"] = {
+                name: _means(row)["loss"] for name, row in zip(batches.sources, sums, strict=True) if row[1]
+            }
+        return found
 
     def _validate(self, batches: Batches, metrics: Metrics) -> None:
         if batches.has("valid"):
-            loss = self.evaluate(batches, "valid")
-            metrics.write(iteration=self.iteration, valid_loss=loss)
+            found = self.evaluate(batches, "valid")
+            metrics.write(iteration=self.iteration, **found)
             if is_writer():
+                by_source = ", ".join(f"{n} {loss:.4f}" for n, loss in found.get("valid_sources", {}).items())
                 logger.info(
-                    "%s: validation loss %.4f after step %d", self.settings.stage, loss, self.iteration
+                    "%s: validation loss %.4f%s after step %d",
+                    self.settings.stage,
+                    found["valid_loss"],
+                    f" ({by_source})" if by_source else "",
+                    self.iteration,
                 )
 
     # --------------------------------------------------------------------------------------- metrics
 
-    def _sum_losses(self, outputs: list[torch.Tensor]) -> torch.Tensor:
-        """(loss, tokens) summed over micro-batches and ranks, on all ranks, in float64."""
-        total = torch.stack(outputs).sum(0) if outputs else torch.zeros(2, dtype=torch.float64)
-        total = total.to(backend.device())
+    def _sum_up(
+        self, outputs: list[torch.Tensor], num_sources: int, mtp: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`SUMS` by source and `mtp`, summed over micro-batches and ranks, on all ranks, in float64."""
+        shape = (max(1, num_sources), len(SUMS))
+        sums = torch.stack(outputs).sum(0) if outputs else torch.zeros(shape, dtype=torch.float64)
+        mtp = torch.zeros(0) if mtp is None else mtp
+        total = torch.cat([x.flatten().double().to(backend.device()) for x in (sums, mtp)])
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(total, group=group)
         # The last rank is in the last pipeline stage, which has the losses.
         torch.distributed.broadcast(total, src=torch.distributed.get_world_size() - 1)
-        return total.cpu()
+        total = total.cpu()
+        return total[: sums.numel()].reshape(shape), total[sums.numel() :]
 
     def _add_up(self, outputs: list[torch.Tensor], micro_batches: int) -> None:
         depths = self.settings.model.mtp_num_layers
-        MTPLossLoggingHelper.reduce_metrics_in_tracker()
         mtp = MTPLossLoggingHelper.tracker.get("loss_values", torch.zeros(depths))
-        router = _router_loss(self.config, self.settings.model.hybrid_layer_pattern)
-        # One reduction for what only the last stage knows and for signals, which reach ranks at other steps.
-        shared = torch.zeros(depths + 1, dtype=torch.float64, device=backend.device())
-        if is_writer() and depths:
-            shared[:depths] = mtp.double() / micro_batches
-        shared[depths] = self.stop_signal
-        torch.distributed.all_reduce(shared[:depths])
-        torch.distributed.all_reduce(shared[depths:], op=torch.distributed.ReduceOp.MAX)
-        self.stop_signal = int(shared[depths])
+        sums, mtp = self._sum_up(outputs, len(self.sources), mtp)
         MTPLossLoggingHelper.clean_metrics_in_tracker()
-        loss, tokens = self._sum_losses(outputs).tolist()
-        self.totals += torch.tensor(
-            [1, loss, tokens, router / micro_batches, *shared[:depths].tolist()]
-        ).double()
+        router = _router_loss(self.config, self.settings.model.hybrid_layer_pattern) / micro_batches
+        # Signals reach ranks at other steps.
+        signals = torch.tensor(self.stop_signal, device=backend.device())
+        torch.distributed.all_reduce(signals, op=torch.distributed.ReduceOp.MAX)
+        self.stop_signal = int(signals)
+        self.sums = self.sums + sums
+        tokens = sums.sum(0)[SUMS.index("tokens")]
+        self.means += torch.tensor([1, router, *(mtp / tokens).tolist()], dtype=torch.float64)
 
     def _mean_loss(self) -> float:
-        _, loss, tokens, *_ = self.totals.tolist()
-        return loss / max(tokens, 1)
+        return _means(self.sums.sum(0))["loss"]
 
     def _line(self, grad_norm: float) -> dict[str, Any]:
-        steps, loss, tokens, router, *mtp = self.totals.tolist()
+        steps, router, *mtp = self.means.tolist()
+        total = _means(self.sums.sum(0))
         step_tokens = self.settings.global_batch_size * self.settings.seq_length
-        return {
+        line = {
             "iteration": self.iteration,
             "consumed_train_tokens": self.iteration * step_tokens,
-            "loss": loss / max(tokens, 1),
+            "loss": total["loss"],
             **{f"mtp_{depth + 1}_loss": value / steps for depth, value in enumerate(mtp)},
             "load_balancing_loss": router / steps,
-            "trained_tokens": int(tokens),
+            "trained_tokens": total["trained_tokens"],
             "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
             "grad_norm": grad_norm,
             "timing": {
@@ -354,6 +387,12 @@ class Trainer:
                 **backend.memory(),
             },
         }
+        if self.sources:
+            line["sample_loss"] = total["sample_loss"]
+            line["sources"] = {
+                name: _means(row) for name, row in zip(self.sources, self.sums, strict=True) if row[-1]
+            }
+        return line
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -372,16 +411,33 @@ class Trainer:
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """What megatron-core's schedules call for each micro-batch."""
+    """What megatron-core's schedules call for each micro-batch.
+
+    They divide gradients by the tokens of the step, padding left out, of the load balancing loss too; the
+    weights of the other losses are made for that.
+    """
     batch = next(batches)
-    loss_mask = batch["loss_mask"]
+    report: Report = batch.pop("report")
+    weights = batch["loss_mask"][0]
 
     def loss_function(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The sum over the tokens that count, their number, and both for the report."""
-        total, tokens = (losses.float() * loss_mask).sum(), loss_mask.sum()
-        return total, tokens.int(), torch.stack([total.detach(), tokens]).double()
+        """The weighted sum, the tokens, and what is reported."""
+        losses = losses.float()
+        tokens = torch.tensor(report.tokens, dtype=torch.int, device=losses.device)
+        return (losses * weights).sum(), tokens, report.sums(losses)
 
     return model(attention_mask=None, **batch), loss_function
+
+
+def _means(sums: torch.Tensor) -> dict[str, Any]:
+    """Of a row of `SUMS`: losses as means, numbers as they are."""
+    values = dict(zip(SUMS, sums.tolist(), strict=True))
+    loss, sample_loss = values.pop("loss"), values.pop("sample_loss")
+    return {
+        "loss": loss / max(values["trained_tokens"], 1),
+        "sample_loss": sample_loss / max(values["conversations"], 1),
+        **{name: round(value) for name, value in values.items()},
+    }
 
 
 def optimizer_options(optimizer: Optimizer, run: RunSettings) -> dict[str, Any]:

@@ -53,16 +53,19 @@ def merge(stage: Stage, adapters: Path, make_batches: Callable[[Stage], Any]) ->
             Metrics(stage.directory / "metrics.jsonl", 0, writer=is_writer()),
         )
         steps, has_valid = trainer.iteration, batches.has("valid")
-        before = trainer.evaluate(batches, "valid") if has_valid else None
+        before = trainer.evaluate(batches, "valid") if has_valid else {}
         lora.merge(trainer.model)
-        after = trainer.evaluate(batches, "valid") if has_valid else None
-        for loss in (before, after) if has_valid else ():
-            metrics.write(iteration=steps, valid_loss=loss)
-        if is_writer() and before is not None and after is not None:
+        after = trainer.evaluate(batches, "valid") if has_valid else {}
+        for losses in (before, after) if has_valid else ():
+            metrics.write(iteration=steps, **losses)
+        if is_writer() and has_valid:
             logger.info(
-                "%s: validation loss %.6f with adapters, %.6f merged", stage.settings.stage, before, after
+                "%s: validation loss %.6f with adapters, %.6f merged",
+                stage.settings.stage,
+                before["valid_loss"],
+                after["valid_loss"],
             )
-        progress = {"iteration": steps, "totals": trainer.totals.tolist()}
+        progress = {"iteration": steps}
         trainer.saver.save(stage.directory, steps, lora.Part(trainer.model, adapters=False), None, progress)
         trainer.saver.finish()
     if stage.rank == 0:
@@ -77,8 +80,8 @@ def merge(stage: Stage, adapters: Path, make_batches: Callable[[Stage], Any]) ->
             counts={
                 "iterations": 0,
                 "tokens": 0,
-                "valid_loss_before": before,
-                "valid_loss_after": after,
+                "valid_loss_before": before.get("valid_loss"),
+                "valid_loss_after": after.get("valid_loss"),
                 "test_loss": None,
                 "train_seconds": 0.0,
             },

@@ -7,7 +7,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,26 @@ def performance(lines: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def mix(lines: list[dict[str, Any]], wanted: Mapping[str, tuple[float, int]]) -> dict[str, Any]:
+    """What was trained of each source against what was wanted (`Batches.wanted`), and its last validation
+    loss; nothing for a training without sources."""
+    trained = [line["sources"] for line in lines if "sources" in line]
+    valid = [line["valid_sources"] for line in lines if "valid_sources" in line]
+    samples = sum(line[name]["packs"] for line in trained for name in line)
+    sources = {}
+    for name, (weight, packs) in wanted.items():
+        keys = ("packs", "conversations", "tokens", "trained_tokens")
+        sums = {key: sum(line[name][key] for line in trained if name in line) for key in keys}
+        sources[name] = {
+            "weight": weight,
+            "share": sums["packs"] / max(1, samples),
+            "epochs": round(sums["packs"] / packs, 4),
+            **sums,
+            "valid_loss": valid[-1].get(name) if valid else None,
+        }
+    return {"sources": sources} if sources else {}
+
+
 class Clock:
     """Seconds of this process by what they were spent on, and what a step costs to compute.
 
@@ -142,7 +162,7 @@ class Progress:
         interval = 0.2 if self.terminal else max(self.INTERVAL, self.GROWTH * (now - began))
         if done < self.total and now - self.shown < interval:
             return
-        if done == first and done < self.total:
+        if done == first:
             return  # the first step is slower than the others, and says nothing about the time left
         self.shown = now
         seconds = (now - began) / max(1, done - first)

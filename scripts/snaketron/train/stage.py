@@ -18,12 +18,13 @@ from snaketron.log import UserError, log_to, logger
 from snaketron.settings import LoraSettings, RunSettings, TrainSettings
 from snaketron.tracking import Tracker
 from snaketron.train import launch, supervisor, versions
-from snaketron.train.metrics import Metrics, performance
+from snaketron.train.metrics import Metrics, mix, performance
 
 import yaml
 from pydantic import ValidationError
 
 if TYPE_CHECKING:  # imports megatron-core (5 s), which a finished version does not need
+    from snaketron.train.batches import Batches
     from snaketron.train.loop import Trainer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -126,13 +127,12 @@ class Stage:
         make_batches: Callable[[Stage], Any],
         *,
         with_optimizer: bool,
-        before: Callable[[Trainer, Any], None] = lambda trainer, batches: None,
-        after: Callable[[Trainer, Any], None] = lambda trainer, batches: None,
+        sample: Callable[[Trainer, Any], None] = lambda trainer, batches: None,
     ) -> int:
         """Train to the end, publish, and return the exit status.
 
-        `with_optimizer` takes the optimizer's state from the base checkpoint as well. `before` and `after`
-        get the model as it was before the first step and as it is after the last one, on every rank.
+        `with_optimizer` takes the optimizer's state from the base checkpoint as well. `sample` gets the model
+        as it is before the first step, on the way and after the last step, on every rank.
         """
         from snaketron.train.loop import Stopped, Trainer, distributed
 
@@ -164,13 +164,12 @@ class Stage:
             )
             try:
                 batches = make_batches(self)
-                trainer.train(batches, self.directory, lambda: before(trainer, batches), tracker.log)
-                after(trainer, batches)
+                trainer.train(batches, self.directory, lambda: sample(trainer, batches), tracker.log)
             except Stopped:
                 return launch.SAVED
             seconds = trainer.seconds
         if self.rank == 0:
-            self._finish(seconds)
+            self._finish(seconds, batches)
         tracker.finish()
         return 0
 
@@ -193,9 +192,8 @@ class Stage:
             if (self.tokenizer_directory / name).exists():
                 shutil.copyfile(self.tokenizer_directory / name, target / name)
 
-    def _finish(self, seconds: float) -> None:
+    def _finish(self, seconds: float, batches: Batches) -> None:
         """Write the record, which says that the version is complete."""
-
         final = versions.iteration_directory(self.directory, self.settings.train_iters)
         lines = Metrics.read(self.directory / "metrics.jsonl")
         valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
@@ -214,6 +212,7 @@ class Stage:
                 "valid_loss_after": valid[-1] if valid else None,
                 "test_loss": next((line["test_loss"] for line in lines if "test_loss" in line), None),
                 "train_seconds": round(seconds, 2),
+                **mix(lines, batches.wanted()),
                 **performance(lines),
             },
         )

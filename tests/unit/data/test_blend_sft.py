@@ -72,11 +72,13 @@ def test_a_blend_lists_weights_and_files_of_each_split(tmp_path):
         shard(tmp_path, "tools", 0),
     ]
     value = blend(tmp_path, records, "questions=3", "tools=1")
-    assert {name: value[name] for name in SETTINGS} == SETTINGS
+    shared = {name: SETTINGS[name] for name in SETTINGS if name != "template_sha256"}
+    assert {name: value[name] for name in shared} == shared
     assert value["efficiency"] == 0.5  # 4 tokens in packs of 8
     questions, tools = value["splits"]["train"]
     assert (questions["source"], questions["weight"]) == ("questions", 0.75)
     assert (tools["source"], tools["weight"]) == ("tools", 0.25)
+    assert questions["template_sha256"] == "c"
     assert (questions["packs"], questions["tokens"], questions["trained_tokens"]) == (5, 20, 10)
     path = tmp_path / "sft/train/questions/part_1.parquet"
     assert questions["files"][1] == {
@@ -122,7 +124,17 @@ def test_a_shard_whose_source_has_no_weight_is_an_error(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_shards_of_a_source_have_one_template(tmp_path):
+    """Sources may each have their own."""
+    other = {"template_sha256": "d"}
+    records = [shard(tmp_path, "questions", 0), shard(tmp_path, "questions", 1, **other)]
+    assert refused(tmp_path, records, "questions=1").startswith(
+        "sft/questions/part_1.json: made with template_sha256 d, but sft/questions/part_0.json of its source "
+        "with c; "
+    )
+
+
+@pytest.mark.parametrize("name", sorted(set(SETTINGS) - {"template_sha256"}))
 def test_shards_that_are_made_differently_are_an_error(tmp_path, name):
     records = [shard(tmp_path, "questions", 0), shard(tmp_path, "tools", 0, **{name: "other"})]
     message = refused(tmp_path, records, "questions=0.5", "tools=0.5")
@@ -183,13 +195,13 @@ def test_the_same_shard_twice_is_an_error(tmp_path):
 def test_a_trainer_reads_the_blend_and_gets_its_sources(tmp_path):
     blend(
         tmp_path,
-        [shard(tmp_path, "questions", 0), shard(tmp_path, "tools", 0, test=0)],
+        [shard(tmp_path, "questions", 0), shard(tmp_path, "tools", 0, test=0, template_sha256="d")],
         "questions=1",
         "tools=1",
     )
-    loaded = blend_sft.check(
-        tmp_path / "sft/blend.json", tokenizer_sha256="t", template_sha256="c", pack_size=8
-    )
+    loaded = blend_sft.check(tmp_path / "sft/blend.json", tokenizer_sha256="t", pack_size=8)
+    assert loaded.padding_multiple == 1
+    assert [s.template_sha256 for s in loaded.splits["train"]] == ["c", "d"]
     assert [(s.source, s.weight, len(s.files)) for s in loaded.splits["train"]] == [
         ("questions", 0.5, 1),
         ("tools", 0.5, 1),

@@ -92,6 +92,8 @@ def test_everything_is_counted(tmp_path):
         "conversations": 5,
         "packed": 3,
         "dropped": {"longer than a pack": 1, "nothing to train on": 1},
+        "cut": 0,
+        "cut_tokens": 0,
         "packs": 2,
         "tokens": 11,
         "trained_tokens": 5,
@@ -103,12 +105,90 @@ def test_everything_is_counted(tmp_path):
         "conversations": 0,
         "packed": 0,
         "dropped": {},
+        "cut": 0,
+        "cut_tokens": 0,
         "packs": 0,
         "tokens": 0,
         "trained_tokens": 0,
         "efficiency": 0.0,
         "length_histogram": {},
     }
+
+
+LONG = [
+    (
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+        [0, 1, 1, 0, 0, 1, 1, 1, 1, 0],
+        "train",
+    ),  # the second answer does not fit
+    (
+        [11, 12, 13, 14, 15, 16, 17, 18, 19],
+        [0, 0, 0, 0, 0, 0, 0, 1, 1],
+        "train",
+    ),  # nor does this, the only one
+    ([21, 22, 23, 24, 25, 26, 27, 28, 29], [0, 0, 0, 0, 0, 0, 1, 1, 0], "train"),  # this ends at the border
+]
+
+
+def test_a_long_conversation_is_dropped(tmp_path):
+    assert pack(tmp_path, LONG)["counts"]["splits"]["train"]["dropped"] == {"longer than a pack": 3}
+    assert packs(tmp_path) == []
+
+
+def test_a_long_conversation_is_cut_after_an_answer(tmp_path):
+    counts = pack(tmp_path, LONG, long_conversations="cut_at_answer")["counts"]["splits"]["train"]
+    assert sorted(row["input_ids"] for row in packs(tmp_path)) == [
+        [1, 2, 3],
+        [21, 22, 23, 24, 25, 26, 27, 28],
+    ]
+    assert sorted(row["loss_mask"] for row in packs(tmp_path)) == [[0, 0, 0, 0, 0, 1, 1, 0], [1, 1, 0]]
+    assert (counts["cut"], counts["cut_tokens"], counts["trained_tokens"]) == (2, 7 + 1, 2 + 2)
+    assert counts["dropped"] == {"longer than a pack, which no answer fits in": 1}
+
+
+def test_an_unfinished_answer_is_not_trained(tmp_path):
+    counts = pack(tmp_path, LONG, long_conversations="cut_unfinished")["counts"]["splits"]["train"]
+    rows = sorted((row["input_ids"], row["loss_mask"]) for row in packs(tmp_path))
+    assert rows == [
+        ([1, 2, 3, 4, 5, 6, 7, 8], [1, 1, 0, 0, 0, 0, 0, 0]),
+        ([21, 22, 23, 24, 25, 26, 27, 28], [0, 0, 0, 0, 0, 1, 1, 0]),
+    ]
+    assert (counts["cut"], counts["cut_tokens"], counts["trained_tokens"]) == (2, 2 + 1, 2 + 2)
+    assert counts["dropped"] == {"longer than a pack, which no answer fits in": 1}
+
+
+def test_packs_leave_room_for_padding(tmp_path):
+    """To multiples of 4, conversations of 3, 6 and 2 tokens take 4, 8 and 4 of the 8."""
+    record = pack(tmp_path, CHATS, padding_multiple=4)
+    assert sorted(row["seq_start_id"] for row in packs(tmp_path)) == [[0], [0, 3]]
+    assert sorted(len(row["input_ids"]) for row in packs(tmp_path)) == [5, 6]
+    assert record["settings"]["padding_multiple"] == 4
+
+
+def test_a_multiple_that_does_not_divide_the_pack_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        pack(tmp_path, CHATS, padding_multiple=3)
+    assert "--padding-multiple 3 does not divide --pack-size 8" in capsys.readouterr().err
+
+
+def test_packs_of_many_thousand_tokens_hold_what_was_rendered(tmp_path):
+    """Packs of 256K tokens, from conversations of up to 200K."""
+    lengths = [200_000, 62_000, 150_000, 90_000, 20_000, 5]
+    chats = [([i + 1] * n, [0] + [1] * (n - 1), "train") for i, n in enumerate(lengths)]
+    counts = pack(tmp_path, chats, pack_size=262_144, padding_multiple=16)["counts"]["splits"]["train"]
+    assert (counts["packs"], counts["tokens"], counts["trained_tokens"]) == (
+        2,
+        sum(lengths),
+        sum(lengths) - 6,
+    )
+    rows = packed.PackedDataset([tmp_path / "sft/train/questions/part_0.parquet"], {"pack_size": 262_144})
+    found = {}
+    for row in (rows[0], rows[1]):
+        for start, length in zip(row.seq_start_id.tolist(), row.lengths.tolist(), strict=True):
+            (number,) = set(row.input_ids[start : start + length].tolist())
+            found[number] = length
+            assert row.loss_mask[start : start + length].sum() == length - 1
+    assert found == {i + 1: n for i, n in enumerate(lengths)}
 
 
 def test_the_other_algorithm_keeps_the_order(tmp_path):
@@ -120,6 +200,7 @@ def test_the_footer_says_what_the_packs_are_for(tmp_path):
     record = pack(tmp_path, CHATS)
     path = tmp_path / "sft/train/questions/part_0.parquet"
     made_for = {**METADATA, "pack_size": 8, "algorithm": "first_fit_decreasing", "padding_multiple": 1}
+    made_for["long_conversations"] = "drop"
     _, metadata = packed.read_footer(path, packed.SCHEMA.names)
     assert metadata == {**made_for, "split": "train", "counts": record["counts"]["splits"]["train"]}
     assert record["settings"] == made_for and record["name"] == "questions/part_0"

@@ -7,6 +7,7 @@ from snaketron.model import backend, spec
 import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -26,6 +27,7 @@ def one_process():
 def seed():
     torch.manual_seed(0)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    destroy_moe_metrics_tracker()  # has the shape of another test's model
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ from pathlib import Path
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import load
 from snaketron.data import blend, tokenizer
+from snaketron.data.packed import join, write
 from snaketron.data.tokenize import tokenize_shard
+from snaketron.files import write_json
 from snaketron.log import logger
 from snaketron.model import backend
 from snaketron.settings import (
@@ -19,7 +21,9 @@ from snaketron.settings import (
     pretrain_settings,
     run_settings,
 )
+from snaketron.settings import sft_settings as settings_of_sft
 
+import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -93,6 +97,52 @@ def settings() -> Callable[..., tuple[TrainSettings, RunSettings]]:
         pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "phases": [phase]} | keys
         config = load({"seed": seed, "model": MODEL | (model or {}), "pretrain": pretrain}, {})
         return pretrain_settings(config, "one"), run_settings(config, "pretrain")
+
+    return make
+
+
+@pytest.fixture
+def sft_settings() -> Callable[..., tuple[TrainSettings, RunSettings]]:
+    """sft_settings(model, pack_size, **keys of sft) of 4 steps of 4 packs of 16 tokens."""
+
+    def make(
+        model: dict | None = None, pack_size: int = 16, seed: int = 1234, **keys
+    ) -> tuple[TrainSettings, RunSettings]:
+        sft = {"train_iters": 4, "global_batch_size": 4, "warmup_iters": 0, "cpus_per_task": 1} | keys
+        data = {"pack_size": pack_size}
+        config = load({"seed": seed, "model": MODEL | (model or {}), "sft": sft, "sft_data": data}, {})
+        return settings_of_sft(config), run_settings(config, "sft")
+
+    return make
+
+
+@pytest.fixture
+def packed_blend(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Path]:
+    """packed_blend(train={source: packs}, ...) writes packs of conversations and their blend.
+
+    A conversation is a list of (id, whether the assistant said it). Every source weighs the same.
+    """
+
+    def make(
+        pack_size: int = 16, padding_multiple: int = 1, **splits: dict[str, list[list[list[tuple[int, int]]]]]
+    ) -> Path:
+        made = {
+            "tokenizer_sha256": tokenizer.info(tokenizer_dir).sha256,
+            "template_sha256": "t",
+            "pack_size": pack_size,
+            "padding_multiple": padding_multiple,
+        }
+        listed: dict[str, list] = {split: [] for split in ("train", "valid", "test")}
+        for split, sources in splits.items():
+            for name, packs in sources.items():
+                path = tmp_path / f"{split}_{name}.parquet"
+                arrays = [[tuple(np.array(c, dtype=np.int32).T) for c in pack] for pack in packs]
+                write(path, [join(conversations) for conversations in arrays], made)
+                file = {"path": str(path), "bytes": path.stat().st_size}
+                source = {"source": name, "weight": 1 / len(sources), "template_sha256": "t"}
+                listed[split].append(source | {"files": [file]})
+        write_json(tmp_path / "blend.json", made | {"splits": listed})
+        return tmp_path / "blend.json"
 
     return make
 

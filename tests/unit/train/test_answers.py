@@ -6,12 +6,9 @@ from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.data import tokenizer as tokenizers
-from snaketron.data.packed import join, write
-from snaketron.files import write_json
 from snaketron.train.answers import Prompt, held_out_prompts
 from snaketron.train.batches import SftBatches
 
-import numpy as np
 import pytest
 
 # (id, whether the assistant said it)
@@ -20,22 +17,11 @@ TWO_TURNS = [(10, 0), (11, 1), (12, 1), (13, 0), (14, 0), (15, 1)]
 
 
 @pytest.fixture
-def batches(tmp_path: Path, tokenizer_dir: Path, settings):
+def batches(packed_blend, tokenizer_dir: Path, sft_settings):
     def make(packs: list[list[list[tuple[int, int]]]]) -> SftBatches:
-        info = tokenizers.info(tokenizer_dir)
-        made = {"tokenizer_sha256": info.sha256, "template_sha256": "t", "pack_size": 16}
-
-        def source(name: str, packs: list) -> dict:
-            path = tmp_path / f"{name}.parquet"
-            arrays = [[np.array(c, dtype=np.int32).T for c in pack] for pack in packs]
-            write(path, [join([(ids, said) for ids, said in pack]) for pack in arrays], made)
-            file = {"path": str(path), "bytes": path.stat().st_size}
-            return {"source": name, "weight": 1.0, "files": [file]}
-
-        splits = {"train": [source("train", [[QUESTION]])], "test": []}
-        splits["valid"] = [source("valid", packs)] if packs else []
-        write_json(tmp_path / "blend.json", made | {"splits": splits})
-        return SftBatches(tmp_path / "blend.json", settings()[0], info, "t", eval_samples=4)
+        held_out = {"valid": {"a": packs}} if packs else {}
+        blend = packed_blend(train={"a": [[QUESTION]]}, **held_out)
+        return SftBatches(blend, sft_settings()[0], tokenizers.info(tokenizer_dir), eval_samples=4)
 
     return make
 

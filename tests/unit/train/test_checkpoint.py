@@ -11,7 +11,7 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron.files import partial
 from snaketron.log import UserError
 from snaketron.train import versions
-from snaketron.train.batches import Batches
+from snaketron.train.batches import Batches, sequences
 from snaketron.train.loop import Trainer
 
 import pytest
@@ -28,12 +28,8 @@ class Random(Batches):
         tokens = torch.stack(
             [torch.randint(0, 256, (17,), generator=torch.Generator().manual_seed(i)) for i in indices]
         )
-        return {
-            "input_ids": tokens[:, :-1],
-            "labels": tokens[:, 1:],
-            "loss_mask": torch.ones(len(indices), 16),
-            "position_ids": torch.arange(16).expand(len(indices), 16),
-        }
+        positions = torch.arange(16).expand(len(indices), 16)
+        return sequences(tokens[:, :-1], tokens[:, 1:], positions, depths=1)
 
 
 @pytest.fixture
@@ -77,7 +73,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(trainer, tmp_path: Path, p
     assert not same(state(second), state(first))
     assert second.resume(tmp_path)
     assert same(state(second), state(first)) and len(state(first)) > 50
-    assert second.iteration == 3 and torch.equal(second.totals, first.totals)
+    assert second.iteration == 3 and torch.equal(second.sums, first.sums)
     # And so does the next step.
     first._step(Random(2))
     second._step(Random(2))
@@ -277,3 +273,21 @@ def test_a_save_in_the_background_on_a_full_disk_is_told_when_it_ends(trainer, t
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert versions.latest_iteration(tmp_path) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001", versions.LATEST]
+
+
+def test_samples_are_taken_before_the_training_on_the_way_and_after_it(settings, tmp_path: Path):
+    """Of 5 steps every 2; a run that continues after step 4 takes the one that is left."""
+    taken: list[int] = []
+
+    def train() -> None:
+        values, run = settings()  # 320 tokens in steps of 4 x 16
+        made = Trainer(values, run.model_copy(update={"sample_interval": 2, "save_interval": 4}), 256)
+        made.resume(tmp_path)
+        made.train(Random(2), tmp_path, lambda: taken.append(made.iteration))
+
+    train()
+    assert taken == [0, 2, 4, 5]
+    shutil.rmtree(tmp_path / "iter_0000005")
+    (tmp_path / versions.LATEST).write_text("4")
+    train()
+    assert taken == [0, 2, 4, 5, 5]

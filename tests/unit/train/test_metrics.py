@@ -140,3 +140,19 @@ def test_the_performance_of_a_training_is_that_of_its_lines():
         "checkpoint_seconds": 6.0,
     }
     assert metrics.performance(lines[:1]) == {}
+
+
+def test_the_mix_is_what_was_trained_against_what_was_wanted():
+    """20 packs, 12 of them of `a`, of which there are 8; `b` was not in the first line."""
+    sums = {"conversations": 10, "tokens": 1000, "trained_tokens": 400}
+    lines = [
+        {"iteration": 0, "valid_sources": {"a": 6.0}},
+        {"iteration": 2, "sources": {"a": {"packs": 4, **sums}}},
+        {"iteration": 4, "sources": {"a": {"packs": 8, **sums}, "b": {"packs": 8, **sums}}},
+        {"iteration": 4, "valid_sources": {"a": 5.5}},
+    ]
+    found = metrics.mix(lines, {"a": (0.5, 8), "b": (0.5, 100)})["sources"]
+    twice = {"conversations": 20, "tokens": 2000, "trained_tokens": 800}
+    assert found["a"] == {"weight": 0.5, "share": 0.6, "epochs": 1.5, "packs": 12, **twice, "valid_loss": 5.5}
+    assert found["b"] == {"weight": 0.5, "share": 0.4, "epochs": 0.08, "packs": 8, **sums, "valid_loss": None}
+    assert metrics.mix(lines, {}) == {}

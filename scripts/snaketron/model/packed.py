@@ -1,0 +1,126 @@
+"""Packed sequences in megatron-core 0.19.2: shifts that stay inside a sequence, and exact losses.
+
+Replaces two functions of megatron-core, with the same results where theirs are right:
+
+- The shift of multi-token prediction walks over the sequences of a pack in Python, with a few copies of the
+  host for each; ours shifts all of them at once.
+- The loss of multi-token prediction is averaged over the tokens of each micro-batch and rank, and then over
+  those, which is not the average over a step where micro-batches have different numbers of trained tokens.
+  Ours takes the weight of each position from the data (`train.batches`), which knows the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.models.hybrid import hybrid_model
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig, multi_token_prediction
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
+from torch import Tensor
+
+_process_mtp_loss = hybrid_model.process_mtp_loss
+
+
+def partition(ends: Tensor, total: int, ranks: int, rank: int) -> Tensor:
+    """Positions of a pack that a context parallel rank holds, in its order: of each sequence, of 2 x `ranks`
+    equal chunks those number `rank` and 2 x `ranks` - 1 - `rank`.
+
+    `ends` (sequences + 1,) are the sequences' bounds, from 0 to `total`; every length is a multiple of 2 x
+    `ranks`. The same positions as `thd_get_partitioned_indices` of Transformer Engine gives.
+    """
+    lengths = ends.diff()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=ends.device), lengths)
+    offset = torch.arange(total, device=ends.device) - ends[:-1].long()[sequence]
+    chunk = offset // (lengths.long()[sequence] // (2 * ranks))
+    return torch.nonzero((chunk == rank) | (chunk == 2 * ranks - 1 - rank)).flatten()
+
+
+def shift(
+    tensor: Tensor,
+    shifts: int,
+    dims: int,
+    packed_seq_params: PackedSeqParams,
+    cp_group: torch.distributed.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each position's value of the next one in its sequence, 0 for the last; and the sum of all.
+
+    `tensor` (..., length) holds the whole pack, or under context parallelism this rank's part of it.
+    """
+    if shifts != -1 or dims not in (-1, tensor.dim() - 1):
+        raise ValueError(f"shifts {shifts} and dims {dims}: only one to the left in the last dimension")
+    ends, ranks = packed_seq_params.cu_seqlens_q, 1 if cp_group is None else cp_group.size()
+    positions: list[Tensor] = []
+    if ranks > 1:
+        total = tensor.shape[-1] * ranks
+        positions = [partition(ends, total, ranks, rank) for rank in range(ranks)]
+        parts = [torch.empty_like(tensor) for _ in range(ranks)]
+        torch.distributed.all_gather(parts, tensor.contiguous(), group=cp_group)
+        tensor = torch.empty(*tensor.shape[:-1], total, dtype=tensor.dtype, device=tensor.device)
+        for part, where in zip(parts, positions, strict=True):
+            tensor[..., where] = part
+    shifted = tensor.roll(-1, -1)
+    shifted[..., ends[1:].long() - 1] = 0
+    if ranks > 1:
+        assert cp_group is not None
+        shifted = shifted[..., positions[cp_group.rank()]]
+    return shifted, shifted.sum()
+
+
+def process_mtp_loss(
+    hidden_states: Tensor,
+    labels: Tensor | None,
+    loss_mask: Tensor | None,
+    output_layer: Callable[..., tuple[Tensor, Any]],
+    output_weight: Tensor | None,
+    runtime_gather_output: bool | None,
+    is_training: bool,
+    compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
+    config: TransformerConfig,
+    cp_group: torch.distributed.ProcessGroup | None = None,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+    packed_seq_params: PackedSeqParams | None = None,
+    **others: Any,
+) -> Tensor:
+    """Add the losses of multi-token prediction to the graph; returns the hidden states of the next token.
+
+    `loss_mask` (1 + depths, batch, length) has the weight of each position's loss for the next token and for
+    each depth; with (batch, length) megatron-core's own averages are taken. The loss that is added is that of
+    DeepSeek-V3 (arXiv 2412.19437, equations 24 and 25) times the weights. The tracker gets the weighted sums.
+    """
+    if loss_mask is None or labels is None or loss_mask.dim() == 2:
+        return _process_mtp_loss(
+            hidden_states,
+            labels,
+            loss_mask,
+            output_layer,
+            output_weight,
+            runtime_gather_output,
+            is_training,
+            compute_language_model_loss,
+            config,
+            cp_group,
+            tp_group,
+            packed_seq_params,
+            **others,
+        )
+    depths = config.mtp_num_layers
+    hidden_states, *predicted = torch.chunk(hidden_states, 1 + depths, dim=0)
+    for depth, (states, weights) in enumerate(zip(predicted, loss_mask[1:], strict=True)):
+        logits, _ = output_layer(states, weight=output_weight, runtime_gather_output=runtime_gather_output)
+        labels, _ = multi_token_prediction.roll_tensor(
+            labels, shifts=-1, dims=-1, cp_group=cp_group, packed_seq_params=packed_seq_params
+        )
+        loss = weights * compute_language_model_loss(labels, logits)
+        if is_training:
+            MTPLossLoggingHelper.save_metrics_to_tracker(
+                loss.sum(), loss.new_zeros(()), loss.new_zeros(()), depth, depths
+            )
+        hidden_states = MTPLossAutoScaler.apply(hidden_states, config.mtp_loss_scaling_factor / depths * loss)
+    return hidden_states
+
+
+multi_token_prediction._roll_tensor_packed_seq = shift
+hybrid_model.process_mtp_loss = process_mtp_loss

@@ -1,0 +1,191 @@
+"""The loss of a step is the average that was asked for, however conversations are packed and divided.
+
+The reference computes each conversation by itself and without padding, and averages by hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.data import tokenizer as tokenizers
+from snaketron.train.batches import SftBatches
+from snaketron.train.loop import Trainer
+
+import pytest
+import torch
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
+from torch.nn.functional import cross_entropy
+
+# Without load balancing, which is that of a pack and of the steps before; large weights show a leak.
+MODEL = {
+    "hybrid_layer_pattern": "M*E",
+    "mtp_num_layers": 2,
+    "init_method_std": 0.3,
+    "moe_aux_loss_coeff": 0.0,
+    "moe_router_bias_update_rate": 0.0,
+}
+MTP_SCALE = 0.3
+VOCABULARY = 300
+
+
+def conversation(seed: int, *turns: tuple[int, int]) -> list[tuple[int, int]]:
+    """Random ids; turns are (tokens, whether they are the assistant's)."""
+    ids = torch.randint(3, 290, (sum(n for n, _ in turns),), generator=torch.Generator().manual_seed(seed))
+    said = [by for n, by in turns for _ in range(n)]
+    return list(zip(ids.tolist(), said, strict=True))
+
+
+# Of very different numbers of trained tokens, so that the averages differ.
+A = conversation(1, (3, 0), (1, 1))  # one trained token: nothing for multi-token prediction to predict
+B = conversation(2, (2, 0), (6, 1))
+C = conversation(3, (1, 0), (2, 1), (3, 0), (4, 1))
+D = conversation(4, (4, 0), (11, 1))
+E = conversation(5, (5, 0), (2, 1))
+CONVERSATIONS = [A, B, C, D, E]
+PACKED = [[A, B], [C], [D], [E]]
+ALONE = [[c] for c in CONVERSATIONS] + [[A]]  # six packs, a multiple of the accumulated two
+
+
+@pytest.fixture
+def trainer_of(sft_settings, packed_blend, tokenizer_dir):
+    def make(packs: list, model: dict | None = None, **keys) -> tuple[Trainer, SftBatches]:
+        settings, run = sft_settings(MODEL | (model or {}), global_batch_size=len(packs), **keys)
+        blend = packed_blend(settings.seq_length, train={"a": packs})
+        trainer = Trainer(settings, run, VOCABULARY)
+        trainer.seconds = 1.0
+        trainer.sources = ("a",)
+        return trainer, SftBatches(blend, settings, tokenizers.info(tokenizer_dir), eval_samples=1)
+
+    return make
+
+
+def gradients(trainer: Trainer, batches: SftBatches, first: int = 0) -> dict[str, torch.Tensor]:
+    """Of one step over all packs, as the optimizer gets them."""
+    trainer.parallel_model.zero_grad_buffer()
+    count = trainer.settings.global_batch_size
+    outputs, _ = trainer._forward_backward(batches, "train", first, count)
+    trainer._add_up(outputs, count)
+    return {name: p.main_grad.clone() for name, p in trainer.model.named_parameters()}
+
+
+def depths_of(trainer: Trainer, conversation: list) -> Iterator[tuple[torch.Tensor, int]]:
+    """Sum of the losses of the trained tokens and their number, for the next token and for each depth."""
+    ids, said = (torch.tensor(column) for column in zip(*conversation, strict=True))
+    logits: list[torch.Tensor] = []
+    hook = trainer.model.output_layer.register_forward_hook(
+        lambda *call: logits.append(call[2][0][:, 0].clone())
+    )
+    trainer.model(ids[None], torch.arange(len(ids))[None], None)
+    hook.remove()
+    *predicted, now = logits  # multi-token prediction comes first
+    for ahead, rows in enumerate([now, *predicted], start=1):
+        losses = cross_entropy(rows[: len(ids) - ahead].float(), ids[ahead:], reduction="none")
+        yield (losses * said[ahead:]).sum(), int(said[ahead:].sum())
+
+
+def reference(trainer: Trainer, conversations: list, average: str) -> dict[str, torch.Tensor]:
+    """The loss, by depth under `losses`, and its gradients."""
+    trainer.model.zero_grad()
+    MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(0.0)  # megatron-core's own loss stays out
+    sums = [list(depths_of(trainer, c)) for c in conversations]
+    losses = []
+    for depth in zip(*sums, strict=True):
+        used = [(total, number) for total, number in depth if number]
+        if average == "token":
+            losses.append(sum(total for total, _ in used) / sum(number for _, number in used))
+        else:
+            losses.append(sum(total / number for total, number in used) / len(used))
+    loss = losses[0] + MTP_SCALE / 2 * (losses[1] + losses[2])
+    parameters = dict(trainer.model.named_parameters())
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
+    MTPLossLoggingHelper.clean_metrics_in_tracker()
+    zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), found, strict=True))
+    return dict(zip(parameters, zeros, strict=True)) | {"losses": torch.stack(losses).detach()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, gradient in found.items():
+        scale = expected[name].abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(gradient / scale, expected[name] / scale, atol=2e-4, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("average", ["token", "sample"])
+def test_a_step_has_the_gradients_of_the_average_over_its_conversations(trainer_of, average):
+    """Four packs, so four micro-batches; nothing but the average is the same as that of the reference."""
+    trainer, batches = trainer_of(PACKED, loss_average=average)
+    found = gradients(trainer, batches)
+    expected = reference(trainer, CONVERSATIONS, average)
+    assert_same(found, expected)
+    line = trainer._line(0.0)
+    losses = [line["loss" if average == "token" else "sample_loss"], line["mtp_1_loss"], line["mtp_2_loss"]]
+    assert losses == pytest.approx(expected["losses"].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("average", ["token", "sample"])
+def test_packing_changes_no_gradient(trainer_of, average):
+    packed = gradients(*trainer_of([[A, B], [C], [D], [E]], loss_average=average))
+    other = gradients(*trainer_of([[B], [E, A], [D], [C]], loss_average=average))
+    alone = gradients(*trainer_of([[A], [B], [C], [D], [E]], loss_average=average))
+    assert_same(packed, other)
+    assert_same(packed, alone)
+
+
+def test_the_two_averages_are_not_the_same(trainer_of):
+    token, sample = (gradients(*trainer_of(PACKED, loss_average=by)) for by in ("token", "sample"))
+    difference = max(
+        float((token[n] - sample[n]).abs().max() / token[n].abs().max().clamp(min=1e-6)) for n in token
+    )
+    assert difference > 0.1
+
+
+def test_the_loss_is_averaged_the_other_way_after_some_steps(trainer_of):
+    """The first step by token, from the second on by sample; each step sees all four packs."""
+    trainer, batches = trainer_of(PACKED, switch_loss_average_after=1)
+    steps = [gradients(trainer, batches, first) for first in (0, 4, 8)]
+    assert_same(steps[0], reference(trainer, CONVERSATIONS, "token"))
+    for step in steps[1:]:
+        assert_same(step, reference(trainer, CONVERSATIONS, "sample"))
+
+
+def test_no_gradient_crosses_from_one_conversation_to_another(trainer_of):
+    """Only the second conversation is trained. Tokens of the first get what rounding leaves of the cumulative
+    sums in the scan, and the padding after it nothing."""
+    silent = [(token, 0) for token, _ in B]
+    trainer, batches = trainer_of([[silent, E]])
+    gradient = gradients(trainer, batches)["embedding.word_embeddings.weight"].abs().sum(1)
+    first, second = ([token for token, _ in c] for c in (B, E))
+    assert set(first).isdisjoint(second)
+    assert gradient[second[:-1]].min() > 1
+    assert gradient[first].max() < 1e-6
+    assert not gradient[second[-1]] and torch.count_nonzero(gradient) <= len(first) + len(second) - 1
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_a_conversation_has_its_loss_wherever_it_lies_in_a_pack(trainer_of, order):
+    """From packs in which only that one is trained."""
+    three = [
+        conversation(7, (1, 0), (3, 1)),
+        conversation(8, (2, 0), (4, 1)),
+        conversation(9, (2, 0), (3, 1)),
+    ]
+    for which in range(3):
+        silenced = [c if i == which else [(t, 0) for t, _ in c] for i, c in enumerate(three)]
+        trainer, batches = trainer_of([[silenced[i] for i in order]])
+        gradients(trainer, batches)
+        expected = reference(trainer, [three[which]], "token")["losses"].tolist()
+        line = trainer._line(0.0)
+        assert [line["loss"], line["mtp_1_loss"], line["mtp_2_loss"]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_step_over_a_pack_of_256k_tokens(trainer_of):
+    """64 conversations, of which one trains its last two tokens: its loss is that of it alone."""
+    silent = [[(3 + (i + j) % 280, 0) for i in range(4096)] for j in range(63)]
+    one = conversation(5, (4094, 0), (2, 1))
+    packs = [[*silent[:40], one, *silent[40:]]]
+    trainer, batches = trainer_of(packs, {"mtp_num_layers": 0}, pack_size=262_144)
+    gradients(trainer, batches)
+    loss, number = next(depths_of(trainer, one))
+    assert trainer._line(0.0)["loss"] == pytest.approx(float(loss) / number, abs=1e-4)
