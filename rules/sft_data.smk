@@ -3,7 +3,7 @@ rule render_chat:
     input:
         chats=graph.raw_chats,
         tokenizer="<data>/tokenizer/tokenizer.json",
-        template="<data>/tokenizer/chat_template.jinja",
+        template=graph.source_template,
     output:
         rendered="<data>/chat/{source}/{shard}.parquet",
         record="<data>/chat/{source}/{shard}.json",

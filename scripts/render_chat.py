@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 from snaketron.log import argument_parser, logger, run
@@ -20,7 +21,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--settings", required=True, help="RenderSettings as JSON")
     add("--tokenizer", type=Path, required=True, help="directory with tokenizer.json")
-    add("--template", type=Path, required=True, help="chat template with generation blocks")
+    add("--template", type=Path, required=True, help="chat template, a Jinja file")
     add("--output", type=Path, required=True, help="Parquet file to write")
     add("--record", type=Path, required=True, help="lineage record to write")
     return parser.parse_args(argv)
@@ -31,14 +32,21 @@ def main(argv: list[str] | None = None) -> int:
 
     from snaketron import files, lineage
     from snaketron.data import tokenizer
-    from snaketron.data.chat import load_template, special_tokens
+    from snaketron.data.masks import Masker
     from snaketron.data.rendered import Renderer
+    from snaketron.data.template import load_template, special_tokens
     from snaketron.settings import RenderSettings
 
+    start = time.perf_counter()
     settings = RenderSettings.model_validate_json(args.settings)
     renderer = Renderer(
-        template=load_template(args.template, variables=special_tokens(args.tokenizer)),
-        tokenizer=tokenizer.load(args.tokenizer),
+        template=load_template(
+            args.template,
+            variables=special_tokens(args.tokenizer),
+            arguments=settings.template_arguments,
+            off_arguments=settings.reasoning.off_arguments,
+        ),
+        masker=Masker(args.tokenizer),
         settings=settings,
     )
     metadata = {
@@ -58,9 +66,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         record.write_bytes(files.to_json(value))
     logger.info(
-        "%s: %d rows, %d conversations, %d tokens, %d of them trained; dropped: %s",
+        "%s: %d rows, %d conversations, %d sequences, %d tokens, %d of them trained, %d a second; "
+        "dropped: %s",
         args.output,
-        *(counts[name] for name in ("rows", "conversations", "tokens", "trained_tokens")),
+        *(counts[name] for name in ("rows", "conversations", "sequences", "tokens", "trained_tokens")),
+        counts["tokens"] / (time.perf_counter() - start),
         ", ".join(f"{count} x {reason}" for reason, count in counts["dropped"].items()) or "none",
     )
     return 0

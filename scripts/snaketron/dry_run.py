@@ -68,16 +68,13 @@ def explain(workflow: Any, config: Config) -> None:
             dag.needrun_jobs(exclude_finished=False),  # all of them count as finished by now
             key=lambda job: (rules.index(job.rule.name), phases.index(job.wildcards.get("phase", ""))),
         )
-        submitted = list(dict.fromkeys(dag.get_job_group(job) or job for job in jobs))
-        # Which group comes first is up to chance: of those of the same rules, the larger one.
-        submitted.sort(key=lambda job: (rules.index(_rule(job)), -len(job) if job.is_group() else 0))
+        groups = {job: dag.get_job_group(job) or job for job in jobs}
+        sizes = Counter(groups.values())
+        # Large groups first: Snakemake puts the jobs of a rule into groups in no order.
+        jobs.sort(key=lambda job: (rules.index(job.rule.name), -sizes[groups[job]]))
+        submitted = list(dict.fromkeys(groups[job] for job in jobs))
         if plan := describe(config, submitted, request):
             print(f"\n{plan}", file=sys.stderr)
-
-
-def _rule(job: Any) -> str:
-    """The rule of a job, or of the first job of a group."""
-    return next(iter(job.jobs)).rule.name if job.is_group() else job.rule.name
 
 
 def sbatch_request(job: Any, get_submit_command: Callable[..., str], set_gres_string: Request) -> str:

@@ -80,6 +80,10 @@ class Graph(CurationGraph):
     def chat_template(self, _wildcards: Any) -> list[str]:
         return [t] if (t := self.config.tokenizer.chat_template) else []
 
+    def source_template(self, wildcards: Any) -> str:
+        """The template that renders a source: its own, or that of the tokenizer."""
+        return self.chats[wildcards.source].chat_template or "<data>/tokenizer/chat_template.jinja"
+
     def phase_shards(self, pattern: str) -> Callable[[Any], list[str]]:
         """The files of a phase, one or more a shard: `pattern` with {corpus} and {shard} filled in."""
         return lambda wildcards: [

@@ -6,7 +6,7 @@ The first part is a `params` of the rule, so a change trains again; the second i
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from snaketron.config import (
     Adapters,
@@ -17,6 +17,7 @@ from snaketron.config import (
     Model,
     Optimizer,
     Pretrain,
+    Reasoning,
     Run,
     Section,
     Tuning,
@@ -108,6 +109,10 @@ class RenderSettings(ReadSettings):
     max_tokens: int | None = None
     valid_fraction: float
     test_fraction: float
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
+    sequences: Literal["conversation", "turn"] = "conversation"
+    reasoning: Reasoning = Field(default_factory=Reasoning)
+    seed: int | None = None  # of the choice of reasoning modes
 
 
 def read_settings(config: Config, corpus: Corpus) -> ReadSettings:
@@ -146,16 +151,27 @@ def tokenize_settings(config: Config, corpus: Corpus) -> TokenizeSettings:
 
 def render_settings(config: Config, source: ChatSource) -> RenderSettings:
     """What defines the rendered conversations of a source."""
+    data = config.sft_data
+    reasoning = source.reasoning or data.reasoning
+    chosen = reasoning.stripped or reasoning.low_effort or reasoning.truncated
     return RenderSettings(
         where=source.where,
         max_documents=source.max_documents,
+        bad_rows=data.bad_rows,
+        invalid_text=data.invalid_text,
+        max_line_bytes=data.max_line_bytes,
+        max_dropped_fraction=data.max_dropped_fraction,
         max_tokens=source.max_tokens,
         source=source.name,
         messages_field=source.messages_field,
         tools_field=source.tools_field,
         metadata_fields=source.metadata_fields,
-        valid_fraction=config.sft_data.valid_fraction,
-        test_fraction=config.sft_data.test_fraction,
+        valid_fraction=data.valid_fraction,
+        test_fraction=data.test_fraction,
+        template_arguments=data.template_arguments | source.template_arguments,
+        sequences=source.sequences,
+        reasoning=reasoning,
+        seed=config.seed if chosen else None,
     )
 
 

@@ -113,7 +113,11 @@ def _rendered(lengths: np.ndarray, draw: np.random.Generator, schema: pa.Schema)
         pa.ListArray.from_arrays(offsets, packed.number_array(mask, pa.uint8())),
         packed.string_array(["raw.jsonl"] * len(lengths)),
         packed.number_array(np.arange(len(lengths)), pa.int64()),
+        packed.number_array(np.zeros(len(lengths)), pa.int32()),
         pa.DictionaryArray.from_arrays(splits, packed.string_array(SPLITS)),
+        pa.DictionaryArray.from_arrays(
+            packed.number_array(np.zeros(len(lengths)), pa.int8()), packed.string_array(["none"])
+        ),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 from tests.conftest import Workspace
 
@@ -50,6 +51,8 @@ def test_a_changed_chat_file_rebuilds_its_shard_and_sft(copy: Workspace):
         ("sft_data={pack_across_shards: true}", {"pack_sft": 2, "blend_sft": 1, "sft": 1}),
         ("sft_data={pack_size: 768}", {"pack_sft": 2, "blend_sft": 1, "sft": 1}),
         ("sft={blend: [{source: tools, weight: 1.0}]}", {"blend_sft": 1, "sft": 1}),
+        ("sft_data={template_arguments: {enable_thinking: true}}", {"render_chat": 2}),
+        ("sft_data={reasoning: {stripped: 0.5}}", {"render_chat": 2}),
         ("sft={train_iters: 13}", {"sft": 1}),
         ("sft={optimizer: {learning_rate: 0.002}}", {"sft": 1}),
         ("pretrain={optimizer: {learning_rate: 0.002}}", {"pretrain": 2, "sft": 1}),
@@ -68,7 +71,7 @@ def test_a_changed_key_rebuilds_what_depends_on_it(copy: Workspace, change: str,
     if "tokenize_shard" in expected:  # of all text
         expected = expected | {"blend_pretrain": 2, "index_pretrain": 2, "pretrain": 2, "sft": 1}
     if "render_chat" in expected:
-        expected = expected | {"pack_sft": 2, "blend_sft": 1}
+        expected = expected | {"pack_sft": 2, "blend_sft": 1, "sft": 1}
     assert found == expected
 
 
@@ -105,6 +108,24 @@ def test_a_changed_template_renders_chats_and_leaves_text_alone(copy: Workspace)
         "blend_sft": 1,
         "sft": 1,
     }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chat_template": "my_template.jinja"},
+        {"template_arguments": {"low_effort": True}},
+        {"sequences": "turn"},
+        {"reasoning": {"truncated": 1}},
+    ],
+)
+def test_what_a_source_says_renders_it_and_no_other(copy: Workspace, change: dict[str, Any]):
+    template = (copy.path / "config/chat_template.jinja").read_text()
+    copy.write("my_template.jinja", template + "\n")
+    chats = yaml.safe_load((copy.path / "tests/config/micro.yaml").read_text())["chats"]
+    chats[1] |= change
+    config = f"chats={yaml.safe_dump(chats, default_flow_style=True, width=10000).strip()}"
+    assert jobs(copy, config) == {"render_chat": 1, "pack_sft": 1, "blend_sft": 1, "sft": 1}
 
 
 def test_the_data_report_is_made_from_records_alone(copy: Workspace):

@@ -252,6 +252,16 @@ PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight"
             "sft.blend[1].source: 'zzz' is not defined; known: questions, tools",
         ),
         (
+            {"sft_data": {"template_arguments": {"tools": []}}},
+            "sft_data.template_arguments.tools: not an argument, it comes from the conversation; "
+            "leave it out",
+        ),
+        (
+            {"chats": [{"name": "q", "paths": ["a"], "reasoning": {"stripped": 0.5, "truncated": 0.6}}]},
+            "chats[0].reasoning: stripped 0.5 + low_effort 0.0 + truncated 0.6 are more than "
+            "all conversations",
+        ),
+        (
             {"tokenizer": {"chat_template": None}},
             "tokenizer.chat_template: null needs tokenizer.path, which the template would come from",
         ),

@@ -120,6 +120,20 @@ def test_fields_are_those_of_the_source():
     assert (chats["messages_field"], chats["tools_field"]) == ("turns", "functions")
 
 
+def test_a_source_is_rendered_as_it_says_and_else_as_all():
+    shared = {"template_arguments": {"a": 1, "b": 1}, "reasoning": {"stripped": 0.1}, "bad_rows": "drop"}
+    own = {"template_arguments": {"b": 2}, "reasoning": {}, "chat_template": "t.jinja", "sequences": "turn"}
+    made = graph(sft_data=shared, chats=[VALUES["chats"][0] | own, VALUES["chats"][1]])
+    first, second = (json.loads(made.render_settings(job(source=name))) for name in ("help", "spare"))
+    assert first["template_arguments"] == {"a": 1, "b": 2} and first["sequences"] == "turn"
+    assert second["template_arguments"] == {"a": 1, "b": 1} and second["sequences"] == "conversation"
+    assert (first["reasoning"]["stripped"], first["seed"]) == (0.0, None)  # it chooses nothing
+    assert (second["reasoning"]["stripped"], second["seed"]) == (0.1, 1234)
+    assert first["bad_rows"] == second["bad_rows"] == "drop"
+    assert made.source_template(job(source="help")) == "t.jinja"
+    assert made.source_template(job(source="spare")) == "<data>/tokenizer/chat_template.jinja"
+
+
 def test_a_corpus_is_read_once_by_its_own_settings():
     """The filter and the limit are applied before curation; the policies hold for what it leaves as well."""
     corpus = {"name": "web", "paths": ["raw/web"], "text_field": "body", "where": {"lang": ["en"]}}

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from snaketron.config.base import suggest
-from snaketron.config.data import FILTERS, Curation, Tokenizer
+from snaketron.config.data import FILTERS, Curation, Reasoning, Tokenizer
 from snaketron.config.targets import check_names
 from snaketron.config.training import Cluster, Model, Parallel, Pretrain, Run, Tuning
 
@@ -35,7 +35,10 @@ def check_references(config: Config) -> list[str]:
     ]
 
 
-RESERVED = ("split", "sequence", "file", "row", "tokens", "text", "input_ids", "loss_mask")  # our columns
+RESERVED = (  # our columns
+    *("split", "sequence", "file", "row", "tokens", "text"),
+    *("input_ids", "loss_mask", "turn", "reasoning_mode"),
+)
 
 
 def check_sources(config: Config) -> list[str]:
@@ -72,6 +75,31 @@ def check_sources(config: Config) -> list[str]:
                     re.compile(str(entry.options.get("pattern", "")))
                 except re.error as error:
                     problems.append(f"{at}.pattern: not a regular expression ({error})")
+    return problems
+
+
+# What the renderer itself gives to a template.
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
+
+
+def check_reasoning(config: Config) -> list[str]:
+    problems = []
+    found: list[tuple[str, Reasoning | None, dict[str, object]]] = [
+        ("sft_data", config.sft_data.reasoning, config.sft_data.template_arguments)
+    ]
+    found += [(f"chats[{i}]", c.reasoning, c.template_arguments) for i, c in enumerate(config.chats)]
+    for at, modes, arguments in found:
+        problems += [
+            f"{at}.template_arguments.{name}: not an argument, it comes from the conversation; leave it out"
+            for name in _GIVEN
+            if name in arguments
+        ]
+        total = sum((modes.stripped, modes.low_effort, modes.truncated)) if modes else 0
+        if modes and total > 1:
+            problems.append(
+                f"{at}.reasoning: stripped {modes.stripped} + low_effort {modes.low_effort} + truncated "
+                f"{modes.truncated} are more than all conversations"
+            )
     return problems
 
 

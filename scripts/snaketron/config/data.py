@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from snaketron.config.base import Count, Fraction, Name, Positive, Section, key
+from snaketron.config.base import Count, Fraction, Name, Positive, Section, Share, key
 
 from pydantic import Field
 
@@ -138,6 +138,35 @@ class Corpus(Source):
     curation: Curation | None = key(None, "what is removed before it is tokenized; null: nothing")
 
 
+class Reasoning(Section):
+    """What becomes of reasoning, for shares of the conversations that have some; the others stay as they are.
+
+    Which ones is decided by a hash of the seed and the conversation.
+    """
+
+    stripped: Share = key(
+        0.0, "share whose reasoning is taken out, to train answers without (0.03: Nemotron)"
+    )
+    low_effort: Share = key(
+        0.0,
+        "share that is marked as of low effort by `low_effort_arguments`; 1 for a source of short reasoning",
+    )
+    truncated: Share = key(
+        0.0, "share whose reasoning is cut to a random number of tokens, a budget (0.12: Nemotron)"
+    )
+    min_budget: Positive = key(32, "tokens: the smallest budget; shorter reasoning is not cut")
+    off_arguments: dict[str, Any] = key(
+        lambda: {"enable_thinking": False},
+        "template arguments of conversations without reasoning: those that never had any, and those stripped",
+    )
+    low_effort_arguments: dict[str, Any] = key(
+        lambda: {"low_effort": True}, "template arguments of conversations of low effort"
+    )
+    budget_argument: str | None = key(
+        "reasoning_budget", "template argument that gets the budget of a cut one; null: none"
+    )
+
+
 class ChatSource(Source):
     """One source of conversations in the OpenAI message format."""
 
@@ -145,6 +174,18 @@ class ChatSource(Source):
     tools_field: str = key(
         "tools", "column or JSON key that holds the tool definitions; may be absent in a row"
     )
+    chat_template: str | None = key(
+        None, "Jinja file that renders this source; null: the one of `tokenizer`, which inference uses"
+    )
+    template_arguments: dict[str, Any] = key(
+        dict, "arguments of the template for this source, over `sft_data.template_arguments`"
+    )
+    sequences: Literal["conversation", "turn"] = key(
+        "conversation",
+        "what one sequence is: a whole conversation, each answer trained; or, of a conversation with "
+        "reasoning, what inference sees up to the answers to one turn of the user, only these trained",
+    )
+    reasoning: Reasoning | None = key(None, "reasoning modes of this source; null: `sft_data.reasoning`")
 
 
 class CorpusWeight(Section):
@@ -230,7 +271,28 @@ class Shards(Section):
     )
 
 
-class PretrainData(Shards):
+class Rows(Shards):
+    """What becomes of rows that cannot be used."""
+
+    bad_rows: Literal["fail", "drop"] = key(
+        "fail",
+        "a row that cannot be read (invalid JSON, no text, a line that is too long): stop, or drop it and "
+        "count it",
+    )
+    invalid_text: Literal["fail", "replace", "drop"] = key(
+        "fail",
+        "text that is not valid Unicode (lone surrogates, invalid UTF-8): stop, put U+FFFD in place of what "
+        "is invalid, or drop and count the row. NUL is valid and stays",
+    )
+    max_line_bytes: Positive = key(
+        50_000_000, "bytes of a row above which it is a bad row; a job takes up to 20 times as much memory"
+    )
+    max_dropped_fraction: Fraction = key(
+        0.01, "share of bad or invalid rows of a shard above which it fails instead of dropping them"
+    )
+
+
+class PretrainData(Rows):
     valid_fraction: Fraction = key(
         0.01, "share of the documents held out for validation, by a hash of the text"
     )
@@ -244,35 +306,25 @@ class PretrainData(Shards):
     long_documents: Literal["cut", "drop"] = key(
         "cut", "cut a long document into several ones of at most so many tokens, or drop and count it"
     )
-    bad_rows: Literal["fail", "drop"] = key(
-        "fail",
-        "a row that cannot be read (invalid JSON, no text, a line that is too long): stop, or drop it and "
-        "count it",
-    )
-    invalid_text: Literal["fail", "replace", "drop"] = key(
-        "fail",
-        "text that is not valid Unicode (lone surrogates, invalid UTF-8): stop, put U+FFFD in place of what "
-        "is invalid, or drop and count the document. NUL is valid and stays",
-    )
-    max_line_bytes: Positive = key(
-        50_000_000, "bytes of a row above which it is a bad row; a job takes up to 20 times as much memory"
-    )
-    max_dropped_fraction: Fraction = key(
-        0.01, "share of bad or invalid rows of a shard above which it fails in spite of `drop`"
-    )
     max_epochs: Annotated[float, Field(gt=0)] = key(
         4.0, "warn when a phase repeats a corpus more often (above about 4, repeated tokens are worth less)"
     )
     cpus_per_task: Positive = key(1, "CPU threads of a job that tokenizes; the result is the same")
 
 
-class SftData(Shards):
+class SftData(Rows):
     valid_fraction: Fraction = key(
         0.04, "share of the conversations held out for validation, by a hash of the text"
     )
     test_fraction: Fraction = key(
         0.02, "share of the conversations held out for the test, by a hash of the text"
     )
+    template_arguments: dict[str, Any] = key(
+        dict,
+        "arguments of the chat templates of all sources, as inference will give them: "
+        "{enable_thinking: true, truncate_history_thinking: false} and the like",
+    )
+    reasoning: Reasoning = key(Reasoning, "reasoning modes: without, of low effort, cut to a budget")
     pack_size: Positive = key(
         1024, "tokens of a pack, and the sequence length of SFT; see long_conversations"
     )

@@ -57,13 +57,16 @@ class Unencodable(Exception):
 class Encoder:
     """Encodes batches of documents as text: what spells a control token gets the ids of its characters.
 
-    `num_checked` documents were compared. With a `problem`, `tokenizers` is used from the beginning.
+    With `plain=False` it gets the id of the token, as in the text of a chat template. `num_checked` documents
+    were compared. With a `problem`, `tokenizers` is used from the beginning.
     """
 
-    def __init__(self, directory: Path, *, problem: str | None = None) -> None:
+    def __init__(self, directory: Path, *, plain: bool = True, problem: str | None = None) -> None:
         path = directory / "tokenizer.json"
+        self._plain = plain
         self._exact = tokenizers.load(directory)
-        tokenizers.plain(self._exact)
+        if plain:
+            tokenizers.plain(self._exact)
         if getattr(self._exact.model, "dropout", None):
             raise UserError(f"{path}: its model drops merges at random (dropout); set dropout to null")
         self._num_seen = self._num_characters = self._longest = self.num_checked = 0
@@ -90,7 +93,7 @@ class Encoder:
         try:
             if self._fast is None:
                 return self._exactly(texts)
-            ids, starts = _flat(self._fast, texts)
+            ids, starts = self._flat(texts)
         except BaseException as error:
             if not _is_failure(error):
                 raise
@@ -105,7 +108,7 @@ class Encoder:
         found = []
         for index, text in enumerate(texts):
             try:
-                found.append(self._exactly([text]) if self._fast is None else _flat(self._fast, [text]))
+                found.append(self._exactly([text]) if self._fast is None else self._flat([text]))
             except BaseException as error:
                 if not _is_failure(error):
                     raise
@@ -132,6 +135,9 @@ class Encoder:
             ids[start:end] = encoding.ids
         return ids, starts
 
+    def _flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _flat(self._fast, texts) if self._plain else _flat(self._fast, texts, plain=False)
+
     def _sample(self, texts: Sequence[str]) -> Iterator[int]:
         """Which documents are compared: it depends on nothing but the documents before."""
         for index, text in enumerate(texts):
@@ -145,7 +151,7 @@ class Encoder:
     def _compare(self, index: int, text: str, ids: np.ndarray) -> None:
         if len(text) > MAX_CHARACTERS:
             text = text[:MAX_CHARACTERS]
-            ids, _ = _flat(self._fast, [text])
+            ids, _ = self._flat([text])
         expected = np.array(self._exact.encode(text, add_special_tokens=False).ids, np.uint32)
         if np.array_equal(ids, expected):
             return
@@ -158,7 +164,7 @@ class Encoder:
     def _probe(self) -> None:
         added = [token.content for token in self._exact.get_added_tokens_decoder().values()]
         texts = [*PROBES, *(f"a{token} {token}\n{token}" for token in added[:_MAX_PROBED_TOKENS])]
-        ids, starts = _flat(self._fast, texts)
+        ids, starts = self._flat(texts)
         for index, text in enumerate(texts):
             try:
                 self._compare(index, text, ids[starts[index] : starts[index + 1]])
@@ -182,6 +188,6 @@ def _load(path: Path) -> Any:
     return tokenizer
 
 
-def _flat(tokenizer: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    ids, starts = tokenizer.encode_batch_flat(list(texts), False, True)  # no special tokens, text is text
+def _flat(tokenizer: Any, texts: Sequence[str], plain: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    ids, starts = tokenizer.encode_batch_flat(list(texts), False, plain)  # no special tokens are added
     return np.frombuffer(ids, "<u4"), np.frombuffer(starts, "<u8").astype(np.int64)

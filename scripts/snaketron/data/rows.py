@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -30,6 +30,7 @@ INVALID_TEXT = "invalid text"
 FILTERED = "filtered by where"
 MAX_LISTED = 100  # dropped rows that a record names, for each reason
 MAX_DETAIL = 200  # characters
+MAX_EXAMPLES = 5  # dropped rows in an error
 
 _CHUNK = 1 << 14  # bytes of zstd at a time: a few may become megabytes
 _BUFFER = 1 << 20  # bytes
@@ -48,6 +49,7 @@ class Drops:
     listed: list[dict[str, Any]] = field(default_factory=list)
     num_rows: int = 0  # that were read, used or not
     num_replaced: int = 0  # in whose text U+FFFD stands for what is invalid
+    advice: Mapping[str, str] = field(default_factory=dict)  # for each reason, what to do
 
     def add(self, path: Path | str, row: int, reason: str, detail: str = "") -> None:
         """Count row `row` of the file `path`."""
@@ -56,18 +58,29 @@ class Drops:
             entry = {"file": str(path), "row": row, "reason": reason, "detail": detail[:MAX_DETAIL]}
             self.listed.append(entry)
 
-    def check(self, settings: ReadSettings) -> None:
-        """`UserError` when more rows were bad or invalid than the settings allow. To be called at the end."""
-        dropped = self.reasons[BAD_ROW] + self.reasons[INVALID_TEXT]
+    def check(self, settings: ReadSettings, reasons: Iterable[str] = (BAD_ROW, INVALID_TEXT)) -> None:
+        """`UserError`, with an example of each kind, when more rows were dropped for some of `reasons` than
+        the settings allow. To be called at the end."""
+        counted = {reason: self.reasons[reason] for reason in reasons if self.reasons[reason]}
+        dropped = sum(counted.values())
         if not dropped or dropped <= settings.max_dropped_fraction * self.num_rows:
             return
-        first = next(row for row in self.listed if row["reason"] in (BAD_ROW, INVALID_TEXT))
-        where = place(Path(first["file"]), first["row"])
+        first = {row["reason"]: row for row in reversed(self.listed) if row["reason"] in counted}
+        examples = sorted(first.values(), key=self.listed.index)[:MAX_EXAMPLES]
+        others = "".join(f"; another: {self._explain(row)}" for row in examples[1:])
         raise UserError(
             f"{dropped} of {self.num_rows} rows are bad or invalid, more than max_dropped_fraction "
-            f"{settings.max_dropped_fraction} allows; the first is {where}: {first['detail']}; "
+            f"{settings.max_dropped_fraction} allows; the first is {self._explain(examples[0])}{others}; "
             "correct the files, or raise max_dropped_fraction"
         )
+
+    def _explain(self, row: Mapping[str, Any]) -> str:
+        """A dropped row in a line: where, why and what to do."""
+        reason, where = row["reason"], place(Path(row["file"]), row["row"])
+        named = "" if reason in (BAD_ROW, INVALID_TEXT) else reason  # their details say it
+        advice = f"({self.advice[reason]})" if reason in self.advice else ""
+        why = ": ".join(part for part in (named, row["detail"]) if part)
+        return f"{where}: {why} {advice}".rstrip()
 
 
 @dataclass

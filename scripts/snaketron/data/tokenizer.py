@@ -331,12 +331,13 @@ def template_of(source: str) -> str:
 
 def check_template(text: str, name: str) -> None:
     """Check that a template renders a conversation and marks what the assistant says; `UserError` if not."""
-    from snaketron.data import chat
+    from snaketron.data.chat import Unusable
+    from snaketron.data.template import compile_template
 
-    template = chat.compile_template(text, name=name, variables=_VARIABLES)
+    template = compile_template(text, name=name, variables=_VARIABLES)
     try:
-        rendered, spans = chat.render(template, _PROBE)
-    except chat.Unusable as error:
+        rendered, spans, _ = template.render(_PROBE)
+    except Unusable as error:
         raise UserError(f"{name}: cannot render a question and an answer: {error}") from None
     for message in _PROBE:
         if message["content"] not in rendered:

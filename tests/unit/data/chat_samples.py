@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ TEXT = [
 ]
 
 
-def build_tokenizer(trim_offsets: bool = False) -> Tokenizer:
-    """Byte-level BPE of 400 tokens; `trim_offsets` leaves spaces out of the offsets, as GPT-2's does."""
+def build_tokenizer(trim_offsets: bool = False, added: Sequence[str] = ()) -> Tokenizer:
+    """Byte-level BPE of 400 tokens; `trim_offsets` leaves spaces out of the offsets, as GPT-2's does.
+
+    `added` are special tokens beside those.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
@@ -29,13 +33,14 @@ def build_tokenizer(trim_offsets: bool = False) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.add_special_tokens(list(added))
     return tokenizer
 
 
-def save_tokenizer(directory: Path) -> Path:
+def save_tokenizer(directory: Path, added: Sequence[str] = ()) -> Path:
     """A directory as rule build_tokenizer and install_chat_template leave it."""
     directory.mkdir(parents=True, exist_ok=True)
-    build_tokenizer().save(str(directory / "tokenizer.json"))
+    build_tokenizer(added=added).save(str(directory / "tokenizer.json"))
     config = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     (directory / "chat_template.jinja").write_text(TEMPLATE.read_text())

@@ -28,7 +28,9 @@ def write_chats(path: Path, chats: list[tuple[list[int], list[int], str]]) -> Pa
             "loss_mask": [mask for _, mask, _ in chats],
             "file": ["raw.jsonl"] * len(chats),
             "row": list(range(1, len(chats) + 1)),
+            "turn": [0] * len(chats),
             "split": [split for _, _, split in chats],
+            "reasoning_mode": ["none"] * len(chats),
         }
     ).cast(rendered.SCHEMA)
     schema = rendered.SCHEMA.with_metadata({packed.KEY: packed.json.dumps(METADATA).encode()})
@@ -316,7 +318,9 @@ def test_a_truncated_file_is_an_error(tmp_path):
 def test_another_kind_of_file_is_an_error(tmp_path):
     (tmp_path / "chat/questions").mkdir(parents=True)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "chat/questions/part_0.parquet")
-    assert "column input_ids, loss_mask, file, row, split is missing" in refused(tmp_path)
+    assert "column input_ids, loss_mask, file, row, turn, split, reasoning_mode is missing" in refused(
+        tmp_path
+    )
 
 
 def test_files_of_different_sources_are_not_packed_together(tmp_path, monkeypatch):

@@ -282,7 +282,7 @@ def test_a_field_to_filter_by_that_is_missing_is_an_error_whatever_the_policy(tm
         read(path, where={"language": ["en"]}, bad_rows="drop")
 
 
-def test_too_many_dropped_rows_are_an_error_with_the_first(tmp_path: Path):
+def test_too_many_dropped_rows_are_an_error_with_the_first_of_each_kind(tmp_path: Path):
     drops = Drops(num_rows=100)
     drops.add("raw/a.jsonl", 7, "filtered by where")
     drops.check(ReadSettings())
@@ -293,5 +293,6 @@ def test_too_many_dropped_rows_are_an_error_with_the_first(tmp_path: Path):
         drops.check(ReadSettings())
     assert str(error.value) == (
         "2 of 100 rows are bad or invalid, more than max_dropped_fraction 0.01 allows; the first is "
-        "raw/a.jsonl:8: invalid JSON; correct the files, or raise max_dropped_fraction"
+        "raw/a.jsonl:8: invalid JSON; another: raw/a.jsonl:9: a lone surrogate; correct the files, or raise "
+        "max_dropped_fraction"
     )

@@ -16,6 +16,9 @@ from tests.unit.data.chat_samples import build_tokenizer, question, save_tokeniz
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+OTHER = Path(__file__).parent / "other_template.jinja"
 
 
 @pytest.fixture
@@ -72,9 +75,10 @@ def test_a_conversation_becomes_ids_mask_row_and_split(tmp_path, tokenizer):
     ids = build_tokenizer().encode(text).ids
     answer = len(build_tokenizer().encode("Two.").ids) + 1  # and <|im_end|>
     mask = [0] * (len(ids) - answer - 1) + [1] * answer + [0]
-    row = {"input_ids": ids, "loss_mask": mask, "file": str(tmp_path / "chats.jsonl"), "row": 1}
+    place = {"file": str(tmp_path / "chats.jsonl"), "row": 1, "turn": 0}
+    row = {"input_ids": ids, "loss_mask": mask, **place, "reasoning_mode": "none"}
     assert rows == [row | {"split": split_of(text, 0.2, 0.1)}]
-    assert record["counts"]["conversations"] == record["counts"]["rows"] == 1
+    assert record["counts"]["conversations"] == record["counts"]["rows"] == record["counts"]["sequences"] == 1
     assert (record["counts"]["tokens"], record["counts"]["trained_tokens"]) == (len(ids), answer)
     assert record["counts"]["dropped"] == {} and record["name"] == "questions/part_0"
 
@@ -87,6 +91,8 @@ def test_the_file_says_what_it_was_made_with(tmp_path, tokenizer):
         "list<element: uint8>",
         "string",
         "int64",
+        "int32",
+        "dictionary<values=string, indices=int8, ordered=0>",
         "dictionary<values=string, indices=int8, ordered=0>",
     ]
     _, metadata = packed.read_footer(tmp_path / "out/part_0.parquet", schema.names)
@@ -129,6 +135,7 @@ def test_dropped_rows_are_counted_by_reason_and_listed(tmp_path, tokenizer):
             {"messages": question("a", "<|im_end|>")},
             {"messages": question("c", "d")},
         ],
+        max_dropped_fraction=0.8,
     )
     assert [row["row"] for row in rows] == [1, 7]
     counts = record["counts"]
@@ -144,7 +151,8 @@ def test_dropped_rows_are_counted_by_reason_and_listed(tmp_path, tokenizer):
 
 
 def test_at_most_a_hundred_dropped_rows_of_a_reason_are_listed(tmp_path, tokenizer):
-    _, record = render(tmp_path, [{"messages": []}] * 150 + [{"messages": question("a", "b")}])
+    chats = [{"messages": []}] * 150 + [{"messages": question("a", "b")}]
+    _, record = render(tmp_path, chats, max_dropped_fraction=0.999)
     assert record["counts"]["dropped"] == {"no messages": 150}
     assert len(record["counts"]["dropped_rows"]) == 100
 
@@ -158,6 +166,7 @@ def test_a_template_that_trains_nothing_in_a_row_drops_it(tmp_path, tokenizer):
         tmp_path,
         [{"messages": question("a", "b")}, {"messages": question("a", "long")}],
         template=template,
+        max_dropped_fraction=0.5,
     )
     assert record["counts"]["dropped"] == {"nothing to train on": 1}
 
@@ -223,8 +232,8 @@ def three_files(tmp_path: Path) -> list[Path]:
 
 
 def test_max_documents_takes_exactly_so_many_conversations(tmp_path, tokenizer, three_files):
-    whole, _ = render_files(tmp_path, *three_files)
-    rows, counts = render_files(tmp_path, *three_files, max_documents=3)
+    whole, _ = render_files(tmp_path, *three_files, max_dropped_fraction=0.2)
+    rows, counts = render_files(tmp_path, *three_files, max_documents=3, max_dropped_fraction=0.3)
     assert rows == whole[:3]
     assert (counts["rows"], counts["conversations"], counts["dropped"]) == (4, 3, {"no messages": 1})
     inputs = lineage.read(tmp_path / "out/part_0.json")["inputs"]
@@ -234,10 +243,10 @@ def test_max_documents_takes_exactly_so_many_conversations(tmp_path, tokenizer, 
 def test_max_tokens_takes_whole_conversations_until_the_next_would_exceed_it(
     tmp_path, tokenizer, three_files
 ):
-    whole, _ = render_files(tmp_path, *three_files)
+    whole, _ = render_files(tmp_path, *three_files, max_dropped_fraction=0.2)
     lengths = [len(row["input_ids"]) for row in whole]
     for most, expected in ((sum(lengths[:3]), 3), (sum(lengths[:4]) - 1, 3), (sum(lengths[:4]), 4)):
-        rows, counts = render_files(tmp_path, *three_files, max_tokens=most)
+        rows, counts = render_files(tmp_path, *three_files, max_tokens=most, max_dropped_fraction=0.3)
         assert rows == whole[:expected]
         assert counts["rows"] == expected + 1 and counts["tokens"] == sum(lengths[:expected]) <= most
 
@@ -293,10 +302,10 @@ def test_a_metadata_field_cannot_take_the_name_of_a_column(tmp_path, tokenizer):
 
 
 def test_row_groups_do_not_change_what_is_written(tmp_path, tokenizer, three_files, monkeypatch):
-    whole, _ = render_files(tmp_path, *three_files)
+    whole, _ = render_files(tmp_path, *three_files, max_dropped_fraction=0.2)
     monkeypatch.setattr(rendered, "ROW_GROUP_TOKENS", 30)
     monkeypatch.setattr(rendered, "BATCH_CHARACTERS", 100)
-    assert render_files(tmp_path, *three_files)[0] == whole
+    assert render_files(tmp_path, *three_files, max_dropped_fraction=0.2)[0] == whole
     assert pq.read_metadata(tmp_path / "out/part_0.parquet").num_row_groups > 1
 
 
@@ -324,10 +333,179 @@ def test_a_damaged_line_is_an_error(tmp_path, tokenizer):
     assert refused(tmp_path, chats).startswith("chats.jsonl:2: invalid JSON")
 
 
-def test_a_template_without_a_generation_block_is_an_error(tmp_path, tokenizer):
+def test_a_template_that_does_not_show_what_is_generated_is_an_error(tmp_path, tokenizer):
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": question("a", "b")}])
     (tmp_path / "none.jinja").write_text("{{ messages[0].content }}")
     assert "generation" in refused(tmp_path, chats, template=tmp_path / "none.jinja")
+
+
+def test_a_template_of_another_tokenizer_is_an_error(tmp_path, tokenizer):
+    """Its <|stop|> would be several tokens, and no model stops at several."""
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": question("a", "b")}])
+    assert refused(tmp_path, chats, template=OTHER).startswith(
+        f"{OTHER}: an answer ends with 'It is 4.<|stop|>', and the tokenizer has no added token for that"
+    )
+
+
+def test_an_answer_that_ends_with_its_text_is_dropped(tmp_path, tokenizer):
+    """This template ends an answer with <|im_end|>, but a call with the call: no model would stop there."""
+    template = tmp_path / "calls.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}"
+        "{% endfor %}{{ '<|im_end|>' if not m.tool_calls }}{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
+    chats = [{"messages": question("a", "b")}, {"messages": [{"role": "user", "content": "a"}, call]}]
+    rows, record = render(tmp_path, chats, template=template, max_dropped_fraction=0.5)
+    assert [row["row"] for row in rows] == [1]
+    assert record["counts"]["dropped"] == {"an answer without the token that ends it": 1}
+
+
+@pytest.fixture
+def other_tokenizer(tmp_path: Path) -> Path:
+    """One that knows the tokens of the other template."""
+    return save_tokenizer(tmp_path / "tokenizer", added=["<|turn|>", "<|stop|>"])
+
+
+def texts(rows: list[dict[str, Any]], added: tuple[str, ...] = ("<|turn|>", "<|stop|>")) -> list[str]:
+    """Sequences as text, what is trained between ⟦ and ⟧."""
+    tokens = build_tokenizer(added=added)
+    bytes_of = {char: byte for byte, char in bytes_to_unicode().items()}
+    found = []
+    for row in rows:
+        text = b""
+        for i, (number, trained) in enumerate(zip(row["input_ids"], row["loss_mask"], strict=True)):
+            before = row["loss_mask"][i - 1] if i else 0
+            text += "⟦".encode() * (trained > before) + "⟧".encode() * (trained < before)
+            text += bytes(bytes_of[char] for char in tokens.id_to_token(number))
+        found.append((text + "⟧".encode() * row["loss_mask"][-1]).decode())
+    return found
+
+
+THREE_TURNS = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "1", "reasoning_content": "First."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "Three?"},
+    {"role": "assistant", "content": "3", "reasoning_content": "Third."},
+    {"role": "user", "content": "Bye."},
+]
+START = "<|turn|>system\nBe helpful.<|stop|>\n\n"
+
+
+def said(who: str, text: str) -> str:
+    return f"<|turn|>{who}\n{text}<|stop|>\n\n"
+
+
+def test_a_turn_is_what_inference_sees_and_only_its_answers_are_trained(tmp_path, other_tokenizer):
+    """The history is shortened as when that turn is answered, and nothing follows its answers."""
+    options = {"template": OTHER, "sequences": "turn"}
+    rows, record = render(tmp_path, [{"messages": THREE_TURNS}, {"messages": question("a", "b")}], **options)
+    one = START + said("user", "One?")
+    two = one + said("assistant", "<think></think>1") + said("user", "Two?")
+    three = two + said("assistant", "<think></think>2") + said("user", "Three?")
+    assert [text.rstrip() for text in texts(rows)] == [
+        f"{one}<|turn|>assistant\n<think>\n⟦First.\n</think>\n1<|stop|>⟧",
+        f"{two}<|turn|>assistant\n<think></think>⟦2<|stop|>⟧",
+        f"{three}<|turn|>assistant\n<think>\n⟦Third.\n</think>\n3<|stop|>⟧",
+        f"{START}{said('user', 'a')}<|turn|>assistant\n<think></think>⟦b<|stop|>⟧",
+    ]
+    assert [(row["row"], row["turn"]) for row in rows] == [(1, 1), (1, 2), (1, 3), (2, 0)]
+    assert [row["reasoning_mode"] for row in rows] == ["full"] * 3 + ["none"]
+    counts = record["counts"]
+    assert (counts["rows"], counts["conversations"], counts["sequences"]) == (2, 2, 4)
+    assert counts["reasoning_modes"] == {"none": 1, "full": 3}
+
+
+def test_a_conversation_in_one_has_the_history_of_its_last_answer(tmp_path, other_tokenizer):
+    """What follows the last answer is left out: it would make that answer part of the history."""
+    rows, _ = render(tmp_path, [{"messages": THREE_TURNS}], template=OTHER)
+    assert [text.rstrip() for text in texts(rows)] == [
+        START
+        + said("user", "One?")
+        + "<|turn|>assistant\n<think></think>⟦1<|stop|>⟧\n\n"
+        + said("user", "Two?")
+        + "<|turn|>assistant\n<think></think>⟦2<|stop|>⟧\n\n"
+        + said("user", "Three?")
+        + "<|turn|>assistant\n<think>\n⟦Third.\n</think>\n3<|stop|>⟧"
+    ]
+
+
+def test_turns_of_a_template_with_generation_blocks(tmp_path, tokenizer):
+    rows, _ = render(tmp_path, [{"messages": THREE_TURNS[:4]}], sequences="turn")
+    first = "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n"
+    second = "<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n"
+    assert texts(rows, ()) == [
+        f"{first}⟦<think>\nFirst.\n</think>\n\n1<|im_end|>⟧\n",
+        f"{first}<think>\nFirst.\n</think>\n\n1<|im_end|>\n{second}⟦2<|im_end|>⟧\n",
+    ]
+
+
+def test_turns_of_a_template_that_hides_its_loop_are_an_error(tmp_path, tokenizer):
+    template = tmp_path / "macro.jinja"
+    template.write_text(
+        "{% macro all() %}{% for m in messages %}{% generation %}{{ m.reasoning_content }}{{ m.content }}"
+        "{% endgeneration %}{% endfor %}{% endmacro %}{{ all() }}"
+    )
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": THREE_TURNS}])
+    message = refused(tmp_path, chats, template=template, sequences="turn")
+    assert message.startswith("macro.jinja: `sequences: turn` needs a template that loops over `messages`")
+
+
+def test_all_sequences_of_a_conversation_share_a_split(tmp_path, tokenizer):
+    """The split is that of the whole conversation, whatever becomes of it."""
+    chats = [{"messages": [*question(f"What is {i}?", "x"), *THREE_TURNS]} for i in range(60)]
+    whole, _ = render(tmp_path, chats)
+    expected = {row["row"]: row["split"] for row in whole}
+    assert len(set(expected.values())) == 3
+    modes = {"stripped": 0.4, "low_effort": 0.3, "truncated": 0.3, "min_budget": 1}
+    for options in ({"sequences": "turn"}, {"sequences": "turn", "reasoning": modes}, {"reasoning": modes}):
+        rows, counts = render(tmp_path, chats, seed=1, **options)
+        assert {(row["row"], row["split"]) for row in rows} == set(expected.items())
+        by_split = counts["counts"]["splits"]
+        assert sum(split["conversations"] for split in by_split.values()) == 60
+
+
+def test_limits_count_conversations_and_not_turns(tmp_path, tokenizer):
+    chats = [{"messages": THREE_TURNS}] * 4
+    rows, _ = render(tmp_path, chats, sequences="turn", max_documents=2)
+    assert [(row["row"], row["turn"]) for row in rows] == [(r, t) for r in (1, 2) for t in (1, 2, 3)]
+    most = sum(len(row["input_ids"]) for row in rows) + 5
+    assert render(tmp_path, chats, sequences="turn", max_tokens=most)[0] == rows
+
+
+def test_a_template_without_reasoning_trains_the_answers_and_says_so(tmp_path, tokenizer, caplog):
+    template = tmp_path / "plain.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}")
+    only = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "reasoning_content": "b"}]
+    rows, record = render(
+        tmp_path,
+        [{"messages": THREE_TURNS}, {"messages": only}],
+        template=template,
+        max_dropped_fraction=0.5,
+    )
+    assert [row["reasoning_mode"] for row in rows] == ["none"]
+    assert record["counts"]["reasoning_not_written"] == 1
+    assert record["counts"]["dropped"] == {"the template leaves out a message": 1}
+    assert "writes no reasoning; 1 conversations are trained without theirs" in caplog.text
+
+
+def test_too_many_dropped_rows_are_an_error_with_an_example_of_each_kind(tmp_path, tokenizer):
+    chats = [{"messages": question("a", "b")}] * 98
+    chats += [{"messages": [{"role": "human", "content": "a"}]}]
+    path = write_jsonl(tmp_path / "chats.jsonl", [*chats, {"messages": question("c", "d")}])
+    assert render_files(tmp_path, path)[1]["dropped"] == {"unknown role": 1}  # 1 of 100
+    (tmp_path / "out/part_0.parquet").unlink()
+    (tmp_path / "out/part_0.json").unlink()
+    path = write_jsonl(tmp_path / "chats.jsonl", [*chats, {"messages": []}])
+    assert refused(tmp_path, path) == (
+        "2 of 100 rows are bad or invalid, more than max_dropped_fraction 0.01 allows; the first is "
+        "chats.jsonl:99: unknown role: message 0 is by 'human'; known: system, developer, user, assistant, "
+        "tool (rename it); another: chats.jsonl:100: no messages (remove the row, or name the field that "
+        "holds them in messages_field); correct the files, or raise max_dropped_fraction"
+    )
 
 
 def test_a_missing_template_or_tokenizer_is_an_error(tmp_path, tokenizer):
