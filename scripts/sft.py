@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from snaketron.files import write_text
 from snaketron.log import run
+from snaketron.settings import TrainSettings
 from snaketron.summary import summarize
 from snaketron.train.launch import is_rank
 from snaketron.train.stage import Stage, parse_args, run_stage
@@ -15,8 +16,12 @@ if TYPE_CHECKING:
     from snaketron.train.loop import Trainer
 
 
-def main(argv: list[str] | None = None) -> int:
-    stage = Stage(parse_args(__doc__, argv))
+def main(
+    argv: list[str] | None = None,
+    description: str | None = __doc__,
+    kind: type[TrainSettings] = TrainSettings,
+) -> int:
+    stage = Stage(parse_args(description, argv), kind)
     status = run_stage(stage, lambda: train(stage))
     if status == 0 and not is_rank():
         summary = summarize(stage.output)

@@ -6,10 +6,12 @@ The rules that these requests follow, and what the executor plugin makes of them
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from snaketron.config import Cluster, Config, ConfigError, Run
-from snaketron.sizes import memory_of_process, static_memory
+from snaketron.config.targets import check_targets
+from snaketron.sizes import memory_of_process, pipeline_pattern, static_of_run
 
 
 class Layout(NamedTuple):
@@ -32,17 +34,16 @@ def layout(run: Run, cluster: Cluster) -> Layout:
     return Layout(processes // per_node, per_node, min(per_node, cluster.gpus_per_node))
 
 
-def check_memory(config: Config) -> None:
+def check_memory(config: Config, sections: Iterable[str] = ("pretrain", "sft")) -> None:
     """`ConfigError` when a training needs more of a GPU than it has, by `cluster.gpu_memory_gb`."""
     problems, limit = [], config.cluster.gpu_memory_gb or math.inf
     longest = max(config.pretrain.steps(phase)[2] for phase in config.pretrain.phases)
-    for section, seq_length in (("pretrain", longest), ("sft", config.sft_data.pack_size)):
+    for section in sections:
         run, vocab_size = getattr(config, section), config.tokenizer.vocab_size
+        seq_length = longest if section == "pretrain" else config.sft_data.pack_size
         needed = memory_of_process(config.model, vocab_size, seq_length, run, run.optimizer) / 1e9
         if needed > limit:
-            stages = static_memory(
-                config.model, vocab_size, run.parallel, run.optimizer, run.offload_optimizer
-            )
+            stages = static_of_run(config.model, vocab_size, run, run.optimizer)
             kept = max(stage.total for stage in stages) / 1e9
             problems.append(
                 f"{section}.parallel: takes {needed:.4g} GB of a GPU, more than cluster.gpu_memory_gb "
@@ -53,6 +54,15 @@ def check_memory(config: Config) -> None:
             )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def check_lora(config: Config) -> None:
+    """`ConfigError` when LoRA as it is configured does not fit the model or the GPUs."""
+    pattern, lora = config.model.hybrid_layer_pattern, config.lora
+    stages = pipeline_pattern(pattern, lora.parallel.pipeline_model_parallel_size).split("|")
+    if problems := check_targets("lora.target_modules", lora.target_modules, config.model, stages):
+        raise ConfigError("\n".join(problems))
+    check_memory(config, ["lora"])
 
 
 def resources(run: Run, cluster: Cluster) -> dict[str, Any]:

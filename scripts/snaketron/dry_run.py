@@ -9,8 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from snaketron.config import Config, Pretrain, Sft
-from snaketron.sizes import memory_of_process, num_active_parameters, num_parameters, static_memory
+from snaketron.config import Config, Lora, Parallel, Pretrain, Tuning
+from snaketron.sizes import (
+    adapter_parameters,
+    memory_of_process,
+    num_active_parameters,
+    num_parameters,
+    static_of_run,
+)
 
 BYTES = ("TB", "GB", "MB", "kB")
 Request = Callable[[Any], str]  # from a job to options of sbatch
@@ -20,7 +26,7 @@ class Training(NamedTuple):
     """What a training is to do, and what it is known to need."""
 
     title: str
-    run: Pretrain | Sft
+    run: Pretrain | Tuning
     tokens: int
     seq_length: int
 
@@ -39,9 +45,11 @@ def trainings(config: Config) -> dict[tuple[str, str], Training]:
         for phase in config.pretrain.phases
         for steps in [config.pretrain.steps(phase)]
     }
-    sft = config.sft
-    tokens = sft.train_iters * sft.global_batch_size * config.sft_data.pack_size
-    return found | {("sft", ""): Training("sft", sft, tokens, config.sft_data.pack_size)}
+    length, tunings = config.sft_data.pack_size, {"sft": config.sft, "lora": config.lora}
+    return found | {
+        (name, ""): Training(name, run, run.train_iters * run.global_batch_size * length, length)
+        for name, run in tunings.items()
+    }
 
 
 def explain(workflow: Any, config: Config) -> None:
@@ -110,7 +118,7 @@ def describe(config: Config, jobs: Iterable[Any], request: Request) -> str | Non
             lines.append(f"    {_time(training, minutes)}")
             if training.hours and config.cluster.gpus_per_node:
                 gpu_hours += training.hours * training.run.parallel.world_size
-        else:
+        elif not first.resources.get("run"):  # which is of trainings, and of what merges their adapters
             cpus = first.resources.get("cpus_per_task") or first.threads
             cpu_hours += len(same) * minutes / 60 * cpus
     total = f"At most {cpu_hours:,.0f} CPU hours for data, by the time limits"
@@ -134,7 +142,7 @@ def _needs(config: Config, training: Training) -> list[str]:
     """The size of the model and of what a process keeps of it."""
     model, vocab_size = config.model, config.tokenizer.vocab_size
     run, parallel = training.run, training.run.parallel
-    static = static_memory(model, vocab_size, parallel, run.optimizer, run.offload_optimizer)
+    static = static_of_run(model, vocab_size, run, run.optimizer)
     largest = max(memory.total for memory in static)
     peak = memory_of_process(model, vocab_size, training.seq_length, run, run.optimizer)
     sizes = {
@@ -147,9 +155,13 @@ def _needs(config: Config, training: Training) -> list[str]:
     }
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     on = _plural(parallel.world_size, "GPU" if config.cluster.gpus_per_node else "CPU process")
+    trained = ""
+    if isinstance(run, Lora):
+        number = sum(stage.total for stage in adapter_parameters(model, Parallel(), run))
+        trained = f", {_count(number)} of adapters trained"
     return [
         f"{_count(num_parameters(model, vocab_size).total)} parameters, "
-        f"{_count(num_active_parameters(model, vocab_size))} active a token",
+        f"{_count(num_active_parameters(model, vocab_size))} active a token{trained}",
         f"{on}{f': {layout}' if layout else ''}",
         f"{_count(largest, BYTES)} of weights, gradients and optimizer on each, "
         f"{_count(peak, BYTES)} with activations",

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from snaketron.cluster import check_memory, layout, resources
+from snaketron.cluster import check_lora, check_memory, layout, resources
 from snaketron.config import ChatSource, Config, Corpus
 from snaketron.curation_graph import CurationGraph
 from snaketron.settings import (
+    lora_settings,
     padding_multiple,
     pretrain_settings,
     read_settings,
@@ -168,6 +169,13 @@ class Graph(CurationGraph):
     def sft_settings(self) -> str:
         return sft_settings(self.config).model_dump_json()
 
+    def lora_settings(self, stage: Literal["lora", "lora_merged"]) -> Callable[[Any], str]:
+        def settings(_wildcards: Any) -> str:
+            check_lora(self.config)  # of nobody else's concern
+            return lora_settings(self.config, stage).model_dump_json()
+
+        return settings
+
     def download_size(self, wildcards: Any) -> int:
         """Bytes of a file to download."""
         return self._locked_file(wildcards).size
@@ -185,7 +193,7 @@ class Graph(CurationGraph):
         """Size of a file to download, for limits of a profile."""
         return math.ceil(self._locked_file(wildcards).size / 1e6)
 
-    def run(self, section: Literal["pretrain", "sft"]) -> str:
+    def run(self, section: Literal["pretrain", "sft", "lora"]) -> str:
         return run_settings(self.config, section).model_dump_json(exclude_defaults=True)
 
     def threads(self, section: str) -> int:
@@ -193,7 +201,7 @@ class Graph(CurationGraph):
         stage = getattr(self.config, section)
         return stage.cpus_per_task * layout(stage, self.config.cluster).tasks_per_node
 
-    def training_resources(self, section: Literal["pretrain", "sft"]) -> dict[str, Any]:
+    def training_resources(self, section: Literal["pretrain", "sft", "lora"]) -> dict[str, Any]:
         """What a training asks Slurm for, and what else its command needs that does not define its result."""
         stage = getattr(self.config, section)
         return resources(stage, self.config.cluster) | {"run": self.run(section), "attempt": attempt}

@@ -5,9 +5,11 @@ The first part is a `params` of the rule, so a change trains again; the second i
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from snaketron.config import (
+    Adapters,
     ChatSource,
     Cluster,
     Config,
@@ -18,7 +20,7 @@ from snaketron.config import (
     Reasoning,
     Run,
     Section,
-    Sft,
+    Tuning,
 )
 
 from pydantic import Field
@@ -52,6 +54,12 @@ class TrainSettings(Section):
     schedule: Schedule
     loss_average: Literal["token", "sample"] = "token"
     switch_loss_average_after: int | None = None
+
+
+class LoraSettings(TrainSettings):
+    """The same of a training of adapters, on a base that stays as it is."""
+
+    lora: Adapters
 
 
 class RunSettings(Run):
@@ -198,11 +206,11 @@ def pretrain_settings(config: Config, name: str) -> TrainSettings:
     )
 
 
-def sft_settings(config: Config) -> TrainSettings:
-    """What defines the result of SFT."""
-    sft = config.sft
+def sft_settings(config: Config, section: Literal["sft", "lora"] = "sft") -> TrainSettings:
+    """What defines the result of SFT, or what LoRA shares with it."""
+    sft: Tuning = getattr(config, section)
     return TrainSettings(
-        stage="sft",
+        stage=section,
         seed=config.seed,
         model=config.model,
         optimizer=sft.optimizer,
@@ -217,20 +225,26 @@ def sft_settings(config: Config) -> TrainSettings:
     )
 
 
+def lora_settings(config: Config, stage: Literal["lora", "lora_merged"] = "lora") -> LoraSettings:
+    """What defines the result of LoRA, and of merging it."""
+    adapters = Adapters(**{name: getattr(config.lora, name) for name in Adapters.model_fields})
+    return LoraSettings(**sft_settings(config, "lora").model_dump() | {"stage": stage}, lora=adapters)
+
+
 def padding_multiple(config: Config) -> int:
     """What the length of a conversation in a pack is rounded up to: context parallelism gives each process
     two chunks of every sequence."""
     if config.sft_data.padding_multiple:
         return config.sft_data.padding_multiple
-    size = config.sft.parallel.context_parallel_size
-    return 2 * size if size > 1 else 1
+    sizes = (run.parallel.context_parallel_size for run in (config.sft, config.lora))
+    return math.lcm(*(2 * size if size > 1 else 1 for size in sizes))
 
 
-def run_settings(config: Config, section: Literal["pretrain", "sft"]) -> RunSettings:
+def run_settings(config: Config, section: Literal["pretrain", "sft", "lora"]) -> RunSettings:
     """How a stage is run."""
-    run: Pretrain | Sft = getattr(config, section)
+    run: Pretrain | Tuning = getattr(config, section)
     values = {name: getattr(run, name) for name in Run.model_fields}
-    if isinstance(run, Sft):
+    if isinstance(run, Tuning):
         values |= {
             "num_samples": run.num_samples,
             "sample_interval": run.sample_interval,

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from snaketron.config import Model, Optimizer, Parallel, Run
+from snaketron.config import Adapters, Lora, Model, Optimizer, Parallel, Run
+from snaketron.config.targets import Linear, linears, targeted
 
 CONV_WIDTH = 4  # of Mamba-2's convolution, megatron-core's d_conv
 
@@ -140,6 +141,38 @@ def num_active_parameters(model: Model, vocab_size: int) -> int:
     return layers.total - unused + tables + model.hidden_size
 
 
+def adapter_parameters(model: Model, parallel: Parallel, adapters: Adapters) -> list[Parameters]:
+    """Parameters of the adapters of each pipeline stage: A (rank, inputs) and B (outputs, rank) of a layer.
+
+    Tensor parallelism divides the one of them that has the axis that it divides in the layer.
+    """
+    stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
+    return [
+        _sum(
+            _adapter(linear, adapters, parallel)
+            for linear in targeted(
+                adapters.target_modules, linears(model, stage, with_mtp=i == len(stages) - 1)
+            )
+        )
+        for i, stage in enumerate(stages)
+    ]
+
+
+def _adapter(linear: Linear, adapters: Adapters, parallel: Parallel) -> Parameters:
+    if linear.experts:
+        rank = adapters.expert_rank or adapters.rank
+        whole = linear.inputs if linear.parallel == "column" else linear.outputs
+        divided = linear.inputs + linear.outputs - whole
+        # Each process of expert tensor parallelism has the whole one.
+        return Parameters(
+            expert=linear.experts * rank * (divided + whole * parallel.expert_tensor_parallel_size)
+        )
+    a, b = adapters.rank * linear.inputs, adapters.rank * linear.outputs
+    if linear.parallel == "replicated":
+        return Parameters(replicated=a + b)
+    return Parameters(b, a) if linear.parallel == "column" else Parameters(a, b)
+
+
 # ------------------------------------------------------------------------------------------- FLOPs
 
 
@@ -212,12 +245,14 @@ def static_memory(
     parallel: Parallel,
     optimizer: Optimizer | None = None,
     offload_optimizer: float = 0.0,
+    adapters: Adapters | None = None,
 ) -> list[StaticMemory]:
     """What a process of each pipeline stage keeps on its GPU.
 
     Weights are bf16 unless the model is in fp32. The distributed optimizer divides main weights and Adam's
     two moments among the processes that hold the same parameters. Main weights are fp32, and with moments in
-    bf16 the 16 bits that bf16 weights lack; a model in fp32 has none.
+    bf16 the 16 bits that bf16 weights lack; a model in fp32 has none. With adapters they alone have gradients
+    and optimizer, and the model its weights.
     """
     optimizer = optimizer or Optimizer()
     in_bf16, short = model.precision != "fp32", optimizer.moment_precision == "bf16"
@@ -225,18 +260,27 @@ def static_memory(
     copies = parallel.data_parallel_size * parallel.context_parallel_size
     expert_copies = processes // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
     found = []
-    for stage in stage_parameters(model, vocab_size, parallel):
-        dense, expert = stage.dense_of_process(parallel), stage.expert_of_process(parallel)
+    stages = stage_parameters(model, vocab_size, parallel)
+    trained = adapter_parameters(model, parallel, adapters) if adapters else stages
+    for stage, tuned in zip(stages, trained, strict=True):
+        held = stage.of_process(parallel) + (tuned.of_process(parallel) if adapters else 0)
+        dense, expert = tuned.dense_of_process(parallel), tuned.expert_of_process(parallel)
         here = (dense / copies + expert / expert_copies) * (1 - offload_optimizer)
         found.append(
             StaticMemory(
-                weights=(2 if in_bf16 else 4) * (dense + expert),
+                weights=(2 if in_bf16 else 4) * held,
                 gradients=(2 if optimizer.gradient_precision == "bf16" else 4) * (dense + expert),
                 main_weights=(2 if short else 4) * here if in_bf16 else 0,
                 moments=(4 if short else 8) * here,
             )
         )
     return found
+
+
+def static_of_run(model: Model, vocab_size: int, run: Run, optimizer: Optimizer) -> list[StaticMemory]:
+    """The same for a stage as it is configured; of adapters if it is LoRA."""
+    adapters = run if isinstance(run, Lora) else None
+    return static_memory(model, vocab_size, run.parallel, optimizer, run.offload_optimizer, adapters)
 
 
 def layer_activations(model: Model, layer: str, tensor_parallel_size: int, recompute: Sequence[str]) -> float:
@@ -298,7 +342,7 @@ def memory_of_process(
 
     Not counted: what the allocator reserves beside them, buffers of libraries (1 to 2 GB), CUDA graphs.
     """
-    static = static_memory(model, vocab_size, run.parallel, optimizer, run.offload_optimizer)
+    static = static_of_run(model, vocab_size, run, optimizer)
     activations = activation_memory(model, vocab_size, seq_length, run)
     return max(kept.total + peak for kept, peak in zip(static, activations, strict=True))
 

@@ -58,11 +58,11 @@ def exists(root: Path, pattern: str) -> Callable[[], bool]:
     return lambda: next(root.glob(pattern), None) is not None
 
 
-def saved(root: Path, iteration: int) -> Callable[[], bool]:
-    """Whether some version below `root` has a complete checkpoint of at least `iteration` steps."""
+def saved(root: Path, iteration: int, version: str = "*") -> Callable[[], bool]:
+    """Whether some such version below `root` has a complete checkpoint of at least `iteration` steps."""
 
     def reached() -> bool:
-        for file in root.glob("versions/*/latest_checkpointed_iteration.txt"):
+        for file in root.glob(f"versions/{version}/latest_checkpointed_iteration.txt"):
             if int(file.read_text() or 0) >= iteration:
                 return True
         return False

@@ -40,10 +40,10 @@ def begin_again(copy: Workspace, target: str) -> Path:
     return undisturbed
 
 
-def half_written(root: Path) -> Callable[[], bool]:
+def half_written(root: Path, version: str = "*") -> Callable[[], bool]:
     """Inside the write of the second checkpoint: the first is complete, files of the next one appear."""
-    first = saved(root, 4)
-    return lambda: first() and exists(root, "versions/*/.iter_*.partial/*")()
+    first = saved(root, 4, version)
+    return lambda: first() and exists(root, f"versions/{version}/.iter_*.partial/*")()
 
 
 def first_line(root: Path) -> Callable[[], bool]:

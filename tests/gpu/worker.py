@@ -3,7 +3,9 @@
     torchrun ... -m tests.gpu.worker '{"directory": ..., "steps": 4}'
 
 The last rank prints, as a line of JSON: the losses and gradient norms of the steps, the validation loss
-before them, and a hash of the weights and optimizer states of each rank after them.
+before them, and a hash of the weights and optimizer states of each rank after them. With adapters (`lora`:
+keys of the configuration, `base`: the checkpoint they are for) also the validation losses after the last step
+and after merging.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.config import load
+from snaketron.config import Adapters, load
 from snaketron.data.packed import join, write
 from snaketron.data.tokenizer import Info
 from snaketron.files import write_json
-from snaketron.settings import pretrain_settings, run_settings, sft_settings
+from snaketron.model.lora import merge
+from snaketron.settings import LoraSettings, pretrain_settings, run_settings, sft_settings
 from snaketron.train import loop
 from snaketron.train.batches import Batches, SftBatches, sequences
 
@@ -110,21 +113,25 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
     """Train from what `directory` holds to step `steps`, and save at some of them."""
     model, run, cluster = (keys.pop(key, {}) for key in ("model", "run", "cluster"))
-    blend = keys.pop("blend", None)
+    blend, lora, base = (keys.pop(key, None) for key in ("blend", "lora", "base"))
     if keys:
         raise TypeError(f"unknown: {keys}")
     if blend:
         settings, run_as, make_batches = packed(blend, model, run)
     else:
         settings, run_as, make_batches = fixed(model, run, cluster)
+    if lora is not None:
+        settings = LoraSettings(**settings.model_dump(), lora=Adapters(**lora))
     with loop.distributed(settings, run_as):
         trainer = loop.Trainer(settings, run_as, VOCABULARY)
         trainer.seconds = 1.0
+        if base:
+            trainer.start_from(Path(base), with_optimizer=False)
         resumed = trainer.resume(Path(directory))
         batches = make_batches()
         trainer.sources = batches.sources
         found: dict[str, Any] = {"resumed": resumed, "losses": [], "mtp": [], "norms": []}
-        found |= trainer.evaluate(batches, "valid")
+        found["valid"] = trainer.evaluate(batches, "valid")["valid_loss"]
         while trainer.iteration < steps:
             trainer.sums.zero_()
             trainer.means.zero_()
@@ -135,6 +142,10 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
             if trainer.iteration in save_at:
                 trainer.save(Path(directory))
         trainer.saver.finish()
+        if lora is not None:
+            found["tuned"] = trainer.evaluate(batches, "valid")["valid_loss"]
+            merge(trainer.model)
+            found["merged"] = trainer.evaluate(batches, "valid")["valid_loss"]
         hashes: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(hashes, state_hash(trainer))
         if loop.is_writer():

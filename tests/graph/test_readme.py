@@ -52,7 +52,9 @@ def test_your_own_data_as_the_readme_shows_it(mine: Workspace):
     assert "rule sample_corpus" not in result.output
 
 
-SHOWN = [c for page in ("README.md", "docs/data.md", "docs/slurm.md") for c in commands(page)]
+SHOWN = [
+    c for page in ("README.md", "docs/data.md", "docs/tuning.md", "docs/slurm.md") for c in commands(page)
+]
 
 
 @pytest.mark.parametrize("command", [c for c in SHOWN if "--report" not in c])

@@ -12,11 +12,12 @@ from tests.conftest import Workspace
 import pytest
 
 BEGIN = "To be submitted to Slurm:"
+TARGETS = ("ckpt/sft", "ckpt/lora_merged")
 REQUESTS = Path(__file__).parent / "requests"
 
 
 def plan(workspace: Workspace, *arguments: str) -> str:
-    result = workspace.run("snakemake", "--profile", "profiles/slurm", "-n", "ckpt/sft", *arguments)
+    result = workspace.run("snakemake", "--profile", "profiles/slurm", "-n", *TARGETS, *arguments)
     assert result.status == 0, result.output[-3000:]
     return BEGIN + result.output.partition(BEGIN)[2]
 

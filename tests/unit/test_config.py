@@ -336,6 +336,11 @@ PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight"
             "micro_batch_size 4 x data_parallel_size 1 = 4",
         ),
         (
+            {"lora": {"target_modules": ["in_proj", "linear_qvk"]}},
+            "lora.target_modules[1]: 'linear_qvk' is no linear layer; did you mean 'linear_qkv'?",
+        ),
+        ({"lora": {"target_modules": []}}, "lora.target_modules: name the layers to adapt"),
+        (
             {"sft": {"parallel": {"data_parallel_size": 3}}},
             "sft.global_batch_size 4 is not divisible by micro_batch_size 1 x data_parallel_size 3 = 3",
         ),

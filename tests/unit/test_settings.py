@@ -6,8 +6,16 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from snaketron.config import Config, load
-from snaketron.settings import RunSettings, TrainSettings, pretrain_settings, run_settings, sft_settings
+from snaketron.config import Adapters, Config, load
+from snaketron.settings import (
+    LoraSettings,
+    RunSettings,
+    TrainSettings,
+    lora_settings,
+    pretrain_settings,
+    run_settings,
+    sft_settings,
+)
 
 import pytest
 
@@ -106,10 +114,14 @@ OTHER: dict[str, Any] = {
     "model.precision": "bf16",
     "model.bf16_layers_at_end": 2,
     "pretrain.cuda_graphs": True,
-    **{f"{s}.save_in_background": True for s in ("pretrain", "sft")},
-    **{f"{s}.optimizer.{k}_precision": "bf16" for s in ("pretrain", "sft") for k in ("gradient", "moment")},
-    **{f"{s}.recompute": ["moe"] for s in ("pretrain", "sft")},
-    **{f"{s}.offload_optimizer": 0.5 for s in ("pretrain", "sft")},
+    **{f"{s}.save_in_background": True for s in ("pretrain", "sft", "lora")},
+    **{
+        f"{s}.optimizer.{k}_precision": "bf16"
+        for s in ("pretrain", "sft", "lora")
+        for k in ("gradient", "moment")
+    },
+    **{f"{s}.recompute": ["moe"] for s in ("pretrain", "sft", "lora")},
+    **{f"{s}.offload_optimizer": 0.5 for s in ("pretrain", "sft", "lora")},
     "model.moe_router_topk": 1,
     "model.mamba_num_groups": 4,
     "model.num_query_groups": 4,
@@ -119,18 +131,25 @@ OTHER: dict[str, Any] = {
     "pretrain.decay_tokens": 5_000,
     "pretrain.optimizer.adam_beta1": 0.8,
     "pretrain.optimizer.adam_beta2": 0.8,
-    "sft.optimizer.adam_beta1": 0.8,
-    "sft.optimizer.adam_beta2": 0.8,
-    "sft.loss_average": "sample",
-    "sft.switch_loss_average_after": 20,
-    "sft.sample_interval": 20,
-    "sft.micro_batch_size": None,  # 1 only
+    **{f"{s}.optimizer.adam_beta{i}": 0.8 for s in ("sft", "lora") for i in (1, 2)},
+    **{f"{s}.micro_batch_size": None for s in ("sft", "lora")},  # 1 only
+    **{f"{s}.loss_average": "sample" for s in ("sft", "lora")},
+    **{f"{s}.switch_loss_average_after": 20 for s in ("sft", "lora")},
+    **{f"{s}.sample_interval": 20 for s in ("sft", "lora")},
+    "lora.expert_rank": 2,
+    "lora.dropout": 0.1,
+    "lora.target_modules": ["in_proj", "linear_qkv"],
+    "lora.optimizer.weight_decay": 0.1,
     "pretrain.parallel.expert_model_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
     "pretrain.parallel.expert_tensor_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
-    "sft.parallel.expert_model_parallel_size": ("sft.parallel.data_parallel_size", 2),
-    "sft.parallel.expert_tensor_parallel_size": ("sft.parallel.data_parallel_size", 2),
+    **{
+        f"{s}.parallel.expert_{k}_parallel_size": (f"{s}.parallel.data_parallel_size", 2)
+        for s in ("sft", "lora")
+        for k in ("model", "tensor")
+    },
     "pretrain.tokens_per_second_per_gpu": 100.0,
     "sft.tokens_per_second_per_gpu": 100.0,
+    "lora.tokens_per_second_per_gpu": 100.0,
     "cluster.gpus_per_node": 8,
     "cluster.tasks_per_node": 8,
     "cluster.gpu_memory_gb": 80.0,
@@ -176,17 +195,19 @@ def parts(config: Config) -> dict[str, str]:
     return {
         "pretrain": pretrain_settings(config, config.pretrain.phases[-1].name).model_dump_json(),
         "sft": sft_settings(config).model_dump_json(),
+        "lora": lora_settings(config).model_dump_json(),
         "run pretrain": run_settings(config, "pretrain").model_dump_json(),
         "run sft": run_settings(config, "sft").model_dump_json(),
+        "run lora": run_settings(config, "lora").model_dump_json(),
     }
 
 
 def expected(path: str) -> set[str]:
     section, _, key = path.partition(".")
     if path == "seed" or section == "model":
-        return {"pretrain", "sft"}
+        return {"pretrain", "sft", "lora"}
     if path == "tracking" or section == "cluster":
-        return {"run pretrain", "run sft"}
+        return {"run pretrain", "run sft", "run lora"}
     of_result = (
         "optimizer",
         "seq_length",
@@ -196,6 +217,7 @@ def expected(path: str) -> set[str]:
         "decay",
         "loss",
         "switch",
+        *Adapters.model_fields,
     )
     return {section} if key.startswith(of_result) else {f"run {section}"}
 
@@ -204,7 +226,7 @@ def roomy() -> dict[str, Any]:
     """The defaults with batches that divide by two processes."""
     values = Config().model_dump(mode="json")
     values["pretrain"] |= {"global_batch_size": 16, "micro_batch_size": 4}
-    values["sft"]["global_batch_size"] = 4
+    values["sft"]["global_batch_size"] = values["lora"]["global_batch_size"] = 4
     return values
 
 
@@ -244,3 +266,22 @@ def test_settings_survive_the_command_line():
     assert TrainSettings.model_validate_json(settings.model_dump_json()) == settings
     assert RunSettings.model_validate_json(run.model_dump_json()) == run
     assert json.loads(run.model_dump_json())["num_samples"] == 2
+    lora = lora_settings(config, "lora_merged")
+    assert LoraSettings.model_validate_json(lora.model_dump_json()) == lora
+
+
+def test_lora_is_sft_with_adapters_and_values_of_its_own():
+    """On the same data: it has every key of SFT but the blend."""
+    values = {"sft": {"train_iters": 50}, "lora": {"train_iters": 20, "rank": 4, "alpha": 2.0}}
+    config = load(values, {})
+    settings = lora_settings(config)
+    assert (settings.stage, settings.train_iters, settings.lora.rank, settings.lora.alpha) == (
+        "lora",
+        20,
+        4,
+        2,
+    )
+    assert sft_settings(config).train_iters == 50
+    assert set(type(config.lora).model_fields) == (
+        set(type(config.sft).model_fields) - {"blend"} | set(Adapters.model_fields)
+    )

@@ -17,6 +17,7 @@ from snaketron.config.checks import (
     SECRET,
     check_batches,
     check_environment,
+    check_lora,
     check_model,
     check_nodes,
     check_reasoning,
@@ -42,7 +43,18 @@ from snaketron.config.data import (
     sample_chats,
     sample_corpora,
 )
-from snaketron.config.training import Cluster, Model, Optimizer, Parallel, Pretrain, Run, Sft
+from snaketron.config.training import (
+    Adapters,
+    Cluster,
+    Lora,
+    Model,
+    Optimizer,
+    Parallel,
+    Pretrain,
+    Run,
+    Sft,
+    Tuning,
+)
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -50,6 +62,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 __all__ = [
     "FILTERS",
     "SECRET",
+    "Adapters",
     "ChatSource",
     "Cluster",
     "Config",
@@ -58,6 +71,7 @@ __all__ = [
     "Curation",
     "Filter",
     "Hub",
+    "Lora",
     "MinHash",
     "Model",
     "Optimizer",
@@ -67,6 +81,7 @@ __all__ = [
     "Run",
     "Section",
     "Sft",
+    "Tuning",
     "load",
 ]
 
@@ -100,6 +115,7 @@ class Config(Section):
     chats: list[ChatSource] = Field(default_factory=sample_chats, description="conversations for SFT")
     sft_data: SftData = key(SftData, "from conversations to packs")
     sft: Sft = key(Sft, "supervised fine-tuning")
+    lora: Lora = key(Lora, "LoRA: the same data, frozen weights, trained low-rank adapters")
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -115,10 +131,13 @@ class Config(Section):
             *check_model(self.model),
             *check_run("pretrain", self.pretrain, self.model),
             *check_run("sft", self.sft, self.model),
+            *check_run("lora", self.lora, self.model),
             *check_nodes("pretrain", self.pretrain, self.cluster),
             *check_nodes("sft", self.sft, self.cluster),
+            *check_nodes("lora", self.lora, self.cluster),
             *check_environment(self.cluster),
             *check_batches(self),
+            *check_lora(self),
         ]
         if problems:
             raise ConfigError("\n".join(problems))

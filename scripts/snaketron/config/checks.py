@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from snaketron.config.base import suggest
 from snaketron.config.data import FILTERS, Curation, Reasoning, Tokenizer
-from snaketron.config.training import Cluster, Model, Parallel, Pretrain, Run, Sft
+from snaketron.config.targets import check_names
+from snaketron.config.training import Cluster, Model, Parallel, Pretrain, Run, Tuning
 
 if TYPE_CHECKING:
     from snaketron.config import Config
@@ -124,7 +125,7 @@ def check_model(model: Model) -> list[str]:
     return [p for p in problems if p]
 
 
-def check_run(section: str, run: Pretrain | Sft, model: Model) -> list[str]:
+def check_run(section: str, run: Pretrain | Tuning, model: Model) -> list[str]:
     """Parallel sizes against the model; the rules are megatron-core's."""
     parallel, at = run.parallel, f"{section}.parallel"
     tp, ep, etp = (
@@ -178,7 +179,7 @@ def check_run(section: str, run: Pretrain | Sft, model: Model) -> list[str]:
     return [p for p in problems if p]
 
 
-def check_nodes(section: str, run: Pretrain | Sft, cluster: Cluster) -> list[str]:
+def check_nodes(section: str, run: Pretrain | Tuning, cluster: Cluster) -> list[str]:
     """The processes of a training must fill its nodes."""
     gpus, tasks = cluster.gpus_per_node, cluster.tasks_per_node
     if gpus and tasks and tasks > gpus:
@@ -207,7 +208,7 @@ def check_environment(cluster: Cluster) -> list[str]:
 
 
 def check_batches(config: Config) -> list[str]:
-    pretrain, sft, problems = config.pretrain, config.sft, []
+    pretrain, problems = config.pretrain, []
     for i, phase in enumerate(pretrain.phases):
         at = f"pretrain.phases[{i}]" if phase.global_batch_size else "pretrain"
         problems.append(_batch(at, phase.global_batch_size or pretrain.global_batch_size, pretrain))
@@ -215,24 +216,28 @@ def check_batches(config: Config) -> list[str]:
         problems.append(
             _sequence(f"{at}.seq_length", phase.seq_length or pretrain.seq_length, pretrain.parallel)
         )
-    problems.append(_batch("sft", sft.global_batch_size, sft))
-    problems.append(_sequence("sft_data.pack_size", config.sft_data.pack_size, sft.parallel))
-    data, context = config.sft_data, sft.parallel.context_parallel_size
+    data = config.sft_data
     if data.padding_multiple:
         at = "sft_data.padding_multiple"
         problems.append(_divides("sft_data.pack_size", data.pack_size, at, data.padding_multiple))
-        if context > 1:
-            by = f"2 x sft.parallel.context_parallel_size {context} ="
-            problems.append(_divides(at, data.padding_multiple, by, 2 * context))
-    if sft.switch_loss_average_after is not None and sft.switch_loss_average_after >= sft.train_iters:
-        problems.append(
-            f"sft.switch_loss_average_after {sft.switch_loss_average_after} is not less than sft.train_iters "
-            f"{sft.train_iters}, so it would never switch; leave it out"
-        )
-    if sft.warmup_iters >= sft.train_iters:
-        problems.append(
-            f"sft.warmup_iters {sft.warmup_iters} is not less than sft.train_iters {sft.train_iters}"
-        )
+    tunings: dict[str, Tuning] = {"sft": config.sft, "lora": config.lora}
+    for name, run in tunings.items():
+        problems.append(_batch(name, run.global_batch_size, run))
+        problems.append(_sequence("sft_data.pack_size", data.pack_size, run.parallel))
+        context = run.parallel.context_parallel_size
+        if data.padding_multiple and context > 1:
+            by = f"2 x {name}.parallel.context_parallel_size {context} ="
+            problems.append(_divides("sft_data.padding_multiple", data.padding_multiple, by, 2 * context))
+        if run.switch_loss_average_after is not None and run.switch_loss_average_after >= run.train_iters:
+            problems.append(
+                f"{name}.switch_loss_average_after {run.switch_loss_average_after} is not less than "
+                f"{name}.train_iters {run.train_iters}, so it would never switch; leave it out"
+            )
+        if run.warmup_iters >= run.train_iters:
+            problems.append(
+                f"{name}.warmup_iters {run.warmup_iters} is not less than "
+                f"{name}.train_iters {run.train_iters}"
+            )
     for section in ("pretrain_data", "sft_data"):
         data = getattr(config, section)
         if data.valid_fraction + data.test_fraction >= 1:
@@ -240,7 +245,10 @@ def check_batches(config: Config) -> list[str]:
                 f"{section}: valid_fraction {data.valid_fraction} + test_fraction {data.test_fraction} "
                 "leave nothing to train on"
             )
-    for section, optimizer in (("pretrain", pretrain.optimizer), ("sft", sft.optimizer)):
+    for section, optimizer in (
+        ("pretrain", pretrain.optimizer),
+        *((name, run.optimizer) for name, run in tunings.items()),
+    ):
         if optimizer.min_learning_rate > optimizer.learning_rate:
             problems.append(
                 f"{section}.optimizer.min_learning_rate {optimizer.min_learning_rate} is more than "
@@ -253,6 +261,14 @@ def check_batches(config: Config) -> list[str]:
             f"are more than the {total} tokens of all phases"
         )
     return list(dict.fromkeys(p for p in problems if p))
+
+
+def check_lora(config: Config) -> list[str]:
+    """Whether the targets are there in this model is checked when LoRA is run: others need not know of it."""
+    targets = config.lora.target_modules
+    return check_names("lora.target_modules", targets) or (
+        [] if targets else ["lora.target_modules: name the layers to adapt"]
+    )
 
 
 def _batch(at: str, global_batch_size: int, run: Run) -> str:

@@ -228,7 +228,9 @@ class Pretrain(Run):
         return spans
 
 
-class Sft(Run):
+class Tuning(Run):
+    """What full fine-tuning and LoRA share."""
+
     micro_batch_size: Literal[1] = key(
         1, "packs that one process computes at a time: packed sequences need 1"
     )
@@ -251,11 +253,6 @@ class Sft(Run):
         lambda: Optimizer(learning_rate=1e-3, min_learning_rate=1e-4), "AdamW and its learning rate"
     )
     eval_samples: Positive = key(16, "packs of a validation, the same ones each time")
-    blend: list[SourceWeight] = Field(
-        default_factory=lambda: [SourceWeight(source=s.name, weight=0.5) for s in sample_chats()],
-        min_length=1,
-        description="chat sources and their weights",
-    )
     num_samples: Count = key(
         2,
         "held-out prompts that the model answers before, on the way and after: answers/ of the version",
@@ -264,3 +261,36 @@ class Sft(Run):
         None, "steps between two times; null: only before the first and after the last step"
     )
     sample_tokens: Positive = key(48, "tokens of such an answer at most")
+
+
+class Sft(Tuning):
+    blend: list[SourceWeight] = Field(
+        default_factory=lambda: [SourceWeight(source=s.name, weight=0.5) for s in sample_chats()],
+        min_length=1,
+        description="chat sources and their weights",
+    )
+
+
+class Adapters(Section):
+    """Low-rank adapters: W x becomes W x + alpha / rank * B A x, with W frozen."""
+
+    rank: Positive = key(8, "rows of A and columns of B; on GPUs a multiple of 8 is fastest")
+    expert_rank: Positive | None = key(
+        None, "rank of the routed experts' adapters, of which there are many; null: rank"
+    )
+    alpha: Annotated[float, Field(gt=0)] = key(16, "scale of all adapters: their output times alpha / rank")
+    dropout: Fraction = key(0.0, "share of an adapter's inputs that a step of training leaves out")
+    target_modules: list[str] = key(
+        lambda: ["linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2"],
+        "names of the linear layers to adapt, or their last parts: linear_fc1 and linear_fc2 of dense "
+        "layers, shared and routed experts (experts.linear_fc1: of routed ones alone), fc1_latent_proj, "
+        "fc2_latent_proj, router, eh_proj; * stands for anything: decoder.*.linear_fc1 leaves out "
+        "multi-token prediction",
+    )
+
+
+class Lora(Tuning, Adapters):
+    optimizer: Optimizer = key(
+        lambda: Optimizer(learning_rate=5e-3, min_learning_rate=5e-4, weight_decay=0.0),
+        "AdamW and its learning rate: about ten times that of full fine-tuning",
+    )

@@ -224,6 +224,8 @@ class FusedAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
+            if not params:  # a pipeline stage without routed experts, or a small group that others share
+                continue
             states = [self.state[p] for p in params]
             for p, state in zip(params, states, strict=True):
                 if not state:

@@ -9,13 +9,14 @@ DistributedDataParallel. Parameters, their names and the checkpoint stay as they
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_weighted_squared_relu import (
     weighted_squared_relu,
     weighted_squared_relu_back,
+    weighted_squared_relu_impl,
 )
 from torch import Tensor
 
@@ -81,6 +82,26 @@ class Experts(torch.autograd.Function):
         _accumulate(ctx.grads[0], grad_hidden, x, ends)
         grad_x = torch._grouped_mm(grad_hidden, ctx.weights[0], offs=ends)
         return grad_x, grad_probs, None, *(_added(first) for first in ctx.first), None, None
+
+
+def frozen_experts(
+    x: Tensor,
+    probs: Tensor,
+    ends: Tensor,
+    weights: tuple[Tensor, Tensor],
+    adapters: Sequence[Callable[[Tensor, Tensor], Tensor] | None] = (None, None),
+) -> Tensor:
+    """What `Experts` computes, of weights that are not trained, with the adapters of both products if any.
+
+    Arguments and result as there; an adapter gets the input of its product and `ends`.
+    """
+
+    def product(x: Tensor, i: int) -> Tensor:
+        y = torch._grouped_mm(x, weights[i].mT, offs=ends)
+        adapter = adapters[i]
+        return y if adapter is None else y + adapter(x, ends)
+
+    return product(weighted_squared_relu_impl(product(x, 0), probs), 1)
 
 
 def _accumulate(total: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tensor) -> None:

@@ -167,22 +167,26 @@ def _our_experts(
 ) -> torch.Tensor | None:
     """The output of the experts, or None where Transformer Engine must compute it: quantized, in fp32, or
     before the weights are in one buffer."""
-    from snaketron.model.experts import Experts, stacked
+    from snaketron.model.experts import Experts, frozen_experts, stacked
 
     config, layers = module.config, (module.linear_fc1, module.linear_fc2)
     if config.fp8 or config.fp4 or x.dtype != torch.bfloat16 or not len(x):
         return None
+    frozen = not layers[0].weight0.requires_grad  # under LoRA, which has stacked them
     if not hasattr(module, "_stacked"):
         parameters = [_weights(layer) for layer in layers]
         tensors = [stacked(p) for p in parameters]
         if hasattr(parameters[0][0], "main_grad"):
             tensors += [stacked([p.main_grad for p in ps]) for ps in parameters]
-        else:
+        elif not frozen:
             tensors += [None, None]
         module._stacked = None if any(t is None for t in tensors) else (tensors[:2], tensors[2:])
     if module._stacked is None:
         return None
     ends = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0).int()
+    if frozen:
+        adapters = [getattr(layer, "lora", None) for layer in layers]
+        return frozen_experts(x, probs.unsqueeze(-1), ends, module._stacked[0], adapters)
     first = (layers[0].weight0, layers[1].weight0)
     return Experts.apply(x, probs.unsqueeze(-1), ends, *first, *module._stacked)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterable
 
 from snaketron.model import backend
 
@@ -34,17 +35,30 @@ def initialize_weights(model: HybridModel, config: TransformerConfig, seed: int)
     device: a CPU and a GPU begin with other weights.
     """
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+    def draw_random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        return draw(key, shape, config, generator)
+
     state = model.sharded_state_dict(metadata=metadata)
     apply_factories(state)
+    tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    draw_parts([shard for shard in tensors if not _is_constant(shard)], draw_random, seed)
+
+
+@torch.no_grad()
+def draw_parts(
+    shards: Iterable[ShardedTensor],
+    draw_whole: Callable[[str, tuple[int, ...], torch.Generator], torch.Tensor],
+    seed: int,
+) -> None:
+    """Fill this rank's parts of tensors that are drawn whole, each from the seed and its name."""
     generator = torch.Generator(backend.device())
-    for shard in nested_values(state):
-        if not isinstance(shard, ShardedTensor) or _is_constant(shard):
-            continue
+    for shard in shards:
         # Leading axes number the experts that share a key: each expert is drawn alone.
         axes = shard.prepend_axis_num
         name = f"{shard.key}{list(shard.global_offset[:axes])}"
         generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1)
-        whole = draw(shard.key, tuple(shard.global_shape[axes:]), config, generator)
+        whole = draw_whole(shard.key, tuple(shard.global_shape[axes:]), generator)
         offsets = shard.global_offset[axes:]
         part = tuple(slice(o, o + n) for o, n in zip(offsets, shard.data.shape, strict=True))
         shard.data.copy_(whole[part])

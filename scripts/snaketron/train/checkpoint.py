@@ -18,6 +18,7 @@ from typing import Any
 import snaketron.model  # noqa: F401 - before megatron-core
 from snaketron.files import partial, writing
 from snaketron.log import NO_SPACE, UserError
+from snaketron.model.lora import Part
 from snaketron.train.versions import LATEST, check_owner, iteration_directory
 
 import torch
@@ -48,14 +49,15 @@ class Saver:
         self,
         directory: Path,
         iteration: int,
-        model: HybridModel,
-        optimizer: MegatronOptimizer,
+        model: HybridModel | Part,
+        optimizer: MegatronOptimizer | None,
         progress: dict[str, Any],
     ) -> None:
         """Write `iter_<iteration>` and point LATEST to it; then delete all but the newest `keep` checkpoints.
 
-        `progress` is a small dictionary, equal on all ranks. All ranks must call this. In the background the
-        checkpoint is there when `finish` has returned true.
+        `progress` is a small dictionary, equal on all ranks. Without an optimizer the checkpoint is a base
+        for trainings and does not continue one. All ranks must call this. In the background the checkpoint is
+        there when `finish` has returned true.
         """
         self.finish()
         target = iteration_directory(directory, iteration)
@@ -69,7 +71,8 @@ class Saver:
         torch.distributed.barrier()
         metadata = _metadata()
         state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata), "progress": progress}
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=False, metadata=metadata)
+        if optimizer is not None:
+            state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=False, metadata=metadata)
         metadata.pop("dp_cp_group")
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy(),
@@ -142,7 +145,7 @@ def _explained(temporary: Path, target: Path) -> Iterator[None]:
 
 
 def load(
-    directory: Path, iteration: int, model: HybridModel, optimizer: MegatronOptimizer | None = None
+    directory: Path, iteration: int, model: HybridModel | Part, optimizer: MegatronOptimizer | None = None
 ) -> dict[str, Any]:
     """Read a checkpoint into the model, and into the optimizer if given; whatever layout it was saved with.
 

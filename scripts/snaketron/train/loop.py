@@ -13,10 +13,10 @@ from typing import Any
 
 from snaketron.config import Optimizer
 from snaketron.log import UserError, logger
-from snaketron.model import backend
+from snaketron.model import backend, lora
 from snaketron.model.initial import initialize_weights
 from snaketron.model.spec import build_model, recomputation, transformer_config
-from snaketron.settings import RunSettings, TrainSettings
+from snaketron.settings import LoraSettings, RunSettings, TrainSettings
 from snaketron.sizes import training_flops
 from snaketron.train import checkpoint, versions
 from snaketron.train.batches import SUMS, Batch, Batches, Report, Split
@@ -31,6 +31,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -96,7 +97,10 @@ class Trainer:
     def __init__(self, settings: TrainSettings, run: RunSettings, vocab_size: int) -> None:
         self.settings, self.run, self.vocab_size = settings, run, vocab_size
         self.iteration, self.seconds = 0, 0.0
+        self.adapters = settings.lora if isinstance(settings, LoraSettings) else None
         flops = training_flops(settings.model, vocab_size, settings.seq_length)
+        if self.adapters:
+            flops *= 2 / 3  # frozen weights have no gradient
         self.clock = Clock(flops, run.parallel.world_size)
         in_background = backend.HAS_GPU if run.save_in_background is None else run.save_in_background
         self.saver = checkpoint.Saver(keep=run.keep_checkpoints, background=in_background)
@@ -109,6 +113,11 @@ class Trainer:
         )
         self.model = build_model(self.config, settings.model, vocab_size, settings.seq_length)
         initialize_weights(self.model, self.config, settings.seed)
+        # What checkpoints of this training hold.
+        self.trained: HybridModel | lora.Part = self.model
+        if self.adapters:
+            lora.add_adapters(self.model, self.adapters, settings.seed)
+            self.trained = lora.Part(self.model, adapters=True)
         wrapped = Float16Module(self.config, self.model) if self.config.bf16 else self.model
         self.parallel_model = DistributedDataParallel(
             self.config,
@@ -161,14 +170,14 @@ class Trainer:
             "sums": self.sums.tolist(),
             "means": self.means.tolist(),
         }
-        self.saver.save(directory, self.iteration, self.model, self.optimizer, progress)
+        self.saver.save(directory, self.iteration, self.trained, self.optimizer, progress)
 
     def resume(self, directory: Path) -> bool:
         """Continue from the newest checkpoint of this version; False when there is none."""
         iteration = versions.latest_iteration(directory)
         if iteration is None:
             return False
-        progress = checkpoint.load(directory, iteration, self.model, self.optimizer)
+        progress = checkpoint.load(directory, iteration, self.trained, self.optimizer)
         self.iteration = progress["iteration"]
         self.sums = torch.tensor(progress["sums"], dtype=torch.float64)
         self.means = torch.tensor(progress["means"], dtype=torch.float64)
@@ -179,7 +188,8 @@ class Trainer:
         iteration = versions.latest_iteration(base)
         if iteration is None:
             raise UserError(f"{base}: no {versions.LATEST} there; it is not a checkpoint")
-        checkpoint.load(base, iteration, self.model, self.optimizer if with_optimizer else None)
+        model = lora.Part(self.model, adapters=False) if self.adapters else self.model
+        checkpoint.load(base, iteration, model, self.optimizer if with_optimizer else None)
         if not with_optimizer:
             self.optimizer.reload_model_params()  # the optimizer's own copy of the weights
 
@@ -252,6 +262,8 @@ class Trainer:
 
     def _step(self, batches: Batches) -> float:
         """One step over the global batch; returns the norm of the gradient before clipping."""
+        if self.adapters and self.adapters.dropout:
+            lora.seed_dropout(self.settings.seed, self.iteration)
         seek(self.schedule, self.settings.schedule, self.iteration)
         self.parallel_model.zero_grad_buffer()
         self.optimizer.zero_grad()

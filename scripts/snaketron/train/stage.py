@@ -15,7 +15,7 @@ from snaketron.config import Section
 from snaketron.data import tokenizer as tokenizers
 from snaketron.files import sha256, to_json, writing
 from snaketron.log import UserError, log_to, logger
-from snaketron.settings import RunSettings, TrainSettings
+from snaketron.settings import LoraSettings, RunSettings, TrainSettings
 from snaketron.tracking import Tracker
 from snaketron.train import launch, supervisor, versions
 from snaketron.train.metrics import Metrics, mix, performance
@@ -64,10 +64,11 @@ def parse_args(description: str | None, argv: list[str] | None) -> argparse.Name
 class Stage:
     """One stage with its inputs identified, in the supervisor and in each of its processes alike."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, kind: type[TrainSettings] = TrainSettings) -> None:
+        """`kind` is what `--settings` holds; `args.adapters`, where there is one, a checkpoint as well."""
         if launch.is_rank():
             launch.join()
-        self.settings = _parse(TrainSettings, args.settings, "--settings")
+        self.settings = _parse(kind, args.settings, "--settings")
         self.run = _parse(RunSettings, args.run_settings, "--run-settings")
         self.blend, self.base, self.output = args.blend, args.base, args.output
         self.tokenizer_directory = args.tokenizer
@@ -80,6 +81,10 @@ class Stage:
         if self.base:
             self.inputs.append({"path": str(self.base), "version": versions.identity(self.base)})
             self._check_base()
+        elif kind is LoraSettings:
+            raise UserError("--base: name the checkpoint that the adapters are for")
+        if adapters := getattr(args, "adapters", None):
+            self.inputs.append({"path": str(adapters), "version": versions.identity(adapters)})
         identities = [i.get("sha256") or i["version"] for i in self.inputs]
         self.key = versions.version_key(self.settings.model_dump(), identities)
         self.directory = versions.version_directory(self.output, self.settings.stage, self.key)
@@ -94,6 +99,11 @@ class Stage:
     def _check_base(self) -> None:
         """The base must be the same architecture with the same tokenizer."""
         base = yaml.safe_load((self.base / "config.yaml").read_text())
+        if base["settings"]["stage"] == "lora":
+            raise UserError(
+                f"{self.base} holds adapters and not the model: merge them (`snakemake ckpt/lora_merged`), "
+                "and start from that"
+            )
         theirs, ours = base["settings"]["model"], self.settings.model.model_dump()
         differ = [
             f"model.{key}: {theirs.get(key)} in the checkpoint, {ours[key]} in the configuration"
@@ -127,7 +137,7 @@ class Stage:
         from snaketron.train.loop import Stopped, Trainer, distributed
 
         if self.rank == 0:
-            self._write_config()
+            self.write_config()
         tracker = Tracker(
             self.run.tracking if _is_last_rank() else "off",
             self.directory,
@@ -138,14 +148,18 @@ class Stage:
         with distributed(self.settings, self.run):
             trainer = Trainer(self.settings, self.run, self.tokenizer.vocab_size)
             parameters = sum(p.numel() for p in trainer.model.parameters())
+            trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+            if trainer.adapters and self.base:  # which their checkpoints do not hold
+                trainer.start_from(self.base, with_optimizer=False)
             if trainer.resume(self.directory):
                 logger.info("%s: continues after step %d", self.settings.stage, trainer.iteration)
-            elif self.base:
+            elif self.base and not trainer.adapters:
                 trainer.start_from(self.base, with_optimizer=with_optimizer)
             logger.info(
-                "%s: %s parameters on this rank, in %s",
+                "%s: %s parameters on this rank%s, in %s",
                 self.settings.stage,
                 f"{parameters:,}",
+                f", {trained:,} of them trained" if trained < parameters else "",
                 self.directory,
             )
             try:
@@ -163,7 +177,7 @@ class Stage:
         versions.publish(self.directory, self.output)
         logger.info("%s: %s is %s", self.settings.stage, self.output, self.directory)
 
-    def _write_config(self) -> None:
+    def write_config(self) -> None:
         with writing(self.directory / "config.yaml") as (temporary,):
             values = {
                 "settings": self.settings.model_dump(),

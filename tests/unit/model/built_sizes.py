@@ -2,14 +2,15 @@
 
     RANK=... WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python -m tests.unit.model.built_sizes
 
-prints, as JSON on the first rank, for each layout the numbers of (dense, expert) parameters of both.
+prints, as JSON on the first rank, for each layout the numbers of (dense, expert) parameters of both, and of
+the adapters of all linear layers.
 """
 
 import json
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.config import Model, Parallel
-from snaketron.model import backend, spec
+from snaketron.config import Adapters, Model, Parallel
+from snaketron.model import backend, lora, spec
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -25,8 +26,11 @@ LAYOUTS = {
 }
 
 
-def built(model: Model, parallel: Parallel) -> tuple[int, int]:
-    """Parameters, dense and of experts, that this process builds."""
+ADAPTERS = Adapters(rank=3, expert_rank=2, target_modules=["linear_*", "*_proj", "router"])
+
+
+def built(model: Model, parallel: Parallel) -> list[int]:
+    """Parameters, dense and of experts, that this process builds, and then of the adapters alone."""
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -40,8 +44,14 @@ def built(model: Model, parallel: Parallel) -> tuple[int, int]:
         sum(p.numel() for n, p in module.named_parameters() if (".experts." in n) is expert)
         for expert in (False, True)
     ]
+    lora.add_adapters(module, ADAPTERS, 1)
+    trained = {n: p.numel() for n, p in module.named_parameters() if p.requires_grad}
+    numbers += [
+        sum(number for name, number in trained.items() if (".experts." in name) is expert)
+        for expert in (False, True)
+    ]
     parallel_state.destroy_model_parallel()
-    return numbers[0], numbers[1]
+    return numbers
 
 
 if __name__ == "__main__":

@@ -174,3 +174,18 @@ def test_what_needs_a_gpu_is_refused_without_one():
         )
     ]
     backend.check(Model(precision="bf16"), Optimizer(gradient_precision="bf16"), RunSettings(tracking="off"))
+
+
+def test_adam_of_a_group_without_parameters_does_nothing():
+    """A pipeline stage may have no routed experts, which have a group of their own."""
+    if backend.HAS_GPU:
+        pytest.skip("of the CPU")
+    from snaketron.model.cpu import FusedAdam
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    adam = FusedAdam(
+        [{"params": [weight]}, {"params": []}], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
+    adam.step()
+    assert torch.allclose(weight, torch.full((2,), 0.9))

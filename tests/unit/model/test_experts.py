@@ -2,7 +2,7 @@
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.model import backend
-from snaketron.model.experts import Experts, stacked
+from snaketron.model.experts import Experts, frozen_experts, stacked
 
 import torch
 
@@ -57,3 +57,40 @@ def test_tensors_are_stacked_only_where_they_follow_each_other():
     assert stacked([p.T for p in parts]) is None
     alone = [torch.empty(0).set_(memory.untyped_storage()[i : i + 24], 0, (2, 3)) for i in (0, 24)]
     assert alone[1].data_ptr() == alone[0].data_ptr() + 24 and stacked(alone) is None
+
+
+def test_frozen_experts_are_the_trained_ones_and_pass_gradients_on():
+    """The same output and the same gradients of input and probabilities; the weights get none."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if backend.HAS_GPU else torch.float32
+    tokens, device = sum(COUNTS), backend.device()
+    x = torch.randn(tokens, INPUTS, device=device).to(dtype)
+    probs = torch.rand(tokens, 1, device=device)
+    memory = [torch.randn(4, *s, device=device).to(dtype) / 8 for s in ((INNER, INPUTS), (INPUTS, INNER))]
+    weights = (memory[0], memory[1])
+    ends = torch.tensor(COUNTS, device=device).cumsum(0).int()
+    results = []
+    for frozen in (False, True):
+        a, p = x.clone().requires_grad_(), probs.clone().requires_grad_()
+        if frozen:
+            out = frozen_experts(a, p, ends, weights)
+        else:
+            first = [torch.nn.Parameter(m[0]) for m in memory]
+            grads = (torch.zeros_like(memory[0]), torch.zeros_like(memory[1]))
+            out = Experts.apply(a, p, ends, *first, weights, grads)
+        out.float().square().sum().backward()
+        results.append([out, a.grad, p.grad])
+    for trained, frozen_one in zip(*results, strict=True):
+        assert torch.equal(trained, frozen_one)
+
+
+def test_adapters_join_both_products_of_frozen_experts():
+    """One expert, by hand: fc1 = 2 with 1 added, squared, times 0.5, then fc2 = 3 with 10 added."""
+    dtype, device = torch.bfloat16 if backend.HAS_GPU else torch.float32, backend.device()
+    x = torch.eye(16, device=device, dtype=dtype)[:1]
+    weights = tuple(torch.eye(16, device=device, dtype=dtype)[None] * w for w in (2, 3))
+    ends = torch.tensor([1], device=device, dtype=torch.int32)
+    probs = torch.full((1, 1), 0.5, device=device)
+    adapters = [lambda x, ends: x, lambda x, ends: 10 * x]
+    out = frozen_experts(x, probs, ends, weights, adapters)
+    assert out[0, 0].item() == (2 + 1) ** 2 * 0.5 * (3 + 10) and out[0, 1:].abs().max() == 0

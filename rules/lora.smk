@@ -1,0 +1,56 @@
+rule lora:
+    """Tune low-rank adapters of the last phase's checkpoint, which stays as it is, on the packed conversations.
+
+    The output holds the adapters alone. It is a link, as in rule pretrain.
+    """
+    input:
+        blend="<data>/sft/blend.json",
+        tokenizer="<data>/tokenizer/tokenizer.json",
+        template="<data>/tokenizer/chat_template.jinja",
+        base=f"<ckpt>/pretrain/{graph.last_phase}",
+    output:
+        directory("<ckpt>/lora"),
+    log:
+        "<logs>/lora.log",
+    benchmark:
+        "<benchmarks>/lora.tsv"
+    threads: graph.threads("lora")
+    resources:
+        **graph.training_resources("lora"),
+    params:
+        settings=graph.lora_settings("lora"),
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "python scripts/lora.py --blend {input.blend} --tokenizer {params.tokenizer}"
+        " --base {input.base} --settings {params.settings:q} --run-settings {resources.run:q}"
+        " --output {output} --log-file {log} --attempt {resources.attempt}"
+
+
+rule merge_lora:
+    """Add the adapters to the checkpoint that they were trained on: a checkpoint like that of rule sft.
+
+    In the layout of the training, whose blend it measures the loss on, before and after.
+    """
+    input:
+        blend="<data>/sft/blend.json",
+        tokenizer="<data>/tokenizer/tokenizer.json",
+        template="<data>/tokenizer/chat_template.jinja",
+        base=f"<ckpt>/pretrain/{graph.last_phase}",
+        adapters="<ckpt>/lora",
+    output:
+        directory("<ckpt>/lora_merged"),
+    log:
+        "<logs>/merge_lora.log",
+    benchmark:
+        "<benchmarks>/merge_lora.tsv"
+    threads: graph.threads("lora")
+    resources:
+        **graph.training_resources("lora"),
+    params:
+        settings=graph.lora_settings("lora_merged"),
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "python scripts/merge_lora.py --blend {input.blend} --tokenizer {params.tokenizer}"
+        " --base {input.base} --adapters {input.adapters}"
+        " --settings {params.settings:q} --run-settings {resources.run:q}"
+        " --output {output} --log-file {log} --attempt {resources.attempt}"

@@ -1,0 +1,15 @@
+"""Tune low-rank adapters of a pretrained checkpoint on packed conversations, and sum the whole run up."""
+
+from __future__ import annotations
+
+import sft
+from snaketron.log import run
+from snaketron.settings import LoraSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    return sft.main(argv, __doc__, LoraSettings)
+
+
+if __name__ == "__main__":
+    run(main)
