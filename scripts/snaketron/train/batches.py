@@ -53,9 +53,9 @@ class Report:
     def sums(self, losses: torch.Tensor) -> torch.Tensor:
         """`SUMS` by source (sources, 6), float64, of the loss of each position (batch, length)."""
         sums = torch.zeros(self.num_sources, len(SUMS), dtype=torch.float64, device=losses.device)
-        sums[self.source, [0, 2]] = (losses.detach() * self.weights).sum((1, 2)).double()
-        counts = torch.tensor(self.counts, dtype=torch.float64)
-        sums[self.source, [1, 3, 4, 5]] = counts.to(losses.device)
+        sums[self.source, 0:3:2] = (losses.detach() * self.weights).sum((1, 2)).double()
+        for column, count in zip((1, 3, 4, 5), self.counts, strict=True):
+            sums[self.source, column] = count  # one by one: a tensor of them would make the host wait
         return sums
 
 
@@ -156,13 +156,21 @@ def sequences(
     if ranks > 1:
         part = packed.partition(torch.tensor([0, length]), length, ranks, rank)
         tensors = {name: tensor[..., part] for name, tensor in tensors.items()}
-    on_device: Batch = {name: tensor.to(backend.device()) for name, tensor in tensors.items()}
+    on_device: Batch = {name: to_device(tensor) for name, tensor in tensors.items()}
     tokens = batch * length / ranks
     here = on_device["loss_mask"][:1]
     on_device["report"] = Report(
         torch.cat([here, here / length]), (tokens, batch / ranks, tokens, batch / ranks)
     )
     return on_device
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor where this process computes; from pinned memory, which the host need not wait for."""
+    device = backend.device()
+    if device.type == "cpu" or tensor.device == device:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class SftBatches(Batches):
@@ -308,7 +316,6 @@ def collate_pack(
     depths, tokens) become the `loss_mask`. `padding_mask` is true at padding, so that the routers leave it
     out; sequence parallelism gives each rank its part of it, as of the hidden states.
     """
-    device = backend.device()
     places, starts = pack.places(multiple)
     if starts[-1] > pack_size:
         raise AssertionError(f"a pack of {starts[-1]} tokens where the footer says {pack_size}")
@@ -349,9 +356,9 @@ def collate_pack(
     rows["padding_mask"] = rows["padding_mask"].chunk(
         parallel_state.get_tensor_model_parallel_world_size(), dim=1
     )[tensor_rank]
-    batch: Batch = {name: tensor.to(device, non_blocking=True) for name, tensor in rows.items()}
+    batch: Batch = {name: to_device(tensor) for name, tensor in rows.items()}
     longest = int(np.diff(starts).max())
-    ends = ends.to(device)
+    ends = to_device(ends)
     batch["report"] = Report(batch["report"], counts, source, num_sources)
     batch["packed_seq_params"] = PackedSeqParams(
         qkv_format="thd",
