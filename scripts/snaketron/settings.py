@@ -52,6 +52,7 @@ class TrainSettings(Section):
     global_batch_size: int
     train_iters: int
     schedule: Schedule
+    packed: bool = False  # whether samples are packs, which have padding
     loss_average: Literal["token", "sample"] = "token"
     switch_loss_average_after: int | None = None
 
@@ -220,6 +221,7 @@ def sft_settings(config: Config, section: Literal["sft", "lora"] = "sft") -> Tra
         schedule=Schedule(
             style="cosine", start=0, warmup=sft.warmup_iters, end=sft.train_iters, decay=0, increment=1
         ),
+        packed=True,
         loss_average=sft.loss_average,
         switch_loss_average_after=sft.switch_loss_average_after,
     )

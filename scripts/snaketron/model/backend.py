@@ -175,6 +175,11 @@ def without_recordings() -> Iterator[None]:
         Record.cudagraph_created = before
 
 
+def packed_options() -> dict[str, Any]:
+    """TransformerConfig fields for batches with padding."""
+    return dict(gpu.PACKED) if HAS_GPU else {}
+
+
 def prepare_model(model: torch.nn.Module) -> None:
     """What a new model needs on this machine before it is wrapped."""
     if HAS_GPU:

@@ -29,6 +29,9 @@ TRANSFORMER_CONFIG = {
     "cross_entropy_fusion_impl": "te",
     "gradient_accumulation_fusion": True,
 }
+# TransformerConfig fields for padded batches: the fused load balancing loss wants the number of tokens as an
+# integer, and megatron-core gives it what is left of the padding mask.
+PACKED = {"moe_router_fusion": False}
 # TransformerConfig fields that record attention and Mamba layers. Not the router (moe_router,
 # moe_preprocess): a recorded one counts the tokens of a validation for the load of experts too, and after a
 # validation before the first step it read memory that was gone.

@@ -110,6 +110,7 @@ class Trainer:
             run.parallel,
             **recomputation(run.recompute),
             **backend.cuda_graph_options(run),
+            **(backend.packed_options() if settings.packed else {}),
         )
         self.model = build_model(self.config, settings.model, vocab_size, settings.seq_length)
         initialize_weights(self.model, self.config, settings.seed)
@@ -117,6 +118,8 @@ class Trainer:
         self.trained: HybridModel | lora.Part = self.model
         if self.adapters:
             lora.add_adapters(self.model, self.adapters, settings.seed)
+            # megatron-core makes routers on the CPU; those that are trained move into a gradient buffer's device.
+            self.model.to(backend.device())
             self.trained = lora.Part(self.model, adapters=True)
         wrapped = Float16Module(self.config, self.model) if self.config.bf16 else self.model
         self.parallel_model = DistributedDataParallel(
