@@ -118,7 +118,7 @@ class Trainer:
         self.trained: HybridModel | lora.Part = self.model
         if self.adapters:
             lora.add_adapters(self.model, self.adapters, settings.seed)
-            # megatron-core makes routers on the CPU; those that are trained move into a gradient buffer's device.
+            # megatron-core makes routers on the CPU, from where only what is trained is moved.
             self.model.to(backend.device())
             self.trained = lora.Part(self.model, adapters=True)
         wrapped = Float16Module(self.config, self.model) if self.config.bf16 else self.model
