@@ -214,6 +214,8 @@ class SftBatches(Batches):
             if sources:
                 sizes, weights = [len(p) for p in self.packs[split]], [source.weight for source in sources]
                 self.order[split] = mix(sizes, weights, samples[split], settings.seed)
+                if split != "train":
+                    _each_source(self.order[split][0], self.order[split][1], len(sources))
             else:
                 logger.info("no packs in the %s split", split)
         trained = np.bincount(self.order["train"][0], minlength=len(self.sources))
@@ -233,7 +235,7 @@ class SftBatches(Batches):
             unseen = [name for i, name in enumerate(self.names["valid"]) if i not in seen]
             if unseen:
                 logger.warning(
-                    "validation has no pack of %s: their weights are small; raise eval_samples (now %d)",
+                    "validation has no pack of %s: raise eval_samples (now %d) to the number of sources",
                     ", ".join(unseen),
                     eval_samples,
                 )
@@ -297,6 +299,16 @@ class SftBatches(Batches):
                 source=source,
                 num_sources=len(self.sources),
             )
+
+
+def _each_source(source_index: np.ndarray, sample_index: np.ndarray, count: int) -> None:
+    """Put the first sample of each source that has none in place of the last samples of the commonest one, as
+    far as no other source loses its only sample to it."""
+    for source in range(count):
+        numbers = np.bincount(source_index, minlength=count)
+        if not numbers[source] and numbers.max() > 1:
+            place = np.flatnonzero(source_index == numbers.argmax())[-1]
+            source_index[place], sample_index[place] = source, 0
 
 
 def collate_pack(

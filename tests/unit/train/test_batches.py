@@ -346,8 +346,22 @@ def test_packs_without_room_for_padding_are_refused(sft, monkeypatch: pytest.Mon
     )
 
 
+def test_validation_sees_each_source(packed_blend, tokenizer_dir, sft_settings):
+    """By weight all of 4 packs would be of `a`; the last one is of `b` instead."""
+    packs = {name: [[[(1, 0), (first + i, 1)]] for i in range(5)] for name, first in (("a", 100), ("b", 200))}
+    blend = packed_blend(train=packs, valid=packs)
+    value = json.loads(blend.read_text())
+    for split in ("train", "valid"):
+        for source, weight in zip(value["splits"][split], (0.99, 0.01), strict=True):
+            source["weight"] = weight
+    blend.write_text(json.dumps(value))
+    batches = SftBatches(blend, sft_settings()[0], tokenizers.info(tokenizer_dir), eval_samples=4)
+    seen = [int(b["input_ids"][0, 1]) for b in batches.micro_batches("valid", 0, 4)]
+    assert [s // 100 for s in seen] == [1, 1, 1, 2] and len(set(seen)) == 4
+
+
 def test_a_source_that_validation_does_not_see_is_named(packed_blend, tokenizer_dir, sft_settings, caplog):
     packs = [[[(1, 0), (5, 1)]]]
     blend = packed_blend(train={"a": packs, "b": packs}, valid={"a": packs, "b": packs})
     SftBatches(blend, sft_settings()[0], tokenizers.info(tokenizer_dir), eval_samples=1)
-    assert "validation has no pack of b: their weights are small; raise eval_samples (now 1)" in caplog.text
+    assert "validation has no pack of b: raise eval_samples (now 1) to the number of sources" in caplog.text
