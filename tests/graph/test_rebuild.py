@@ -61,6 +61,9 @@ def test_a_changed_chat_file_rebuilds_its_shard_and_sft(copy: Workspace):
         # How a training runs and is watched, and what no rule uses, make nothing run again.
         ("pretrain={log_interval: 1, save_interval: 3, micro_batch_size: 2}", {}),
         ("pretrain={parallel: {tensor_model_parallel_size: 2}}", {}),
+        ("sft={parallel: {tensor_model_parallel_size: 2}, sample_interval: 3}", {}),
+        # Of a conversation in a pack each context parallel process wants two chunks.
+        ("sft={parallel: {context_parallel_size: 2}}", {"pack_sft": 2, "blend_sft": 1, "sft": 1}),
         ("pretrain_data={cpus_per_task: 2, max_epochs: 1.5}", {}),
         ("tracking=offline", {}),
         ("tokenizer={vocab_size: 1100}", {"build_tokenizer": 1, "tokenize_shard": 3, "render_chat": 2}),
