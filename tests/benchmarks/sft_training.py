@@ -78,12 +78,13 @@ def made(lengths: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def packed_batches(packs: list[Pack], directory: Path, settings: Any) -> SftBatches:
     footer = {"tokenizer_sha256": "t", "template_sha256": "t", "pack_size": settings.seq_length}
+    footer["padding_multiple"] = 1
     path = directory / "packs.parquet"
     write(path, packs, footer)
     source = {"source": "made", "weight": 1.0, "template_sha256": "t"}
     source["files"] = [{"path": str(path), "bytes": path.stat().st_size}]
     splits = {"train": [source], "valid": [], "test": []}
-    write_json(directory / "blend.json", footer | {"padding_multiple": 1, "splits": splits})
+    write_json(directory / "blend.json", footer | {"splits": splits})
     info = Info(sha256="t", vocab_size=VOCABULARY, eos_token="", eos_id=0, pad_id=0)
     return SftBatches(directory / "blend.json", settings, info, eval_samples=1)
 

@@ -47,7 +47,7 @@ def _forward_of_moe(
     intermediate_tensors: Any = None,
     padding_mask: torch.Tensor | None = None,
 ) -> Any:
-    if padding_mask is None and self.is_mtp_layer:
+    if padding_mask is None:
         padding_mask = _Padding.mask
     return _moe_forward(self, hidden_states, intermediate_tensors, padding_mask)
 

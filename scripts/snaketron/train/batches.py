@@ -182,7 +182,7 @@ class SftBatches(Batches):
         self.pack_size, self.pad_id = settings.seq_length, tokenizer.pad_id
         ranks = parallel_state.get_context_parallel_world_size()
         self.multiple = 2 * ranks if ranks > 1 else 1
-        expected = {"tokenizer_sha256": tokenizer.sha256, "pack_size": settings.seq_length}
+        expected: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "pack_size": settings.seq_length}
         loaded = blend_sft.check(blend, **expected)
         if loaded.padding_multiple % self.multiple:
             raise UserError(
@@ -190,6 +190,7 @@ class SftBatches(Batches):
                 f"{loaded.padding_multiple}, and context_parallel_size {ranks} needs one of {self.multiple}; "
                 f"set sft_data.padding_multiple to {self.multiple} and run the workflow again to pack anew"
             )
+        expected["padding_multiple"] = loaded.padding_multiple
         held_out = self.round_up(eval_samples)
         samples = {
             "train": settings.train_iters * settings.global_batch_size,

@@ -15,6 +15,7 @@ from snaketron.train.loop import Trainer
 
 import pytest
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 from torch.nn.functional import cross_entropy
 
@@ -191,6 +192,23 @@ def test_a_conversation_has_its_loss_wherever_it_lies_in_a_pack(trainer_of, orde
         expected = reference(trainer, [three[which]], "token")["losses"].tolist()
         line = trainer._line(0.0)
         assert [line["loss"], line["mtp_1_loss"], line["mtp_2_loss"]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_routers_count_no_padding(trainer_of):
+    """A token visits two experts, in multi-token prediction at each of two depths; 11 of 32 are padding."""
+    trainer, batches = trainer_of([[A, E], [C]])
+    tokens = len(A) + len(E) + len(C)
+    assert tokens == 32 - 11
+    for batch in batches.micro_batches("train", 0, 2):
+        del batch["report"]
+        trainer.model(attention_mask=None, **batch)
+    found = {
+        name: int(module.local_tokens_per_expert.sum())
+        for name, module in trainer.model.named_modules()
+        if isinstance(module, TopKRouter)
+    }
+    decoder, mtp = found.values()
+    assert list(found)[1].startswith("mtp.") and (decoder, mtp) == (2 * tokens, 2 * 2 * tokens)
 
 
 def test_a_step_over_a_pack_of_256k_tokens(trainer_of):
