@@ -234,12 +234,10 @@ def lora_settings(config: Config, stage: Literal["lora", "lora_merged"] = "lora"
 
 
 def padding_multiple(config: Config) -> int:
-    """What the length of a conversation in a pack is rounded up to: context parallelism gives each process
-    two chunks of every sequence."""
+    """What packs leave room to pad each conversation to: what the trainings on them need."""
     if config.sft_data.padding_multiple:
         return config.sft_data.padding_multiple
-    sizes = (run.parallel.context_parallel_size for run in (config.sft, config.lora))
-    return math.lcm(*(2 * size if size > 1 else 1 for size in sizes))
+    return math.lcm(*(run.parallel.sequence_multiple for run in (config.sft, config.lora)))
 
 
 def run_settings(config: Config, section: Literal["pretrain", "sft", "lora"]) -> RunSettings:

@@ -227,7 +227,8 @@ def check_batches(config: Config) -> list[str]:
         context = run.parallel.context_parallel_size
         if data.padding_multiple and context > 1:
             by = f"2 x {name}.parallel.context_parallel_size {context} ="
-            problems.append(_divides("sft_data.padding_multiple", data.padding_multiple, by, 2 * context))
+            multiple = run.parallel.sequence_multiple
+            problems.append(_divides("sft_data.padding_multiple", data.padding_multiple, by, multiple))
         if run.switch_loss_average_after is not None and run.switch_loss_average_after >= run.train_iters:
             problems.append(
                 f"{name}.switch_loss_average_after {run.switch_loss_average_after} is not less than "
@@ -283,7 +284,7 @@ def _batch(at: str, global_batch_size: int, run: Run) -> str:
 
 def _sequence(at: str, length: int, parallel: Parallel) -> str:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    parts = tp * (2 * cp if cp > 1 else 1)  # context parallelism gives each process two chunks
+    parts = tp * parallel.sequence_multiple
     return _divides(at, length, f"tensor {tp} x context {cp} parallel parts =", parts)
 
 

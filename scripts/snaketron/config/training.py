@@ -75,6 +75,11 @@ class Parallel(Section):
     data_parallel_size: Positive = key(1, "copies of the model, each with its part of the global batch")
 
     @property
+    def sequence_multiple(self) -> int:
+        """What lengths of sequences are a multiple of: context parallelism gives each process two chunks."""
+        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+
+    @property
     def world_size(self) -> int:
         """Number of processes (GPUs) of the job."""
         return (

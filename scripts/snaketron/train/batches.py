@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from snaketron.config import Parallel
 from snaketron.data import blend_sft
 from snaketron.data.index import load
 from snaketron.data.mixing import mix
@@ -181,7 +182,7 @@ class SftBatches(Batches):
         self.settings = settings
         self.pack_size, self.pad_id = settings.seq_length, tokenizer.pad_id
         ranks = parallel_state.get_context_parallel_world_size()
-        self.multiple = 2 * ranks if ranks > 1 else 1
+        self.multiple = Parallel(context_parallel_size=ranks).sequence_multiple
         expected: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "pack_size": settings.seq_length}
         loaded = blend_sft.check(blend, **expected)
         if loaded.padding_multiple % self.multiple:

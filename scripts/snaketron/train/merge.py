@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from snaketron import lineage
-from snaketron.files import to_json, writing
 from snaketron.log import UserError, logger
 from snaketron.train import versions
 from snaketron.train.metrics import Metrics
@@ -70,22 +68,14 @@ def merge(stage: Stage, adapters: Path, make_batches: Callable[[Stage], Any]) ->
         trainer.saver.finish()
     if stage.rank == 0:
         stage.write_config()
-        final = versions.iteration_directory(stage.directory, steps)
-        record = lineage.record(
-            "checkpoint",
-            stage.settings.stage,
-            inputs=stage.inputs,
-            outputs=sorted(p for p in final.rglob("*") if p.is_file()),
-            settings=stage.settings.model_dump(),
-            counts={
+        stage.write_record(
+            {
                 "iterations": 0,
                 "tokens": 0,
                 "valid_loss_before": before.get("valid_loss"),
                 "valid_loss_after": after.get("valid_loss"),
                 "test_loss": None,
                 "train_seconds": 0.0,
-            },
+            }
         )
-        with writing(stage.directory / versions.RECORD) as (temporary,):
-            temporary.write_bytes(to_json(record | {"key": stage.key}))
     return 0

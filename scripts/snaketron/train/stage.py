@@ -193,28 +193,33 @@ class Stage:
                 shutil.copyfile(self.tokenizer_directory / name, target / name)
 
     def _finish(self, seconds: float, batches: Batches) -> None:
-        """Write the record, which says that the version is complete."""
-        final = versions.iteration_directory(self.directory, self.settings.train_iters)
+        """Record what a finished training did."""
         lines = Metrics.read(self.directory / "metrics.jsonl")
         valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
-        record = lineage.record(
-            "checkpoint",
-            self.settings.stage,
-            inputs=self.inputs,
-            outputs=sorted(p for p in final.rglob("*") if p.is_file()),
-            settings=self.settings.model_dump(),
-            counts={
-                "iterations": self.settings.train_iters,
-                "tokens": self.settings.train_iters
-                * self.settings.global_batch_size
-                * self.settings.seq_length,
+        iterations = self.settings.train_iters
+        self.write_record(
+            {
+                "iterations": iterations,
+                "tokens": iterations * self.settings.global_batch_size * self.settings.seq_length,
                 "valid_loss_before": valid[0] if valid else None,
                 "valid_loss_after": valid[-1] if valid else None,
                 "test_loss": next((line["test_loss"] for line in lines if "test_loss" in line), None),
                 "train_seconds": round(seconds, 2),
                 **mix(lines, batches.wanted()),
                 **performance(lines),
-            },
+            }
+        )
+
+    def write_record(self, counts: dict[str, Any]) -> None:
+        """Write the record of the last checkpoint, which says that the version is complete."""
+        final = versions.iteration_directory(self.directory, self.settings.train_iters)
+        record = lineage.record(
+            "checkpoint",
+            self.settings.stage,
+            inputs=self.inputs,
+            outputs=sorted(p for p in final.rglob("*") if p.is_file()),
+            settings=self.settings.model_dump(),
+            counts=counts,
         )
         with writing(self.directory / versions.RECORD) as (temporary,):
             temporary.write_bytes(to_json(record | {"key": self.key}))
