@@ -93,7 +93,7 @@ class Encoder:
         try:
             if self._fast is None:
                 return self._exactly(texts)
-            ids, starts = self._flat(texts)
+            ids, starts = _flat(self._fast, texts, self._plain)
         except BaseException as error:
             if not _is_failure(error):
                 raise
@@ -108,7 +108,9 @@ class Encoder:
         found = []
         for index, text in enumerate(texts):
             try:
-                found.append(self._exactly([text]) if self._fast is None else self._flat([text]))
+                found.append(
+                    self._exactly([text]) if self._fast is None else _flat(self._fast, [text], self._plain)
+                )
             except BaseException as error:
                 if not _is_failure(error):
                     raise
@@ -135,9 +137,6 @@ class Encoder:
             ids[start:end] = encoding.ids
         return ids, starts
 
-    def _flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return _flat(self._fast, texts) if self._plain else _flat(self._fast, texts, plain=False)
-
     def _sample(self, texts: Sequence[str]) -> Iterator[int]:
         """Which documents are compared: it depends on nothing but the documents before."""
         for index, text in enumerate(texts):
@@ -151,7 +150,7 @@ class Encoder:
     def _compare(self, index: int, text: str, ids: np.ndarray) -> None:
         if len(text) > MAX_CHARACTERS:
             text = text[:MAX_CHARACTERS]
-            ids, _ = self._flat([text])
+            ids, _ = _flat(self._fast, [text], self._plain)
         expected = np.array(self._exact.encode(text, add_special_tokens=False).ids, np.uint32)
         if np.array_equal(ids, expected):
             return
@@ -164,7 +163,7 @@ class Encoder:
     def _probe(self) -> None:
         added = [token.content for token in self._exact.get_added_tokens_decoder().values()]
         texts = [*PROBES, *(f"a{token} {token}\n{token}" for token in added[:_MAX_PROBED_TOKENS])]
-        ids, starts = self._flat(texts)
+        ids, starts = _flat(self._fast, texts, self._plain)
         for index, text in enumerate(texts):
             try:
                 self._compare(index, text, ids[starts[index] : starts[index + 1]])
@@ -188,6 +187,6 @@ def _load(path: Path) -> Any:
     return tokenizer
 
 
-def _flat(tokenizer: Any, texts: Sequence[str], plain: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def _flat(tokenizer: Any, texts: Sequence[str], plain: bool) -> tuple[np.ndarray, np.ndarray]:
     ids, starts = tokenizer.encode_batch_flat(list(texts), False, plain)  # no special tokens are added
     return np.frombuffer(ids, "<u4"), np.frombuffer(starts, "<u8").astype(np.int64)

@@ -98,8 +98,8 @@ def differ_in_z(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     flat = encode._flat
     (y,), (z,) = exact(tokenizer_dir, ["y", "z"])
 
-    def wrong(tokenizer, texts):
-        ids, starts = flat(tokenizer, texts)
+    def wrong(tokenizer, texts, plain):
+        ids, starts = flat(tokenizer, texts, plain)
         ids = ids.copy()
         if texts[0] != encode.PROBES[0]:
             ids[ids == z] = y
@@ -183,7 +183,7 @@ def test_a_document_beyond_both_encoders_is_a_bad_row(
         if any(text.startswith("zz") for text in texts):
             raise ValueError("match limit exceeded")
 
-    monkeypatch.setattr(encode, "_flat", lambda t, texts: refuse(texts) or flat(t, texts))
+    monkeypatch.setattr(encode, "_flat", lambda t, texts, plain: refuse(texts) or flat(t, texts, plain))
     monkeypatch.setattr(encode.Encoder, "_exactly", lambda self, texts: refuse(texts) or exactly(self, texts))
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("one", "zzz", "two", "zzzz")])
     status, stderr, _ = tokenize(path, valid=0.0, test=0.0)

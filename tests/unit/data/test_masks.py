@@ -92,7 +92,7 @@ def test_a_conversation_with_other_ids_makes_the_shard_be_rendered_again(tmp_pat
     assert counts["encoder"] == "fastokens"
     flat = encode._flat
 
-    def wrong(tokenizer, texts, plain=True):
+    def wrong(tokenizer, texts, plain):
         ids, starts = flat(tokenizer, texts, plain)
         ids = ids.copy()
         if any("bbbb<|im_end|>" in text for text in texts):
