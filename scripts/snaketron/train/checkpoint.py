@@ -19,6 +19,7 @@ import snaketron.model  # noqa: F401 - before megatron-core
 from snaketron.files import partial, writing
 from snaketron.log import NO_SPACE, UserError
 from snaketron.model.lora import Part
+from snaketron.train import optimizer_state
 from snaketron.train.versions import LATEST, check_owner, iteration_directory
 
 import torch
@@ -33,6 +34,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
+
+optimizer_state.patch()
 
 
 class Saver:

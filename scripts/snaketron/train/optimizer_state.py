@@ -1,0 +1,189 @@
+"""The state of megatron-core's distributed optimizer in a checkpoint: for each parameter of the model its
+main weight and Adam's moments, fp32, in the parameter's shape, so that any layout can read them.
+
+megatron-core 0.19.2 has this format (`fully_reshardable`), but collects the state of a whole replica in the
+host memory of each process, and in a buffer of several buckets takes values from where they would be
+without the padding between buckets. Here each parameter is written by one of the processes that hold a part
+of it, which is sent the rest, and read by each of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from snaketron.model import backend  # before megatron-core
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """A parameter in its bucket of gradients, of which each rank holds `length` numbers."""
+
+    parameter: Tensor
+    start: int
+    end: int
+    length: int
+
+    @property
+    def holders(self) -> range:
+        return range(self.start // self.length, (self.end - 1) // self.length + 1)
+
+    def part(self, rank: int) -> slice:
+        """What of the flattened parameter a holder has."""
+        begin, end = rank * self.length, (rank + 1) * self.length
+        return slice(max(begin - self.start, 0), min(end, self.end) - self.start)
+
+
+def patch() -> None:
+    """Take the place of megatron-core's, after its import."""
+    DistributedOptimizer.sharded_param_state_fully_reshardable = _shards
+    DistributedOptimizer.load_parameter_state_from_fully_reshardable = _load
+
+
+def _buckets(optimizer: DistributedOptimizer) -> list[list[Place]]:
+    """Parameters of each bucket, in the same order on all ranks of the data parallel group."""
+    size = optimizer.data_parallel_group.size()
+    return [
+        [
+            Place(parameter, start, end, bucket.grad_data.numel() // size)
+            for parameter, (start, end) in bucket.param_to_index.items()
+        ]
+        for buffer in optimizer.buffers
+        for bucket in buffer.buckets
+    ]
+
+
+def _owners(buckets: list[list[Place]]) -> dict[Tensor, int]:
+    """The rank that writes each parameter: of those that hold a part of it, the one with least to write."""
+    load: Counter[int] = Counter()
+    owners = {}
+    places = [place for bucket in buckets for place in bucket]
+    for place in sorted(places, key=lambda p: (len(p.holders) > 1, p.start - p.end)):
+        owners[place.parameter] = owner = min(place.holders, key=lambda rank: load[rank])
+        load[owner] += place.end - place.start
+    return owners
+
+
+def _keys(optimizer: DistributedOptimizer) -> list[str]:
+    return ["param", *optimizer.optimizer_state_keys]
+
+
+def _shards(
+    self: DistributedOptimizer,
+    model_sharded_state_dict: Any,
+    is_loading: bool = False,
+    metadata: Any = None,
+) -> dict[int, dict[str, Any]]:
+    """What this rank writes, or asks for, by the number of the parameter in the buffers."""
+    rank, group = self.data_parallel_group.rank(), self.data_parallel_group
+    tensors = extract_sharded_tensors_and_factories(model_sharded_state_dict)[0]
+    described = {shard.data: shard for shard in nested_values(tensors)}
+    buckets = _buckets(self)
+    owners = _owners(buckets)
+    # An owner takes the place of the first rank, which megatron-core has for the main replica.
+    replicas = [described[place.parameter].replica_id for bucket in buckets for place in bucket]
+    torch.distributed.broadcast_object_list(replicas, group_src=0, group=group)
+    shards: dict[Any, dict[str, Any]] = {}
+    number = 0
+    for bucket in buckets:
+        values = {} if is_loading else _whole(self, bucket, owners)
+        for place in bucket:
+            parameter = place.parameter
+            if is_loading and rank in place.holders:
+                values[parameter] = [torch.zeros(parameter.numel()) for _ in _keys(self)]
+            if parameter in values:
+                replica = replicas[number]
+                if owners[parameter] != rank:  # of those who read it
+                    replica = (*replica[:-1], 1)
+                shards[number] = {
+                    key: _as(described[parameter], f"optimizer.state.{key}.", value, replica)
+                    for key, value in zip(_keys(self), values[parameter], strict=True)
+                }
+            number += 1
+    # An empty dictionary would count as a value, and not all ranks have it.
+    return shards or {"": LocalNonpersistentObject(None)}
+
+
+def _as(shard: Any, prefix: str, value: Tensor, replica: Any) -> Any:
+    """The description of a parameter, for one of its numbers in the optimizer."""
+    dtype = {"dtype": value.dtype} if isinstance(shard, ShardedTensor) else {}
+    data = value.view(shard.data.shape)
+    return replace(shard, key=prefix + shard.key, data=data, replica_id=replica, **dtype)
+
+
+def _whole(
+    optimizer: DistributedOptimizer, bucket: list[Place], owners: dict[Tensor, int]
+) -> dict[Tensor, list[Tensor]]:
+    """The state of the parameters of a bucket that this rank owns, flattened, one tensor a key.
+
+    A collective operation of the data parallel group. Whatever is a copy is in host memory.
+    """
+    group, keys = optimizer.data_parallel_group, _keys(optimizer)
+    rank, ranks = group.rank(), range(group.size())
+    held: dict[Tensor, list[Tensor]] = {}
+    for place in bucket:
+        if rank in place.holders:
+            state = optimizer._get_main_param_and_optimizer_states(place.parameter)
+            held[place.parameter] = [_fp32(state[key]) for key in keys]
+    whole = {p.parameter: held[p.parameter] for p in bucket if list(p.holders) == [rank]}
+    # Parts of the others go to their owners.
+    shared = [place for place in bucket if len(place.holders) > 1]
+    mine = [p for p in shared if owners[p.parameter] == rank]
+    whole |= {place.parameter: [] for place in mine}
+    device = backend.device()
+    for key in range(len(keys)) if shared else ():
+        sent = [[p for p in shared if owners[p.parameter] == to and rank in p.holders] for to in ranks]
+        parts = [held[p.parameter][key].to(device) for places in sent for p in places]
+        sizes = [[_size(p.part(source)) for p in mine if source in p.holders] for source in ranks]
+        received = torch.empty(sum(map(sum, sizes)), device=device)
+        torch.distributed.all_to_all_single(
+            received,
+            torch.cat([*parts, received[:0]]),
+            [sum(of_source) for of_source in sizes],
+            [sum(_size(p.part(rank)) for p in places) for places in sent],
+            group,
+        )
+        pieces = iter(received.split([size for of_source in sizes for size in of_source]))
+        found: dict[Tensor, list[Tensor]] = {place.parameter: [] for place in mine}
+        for source in ranks:
+            for place in mine:
+                if source in place.holders:
+                    found[place.parameter].append(next(pieces))
+        for place in mine:
+            whole[place.parameter].append(torch.cat(found[place.parameter]).cpu())
+    return whole
+
+
+def _fp32(value: Tensor) -> Tensor:
+    """Flattened; a copy in host memory where the state is in another precision, or in memory that a GPU
+    shares, which a process that writes in the background would see change."""
+    value = value.detach().view(-1)
+    if value.dtype == torch.float32 and not value.is_pinned():
+        return value
+    return value.to("cpu", torch.float32, copy=True)
+
+
+def _size(part: slice) -> int:
+    return part.stop - part.start
+
+
+@torch.no_grad()
+def _load(self: DistributedOptimizer, state_dict: dict[int, dict[str, Tensor]]) -> None:
+    """Take this rank's part of each parameter from what was asked for in `_shards`."""
+    rank = self.data_parallel_group.rank()
+    for number, place in enumerate(itertools.chain(*_buckets(self))):
+        if rank in place.holders:
+            part = place.part(rank)
+            tensors = {key: value.reshape(-1)[part] for key, value in state_dict[number].items()}
+            self._set_main_param_and_optimizer_states(place.parameter, tensors)
+    if isinstance(self.optimizer, HybridDeviceOptimizer):
+        self.optimizer._sync_hdo_state_to_sub_optimizers()
