@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import optimizer, parallel_state, rerun_state_machine, tensor_parallel, utils
 from megatron.core.dist_checkpointing import exchange_utils
-from megatron.core.dist_checkpointing.strategies import filesystem_async, state_dict_saver
+from megatron.core.dist_checkpointing.strategies import state_dict_saver
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid import hybrid_block
@@ -391,10 +391,6 @@ def _patch_megatron() -> None:
     # gloo wants split sizes as lists; the original converts only what is on a GPU.
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-    )
-    # Without CUDA it is safe to fork the checkpoint writer's queue, and 5 s faster than to spawn it.
-    filesystem_async.get_write_results_queue = functools.partial(
-        filesystem_async.get_write_results_queue, "fork"
     )
     # See FusedAdam.
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import queue
 import secrets
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +32,7 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_save_sharded_strategy,
     load_sharded_metadata,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -36,6 +40,31 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 optimizer_state.patch()
+
+
+class _Results:
+    """What the process that writes, a fork, says of its writes.
+
+    megatron-core has a third process for that, which the first save starts and waits for while it imports
+    what the training does, and which a killed training leaves behind.
+    """
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - open for as long as it may be read
+
+    def put(self, results: object) -> None:
+        pickle.dump(results, self.file)
+        self.file.flush()
+
+    def get_nowait(self) -> object:
+        self.file.seek(0)
+        try:
+            return pickle.load(self.file)
+        except EOFError:
+            raise queue.Empty from None
+
+
+filesystem_async.get_write_results_queue = _Results
 
 
 class Saver:
