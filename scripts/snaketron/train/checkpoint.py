@@ -13,6 +13,7 @@ import queue
 import secrets
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,7 @@ class Saver:
     def __init__(self, *, keep: int, background: bool) -> None:
         self.keep, self.background = keep, background
         self.queue = AsyncCallsQueue()
+        self.deleting: list[threading.Thread] = []
 
     def save(
         self,
@@ -134,6 +136,8 @@ class Saver:
         if self.queue.get_num_unfinalized_calls():
             with _explained(*self.written):
                 self.queue.maybe_finalize_async_calls(blocking=wait)
+        while wait and self.deleting:
+            self.deleting.pop().join()
         return not self.queue.get_num_unfinalized_calls()
 
     def _publish(self, temporary: Path, target: Path) -> None:
@@ -146,8 +150,18 @@ class Saver:
             with writing(directory / LATEST) as (text,):
                 text.write_text(str(int(target.name.removeprefix("iter_"))))
             for old in sorted(directory.glob("iter_*"))[: -self.keep]:
-                shutil.rmtree(old)
+                self._delete(old)
         torch.distributed.barrier()
+
+    def _delete(self, checkpoint: Path) -> None:
+        """In the background if checkpoints are written there: a file system may take seconds for it."""
+        aside = checkpoint.rename(partial(checkpoint))
+        thread = threading.Thread(target=shutil.rmtree, args=[aside], kwargs={"ignore_errors": True})
+        thread.start()
+        if self.background:
+            self.deleting.append(thread)
+        else:
+            thread.join()
 
 
 def remove_partial(directory: Path) -> None:
