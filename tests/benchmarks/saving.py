@@ -4,8 +4,8 @@
     python tests/benchmarks/saving.py --large --directory /tmp/saving       # on a GPU
 
 Trains the default model at another width, or that of gpu_training.py with fewer experts, on random tokens,
-saves after the third and sixth step, and prints the seconds that the step loop stood still for each, the
-whole time, and the size of a checkpoint.
+saves twice, the second time when the first checkpoint has been there for a few steps, and prints the seconds
+that the step loop stood still for each, the time until each was written, and the size of a checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from snaketron.train.batches import Batch, Batches, sequences
 import torch
 from gpu_training import MODEL  # beside this file
 
-LENGTH, VOCABULARY, STEPS, SAVES = 128, 4096, 9, (3, 6)
+LENGTH, VOCABULARY, STEPS = 128, 4096, 3  # steps before each save
 
 
 class RandomBatches(Batches):
@@ -48,28 +48,29 @@ def measure(directory: Path, model: dict[str, Any], *, background: bool) -> None
     settings, run = pretrain_settings(config, "one"), run_settings(config, "pretrain")
     shutil.rmtree(directory, ignore_errors=True)
     with loop.distributed(settings, run):
-        trainer, batches, stalls = (
-            loop.Trainer(settings, run, VOCABULARY),
-            RandomBatches(4, settings.model.mtp_num_layers),
-            [],
-        )
-        trainer._step(batches)
-        began = time.monotonic()
-        while trainer.iteration < STEPS:
-            trainer._step(batches)
-            before = time.monotonic()
-            if trainer.iteration in SAVES:
+        trainer = loop.Trainer(settings, run, VOCABULARY)
+        batches = RandomBatches(4, settings.model.mtp_num_layers)
+        stalls, written = [], []
+        with loop.long_lived():
+            for _ in range(2):
+                for _ in range(STEPS):
+                    trainer._step(batches)
+                began = time.monotonic()
                 trainer.save(directory)
-            else:
-                trainer.saver.finish(wait=False)
-            stalls.append(time.monotonic() - before)
-        trainer.saver.finish()
-        whole = time.monotonic() - began
-    size = sum(p.stat().st_size for p in directory.glob("iter_0000006/*")) / 1e6
-    each = " and ".join(f"{stalls[save - 2]:.2f}" for save in SAVES)
+                stalls.append(time.monotonic() - began)
+                while True:
+                    before = time.monotonic()
+                    done = trainer.saver.finish(wait=False)
+                    stalls[-1] += time.monotonic() - before
+                    if done:
+                        break
+                    trainer._step(batches)
+                written.append(time.monotonic() - began)
+    size = sum(p.stat().st_size for p in directory.glob("iter_*/*")) / 1e6
+    still, whole = (" and ".join(f"{value:.2f}" for value in values) for values in (stalls, written))
+    how = "background" if background else "at once"
     print(
-        f"{'background' if background else 'at once':10}  {size:.0f} MB, stood still {each} s for the saves, "
-        f"{whole:.1f} s in all"
+        f"{how:10}  {size:.0f} MB, stood still {still} s for the saves, written after {whole} s", flush=True
     )
 
 
