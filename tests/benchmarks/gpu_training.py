@@ -73,6 +73,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recompute_layer": {"run": {"recompute": ["layer"]}},
     "bf16_state": {"optimizer": {"gradient_precision": "bf16", "moment_precision": "bf16"}},
     "offload": {"run": {"offload_optimizer": 0.5}},
+    "fp8_delayed_x4": {"model": {"precision": "fp8_delayed"}, "micro_batches": 4},
+    "fp8_current_x4": {"model": {"precision": "fp8_current"}, "micro_batches": 4},
+    "fp8_blockwise_x4": {"model": {"precision": "fp8_blockwise"}, "micro_batches": 4},
+    "fp8_experts_x4": {
+        "model": {"precision": "fp8_current"},
+        "micro_batches": 4,
+        "environment": THEIRS,
+    },
     "dp2": {"parallel": {"data_parallel_size": 2}},
     "dp2_overlap": {"parallel": {"data_parallel_size": 2}, "ddp": {"overlap_grad_reduce": True}},
     "dp2_x4": {"parallel": {"data_parallel_size": 2}, "micro_batches": 4},
@@ -117,7 +125,8 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     pretrain |= variant.get("run", {}) | {"parallel": parallel}
     optimizer = {"learning_rate": 1e-4, "min_learning_rate": 1e-5} | variant.get("optimizer", {})
     pretrain["optimizer"] = optimizer
-    config = load({"model": MODEL, "pretrain": pretrain}, {})
+    keys = MODEL | variant.get("model", {})
+    config = load({"model": keys, "pretrain": pretrain}, {})
     settings, run = pretrain_settings(config, "one"), run_settings(config, "pretrain")
 
     device = backend.device()
@@ -161,7 +170,7 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
             seconds.append(time.monotonic() - began)
             losses.append(trainer._mean_loss())
             trainer.sums.zero_()
-        model = Model(**MODEL)
+        model = Model(**keys)
         flops = training_flops(model, VOCABULARY, length)
         steady = sorted(seconds[-6:])[2]
         rate = batch * length / steady / run.parallel.world_size

@@ -55,7 +55,8 @@ class Model(Section):
     precision: Precision = key(
         "fp32",
         "of products; all but fp32 keep bf16 weights and fp32 main weights. fp8_delayed, fp8_current (one "
-        "scale a tensor) and fp8_blockwise need a Hopper GPU, nvfp4 a Blackwell",
+        "scale a tensor) and fp8_blockwise need a Hopper GPU, and leave routed experts in bf16; nvfp4 "
+        "needs a Blackwell",
     )
     bf16_layers_at_end: Count = key(
         0, "layers at the end that stay in bf16 under fp8 and nvfp4; Nemotron 3 Super's recipe: 14"
