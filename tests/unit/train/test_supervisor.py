@@ -17,7 +17,7 @@ from snaketron.cluster import layout
 from snaketron.config import Cluster, load
 from snaketron.log import UserError
 from snaketron.settings import run_settings
-from snaketron.train import launch, supervisor, versions
+from snaketron.train import heartbeat, launch, supervisor, versions
 from snaketron.train.attempts import Attempts
 
 import psutil
@@ -198,7 +198,7 @@ def test_processes_of_a_killed_supervisor_save_and_let_go(toy: Toy):
 
 def test_who_comes_while_it_runs_is_sent_away(toy: Toy):
     with toy.start({"1:0:2": "wait"}) as process:
-        wait_for(toy.has_done(1))
+        wait_for(lambda: bool(heartbeat.read(toy.directory)))  # which the other rank writes
         status, output = toy.run()
         process.terminate()
         process.communicate(timeout=20)
