@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
@@ -33,24 +34,21 @@ def test_a_rank_holds_the_positions_that_transformer_engine_says():
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The blend, and a directory with the checkpoint of a CPU after one step on it."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+    """A tuning continued from the checkpoint of a CPU after one step: there, on a GPU and on two."""
     root = tmp_path_factory.mktemp("sft")
-    blend = write_packs(root / "packs")
-    start = root / "start"
-    train(start, gpus=0, steps=1, save_at=[1], blend=str(blend), run=RUN, model={"precision": "bf16"})
-    return blend, start
-
-
-def go_on(
-    begun: tuple[Path, Path], tmp_path: Path, name: str, gpus: int, parallel: dict | None = None
-) -> Any:
-    blend, start = begun
-    shutil.copytree(start, tmp_path / name)
-    run = RUN | {"parallel": parallel or {}}
-    found = train(tmp_path / name, gpus=gpus, blend=str(blend), run=run, model={"precision": "bf16"})
-    assert found["resumed"]
-    return found
+    common = {"blend": str(write_packs(root / "packs")), "model": {"precision": "bf16"}}
+    train(root / "start", gpus=0, steps=1, save_at=[1], run=RUN, **common)
+    ways: dict[str, tuple[int, dict]] = {"cpu": (0, {}), "one": (1, {})}
+    if torch.cuda.device_count() >= 2:
+        ways |= {name: (2, sizes) for name, sizes in LAYOUTS.items()}
+    with ThreadPoolExecutor(len(ways)) as pool:
+        futures = {}
+        for name, (gpus, sizes) in ways.items():
+            shutil.copytree(root / "start", root / name)
+            run = RUN | {"parallel": sizes}
+            futures[name] = pool.submit(train, root / name, gpus=gpus, run=run, **common)
+        yield futures
 
 
 def compare(found: Any, expected: Any, tolerance: tuple[float, float], name: str) -> None:
@@ -62,14 +60,13 @@ def compare(found: Any, expected: Any, tolerance: tuple[float, float], name: str
         assert worst < tolerance[key == "norms"]
 
 
-def test_packs_have_the_losses_of_the_cpu(begun, tmp_path: Path):
-    cpu, gpu = (go_on(begun, tmp_path, f"gpus{n}", n) for n in (0, 1))
+def test_packs_have_the_losses_of_the_cpu(runs: dict[str, Future]):
+    cpu, gpu = runs["cpu"].result(), runs["one"].result()
+    assert gpu["resumed"]
     compare(gpu, cpu, TOLERANCE["bf16"], "one GPU against the CPU")
 
 
 @pytest.mark.gpus(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_gpus_have_the_losses_of_one_on_packs(begun, tmp_path: Path, layout: str):
-    one = go_on(begun, tmp_path, "one", 1)
-    two = go_on(begun, tmp_path, layout, 2, LAYOUTS[layout])
-    compare(two, one, LAYOUT_TOLERANCE["bf16"], layout)
+def test_two_gpus_have_the_losses_of_one_on_packs(runs: dict[str, Future], layout: str):
+    compare(runs[layout].result(), runs["one"].result(), LAYOUT_TOLERANCE["bf16"], layout)
