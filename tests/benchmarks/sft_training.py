@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.sft_training                     # the default model, on the CPU or a GPU
     python -m tests.benchmarks.sft_training --pack-size 4096
+    python -m tests.benchmarks.sft_training --large --pack-size 16384 --packs 24  # of gpu_training
 
 The same conversations, of lognormal lengths as in `packing`, are trained once in packs and once in batches
 of as many as fill a pack on average, each padded to the longest of its batch. The second half of each is the
@@ -30,9 +31,10 @@ from snaketron.train.batches import Batch, Batches, Report, SftBatches
 
 import numpy as np
 import torch
+from tests.benchmarks import gpu_training
 from tests.benchmarks.packing import chat_lengths
 
-VOCABULARY = 2048
+VOCABULARY = 2048  # that the tokens are of
 
 
 class PaddedBatches(Batches):
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--pack-size", type=int, default=1024)
     parser.add_argument("--packs", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--large", action="store_true")
     args = parser.parse_args()
     lengths = chat_lengths(args.packs * args.pack_size // 250, args.pack_size)
     conversations = made(lengths)
@@ -122,25 +125,27 @@ def main() -> None:
     steps_padded = len(in_order) // a_pack
     sft = {"train_iters": 10_000, "global_batch_size": 1, "cpus_per_task": args.threads}
     sft |= {"optimizer": {"learning_rate": 1e-4, "min_learning_rate": 1e-5}}
-    config = load({"sft": sft, "sft_data": {"pack_size": args.pack_size}}, {})
+    model, vocabulary = (gpu_training.MODEL, gpu_training.VOCABULARY) if args.large else ({}, VOCABULARY)
+    config = load({"model": model, "sft": sft, "sft_data": {"pack_size": args.pack_size}}, {})
     settings, run = sft_settings(config), run_settings(config, "sft")
     with loop.distributed(settings, run), tempfile.TemporaryDirectory() as directory:
-        trainer = loop.Trainer(settings, run, VOCABULARY)
+        trainer = loop.Trainer(settings, run, vocabulary)
         packs = [join([conversations[i] for i in items]) for items in bins]
         padded = PaddedBatches(in_order, a_pack, settings.model.mtp_num_layers)
-        results = {
-            "packed": measure(trainer, packed_batches(packs, Path(directory), settings), len(bins)),
-            "padded": measure(trainer, padded, steps_padded),
-        }
-    print(f"{len(used)} conversations, {a_pack} a step, packs of {args.pack_size} tokens\n")
-    print("|  | seconds | trained tokens | trained tokens/s | waiting for data |")
-    print("|---|--:|--:|--:|--:|")
-    speeds = {}
-    for name, r in results.items():
-        speeds[name] = r["trained"] / r["seconds"]
-        columns = f"{r['seconds']:.1f} | {r['trained']:,.0f} | {speeds[name]:,.0f} | {r['waiting']:.2%}"
-        print(f"| {name} | {columns} |")
-    print(f"\npacked / padded: {speeds['packed'] / speeds['padded']:.2f}")
+        print(f"{len(used)} conversations, {a_pack} a step, packs of {args.pack_size} tokens\n")
+        print("|  | seconds | trained tokens | trained tokens/s | tokens/s | waiting for data |")
+        print("|---|--:|--:|--:|--:|--:|", flush=True)
+        speeds = []
+        for name, batches, steps in (
+            ("packed", packed_batches(packs, Path(directory), settings), len(bins)),
+            ("padded", padded, steps_padded),
+        ):
+            r = measure(trainer, batches, steps)
+            speeds.append(r["trained"] / r["seconds"])
+            columns = f"{r['seconds']:.1f} | {r['trained']:,.0f} | {speeds[-1]:,.0f}"
+            columns += f" | {r['tokens'] / r['seconds']:,.0f} | {r['waiting']:.2%}"
+            print(f"| {name} | {columns} |", flush=True)
+    print(f"\npacked / padded: {speeds[0] / speeds[1]:.2f}")
 
 
 if __name__ == "__main__":
