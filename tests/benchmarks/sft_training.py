@@ -118,7 +118,9 @@ def main() -> None:
     args = parser.parse_args()
     lengths = chat_lengths(args.packs * args.pack_size // 250, args.pack_size)
     conversations = made(lengths)
-    bins = packing.pack(lengths, args.pack_size, "first_fit_decreasing").lists()[: args.packs]
+    bins = packing.pack(lengths, args.pack_size, "first_fit_decreasing").lists()
+    np.random.default_rng(0).shuffle(bins)  # the longest conversations come first
+    bins = bins[: args.packs]
     used = [i for items in bins for i in items]
     in_order = [conversations[i] for i in sorted(used)]
     a_pack = len(used) // len(bins)
@@ -140,7 +142,11 @@ def main() -> None:
             ("packed", packed_batches(packs, Path(directory), settings), len(bins)),
             ("padded", padded, steps_padded),
         ):
-            r = measure(trainer, batches, steps)
+            try:
+                r = measure(trainer, batches, steps)
+            except torch.OutOfMemoryError as error:
+                print(f"| {name} | out of memory: {str(error).partition('. GPU')[0]} |")
+                return
             speeds.append(r["trained"] / r["seconds"])
             columns = f"{r['seconds']:.1f} | {r['trained']:,.0f} | {speeds[-1]:,.0f}"
             columns += f" | {r['tokens'] / r['seconds']:,.0f} | {r['waiting']:.2%}"
