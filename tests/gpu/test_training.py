@@ -39,8 +39,9 @@ SAME = {
     "graphs": {"cuda_graphs": True},
 }
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
-# Final loss of 40 steps (about 4.6 nats) against bf16.
-LOW_PRECISION = {"fp8_delayed": 0.05, "fp8_current": 0.05, "fp8_blockwise": 0.05, "bf16_state": 0.05}
+# Mean loss of the last 8 of 40 steps (about 4.6 nats) against bf16. In a single step delayed scaling, which
+# knows the values of the steps before alone, was seen 0.15 off.
+LOW_PRECISION = {"fp8_delayed": 0.03, "fp8_current": 0.02, "fp8_blockwise": 0.02, "bf16_state": 0.01}
 BF16_STATE = {"gradient_precision": "bf16", "moment_precision": "bf16"}
 # fp8 products want multiples of 16; the default's Mamba projection has 584 columns.
 FP8_MODEL = {"mamba_num_heads": 16, "mamba_head_dim": 16}
@@ -201,10 +202,11 @@ def test_what_saves_memory_or_time_gives_the_same_losses(runs: Runs, name: str):
 @pytest.mark.parametrize("precision", LOW_PRECISION)
 def test_low_precision_trains_to_a_loss_close_to_that_of_bf16(runs: Runs, precision: str):
     curves = {name: runs[f"curve {name}"]["losses"] for name in ("cpu", "bf16", precision)}
+    ends = {name: sum(losses[-8:]) / 8 for name, losses in curves.items()}
     for name, losses in curves.items():
-        print(f"{name}: {[round(loss, 3) for loss in losses[::4]]}, last {losses[-1]:.4f}")
-    assert curves["bf16"][-1] < curves["bf16"][0] - 1  # something was learnt
-    assert abs(curves[precision][-1] - curves["bf16"][-1]) < LOW_PRECISION[precision]
+        print(f"{name}: {[round(loss, 3) for loss in losses[::4]]}, the last 8 {ends[name]:.4f}")
+    assert ends["bf16"] < curves["bf16"][0] - 1  # something was learnt
+    assert abs(ends[precision] - ends["bf16"]) < LOW_PRECISION[precision]
 
 
 def test_nvfp4_is_refused_where_the_gpu_has_no_fp4(tmp_path: Path):

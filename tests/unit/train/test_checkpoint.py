@@ -121,11 +121,15 @@ def test_a_complete_checkpoint_that_latest_does_not_name_is_not_taken(trainer, t
     assert (tmp_path / versions.LATEST).read_text() == "2"
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [4, 6]), (5, [2, 4, 6])])
-def test_the_newest_checkpoints_are_kept(trainer, tmp_path: Path, keep: int, left: list[int]):
-    one = trainer(steps=1, keep_checkpoints=keep)
+def test_the_newest_checkpoints_are_kept(
+    trainer, tmp_path: Path, keep: int, left: list[int], background: bool
+):
+    one = trainer(steps=1, keep_checkpoints=keep, save_in_background=background)
     for one.iteration in (2, 4, 6):
         one.save(tmp_path)
+    assert one.saver.finish()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *(f"iter_{i:07d}" for i in left),
         "latest_checkpointed_iteration.txt",
