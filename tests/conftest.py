@@ -8,12 +8,26 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 REPOSITORY = Path(__file__).parent.parent
+# Tests that share a run of the workflow, or a cluster, which each worker of pytest would make for itself.
+TOGETHER = ("tests/slurm/", "tests/end_to_end/test_curation.py", "tests/end_to_end/test_lora.py")
 PARTS = ("Snakefile", "rules", "scripts", "profiles", "config", "tests", "envs")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """As --dist loadgroup, of which pytest 9.2 does not see the groups."""
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((place for place in TOGETHER if nodeid.startswith(place)), nodeid)
+
+    return Scheduling(config, log)
 
 
 @dataclass

@@ -15,8 +15,6 @@ from tests.unit.data.curated import changed, language_model, words
 import pyarrow.parquet as pq
 import pytest
 
-pytestmark = pytest.mark.xdist_group("curation")
-
 CONFIG = """
 corpora:
   - name: web

@@ -15,7 +15,6 @@ from tests.end_to_end.test_layouts import losses, worst
 import pytest
 import yaml
 
-pytestmark = pytest.mark.xdist_group("lora")  # one run of it, which the tests copy
 # Every linear layer but the router: Adam would turn the last bits of its tiny gradients into whole steps.
 EVERYTHING = "target_modules: [linear_*, '*_proj']"
 # In nats, of losses about 6: under TP a last bit sends a token to another expert (4e-5). That the gradients

@@ -10,8 +10,6 @@ from tests.slurm.disturbed import Disturbed
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("slurm")
-
 FROM_ENVIRONMENT = "0123456789abcdef0123456789abcdef01234567"
 FROM_FILE = "hf_ThisIsNotARealToken"
 

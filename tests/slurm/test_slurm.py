@@ -16,8 +16,6 @@ from tests.slurm.conftest import Slurm
 import pytest
 import yaml
 
-pytestmark = pytest.mark.xdist_group("slurm")  # one cluster, and one main job on it
-
 
 def test_the_main_job_on_two_nodes(slurm: Slurm, two_nodes: Workspace, finished: Workspace):
     """Every rule a job, with the CPUs and nodes that it asked for; the data is that of a local run."""
