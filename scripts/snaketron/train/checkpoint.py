@@ -24,7 +24,7 @@ from snaketron.files import partial, writing
 from snaketron.log import NO_SPACE, UserError
 from snaketron.model.lora import Part
 from snaketron.train import optimizer_state
-from snaketron.train.versions import LATEST, check_owner, iteration_directory
+from snaketron.train.versions import LATEST, check_owner, iteration_directory, remove_partial
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -162,12 +162,6 @@ class Saver:
             self.deleting.append(thread)
         else:
             thread.join()
-
-
-def remove_partial(directory: Path) -> None:
-    """Delete what attempts that were killed left half-written."""
-    for leftover in directory.glob(f"{partial(directory / 'iter_').name.removesuffix('.partial')}*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -166,10 +166,17 @@ def identity(checkpoint: Path) -> str:
     return f"{record['name']}-{record['key']}"
 
 
+def remove_partial(directory: Path) -> None:
+    """Delete what attempts that were killed left of checkpoints: half-written, or half-deleted."""
+    for leftover in directory.glob(f"{partial(directory / 'iter_').name.removesuffix('.partial')}*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def publish(directory: Path, output: Path) -> None:
     """Make `output` a link to the finished version, in one step."""
     if output.is_dir() and not output.is_symlink():
         raise UserError(f"{output} is a directory, not a link to a version; move it away and run again")
+    remove_partial(directory)
     # Snakemake reads the time of a directory from this file: now, also when the version is an old one.
     (directory / ".snakemake_timestamp").touch()
     link = partial(output)
