@@ -187,6 +187,8 @@ class Supervisor:
             error = f"no step within step_timeout ({self.run.step_timeout} s)"
         else:
             error = failure["error"] if failure else f"a process {_ended_with(ended.status)}"
+            if failure and any(words in error for words in _PEER_IS_GONE):  # which could say nothing itself
+                error = f"a process {_ended_with(ended.status)}, of which another one noticed: {error}"
         if ended.why == "time limit":
             attempts.end("time limit", done, None if ended.status == SAVED else error)
             return self.hand_over(saved)
@@ -226,6 +228,10 @@ def _wait_to_be_ended(signals: Signals) -> None:
     before, deadline = len(signals.received), time.monotonic() + HANDOVER_S
     while len(signals.received) == before and time.monotonic() < deadline:
         time.sleep(POLL_S)
+
+
+# In what gloo and NCCL say when the process at the other end has died.
+_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def _first_failure(directory: Path) -> dict[str, Any] | None:
