@@ -12,9 +12,6 @@ from tests.slurm.conftest import wait_for
 from tests.slurm.disturbed import Disturbed
 
 import psutil
-import pytest
-
-pytestmark = pytest.mark.xdist_group("slurm")
 
 
 def test_a_time_limit_ends_a_job_and_not_the_training(disturbed: Disturbed):
@@ -93,15 +90,18 @@ def test_a_pre_empted_job_saves_and_goes_on_later(disturbed: Disturbed):
         ("sft={save_interval: 1000}",), "--set-resources", "sft:slurm_partition=low"
     ) as running:
         disturbed.wait_for(3)
-        high = subprocess.run(
-            ["sbatch", "--parsable", "-phigh", "-Atests", "-N2", "--exclusive", "--wrap=sleep 2"],
-            env=disturbed.slurm.environment(),
-            cwd=disturbed.workspace.path.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert high.stdout.strip().isdigit()
+        with disturbed.suspended(1) as (process,):  # so that there is something left to do then
+            high = subprocess.run(
+                ["sbatch", "--parsable", "-phigh", "-Atests", "-N2", "--exclusive", "--wrap=sleep 2"],
+                env=disturbed.slurm.environment(),
+                cwd=disturbed.workspace.path.parent,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            assert high.stdout.strip().isdigit()
+            # Slurm wakes what it tells to end.
+            wait_for(lambda: process.status() != psutil.STATUS_STOPPED, 60)
         assert running.result().status == 0
     assert disturbed.job.restarts == 1 and len(disturbed.jobs) == 1
     assert disturbed.attempts[-1]["from_iteration"] >= 3  # saved when it was told
