@@ -185,6 +185,7 @@ class Ranks:
         self.command, self.environments, self.owner = command, environments, owner
         self.processes: list[subprocess.Popen[bytes]] = []
         self.failed_at: float | None = None
+        self.killed = False  # by us
 
     def start(self) -> None:
         for environment in self.environments:
@@ -205,11 +206,13 @@ class Ranks:
         return f"processes: {nodes * per_node}, nodes: {nodes}{where}"
 
     def poll(self) -> int | None:
-        """The exit status of all, when all have ended: that of the first one that failed, else 0."""
+        """The exit status of all, when all have ended: of one that died of a signal, as the others fail for
+        want of it, else that of the first one that failed, else 0."""
         statuses = [process.poll() for process in self.processes]
         failed = [status for status in statuses if status]
         if None not in statuses:
-            return next((s for s in failed if s != SAVED), failed[0] if failed else 0)
+            died = [] if self.killed else [status for status in failed if status < 0]
+            return next((s for s in died + failed if s != SAVED), failed[0] if failed else 0)
         if any(status != SAVED for status in failed):
             self.failed_at = self.failed_at or time.monotonic()
             if time.monotonic() - self.failed_at > FAREWELL_S:
@@ -221,6 +224,7 @@ class Ranks:
         self._signal(STOP)
 
     def kill(self) -> None:
+        self.killed = True
         if self.of_srun and self.job:
             slurm.kill_steps(self.job)
         else:

@@ -154,6 +154,15 @@ def test_a_killed_process_is_named_and_replaced(toy: Toy):
     assert "a process was killed by SIGKILL (out of memory?) after step 5; starting again" in output
 
 
+def test_a_killed_process_is_named_and_not_the_one_that_noticed_it(toy: Toy):
+    status, output = toy.run({"1:1:6": "killed", "1:0:6": "notice"})
+    assert status == 0
+    assert (
+        "a process was killed by SIGKILL (out of memory?), of which another one noticed: RuntimeError: "
+        "Connection closed by peer [127.0.0.1]:51097 after step 5; starting again"
+    ) in output
+
+
 def test_processes_that_hang_are_killed_and_replaced(toy: Toy):
     status, output = toy.run({"1:0:7": "hang"}, step_timeout=2)
     assert (status, toy.attempts) == (0, [(0, 6, "hung"), (4, 12, "finished")])
