@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,22 @@ class Result:
     status: int
     output: str
     jobs: dict[str, int] = field(default_factory=dict)  # of Snakemake's table of jobs, by rule
+    errors: str = ""  # where they are apart from the output
+
+
+def run_module(module: str, *arguments: str, processes: int = 1) -> Result:
+    """A program of the tests, in one process or in several that torchrun starts; it must succeed."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), "-m", module, *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Result(done.returncode, done.stdout, errors=done.stderr)
 
 
 @dataclass

@@ -156,12 +156,12 @@ class Saver:
     def _delete(self, checkpoint: Path) -> None:
         """In the background if checkpoints are written there: a file system may take seconds for it."""
         aside = checkpoint.rename(partial(checkpoint))
+        if not self.background:
+            shutil.rmtree(aside)
+            return
         thread = threading.Thread(target=shutil.rmtree, args=[aside], kwargs={"ignore_errors": True})
         thread.start()
-        if self.background:
-            self.deleting.append(thread)
-        else:
-            thread.join()
+        self.deleting.append(thread)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,10 @@
 """Sizes against models that megatron-core builds, published numbers, and sums by hand."""
 
 import json
-import os
-import subprocess
-import sys
 
 from snaketron import sizes
 from snaketron.config import Adapters, Model, Optimizer, Parallel, Run
-from tests.conftest import REPOSITORY
+from tests.conftest import run_module
 from tests.unit.model.built_sizes import ADAPTERS, LAYOUTS, VOCABULARY
 
 import pytest
@@ -71,17 +68,7 @@ def test_a_model_has_the_parameters_that_are_predicted(build, keys):
 
 
 def test_each_process_of_a_layout_holds_what_is_predicted():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.unit.model.built_sizes"],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(run_module("tests.unit.model.built_sizes", processes=2).output.splitlines()[-1])
     for layout, keys in LAYOUTS.items():
         parallel = Parallel(**keys)
         stages = sizes.stage_parameters(Model(), VOCABULARY, parallel)

@@ -2,8 +2,8 @@
 
     python -m tests.unit.train.saved_state '{"name": "/tmp/one", "load": "/tmp/two", "parallel": {...}}'
 
-Each checkpoint is `<name>/`; what rank 0 holds of every parameter's main weight and moments is in
-`<name>_0.pt`.
+In bf16, in which main weights are not the model's. The checkpoint is `<name>/`; what a rank holds of every
+parameter's main weight and moments is in `<name>_<rank>.pt`.
 """
 
 import json
@@ -33,11 +33,11 @@ def held(trainer: loop.Trainer) -> dict[str, tuple[int, int, dict[str, torch.Ten
     return found
 
 
-def main(name: str, precision: str, parallel: dict[str, int], load: str | None = None) -> None:
+def main(name: str, parallel: dict[str, int], load: str | None = None) -> None:
     torch.set_num_threads(1)
     # A bucket for each parameter, with padding at its end, where a large model between nodes has some.
     backend.data_parallel_options = lambda run: {"overlap_grad_reduce": True, "bucket_size": 1}
-    settings, run, make_batches = fixed({"precision": precision}, {"parallel": parallel}, {})
+    settings, run, make_batches = fixed({"precision": "bf16"}, {"parallel": parallel}, {})
     with loop.distributed(settings, run):
         trainer = loop.Trainer(settings, run, 512)
         buckets = [bucket for buffer in trainer.parallel_model.buffers for bucket in buffer.buckets]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from snaketron.model import lora
 from snaketron.settings import LoraSettings
 from snaketron.sizes import adapter_parameters, static_memory
 from snaketron.train.loop import Trainer
-from tests.conftest import REPOSITORY
+from tests.conftest import run_module
 from tests.unit.train.lora_gradients import LAYOUTS
 from tests.unit.train.test_checkpoint import Random, same, shards, state
 
@@ -201,19 +198,9 @@ def test_recomputed_layers_give_the_same_adapters(settings, recompute: list[str]
 
 def test_gradients_in_parts_are_those_of_one_process(tmp_path: Path):
     """Of every factor, under tensor, expert tensor, expert and pipeline parallelism: to rounding."""
-    program, whole = ["-m", "tests.unit.train.lora_gradients"], str(tmp_path / "whole.pt")
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for command in ([*program, whole], [*two, *program, whole]):
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    errors = json.loads(done.stdout.splitlines()[-1])
+    program, whole = "tests.unit.train.lora_gradients", str(tmp_path / "whole.pt")
+    run_module(program, whole)
+    errors = json.loads(run_module(program, whole, processes=2).output.splitlines()[-1])
     for layout in LAYOUTS:
         found = errors[layout]
         worst = max(found, key=found.__getitem__)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.train.optimizer_state import Place, _owners
-from tests.conftest import REPOSITORY
+from tests.conftest import run_module
 
 import pytest
 import torch
@@ -28,22 +25,10 @@ def test_parameters_are_written_by_a_rank_that_holds_a_part_and_evenly():
 
 
 def train(directory: Path, name: str, processes: int = 1, load: str | None = None, **parallel: int) -> None:
-    """A process, or two, of `saved_state`: bf16, in which main weights are not the model's."""
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
-    )
-    keys = {"name": str(directory / name), "load": load and str(directory / load)}
-    text = json.dumps({"precision": "bf16", "parallel": parallel} | keys)
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.unit.train.saved_state", text],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "padded" not in done.stderr and "differs" not in done.stderr
+    """A process, or two, of `saved_state`."""
+    keys = {"name": str(directory / name), "load": load and str(directory / load), "parallel": parallel}
+    done = run_module("tests.unit.train.saved_state", json.dumps(keys), processes=processes)
+    assert "padded" not in done.errors and "differs" not in done.errors  # megatron-core's warnings
 
 
 def state(directory: Path, name: str) -> dict[str, torch.Tensor]:
