@@ -15,10 +15,12 @@ gc.set_threshold(
 )  # else 15 % of a dry-run of 7,000 jobs goes into walking the graph
 sys.path.insert(0, f"{workflow.basedir}/scripts")
 
-from snaketron import dry_run, lock, secrets, status
+from snaketron import credentials
 from snaketron.config import ConfigError, load
-from snaketron.graph import Graph
-from snaketron.sources import DOWNLOADED
+from snaketron.graph import dry_run, single_run
+from snaketron.graph.graph import Graph
+from snaketron.jobs import status
+from snaketron.sources.shards import DOWNLOADED
 
 SPLITS = ("train", "valid", "test")
 
@@ -47,7 +49,7 @@ except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 
 
-logger.addFilter(secrets.Redact())
+logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     if to_download := graph.to_download():
         logger.info(to_download)
@@ -57,7 +59,7 @@ if workflow.is_main_process:
 
 # Before the first job of a run, not of a dry-run.
 onstart:
-    if not lock.hold(Path(".snakemake/snaketron.lock")):
+    if not single_run.hold(Path(".snakemake/snaketron.lock")):
         raise WorkflowError(
             "Another Snakemake is running in this directory; wait for it or stop it."
         )

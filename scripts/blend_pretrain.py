@@ -41,7 +41,7 @@ def _weight(option: str) -> tuple[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from snaketron.data import blend
+    from snaketron.data.text import blend
 
     result = blend.build(
         args.phase,

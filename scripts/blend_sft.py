@@ -23,8 +23,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
-    from snaketron import files, lineage
-    from snaketron.data.blend_sft import blend, check_unique, parse_weights
+    from snaketron import files
+    from snaketron.data.chats.blend import blend, check_unique, parse_weights
+    from snaketron.lineage import record as lineage
 
     weights = parse_weights(args.weights)
     check_unique(args.records)

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.curation.curate import curate_shard
     from snaketron.data.curation.documents import describe
-    from snaketron.data.curation.settings import CurateSettings
+    from snaketron.settings.curation import CurateSettings
 
     record = curate_shard(
         args.filtered,

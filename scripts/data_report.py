@@ -28,9 +28,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from snaketron.data import report
+    from snaketron.report import sections
 
-    data = report.write(args.records, args.output)
+    data = sections.write(args.records, args.output)
     logger.info(
         "%s: %d corpora, %d chat sources, %d records",
         args.output / "report.md",

@@ -11,7 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--directory", type=Path, default=Path("ckpt"), help="where checkpoints will lie")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that must be there")
     args = parser.parse_args(argv)
-    from snaketron.doctor import examine, report
+    from snaketron.jobs.doctor import examine, report
 
     return 0 if report(examine(args.directory, args.gpus)) else 1
 

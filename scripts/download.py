@@ -31,8 +31,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from snaketron.remote import Patience, download
-    from snaketron.sources import size_text
+    from snaketron.sources.download import Patience, download
+    from snaketron.sources.shards import size_text
 
     record = download(
         args.address,

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.curation.documents import describe
     from snaketron.data.curation.filters import filter_shard
-    from snaketron.data.curation.settings import FilterSettings
+    from snaketron.settings.curation import FilterSettings
 
     record = filter_shard(
         args.text,

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load(merged(args.configfile))
     except ConfigError as error:
         raise UserError(f"the configuration is wrong.\n{error}") from None
-    from snaketron.listing import lock_sources
+    from snaketron.sources.listing import lock_sources
 
     silence_libraries()
     lock_sources(config, names=args.source, update=args.update)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sft
 from snaketron.log import run
-from snaketron.settings import LoraSettings
+from snaketron.settings.training import LoraSettings
 
 
 def main(argv: list[str] | None = None) -> int:

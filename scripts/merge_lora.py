@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sft
 from snaketron.log import run
-from snaketron.settings import LoraSettings
+from snaketron.settings.training import LoraSettings
 from snaketron.train.merge import merge
 from snaketron.train.stage import Stage, argument_parser, run_stage
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from snaketron.data.packing import ALGORITHMS
+from snaketron.data.chats.packing import ALGORITHMS
 from snaketron.log import argument_parser, logger, run
 
 
@@ -53,8 +53,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
-    from snaketron import files, lineage
-    from snaketron.data.pack_sft import Chats, plan, write
+    from snaketron import files
+    from snaketron.data.chats.pack import Chats, plan, write
+    from snaketron.lineage import record as lineage
 
     chats = Chats.read(args.chats, args.pack_size, args.long_conversations)
     targets = {"train": args.train, "valid": args.valid, "test": args.test}

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     args = parser.parse_args(argv)
 
-    from snaketron.train.versions import remove, unpublished
+    from snaketron.jobs.version import remove, unpublished
 
     for version in unpublished(args.ckpt):
         size = sum(p.stat().st_size for p in version.rglob("*") if p.is_file())

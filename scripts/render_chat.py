@@ -30,12 +30,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
-    from snaketron import files, lineage
+    from snaketron import files
     from snaketron.data import tokenizer
-    from snaketron.data.masks import Masker
-    from snaketron.data.rendered import Renderer
-    from snaketron.data.template import load_template, special_tokens
-    from snaketron.settings import RenderSettings
+    from snaketron.data.chats.mask import Masker
+    from snaketron.data.chats.render import Renderer
+    from snaketron.data.chats.template import load_template, special_tokens
+    from snaketron.lineage import record as lineage
+    from snaketron.settings.chats import RenderSettings
 
     start = time.perf_counter()
     settings = RenderSettings.model_validate_json(args.settings)

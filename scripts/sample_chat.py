@@ -21,9 +21,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from snaketron.data import sample, sample_chat
+    from snaketron.data.sample import chats, text
 
-    record = sample.write(args.source, sample_chat.SOURCES[args.source](), args.chats, args.record)
+    record = text.write(args.source, chats.SOURCES[args.source](), args.chats, args.record)
     counts = record["counts"]
     logger.info(
         "%s: %d conversations, %d bytes; %.1f s",

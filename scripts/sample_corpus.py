@@ -21,9 +21,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from snaketron.data import sample
+    from snaketron.data.sample import text
 
-    record = sample.write(args.corpus, sample.CORPORA[args.corpus](), args.texts, args.record)
+    record = text.write(args.corpus, text.CORPORA[args.corpus](), args.texts, args.record)
     counts = record["counts"]
     logger.info(
         "%s: %d documents, %d bytes; %.1f s", args.corpus, counts["rows"], counts["bytes"], record["seconds"]

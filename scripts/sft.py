@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from snaketron.files import write_text
+from snaketron.jobs.launch import is_rank
 from snaketron.log import run
-from snaketron.settings import TrainSettings
-from snaketron.summary import summarize
-from snaketron.train.launch import is_rank
+from snaketron.report.run import summarize
+from snaketron.settings.training import TrainSettings
 from snaketron.train.stage import Stage, parse_args, run_stage
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def make_batches(stage: Stage) -> SftBatches:
 
 
 def train(stage: Stage) -> int:
-    from snaketron.train.answers import write_answers
+    from snaketron.inference.answers import write_answers
 
     def sample(trainer: Trainer, batches: SftBatches) -> None:
         write_answers(stage, trainer, batches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from snaketron import status
+from snaketron.jobs import status
 from snaketron.log import argument_parser, run
 
 

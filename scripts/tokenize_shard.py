@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     # read when the encoders are first used: by fastokens, by `tokenizers`
     os.environ["FASTOKENS_BPE_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(args.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = str(args.threads > 1).lower()
-    from snaketron.data.tokenize import tokenize_shard
-    from snaketron.settings import TokenizeSettings
+    from snaketron.data.text.tokenize import tokenize_shard
+    from snaketron.settings.text import TokenizeSettings
 
     record = tokenize_shard(
         args.text,

@@ -106,8 +106,9 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     import snaketron.model  # noqa: F401
     from snaketron.config import Model, load
     from snaketron.model import backend, spec
-    from snaketron.settings import pretrain_settings, run_settings
-    from snaketron.sizes import memory_of_process, training_flops
+    from snaketron.settings.training import pretrain_settings, run_settings
+    from snaketron.sizes.flops import training_flops
+    from snaketron.sizes.memory import memory_of_process
     from snaketron.train import loop
     from snaketron.train.batches import Batches, sequences
 
@@ -143,7 +144,7 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
             return sequences(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, depths)
 
     if "SNAKETRON_THEIR_EXPERTS" in os.environ:  # of this program alone
-        from snaketron.model import gpu
+        from snaketron.model.megatron import gpu
 
         gpu._our_experts = lambda *_: None
     plain = spec.transformer_config

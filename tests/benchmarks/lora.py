@@ -74,8 +74,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     import snaketron.model  # noqa: F401
     from snaketron.config import Adapters, Model, load
     from snaketron.model import backend
-    from snaketron.settings import LoraSettings, pretrain_settings, run_settings
-    from snaketron.sizes import adapter_parameters, num_parameters, static_memory
+    from snaketron.settings.training import LoraSettings, pretrain_settings, run_settings
+    from snaketron.sizes.memory import static_memory
+    from snaketron.sizes.parameters import adapter_parameters, num_parameters
     from snaketron.train import loop
     from snaketron.train.batches import Batches, sequences
 

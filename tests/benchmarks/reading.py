@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import snaketron.model.backend  # noqa: F401 (prepares megatron-core for this machine)
-from snaketron.data import packed
+from snaketron.data.chats import packs as packed
 
 import numpy as np
 import pyarrow.parquet as pq

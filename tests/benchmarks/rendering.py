@@ -26,17 +26,19 @@ from typing import Any
 os.environ["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
 os.environ["RAYON_NUM_THREADS"] = os.environ["FASTOKENS_BPE_THREADS"] = "1"
 
-from snaketron.data import chat, rendered, sample_chat, tokenizer
-from snaketron.data.masks import Masker
-from snaketron.data.template import Template, load_template
-from snaketron.settings import RenderSettings
+from snaketron.data import tokenizer
+from snaketron.data.chats import conversation, render
+from snaketron.data.chats.mask import Masker
+from snaketron.data.chats.template import Template, load_template
+from snaketron.data.sample.text import chats
+from snaketron.settings.chats import RenderSettings
 
 from tokenizers import Tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 TEMPLATES = {
     "generation blocks": REPOSITORY / "config/chat_template.jinja",
-    "no generation blocks": REPOSITORY / "tests/unit/data/other_template.jinja",
+    "no generation blocks": REPOSITORY / "tests/unit/data/chats/other_template.jinja",
 }
 TURNS = 20
 VOCAB_SIZE = 8192
@@ -45,7 +47,7 @@ OFF = {"enable_thinking": False}
 
 def conversations(count: int) -> list[dict[str, Any]]:
     """Rows of `TURNS` turns about different parts of the standard library; every fourth turn calls a tool."""
-    entries = sample_chat._entries()
+    entries = chats._entries()
     rows = []
     for number in range(count):
         messages: list[dict[str, Any]] = [{"role": "system", "content": "You know Python well."}]
@@ -63,7 +65,7 @@ def conversations(count: int) -> list[dict[str, Any]]:
             )
             answer = f"{entry.doc}\n\nLike this: `{entry.name}{entry.signature}`"
             messages.append({"role": "assistant", "content": answer, "reasoning_content": reasoning})
-        rows.append({"messages": messages, "tools": [sample_chat.TOOL]})
+        rows.append({"messages": messages, "tools": [chats.TOOL]})
     return rows
 
 
@@ -81,12 +83,12 @@ def seconds(prepare: Callable[[], Callable[[], int]], repeats: int) -> tuple[flo
 # ------------------------------------------------------------------------------------------- the ways
 
 
-def ours(renderer: rendered.Renderer, path: Path) -> int:
+def ours(renderer: render.Renderer, path: Path) -> int:
     """Rows of a file to ids and masks, as rule render_chat does but for writing them; returns the tokens."""
-    drops = rendered.Drops()
+    drops = render.Drops()
     renderer.read.clear()
     done = renderer.encode(renderer.render([path], drops), drops)
-    return sum(rendered.num_tokens(sequences) for sequences in done)
+    return sum(render.num_tokens(sequences) for sequences in done)
 
 
 def by_prefixes(
@@ -118,7 +120,7 @@ def turns_by_prefixes(render: Any, encode: Any, rows: list[dict[str, Any]]) -> i
     """The recipe's way with reasoning: for each turn, each prefix of the conversation up to it."""
     parts = []
     for row in rows:
-        found = chat.Conversation(row["messages"], row["tools"])
+        found = conversation.Conversation(row["messages"], row["tools"])
         parts += [{"messages": row["messages"][:end], "tools": row["tools"]} for _, end in found.turns]
     return by_prefixes(render, encode, parts, each_prefix=False)
 
@@ -182,9 +184,9 @@ def table(name: str, path: Path, rows: list[dict[str, Any]], folder: Path, repea
     show("each prefix of each turn, its end tokenized, transformers", taken, tokens, base)
 
 
-def renderer(template: Template, folder: Path, sequences: str) -> rendered.Renderer:
+def renderer(template: Template, folder: Path, sequences: str) -> render.Renderer:
     made = RenderSettings.model_validate(settings(sequences))
-    return rendered.Renderer(template, Masker(folder), made)
+    return render.Renderer(template, Masker(folder), made)
 
 
 def settings(sequences: str = "conversation") -> dict[str, Any]:
@@ -226,7 +228,7 @@ def main() -> None:
         folder = Path(directory)
         rows = conversations(args.conversations)
         texts = folder / "text.jsonl"
-        lines = [json.dumps({"text": f"{e.name}\n\n{e.doc}"}) + "\n" for e in sample_chat._entries()]
+        lines = [json.dumps({"text": f"{e.name}\n\n{e.doc}"}) + "\n" for e in chats._entries()]
         texts.write_text("".join(lines))
         tokenizer.build(
             path=None,

@@ -18,7 +18,7 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import load
-from snaketron.settings import pretrain_settings, run_settings
+from snaketron.settings.training import pretrain_settings, run_settings
 from snaketron.train import loop
 from snaketron.train.batches import Batch, Batches, sequences
 

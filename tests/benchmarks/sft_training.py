@@ -20,12 +20,12 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import load
-from snaketron.data import packing
-from snaketron.data.packed import Pack, join, loss_weights, write
+from snaketron.data.chats import packing
+from snaketron.data.chats.packs import Pack, join, loss_weights, write
 from snaketron.data.tokenizer import Info
 from snaketron.files import write_json
 from snaketron.model import backend
-from snaketron.settings import run_settings, sft_settings
+from snaketron.settings.training import run_settings, sft_settings
 from snaketron.train import loop
 from snaketron.train.batches import Batch, Batches, Report, SftBatches
 

@@ -147,7 +147,8 @@ def shares(corpus: Path, tokenizer: Path, output: Path) -> None:
     start = time.perf_counter()
     os.environ["FASTOKENS_BPE_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"
     import tokenize_shard
-    from snaketron.data import binidx, documents, encode, tokenize
+    from snaketron.data import encode
+    from snaketron.data.text import binidx, origins, tokenize
 
     spent = {"imports": time.perf_counter() - start}
 
@@ -181,7 +182,7 @@ def shares(corpus: Path, tokenizer: Path, output: Path) -> None:
     timed(encode.Encoder, "_compare", "comparing")
     timed(tokenize._Shard, "_write", "ends, splits, writing, sha256")
     timed(binidx.Writer, "write", "writing, sha256")
-    timed(documents.Writer, "write", "table")
+    timed(origins.Writer, "write", "table")
     timed(tokenize._Shard, "_close", "closing")
     timed(tokenize.lineage, "record", "record, sha256 of the input")
     tokenize_shard.main(arguments(corpus, tokenizer, output, 1))

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.conftest import Workspace, make_workspace
 from tests.end_to_end.processes import exists, run_until
 from tests.end_to_end.test_kill import contents
-from tests.unit.data.curated import changed, language_model, words
+from tests.unit.data.curation.curated import changed, language_model, words
 
 import pyarrow.parquet as pq
 import pytest

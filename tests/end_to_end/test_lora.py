@@ -6,7 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from snaketron import lineage
+from snaketron.lineage import record as lineage
 from tests.conftest import Workspace, copy_of
 from tests.end_to_end.processes import exists, run_until, saved, shell_lines
 from tests.end_to_end.test_kill import half_written, metrics, weights

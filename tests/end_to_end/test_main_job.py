@@ -7,8 +7,8 @@ import json
 import re
 from pathlib import Path
 
-from snaketron import lineage
 from snaketron.files import sha256
+from snaketron.lineage import record as lineage
 from tests.conftest import Workspace
 from tests.end_to_end.processes import shell_lines
 from tests.end_to_end.test_kill import is_record, weights

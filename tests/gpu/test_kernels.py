@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.model import mamba2
-from tests.unit.model.test_experts import errors
+from snaketron.model.megatron import mamba2
+from tests.unit.model.megatron.test_experts import errors
 
 import pytest
 import torch

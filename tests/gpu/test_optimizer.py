@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import snaketron.model  # noqa: F401  before megatron
 from tests.gpu.test_training import DETERMINISTIC
-from tests.unit.model.test_adam import compare
+from tests.unit.model.megatron.test_adam import compare
 
 import pytest
 

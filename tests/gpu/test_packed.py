@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Model, Parallel
-from snaketron.data.packed import Pack
+from snaketron.data.chats.packs import Pack
 from snaketron.model import spec
 from snaketron.train.batches import collate_pack
 

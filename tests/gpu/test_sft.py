@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.model import packed
+from snaketron.model.megatron import packed
 from tests.gpu.test_training import LAYOUT_TOLERANCE, TOLERANCE, train
 from tests.gpu.worker import write_packs
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Adapters, load
-from snaketron.data.packed import join, write
+from snaketron.data.chats.packs import join, write
 from snaketron.data.tokenizer import Info
 from snaketron.files import write_json
 from snaketron.model.lora import merge
-from snaketron.settings import LoraSettings, pretrain_settings, run_settings, sft_settings
+from snaketron.settings.training import LoraSettings, pretrain_settings, run_settings, sft_settings
 from snaketron.train import loop
 from snaketron.train.batches import Batches, SftBatches, sequences
 

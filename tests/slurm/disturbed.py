@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import read_json
-from snaketron.train import versions
+from snaketron.jobs import version as versions
 from tests.conftest import Workspace
 from tests.end_to_end.test_kill import metrics, weights
 from tests.slurm.conftest import Job, Running, Slurm, wait_for

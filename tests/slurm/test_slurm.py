@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from snaketron import status
+from snaketron.jobs import status
 from tests.conftest import REPOSITORY, Workspace
 from tests.end_to_end.test_kill import begin_again, contents, metrics, weights
 from tests.slurm.cluster import CLIENTS, DAEMONS

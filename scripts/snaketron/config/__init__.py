@@ -1,6 +1,6 @@
 """The configuration: one model, every key with its default, unit and how to choose it.
 
-`config/config.yaml` and `config/schema.json` are generated from these classes (`config_files`), and the
+`config/config.yaml` and `config/schema.json` are generated from these classes (`write`), and the
 Snakefile checks what the user gives with `load`.
 Nothing heavier than pydantic is imported here: every Slurm job parses the Snakefile.
 """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from snaketron.config.base import suggest
 from snaketron.config.data import FILTERS, Curation, Reasoning, Tokenizer
-from snaketron.config.targets import check_names
+from snaketron.config.linears import check_names
 from snaketron.config.training import Cluster, Model, Parallel, Pretrain, Run, Tuning
 
 if TYPE_CHECKING:

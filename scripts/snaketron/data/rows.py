@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from snaketron.log import UserError
-from snaketron.settings import ReadSettings
+from snaketron.settings.text import ReadSettings
 
 import orjson
 

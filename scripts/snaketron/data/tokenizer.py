@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snaketron import files, lineage
+from snaketron import files
 from snaketron.data.rows import read_texts
+from snaketron.lineage import record as lineage
 from snaketron.log import UserError
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -331,8 +332,8 @@ def template_of(source: str) -> str:
 
 def check_template(text: str, name: str) -> None:
     """Check that a template renders a conversation and marks what the assistant says; `UserError` if not."""
-    from snaketron.data.chat import Unusable
-    from snaketron.data.template import compile_template
+    from snaketron.data.chats.conversation import Unusable
+    from snaketron.data.chats.template import compile_template
 
     template = compile_template(text, name=name, variables=_VARIABLES)
     try:

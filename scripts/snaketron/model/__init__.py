@@ -5,5 +5,5 @@ machine it runs on; without it megatron-core needs a GPU.
 """
 
 from snaketron.model import backend as backend
-from snaketron.model import fixes as fixes
-from snaketron.model import packed as packed
+from snaketron.model.megatron import packed as packed
+from snaketron.model.megatron import padding as padding

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from snaketron.cluster import layout
 from snaketron.config import Model, Optimizer
 from snaketron.log import UserError
-from snaketron.settings import RunSettings
+from snaketron.settings.training import RunSettings
+from snaketron.sizes.layout import layout
 
 import torch
 
@@ -90,7 +90,7 @@ _GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
 
 _silence()
 if HAS_GPU:
-    from snaketron.model import gpu
+    from snaketron.model.megatron import gpu
 
     gpu.prepare()
 else:
@@ -102,7 +102,7 @@ with _light_import():
     if HAS_GPU:
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as _stack_spec
     else:
-        from snaketron.model.cpu import hybrid_stack_spec as _stack_spec
+        from snaketron.model.megatron.cpu import hybrid_stack_spec as _stack_spec
     from megatron.core.transformer.spec_utils import ModuleSpec
 
 if HAS_GPU:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from snaketron.config import Adapters
-from snaketron.config.targets import matches
+from snaketron.config.linears import matches
 from snaketron.log import UserError
 from snaketron.model.initial import draw_parts
 

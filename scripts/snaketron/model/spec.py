@@ -10,7 +10,7 @@ from typing import Any
 
 from snaketron.config import Model, Parallel
 from snaketron.model import backend
-from snaketron.sizes import padded_vocab_size, pipeline_pattern
+from snaketron.sizes.parameters import padded_vocab_size, pipeline_pattern
 
 import torch
 from megatron.core import parallel_state

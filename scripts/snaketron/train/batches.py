@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from snaketron.config import Parallel
-from snaketron.data import blend_sft
-from snaketron.data.index import load
-from snaketron.data.mixing import mix
-from snaketron.data.packed import Pack, PackedDataset, loss_weights
+from snaketron.data.chats import blend as blend_sft
+from snaketron.data.chats.mixing import mix
+from snaketron.data.chats.packs import Pack, PackedDataset, loss_weights
+from snaketron.data.text.index import load
 from snaketron.data.tokenizer import Info
 from snaketron.log import UserError, logger
-from snaketron.model import backend, packed
-from snaketron.settings import TrainSettings
+from snaketron.model import backend
+from snaketron.model.megatron import packed
+from snaketron.settings.training import TrainSettings
 
 import numpy as np
 import torch

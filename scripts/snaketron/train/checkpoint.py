@@ -21,10 +21,10 @@ from typing import Any
 
 import snaketron.model  # noqa: F401 - before megatron-core
 from snaketron.files import partial, writing
+from snaketron.jobs.version import LATEST, check_owner, iteration_directory, remove_partial
 from snaketron.log import NO_SPACE, UserError
 from snaketron.model.lora import Part
-from snaketron.train import optimizer_state
-from snaketron.train.versions import LATEST, check_owner, iteration_directory, remove_partial
+from snaketron.model.megatron import optimizer_state
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state

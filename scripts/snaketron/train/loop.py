@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import Optimizer
+from snaketron.jobs import version as versions
+from snaketron.jobs.heartbeat import Heartbeat
 from snaketron.log import UserError, logger
 from snaketron.model import backend, lora
 from snaketron.model.initial import initialize_weights
 from snaketron.model.spec import build_model, recomputation, transformer_config
-from snaketron.settings import LoraSettings, RunSettings, TrainSettings
-from snaketron.sizes import training_flops
-from snaketron.train import checkpoint, versions
+from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
+from snaketron.sizes.flops import training_flops
+from snaketron.train import checkpoint
 from snaketron.train.batches import SUMS, Batch, Batches, Report, Split
-from snaketron.train.heartbeat import Heartbeat
 from snaketron.train.metrics import Clock, Metrics, Progress
 from snaketron.train.schedule import build_schedule, seek
 

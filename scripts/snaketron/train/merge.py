@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from snaketron.jobs import version as versions
 from snaketron.log import UserError, logger
-from snaketron.train import versions
 from snaketron.train.metrics import Metrics
 from snaketron.train.stage import Stage
 

@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snaketron import lineage
 from snaketron.config import Section
 from snaketron.data import tokenizer as tokenizers
 from snaketron.files import sha256, to_json, writing
+from snaketron.jobs import launch, supervisor
+from snaketron.jobs import version as versions
+from snaketron.lineage import record as lineage
+from snaketron.lineage.wandb import Tracker
 from snaketron.log import UserError, log_to, logger
-from snaketron.settings import LoraSettings, RunSettings, TrainSettings
-from snaketron.tracking import Tracker
-from snaketron.train import launch, supervisor, versions
+from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
 from snaketron.train.metrics import Metrics, mix, performance
 
 import yaml

@@ -6,8 +6,9 @@ import sys
 
 from snaketron.config import Model, Optimizer
 from snaketron.log import UserError
-from snaketron.model import backend, mamba2
-from snaketron.settings import RunSettings
+from snaketron.model import backend
+from snaketron.model.megatron import mamba2
+from snaketron.settings.training import RunSettings
 from tests.conftest import REPOSITORY
 
 import pytest
@@ -117,7 +118,7 @@ def test_gated_norm_gates_then_normalizes_each_group():
 
 
 def test_adam_is_that_of_torch_also_when_resumed():
-    from snaketron.model.cpu import FusedAdam
+    from snaketron.model.megatron.cpu import FusedAdam
 
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     start = [torch.randn(5, 3), torch.randn(7)]
@@ -180,7 +181,7 @@ def test_adam_of_a_group_without_parameters_does_nothing():
     """A pipeline stage may have no routed experts, which have a group of their own."""
     if backend.HAS_GPU:
         pytest.skip("of the CPU")
-    from snaketron.model.cpu import FusedAdam
+    from snaketron.model.megatron.cpu import FusedAdam
 
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)

@@ -7,7 +7,7 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Adapters, Model
-from snaketron.config.targets import linears, matches
+from snaketron.config.linears import linears, matches
 from snaketron.log import UserError
 from snaketron.model import backend, lora
 

@@ -8,20 +8,16 @@ from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import load
-from snaketron.data import blend, tokenizer
-from snaketron.data.packed import join, write
-from snaketron.data.tokenize import tokenize_shard
+from snaketron.data import tokenizer
+from snaketron.data.chats.packs import join, write
+from snaketron.data.text import blend
+from snaketron.data.text.tokenize import tokenize_shard
 from snaketron.files import write_json
 from snaketron.log import logger
 from snaketron.model import backend
-from snaketron.settings import (
-    RunSettings,
-    TokenizeSettings,
-    TrainSettings,
-    pretrain_settings,
-    run_settings,
-)
-from snaketron.settings import sft_settings as settings_of_sft
+from snaketron.settings.text import TokenizeSettings
+from snaketron.settings.training import RunSettings, TrainSettings, pretrain_settings, run_settings
+from snaketron.settings.training import sft_settings as settings_of_sft
 
 import numpy as np
 import pytest

@@ -14,7 +14,7 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Adapters, load
 from snaketron.model import backend, lora
 from snaketron.model.initial import draw_parts
-from snaketron.settings import LoraSettings, pretrain_settings, run_settings
+from snaketron.settings.training import LoraSettings, pretrain_settings, run_settings
 from snaketron.train.loop import Trainer
 from tests.gpu.worker import BATCH, LENGTH, FixedBatches
 

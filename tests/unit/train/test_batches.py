@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.data import index
 from snaketron.data import tokenizer as tokenizers
-from snaketron.data.packed import Pack, join, loss_weights
+from snaketron.data.chats.packs import Pack, join, loss_weights
+from snaketron.data.text import index
 from snaketron.log import UserError
 from snaketron.train.batches import PretrainBatches, SftBatches, collate_pack
 

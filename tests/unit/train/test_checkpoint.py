@@ -9,8 +9,8 @@ from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.files import partial
+from snaketron.jobs import version as versions
 from snaketron.log import UserError
-from snaketron.train import versions
 from snaketron.train.batches import Batches, sequences
 from snaketron.train.loop import Trainer
 

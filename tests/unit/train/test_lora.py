@@ -10,8 +10,9 @@ from typing import Any
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Adapters, Optimizer
 from snaketron.model import lora
-from snaketron.settings import LoraSettings
-from snaketron.sizes import adapter_parameters, static_memory
+from snaketron.settings.training import LoraSettings
+from snaketron.sizes.memory import static_memory
+from snaketron.sizes.parameters import adapter_parameters
 from snaketron.train.loop import Trainer
 from tests.conftest import run_module
 from tests.unit.train.lora_gradients import LAYOUTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from snaketron.config import Optimizer, load
-from snaketron.settings import TrainSettings, pretrain_settings, sft_settings
+from snaketron.settings.training import TrainSettings, pretrain_settings, sft_settings
 from snaketron.train.schedule import build_schedule, seek
 
 import pytest

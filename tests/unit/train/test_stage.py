@@ -8,8 +8,8 @@ from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron import files
+from snaketron.jobs import version as versions
 from snaketron.log import UserError, logger
-from snaketron.train import versions
 from snaketron.train.loop import distributed
 from snaketron.train.stage import Stage, parse_args, run_stage
 

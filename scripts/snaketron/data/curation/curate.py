@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from snaketron import files, lineage
+from snaketron import files
 from snaketron.data import curation
 from snaketron.data.curation import decontamination, documents, lists
 from snaketron.data.curation.folder import recorded, shard_name
-from snaketron.data.curation.settings import CurateSettings
+from snaketron.lineage import record as lineage
 from snaketron.log import UserError
+from snaketron.settings.curation import CurateSettings
 
 import numpy as np
 from datatrove.data import Document

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from snaketron import files, lineage
+from snaketron import files
 from snaketron.data import curation
 from snaketron.data.curation import lists
 from snaketron.data.curation.documents import Removed
 from snaketron.data.curation.folder import Folder
 from snaketron.data.curation.words import learn, simplify_text
 from snaketron.data.rows import read_texts
+from snaketron.lineage import record as lineage
 from snaketron.log import UserError
 
 import numpy as np

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.curation.settings import FilterSettings
-from snaketron.data.documents import text_of
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.rows import Drops, place, read_documents
+from snaketron.data.text.origins import text_of
 from snaketron.log import UserError
+from snaketron.settings.curation import FilterSettings
 
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from snaketron import files, lineage
+from snaketron import files
 from snaketron.data import curation
 from snaketron.data.curation import documents, lists
 from snaketron.data.curation.folder import Folder, Records, chunk_records, parts, recorded, shard_name
+from snaketron.lineage import record as lineage
 from snaketron.log import UserError
 
 import numpy as np

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from snaketron import files, lineage
+from snaketron import files
 from snaketron.config import FILTERS, Filter
 from snaketron.data import curation
 from snaketron.data.curation import documents
-from snaketron.data.curation.settings import FilterSettings
 from snaketron.data.curation.words import learn
 from snaketron.data.rows import Drops
+from snaketron.lineage import record as lineage
 from snaketron.log import UserError
+from snaketron.settings.curation import FilterSettings
 
 from datatrove.pipeline.filters import (
     C4QualityFilter,

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snaketron import lineage
 from snaketron.files import partial
+from snaketron.lineage import record as lineage
 
 import numpy as np
 from datatrove.io import DataFolder

@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from snaketron import files, lineage
+from snaketron import files
 from snaketron.config import MinHash
 from snaketron.data import curation
 from snaketron.data.curation import documents, lists
 from snaketron.data.curation.exact import write_duplicates
 from snaketron.data.curation.folder import Folder, Records, chunk_records, parts, recorded, shard_name
 from snaketron.data.curation.words import learn, simplify_text
+from snaketron.lineage import record as lineage
 from snaketron.log import UserError
 
 import numpy as np

@@ -1,0 +1,185 @@
+"""The blend of packed sources that SFT trains on: weights and files, checked."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from snaketron.data.chats.packs import check_expected
+from snaketron.data.split import SPLITS
+from snaketron.files import read_json
+from snaketron.log import UserError
+
+logger = logging.getLogger(__name__)
+
+SAME = ("tokenizer_sha256", "pack_size", "algorithm", "padding_multiple")
+COUNTS = ("packs", "tokens", "trained_tokens")
+
+
+def parse_weights(texts: Sequence[str]) -> dict[str, float]:
+    """`questions=0.5 tools=0.5` as a mapping; the weights need not sum to 1."""
+    weights: dict[str, float] = {}
+    for text in texts:
+        source, _, number = text.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not source or not 0 < weight < math.inf:
+            raise UserError(f"--weights {text}: give SOURCE=WEIGHT with a weight above 0")
+        if source in weights:
+            raise UserError(f"--weights {text}: source {source!r} is given twice; add the two weights up")
+        weights[source] = weight
+    return weights
+
+
+def check_unique(records: Sequence[Path]) -> None:
+    for path in records:
+        if records.count(path) > 1:
+            raise UserError(f"--records {path}: is given twice; its packs would count twice")
+
+
+def blend(weights: Mapping[str, float], records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
+    """Check the records of packed shards against each other and the disk, and weigh their sources.
+
+    The weights of a split sum to 1. Within a source, every pack counts the same, whichever shard it is in.
+    """
+    settings = _same_settings(records)
+    shards: dict[str, list[tuple[Path, Mapping[str, Any]]]] = {source: [] for source in weights}
+    for path, record in records.items():
+        source = record["settings"]["source"]
+        if source not in shards:
+            raise UserError(f"{path}: source {source!r} has no weight; give --weights {source}=...")
+        shards[source].append((path, record))
+        first = shards[source][0]
+        template, other = (r["settings"]["template_sha256"] for r in (record, first[1]))
+        if template != other:
+            raise UserError(
+                f"{path}: made with template_sha256 {template}, but {first[0]} of its source with {other}; "
+                "run the workflow again so that both are made alike"
+            )
+    splits = {split: _split(split, weights, shards) for split in SPLITS}
+    used = [source for sources in splits.values() for source in sources]
+    tokens, packs = (sum(source[name] for source in used) for name in ("tokens", "packs"))
+    return {
+        **settings,
+        "efficiency": round(tokens / (packs * settings["pack_size"]), 4),
+        "splits": splits,
+    }
+
+
+def _same_settings(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
+    first: tuple[Path, dict[str, Any]] | None = None
+    for path, record in records.items():
+        if record["kind"] != "pack_sft":
+            raise UserError(f"{path}: a record of {record['kind']}, not of pack_sft")
+        settings = {name: record["settings"][name] for name in SAME}
+        first = first or (path, settings)
+        for name in SAME:
+            if settings[name] != first[1][name]:
+                raise UserError(
+                    f"{path}: made with {name} {settings[name]}, but {first[0]} with {first[1][name]}; "
+                    "run the workflow again so that both are made alike"
+                )
+    assert first is not None
+    return first[1]
+
+
+def _split(
+    split: str, weights: Mapping[str, float], shards: Mapping[str, list[tuple[Path, Mapping[str, Any]]]]
+) -> list[dict[str, Any]]:
+    sources = []
+    for source, weight in weights.items():
+        listed = [_file(path, record, split) for path, record in shards[source]]
+        used = [file for file in listed if file["packs"]]
+        if not used and split == "train":
+            raise UserError(
+                f"source {source!r} has no packs to train on in {len(listed)} shards; see 'dropped' in their "
+                "records, raise sft_data.pack_size, or take the source out of sft.blend"
+            )
+        if not used:
+            logger.warning("%s: source %r has no packs and is left out", split, source)
+            continue
+        totals = {name: sum(file[name] for file in used) for name in COUNTS}
+        template = shards[source][0][1]["settings"]["template_sha256"]
+        sources.append(
+            {"source": source, "weight": weight, "template_sha256": template, **totals, "files": used}
+        )
+    total = sum(source["weight"] for source in sources)
+    return [{**source, "weight": source["weight"] / total} for source in sources]
+
+
+def _check_size(path: Path, num_bytes: int, listed_in: Path) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file, though {listed_in} lists it; run the workflow again"
+        ) from None
+    if size != num_bytes:
+        raise UserError(f"{path}: has {size} bytes, but {num_bytes} in {listed_in}; delete it and run again")
+
+
+def _file(record_path: Path, record: Mapping[str, Any], split: str) -> dict[str, Any]:
+    output = record["outputs"][SPLITS.index(split)]
+    _check_size(Path(output["path"]), output["bytes"], record_path)
+    counts = record["counts"]["splits"][split]
+    return {
+        "path": output["path"],
+        **{name: counts[name] for name in COUNTS},
+        "bytes": output["bytes"],
+        "sha256": output["sha256"],
+    }
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a split: its share of the samples, and the files that hold its packs."""
+
+    source: str
+    weight: float
+    template_sha256: str
+    files: list[Path]
+
+
+@dataclass(frozen=True)
+class Blend:
+    """`blend.json` as a trainer needs it; a split without packs has no sources."""
+
+    padding_multiple: int  # the packs have room for conversations padded to it
+    splits: dict[str, list[Source]]
+
+
+def check(path: Path, **expected: Any) -> Blend:
+    """Read a blend; `UserError` when it was made for something else, or lists a file that is not there.
+
+    `expected` is any of `tokenizer_sha256`, `pack_size`, `algorithm`.
+    """
+    try:
+        value = read_json(path)
+        listed = {split: value["splits"][split] for split in SPLITS}
+        multiple = int(value["padding_multiple"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such blend; the rule blend_sft makes it") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a blend of packed chats ({error}); delete it and run again") from None
+    check_expected(path, value, expected)
+    for file in (file for sources in listed.values() for source in sources for file in source["files"]):
+        _check_size(Path(file["path"]), file["bytes"], path)
+    splits = {
+        split: [
+            Source(
+                s["source"], s["weight"], s["template_sha256"], [Path(file["path"]) for file in s["files"]]
+            )
+            for s in sources
+        ]
+        for split, sources in listed.items()
+    }
+    return Blend(multiple, splits)

@@ -1,0 +1,110 @@
+"""From the text of a conversation to token ids, and for each whether the assistant wrote it.
+
+A byte-level tokenizer spells a text byte by byte, so the place of a token follows from the lengths of those
+before it, and the ids may come from whichever encoder is fast. Others say where their tokens lie, slowly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from snaketron.data import tokenizer as tokenizers
+from snaketron.data.chats.conversation import Span
+from snaketron.data.encode import Encoder
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+
+class Masker:
+    """Encodes rendered conversations. `Mismatch` and `Unencodable` as `Encoder`, of which `problem` is."""
+
+    def __init__(self, directory: Path, *, problem: str | None = None) -> None:
+        self.directory = directory
+        self.tokenizer = tokenizers.load(directory)
+        self._lengths = byte_lengths(self.tokenizer)
+        self._encoder = None
+        if self._lengths is not None:
+            self._encoder = Encoder(directory, plain=False, problem=problem)
+
+    @property
+    def name(self) -> str:
+        """What makes the ids."""
+        return "tokenizers" if self._encoder is None else self._encoder.name
+
+    def encode(
+        self, texts: Sequence[str], spans: Sequence[Iterable[Span]]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids (int32) of each text, and which of them lie wholly inside one of its spans (uint8)."""
+        if self._encoder is None or self._lengths is None:
+            encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            return [masked(encoding, marks) for encoding, marks in zip(encodings, spans, strict=True)]
+        ids, starts = self._encoder.encode(texts)
+        ids = ids.astype(np.int32)
+        lengths = self._lengths[ids]
+        made = []
+        for (first, last), text, marks in zip(pairwise(starts), texts, spans, strict=True):
+            ends = np.cumsum(lengths[first:last])
+            size = len(text) if text.isascii() else len(text.encode())
+            if (ends[-1] if len(ends) else 0) != size:  # a token that takes spaces around it along
+                made.append(tokenize(self.tokenizer, text, marks))
+                continue
+            loss_mask = np.zeros(len(ends), dtype=np.uint8)
+            begins = ends - lengths[first:last]
+            for start, end in marks if size == len(text) else in_bytes(text, marks):
+                loss_mask[np.searchsorted(begins, start) : np.searchsorted(ends, end, side="right")] = 1
+            made.append((ids[first:last], loss_mask))
+        return made
+
+
+def byte_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
+    """How many bytes each id stands for (int64); None for a tokenizer that does not spell a text in bytes."""
+    made = json.loads(tokenizer.to_str())
+    steps = made["pre_tokenizer"] or {}
+    levels = [s for s in steps.get("pretokenizers", [steps]) if s.get("type") == "ByteLevel"]
+    if made["normalizer"] or not levels or any(level["add_prefix_space"] for level in levels):
+        return None
+    vocabulary = tokenizer.get_vocab()
+    lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, number in vocabulary.items():
+        lengths[number] = len(token)  # a character a byte
+    for number, added in tokenizer.get_added_tokens_decoder().items():
+        lengths[number] = len(added.content.encode())
+    return lengths
+
+
+def in_bytes(text: str, spans: Iterable[Span]) -> list[Span]:
+    """Spans in characters, in their order, as spans in bytes."""
+    found, character, byte = [], 0, 0
+    for span in spans:
+        ends = []
+        for position in span:
+            byte += len(text[character:position].encode())
+            character = position
+            ends.append(byte)
+        found.append((ends[0], ends[1]))
+    return found
+
+
+def tokenize(tokenizer: Tokenizer, text: str, spans: Iterable[Span]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (int32) of the text, and which of them lie wholly inside a span (uint8)."""
+    return masked(tokenizer.encode(text, add_special_tokens=False), spans)
+
+
+def masked(encoding: Encoding, spans: Iterable[Span]) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a text that is encoded."""
+    input_ids = np.array(encoding.ids, dtype=np.int32)
+    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    loss_mask = np.zeros(len(input_ids), dtype=np.uint8)
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    for start, end in spans:
+        here = slice(np.searchsorted(starts, start), np.searchsorted(ends, end, side="right"))
+        # Some tokenizers cut spaces off the offsets: a token of spaces only is empty, and lies at its end.
+        loss_mask[here] = (starts[here] < ends[here]) | (starts[here] > start)
+    return input_ids, loss_mask

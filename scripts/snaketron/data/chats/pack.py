@@ -1,0 +1,237 @@
+"""Rendered chats into packs: planned from the lengths of all conversations, then written in passes.
+
+A pack may hold conversations of any of the files. The tokens do not have to fit in memory: each pass over
+the files collects those of as many packs as do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from snaketron.data.chats import packing, render
+from snaketron.data.chats import packs as packed
+from snaketron.data.split import SPLITS
+from snaketron.log import UserError
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+PASS_TOKENS = 1 << 28  # tokens in memory, at 5 bytes each
+
+
+class _RowGroup(NamedTuple):
+    """A row group of a file, and the numbers of its conversations."""
+
+    path: Path
+    number: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Chats:
+    """All conversations of some files, numbered through, without their tokens (about 20 bytes each).
+
+    Those of more tokens than a pack may be cut.
+    """
+
+    groups: list[_RowGroup]
+    lengths: np.ndarray  # after cutting
+    answered: (
+        np.ndarray
+    )  # of so many tokens at the beginning of each the mask holds; the others count nothing
+    trained: np.ndarray  # how many tokens of each are trained; nothing predicts the first
+    cut: np.ndarray  # how many tokens were cut off
+    splits: np.ndarray  # indices of SPLITS
+    metadata: dict[str, Any]  # what the files were made with
+
+    @classmethod
+    def read(
+        cls,
+        files: Sequence[Path],
+        pack_size: int,
+        long_conversations: Literal["drop", "cut_at_answer", "cut_unfinished"] = "drop",
+    ) -> Chats:
+        """Read what is needed to plan; see `config.SftData.long_conversations`. Raises `UserError`."""
+        metadata: dict[str, Any] = {}
+        groups: list[_RowGroup] = []
+        numbers = np.empty(0, np.int32)
+        parts = [(numbers, numbers, numbers, numbers, np.empty(0, np.int8))]
+        count = 0
+        for path in files:
+            if list(files).count(path) > 1:
+                raise UserError(f"{path}: is given twice; its conversations would be packed twice")
+            _, made_with = packed.read_footer(path, render.SCHEMA.names)
+            metadata = metadata or made_with
+            packed.check_expected(path, made_with, metadata)
+            for number, table in enumerate(_tables(path, ["loss_mask", "split"])):
+                mask, offsets = packed.flatten(table.column("loss_mask"))
+                before = np.concatenate([np.zeros(1, np.int64), np.cumsum(mask, dtype=np.int64)])
+                starts, ends = offsets[:-1], offsets[1:]
+                lengths = ends - starts
+                kept, answered = lengths.copy(), lengths.copy()
+                if long_conversations != "drop":
+                    for i in np.flatnonzero(lengths > pack_size).tolist():
+                        answered[i] = last_answer(mask[starts[i] : ends[i]], pack_size)
+                        kept[i] = answered[i] if long_conversations == "cut_at_answer" else pack_size
+                trained = before[starts + answered] - before[np.minimum(starts + 1, starts + answered)]
+                columns = (kept, answered, trained, lengths - kept)
+                parts.append((*(column.astype(np.int32) for column in columns), _splits(table)))
+                groups.append(_RowGroup(path, number, count, count + len(starts)))
+                count += len(starts)
+        lengths, answered, trained, cut, splits = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return cls(groups, lengths, answered, trained, cut, splits, metadata)
+
+    def tokens(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and masks, aligned with the labels, of the `wanted` conversations, one after the other.
+
+        Every row group that holds one of them is read once, in the order of the files.
+        """
+        ends = np.cumsum(self.lengths[wanted], dtype=np.int64)
+        place = np.full(len(self.lengths), -1, dtype=np.int64)
+        place[wanted] = ends - self.lengths[wanted]
+        input_ids = np.empty(ends[-1], dtype=np.int32)
+        loss_mask = np.zeros(ends[-1], dtype=np.uint8)
+        for path, groups in itertools.groupby(self.groups, key=lambda group: group.path):
+            needed = [group for group in groups if (place[group.start : group.end] >= 0).any()]
+            tables = _tables(path, ["input_ids", "loss_mask"], [group.number for group in needed])
+            for group, table in zip(needed, tables, strict=True):
+                ids, offsets = packed.flatten(table.column("input_ids"))
+                trained, _ = packed.flatten(table.column("loss_mask"))
+                there = place[group.start : group.end]
+                for item in np.flatnonzero(there >= 0).tolist():
+                    to, start = there[item], offsets[item]
+                    length, answered = self.lengths[group.start + item], self.answered[group.start + item]
+                    input_ids[to : to + length] = ids[start : start + length]
+                    loss_mask[to : to + max(answered, 1) - 1] = trained[start + 1 : start + max(answered, 1)]
+        return input_ids, loss_mask
+
+
+def last_answer(loss_mask: np.ndarray, room: int) -> int:
+    """Where the last answer ends that ends within `room` tokens; 0 if none does.
+
+    An answer is a run of tokens that are trained.
+    """
+    ends = np.flatnonzero(np.diff(loss_mask[: room + 1].astype(np.int8)) == -1) + 1
+    return int(ends[-1]) if len(ends) else 0
+
+
+def _tables(path: Path, columns: list[str], numbers: Sequence[int] | None = None) -> Iterator[pa.Table]:
+    """Row groups of a file, all of them or those of some numbers."""
+    try:
+        with pq.ParquetFile(path) as file:  # pq.read_table imports pandas: 1 s
+            for number in range(file.num_row_groups) if numbers is None else numbers:
+                yield file.read_row_group(number, columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it and run again") from None
+
+
+def _splits(table: pa.Table) -> np.ndarray:
+    """The splits of conversations, as indices of SPLITS."""
+    parts = [np.empty(0, np.int8)]
+    for chunk in table.column("split").chunks:
+        names = np.array([SPLITS.index(name) for name in chunk.dictionary.to_pylist()], dtype=np.int8)
+        parts.append(names[packed.view(chunk.indices)])
+    return np.concatenate(parts)
+
+
+# ----------------------------------------------------------------------------------------------- planning
+
+
+class Plan(NamedTuple):
+    """The packs of a split: pack i holds the conversations indices[offsets[i] : offsets[i + 1]]."""
+
+    offsets: np.ndarray
+    indices: np.ndarray
+    counts: dict[str, Any]
+
+
+def plan(
+    chats: Chats,
+    split: str,
+    pack_size: int,
+    algorithm: str,
+    seed: int | None = None,
+    padding_multiple: int = 1,
+) -> Plan:
+    """Which conversations share a pack. What cannot be used is dropped and counted.
+
+    A pack has room for each of its conversations with its length rounded up to the `padding_multiple`, which
+    divides the pack size.
+    """
+    in_split = chats.splits == SPLITS.index(split)
+    too_long = in_split & (chats.lengths > pack_size)
+    untrained = in_split & ~too_long & (chats.trained == 0)
+    unanswered = untrained & (chats.cut > 0)
+    chosen = np.flatnonzero(in_split & ~too_long & ~untrained)
+    lengths = chats.lengths[chosen]
+    padded = -(-lengths // padding_multiple) * padding_multiple
+    bins = packing.pack(padded, pack_size, algorithm, seed)
+    cut = chosen[chats.cut[chosen] > 0]
+    dropped = {
+        "longer than a pack": too_long.sum(),
+        "longer than a pack, which no answer fits in": unanswered.sum(),
+        "nothing to train on": untrained.sum() - unanswered.sum(),
+    }
+    tokens = int(lengths.sum(dtype=np.int64))
+    counts = {
+        "conversations": int(in_split.sum()),
+        "packed": len(chosen),
+        "dropped": {reason: int(number) for reason, number in dropped.items() if number},
+        "cut": len(cut),
+        "cut_tokens": int(chats.cut[cut].sum(dtype=np.int64)),
+        "packs": len(bins),
+        "tokens": tokens,
+        "trained_tokens": int(chats.trained[chosen].sum(dtype=np.int64)),
+        "efficiency": round(tokens / (len(bins) * pack_size), 4) if len(bins) else 0.0,
+        "length_histogram": length_histogram(lengths),
+    }
+    return Plan(bins.offsets, chosen[bins.indices], counts)
+
+
+def length_histogram(lengths: np.ndarray) -> dict[str, int]:
+    """How many lengths lie in [2^k, 2^(k + 1)), by 2^k; powers without any are left out."""
+    powers = np.bincount(np.frexp(lengths)[1] - 1)
+    return {str(2**k): int(number) for k, number in enumerate(powers) if number}
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write(
+    chats: Chats, plans: Mapping[str, Plan], paths: Mapping[str, Path], metadata: Mapping[str, Any]
+) -> None:
+    """Write the packs of each split to its path, with what they were made with in the footer."""
+    packs = read_packs(chats, list(plans.values()))
+    for split, made in plans.items():
+        footer = {**metadata, "split": split, "counts": made.counts}
+        packed.write(paths[split], itertools.islice(packs, made.counts["packs"]), footer)
+
+
+def read_packs(chats: Chats, plans: Sequence[Plan]) -> Iterator[packed.Pack]:
+    """The packs of all plans, one after the other.
+
+    A pass over the files collects as many packs as have `PASS_TOKENS` tokens together, or one.
+    """
+    indices = np.concatenate([made.indices for made in plans])
+    sizes = np.concatenate([np.diff(made.offsets) for made in plans])
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])  # of the packs, in conversations
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(chats.lengths[indices], dtype=np.int64)])
+    begins = starts[bounds]  # of the packs, in tokens
+    first = 0
+    while first < len(sizes):
+        fit = int(np.searchsorted(begins, begins[first] + PASS_TOKENS, side="right")) - 1
+        last = max(first + 1, fit)
+        input_ids, loss_mask = chats.tokens(indices[bounds[first] : bounds[last]])
+        for pack in range(first, last):
+            inner = starts[bounds[pack] : bounds[pack + 1]] - begins[pack]
+            here = slice(begins[pack] - begins[first], begins[pack + 1] - begins[first])
+            # Copies: else the packs that wait for their row group would keep the arrays of two passes.
+            yield packed.Pack(input_ids[here].copy(), loss_mask[here].copy(), inner.astype(np.int32))
+        first = last
+        del input_ids, loss_mask

@@ -1,0 +1,511 @@
+"""Chat templates: from a conversation to text, and the spans of it that the assistant wrote.
+
+A template is rendered once, whole, and the text is tokenized once, whole, so training sees the ids that
+`apply_chat_template` gives at inference. What is trained is what the template writes between
+`{% generation %}` and `{% endgeneration %}`. In a template without these marks it is found: see `Template`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from snaketron.data.chats.conversation import (
+    LEFT_OUT,
+    NO_PROMPT,
+    NONCHARACTERS,
+    REFUSED,
+    ROLES,
+    Message,
+    Span,
+    Unusable,
+)
+from snaketron.files import read_json
+from snaketron.log import UserError
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from jinja2 import nodes
+from jinja2.parser import Parser
+
+# They mark places of a text until it is rendered. Unlike the offsets that transformers counts, they stay
+# right when a block lies in a macro or in `{% set %}`.
+_START, _END, _OWNER, _OWNER_END = NONCHARACTERS
+_MARKS = re.compile(f"({_START}|{_END}|{_OWNER}[0-9:]*{_OWNER_END})")
+_OWNS = "_snaketron_owns"  # a variable of our own in a template
+
+_MARK_IT = (
+    "put what the assistant writes, with the token that ends its turn, between {% generation %} and "
+    "{% endgeneration %}"
+)
+_QUESTION, _ANSWER, _RESULT = "What is 2 + 2?", "It is 4.", "42 apples"  # of conversations to try templates
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}`: what stands in it is output of the assistant."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        environment.extend(num_generation_blocks=0)
+
+    def parse(self, parser: Parser) -> nodes.CallBlock:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        self.environment.num_generation_blocks += 1  # type: ignore[attr-defined]
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body, lineno=line)
+
+    def _mark(self, caller: Any) -> str:
+        return f"{_START}{caller()}{_END}"
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Without the HTML escapes of jinja2's own filter, as transformers does it."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _show_owners(body: list[nodes.Node], depth: int = 0) -> list[nodes.Node]:
+    """Statements that also write which message a loop over messages is at.
+
+    Only statements whose output goes straight into the text are changed, so nothing that the template looks
+    at is: without our marks the text is the same.
+    """
+    shown: list[nodes.Node] = []
+    for node in body:
+        shown.append(node)
+        if isinstance(node, nodes.If):
+            for branch in (node, *node.elif_):
+                branch.body = _show_owners(branch.body, depth)
+            node.else_ = _show_owners(node.else_, depth)
+        elif isinstance(node, nodes.With | nodes.Scope):
+            node.body = _show_owners(node.body, depth)
+        elif isinstance(node, nodes.For) and node.find(nodes.Output) and not node.recursive:
+            node.body = _show_owners(node.body, depth + 1)
+            if isinstance(node.target, nodes.Name):
+                target = nodes.Name(node.target.name, "load")
+                call = nodes.Call(nodes.Name(_OWNS, "load"), [target, nodes.Const(depth)], [], None, None)
+                node.body.insert(0, nodes.Output([call]))
+                shown.append(nodes.Output([nodes.TemplateData(f"{_OWNER}{depth}{_OWNER_END}")]))
+    return shown
+
+
+class Rendered(NamedTuple):
+    """A text, the spans of it that the assistant wrote, and of each the number of its message."""
+
+    text: str
+    spans: list[Span]
+    owners: list[int | None]
+
+
+class Template:
+    """A chat template with its arguments, compiled in the environment that transformers gives it.
+
+    Without generation blocks it must loop over the messages outside of macros. What it writes while it is at
+    an assistant's message is that turn; it begins with what `add_generation_prompt` writes, the prompt, and
+    ends, but for white space, with the token that ends a turn. The prompts are found by rendering a few short
+    conversations; `check` compares with what inference is given.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        name: str = "chat template",
+        variables: Mapping[str, str] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        off_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.arguments = dict(arguments or {})
+        self.off_arguments = dict(off_arguments or {})
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        try:
+            parsed = environment.parse(source)
+            parsed.body = _show_owners(parsed.body)
+            parsed.set_environment(environment)
+            code = environment.compile(parsed)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"{name}:{error.lineno}: the chat template does not parse: {error.message}"
+            ) from None
+        self.marked = environment.num_generation_blocks > 0  # type: ignore[attr-defined]
+        made = jinja2.Template.from_code(environment, code, environment.make_globals(dict(variables or {})))
+        self._template = made
+        if not self.marked:
+            self._probe()
+
+    # -------------------------------------------------------------------------------- rendering
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> Rendered:
+        """The text of a conversation and what of it the assistant wrote. Linear in its length."""
+        marked = self._write(messages, tools, arguments, False)
+        if self.marked:
+            return _marked_spans(marked)
+        text, pieces = _pieces(marked)
+        spans: list[Span] = []
+        owners: list[int | None] = []
+        for number, message in enumerate(messages):
+            if message["role"] not in ("assistant", "tool"):  # those may be written before the loop
+                continue
+            piece = _of(pieces, number, self.name)
+            if message["role"] == "assistant":
+                _check_written(message, piece[1], number)
+                spans.append(self._span(piece, number, messages))
+                owners.append(number)
+        return Rendered(text, spans, owners)
+
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """What inference gives the model to answer `messages`."""
+        return _MARKS.sub("", self._write(messages, tools, arguments, True))
+
+    def _write(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None,
+        arguments: Mapping[str, Any] | None,
+        add_generation_prompt: bool,
+    ) -> str:
+        given = [self._message(message) for message in messages]
+        numbers = {id(message): number for number, message in enumerate(given)}
+
+        def owns(value: Any, depth: int) -> str:
+            number = numbers.get(id(value))
+            return "" if number is None else f"{_OWNER}{depth}:{number}{_OWNER_END}"
+
+        merged = self.arguments | dict(arguments or {})
+        variables = {"chat_template_kwargs": merged, "documents": None} | merged
+        variables |= {"messages": given, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._template.render(variables | {_OWNS: owns})
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+        ) as error:
+            raise Unusable(REFUSED, str(error)) from None
+
+    # ------------------------------------------------------------------ what the template can do
+
+    def _message(self, message: Mapping[str, Any]) -> Message:
+        """A message as the template wants it."""
+        given = dict(message)
+        if given["role"] == "developer" and "developer" not in self.roles:
+            given["role"] = "system"
+        if given["role"] not in self.roles:
+            raise Unusable(LEFT_OUT, f"it writes none by {given['role']!r}")
+        if (reasoning := given.get("reasoning_content")) is not None:
+            given.setdefault("thinking", reasoning)  # some templates read this name, transformers gives both
+        if given.get("tool_calls") and self.arguments_as_text:
+            given["tool_calls"] = [
+                {**call, "function": call["function"] | {"arguments": _tojson(call["function"]["arguments"])}}
+                for call in given["tool_calls"]
+            ]
+        return given
+
+    @cached_property
+    def roles(self) -> set[str]:
+        """Whose messages the template writes; one without a branch for a role leaves it out in silence."""
+        self.__dict__["roles"] = set(ROLES)  # while they are tried
+        tried = {role: [{"role": role, "content": _RESULT}, *PROBE] for role in ("system", "developer")}
+        tried["tool"] = [*_CALLED, PROBE[1]]
+        return {"user", "assistant"} | {role for role, chat in tried.items() if self._writes(chat, _RESULT)}
+
+    @cached_property
+    def writes_reasoning(self) -> bool:
+        return self._writes([PROBE[0], PROBE[1] | {"reasoning_content": _RESULT}], _RESULT)
+
+    @cached_property
+    def arguments_as_text(self) -> bool:
+        """Whether it takes the arguments of a call as JSON text only; most want the object."""
+        self.__dict__["arguments_as_text"] = False  # while it is tried
+        if self._writes(_CALL, "Oslo") and not self._writes(_CALL, "{'city': 'Oslo'}"):
+            return False
+        self.__dict__["arguments_as_text"] = True
+        return self._writes(_CALL, '"Oslo"')
+
+    def _writes(self, messages: Sequence[Message], text: str) -> bool:
+        for tools in (None, _TOOLS):
+            try:
+                if text in self._write(messages, tools, None, False):
+                    return True
+            except Unusable:
+                continue
+        return False
+
+    # ------------------------------------------------- templates that do not mark what is generated
+
+    def _probe(self) -> None:
+        """Find what the prompt of an answer is, after a user's message and after a tool's."""
+        self._prompts: dict[str, set[str]] = {"user": set(), "tool": set()}
+        self._headers: set[str] = set()  # before an answer that no prompt fits, as in a shortened history
+        tried = {
+            "user": [[PROBE[0]], [*PROBE, PROBE[0]]],
+            "tool": [_CALLED],
+        }
+        for role, chats in tried.items():
+            for before in chats:
+                for arguments in ({}, self.off_arguments):
+                    try:
+                        self._try(role, before, arguments)
+                    except Unusable as error:
+                        if role == "user" and not arguments:
+                            fix = f"; {_MARK_IT}" if error.reason == LEFT_OUT else ""
+                            problem = f"cannot render a question and an answer: {error}{fix}"
+                            raise UserError(f"{self.name}: {problem}") from None
+        self._prompts["tool"] = self._prompts["tool"] or self._prompts["user"]
+
+    def _try(self, role: str, before: list[Message], arguments: Mapping[str, Any]) -> None:
+        text, pieces = _pieces(self._write([*before, PROBE[1]], None, arguments, False))
+        for number, message in enumerate([*before, PROBE[1]]):
+            if message is not PROBE[1]:
+                continue
+            start, written = _of(pieces, number, self.name)
+            header, found, rest = written.partition(_ANSWER)
+            if not found or not rest.strip():
+                raise UserError(
+                    f"{self.name}: the chat template has no generation blocks, and "
+                    + (
+                        "ends the assistant's turn with nothing"
+                        if found
+                        else "changes what the assistant says"
+                    )
+                    + f"; {_MARK_IT}"
+                )
+            self._headers.add(header)
+            prompt = self.prompt(before, None, arguments)
+            if number == len(before) and prompt.startswith(text[:start]):
+                self._prompts[role].add(prompt[start:])
+
+    def _span(self, piece: tuple[int, str], number: int, messages: Sequence[Mapping[str, Any]]) -> Span:
+        start, written = piece
+        after = messages[number - 1]["role"] if number else ""
+        prompts = self._prompts["tool" if after == "tool" else "user"]
+        for known in (prompts, self._headers):
+            if fitting := [prompt for prompt in known if written.startswith(prompt)]:
+                begin, end = start + len(max(fitting, key=len)), start + len(written.rstrip())
+                if begin < end:
+                    return begin, end
+        raise Unusable(NO_PROMPT, f"message {number} is written as {written[:60]!r}")
+
+    def check(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None,
+        arguments: Mapping[str, Any] | None,
+        rendered: Rendered,
+    ) -> None:
+        """`UserError` unless the text up to the first two answers and the last one of the last turn is what
+        inference is given.
+
+        For a template without generation blocks, whose prompts were found by trying.
+        """
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        asked = [
+            (start, owner)
+            for (start, _), owner in zip(rendered.spans, rendered.owners, strict=True)
+            if owner and owner > last and messages[owner - 1]["role"] != "assistant"
+        ]
+        for start, owner in dict.fromkeys([*asked[:2], *asked[-1:]]):  # a turn may have hundreds of calls
+            before = rendered.text[:start]
+            given = self.prompt(messages[:owner], tools, arguments)
+            if before == given:
+                continue
+            known = self._prompts["tool" if messages[owner - 1]["role"] == "tool" else "user"]
+            if _without(before, known) & _without(given, known):  # that of answers without reasoning
+                continue
+            raise UserError(
+                f"{self.name}: message {owner} of a conversation is not written as inference asks for it: "
+                f"before it stands {before[-60:]!r}, but inference gives the model {given[-60:]!r}; set "
+                f"template_arguments so that they agree, or {_MARK_IT}"
+            )
+
+
+PROBE: list[Message] = [
+    {"role": "user", "content": _QUESTION},
+    {"role": "assistant", "content": _ANSWER},
+]
+_CALL: list[Message] = [
+    PROBE[0],
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "id": "call00001",
+                "type": "function",
+                "function": {"name": "weather", "arguments": {"city": "Oslo"}},
+            }
+        ],
+    },
+]
+_TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather of a city.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+_CALLED: list[Message] = [
+    *_CALL,
+    {"role": "tool", "tool_call_id": "call00001", "name": "weather", "content": _RESULT},
+]
+
+
+def compile_template(
+    source: str,
+    *,
+    name: str = "chat template",
+    variables: Mapping[str, str] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    off_arguments: Mapping[str, Any] | None = None,
+) -> Template:
+    """Compile a chat template; `UserError` when it does not parse, or does not show what is generated.
+
+    `variables` are the names of special tokens (`bos_token`, ...) that some templates use, `arguments` what
+    the configuration gives to it, `off_arguments` what a conversation without reasoning gets beside. There is
+    no `strftime_now`: a template that asks for the date would render other text every day.
+    """
+    return Template(source, name=name, variables=variables, arguments=arguments, off_arguments=off_arguments)
+
+
+def load_template(path: Path, variables: Mapping[str, str] | None = None, **arguments: Any) -> Template:
+    """Compile the chat template of a file; see `compile_template`."""
+    try:
+        source = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such chat template (rule install_chat_template)") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: invalid UTF-8 ({error.reason} at byte {error.start})") from None
+    return compile_template(source, name=str(path), variables=variables, **arguments)
+
+
+def _marked_spans(marked: str) -> Rendered:
+    """The text of a template with generation blocks, and what lies in them."""
+    text: list[str] = []
+    spans: list[Span] = []
+    owners: list[int | None] = []
+    start, position, path = None, 0, _Path()
+    for part in _MARKS.split(marked):
+        if part == _START and start is None:
+            start = position
+        elif part == _END and start is not None:
+            spans.append((start, position))
+            owners.append(path.owner)
+            start = None
+        elif part in (_START, _END):
+            raise Unusable(REFUSED, "a generation block lies in another one")
+        elif part.startswith(_OWNER):
+            path.move(part)
+        else:
+            text.append(part)
+            position += len(part)
+    return Rendered("".join(text), spans, owners)
+
+
+class _Path:
+    """Which message the loops of a template are at, the innermost one last."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+
+    def move(self, mark: str) -> None:
+        depth, _, number = mark[1:-1].partition(":")
+        self._numbers = {d: n for d, n in self._numbers.items() if d < int(depth)}
+        if number:
+            self._numbers[int(depth)] = int(number)
+
+    @property
+    def owner(self) -> int | None:
+        return self._numbers[max(self._numbers)] if self._numbers else None
+
+
+def _pieces(marked: str) -> tuple[str, dict[int, list[tuple[int, str]]]]:
+    """The text of a template without generation blocks, and of each message where it was written and what."""
+    text: list[str] = []
+    pieces: dict[int, list[tuple[int, str]]] = {}
+    position, path = 0, _Path()
+    for part in _MARKS.split(marked):
+        if part.startswith(_OWNER):
+            path.move(part)
+        elif part:
+            if (owner := path.owner) is not None:
+                pieces.setdefault(owner, []).append((position, part))
+            text.append(part)
+            position += len(part)
+    return "".join(text), pieces
+
+
+def _without(text: str, endings: Iterable[str]) -> set[str]:
+    return {text.removesuffix(ending) for ending in endings if text.endswith(ending)}
+
+
+def _check_written(message: Mapping[str, Any], written: str, number: int) -> None:
+    """`Unusable` when what the assistant says is not in what was written of its message."""
+    content = message["content"].strip()
+    if content not in written and "</think>" not in content:  # templates take reasoning out of the content
+        raise Unusable(LEFT_OUT, f"the content of message {number}")
+    for call in message.get("tool_calls", ()):
+        if call["function"]["name"] not in written:
+            raise Unusable(LEFT_OUT, f"a tool call of message {number}")
+
+
+def _of(pieces: Mapping[int, list[tuple[int, str]]], number: int, name: str) -> tuple[int, str]:
+    """Where what was written of a message begins, and the whole of it."""
+    parts = pieces.get(number, [])
+    written = "".join(part for _, part in parts)
+    if not written:
+        raise Unusable(LEFT_OUT, f"message {number}, or writes it within another one")
+    (first, _), (last, end) = parts[0], parts[-1]
+    if last + len(end) - first != len(written):
+        raise UserError(
+            f"{name}: cannot tell what the assistant writes: other messages stand within message {number}; "
+            + _MARK_IT
+        )
+    return first, written
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """The names of special tokens that templates may use (`bos_token`, ...), from tokenizer_config.json."""
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    named = {name: value for name, value in config.items() if name.endswith("_token")}
+    contents = {n: v.get("content") if isinstance(v, dict) else v for n, v in named.items()}
+    return {name: content for name, content in contents.items() if isinstance(content, str)}

@@ -1,0 +1,320 @@
+"""A blend: which tokenized shards a phase trains on, and with which weights. A view: it copies no tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from snaketron import files
+from snaketron.data.split import SPLITS
+from snaketron.data.text import binidx
+from snaketron.lineage import record as lineage
+from snaketron.log import UserError
+
+logger = logging.getLogger(__name__)
+
+_AGAIN = "remove its record and run again, so that it is tokenized again"
+MAX_SHARDS = 32766  # of a split: megatron-core numbers them in 16 bits
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One .bin/.idx pair of a split."""
+
+    prefix: str
+    corpus: str
+    documents: int
+    tokens: int
+    bin_bytes: int
+    bin_sha256: str
+    idx_bytes: int
+    idx_sha256: str
+
+
+@dataclass(frozen=True)
+class CorpusShare:
+    """What a corpus brings to a split; each kind of share adds up to 1 over the corpora."""
+
+    corpus: str
+    asked: float  # its weight in the phase
+    share: float  # of what is drawn from the split: as asked, without the corpora that have no tokens in it
+    present: float  # of the tokens that are there
+    documents: int
+    tokens: int
+    taken: int | None  # tokens that the phase takes of it; None outside train
+    epochs: float | None  # how often the phase sees each of its tokens; None outside train
+    empty_shards: int  # its shards that have no tokens in the split and are left out
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of a split with their weights; none where no corpus has tokens in it."""
+
+    prefixes: list[str]
+    weights: list[float]
+    documents: int
+    tokens: int
+    corpora: list[CorpusShare]
+    shards: list[Shard]
+
+
+@dataclass(frozen=True)
+class Blend:
+    """`blend.json`."""
+
+    phase: str
+    tokenizer: str  # sha256 of tokenizer.json
+    dtype: str
+    train_tokens: int  # tokens of the phase, in whole steps
+    train: Split
+    valid: Split
+    test: Split
+
+    @property
+    def blend_per_split(self) -> list[tuple[list[str], list[float]] | None]:
+        """What megatron-core's GPTDatasetConfig takes; None for a split without data (it crashes on [])."""
+        splits = (getattr(self, name) for name in SPLITS)
+        return [(s.prefixes, s.weights) if s.prefixes else None for s in splits]
+
+
+# ------------------------------------------------------------------------------------------- building
+
+
+def build(
+    phase: str,
+    *,
+    weights: Mapping[str, float],
+    train_tokens: int,
+    max_epochs: float,
+    records: Sequence[Path],
+    tokenizer: Path,
+    output: Path,
+    record: Path,
+) -> Blend:
+    """Weigh the shards of `records`, check that each is complete, and write blend.json and `record`.
+
+    A corpus of which `train_tokens` take more than `max_epochs` epochs is named in a warning and in the
+    record, not in blend.json: another limit trains nothing again.
+    """
+    identity = (
+        files.sha256(tokenizer / "tokenizer.json") if (tokenizer / "tokenizer.json").is_file() else None
+    )
+    if identity is None:
+        raise UserError(f"{tokenizer / 'tokenizer.json'}: no such file; build the tokenizer first")
+    shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+    dtypes: set[str] = set()
+    dropped: dict[str, Counter[str]] = {corpus: Counter() for corpus in weights}
+    values = {path: lineage.read(path) for path in dict.fromkeys(records)}
+    for path, value in values.items():
+        _check_record(phase, path, value, weights, identity, tokenizer)
+        dropped[value["settings"]["corpus"]].update(value["counts"]["dropped"])
+    for path, value in values.items():
+        for split in SPLITS:
+            shard, pair = _shard(value, split, path)
+            dtypes.add(pair.dtype)
+            shards[split].append(shard)
+    _check_weights(phase, weights, shards, dropped)
+    if len(dtypes) > 1:
+        raise UserError(f"phase {phase!r}: shards of different types: {', '.join(sorted(dtypes))}; {_AGAIN}")
+    splits = {split: weigh(split, weights, shards[split], train_tokens) for split in SPLITS}
+    repeated = [c for c in splits["train"].corpora if (c.epochs or 0) > max_epochs]
+    for corpus in repeated:
+        logger.warning(
+            "phase %s goes through corpus %s %.2f times (it takes %s tokens and there are %s), more than "
+            "pretrain_data.max_epochs %g: lower its weight, shorten the phase, or add text",
+            phase,
+            corpus.corpus,
+            corpus.epochs,
+            f"{corpus.taken:,}",
+            f"{corpus.tokens:,}",
+            max_epochs,
+        )
+    blend = Blend(phase, identity, dtypes.pop(), train_tokens, **splits)
+    with files.writing(output, record) as temporary:
+        temporary[0].write_bytes(files.to_json(asdict(blend)))
+        value = lineage.record(
+            "blend",
+            phase,
+            inputs=[*records, {"path": str(tokenizer / "tokenizer.json"), "sha256": identity}],
+            outputs={output: temporary[0]},
+            settings={
+                "phase": phase,
+                "weights": dict(weights),
+                "tokenizer": identity,
+                "train_tokens": train_tokens,
+                "max_epochs": max_epochs,
+            },
+            counts={name: {"documents": s.documents, "tokens": s.tokens} for name, s in splits.items()}
+            | {"repeated": {c.corpus: c.epochs for c in repeated}},
+        )
+        temporary[1].write_bytes(files.to_json(value))
+    return blend
+
+
+def _check_record(
+    phase: str,
+    path: Path,
+    value: Mapping[str, Any],
+    weights: Mapping[str, float],
+    identity: str,
+    tokenizer: Path,
+) -> None:
+    if value["kind"] != "tokens":
+        raise UserError(f"{path}: a record of {value['kind']}, not of a tokenized shard")
+    corpus, made_with = value["settings"]["corpus"], value["settings"]["tokenizer"]
+    if corpus not in weights:
+        raise UserError(f"{path}: is of corpus {corpus!r}, which has no weight in phase {phase!r}")
+    if made_with != identity:
+        raise UserError(
+            f"{path}: tokenized with another tokenizer (sha256 {made_with[:12]}, "
+            f"{tokenizer} has {identity[:12]}); {_AGAIN}"
+        )
+
+
+def _check_weights(
+    phase: str,
+    weights: Mapping[str, float],
+    shards: Mapping[str, Sequence[Shard]],
+    dropped: Mapping[str, Mapping[str, int]],
+) -> None:
+    """Each corpus has a usable weight and documents; `dropped` says by reason what it lost before."""
+    for corpus, weight in weights.items():
+        if not 0 < weight < float("inf"):
+            raise UserError(f"phase {phase!r}: weight {weight} of corpus {corpus!r} is not a positive number")
+        count = sum(s.corpus == corpus for s in shards["train"])
+        if not count:
+            raise UserError(f"phase {phase!r}: no record of corpus {corpus!r} (weight {weight}) was given")
+        if not any(s.documents for split in shards.values() for s in split if s.corpus == corpus):
+            reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped[corpus].items()) if n)
+            raise UserError(
+                f"phase {phase!r}: corpus {corpus!r} has no documents in any of its {count} shards "
+                f"(dropped: {reasons or 'nothing'}); look at its files and filters, or leave it out"
+            )
+    for split, found in shards.items():
+        if (number := sum(s.tokens > 0 for s in found)) > MAX_SHARDS:
+            raise UserError(
+                f"phase {phase!r}: {number} shards with tokens in {split}, where megatron-core takes "
+                f"{MAX_SHARDS}; set pretrain_data.shard_size to put several raw files into one"
+            )
+
+
+def _shard(record: Mapping[str, Any], split: str, path: Path) -> tuple[Shard, binidx.Pair]:
+    """One split of a record, after a look at the files."""
+    position = 2 * SPLITS.index(split)  # the outputs are .bin and .idx of train, of valid, of test
+    bin_file, idx_file = record["outputs"][position : position + 2]
+    count = record["counts"][split]
+    for entry in (bin_file, idx_file):
+        _check_size(Path(entry["path"]), entry["bytes"], f"its record {path}", _AGAIN)
+    prefix = bin_file["path"].removesuffix(".bin")
+    pair = binidx.check(Path(prefix), _AGAIN)
+    for what, found, recorded in (
+        ("sequences", pair.sequences, count["documents"]),
+        ("tokens", pair.tokens, count["tokens"]),
+    ):
+        if found != recorded:
+            raise UserError(
+                f"{idx_file['path']}: {found} {what}, its record {path} says {recorded}; {_AGAIN}"
+            )
+    shard = Shard(
+        prefix=prefix,
+        corpus=record["settings"]["corpus"],
+        documents=count["documents"],
+        tokens=count["tokens"],
+        bin_bytes=bin_file["bytes"],
+        bin_sha256=bin_file["sha256"],
+        idx_bytes=idx_file["bytes"],
+        idx_sha256=idx_file["sha256"],
+    )
+    return shard, pair
+
+
+def _check_size(path: Path, expected: int, source: str, fix: str) -> None:
+    if (found := binidx.size(path, fix)) != expected:
+        raise UserError(f"{path}: {found} bytes, {source} says {expected}; {fix}")
+
+
+def weigh(split: str, weights: Mapping[str, float], shards: Sequence[Shard], train_tokens: int) -> Split:
+    """Spread each corpus' weight over its shards by their tokens. A shard without tokens is left out; so is a
+    corpus, and the others keep their proportions, but not in train."""
+    by_corpus = {corpus: [s for s in shards if s.corpus == corpus] for corpus in weights}
+    tokens = {corpus: sum(s.tokens for s in found) for corpus, found in by_corpus.items()}
+    empty = {corpus: sum(not s.tokens for s in found) for corpus, found in by_corpus.items()}
+    for corpus, count in tokens.items():
+        if not count and split == "train":
+            raise UserError(
+                f"corpus {corpus!r} has no tokens in train; give it more text or take it out of the blend"
+            )
+        if not count:
+            logger.info("corpus %s has no tokens in %s: left out there", corpus, split)
+        elif empty[corpus]:
+            number = len(by_corpus[corpus])
+            logger.info(
+                "corpus %s: %d of its %d shards have no tokens in %s: left out there",
+                corpus,
+                empty[corpus],
+                number,
+                split,
+            )
+    asked = sum(weights.values())
+    total = sum(weight for corpus, weight in weights.items() if tokens[corpus])
+    share = {corpus: weight / total for corpus, weight in weights.items() if tokens[corpus]}
+    kept = [s for s in shards if s.tokens]
+    corpora = []
+    for corpus in share:
+        taken = share[corpus] * train_tokens if split == "train" else None
+        corpora.append(
+            CorpusShare(
+                corpus=corpus,
+                asked=weights[corpus] / asked,
+                share=share[corpus],
+                present=tokens[corpus] / sum(tokens.values()),
+                documents=sum(s.documents for s in by_corpus[corpus] if s.tokens),
+                tokens=tokens[corpus],
+                taken=None if taken is None else round(taken),
+                epochs=None if taken is None else round(taken / tokens[corpus], 4),
+                empty_shards=empty[corpus],
+            )
+        )
+    return Split(
+        prefixes=[s.prefix for s in kept],
+        weights=[share[s.corpus] * (s.tokens / tokens[s.corpus]) for s in kept],
+        documents=sum(s.documents for s in kept),
+        tokens=sum(s.tokens for s in kept),
+        corpora=corpora,
+        shards=kept,
+    )
+
+
+# -------------------------------------------------------------------------------------------- reading
+
+
+def load(path: Path) -> Blend:
+    """Read a blend.json."""
+    try:
+        value = files.read_json(path)
+        splits = {name: _split(value[name]) for name in SPLITS}
+        return Blend(**{**value, **splits})
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run rule blend_pretrain") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a blend ({error}); delete it and run again") from None
+
+
+def _split(value: Mapping[str, Any]) -> Split:
+    shards = [Shard(**shard) for shard in value["shards"]]
+    return Split(**{**value, "shards": shards, "corpora": [CorpusShare(**c) for c in value["corpora"]]})
+
+
+def check(path: Path) -> Blend:
+    """Read a blend.json and check that each of its files is there in full size; no content is read."""
+    blend = load(path)
+    for split in (blend.train, blend.valid, blend.test):
+        for shard in split.shards:
+            bin_path, idx_path = binidx.paths(Path(shard.prefix))
+            _check_size(bin_path, shard.bin_bytes, str(path), _AGAIN)
+            _check_size(idx_path, shard.idx_bytes, str(path), _AGAIN)
+    return blend

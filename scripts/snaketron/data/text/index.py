@@ -1,0 +1,268 @@
+"""Megatron's data set index of a blend: which documents, from which token on, make which sample.
+
+It is built once, by a job without a GPU, and ranks only read it. What it holds follows from the blend, the
+seed, the sequence length and the number of training samples, and from nothing about how a training is run.
+File names are megatron-core's: hashes over the paths of the shards, among others.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import resource
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron import files
+from snaketron.data.text import blend as blends
+from snaketron.data.tokenizer import Info
+from snaketron.lineage import record as lineage
+from snaketron.log import UserError
+
+import numpy as np
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+HELD_OUT_SAMPLES = 1 << 16
+OPEN_FILES = 6  # of a shard that is read: 2 of its text, 1 of its .idx, 3 of the index
+SPARE_FILES = 500  # of everything else that a training opens
+
+
+def num_samples(blend: blends.Blend, seq_length: int, train_samples: int) -> dict[str, int]:
+    """Samples of each split: what the phase takes of train, and of the held-out ones all tokens once.
+
+    Of large held-out splits `HELD_OUT_SAMPLES`: no validation reads more.
+    """
+    held_out = {
+        split: min(max(1, (getattr(blend, split).tokens - 1) // seq_length), HELD_OUT_SAMPLES)
+        for split in ("valid", "test")
+    }
+    return {"train": train_samples} | held_out
+
+
+# ------------------------------------------------------------------------------------------- building
+
+
+def build(
+    blend_path: Path, *, seed: int, seq_length: int, train_samples: int, output: Path, record: Path
+) -> dict[str, Any]:
+    """Write the directory `output` and its `record`; returns the record's counts.
+
+    A shard is indexed at a time, in up to 20 bytes for each of its documents and epochs.
+    """
+    blend = blends.check(blend_path)
+    settings = _settings(blend_path, seed, seq_length, train_samples)
+    building = files.partial(output)
+    with files.writing(record) as (temporary,), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core's, that it is not told its rank
+        try:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+            config = _config(blend, settings, building, _Tokenizer(blend.tokenizer))
+            counts = {
+                split: _build_split(blend, split, samples, config)
+                for split, samples in num_samples(blend, seq_length, train_samples).items()
+            }
+            content = _content(building)
+            counts |= {"files": content.pop("files")}
+            value = lineage.record(
+                "index", blend.phase, inputs=[blend_path], outputs=[], settings=settings, counts=counts
+            )
+            value["outputs"] = [{"path": str(output), **content}]
+            record.unlink(missing_ok=True)
+            shutil.rmtree(output, ignore_errors=True)
+            building.replace(output)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        temporary.write_bytes(files.to_json(value))
+    return counts
+
+
+def _build_split(
+    blend: blends.Blend, split: str, samples: int, config: GPTDatasetConfig
+) -> dict[str, Any] | None:
+    """Index a split; returns what it takes of each corpus, None for a split without tokens."""
+    content: blends.Split = getattr(blend, split)
+    if not content.prefixes:
+        return None
+    built = []
+    for prefix, number in _shares(content, samples):
+        text = IndexedDataset(prefix, mmap=False)
+        documents = np.arange(len(text), dtype=np.int32)
+        dataset = GPTDataset(text, prefix, documents, number, Split[split], config)
+        built.append(_Built(Split[split], dataset.unique_identifiers, len(dataset)))
+    taken: Counter[str] = Counter({corpus.corpus: 0 for corpus in content.corpora})
+    if len(built) == 1:
+        taken[content.shards[0].corpus] = samples
+    else:
+        blended = BlendedDataset(built, content.weights, samples, config)
+        for shard, number in zip(
+            content.shards, np.bincount(blended.dataset_index, minlength=len(built)).tolist(), strict=True
+        ):
+            taken[shard.corpus] += number
+    return {"samples": samples, "corpora": dict(taken)}
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What a blend of indices asks of a data set; the rest of it need not stay in memory."""
+
+    index_split: Split
+    unique_identifiers: Mapping[str, Any]
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def _shares(content: blends.Split, samples: int) -> list[tuple[str, int]]:
+    """The prefix of each shard and how many samples of it at most are among the first `samples`.
+
+    megatron-core takes each sample from the shard that lags most behind its weight, so none is taken more
+    often than its share rounded up.
+    """
+    total = sum(content.weights)
+    return [
+        (prefix, int(np.ceil(samples * (weight / total))))
+        for prefix, weight in zip(content.prefixes, content.weights, strict=True)
+    ]
+
+
+def _content(directory: Path) -> dict[str, Any]:
+    """Hash and size of all files of a directory together."""
+    paths, digest = sorted(p for p in directory.iterdir() if p.is_file()), hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name} {files.sha256(path)}\n".encode())
+    return {
+        "sha256": digest.hexdigest(),
+        "bytes": sum(path.stat().st_size for path in paths),
+        "files": len(paths),
+    }
+
+
+def _settings(blend_path: Path, seed: int, seq_length: int, train_samples: int) -> dict[str, Any]:
+    return {
+        "blend": files.sha256(blend_path),
+        "seed": seed,
+        "seq_length": seq_length,
+        "train_samples": train_samples,
+    }
+
+
+class _Tokenizer:
+    """What GPTDataset asks of a tokenizer."""
+
+    def __init__(self, sha256: str, info: Info | None = None) -> None:
+        self.unique_identifiers = {"sha256": sha256}
+        self.eod, self.pad = (info.eos_id, info.pad_id) if info else (0, -1)
+        self.vocab_size = info.vocab_size if info else None
+
+
+def _config(
+    blend: blends.Blend,
+    settings: Mapping[str, Any],
+    directory: Path,
+    tokenizer: _Tokenizer,
+    **reading: bool,
+) -> GPTDatasetConfig:
+    return GPTDatasetConfig(
+        random_seed=settings["seed"],
+        sequence_length=settings["seq_length"],
+        blend_per_split=blend.blend_per_split,
+        tokenizer=tokenizer,
+        path_to_cache=str(directory),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        **reading,
+    )
+
+
+# -------------------------------------------------------------------------------------------- reading
+
+
+def load(
+    directory: Path, blend_path: Path, tokenizer: Info, *, seed: int, seq_length: int, train_samples: int
+) -> dict[str, tuple[Any, int]]:
+    """The data set of each split that has tokens, and its number of samples. Nothing is built.
+
+    Files are opened when a sample is read from them. Raises `UserError` when the blend is of another
+    tokenizer, or the index is not there or of another blend or training.
+    """
+    blend = blends.check(blend_path)
+    if blend.tokenizer != tokenizer.sha256:
+        raise UserError(
+            f"{blend_path}: made with another tokenizer (sha256 {blend.tokenizer[:12]}, "
+            f"and {tokenizer.sha256[:12]} is wanted); remove it and run again"
+        )
+    settings = _settings(blend_path, seed, seq_length, train_samples)
+    _check(directory, settings)
+    _allow_open_files(len(blend.train.shards))
+    config = _config(
+        blend,
+        settings,
+        directory,
+        _Tokenizer(blend.tokenizer, tokenizer),
+        fast_cache_load=True,
+        defer_npy_index_mmap=True,
+    )
+    found = {}
+    for split, samples in num_samples(blend, seq_length, train_samples).items():
+        content: blends.Split = getattr(blend, split)
+        datasets = [
+            GPTDataset(_Text(prefix), prefix, None, number, Split[split], config)
+            for prefix, number in _shares(content, samples)
+        ]
+        if len(datasets) > 1:
+            found[split] = BlendedDataset(datasets, content.weights, samples, config), samples
+        elif datasets:
+            found[split] = datasets[0], samples
+    return found
+
+
+def _check(directory: Path, settings: Mapping[str, Any]) -> None:
+    record = lineage.read(directory.with_suffix(".json"))
+    wanted = {**settings, "megatron-core": importlib.metadata.version("megatron-core")}
+    made = {**record["settings"], "megatron-core": record["versions"]["megatron-core"]}
+    differ = [f"{key} {made[key]}, not {value}" for key, value in wanted.items() if made[key] != value]
+    if differ:
+        raise UserError(f"{directory}: made with {'; '.join(differ)}; run rule index_pretrain again")
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; run rule index_pretrain")
+
+
+def _allow_open_files(shards: int) -> None:
+    """Raise the limit of open files as far as this process may; `UserError` when that is not enough."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    needed = OPEN_FILES * shards + SPARE_FILES
+    if limit != resource.RLIM_INFINITY and needed > limit:
+        raise UserError(
+            f"{shards} shards are in train, and reading them takes {needed} open files, where a process may "
+            f"have {limit}: raise the hard limit (ulimit -Hn), or set pretrain_data.shard_size"
+        )
+
+
+class _Text:
+    """The text of a shard, opened when it is read: a blend may have thousands of them."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    @functools.cached_property
+    def opened(self) -> IndexedDataset:
+        return IndexedDataset(self.prefix)
+
+    def get(self, *place: Any, **part: Any) -> np.ndarray:
+        return self.opened.get(*place, **part)

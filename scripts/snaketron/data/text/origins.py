@@ -1,0 +1,117 @@
+"""Where the sequences of a tokenized shard come from: Parquet beside the bins, one row a sequence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from snaketron.data.chats.packs import KEY, number_array, string_array
+from snaketron.data.split import SPLITS
+from snaketron.data.text.binidx import naming
+from snaketron.log import UserError
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+COLUMNS = ("split", "sequence", "file", "row", "tokens")
+_ROW_GROUP = 1 << 16  # rows
+
+
+@dataclass
+class Sequences:
+    """Some sequences, in the order of their documents."""
+
+    splits: np.ndarray  # index in SPLITS
+    indices: np.ndarray  # in the .bin of the split
+    files: list[str]
+    rows: np.ndarray
+    tokens: np.ndarray
+    metadata: list[Sequence[str | None]]  # a value for each metadata field
+
+    def table(self, schema: pa.Schema) -> pa.Table:
+        columns = [
+            pa.DictionaryArray.from_arrays(number_array(self.splits, pa.int8()), string_array(SPLITS)),
+            number_array(self.indices, pa.int64()),
+            string_array(self.files),
+            number_array(self.rows, pa.int64()),
+            number_array(self.tokens, pa.int32()),
+            *(string_array(values) for values in zip(*self.metadata, strict=True)),
+        ]
+        return pa.Table.from_arrays(columns, schema=schema)
+
+
+class Writer:
+    """Streams rows to a file; `final` is the path that errors name."""
+
+    def __init__(self, path: Path | IO[bytes], fields: Sequence[str], final: Path) -> None:
+        clash = [name for name in fields if name in COLUMNS]
+        if clash:
+            raise UserError(
+                f"metadata_fields: {clash[0]!r} is a column of {final.name} itself; leave it out of "
+                "metadata_fields, or rename it in the raw files"
+            )
+        types = [pa.dictionary(pa.int8(), pa.string()), pa.int64(), pa.string(), pa.int64(), pa.int32()]
+        types += [pa.string()] * len(fields)
+        names = [*COLUMNS, *fields]
+        kind = {KEY: json.dumps({"kind": "documents"}).encode()}
+        self._schema = pa.schema(list(zip(names, types, strict=True)), kind)
+        self._final = final
+        self._tables: list[pa.Table] = []
+        self._num_rows = 0
+        with naming(final):
+            self._writer = pq.ParquetWriter(path, self._schema, compression="zstd", write_statistics=False)
+
+    def write(self, sequences: Sequences) -> None:
+        self._write(sequences.table(self._schema))
+
+    def _write(self, table: pa.Table) -> None:
+        self._tables.append(table)
+        self._num_rows += table.num_rows
+        if self._num_rows >= _ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._num_rows:
+            with naming(self._final):
+                self._writer.write_table(pa.concat_tables(self._tables), row_group_size=1 << 30)
+        self._tables, self._num_rows = [], 0
+
+    def close(self) -> None:
+        self._flush()
+        with naming(self._final):
+            self._writer.close()
+
+    def abandon(self) -> None:
+        """Let go of the file; what is buffered may have no room."""
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._writer.close()
+
+
+def renumber(source: IO[bytes], writer: Writer, new: Mapping[int, np.ndarray]) -> None:
+    """Copy rows to `writer` with new indices of their sequences: `new[split][old]`."""
+    with pq.ParquetFile(source) as file:
+        for batch in file.iter_batches(_ROW_GROUP):
+            splits, old = (_numbers(column) for column in (batch.column(0).indices, batch.column(1)))
+            indices = np.empty_like(old)
+            for split, numbers in new.items():
+                mine = splits == split
+                indices[mine] = numbers[old[mine]]
+            columns = [*batch.columns]
+            columns[1] = number_array(indices, pa.int64())
+            writer._write(pa.Table.from_arrays(columns, schema=writer._schema))
+
+
+def _numbers(column: pa.Array) -> np.ndarray:
+    return np.frombuffer(column.buffers()[1], column.type.to_pandas_dtype())[column.offset :][: len(column)]
+
+
+def text_of(value: Any) -> str | None:
+    """A metadata value as text: a string as it is, nothing as null, all else as JSON."""
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,416 @@
+"""From the raw files of a shard to token ids: one .bin/.idx pair a split, and where each sequence is from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from snaketron import files
+from snaketron.data import tokenizer as tokenizers
+from snaketron.data.encode import Encoder, Mismatch, Unencodable
+from snaketron.data.rows import FILTERED, Bad, Drops, place, read_documents, reject
+from snaketron.data.split import SPLITS, split_of
+from snaketron.data.text import binidx, origins
+from snaketron.lineage import record as lineage
+from snaketron.log import UserError
+from snaketron.settings.text import TokenizeSettings
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+# A batch ends at either: enough to keep the encoder's threads busy, and some 50 MB at most.
+BATCH_DOCUMENTS = 10_000
+BATCH_CHARACTERS = 2_000_000
+
+EMPTY = "empty"
+NO_TOKENS = "no tokens"  # a normalizer left nothing
+TOO_LONG = "too long"
+AFTER_LIMIT = "after the limit"
+
+
+class Document(NamedTuple):
+    """One text, and where it comes from."""
+
+    text: str
+    file: str
+    row: int
+    split: int  # index in SPLITS
+    metadata: Sequence[str | None]
+
+
+def tokenize_shard(
+    texts: Sequence[Path],
+    *,
+    settings: TokenizeSettings,
+    tokenizer: Path,
+    bins: Mapping[str, Path],
+    table: Path,
+    record: Path,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Tokenize the raw files `texts` into a .bin/.idx pair a split, and write `record` last.
+
+    `bins` maps each split to its .bin; `table` is the Parquet file that says where each sequence comes from.
+    A split without documents is an empty .bin and an .idx of no sequences, which Megatron cannot open: a
+    blend leaves it out. With several `threads`, the next documents are read while others are encoded; the
+    result is the same. Returns the record.
+    """
+    _check(settings)
+    info = tokenizers.info(tokenizer)
+    pairs = [path for split in SPLITS for path in binidx.paths(bins[split].with_suffix(""))]
+    outputs = [*pairs, table]
+    with files.writing(*outputs, record) as temporary:
+        shard = _Shard(texts, settings, info, outputs, temporary)
+        try:
+            shard.run(Encoder(tokenizer), threads)
+        except Mismatch as error:
+            logger.warning("encoding all of this shard again with `tokenizers`, slower: fastokens: %s", error)
+            shard = _Shard(texts, settings, info, outputs, temporary)
+            shard.run(Encoder(tokenizer, problem=str(error)), threads)
+        value = lineage.record(
+            "tokens",
+            f"{settings.corpus}/{record.stem}",
+            inputs=[*shard.reader.read, {"path": str(tokenizer / "tokenizer.json"), "sha256": info.sha256}],
+            outputs=dict(zip(outputs, temporary, strict=False)),
+            hashes=dict(zip(pairs, shard.hashes, strict=True)),
+            settings={
+                **settings.model_dump(mode="json"),
+                "shard": record.stem,
+                "tokenizer": info.sha256,
+                "dtype": info.dtype,
+                "end_of_document": info.eos_id,
+            },
+            counts=shard.counts(),
+        )
+        temporary[-1].write_bytes(files.to_json(value))
+    return value
+
+
+def _check(settings: TokenizeSettings) -> None:
+    valid, test = settings.valid_fraction, settings.test_fraction
+    if min(valid, test) < 0 or valid + test >= 1:
+        raise UserError(f"valid_fraction {valid} + test_fraction {test} leave nothing for train")
+    if settings.max_document_tokens == 1:
+        raise UserError("max_document_tokens 1 has room for the end of a document only; give at least 2")
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass
+class _Reader:
+    """The documents of a shard in the order of its files."""
+
+    texts: Sequence[Path]
+    settings: TokenizeSettings
+    drops: Drops = field(default_factory=Drops)
+    read: list[Path] = field(default_factory=list)  # the files that were opened
+    found: set[str] = field(default_factory=set)  # the metadata fields that a row had
+    curated: bool = False
+    room: int | None = None  # documents that may still be written; None: any number
+
+    def documents(self) -> Iterator[Document]:
+        settings, fields = self.settings, self.settings.metadata_fields
+        for path in self.texts:
+            self.read.append(path)
+            origin = ("file", "row") if _is_curated(path) else ()
+            self.curated |= bool(origin)
+            before = self.drops.num_rows
+            rows = read_documents(
+                path,
+                settings.text_field,
+                optional=[*fields, *origin],
+                settings=settings,
+                drops=self.drops,
+            )
+            for number, text, row in rows:
+                if not text:
+                    self.drops.add(path, number, EMPTY)
+                    continue
+                split = SPLITS.index(split_of(text, settings.valid_fraction, settings.test_fraction))
+                metadata: Sequence[str | None] = ()
+                if fields:
+                    self.found.update(name for name in fields if name in row)
+                    metadata = [origins.text_of(row.get(name)) for name in fields]
+                file, number = (row["file"], row["row"]) if origin else (str(path), number)
+                yield Document(text, file, number, split, metadata)
+            if self.drops.num_rows == before and not origin:
+                raise UserError(
+                    f"{path}: holds no documents; remove it from the corpus {settings.corpus!r} or fill it"
+                )
+
+    def batches(self) -> Iterator[list[Document]]:
+        """Documents to encode together, never more than there is `room` for."""
+        found = self.documents()
+        while self.room is None or self.room:
+            batch: list[Document] = []
+            characters = 0
+            for document in islice(found, min(BATCH_DOCUMENTS, self.room or BATCH_DOCUMENTS)):
+                batch.append(document)
+                characters += len(document.text)
+                if characters >= BATCH_CHARACTERS:
+                    break
+            if not batch:
+                return
+            yield batch
+
+
+def _is_curated(path: Path) -> bool:
+    """Whether a file is what rule curate_shard wrote: it says so, and where its documents come from."""
+    if path.suffix != ".parquet":
+        return False
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError):
+        return False  # whoever reads it says what is wrong
+    return json.loads(metadata.get(origins.KEY, b"{}")).get("kind") == "curated"
+
+
+def _ahead(batches: Iterator[list[Document]]) -> Iterator[list[Document]]:
+    """The same, each read while the one before is dealt with."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, batches, None)
+        while (batch := waiting.result()) is not None:
+            waiting = pool.submit(next, batches, None)
+            yield batch
+
+
+# -------------------------------------------------------------------------------------------------- writing
+
+
+class _Shard:
+    """Encodes the documents of one shard and writes the files, under their temporary names."""
+
+    def __init__(
+        self,
+        texts: Sequence[Path],
+        settings: TokenizeSettings,
+        info: tokenizers.Info,
+        outputs: Sequence[Path],
+        temporary: Sequence[Path],
+    ) -> None:
+        self.settings = settings
+        self.reader = _Reader(texts, settings, room=settings.max_documents)
+        self.hashes: list[str] = []  # of the files of the pairs, in their order
+        self._info = info
+        self._dtype = np.dtype(info.dtype)
+        self._outputs, self._temporary = outputs, temporary
+        self._drops = Drops()  # of what was read; the reader, which is ahead, has its own
+        self._kept = self._cut = 0
+        self._full = False
+        self._documents, self._tokens, self._bytes = (np.zeros(len(SPLITS), np.int64) for _ in range(3))
+        self._histogram = np.zeros(64, np.int64)
+
+    def run(self, encoder: Encoder, threads: int) -> None:
+        """Write all files; `Mismatch` when fastokens cannot be relied on for these documents."""
+        limited = self.settings.max_documents is not None or self.settings.max_tokens is not None
+        batches = self.reader.batches()
+        with contextlib.ExitStack() as stack:
+            self._open(stack)
+            for batch in _ahead(batches) if threads > 1 and not limited else batches:
+                self._write(batch, *self._encode(encoder, batch))
+                if self._full:
+                    break
+            self._check()
+            self._close()
+        self._encoder = encoder
+
+    def _encode(self, encoder: Encoder, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a batch, without documents that cannot be encoded, or an error with the place."""
+        while True:
+            try:
+                return encoder.encode([document.text for document in batch])
+            except Mismatch as error:
+                document = batch[error.index]
+                where = place(Path(document.file), document.row)
+                raise Mismatch(error.index, f"{where}: {error}") from None
+            except Unencodable as error:
+                document = batch.pop(error.index)
+                bad = Bad(str(error), "remove the row, or set bad_rows to drop")
+                reject(bad, Path(document.file), document.row, self.settings, self._drops)
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        self._writers = []
+        for i in range(0, 2 * len(SPLITS), 2):
+            bin_path, idx_path = self._temporary[i : i + 2]
+            self._writers.append(binidx.Writer(bin_path, idx_path, self._dtype, self._outputs[i]))
+            stack.callback(self._writers[-1].abandon)
+        fields = self.settings.metadata_fields
+        self._table = origins.Writer(self._temporary[6], fields, self._outputs[6])
+        stack.callback(self._table.abandon)
+        self._sinks: Sequence[Any] = self._writers
+        if self.settings.document_order == "shuffled":
+            seed = self.settings.seed or 0
+            self._sinks = [binidx.Shuffled(w, (seed, i)) for i, w in enumerate(self._writers)]
+            self._waiting = tempfile.TemporaryFile(dir=self._outputs[6].parent)  # noqa: SIM115
+            stack.callback(self._waiting.close)
+            self._ordered = self._table
+            self._table = origins.Writer(self._waiting, fields, self._outputs[6])
+            stack.callback(self._table.abandon)
+
+    def _write(self, batch: list[Document], ids: np.ndarray, starts: np.ndarray) -> None:
+        """Write those documents of a batch that are kept."""
+        lengths = np.diff(starts)  # of the documents, without their ends
+        room = (self.settings.max_document_tokens or 1 << 62) - 1
+        pieces = -(-lengths // room)
+        keep = self._choose(batch, lengths, pieces)
+        if not keep.all():
+            batch = [document for document, kept in zip(batch, keep, strict=True) if kept]
+            ids = ids[np.repeat(keep, lengths)]
+            lengths, pieces = lengths[keep], pieces[keep]
+        if not batch:
+            return
+        self._kept += len(batch)
+        self._cut += int(np.count_nonzero(pieces > 1))
+        if self.reader.room is not None:
+            self.reader.room -= len(batch)
+        sequences = _cut(lengths, pieces, room)
+        tokens = _with_ends(ids, sequences, self._info.eos_id, self._dtype)
+        self._write_documents(batch, tokens, sequences + 1, lengths + pieces, pieces)
+
+    def _choose(self, batch: list[Document], lengths: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+        """Which documents of a batch are kept; the others are counted."""
+        settings = self.settings
+        keep = lengths > 0
+        self._drop(batch, ~keep, NO_TOKENS, lengths)
+        if settings.max_document_tokens and settings.long_documents == "drop":
+            self._drop(batch, pieces > 1, TOO_LONG, lengths)
+            keep &= pieces <= 1
+        if settings.max_tokens is not None:
+            total = self._tokens.sum() + np.cumsum(np.where(keep, lengths + pieces, 0))
+            self._full = bool((total > settings.max_tokens).any())
+            if self._full:
+                after = keep & (total > settings.max_tokens)
+                self._drops.reasons[AFTER_LIMIT] += int(np.count_nonzero(after))
+                keep &= ~after
+        return keep
+
+    def _drop(self, batch: list[Document], which: np.ndarray, reason: str, lengths: np.ndarray) -> None:
+        for index in np.flatnonzero(which):
+            detail = f"{lengths[index] + 1} tokens" if reason == TOO_LONG else ""
+            self._drops.add(batch[index].file, batch[index].row, reason, detail)
+
+    def _write_documents(
+        self,
+        batch: list[Document],
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        num_tokens: np.ndarray,
+        pieces: np.ndarray,
+    ) -> None:
+        """Write `tokens`: sequences of `lengths`, of which each document has `pieces` and `num_tokens`."""
+        splits = np.array([document.split for document in batch])
+        of_sequences = np.repeat(splits, pieces)
+        indices = np.empty(len(lengths), np.int64)
+        for split, before in enumerate(self._documents):
+            mine = np.flatnonzero(of_sequences == split)
+            indices[mine] = before + np.arange(len(mine))
+        alone = np.ones(len(batch) - 1, bool) if self._sinks is not self._writers else np.diff(splits) != 0
+        ends = [*(np.flatnonzero(alone) + 1).tolist(), len(batch)]  # of runs of documents to one place
+        token_ends, sequence_ends = np.cumsum(num_tokens), np.cumsum(pieces)
+        token = sequence = 0
+        for end in ends:
+            to = self._sinks[splits[end - 1]]
+            to.write(tokens[token : token_ends[end - 1]], lengths[sequence : sequence_ends[end - 1]])
+            token, sequence = token_ends[end - 1], sequence_ends[end - 1]
+        repeated = np.repeat(np.arange(len(batch)), pieces).tolist()
+        self._table.write(
+            origins.Sequences(
+                splits=of_sequences,
+                indices=indices,
+                files=[batch[i].file for i in repeated],
+                rows=np.array([batch[i].row for i in repeated]),
+                tokens=lengths,
+                metadata=[batch[i].metadata for i in repeated],
+            )
+        )
+        num_bytes = np.array([_num_bytes(document.text) for document in batch])
+        self._documents += np.bincount(of_sequences, minlength=len(SPLITS))
+        for total, values in ((self._tokens, num_tokens), (self._bytes, num_bytes)):
+            np.add.at(total, splits, values)
+        self._histogram += np.bincount(np.frexp(lengths)[1] - 1, minlength=len(self._histogram))
+
+    def _check(self) -> None:
+        """Complain when too much was dropped, and when nothing is left where something should be."""
+        settings, drops = self.settings, self._all_drops()
+        drops.check(settings)
+        where = ", ".join(map(str, self.reader.read))
+        if not self._kept:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in drops.reasons.most_common())
+            message = f"{where}: none of its {drops.num_rows} rows is used ({reasons or 'it is empty'})"
+            if not (self.reader.curated or drops.reasons[FILTERED]):
+                raise UserError(f"{message}; correct it, or take it out of the corpus {settings.corpus!r}")
+            logger.warning("%s", message)
+        for name in settings.metadata_fields:
+            if self._kept and name not in self.reader.found:
+                logger.warning("%s: no row has the metadata field %r", where, name)
+
+    def _close(self) -> None:
+        if self._sinks is not self._writers:
+            new = {split: sink.finish() for split, sink in enumerate(self._sinks)}
+            self._table.close()
+            origins.renumber(self._waiting, self._ordered, new)
+            self._table = self._ordered
+        self._table.close()
+        self.hashes = [digest for writer in self._writers for digest in writer.close()]
+
+    def _all_drops(self) -> Drops:
+        """Those of the reader and those made here."""
+        read, here = self.reader.drops, self._drops
+        return Drops(read.reasons + here.reasons, read.listed + here.listed, read.num_rows, read.num_replaced)
+
+    def counts(self) -> dict[str, Any]:
+        """What the record says."""
+        drops = self._all_drops()
+        totals = zip(self._documents.tolist(), self._tokens.tolist(), self._bytes.tolist(), strict=True)
+        names = ("documents", "tokens", "bytes")  # in the splits, a document is a sequence
+        return {
+            "documents": drops.num_rows,
+            "kept": self._kept,
+            "cut": self._cut,
+            "replaced": drops.num_replaced,
+            "bytes": int(self._bytes.sum()),
+            "dropped": dict(drops.reasons.most_common()),
+            "dropped_rows": drops.listed,
+            "encoder": self._encoder.name,
+            "checked": self._encoder.num_checked,
+            "fallback": self._encoder.problem,  # why not by fastokens
+            **{s: dict(zip(names, values, strict=True)) for s, values in zip(SPLITS, totals, strict=True)},
+            "length_histogram": {str(1 << k): int(n) for k, n in enumerate(self._histogram) if n},
+        }
+
+
+def _cut(lengths: np.ndarray, pieces: np.ndarray, room: int) -> np.ndarray:
+    """The lengths of the sequences of documents, each cut into `pieces` of `room` and what is left."""
+    if (pieces == 1).all():
+        return lengths
+    sequences = np.full(pieces.sum(), room)
+    sequences[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * room
+    return sequences
+
+
+def _with_ends(ids: np.ndarray, lengths: np.ndarray, end: int, dtype: np.dtype) -> np.ndarray:
+    """`ids` with `end` after each sequence."""
+    result = np.empty(len(ids) + len(lengths), dtype)
+    ends = np.cumsum(lengths + 1) - 1
+    text = np.ones(len(result), bool)
+    text[ends] = False
+    result[text] = ids
+    result[ends] = end
+    return result
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())

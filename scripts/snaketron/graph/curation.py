@@ -1,0 +1,78 @@
+"""What the rules of curation ask while Snakemake builds the graph."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from snaketron.config import Config, Corpus
+from snaketron.settings.curation import curate_settings, filter_settings
+
+
+class CurationGraph:
+    """The part of `Graph` for corpora that are curated. Paths are by corpus and shard, or by group."""
+
+    config: Config
+    corpora: dict[str, Corpus]
+    text: dict[str, dict[str, list[str]]]
+
+    # Input functions get the wildcards of the job.
+
+    def language_models(self, wildcards: Any) -> list[str]:
+        """The model files that the filters of a corpus read."""
+        curation = self.corpora[wildcards.corpus].curation
+        filters = curation.filters if curation else []
+        return [entry.options["model"] for entry in filters if entry.name == "language"]
+
+    def exact_signatures(self, wildcards: Any) -> list[str]:
+        """The signatures of all shards of a group, in the order that decides which document stays."""
+        return self._shards("exact_dedup", wildcards.group, "<data>/curation/exact_signatures/{}.sig")
+
+    def minhash_signatures(self, wildcards: Any) -> list[str]:
+        """The signatures of all shards of a group, in the order that decides which document stays."""
+        return self._shards("minhash_dedup", wildcards.group, "<data>/curation/minhash_signatures/{}.sig")
+
+    def exact_duplicates_of_group(self, wildcards: Any) -> list[str]:
+        """What exact de-duplication removes from the corpora of a MinHash group."""
+        curations = [self.corpora[c].curation for c in self.group("minhash_dedup", wildcards.group)]
+        groups = {c.exact_dedup for c in curations if c and c.exact_dedup}
+        return [f"<data>/curation/exact_duplicates/{group}.parquet" for group in sorted(groups)]
+
+    def exact_duplicates(self, wildcards: Any) -> list[str]:
+        curation = self.corpora[wildcards.corpus].curation
+        group = curation and curation.exact_dedup
+        return [f"<data>/curation/exact_duplicates/{group}.parquet"] if group else []
+
+    def near_duplicates(self, wildcards: Any) -> list[str]:
+        curation = self.corpora[wildcards.corpus].curation
+        group = curation and curation.minhash_dedup
+        return [f"<data>/curation/near_duplicates/{group}.parquet"] if group else []
+
+    def decontamination_index(self, wildcards: Any) -> list[str]:
+        curation = self.corpora[wildcards.corpus].curation
+        return ["<data>/curation/evaluation/index.parquet"] if curation and curation.decontaminate else []
+
+    # Params: a change runs the job again.
+
+    def filter_settings(self, wildcards: Any) -> str:
+        return filter_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()
+
+    def curate_settings(self, wildcards: Any) -> str:
+        return curate_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()
+
+    def minhash_settings(self) -> str:
+        return self.config.curation.minhash.model_dump_json()
+
+    def exact_corpora(self, wildcards: Any) -> list[str]:
+        """The corpora of a group; their order decides which document stays."""
+        return self.group("exact_dedup", wildcards.group)
+
+    def minhash_corpora(self, wildcards: Any) -> list[str]:
+        """The corpora of a group; their order decides which document stays."""
+        return self.group("minhash_dedup", wildcards.group)
+
+    def group(self, kind: Literal["exact_dedup", "minhash_dedup"], name: str) -> list[str]:
+        """The corpora that name a group, in the order of the configuration."""
+        return [c.name for c in self.config.corpora if c.curation and getattr(c.curation, kind) == name]
+
+    def _shards(self, kind: Literal["exact_dedup", "minhash_dedup"], group: str, pattern: str) -> list[str]:
+        return [pattern.format(f"{c}/{shard}") for c in self.group(kind, group) for shard in self.text[c]]

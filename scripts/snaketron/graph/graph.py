@@ -1,0 +1,208 @@
+"""What the rules ask while Snakemake builds the graph: which files a target needs, what a job gets."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from snaketron.config import ChatSource, Config, Corpus
+from snaketron.graph.curation import CurationGraph
+from snaketron.settings.chats import padding_multiple, render_settings
+from snaketron.settings.text import read_settings, tokenize_settings
+from snaketron.settings.training import lora_settings, pretrain_settings, run_settings, sft_settings
+from snaketron.sizes.layout import check_lora, check_memory, layout, resources
+from snaketron.sources.shards import LockedFile, read_lock, shards, to_download
+
+
+class Graph(CurationGraph):
+    """Answers from a checked configuration. Raises `ConfigError` when a raw file is missing.
+
+    `configfiles` are those of the command line, which messages repeat.
+    """
+
+    def __init__(self, config: Config, configfiles: Iterable[str | Path] = ()) -> None:
+        check_memory(config)
+        self.config = config
+        self.corpora: dict[str, Corpus] = {c.name: c for c in config.corpora}
+        self.chats: dict[str, ChatSource] = {c.name: c for c in config.chats}
+        self.phases = {p.name: p for p in config.pretrain.phases}
+        self.lock = read_lock(config.sources_lock, configfiles)
+        # Of each source the shards, and of each shard the raw files that it is made from, in order.
+        self.text = {
+            c.name: shards(c, f"corpora[{i}]", self.lock, config.pretrain_data.shard_size)
+            for i, c in enumerate(config.corpora)
+        }
+        self.conversations = {
+            c.name: shards(c, f"chats[{i}]", self.lock, config.sft_data.shard_size)
+            for i, c in enumerate(config.chats)
+        }
+
+    # Input functions get the wildcards of the job.
+
+    def raw_text(self, wildcards: Any) -> list[str]:
+        """The raw files of a shard."""
+        return self.text[wildcards.corpus][wildcards.shard]
+
+    def text_to_tokenize(self, wildcards: Any) -> list[str]:
+        """The raw files of a shard, or what curation left of them."""
+        if self.corpora[wildcards.corpus].curation:
+            return [f"<data>/curated/{wildcards.corpus}/{wildcards.shard}.parquet"]
+        return self.raw_text(wildcards)
+
+    def raw_chats(self, wildcards: Any) -> list[str]:
+        """The raw files of a shard of conversations."""
+        return self.conversations[wildcards.source][wildcards.shard]
+
+    def to_download(self) -> str | None:
+        """What is listed and not here yet, in one line."""
+        return to_download(self.config, self.lock)
+
+    def rendered_chats(self, wildcards: Any) -> list[str]:
+        """The rendered shards that are packed together: one, or all of a source."""
+        across = self.config.sft_data.pack_across_shards
+        shards = self.conversations[wildcards.source] if across else [wildcards.shard]
+        return [f"<data>/chat/{wildcards.source}/{shard}.parquet" for shard in shards]
+
+    def tokenizer_text(self, _wildcards: Any) -> list[str]:
+        """Files that a tokenizer is trained on; none when it is taken from elsewhere."""
+        return [] if self.config.tokenizer.path else self.config.tokenizer.text
+
+    def chat_template(self, _wildcards: Any) -> list[str]:
+        return [t] if (t := self.config.tokenizer.chat_template) else []
+
+    def source_template(self, wildcards: Any) -> str:
+        """The template that renders a source: its own, or that of the tokenizer."""
+        return self.chats[wildcards.source].chat_template or "<data>/tokenizer/chat_template.jinja"
+
+    def phase_shards(self, pattern: str) -> Callable[[Any], list[str]]:
+        """The files of a phase, one or more a shard: `pattern` with {corpus} and {shard} filled in."""
+        return lambda wildcards: [
+            pattern.format(corpus=entry.corpus, shard=shard)
+            for entry in self.phases[wildcards.phase].blend
+            for shard in self.text[entry.corpus]
+        ]
+
+    def sft_shards(self, pattern: str) -> list[str]:
+        """The files of the SFT blend: `pattern` with {source} and {shard} filled in."""
+        return [
+            pattern.format(source=entry.source, shard=shard)
+            for entry in self.config.sft.blend
+            for shard in self.packed_shards(entry.source)
+        ]
+
+    def packed_shards(self, source: str) -> list[str]:
+        """Names of the packed shards of a source: those of its shards, or one for all of them."""
+        return ["all"] if self.config.sft_data.pack_across_shards else list(self.conversations[source])
+
+    def previous_phase(self, wildcards: Any) -> list[str]:
+        """Checkpoint that a phase starts from; none for the first."""
+        names = list(self.phases)
+        index = names.index(wildcards.phase)
+        return [f"<ckpt>/pretrain/{names[index - 1]}"] if index else []
+
+    @property
+    def last_phase(self) -> str:
+        return list(self.phases)[-1]
+
+    # Params: a change runs the job again.
+
+    def tokenizer_source(self, _wildcards: Any) -> str:
+        """Options of build_tokenizer that say where the tokenizer comes from."""
+        tokenizer = self.config.tokenizer
+        if tokenizer.path:
+            return f"--path {shlex.quote(tokenizer.path)}"
+        return f"--vocab-size {tokenizer.vocab_size} --text-field {shlex.quote(tokenizer.text_field)}"
+
+    def chat_template_source(self, _wildcards: Any) -> str:
+        """Options of install_chat_template that say where the template comes from."""
+        tokenizer = self.config.tokenizer
+        if tokenizer.chat_template:
+            return f"--template {shlex.quote(tokenizer.chat_template)}"
+        return f"--tokenizer {shlex.quote(tokenizer.path or '')}"
+
+    def tokenize_settings(self, wildcards: Any) -> str:
+        return tokenize_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()
+
+    def read_settings(self, wildcards: Any) -> str:
+        return read_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()
+
+    def packing(self) -> str:
+        """Options of pack_sft that say how it packs; the seed only where it matters."""
+        data = self.config.sft_data
+        seed = f" --seed {self.config.seed}" if data.algorithm == "first_fit_shuffle" else ""
+        return (
+            f"--pack-size {data.pack_size} --padding-multiple {padding_multiple(self.config)} "
+            f"--long-conversations {data.long_conversations} --algorithm {data.algorithm}{seed}"
+        )
+
+    def render_settings(self, wildcards: Any) -> str:
+        return render_settings(self.config, self.chats[wildcards.source]).model_dump_json()
+
+    def phase_weights(self, wildcards: Any) -> list[str]:
+        return [f"{e.corpus}={e.weight}" for e in self.phases[wildcards.phase].blend]
+
+    def phase_tokens(self, wildcards: Any) -> int:
+        """Tokens of a phase, in whole steps."""
+        return math.prod(self.config.pretrain.steps(self.phases[wildcards.phase]))
+
+    def index_settings(self, wildcards: Any) -> dict[str, int]:
+        """What, with the blend, defines the index of a phase."""
+        iters, batch, length = self.config.pretrain.steps(self.phases[wildcards.phase])
+        return {"seed": self.config.seed, "seq_length": length, "train_samples": iters * batch}
+
+    def sft_weights(self) -> list[str]:
+        return [f"{e.source}={e.weight}" for e in self.config.sft.blend]
+
+    def pretrain_settings(self, wildcards: Any) -> str:
+        return pretrain_settings(self.config, wildcards.phase).model_dump_json()
+
+    def sft_settings(self) -> str:
+        return sft_settings(self.config).model_dump_json()
+
+    def lora_settings(self, stage: Literal["lora", "lora_merged"]) -> Callable[[Any], str]:
+        def settings(_wildcards: Any) -> str:
+            check_lora(self.config)  # of nobody else's concern
+            return lora_settings(self.config, stage).model_dump_json()
+
+        return settings
+
+    def download_size(self, wildcards: Any) -> int:
+        """Bytes of a file to download."""
+        return self._locked_file(wildcards).size
+
+    def download_sha256(self, wildcards: Any) -> str:
+        return self._locked_file(wildcards).sha256
+
+    # Resources: a change runs nothing again.
+
+    def download_address(self, wildcards: Any) -> str:
+        """Where a file to download lies; from commit to commit it may move and stay the same."""
+        return self._locked_file(wildcards).address
+
+    def download_mb(self, wildcards: Any) -> int:
+        """Size of a file to download, for limits of a profile."""
+        return math.ceil(self._locked_file(wildcards).size / 1e6)
+
+    def run(self, section: Literal["pretrain", "sft", "lora"]) -> str:
+        return run_settings(self.config, section).model_dump_json(exclude_defaults=True)
+
+    def threads(self, section: str) -> int:
+        """CPUs of a training on a node, for `profiles/local`: capped there to those of the machine."""
+        stage = getattr(self.config, section)
+        return stage.cpus_per_task * layout(stage, self.config.cluster).tasks_per_node
+
+    def training_resources(self, section: Literal["pretrain", "sft", "lora"]) -> dict[str, Any]:
+        """What a training asks Slurm for, and what else its command needs that does not define its result."""
+        stage = getattr(self.config, section)
+        return resources(stage, self.config.cluster) | {"run": self.run(section), "attempt": attempt}
+
+    def _locked_file(self, wildcards: Any) -> LockedFile:
+        return self.lock.file(wildcards.source, wildcards.file)
+
+
+def attempt(_wildcards: Any, attempt: int) -> int:
+    """How often Snakemake has submitted a job, with this time."""
+    return attempt

@@ -1,0 +1,90 @@
+"""Where the jobs of a working directory stand: a line a job, with the progress of trainings."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from snaketron.files import read_json
+from snaketron.jobs import heartbeat, slurm
+from snaketron.jobs import version as versions
+from snaketron.log import UserError
+
+FEW = 8  # jobs of one rule in one state, above which they are counted on one line
+FIELDS = "%i|%T|%M|%D|%r|%Z|%k"  # number, state, time, nodes, reason, working directory, comment
+
+
+def lines(directory: Path, ckpt: Path) -> list[str]:
+    """A line for each job that Slurm has of the workflow in `directory`; one for many of a rule and state.
+
+    `ckpt` is the root of the checkpoints. Raises `UserError` where Slurm does not answer.
+    """
+    progress = _progress(ckpt)
+    by_kind: dict[tuple[str, str], list[str]] = {}
+    for row in _jobs():
+        number, state, run_time, nodes, reason, where, comment = row
+        if Path(where) != directory or not comment.startswith("rule_"):
+            continue
+        rule, _, wildcards = comment.partition("_wildcards_")
+        rule = rule.removeprefix("rule_")  # or the name of a group of jobs
+        title = f"{rule} {wildcards}".strip()
+        about = f"{run_time} on {nodes} node{'s' if nodes != '1' else ''}"
+        if state == "PENDING":
+            about = f"({reason})"
+        line = f"{title:32} job {number:<10} {state:10} {about}  {progress.get(number, '')}".rstrip()
+        by_kind.setdefault((rule, state), []).append(line)
+    found = []
+    for (rule, state), same in sorted(by_kind.items()):
+        found += same if len(same) <= FEW else [f"{rule:32} {len(same)} jobs {state}"]
+    return found
+
+
+def report_every(seconds: float, directory: Path, ckpt: Path, say: Callable[[str], None]) -> threading.Thread:
+    """Say the lines when they have changed, in a thread of its own that ends with the process."""
+
+    def report() -> None:
+        said: list[str] = []
+        while True:
+            time.sleep(seconds)
+            try:
+                now = lines(directory, ckpt)
+            except (UserError, OSError):
+                continue  # the controller is busy; Snakemake itself asks it as well
+            if now and now != said:
+                say("\n".join(now))
+            said = now
+
+    thread = threading.Thread(target=report, name="status", daemon=True)
+    thread.start()
+    return thread
+
+
+def _jobs() -> list[list[str]]:
+    try:
+        done = subprocess.run(
+            ["squeue", "--me", "--noheader", f"--format={FIELDS}"],
+            capture_output=True,
+            text=True,
+            timeout=slurm.TIMEOUT_S,
+        )
+    except FileNotFoundError:
+        raise UserError("squeue: no such command; run this on a machine of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"squeue: no answer within {slurm.TIMEOUT_S} s") from None
+    if done.returncode:
+        raise UserError(f"squeue: {done.stderr.strip()}")
+    rows = [line.split("|", 6) for line in done.stdout.splitlines()]
+    return [row for row in rows if len(row) == 7]
+
+
+def _progress(ckpt: Path) -> dict[str, str]:
+    """What trainings say of themselves, by the number of their job."""
+    found = {}
+    for owner in ckpt.glob(f"versions/*/{versions.OWNER}"):
+        job, values = read_json(owner)["job"], heartbeat.read(owner.parent)
+        if job and values:
+            found[job] = heartbeat.sentence(values)
+    return found

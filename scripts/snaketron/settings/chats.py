@@ -1,0 +1,60 @@
+"""What the jobs on conversations are told."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from snaketron.config import ChatSource, Config, Reasoning
+from snaketron.settings.text import ReadSettings
+
+from pydantic import Field
+
+
+class RenderSettings(ReadSettings):
+    """Everything that, with the raw files, the tokenizer and the template, defines a rendered shard."""
+
+    source: str
+    messages_field: str
+    tools_field: str
+    metadata_fields: list[str] = Field(default_factory=list)
+    max_tokens: int | None = None
+    valid_fraction: float
+    test_fraction: float
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
+    sequences: Literal["conversation", "turn"] = "conversation"
+    reasoning: Reasoning = Field(default_factory=Reasoning)
+    seed: int | None = None  # of the choice of reasoning modes
+
+
+def render_settings(config: Config, source: ChatSource) -> RenderSettings:
+    """What defines the rendered conversations of a source."""
+    data = config.sft_data
+    reasoning = source.reasoning or data.reasoning
+    chosen = reasoning.stripped or reasoning.low_effort or reasoning.truncated
+    return RenderSettings(
+        where=source.where,
+        max_documents=source.max_documents,
+        bad_rows=data.bad_rows,
+        invalid_text=data.invalid_text,
+        max_line_bytes=data.max_line_bytes,
+        max_dropped_fraction=data.max_dropped_fraction,
+        max_tokens=source.max_tokens,
+        source=source.name,
+        messages_field=source.messages_field,
+        tools_field=source.tools_field,
+        metadata_fields=source.metadata_fields,
+        valid_fraction=data.valid_fraction,
+        test_fraction=data.test_fraction,
+        template_arguments=data.template_arguments | source.template_arguments,
+        sequences=source.sequences,
+        reasoning=reasoning,
+        seed=config.seed if chosen else None,
+    )
+
+
+def padding_multiple(config: Config) -> int:
+    """What packs leave room to pad each conversation to: what the trainings on them need."""
+    if config.sft_data.padding_multiple:
+        return config.sft_data.padding_multiple
+    return math.lcm(*(run.parallel.sequence_multiple for run in (config.sft, config.lora)))

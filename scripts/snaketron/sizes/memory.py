@@ -1,0 +1,138 @@
+"""What a training keeps in the memory of a GPU, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from snaketron.config import Adapters, Lora, Model, Optimizer, Parallel, Run
+from snaketron.sizes.parameters import (
+    adapter_parameters,
+    expert_width,
+    mamba_widths,
+    padded_vocab_size,
+    pipeline_pattern,
+    stage_parameters,
+)
+
+
+@dataclass(frozen=True)
+class StaticMemory:
+    """Bytes that one process keeps from step to step."""
+
+    weights: float
+    gradients: float
+    main_weights: float  # fp32 copies that the optimizer updates
+    moments: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.main_weights + self.moments
+
+
+def static_memory(
+    model: Model,
+    vocab_size: int,
+    parallel: Parallel,
+    optimizer: Optimizer | None = None,
+    offload_optimizer: float = 0.0,
+    adapters: Adapters | None = None,
+) -> list[StaticMemory]:
+    """What a process of each pipeline stage keeps on its GPU.
+
+    Weights are bf16 unless the model is in fp32. The distributed optimizer divides main weights and Adam's
+    two moments among the processes that hold the same parameters. Main weights are fp32, and with moments in
+    bf16 the 16 bits that bf16 weights lack; a model in fp32 has none. With adapters they alone have gradients
+    and optimizer, and the model its weights.
+    """
+    optimizer = optimizer or Optimizer()
+    in_bf16, short = model.precision != "fp32", optimizer.moment_precision == "bf16"
+    processes = parallel.world_size // parallel.pipeline_model_parallel_size
+    copies = parallel.data_parallel_size * parallel.context_parallel_size
+    expert_copies = processes // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
+    found = []
+    stages = stage_parameters(model, vocab_size, parallel)
+    trained = adapter_parameters(model, parallel, adapters) if adapters else stages
+    for stage, tuned in zip(stages, trained, strict=True):
+        held = stage.of_process(parallel) + (tuned.of_process(parallel) if adapters else 0)
+        dense, expert = tuned.dense_of_process(parallel), tuned.expert_of_process(parallel)
+        here = (dense / copies + expert / expert_copies) * (1 - offload_optimizer)
+        found.append(
+            StaticMemory(
+                weights=(2 if in_bf16 else 4) * held,
+                gradients=(2 if optimizer.gradient_precision == "bf16" else 4) * (dense + expert),
+                main_weights=(2 if short else 4) * here if in_bf16 else 0,
+                moments=(4 if short else 8) * here,
+            )
+        )
+    return found
+
+
+def static_of_run(model: Model, vocab_size: int, run: Run, optimizer: Optimizer) -> list[StaticMemory]:
+    """The same for a stage as it is configured; of adapters if it is LoRA."""
+    adapters = run if isinstance(run, Lora) else None
+    return static_memory(model, vocab_size, run.parallel, optimizer, run.offload_optimizer, adapters)
+
+
+def layer_activations(model: Model, layer: str, tensor_parallel_size: int, recompute: Sequence[str]) -> float:
+    """Numbers for each token that a layer keeps on a GPU for its backward pass.
+
+    The input of the norm and its output, which sequence parallelism divides as tensor parallelism does the
+    rest; outputs of projections; what attention, scan and gated norm keep of their own output. Experts keep
+    their input and what is before the activation.
+    """
+    hidden = model.hidden_size
+    if "layer" in recompute:
+        return hidden / tensor_parallel_size
+    norm = hidden * (1 if "layernorm" in recompute else 2)
+    if layer == "M":
+        inner, conv = mamba_widths(model)
+        kept = norm + (inner + conv + model.mamba_num_heads) + 3 * inner
+    elif layer == "*":
+        queries = model.num_attention_heads * model.kv_channels
+        keys_values = 2 * model.num_query_groups * model.kv_channels
+        kept = norm + 2 * queries + keys_values
+    elif layer == "-":
+        kept = norm if "mlp" in recompute else norm + 2 * model.ffn_hidden_size
+    else:
+        shared = 2 * model.moe_shared_expert_intermediate_size
+        width = expert_width(model)
+        routed = 2 * width + model.moe_router_topk * (width + model.moe_ffn_hidden_size)
+        if "moe" in recompute:
+            shared = routed = 0
+        kept = norm + (0 if "shared_experts" in recompute else shared) + routed
+    return kept / tensor_parallel_size
+
+
+def activation_memory(model: Model, vocab_size: int, seq_length: int, run: Run) -> list[float]:
+    """Bytes of activations of a process of each pipeline stage at their peak, the end of a forward pass.
+
+    A stage keeps the micro-batches that are under way in the ones after it as well. The logits of the output
+    layer, and of each depth of multi-token prediction, are kept for their gradient, which takes their place.
+    """
+    parallel, tp = run.parallel, run.parallel.tensor_model_parallel_size
+    tokens = run.micro_batch_size * seq_length / parallel.context_parallel_size
+
+    def layers(pattern: str) -> float:
+        return sum(layer_activations(model, layer, tp, run.recompute) for layer in pattern)
+
+    stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
+    found = [layers(stage) for stage in stages]
+    logits = padded_vocab_size(model, vocab_size, tp)
+    # Both norms before the joining projection, its input, and the block's layers.
+    depth = 6 * model.hidden_size / tp + layers(model.mtp_hybrid_layer_pattern)
+    found[-1] += logits / tp + model.mtp_num_layers * (depth + logits / tp)
+    width = 4 if model.precision == "fp32" else 2
+    return [width * tokens * kept * (len(stages) - stage) for stage, kept in enumerate(found)]
+
+
+def memory_of_process(
+    model: Model, vocab_size: int, seq_length: int, run: Run, optimizer: Optimizer
+) -> float:
+    """Bytes in tensors on the GPU of the fullest process, at their peak.
+
+    Not counted: what the allocator reserves beside them, buffers of libraries (1 to 2 GB), CUDA graphs.
+    """
+    static = static_of_run(model, vocab_size, run, optimizer)
+    activations = activation_memory(model, vocab_size, seq_length, run)
+    return max(kept.total + peak for kept, peak in zip(static, activations, strict=True))

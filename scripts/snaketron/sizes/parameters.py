@@ -1,0 +1,191 @@
+"""How many parameters a model has, and what divides them among processes.
+
+Parameters are those that megatron-core builds, in the layout that it gives them (tests compare with models
+it built).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from snaketron.config import Adapters, Model, Parallel
+from snaketron.config.linears import Linear, linears, targeted
+
+CONV_WIDTH = 4  # of Mamba-2's convolution, megatron-core's d_conv
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters, by what divides them among the processes of a pipeline stage."""
+
+    tensor: int = 0  # by tensor parallelism
+    replicated: int = 0  # by nothing
+    expert: int = 0  # routed experts, by expert and expert tensor parallelism
+
+    def __add__(self, other: Parameters) -> Parameters:
+        return Parameters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def total(self) -> int:
+        return self.tensor + self.replicated + self.expert
+
+    def dense_of_process(self, parallel: Parallel) -> int:
+        """What one process holds beside routed experts."""
+        return self.tensor // parallel.tensor_model_parallel_size + self.replicated
+
+    def expert_of_process(self, parallel: Parallel) -> int:
+        """What one process holds of the routed experts."""
+        return self.expert // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
+
+    def of_process(self, parallel: Parallel) -> int:
+        return self.dense_of_process(parallel) + self.expert_of_process(parallel)
+
+
+def pipeline_pattern(pattern: str, stages: int) -> str:
+    """The layer pattern with `|` between pipeline stages of equal length.
+
+    Where the layers do not divide evenly, the first stages get one more: the last one has the output
+    layer and multi-token prediction to compute as well.
+
+    >>> pipeline_pattern("MEM*EME", 2)
+    'MEM*|EME'
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    if stages > len(pattern):
+        raise ValueError(
+            f"model.hybrid_layer_pattern {pattern!r} has {len(pattern)} layers, "
+            f"too few for pipeline_model_parallel_size {stages}"
+        )
+    size, extra = divmod(len(pattern), stages)
+    cuts = [stage * size + min(stage, extra) for stage in range(stages + 1)]
+    return "|".join(pattern[start:end] for start, end in itertools.pairwise(cuts))
+
+
+def padded_vocab_size(model: Model, vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding: the next multiple of make_vocab_size_divisible_by and of the TP size."""
+    multiple = math.lcm(model.make_vocab_size_divisible_by, tensor_parallel_size)
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+# -------------------------------------------------------------------------------------- parameters
+
+
+def layer_parameters(model: Model, layer: str) -> Parameters:
+    """Parameters of a layer, by its letter in the pattern, with the norm before it."""
+    hidden = model.hidden_size
+    if layer == "M":
+        inner, conv = mamba_widths(model)
+        heads = model.mamba_num_heads
+        in_proj, out_proj = hidden * (inner + conv + heads), inner * hidden
+        convolution, gated_norm, dt_bias_a_d = conv * (CONV_WIDTH + 1), inner, 3 * heads
+        return Parameters(in_proj + out_proj + convolution + gated_norm + dt_bias_a_d, hidden)
+    if layer == "*":
+        queries = model.num_attention_heads * model.kv_channels
+        keys_values = 2 * model.num_query_groups * model.kv_channels
+        return Parameters(hidden * (2 * queries + keys_values), hidden)
+    if layer == "-":
+        return Parameters(2 * hidden * model.ffn_hidden_size, hidden)
+    experts, latent = model.num_moe_experts, expert_width(model)
+    projections = 2 * hidden * latent if model.moe_latent_size else 0
+    return Parameters(
+        tensor=2 * hidden * model.moe_shared_expert_intermediate_size,
+        replicated=hidden * experts + projections + hidden,
+        expert=experts * expert_parameters(model),
+    )
+
+
+def mtp_parameters(model: Model) -> Parameters:
+    """Parameters of multi-token prediction: one block, whatever the number of depths."""
+    if not model.mtp_num_layers:
+        return Parameters()
+    hidden = model.hidden_size
+    joined = Parameters(2 * hidden * hidden, 3 * hidden)  # eh_proj; enorm, hnorm and the final norm
+    return joined + _sum(layer_parameters(model, layer) for layer in model.mtp_hybrid_layer_pattern)
+
+
+def stage_parameters(model: Model, vocab_size: int, parallel: Parallel) -> list[Parameters]:
+    """Parameters of each pipeline stage.
+
+    The first one holds the embedding. The last one holds the final norm, the output layer and
+    multi-token prediction, which needs the embedding too: with several stages it holds a copy.
+    """
+    stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
+    found = [_sum(layer_parameters(model, layer) for layer in stage) for stage in stages]
+    table = Parameters(
+        padded_vocab_size(model, vocab_size, parallel.tensor_model_parallel_size) * model.hidden_size
+    )
+    found[0] += table
+    found[-1] += table + Parameters(replicated=model.hidden_size) + mtp_parameters(model)
+    if model.mtp_num_layers and len(stages) > 1:
+        found[-1] += table
+    return found
+
+
+def num_parameters(model: Model, vocab_size: int) -> Parameters:
+    """Parameters of the whole model: embedding, layers, final norm, output layer, multi-token prediction."""
+    return stage_parameters(model, vocab_size, Parallel())[0]
+
+
+def num_active_parameters(model: Model, vocab_size: int) -> int:
+    """Parameters that a token meets in the decoder: of the routed experts only `moe_router_topk`; no
+    multi-token prediction, which only training has."""
+    layers = _sum(layer_parameters(model, layer) for layer in model.hybrid_layer_pattern)
+    idle = model.num_moe_experts - model.moe_router_topk
+    unused = model.hybrid_layer_pattern.count("E") * idle * expert_parameters(model)
+    tables = 2 * padded_vocab_size(model, vocab_size, 1) * model.hidden_size
+    return layers.total - unused + tables + model.hidden_size
+
+
+def adapter_parameters(model: Model, parallel: Parallel, adapters: Adapters) -> list[Parameters]:
+    """Parameters of the adapters of each pipeline stage: A (rank, inputs) and B (outputs, rank) of a layer.
+
+    Tensor parallelism divides the one of them that has the axis that it divides in the layer.
+    """
+    stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
+    return [
+        _sum(
+            _adapter(linear, adapters, parallel)
+            for linear in targeted(
+                adapters.target_modules, linears(model, stage, with_mtp=i == len(stages) - 1)
+            )
+        )
+        for i, stage in enumerate(stages)
+    ]
+
+
+def _adapter(linear: Linear, adapters: Adapters, parallel: Parallel) -> Parameters:
+    if linear.experts:
+        rank = adapters.expert_rank or adapters.rank
+        whole = linear.inputs if linear.parallel == "column" else linear.outputs
+        divided = linear.inputs + linear.outputs - whole
+        # Each process of expert tensor parallelism has the whole one.
+        return Parameters(
+            expert=linear.experts * rank * (divided + whole * parallel.expert_tensor_parallel_size)
+        )
+    a, b = adapters.rank * linear.inputs, adapters.rank * linear.outputs
+    if linear.parallel == "replicated":
+        return Parameters(replicated=a + b)
+    return Parameters(b, a) if linear.parallel == "column" else Parameters(a, b)
+
+
+def mamba_widths(model: Model) -> tuple[int, int]:
+    """Channels of x (and of z), and of x, B and C together."""
+    inner = model.mamba_num_heads * model.mamba_head_dim
+    return inner, inner + 2 * model.mamba_num_groups * model.mamba_state_dim
+
+
+def expert_width(model: Model) -> int:
+    return model.moe_latent_size or model.hidden_size
+
+
+def expert_parameters(model: Model) -> int:
+    return 2 * expert_width(model) * model.moe_ffn_hidden_size
+
+
+def _sum(parameters: Iterable[Parameters]) -> Parameters:
+    return sum(parameters, Parameters())

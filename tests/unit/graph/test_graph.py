@@ -1,0 +1,203 @@
+"""What the rules ask of the configuration."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+from snaketron.config import ConfigError, load
+from snaketron.graph.graph import Graph
+
+import pytest
+
+VALUES = {
+    "corpora": [
+        {"name": "web", "paths": ["raw/web"], "text_field": "body"},
+        {"name": "code", "paths": ["raw/code.jsonl"]},
+        {"name": "spare", "paths": ["raw/code.jsonl"]},
+    ],
+    "chats": [
+        {"name": "help", "paths": ["raw/help.jsonl"], "messages_field": "turns", "tools_field": "functions"},
+        {"name": "spare", "paths": ["raw/help.jsonl"]},
+    ],
+    "tokenizer": {"text": ["raw/code.jsonl"], "vocab_size": 500, "text_field": "the body"},
+    "pretrain": {
+        "phases": [
+            {
+                "name": "one",
+                "tokens": 300_000,
+                "blend": [{"corpus": "web", "weight": 0.75}, {"corpus": "code", "weight": 2}],
+            },
+            {"name": "two", "tokens": 100_000, "blend": [{"corpus": "web", "weight": 1}]},
+            {"name": "three", "tokens": 100_000, "blend": [{"corpus": "code", "weight": 1}]},
+        ]
+    },
+    "sft": {"blend": [{"source": "help", "weight": 3}]},
+}
+
+
+@pytest.fixture(autouse=True)
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("web/b.jsonl", "web/a.parquet", "code.jsonl", "help.jsonl"):
+        path = tmp_path / "raw" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def graph(**changes) -> Graph:
+    return Graph(load(VALUES | changes, {}))
+
+
+def job(**wildcards: str) -> SimpleNamespace:
+    return SimpleNamespace(**wildcards)
+
+
+def test_a_shard_leads_to_its_raw_file():
+    assert graph().raw_text(job(corpus="web", shard="a")) == ["raw/web/a.parquet"]
+    assert graph().raw_chats(job(source="help", shard="help")) == ["raw/help.jsonl"]
+
+
+def test_what_curation_left_is_tokenized():
+    corpora = [*VALUES["corpora"][1:], {"name": "web", "paths": ["raw/web"], "curation": {"pii": True}}]
+    made = graph(corpora=corpora)
+    assert made.text_to_tokenize(job(corpus="web", shard="a")) == ["<data>/curated/web/a.parquet"]
+    assert made.text_to_tokenize(job(corpus="code", shard="code")) == ["raw/code.jsonl"]
+
+
+def test_all_shards_of_a_source_can_be_packed_together():
+    Path("raw/more.jsonl").touch()
+    chats = [{"name": "help", "paths": ["raw/help.jsonl", "raw/more.jsonl"]}]
+    alone, together = (graph(chats=chats, sft_data={"pack_across_shards": a}) for a in (False, True))
+    pattern = "<data>/sft/{source}/{shard}.json"
+    assert alone.sft_shards(pattern) == ["<data>/sft/help/help.json", "<data>/sft/help/more.json"]
+    assert alone.rendered_chats(job(source="help", shard="more")) == ["<data>/chat/help/more.parquet"]
+    assert together.sft_shards(pattern) == ["<data>/sft/help/all.json"]
+    assert together.rendered_chats(job(source="help", shard="all")) == [
+        "<data>/chat/help/help.parquet",
+        "<data>/chat/help/more.parquet",
+    ]
+
+
+def test_a_shard_that_no_raw_file_makes_is_unknown():
+    """Snakemake then says that no rule makes the file."""
+    with pytest.raises(KeyError):
+        graph().raw_text(job(corpus="web", shard="c"))
+
+
+def test_a_phase_needs_the_shards_of_its_corpora_alone():
+    pattern = graph().phase_shards("<data>/tokens/{corpus}/train/{shard}.bin")
+    assert pattern(job(phase="one")) == [
+        "<data>/tokens/web/train/a.bin",
+        "<data>/tokens/web/train/b.bin",
+        "<data>/tokens/code/train/code.bin",
+    ]
+    assert pattern(job(phase="three")) == ["<data>/tokens/code/train/code.bin"]
+
+
+def test_sft_needs_the_shards_of_its_sources_alone():
+    assert graph().sft_shards("<data>/sft/{source}/{shard}.json") == ["<data>/sft/help/help.json"]
+
+
+def test_a_phase_starts_from_the_one_before_it():
+    assert graph().previous_phase(job(phase="one")) == []
+    assert graph().previous_phase(job(phase="two")) == ["<ckpt>/pretrain/one"]
+    assert graph().previous_phase(job(phase="three")) == ["<ckpt>/pretrain/two"]
+    assert graph().last_phase == "three"
+
+
+def test_weights_are_given_as_they_are_written():
+    assert graph().phase_weights(job(phase="one")) == ["web=0.75", "code=2.0"]
+    assert graph().sft_weights() == ["help=3.0"]
+
+
+def test_fields_are_those_of_the_source():
+    texts = [json.loads(graph().tokenize_settings(job(corpus=c))) for c in ("web", "code")]
+    assert [settings["text_field"] for settings in texts] == ["body", "text"]
+    chats = json.loads(graph().render_settings(job(source="help")))
+    assert (chats["messages_field"], chats["tools_field"]) == ("turns", "functions")
+
+
+def test_a_source_is_rendered_as_it_says_and_else_as_all():
+    shared = {"template_arguments": {"a": 1, "b": 1}, "reasoning": {"stripped": 0.1}, "bad_rows": "drop"}
+    own = {"template_arguments": {"b": 2}, "reasoning": {}, "chat_template": "t.jinja", "sequences": "turn"}
+    made = graph(sft_data=shared, chats=[VALUES["chats"][0] | own, VALUES["chats"][1]])
+    first, second = (json.loads(made.render_settings(job(source=name))) for name in ("help", "spare"))
+    assert first["template_arguments"] == {"a": 1, "b": 2} and first["sequences"] == "turn"
+    assert second["template_arguments"] == {"a": 1, "b": 1} and second["sequences"] == "conversation"
+    assert (first["reasoning"]["stripped"], first["seed"]) == (0.0, None)  # it chooses nothing
+    assert (second["reasoning"]["stripped"], second["seed"]) == (0.1, 1234)
+    assert first["bad_rows"] == second["bad_rows"] == "drop"
+    assert made.source_template(job(source="help")) == "t.jinja"
+    assert made.source_template(job(source="spare")) == "<data>/tokenizer/chat_template.jinja"
+
+
+def test_a_corpus_is_read_once_by_its_own_settings():
+    """The filter and the limit are applied before curation; the policies hold for what it leaves as well."""
+    corpus = {"name": "web", "paths": ["raw/web"], "text_field": "body", "where": {"lang": ["en"]}}
+    for curation, expected in ((None, ("body", {"lang": ["en"]})), ({"pii": True}, ("text", {}))):
+        made = graph(
+            corpora=[*VALUES["corpora"][1:], {**corpus, "curation": curation}],
+            pretrain_data={"bad_rows": "drop", "max_line_bytes": 99_000_000},
+        )
+        settings = json.loads(made.tokenize_settings(job(corpus="web")))
+        assert (settings["text_field"], settings["where"]) == expected
+        assert (settings["bad_rows"], settings["max_line_bytes"]) == ("drop", 99_000_000)
+        assert json.loads(made.read_settings(job(corpus="web")))["where"] == {"lang": ["en"]}
+
+
+def test_the_seed_reaches_the_packs_only_where_it_matters():
+    how = "--pack-size 1024 --padding-multiple 1 --long-conversations drop --algorithm"
+    assert graph(seed=7).packing() == f"{how} first_fit_decreasing"
+    shuffled = graph(seed=7, sft_data={"algorithm": "first_fit_shuffle"})
+    assert shuffled.packing() == f"{how} first_fit_shuffle --seed 7"
+
+
+def test_packs_leave_the_room_that_the_trainings_on_them_need():
+    """Context parallelism gives each process two chunks of a conversation; other sizes need no room."""
+    tensor, context = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 4}
+    assert "--padding-multiple 8 " in graph(sft=VALUES["sft"] | {"parallel": tensor | context}).packing()
+    assert "--padding-multiple 1 " in graph(sft=VALUES["sft"] | {"parallel": tensor}).packing()
+    assert "--padding-multiple 32 " in graph(sft_data={"padding_multiple": 32}).packing()
+
+
+def test_a_tokenizer_is_trained_on_its_text():
+    assert graph().tokenizer_text(job()) == ["raw/code.jsonl"]
+    assert graph().tokenizer_source(job()) == "--vocab-size 500 --text-field 'the body'"
+    assert graph().chat_template(job()) == ["config/chat_template.jinja"]
+    assert graph().chat_template_source(job()) == "--template config/chat_template.jinja"
+
+
+def test_a_tokenizer_that_is_taken_needs_no_text():
+    taken = graph(tokenizer={"path": "my tokenizers/x", "chat_template": None})
+    assert taken.tokenizer_text(job()) == taken.chat_template(job()) == []
+    assert shlex.split(taken.tokenizer_source(job())) == ["--path", "my tokenizers/x"]
+    assert shlex.split(taken.chat_template_source(job())) == ["--tokenizer", "my tokenizers/x"]
+
+
+def test_settings_are_json_of_one_stage():
+    assert json.loads(graph().pretrain_settings(job(phase="two")))["stage"] == "pretrain/two"
+    assert json.loads(graph().sft_settings())["stage"] == "sft"
+    assert json.loads(graph().run("sft"))["micro_batch_size"] == 1
+
+
+def test_a_training_has_the_threads_of_its_processes_on_a_node():
+    parallel = {"tensor_model_parallel_size": 2, "data_parallel_size": 2}
+    sft = VALUES["sft"] | {"cpus_per_task": 3, "parallel": parallel}
+    assert graph().threads("pretrain") == 2
+    assert graph(sft=sft).threads("sft") == 4 * 3
+    assert graph(sft=sft, cluster={"tasks_per_node": 2}).threads("sft") == 2 * 3
+
+
+def test_a_retry_of_snakemake_is_told_to_the_training():
+    asked = graph().training_resources("sft")
+    assert asked["attempt"](None, 2) == 2
+    assert json.loads(asked["run"])["eval_samples"] == 16  # only what differs from the defaults
+
+
+def test_a_missing_raw_file_is_named_with_its_path_in_the_configuration():
+    Path("raw/help.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"^chats\[0\].paths\[0\]: raw/help.jsonl does not exist"):
+        graph()

@@ -1,0 +1,54 @@
+"""One Snakemake at a time in a directory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import pathlib, sys, time
+from snaketron.graph import single_run
+print(single_run.hold(pathlib.Path(sys.argv[1])), flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def hold(path: Path, seconds: float) -> tuple[subprocess.Popen, str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE, str(path), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def test_the_second_process_is_refused_until_the_first_is_killed(tmp_path: Path):
+    path = tmp_path / ".snakemake/snaketron.lock"  # of a directory that is not there yet
+    first, answer = hold(path, 600)
+    assert answer == "True"
+    try:
+        second, answer = hold(path, 0)
+        assert (answer, second.wait()) == ("False", 0)
+    finally:
+        first.kill()
+        first.wait()
+    third, answer = hold(path, 0)
+    assert (answer, third.wait()) == ("True", 0)
+    fourth, answer = hold(path, 0)  # and the end of a process frees it
+    assert (answer, fourth.wait()) == ("True", 0)
+    for process in (first, second, third, fourth):
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_two_directories_are_two_locks(tmp_path: Path):
+    first, answer = hold(tmp_path / "a/lock", 600)
+    try:
+        second, other = hold(tmp_path / "b/lock", 0)
+        assert (answer, other, second.wait()) == ("True", "True", 0)
+    finally:
+        first.kill()
+        first.wait()
+    for process in (first, second):
+        assert process.stdout is not None
+        process.stdout.close()

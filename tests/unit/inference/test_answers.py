@@ -1,0 +1,47 @@
+"""The prompts that show what tuning did: held-out conversations up to their first answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.data import tokenizer as tokenizers
+from snaketron.inference.answers import Prompt, held_out_prompts
+from snaketron.train.batches import SftBatches
+
+import pytest
+
+# (id, whether the assistant said it)
+QUESTION = [(5, 0), (6, 0), (7, 1), (8, 1)]
+TWO_TURNS = [(10, 0), (11, 1), (12, 1), (13, 0), (14, 0), (15, 1)]
+
+
+@pytest.fixture
+def batches(packed_blend, tokenizer_dir: Path, sft_settings):
+    def make(packs: list[list[list[tuple[int, int]]]]) -> SftBatches:
+        held_out = {"valid": {"a": packs}} if packs else {}
+        blend = packed_blend(train={"a": [[QUESTION]]}, **held_out)
+        return SftBatches(blend, sft_settings()[0], tokenizers.info(tokenizer_dir), eval_samples=4)
+
+    return make
+
+
+def test_a_prompt_ends_where_the_first_answer_begins(batches):
+    """Of a pack only the first conversation, of that only the first answer."""
+    assert list(held_out_prompts(batches([[TWO_TURNS, QUESTION]]), 1)) == [Prompt([10], [11, 12])]
+    assert list(held_out_prompts(batches([[QUESTION, TWO_TURNS]]), 1)) == [Prompt([5, 6], [7, 8])]
+
+
+def test_an_answer_that_ends_the_only_conversation_is_whole(batches):
+    assert list(held_out_prompts(batches([[QUESTION]]), 1)) == [Prompt([5, 6], [7, 8])]
+
+
+def test_each_prompt_is_of_another_pack(batches):
+    prompts = list(held_out_prompts(batches([[QUESTION], [TWO_TURNS]]), 2))
+    assert sorted(p.input_ids for p in prompts) == [[5, 6], [10]]
+    assert list(held_out_prompts(batches([[QUESTION], [TWO_TURNS]]), 1)) == prompts[:1]
+
+
+def test_no_held_out_packs_give_no_prompts(batches):
+    assert list(held_out_prompts(batches([]), 2)) == []
+    assert list(held_out_prompts(batches([[QUESTION]]), 0)) == []

@@ -1,0 +1,95 @@
+"""A training without a model, for tests of its supervisor: python toy_training.py DIRECTORY SETTINGS PLAN
+
+It does 12 steps of 20 ms, saves every 4, and waits for the other ranks at each step, through files. PLAN maps
+"attempt:rank:step" to what goes wrong there: an action of `go_wrong`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from snaketron.files import write_text
+from snaketron.jobs import launch, supervisor
+from snaketron.jobs import version as versions
+from snaketron.jobs.heartbeat import Heartbeat
+from snaketron.log import UserError, run
+from snaketron.settings.training import RunSettings
+
+STEPS, SAVE_INTERVAL = 12, 4
+
+
+def main() -> int:
+    directory, settings, plan = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    if launch.is_rank():
+        launch.join()
+        with launch.telling(directory):
+            return train(directory, plan)
+    settings = RunSettings.model_validate_json(settings)
+    attempt = int(os.environ.get("ATTEMPT", 1))
+    return supervisor.supervise(
+        "toy", directory, settings, lambda: (directory / "record.json").exists(), attempt=attempt
+    )
+
+
+def train(directory: Path, plan: dict[str, str]) -> int:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    attempt = len(json.loads((directory / "attempts.json").read_text()))
+    write_text(directory / f"environment_{rank}.json", json.dumps(dict(os.environ)))
+    stop: list[int] = []
+    for number in supervisor.Signals.NUMBERS:
+        signal.signal(number, lambda n, _: stop.append(n))
+    heartbeat = Heartbeat(directory, STEPS, writer=rank == world - 1)
+    for step in range((versions.latest_iteration(directory) or 0) + 1, STEPS + 1):
+        go_wrong(plan.get(f"{attempt}:{rank}:{step}"), stop)
+        time.sleep(0.02)
+        asked = bool(stop)
+        write_text(directory / f"steps/{attempt}_{step}_{rank}", str(int(asked)))
+        others = [directory / f"steps/{attempt}_{step}_{other}" for other in range(world)]
+        while not all(other.exists() for other in others):
+            time.sleep(0.002)
+        asked = any(other.read_text() == "1" for other in others)
+        versions.check_owner(directory)
+        heartbeat.written = -1.0  # every step, however short
+        heartbeat.beat(step)
+        if rank == 0 and (step % SAVE_INTERVAL == 0 or asked):
+            versions.iteration_directory(directory, step).mkdir(exist_ok=True)
+            write_text(directory / versions.LATEST, str(step))
+        if asked:
+            return launch.SAVED
+    if rank == 0:
+        write_text(directory / "record.json", "{}")
+    return 0
+
+
+def go_wrong(how: str | None, stop: list[int]) -> None:
+    match how:
+        case None:
+            return
+        case "raise":
+            raise ValueError("the gradient is not finite")
+        case "notice":
+            time.sleep(0.2)  # the other one is dead by now
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:51097")
+        case "refuse":
+            raise UserError("data/blend.json: no such file")
+        case "wait":
+            while not stop:
+                time.sleep(0.002)
+        case "pause":
+            time.sleep(2)
+        case "hang":
+            signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.Signals.NUMBERS)
+            time.sleep(600)
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case _:
+            raise ValueError(how)
+
+
+if __name__ == "__main__":
+    run(main)

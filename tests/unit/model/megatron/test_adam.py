@@ -1,0 +1,61 @@
+"""Our step of the optimizer against megatron-core's: the same weights, bit by bit."""
+
+from __future__ import annotations
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.config import load
+from snaketron.model.megatron import adam
+from snaketron.settings.training import pretrain_settings, run_settings
+from snaketron.train import loop
+from tests.gpu.worker import BATCH, LENGTH, VOCABULARY, FixedBatches, state_hash
+
+import pytest
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+
+def trained(precision: str, clip_grad: float = 1e9, spoil: bool = False) -> tuple[loop.Trainer, list[float]]:
+    """A trainer after three steps, and the norms of their gradients."""
+    phase = {"name": "one", "tokens": 100 * BATCH * LENGTH, "blend": [{"corpus": "docs", "weight": 1}]}
+    pretrain = {"seq_length": LENGTH, "global_batch_size": BATCH, "micro_batch_size": 2, "phases": [phase]}
+    pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 1}
+    pretrain |= {"optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "clip_grad": clip_grad}}
+    config = load({"model": {"precision": precision}, "pretrain": pretrain}, {})
+    run = run_settings(config, "pretrain")
+    torch.manual_seed(0)
+    settings = pretrain_settings(config, "one")
+    trainer, batches = (
+        loop.Trainer(settings, run, VOCABULARY),
+        FixedBatches(2, settings.model.mtp_num_layers),
+    )
+    if spoil:
+        next(trainer.model.parameters()).data[5] = torch.inf
+    return trainer, [trainer._step(batches) for _ in range(3)]
+
+
+def compare(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """The two steps; without clipping, as the norms may differ in their last bit."""
+    results = []
+    for gradients, weights, norm in (
+        (adam._copy_gradients, adam._copy_weights, adam._their_norm),
+        (adam._give_gradients, adam._give_weights, adam._gradient_norm),
+    ):
+        monkeypatch.setattr(DistributedOptimizer, "_copy_model_grads_to_main_grads", gradients)
+        monkeypatch.setattr(DistributedOptimizer, "_copy_main_params_to_model_params", weights)
+        monkeypatch.setattr(ChainedOptimizer, "get_grad_norm", norm)
+        results.append(trained(precision))
+    (theirs, their_norms), (ours, our_norms) = results
+    assert all(part.__dict__["_gradients"] for part in ours.optimizer.chained_optimizers)
+    assert state_hash(ours) == state_hash(theirs)
+    assert our_norms == pytest.approx(their_norms, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_step_is_that_of_megatron_core(monkeypatch, precision):
+    compare(monkeypatch, precision)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training():
+    with pytest.raises(RuntimeError, match="one: the gradient of step 1 is not finite"):
+        trained("fp32", clip_grad=1.0, spoil=True)

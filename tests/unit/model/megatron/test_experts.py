@@ -1,0 +1,96 @@
+"""The experts of a GPU against a loop over them in double precision."""
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.model import backend
+from snaketron.model.megatron.experts import Experts, frozen_experts, stacked
+
+import torch
+
+COUNTS, INPUTS, INNER = [70, 0, 1, 129], 64, 96  # of tokens for each expert, and widths
+
+
+def errors(dtype: torch.dtype) -> list[float]:
+    """Relative errors of the output, and of the gradients of input, probabilities and both weights."""
+    torch.manual_seed(0)
+    tokens, device = sum(COUNTS), backend.device()
+    x, probs = torch.randn(tokens, INPUTS, device=device), torch.rand(tokens, 1, device=device)
+    buffers = [torch.randn(4, *s, device=device) / 8 for s in ((INNER, INPUTS), (INPUTS, INNER))]
+    weight = torch.randn(tokens, INPUTS, device=device)
+
+    exact = [t.double().requires_grad_() for t in (x, probs, *buffers)]
+    parts = []
+    for i, rows in enumerate(torch.arange(tokens, device=device).split(COUNTS)):
+        hidden = torch.relu(exact[0][rows] @ exact[2][i].T) ** 2 * exact[1][rows]
+        parts.append(hidden @ exact[3][i].T)
+    expected = torch.cat(parts)
+    (expected * weight).sum().backward()
+
+    # As DistributedDataParallel lays them out: parameters that are parts of one piece of memory.
+    memory = [buffer.to(dtype) for buffer in buffers]
+    weights = [[torch.nn.Parameter(part) for part in m.unbind()] for m in memory]
+    stacks = tuple(stacked(w) for w in weights)
+    grads = tuple(torch.ones_like(buffer) for buffer in buffers)  # of micro-batches before
+    a, p = x.to(dtype).requires_grad_(), probs.clone().requires_grad_()
+    ends = torch.tensor(COUNTS, device=device).cumsum(0).int()
+    out = Experts.apply(a, p, ends, weights[0][0], weights[1][0], stacks, grads)
+    (out * weight).sum().backward()
+    assert all(w[0].grad_added_to_main_grad for w in weights)
+    found = [out, a.grad, p.grad, grads[0] - 1, grads[1] - 1]
+    wanted = [expected, *(t.grad for t in exact)]
+    return [float((f.double() - w).norm() / w.norm()) for f, w in zip(found, wanted, strict=True)]
+
+
+def test_experts_are_those_of_a_loop_over_them():
+    if backend.HAS_GPU:  # its kernel is for bf16, of which a product has 8 bits
+        assert max(errors(torch.bfloat16)) < 2e-2
+    else:
+        assert max(errors(torch.float32)) < 1e-5
+
+
+def test_tensors_are_stacked_only_where_they_follow_each_other():
+    memory = torch.arange(24.0)
+    parts = [part.view(2, 3) for part in memory.chunk(4)]
+    found = stacked(parts)
+    assert found is not None and torch.equal(found, memory.view(4, 2, 3))
+    assert stacked(parts[::-1]) is None
+    assert stacked([parts[0], parts[2]]) is None
+    assert stacked([p.T for p in parts]) is None
+    alone = [torch.empty(0).set_(memory.untyped_storage()[i : i + 24], 0, (2, 3)) for i in (0, 24)]
+    assert alone[1].data_ptr() == alone[0].data_ptr() + 24 and stacked(alone) is None
+
+
+def test_frozen_experts_are_the_trained_ones_and_pass_gradients_on():
+    """The same output and the same gradients of input and probabilities; the weights get none."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if backend.HAS_GPU else torch.float32
+    tokens, device = sum(COUNTS), backend.device()
+    x = torch.randn(tokens, INPUTS, device=device).to(dtype)
+    probs = torch.rand(tokens, 1, device=device)
+    memory = [torch.randn(4, *s, device=device).to(dtype) / 8 for s in ((INNER, INPUTS), (INPUTS, INNER))]
+    weights = (memory[0], memory[1])
+    ends = torch.tensor(COUNTS, device=device).cumsum(0).int()
+    results = []
+    for frozen in (False, True):
+        a, p = x.clone().requires_grad_(), probs.clone().requires_grad_()
+        if frozen:
+            out = frozen_experts(a, p, ends, weights)
+        else:
+            first = [torch.nn.Parameter(m[0]) for m in memory]
+            grads = (torch.zeros_like(memory[0]), torch.zeros_like(memory[1]))
+            out = Experts.apply(a, p, ends, *first, weights, grads)
+        out.float().square().sum().backward()
+        results.append([out, a.grad, p.grad])
+    for trained, frozen_one in zip(*results, strict=True):
+        assert torch.equal(trained, frozen_one)
+
+
+def test_adapters_join_both_products_of_frozen_experts():
+    """One expert, by hand: fc1 = 2 with 1 added, squared, times 0.5, then fc2 = 3 with 10 added."""
+    dtype, device = torch.bfloat16 if backend.HAS_GPU else torch.float32, backend.device()
+    x = torch.eye(16, device=device, dtype=dtype)[:1]
+    weights = tuple(torch.eye(16, device=device, dtype=dtype)[None] * w for w in (2, 3))
+    ends = torch.tensor([1], device=device, dtype=torch.int32)
+    probs = torch.full((1, 1), 0.5, device=device)
+    adapters = [lambda x, ends: x, lambda x, ends: 10 * x]
+    out = frozen_experts(x, probs, ends, weights, adapters)
+    assert out[0, 0].item() == (2 + 1) ** 2 * 0.5 * (3 + 10) and out[0, 1:].abs().max() == 0

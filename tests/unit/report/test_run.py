@@ -1,0 +1,198 @@
+"""The summary of a run, from records written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from snaketron import files
+from snaketron.log import UserError
+from snaketron.report.run import summarize
+
+import pytest
+
+
+def shard(tokens: int, documents: int, num_bytes: int, empty: int = 0) -> dict[str, Any]:
+    counts = {"documents": documents, "bytes": num_bytes, "dropped": {"empty": empty, "no_tokens": 0}}
+    return counts | {s: {"tokens": t} for s, t in (("train", tokens), ("valid", 10), ("test", 0))}
+
+
+def packs(count: int, tokens: int, trained: int, kept: int, **dropped: int) -> dict[str, Any]:
+    return {
+        "packs": count,
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "packed": kept,
+        "dropped": dropped,
+        "cut": 0,
+    }
+
+
+NO_PACKS = packs(0, 0, 0, 0)
+
+
+def trained(before: float | None, after: float | None, test: float | None, **counts: float) -> dict[str, Any]:
+    return {"valid_loss_before": before, "valid_loss_after": after, "test_loss": test, **counts}
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """Two shards of one corpus and one source, a blend of each, two phases and SFT."""
+
+    def make(
+        path: str,
+        kind: str,
+        *inputs: dict[str, Any],
+        counts: dict[str, Any],
+        settings: dict[str, Any] | None = None,
+        seconds: float = 0.5,
+    ) -> dict[str, Any]:
+        """Write the record of an artifact; returns how a later record lists it as its input."""
+        record = {"kind": kind, "name": path, "seconds": seconds, "inputs": list(inputs), "outputs": []}
+        record_path = tmp_path / path
+        if kind == "checkpoint":
+            record_path = record_path / "record.json"
+        files.write_json(record_path, record | {"settings": settings or {}, "counts": counts})
+        entry = {"path": str(tmp_path / path)}
+        return entry | ({"version": "k"} if kind == "checkpoint" else {"sha256": files.sha256(record_path)})
+
+    docs = {"corpus": "docs"}
+    shards = [
+        make(
+            "docs/a.json", "tokens", settings=docs, counts=shard(1_000, 30, 1_500_000, empty=2), seconds=1.25
+        ),
+        make("docs/b.json", "tokens", settings=docs, counts=shard(2_345, 1_000, 2_100_000), seconds=2),
+    ]
+    blend = make("pretrain/record.json", "blend", *shards, counts={})
+    source = {"source": "tools", "pack_size": 100}
+    rendered = make(
+        "chat/a.json", "render_chat", settings=source, counts={"dropped": {"no_assistant": 1_200}}
+    )
+    splits = {
+        "train": packs(3, 240, 90, 7, too_long=2),
+        "valid": packs(1, 60, 10, 1),
+        "test": NO_PACKS,
+    }
+    packed = make("sft/a.json", "pack_sft", rendered, settings=source, counts={"splits": splits})
+    broad = make(
+        "ckpt/pretrain/broad",
+        "checkpoint",
+        blend,
+        counts=trained(7.5, 4.25, None, iterations=10, tokens=20_480, train_seconds=4.0),
+        seconds=9,
+    )
+    make(
+        "ckpt/sft",
+        "checkpoint",
+        packed,
+        broad,
+        counts=trained(4.0, 3.12345, 3.5, iterations=1_200, tokens=1_000, train_seconds=0.5),
+        seconds=12.34,
+    )
+    return tmp_path / "ckpt/sft"
+
+
+def sections(text: str) -> dict[str, str]:
+    return {part.split("\n", 1)[0]: part.split("\n", 1)[1].strip() for part in text.split("## ")[1:]}
+
+
+def test_training_is_from_the_first_phase_to_the_last(run: Path):
+    # 20,480 tokens in 4 s; names are the records', which here are paths
+    assert sections(summarize(run))["Training"].splitlines() == [
+        "| training            | steps | tokens | valid loss before |  after | test loss | tokens/s |",
+        "|---------------------|------:|-------:|------------------:|-------:|----------:|---------:|",
+        "| ckpt/pretrain/broad |    10 | 20,480 |            7.5000 | 4.2500 |         - |    5,120 |",
+        "| ckpt/sft            | 1,200 |  1,000 |            4.0000 | 3.1235 |    3.5000 |    2,000 |",
+    ]
+
+
+def test_the_mix_of_the_last_training_is_shown_against_the_weights(run: Path):
+    assert "Mix" not in sections(summarize(run))
+    record = run / "record.json"
+    value = files.read_json(record)
+    sums = {"packs": 12, "conversations": 3_456, "tokens": 12_000, "trained_tokens": 4_000, "epochs": 1.5}
+    value["counts"]["sources"] = {
+        "tools": {"weight": 2 / 3, "share": 0.75, **sums, "valid_loss": 3.25},
+        "rare": {"weight": 1 / 3, "share": 0.25, **sums, "valid_loss": None},
+    }
+    files.write_json(record, value)
+    assert [line.replace(" ", "") for line in sections(summarize(run))["Mix"].splitlines()] == [
+        "|chatsource|wanted|trained|packs|conversations|tokens|trainedtokens|epochs|validloss|",
+        "|-------------|-------:|--------:|------:|--------------:|-------:|---------------:|-------:|-----------:|",
+        "|tools|66.7%|75.0%|12|3,456|12,000|4,000|1.50|3.2500|",
+        "|rare|33.3%|25.0%|12|3,456|12,000|4,000|1.50|-|",
+    ]
+
+
+def test_performance_is_of_the_stages_that_measured_it(run: Path):
+    assert "Performance" not in sections(summarize(run))
+    path = run / "record.json"
+    record = json.loads(path.read_text())
+    record["counts"] |= {"tokens_per_second_per_process": 20_400.4, "tflops_per_process": 187.91}
+    record["counts"] |= {"peak_memory_gib": 88.04, "step_seconds": 1_200, "data_seconds": 3.25}
+    path.write_text(json.dumps(record | {"counts": record["counts"] | {"checkpoint_seconds": 40.06}}))
+    lines = sections(summarize(run))["Performance"].splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == [
+        "of a process", "tokens/s", "model TFLOP/s", "peak GiB",
+        "s in steps", "waiting for data", "in checkpoints",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
+        "ckpt/sft", "20,400", "188", "88.0", "1,200.0", "3.2", "40.1",
+    ]  # fmt: skip
+
+
+def test_text_is_summed_over_the_shards_of_a_corpus(run: Path):
+    assert sections(summarize(run))["Text"].splitlines() == [
+        "| corpus | shards | documents |  MB | train tokens | valid | test |",
+        "|--------|-------:|----------:|----:|-------------:|------:|-----:|",
+        "| docs   |      2 |     1,030 | 3.6 |        3,345 |    20 |    0 |",
+        "",
+        "Dropped: 2 empty.",
+    ]
+
+
+def test_conversations_are_summed_over_the_splits(run: Path):
+    """300 of 4 packs of 100 tokens; what rendering and packing dropped, in one sentence."""
+    assert sections(summarize(run))["Conversations"].splitlines() == [
+        "| chat source | conversations | packs | tokens | trained tokens | packing efficiency |",
+        "|-------------|--------------:|------:|-------:|---------------:|-------------------:|",
+        "| tools       |             8 |     4 |    300 |            100 |              75.0% |",
+        "",
+        "Dropped: 1,200 no assistant, 2 too long.",
+    ]
+
+
+def test_time_is_summed_over_the_jobs_of_a_kind(run: Path):
+    assert sections(summarize(run))["Time"].splitlines() == [
+        "| made                | jobs | seconds |",
+        "|---------------------|-----:|--------:|",
+        "| blend               |    1 |     0.5 |",
+        "| pack_sft            |    1 |     0.5 |",
+        "| render_chat         |    1 |     0.5 |",
+        "| tokens              |    2 |     3.2 |",
+        "| ckpt/pretrain/broad |    1 |     9.0 |",
+        "| ckpt/sft            |    1 |    12.3 |",
+    ]
+
+
+def test_answers_are_quoted_as_they_are(run: Path):
+    (run / "answers").mkdir()
+    for step, answer in ((0, "#"), (20, "on the way"), (100, "that")):
+        entry = {"prompt": "what?\nnow", "reference": " this ", "answer": answer}
+        files.write_json(run / f"answers/step_{step:07d}.json", [entry])
+    text = summarize(run)
+    assert text.startswith(f"# {run}\n\n## Training\n\n")
+    assert text.endswith(
+        "## Answers\n\nprompt:\n\n    what?\n    now\n\nreference:\n\n    this\n\n"
+        "base model:\n\n    #\n\ntuned model:\n\n    that\n"
+    )
+
+
+def test_without_answers_there_is_no_section(run: Path):
+    assert list(sections(summarize(run))) == ["Training", "Text", "Conversations", "Time"]
+
+
+def test_an_unfinished_checkpoint_has_no_summary(tmp_path: Path):
+    with pytest.raises(UserError, match=r"record.json: no such record"):
+        summarize(tmp_path)

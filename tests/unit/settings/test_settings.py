@@ -1,0 +1,287 @@
+"""What defines a training and what only says how it is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from snaketron.config import Adapters, Config, load
+from snaketron.settings.training import (
+    LoraSettings,
+    RunSettings,
+    TrainSettings,
+    lora_settings,
+    pretrain_settings,
+    run_settings,
+    sft_settings,
+)
+
+import pytest
+
+MIX = [{"corpus": "docs", "weight": 1}]
+PHASES = [
+    {"name": "first", "tokens": 5_000, "blend": MIX},
+    {"name": "second", "tokens": 4_000, "blend": MIX, "seq_length": 50, "global_batch_size": 20},
+    {"name": "third", "tokens": 2_000, "blend": MIX},
+]
+PRETRAIN = {"seq_length": 100, "global_batch_size": 12, "micro_batch_size": 4, "warmup_tokens": 600}
+
+
+def curriculum(decay_tokens: int = 3_000, **changes: int) -> Config:
+    """Three phases of 5,000, 4,000 and 2,000 tokens, or what `changes` gives by the name of the phase."""
+    phases = [phase | {"tokens": changes.get(phase["name"], phase["tokens"])} for phase in PHASES]
+    return load({"pretrain": PRETRAIN | {"decay_tokens": decay_tokens, "phases": phases}}, {})
+
+
+# ------------------------------------------------------------------------------------------ the curriculum
+
+
+def test_tokens_are_rounded_up_to_whole_steps_and_the_phases_follow_each_other():
+    """A step has 1,200 tokens, in the second phase 1,000: 5, 4 and 2 steps."""
+    config = curriculum()
+    found = [pretrain_settings(config, name) for name in ("first", "second", "third")]
+    assert [s.train_iters for s in found] == [5, 4, 2]
+    assert [(s.global_batch_size, s.seq_length) for s in found] == [(12, 100), (20, 50), (12, 100)]
+    assert [s.schedule.increment for s in found] == [1_200, 1_000, 1_200]
+    assert [s.schedule.start for s in found] == [0, 6_000, 10_000]
+    assert found[-1].schedule.end == 10_000 + 2 * 1_200
+    assert [s.stage for s in found] == ["pretrain/first", "pretrain/second", "pretrain/third"]
+
+
+@pytest.mark.parametrize(
+    ("decay_tokens", "decaying"),
+    [
+        # The curriculum has 12,400 tokens; the phases end at 6,000, 10,000 and 12,400.
+        (0, []),
+        (2_400, ["third"]),
+        (2_401, ["second", "third"]),
+        (6_400, ["second", "third"]),
+        (6_401, ["first", "second", "third"]),
+    ],
+)
+def test_a_phase_decays_when_the_decay_begins_before_its_end(decay_tokens, decaying):
+    config = curriculum(decay_tokens)
+    schedules = {n: pretrain_settings(config, n).schedule for n in ("first", "second", "third")}
+    assert [name for name, schedule in schedules.items() if schedule.decay] == decaying
+    assert all(s.end == 12_400 and s.decay == decay_tokens for s in schedules.values() if s.decay)
+
+
+def test_a_phase_before_the_decay_does_not_depend_on_what_follows():
+    short, long = curriculum(), curriculum(third=50_000)
+    assert pretrain_settings(short, "first") == pretrain_settings(long, "first")
+    assert pretrain_settings(short, "second") != pretrain_settings(
+        long, "second"
+    )  # it decayed, and no longer
+
+
+def test_a_phase_depends_on_those_before_it():
+    assert pretrain_settings(curriculum(first=7_000), "second").schedule.start == 7_200
+
+
+def test_a_warm_up_longer_than_the_phase_ends_in_the_next_one():
+    """The scheduler wants the warm-up to end before the schedule; no step of the phase gets there."""
+    phases = [PHASES[0] | {"tokens": 1_200}, PHASES[2] | {"tokens": 6_000}]
+    values = PRETRAIN | {"warmup_tokens": 2_000, "decay_tokens": 1_200, "phases": phases}
+    schedule = pretrain_settings(load({"pretrain": values}, {}), "first").schedule
+    assert (schedule.warmup, schedule.end, schedule.decay) == (2_000, 2_001, 0)
+
+
+def test_sft_counts_in_steps_of_packs():
+    config = load(
+        {"sft": {"train_iters": 7, "warmup_iters": 3, "global_batch_size": 4}, "sft_data": {"pack_size": 64}},
+        {},
+    )
+    settings = sft_settings(config)
+    assert (settings.seq_length, settings.global_batch_size, settings.train_iters) == (64, 4, 7)
+    assert settings.schedule.model_dump() == {
+        "style": "cosine",
+        "start": 0,
+        "warmup": 3,
+        "end": 7,
+        "decay": 0,
+        "increment": 1,
+    }
+
+
+# -------------------------------------------------------------------------- what makes a training run again
+
+# A different valid value of each key; numbers double where nothing is said.
+OTHER: dict[str, Any] = {
+    "tracking": "offline",
+    "model.hybrid_layer_pattern": "MEM*EM-",
+    "model.mtp_hybrid_layer_pattern": "*-",
+    "model.precision": "bf16",
+    "model.bf16_layers_at_end": 2,
+    "pretrain.cuda_graphs": True,
+    **{f"{s}.save_in_background": True for s in ("pretrain", "sft", "lora")},
+    **{
+        f"{s}.optimizer.{k}_precision": "bf16"
+        for s in ("pretrain", "sft", "lora")
+        for k in ("gradient", "moment")
+    },
+    **{f"{s}.recompute": ["moe"] for s in ("pretrain", "sft", "lora")},
+    **{f"{s}.offload_optimizer": 0.5 for s in ("pretrain", "sft", "lora")},
+    "model.moe_router_topk": 1,
+    "model.mamba_num_groups": 4,
+    "model.num_query_groups": 4,
+    "model.num_attention_heads": 16,
+    "pretrain.micro_batch_size": 2,
+    "pretrain.warmup_tokens": 5_000,
+    "pretrain.decay_tokens": 5_000,
+    "pretrain.optimizer.adam_beta1": 0.8,
+    "pretrain.optimizer.adam_beta2": 0.8,
+    **{f"{s}.optimizer.adam_beta{i}": 0.8 for s in ("sft", "lora") for i in (1, 2)},
+    **{f"{s}.micro_batch_size": None for s in ("sft", "lora")},  # 1 only
+    **{f"{s}.loss_average": "sample" for s in ("sft", "lora")},
+    **{f"{s}.switch_loss_average_after": 20 for s in ("sft", "lora")},
+    **{f"{s}.sample_interval": 20 for s in ("sft", "lora")},
+    "lora.expert_rank": 2,
+    "lora.dropout": 0.1,
+    "lora.target_modules": ["in_proj", "linear_qkv"],
+    "lora.optimizer.weight_decay": 0.1,
+    "pretrain.parallel.expert_model_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
+    "pretrain.parallel.expert_tensor_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
+    **{
+        f"{s}.parallel.expert_{k}_parallel_size": (f"{s}.parallel.data_parallel_size", 2)
+        for s in ("sft", "lora")
+        for k in ("model", "tensor")
+    },
+    "pretrain.tokens_per_second_per_gpu": 100.0,
+    "sft.tokens_per_second_per_gpu": 100.0,
+    "lora.tokens_per_second_per_gpu": 100.0,
+    "cluster.gpus_per_node": 8,
+    "cluster.tasks_per_node": 8,
+    "cluster.gpu_memory_gb": 80.0,
+    "cluster.container": "a.sif",
+    "cluster.container_runtime": "pyxis",
+    "cluster.mounts": ["/data"],
+    "cluster.cache_dir": "/scratch",
+    "cluster.environment": {"NCCL_DEBUG": "INFO"},
+    "cluster.secrets_file": "secrets",
+}
+# Identified by the files that they make.
+DATA = (
+    "pathvars",
+    "tokenizer",
+    "corpora",
+    "sources_lock",
+    "curation",
+    "chats",
+    "pretrain_data",
+    "sft_data",
+    "pretrain.phases",
+    "sft.blend",
+)
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and value and not path.startswith(DATA):
+            yield from leaves(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def change(values: dict[str, Any], path: str, value: Any) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        values = values[section]
+    values[name] = value
+
+
+def parts(config: Config) -> dict[str, str]:
+    return {
+        "pretrain": pretrain_settings(config, config.pretrain.phases[-1].name).model_dump_json(),
+        "sft": sft_settings(config).model_dump_json(),
+        "lora": lora_settings(config).model_dump_json(),
+        "run pretrain": run_settings(config, "pretrain").model_dump_json(),
+        "run sft": run_settings(config, "sft").model_dump_json(),
+        "run lora": run_settings(config, "lora").model_dump_json(),
+    }
+
+
+def expected(path: str) -> set[str]:
+    section, _, key = path.partition(".")
+    if path == "seed" or section == "model":
+        return {"pretrain", "sft", "lora"}
+    if path == "tracking" or section == "cluster":
+        return {"run pretrain", "run sft", "run lora"}
+    of_result = (
+        "optimizer",
+        "seq_length",
+        "global_batch_size",
+        "train_iters",
+        "warmup",
+        "decay",
+        "loss",
+        "switch",
+        *Adapters.model_fields,
+    )
+    return {section} if key.startswith(of_result) else {f"run {section}"}
+
+
+def roomy() -> dict[str, Any]:
+    """The defaults with batches that divide by two processes."""
+    values = Config().model_dump(mode="json")
+    values["pretrain"] |= {"global_batch_size": 16, "micro_batch_size": 4}
+    values["sft"]["global_batch_size"] = values["lora"]["global_batch_size"] = 4
+    return values
+
+
+KEYS = [
+    (path, value)
+    for path, value in leaves(roomy())
+    if not path.startswith(DATA) and OTHER.get(path, ...) is not None
+]
+
+
+@pytest.mark.parametrize(("path", "value"), KEYS, ids=[path for path, _ in KEYS])
+def test_each_key_is_of_the_result_or_of_the_run(path, value):
+    """Changing a key changes the one part that it belongs to, and no key is in neither or in both."""
+    values = roomy()
+    other = OTHER.get(path, value * 2 if isinstance(value, int | float) else value)
+    if isinstance(other, tuple):
+        change(values, *other)
+        other = 2
+    before = parts(load(values, {}))
+    change(values, path, other)
+    after = parts(load(values, {}))
+    assert {name for name in after if after[name] != before[name]} == expected(path)
+
+
+def test_the_pack_size_is_of_the_result():
+    """It is the sequence length of SFT; the other keys of the data are in the data's own files."""
+    assert sft_settings(load({"sft_data": {"pack_size": 512}}, {})).seq_length == 512
+
+
+def test_no_key_is_in_both_parts():
+    assert not set(TrainSettings.model_fields) & set(RunSettings.model_fields)
+
+
+def test_settings_survive_the_command_line():
+    config = Config()
+    settings, run = sft_settings(config), run_settings(config, "sft")
+    assert TrainSettings.model_validate_json(settings.model_dump_json()) == settings
+    assert RunSettings.model_validate_json(run.model_dump_json()) == run
+    assert json.loads(run.model_dump_json())["num_samples"] == 2
+    lora = lora_settings(config, "lora_merged")
+    assert LoraSettings.model_validate_json(lora.model_dump_json()) == lora
+
+
+def test_lora_is_sft_with_adapters_and_values_of_its_own():
+    """On the same data: it has every key of SFT but the blend."""
+    values = {"sft": {"train_iters": 50}, "lora": {"train_iters": 20, "rank": 4, "alpha": 2.0}}
+    config = load(values, {})
+    settings = lora_settings(config)
+    assert (settings.stage, settings.train_iters, settings.lora.rank, settings.lora.alpha) == (
+        "lora",
+        20,
+        4,
+        2,
+    )
+    assert sft_settings(config).train_iters == 50
+    assert set(type(config.lora).model_fields) == (
+        set(type(config.sft).model_fields) - {"blend"} | set(Adapters.model_fields)
+    )

@@ -1,0 +1,160 @@
+"""What is asked for a training, and what the executor plugin makes of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from snaketron.config import ConfigError, load
+from snaketron.graph.dry_run import sbatch_request
+from snaketron.sizes.layout import check_lora, check_memory, resources
+
+import pytest
+from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+from snakemake_executor_plugin_slurm.utils import set_gres_string
+from snakemake_executor_plugin_slurm.validation import validate_slurm_extra
+
+
+class Resources(dict):
+    """Snakemake's: a mapping with attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+def job(asked: dict[str, Any]) -> Any:
+    return SimpleNamespace(resources=Resources(asked | {"slurm_partition": "gpu", "runtime": 240}), threads=1)
+
+
+def request(parallel: dict[str, int], cluster: dict[str, Any], **keys: Any) -> str:
+    """The sbatch options of pretraining."""
+    pretrain = {"parallel": parallel, "global_batch_size": 64, "micro_batch_size": 1, **keys}
+    config = load({"pretrain": pretrain, "cluster": cluster}, {})
+    submitted = job(resources(config.pretrain, config.cluster))
+    validate_slurm_extra(submitted)
+    return sbatch_request(submitted, get_submit_command, set_gres_string)
+
+
+START, END = "-p gpu -t 240", "--requeue --open-mode=append"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cluster", "expected"),
+    [
+        ({}, {}, "--mem 4000 --nodes=1 --ntasks=1 --cpus-per-task=2 {END}"),
+        ({}, {"gpus_per_node": 8}, "--mem 4000 --nodes=1 --cpus-per-task=2 {END} --gres=gpu:1"),
+        (  # of one node: one task, with the CPUs of all
+            {"data_parallel_size": 8},
+            {"gpus_per_node": 8},
+            "--mem 32000 --nodes=1 --cpus-per-task=16 {END} --gres=gpu:8",
+        ),
+        (
+            {"tensor_model_parallel_size": 2, "data_parallel_size": 16},
+            {"gpus_per_node": 8},
+            "--mem 32000 --nodes=4 --ntasks-per-node=8 --cpus-per-task=2 {END} --gres=gpu:8",
+        ),
+        (  # tasks_per_node=1 is refused by the plugin, and `tasks` alone would become --ntasks-per-gpu
+            {"data_parallel_size": 2},
+            {"gpus_per_node": 1},
+            "--mem 4000 --nodes=2 --ntasks=2 --cpus-per-task=2 {END} --gres=gpu:1",
+        ),
+        (
+            {"data_parallel_size": 2},
+            {"tasks_per_node": 1},
+            "--mem 4000 --nodes=2 --ntasks=2 --cpus-per-task=2 {END}",
+        ),
+    ],
+)
+def test_the_request_of_a_training(parallel, cluster, expected):
+    assert request(parallel, cluster) == f"{START} {expected.format(END=END)}"
+
+
+def test_memory_and_cpus_are_of_the_processes_of_a_node():
+    asked = request({"data_parallel_size": 4}, {"gpus_per_node": 2}, cpus_per_task=6, mem_gb_per_task=1.5)
+    assert "--mem 3000 --nodes=2 --ntasks-per-node=2 --cpus-per-task=6 " in asked
+
+
+@pytest.mark.parametrize(
+    ("cluster", "parallel", "message"),
+    [
+        (
+            {"gpus_per_node": 8},
+            {"data_parallel_size": 16, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
+            None,
+        ),
+        (
+            {"gpus_per_node": 6},
+            {"data_parallel_size": 8},
+            "pretrain.parallel: 8 processes do not fill nodes of cluster.gpus_per_node 6; 6 or 12 would",
+        ),
+        (
+            {"tasks_per_node": 3},
+            {"data_parallel_size": 4},
+            "pretrain.parallel: 4 processes do not fill nodes of cluster.tasks_per_node 3; 3 or 6 would",
+        ),
+        (
+            {"gpus_per_node": 2, "tasks_per_node": 4},
+            {},
+            "cluster.tasks_per_node 4 is more than cluster.gpus_per_node 2: each needs a GPU",
+        ),
+    ],
+)
+def test_processes_fill_their_nodes(cluster, parallel, message):
+    pretrain = {"parallel": parallel, "global_batch_size": 64, "micro_batch_size": 1}
+    if message is None:
+        load({"pretrain": pretrain, "cluster": cluster}, {})
+        return
+    with pytest.raises(ConfigError) as error:
+        load({"pretrain": pretrain, "cluster": cluster}, {})
+    assert message in str(error.value).splitlines()
+
+
+def test_a_training_that_no_gpu_holds_is_refused_with_both_numbers():
+    """1.8 M parameters of 4 + 4 + 8 bytes are 29 MB, and the activations of 4 sequences 84 MB more."""
+    config = load({"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.1}}, {})
+    message = (
+        r"pretrain.parallel: takes 0.11\d+ GB of a GPU, more than cluster.gpu_memory_gb 0.1, of which "
+        r"weights, gradients and optimizer take 0.029\d+;"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_memory(config)
+    check_memory(load({"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.12}}, {}))
+
+
+# --------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (  # of dense layers, which the default model has none of
+            {"lora": {"target_modules": ["in_proj", "mlp.linear_fc1"]}},
+            "lora.target_modules[1]: 'mlp.linear_fc1' is no linear layer of this model; "
+            "did you mean 'linear_fc1'?",
+        ),
+        (  # MEM*|EME, with multi-token prediction at the end
+            {
+                "model": {"hybrid_layer_pattern": "MEM*EME"},
+                "lora": {"target_modules": ["eh_proj"], "parallel": {"pipeline_model_parallel_size": 2}},
+            },
+            "lora.target_modules: none of the layers MEM* of pipeline stage 0 is meant; "
+            "add a target, such as in_proj",
+        ),
+        (
+            {"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.001}},
+            "lora.parallel: takes 0.0",
+        ),
+    ],
+)
+def test_lora_that_cannot_be_is_an_error_when_it_is_asked_for(values: dict, message: str):
+    config = load(values, {})
+    with pytest.raises(ConfigError) as error:
+        check_lora(config)
+    assert str(error.value).startswith(message)
+
+
+def test_what_lora_cannot_adapt_does_not_concern_the_others():
+    """A model without attention has no linear_qkv, which is a target by default."""
+    config = load({"model": {"hybrid_layer_pattern": "MEME", "mtp_num_layers": 0}}, {})
+    check_memory(config)
+    with pytest.raises(ConfigError, match=r"target_modules\[0\]: 'linear_qkv' is no linear layer"):
+        check_lora(config)

@@ -1,0 +1,352 @@
+"""Which raw files a source of the configuration means, and what the shards are called."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from snaketron.config import ChatSource, Config, ConfigError, Corpus, Hub
+from snaketron.sources.shards import (
+    DOWNLOADED,
+    Lock,
+    check_addresses,
+    read_lock,
+    remote,
+    shards,
+    size_text,
+    to_download,
+)
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def touch(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+
+def grouped(*paths: str, shard_size: int | None = None, **source: Any) -> dict[str, list[str]]:
+    return shards(
+        Corpus(name="docs", paths=list(paths), **source), "corpora[2]", read_lock("none"), shard_size
+    )
+
+
+def found(*paths: str) -> dict[str, str]:
+    """The one file of each shard."""
+    return {name: file for name, (file,) in grouped(*paths).items()}
+
+
+def refusal(*paths: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        found(*paths)
+    return str(error.value)
+
+
+def test_a_file_is_a_shard_named_without_its_suffix():
+    touch("a.jsonl", "raw/b.parquet", "c.v2.json.gz", "d.jsonl.zst", "e.jsonl.gz", "f.json", "g.json.zst")
+    names = ["a.jsonl", "raw/b.parquet", "c.v2.json.gz", "d.jsonl.zst", "e.jsonl.gz", "f.json", "g.json.zst"]
+    assert found(*names) == dict(zip(["a", "b", "c.v2", "d", "e", "f", "g"], names, strict=True))
+
+
+def test_a_directory_is_its_raw_files_at_any_depth():
+    touch("raw/b.jsonl", "raw/deep/er/a.parquet", "raw/README.md", "raw/c.txt")
+    assert found("raw") == {"a": "raw/deep/er/a.parquet", "b": "raw/b.jsonl"}
+    assert found("raw/") == found("raw")
+
+
+def test_hidden_files_belong_to_downloaders_and_editors():
+    touch("raw/a.jsonl", "raw/.a.jsonl.part", "raw/.b.jsonl", "raw/.cache/c.jsonl")
+    assert found("raw") == found("raw/*.jsonl") == {"a": "raw/a.jsonl"}
+    assert found("raw/.cache/*") == {"c": "raw/.cache/c.jsonl"}
+    assert found("raw/.b.jsonl") == {".b": "raw/.b.jsonl"}  # it was asked for
+
+
+def test_a_glob_is_the_files_that_match():
+    touch("raw/2024/a_1.jsonl", "raw/2025/a_2.jsonl", "raw/2025/b.jsonl")
+    Path("raw/2025/a_dir.jsonl").mkdir()
+    assert found("raw/*/a_*.jsonl") == {"a_1": "raw/2024/a_1.jsonl", "a_2": "raw/2025/a_2.jsonl"}
+    assert found("raw/**/b.jsonl") == {"b": "raw/2025/b.jsonl"}
+    assert found("raw/2025/[b-c].json?") == {"b": "raw/2025/b.jsonl"}
+
+
+def test_absolute_paths_and_globs_stay_absolute(here: Path):
+    touch("raw/a.jsonl")
+    assert found(f"{here}/raw/a.jsonl") == found(f"{here}/raw/*") == {"a": f"{here}/raw/a.jsonl"}
+
+
+def test_shards_are_listed_by_name_whatever_the_order_of_the_paths():
+    touch("c.jsonl", "a.jsonl", "b.jsonl")
+    assert list(found("c.jsonl", "a.jsonl", "b.jsonl")) == ["a", "b", "c"]
+
+
+def test_a_file_named_twice_is_one_shard():
+    touch("raw/a.jsonl", "raw/b.jsonl")
+    assert found("raw/a.jsonl", "raw", "raw/*.jsonl") == {"a": "raw/a.jsonl", "b": "raw/b.jsonl"}
+    assert found("raw/a.jsonl", "./raw/a.jsonl") == {"a": "raw/a.jsonl"}
+
+
+def test_a_file_of_the_sample_need_not_exist_yet():
+    assert found("data/sample/docs/part_0.jsonl") == {"part_0": "data/sample/docs/part_0.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shard"),
+    [
+        ("My File (1).jsonl", "my_file__1_"),
+        ("UPPER.parquet", "upper"),
+        ("naïve.jsonl", "na_ve"),
+        ("a+b=c.jsonl.zst", "a_b_c"),
+        ("a[1].jsonl", "a_1_"),
+    ],
+)
+def test_an_odd_file_name_becomes_a_plain_shard_name(name: str, shard: str):
+    touch(f"raw/{name}")
+    assert found(f"raw/{name}") == found("raw") == {shard: f"raw/{name}"}
+
+
+def test_two_files_of_one_shard_name_are_refused():
+    touch("x/a.jsonl", "y/A.parquet")
+    assert refusal("x", "y") == (
+        "corpora[2].paths[1]: y/A.parquet and x/a.jsonl would both be shard 'a'; rename one"
+    )
+
+
+def test_a_missing_file_is_named_with_where_it_was_looked_for(here: Path):
+    assert refusal("raw/a.jsonl") == (
+        f"corpora[2].paths[0]: raw/a.jsonl does not exist (relative paths start at {here})"
+    )
+    touch("a.jsonl")
+    assert refusal("a.jsonl", "data/sample/docs/part_0.txt").startswith(
+        "corpora[2].paths[1]: data/sample/docs/part_0.txt does not exist"
+    )
+
+
+def test_a_directory_or_glob_without_files_is_named():
+    touch("raw/a.txt")
+    assert refusal("raw").endswith("file in the directory raw") and refusal("raw").startswith(
+        "corpora[2].paths[0]: no .jsonl, "
+    )
+    assert refusal("raw/*.jsonl") == "corpora[2].paths[0]: no file matches raw/*.jsonl"
+
+
+def test_another_kind_of_file_is_refused_with_those_that_are_read():
+    touch("raw/a.jsonl", "raw/b.csv")
+    assert refusal("raw/*") == (
+        "corpora[2].paths[0]: raw/b.csv is none of "
+        ".jsonl, .jsonl.gz, .jsonl.zst, .json, .json.gz, .json.zst, .parquet, .arrow"
+    )
+
+
+def test_a_file_name_that_is_only_a_suffix_is_refused():
+    touch("raw/.jsonl")
+    assert refusal("raw/.jsonl") == "corpora[2].paths[0]: raw/.jsonl has no name before .jsonl; rename it"
+
+
+# Several files in one shard
+
+
+def test_files_are_put_together_by_name_until_a_shard_is_large_enough():
+    for name, size in {"d": 1, "a": 4, "c": 6, "b": 5, "e": 20, "f": 3}.items():
+        Path(f"{name}.jsonl").write_text("x" * size)
+    assert grouped("*.jsonl", shard_size=10) == {
+        "a": ["a.jsonl", "b.jsonl", "c.jsonl"],  # 4 + 5 are not 10 yet
+        "d": ["d.jsonl", "e.jsonl"],
+        "f": ["f.jsonl"],  # what is left
+    }
+    assert grouped("*.jsonl", shard_size=1000) == {"a": [f"{name}.jsonl" for name in "abcdef"]}
+    assert list(grouped("*.jsonl", shard_size=1)) == list("abcdef")
+    assert grouped("c.jsonl", "a.jsonl", shard_size=10) == {"a": ["a.jsonl", "c.jsonl"]}
+
+
+def test_a_file_of_the_sample_is_a_shard_of_its_own_before_and_after_it_is_written():
+    paths = [f"data/sample/docs/part_{i}.jsonl" for i in range(2)]
+    before = grouped(*paths, shard_size=1000)
+    touch(*paths)
+    assert grouped(*paths, shard_size=1000) == before == {"part_0": [paths[0]], "part_1": [paths[1]]}
+
+
+def test_a_limited_source_is_one_shard_in_the_order_of_the_configuration():
+    touch("z/b.jsonl", "z/a.jsonl", "c.jsonl")
+    for limit in ({"max_documents": 5}, {"max_tokens": 5}):
+        assert grouped("z", "c.jsonl", shard_size=1, **limit) == {
+            "sample": ["z/a.jsonl", "z/b.jsonl", "c.jsonl"]
+        }
+
+
+def test_only_the_first_files_are_used_when_so_configured():
+    touch("z/b.jsonl", "z/a.jsonl", "c.jsonl")
+    assert grouped("z", "c.jsonl", max_files=2) == {"a": ["z/a.jsonl"], "b": ["z/b.jsonl"]}
+    assert grouped("z", "c.jsonl", max_files=1, max_documents=9) == {"sample": ["z/a.jsonl"]}
+
+
+# Files that lie elsewhere
+
+WEB = Corpus(name="web", paths=["s3://bucket/*.parquet", "s3://bucket/more"])
+HUB = Corpus(name="math", hub=Hub(repository="lab/math", configuration="4plus"))
+
+
+def entry(request: dict, *files: tuple[str, int]) -> dict:
+    return {
+        "request": request,
+        "revision": None,
+        "files": [
+            {"name": name, "address": f"s3://bucket/{name}", "size": size, "sha256": "0" * 64}
+            for name, size in files
+        ],
+    }
+
+
+def write_lock(**sources: dict) -> Lock:
+    Path("sources.lock.json").write_text(json.dumps({"version": 1, "sources": sources}))
+    return read_lock("sources.lock.json", ["mine.yaml"])
+
+
+def listed(*files: tuple[str, int]) -> Lock:
+    return write_lock(web=entry({"paths": WEB.paths}, *files))
+
+
+def test_files_that_lie_elsewhere_are_those_of_the_lock_below_the_data_root():
+    lock = listed(("b.parquet", 7), ("a.jsonl.gz", 5))
+    assert shards(WEB, "corpora[0]", lock) == {
+        "a": ["<data>/raw/web/a.jsonl.gz"],
+        "b": ["<data>/raw/web/b.parquet"],
+    }
+    assert shards(WEB, "corpora[0]", lock, 12) == {
+        "a": ["<data>/raw/web/a.jsonl.gz", "<data>/raw/web/b.parquet"]
+    }
+    limited = WEB.model_copy(update={"max_documents": 3})
+    assert shards(limited, "corpora[0]", lock) == {
+        "sample": ["<data>/raw/web/b.parquet", "<data>/raw/web/a.jsonl.gz"]
+    }
+
+
+def test_what_is_not_listed_names_the_command_that_lists_it(here: Path):
+    lock = read_lock("sources.lock.json", [here / "mine.yaml", Path("/site/my roots.yaml")])
+    with pytest.raises(ConfigError) as error:
+        shards(HUB, "corpora[1]", lock)
+    assert str(error.value) == (
+        "corpora[1] (math): its files are not listed in sources.lock.json yet. List them, and commit it:\n"
+        "  python scripts/lock_sources.py --configfile mine.yaml '/site/my roots.yaml'"
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"configuration": "4plus_MIND"}, {"split": "test"}, {"revision": "v2"}, {"repository": "a/b"}]
+)
+def test_what_was_listed_for_another_request_is_not_used(change: dict[str, str]):
+    assert HUB.hub
+    lock = write_lock(math=entry({"hub": HUB.hub.model_dump()}, ("a.parquet", 1)))
+    assert list(shards(HUB, "corpora[1]", lock)) == ["a"]
+    changed = HUB.model_copy(update={"hub": HUB.hub.model_copy(update=change)})
+    with pytest.raises(ConfigError, match=r"lists what .*4plus.* asked for, and now it is .*\n  python"):
+        shards(changed, "corpora[1]", lock)
+
+
+def test_other_settings_of_a_source_do_not_ask_for_another_listing():
+    lock = listed(("a.parquet", 1))
+    assert shards(WEB.model_copy(update={"text_field": "body", "where": {"a": ["b"]}}), "corpora[0]", lock)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"version": 2, "sources": {}}',
+        '{"version": 1, "sources": {"web": {"files": []}}}',
+        '{"version": 1, "sources": {"web": {"request": {}, "files": []}}}',
+        '{"version": 1, "sources": {"web": {"request": {}, "revision": null, "files": [{"name": "a"}]}}}',
+        '<<<<<<< HEAD\n{"version": 1}',
+    ],
+)
+def test_a_damaged_lock_file_is_named(text: str):
+    Path("lock.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"^sources_lock: lock.json is not a lock file \(.*\n  python"):
+        read_lock("lock.json")
+
+
+@pytest.mark.parametrize(
+    ("path", "secret"),
+    [
+        ("https://me:hunter2@host/a.jsonl", "hunter2"),
+        ("s3://KEY:hunter2@bucket/a.jsonl", "hunter2"),
+        ("https://host/a.jsonl?X-Amz-Signature=hunter2&X-Amz-Date=1", "hunter2"),
+        ("https://host/a.jsonl?sv=1&sig=hunter2", "hunter2"),
+        ("https://host/a.jsonl?access_token=hunter2", "hunter2"),
+        ("https://host/a.jsonl?AWSAccessKeyId=hunter2", "hunter2"),
+    ],
+)
+def test_an_address_with_a_secret_is_refused_and_the_secret_not_repeated(path: str, secret: str):
+    with pytest.raises(ConfigError, match="put credentials into the environment") as error:
+        shards(Corpus(name="web", paths=[path]), "corpora[0]", read_lock("none"))
+    assert (secret not in str(error.value) and "/a.jsonl" in str(error.value)) or "bucket" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "https://host/a.jsonl?download=true",
+        "hf://datasets/lab/math@main/data/*.parquet",
+        "s3://bucket/tokens/a?.jsonl",
+    ],
+)
+def test_other_addresses_are_not_taken_for_secrets(path: str):
+    check_addresses(Corpus(name="web", paths=[path]), "corpora[0]")
+
+
+def test_files_and_addresses_are_not_mixed_in_a_source():
+    with pytest.raises(ConfigError, match=r"corpora\[0\].paths\[1\]: raw is of this machine .* two sources"):
+        shards(Corpus(name="web", paths=["s3://bucket/a.jsonl", "raw"]), "corpora[0]", read_lock("none"))
+
+
+def config(**changes: Any) -> Config:
+    corpora = [Corpus(name="docs", paths=["raw"]), WEB, HUB]
+    blend = [{"corpus": "docs", "weight": 1}]
+    pretrain = {"phases": [{"name": "one", "tokens": 100_000, "blend": blend}]}
+    return Config(**{"corpora": corpora, "pretrain": pretrain} | changes)
+
+
+def test_a_dry_run_knows_what_is_not_here_yet():
+    assert HUB.hub
+    math = entry({"hub": HUB.hub.model_dump()}, ("x.parquet", 200_000_000))
+    web = entry({"paths": WEB.paths}, ("a.parquet", 1_400_000_000), ("b.parquet", 2_000_000_000))
+    lock = write_lock(math=math, web=web, not_used_here=web)
+    assert to_download(config(), lock) == "To download: web 2 files, 3.4 GB; math 1 file, 200 MB"
+    touch("data/raw/web/a.parquet", "data/raw/web/.b.parquet.partial", "data/raw/math/x.parquet")
+    assert to_download(config(), lock) == "To download: web 1 file, 2.0 GB"
+    first = WEB.model_copy(update={"max_files": 1})
+    assert to_download(config(corpora=[*config().corpora[:1], first, HUB]), lock) is None
+    touch("data/raw/web/b.parquet")
+    assert to_download(config(), lock) is None
+    elsewhere = config(pathvars={"data": "scratch"})
+    assert to_download(elsewhere, lock) == "To download: web 2 files, 3.4 GB; math 1 file, 200 MB"
+
+
+def test_sizes_are_written_for_people():
+    sizes = [0, 999, 1000, 99_400, 999_400, 999_500, 3.4e9, 1.2e13]
+    assert [size_text(size) for size in sizes] == [
+        *["0 bytes", "999 bytes", "1.0 kB", "99.4 kB", "999 kB", "1.0 MB", "3.4 GB", "12.0 TB"]
+    ]
+
+
+def test_two_sources_of_one_name_may_not_both_be_downloaded():
+    chats = [ChatSource(name="web", paths=["s3://bucket/chats.jsonl"])]
+    sft = {"blend": [{"source": "web", "weight": 1}]}
+    with pytest.raises(ConfigError, match=r"chats\[0\]: corpora\[1\] is called 'web' too, .* rename one"):
+        remote(config(chats=chats, sft=sft))
+    assert list(remote(config())) == ["web", "math"]
+
+
+def test_the_record_of_a_downloaded_file_is_never_taken_for_a_download():
+    downloads = ["a_1.jsonl", "a.json", "a.json.zst", "a.jsonl.gz", "a.arrow", "a.parquet"]
+    others = ["a.parquet.json", "a.jsonl.json", "a.json.json", "A.json", ".a.json", "a/b.json", "a.gz"]
+    assert [name for name in downloads + others if re.fullmatch(DOWNLOADED, name)] == downloads
