@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from snaketron.log import argument_parser, logger, run
+from snaketron.sources.download import Patience, download
+from snaketron.sources.shards import size_text
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -17,23 +19,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="where it is put when it is complete")
     parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
     parser.add_argument(
-        "--retries", type=int, default=8, help="attempts in a row that bring nothing (default: 8)"
+        "--retries",
+        type=int,
+        default=Patience.retries,
+        help="attempts in a row that bring nothing (default: %(default)s)",
     )
     parser.add_argument(
         "--stall-timeout",
         type=float,
-        default=60,
+        default=Patience.stall_timeout,
         metavar="SECONDS",
-        help="connect again when nothing comes for so long (default: 60)",
+        help="connect again when nothing comes for so long (default: %(default)s)",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from snaketron.sources.download import Patience, download
-    from snaketron.sources.shards import size_text
-
     record = download(
         args.address,
         output=args.output,

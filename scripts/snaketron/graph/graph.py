@@ -14,7 +14,8 @@ from snaketron.settings.chats import padding_multiple, render_settings
 from snaketron.settings.text import read_settings, tokenize_settings
 from snaketron.settings.training import lora_settings, pretrain_settings, run_settings, sft_settings
 from snaketron.sizes.layout import check_lora, check_memory, layout, resources
-from snaketron.sources.shards import LockedFile, read_lock, shards, to_download
+from snaketron.sources.lockfile import LockedFile, read_lock
+from snaketron.sources.shards import shards, to_download
 
 
 class Graph(CurationGraph):

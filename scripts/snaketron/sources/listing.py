@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import json
 import posixpath
 import re
 import tempfile
@@ -18,17 +17,10 @@ from urllib.parse import unquote, urlsplit
 from snaketron.config import ChatSource, Config, ConfigError, Corpus, Hub
 from snaketron.files import write_text
 from snaketron.log import UserError, logger
-from snaketron.sources.download import Patience, fetch, filesystem
-from snaketron.sources.shards import (
-    LOCK_VERSION,
-    SUFFIXES,
-    Lock,
-    read_lock,
-    remote,
-    request,
-    size_text,
-    suffix_of,
-)
+from snaketron.sources.download import Patience, fetch
+from snaketron.sources.lockfile import Lock, lock_text, read_lock, remote, request
+from snaketron.sources.shards import SUFFIXES, size_text, suffix_of
+from snaketron.sources.streams import filesystem
 
 _AT_A_TIME = 100  # paths of one question to the hub
 _LONGEST_NAME = 150  # letters of a file's name; file systems take 255
@@ -78,23 +70,6 @@ def lock_sources(
     if not sources:
         logger.info("no source of this configuration lies elsewhere")
     return lock
-
-
-def lock_text(sources: dict[str, Any]) -> str:
-    """The text of a lock file: sources by name, a line a file, so that a diff shows what changed."""
-    blocks = []
-    for name in sorted(sources):
-        entry = sources[name]
-        files = ",\n".join(f"        {json.dumps(file, sort_keys=True)}" for file in entry["files"])
-        blocks.append(
-            f"    {json.dumps(name)}: {{\n"
-            f'      "request": {json.dumps(entry["request"], sort_keys=True)},\n'
-            f'      "revision": {json.dumps(entry["revision"])},\n'
-            f'      "files": [\n{files}\n      ]\n'
-            "    }"
-        )
-    body = ",\n".join(blocks)
-    return f'{{\n  "version": {LOCK_VERSION},\n  "sources": {{\n{body}\n  }}\n}}\n'
 
 
 def _entry(

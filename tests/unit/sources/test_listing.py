@@ -15,8 +15,9 @@ from snaketron.config import Config, Corpus, Hub
 from snaketron.files import write_json
 from snaketron.log import UserError
 from snaketron.sources.download import Patience
-from snaketron.sources.listing import Found, file_names, list_address, lock_sources, lock_text
-from snaketron.sources.shards import read_lock, shards
+from snaketron.sources.listing import Found, file_names, list_address, lock_sources
+from snaketron.sources.lockfile import lock_text, read_lock
+from snaketron.sources.shards import shards
 from tests.fake_hub import FakeHub
 from tests.faulty_server import Fault, FaultyServer
 

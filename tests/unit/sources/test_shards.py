@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from snaketron.config import ChatSource, Config, ConfigError, Corpus, Hub
-from snaketron.sources.shards import (
-    DOWNLOADED,
-    Lock,
-    check_addresses,
-    read_lock,
-    remote,
-    shards,
-    size_text,
-    to_download,
-)
+from snaketron.config import ConfigError, Corpus
+from snaketron.sources.lockfile import read_lock
+from snaketron.sources.shards import DOWNLOADED, shards, size_text, to_download
+from tests.unit.sources.locked import HUB, WEB, config, entry, listed, write_lock
 
 import pytest
 
@@ -190,29 +182,6 @@ def test_only_the_first_files_are_used_when_so_configured():
 
 # Files that lie elsewhere
 
-WEB = Corpus(name="web", paths=["s3://bucket/*.parquet", "s3://bucket/more"])
-HUB = Corpus(name="math", hub=Hub(repository="lab/math", configuration="4plus"))
-
-
-def entry(request: dict, *files: tuple[str, int]) -> dict:
-    return {
-        "request": request,
-        "revision": None,
-        "files": [
-            {"name": name, "address": f"s3://bucket/{name}", "size": size, "sha256": "0" * 64}
-            for name, size in files
-        ],
-    }
-
-
-def write_lock(**sources: dict) -> Lock:
-    Path("sources.lock.json").write_text(json.dumps({"version": 1, "sources": sources}))
-    return read_lock("sources.lock.json", ["mine.yaml"])
-
-
-def listed(*files: tuple[str, int]) -> Lock:
-    return write_lock(web=entry({"paths": WEB.paths}, *files))
-
 
 def test_files_that_lie_elsewhere_are_those_of_the_lock_below_the_data_root():
     lock = listed(("b.parquet", 7), ("a.jsonl.gz", 5))
@@ -227,92 +196,6 @@ def test_files_that_lie_elsewhere_are_those_of_the_lock_below_the_data_root():
     assert shards(limited, "corpora[0]", lock) == {
         "sample": ["<data>/raw/web/b.parquet", "<data>/raw/web/a.jsonl.gz"]
     }
-
-
-def test_what_is_not_listed_names_the_command_that_lists_it(here: Path):
-    lock = read_lock("sources.lock.json", [here / "mine.yaml", Path("/site/my roots.yaml")])
-    with pytest.raises(ConfigError) as error:
-        shards(HUB, "corpora[1]", lock)
-    assert str(error.value) == (
-        "corpora[1] (math): its files are not listed in sources.lock.json yet. List them, and commit it:\n"
-        "  python scripts/lock_sources.py --configfile mine.yaml '/site/my roots.yaml'"
-    )
-
-
-@pytest.mark.parametrize(
-    "change", [{"configuration": "4plus_MIND"}, {"split": "test"}, {"revision": "v2"}, {"repository": "a/b"}]
-)
-def test_what_was_listed_for_another_request_is_not_used(change: dict[str, str]):
-    assert HUB.hub
-    lock = write_lock(math=entry({"hub": HUB.hub.model_dump()}, ("a.parquet", 1)))
-    assert list(shards(HUB, "corpora[1]", lock)) == ["a"]
-    changed = HUB.model_copy(update={"hub": HUB.hub.model_copy(update=change)})
-    with pytest.raises(ConfigError, match=r"lists what .*4plus.* asked for, and now it is .*\n  python"):
-        shards(changed, "corpora[1]", lock)
-
-
-def test_other_settings_of_a_source_do_not_ask_for_another_listing():
-    lock = listed(("a.parquet", 1))
-    assert shards(WEB.model_copy(update={"text_field": "body", "where": {"a": ["b"]}}), "corpora[0]", lock)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        '{"version": 2, "sources": {}}',
-        '{"version": 1, "sources": {"web": {"files": []}}}',
-        '{"version": 1, "sources": {"web": {"request": {}, "files": []}}}',
-        '{"version": 1, "sources": {"web": {"request": {}, "revision": null, "files": [{"name": "a"}]}}}',
-        '<<<<<<< HEAD\n{"version": 1}',
-    ],
-)
-def test_a_damaged_lock_file_is_named(text: str):
-    Path("lock.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"^sources_lock: lock.json is not a lock file \(.*\n  python"):
-        read_lock("lock.json")
-
-
-@pytest.mark.parametrize(
-    ("path", "secret"),
-    [
-        ("https://me:hunter2@host/a.jsonl", "hunter2"),
-        ("s3://KEY:hunter2@bucket/a.jsonl", "hunter2"),
-        ("https://host/a.jsonl?X-Amz-Signature=hunter2&X-Amz-Date=1", "hunter2"),
-        ("https://host/a.jsonl?sv=1&sig=hunter2", "hunter2"),
-        ("https://host/a.jsonl?access_token=hunter2", "hunter2"),
-        ("https://host/a.jsonl?AWSAccessKeyId=hunter2", "hunter2"),
-    ],
-)
-def test_an_address_with_a_secret_is_refused_and_the_secret_not_repeated(path: str, secret: str):
-    with pytest.raises(ConfigError, match="put credentials into the environment") as error:
-        shards(Corpus(name="web", paths=[path]), "corpora[0]", read_lock("none"))
-    assert (secret not in str(error.value) and "/a.jsonl" in str(error.value)) or "bucket" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "https://host/a.jsonl?download=true",
-        "hf://datasets/lab/math@main/data/*.parquet",
-        "s3://bucket/tokens/a?.jsonl",
-    ],
-)
-def test_other_addresses_are_not_taken_for_secrets(path: str):
-    check_addresses(Corpus(name="web", paths=[path]), "corpora[0]")
-
-
-def test_files_and_addresses_are_not_mixed_in_a_source():
-    with pytest.raises(ConfigError, match=r"corpora\[0\].paths\[1\]: raw is of this machine .* two sources"):
-        shards(Corpus(name="web", paths=["s3://bucket/a.jsonl", "raw"]), "corpora[0]", read_lock("none"))
-
-
-def config(**changes: Any) -> Config:
-    corpora = [Corpus(name="docs", paths=["raw"]), WEB, HUB]
-    blend = [{"corpus": "docs", "weight": 1}]
-    pretrain = {"phases": [{"name": "one", "tokens": 100_000, "blend": blend}]}
-    return Config(**{"corpora": corpora, "pretrain": pretrain} | changes)
 
 
 def test_a_dry_run_knows_what_is_not_here_yet():
@@ -336,14 +219,6 @@ def test_sizes_are_written_for_people():
     assert [size_text(size) for size in sizes] == [
         *["0 bytes", "999 bytes", "1.0 kB", "99.4 kB", "999 kB", "1.0 MB", "3.4 GB", "12.0 TB"]
     ]
-
-
-def test_two_sources_of_one_name_may_not_both_be_downloaded():
-    chats = [ChatSource(name="web", paths=["s3://bucket/chats.jsonl"])]
-    sft = {"blend": [{"source": "web", "weight": 1}]}
-    with pytest.raises(ConfigError, match=r"chats\[0\]: corpora\[1\] is called 'web' too, .* rename one"):
-        remote(config(chats=chats, sft=sft))
-    assert list(remote(config())) == ["web", "math"]
 
 
 def test_the_record_of_a_downloaded_file_is_never_taken_for_a_download():
