@@ -5,7 +5,7 @@ rule filter_shard:
     """
     input:
         text=graph.raw_text,
-        models=graph.language_models,
+        models=graph.curation.language_models,
         tokenizer=ancient("<data>/tokenizer/tokenizer.json"),
     output:
         filtered="<data>/curation/filtered/{corpus}/{shard}.parquet",
@@ -17,7 +17,7 @@ rule filter_shard:
     resources:
         num_examples=graph.config.curation.num_examples,
     params:
-        settings=graph.filter_settings,
+        settings=graph.curation.filter_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
         "python scripts/filter_shard.py --text {input.text} --tokenizer {params.tokenizer}"
@@ -44,7 +44,7 @@ rule exact_signature:
 rule exact_find:
     """Find the documents of a group whose text came before, in the order of its corpora and shards."""
     input:
-        signatures=graph.exact_signatures,
+        signatures=graph.curation.exact_signatures,
     output:
         duplicates="<data>/curation/exact_duplicates/{group}.parquet",
         record="<data>/curation/exact_duplicates/{group}.json",
@@ -55,7 +55,7 @@ rule exact_find:
     wildcard_constraints:
         group=r"[a-z0-9_]+",
     params:
-        order=graph.exact_corpora,
+        order=graph.curation.exact_corpora,
     shell:
         "python scripts/exact_find.py --signatures {input.signatures}"
         " --output {output.duplicates} --record {output.record} --log-file {log}"
@@ -73,7 +73,7 @@ rule minhash_signature:
     benchmark:
         "<benchmarks>/minhash_signature/{corpus}/{shard}.tsv"
     params:
-        settings=graph.minhash_settings(),
+        settings=graph.curation.minhash_settings(),
     shell:
         "python scripts/minhash_signature.py --filtered {input} --settings {params.settings:q}"
         " --output {output.signature} --record {output.record} --log-file {log}"
@@ -85,8 +85,8 @@ rule minhash_buckets:
     Exact duplicates are left out, so that not both copies vanish.
     """
     input:
-        signatures=graph.minhash_signatures,
-        removals=graph.exact_duplicates_of_group,
+        signatures=graph.curation.minhash_signatures,
+        removals=graph.curation.exact_duplicates_of_group,
     output:
         pairs="<data>/curation/minhash_pairs/{group}/{bucket}.dups",
         record="<data>/curation/minhash_pairs/{group}/{bucket}.json",
@@ -98,8 +98,8 @@ rule minhash_buckets:
         group=r"[a-z0-9_]+",
         bucket=r"\d+",
     params:
-        settings=graph.minhash_settings(),
-        order=graph.minhash_corpora,
+        settings=graph.curation.minhash_settings(),
+        order=graph.curation.minhash_corpora,
     shell:
         "python scripts/minhash_buckets.py --signatures {input.signatures} --removals {input.removals}"
         " --bucket {wildcards.bucket} --settings {params.settings:q}"
@@ -113,7 +113,7 @@ rule minhash_cluster:
             "<data>/curation/minhash_pairs/{{group}}/{bucket}.dups",
             bucket=range(graph.config.curation.minhash.num_buckets),
         ),
-        signatures=graph.minhash_signatures,
+        signatures=graph.curation.minhash_signatures,
     output:
         duplicates="<data>/curation/near_duplicates/{group}.parquet",
         record="<data>/curation/near_duplicates/{group}.json",
@@ -124,8 +124,8 @@ rule minhash_cluster:
     wildcard_constraints:
         group=r"[a-z0-9_]+",
     params:
-        settings=graph.minhash_settings(),
-        order=graph.minhash_corpora,
+        settings=graph.curation.minhash_settings(),
+        order=graph.curation.minhash_corpora,
     shell:
         "python scripts/minhash_cluster.py --pairs {input.pairs} --signatures {input.signatures}"
         " --settings {params.settings:q}"
@@ -155,9 +155,9 @@ rule curate_shard:
     """Remove duplicates and contaminated documents from a filtered shard, and replace personal addresses."""
     input:
         filtered="<data>/curation/filtered/{corpus}/{shard}.parquet",
-        exact=graph.exact_duplicates,
-        near=graph.near_duplicates,
-        index=graph.decontamination_index,
+        exact=graph.curation.exact_duplicates,
+        near=graph.curation.near_duplicates,
+        index=graph.curation.decontamination_index,
         tokenizer=ancient("<data>/tokenizer/tokenizer.json"),
     output:
         curated="<data>/curated/{corpus}/{shard}.parquet",
@@ -169,7 +169,7 @@ rule curate_shard:
     resources:
         num_examples=graph.config.curation.num_examples,
     params:
-        settings=graph.curate_settings,
+        settings=graph.curation.curate_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
         "python scripts/curate_shard.py --filtered {input.filtered} --exact {input.exact}"

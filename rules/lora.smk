@@ -7,18 +7,18 @@ rule lora:
         blend="<data>/sft/blend.json",
         tokenizer="<data>/tokenizer/tokenizer.json",
         template="<data>/tokenizer/chat_template.jinja",
-        base=f"<ckpt>/pretrain/{graph.last_phase}",
+        base=f"<ckpt>/pretrain/{graph.training.last_phase}",
     output:
         directory("<ckpt>/lora"),
     log:
         "<logs>/lora.log",
     benchmark:
         "<benchmarks>/lora.tsv"
-    threads: graph.threads("lora")
+    threads: graph.training.threads("lora")
     resources:
-        **graph.training_resources("lora"),
+        **graph.training.resources("lora"),
     params:
-        settings=graph.lora_settings("lora"),
+        settings=graph.training.settings("lora"),
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
         "python scripts/lora.py --blend {input.blend} --tokenizer {params.tokenizer}"
@@ -35,7 +35,7 @@ rule merge_lora:
         blend="<data>/sft/blend.json",
         tokenizer="<data>/tokenizer/tokenizer.json",
         template="<data>/tokenizer/chat_template.jinja",
-        base=f"<ckpt>/pretrain/{graph.last_phase}",
+        base=f"<ckpt>/pretrain/{graph.training.last_phase}",
         adapters="<ckpt>/lora",
     output:
         directory("<ckpt>/lora_merged"),
@@ -43,11 +43,11 @@ rule merge_lora:
         "<logs>/merge_lora.log",
     benchmark:
         "<benchmarks>/merge_lora.tsv"
-    threads: graph.threads("lora")
+    threads: graph.training.threads("lora")
     resources:
-        **graph.training_resources("lora"),
+        **graph.training.resources("lora"),
     params:
-        settings=graph.lora_settings("lora_merged"),
+        settings=graph.training.settings("lora", stage="lora_merged"),
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
         "python scripts/merge_lora.py --blend {input.blend} --tokenizer {params.tokenizer}"

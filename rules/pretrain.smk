@@ -8,18 +8,18 @@ rule pretrain:
         blend="<data>/pretrain/{phase}/blend.json",
         index="<data>/pretrain/{phase}/index",
         tokenizer="<data>/tokenizer/tokenizer.json",
-        base=graph.previous_phase,
+        base=graph.training.previous_phase,
     output:
         directory("<ckpt>/pretrain/{phase}"),
     log:
         "<logs>/pretrain/{phase}.log",
     benchmark:
         "<benchmarks>/pretrain/{phase}.tsv"
-    threads: graph.threads("pretrain")
+    threads: graph.training.threads("pretrain")
     resources:
-        **graph.training_resources("pretrain"),
+        **graph.training.resources("pretrain"),
     params:
-        settings=graph.pretrain_settings,
+        settings=graph.training.settings("pretrain"),
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
         "python scripts/pretrain.py --blend {input.blend} --index {input.index}"

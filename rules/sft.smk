@@ -7,18 +7,18 @@ rule sft:
         blend="<data>/sft/blend.json",
         tokenizer="<data>/tokenizer/tokenizer.json",
         template="<data>/tokenizer/chat_template.jinja",
-        base=f"<ckpt>/pretrain/{graph.last_phase}",
+        base=f"<ckpt>/pretrain/{graph.training.last_phase}",
     output:
         directory("<ckpt>/sft"),
     log:
         "<logs>/sft.log",
     benchmark:
         "<benchmarks>/sft.tsv"
-    threads: graph.threads("sft")
+    threads: graph.training.threads("sft")
     resources:
-        **graph.training_resources("sft"),
+        **graph.training.resources("sft"),
     params:
-        settings=graph.sft_settings(),
+        settings=graph.training.settings("sft"),
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
         "python scripts/sft.py --blend {input.blend} --tokenizer {params.tokenizer}"

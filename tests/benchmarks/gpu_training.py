@@ -106,7 +106,7 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     import snaketron.model  # noqa: F401
     from snaketron.config import Model, load
     from snaketron.model import backend, spec
-    from snaketron.settings.training import pretrain_settings, run_settings
+    from snaketron.settings.training import run_settings, train_settings
     from snaketron.sizes.flops import training_flops
     from snaketron.sizes.memory import memory_of_process
     from snaketron.train import loop
@@ -128,7 +128,7 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     pretrain["optimizer"] = optimizer
     keys = MODEL | variant.get("model", {})
     config = load({"model": keys, "pretrain": pretrain}, {})
-    settings, run = pretrain_settings(config, "one"), run_settings(config, "pretrain")
+    settings, run = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
 
     device = backend.device()
 

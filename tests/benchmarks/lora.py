@@ -74,7 +74,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     import snaketron.model  # noqa: F401
     from snaketron.config import Adapters, Model, load
     from snaketron.model import backend
-    from snaketron.settings.training import LoraSettings, pretrain_settings, run_settings
+    from snaketron.settings.training import LoraSettings, run_settings, train_settings
     from snaketron.sizes.memory import static_memory
     from snaketron.sizes.parameters import adapter_parameters, num_parameters
     from snaketron.train import loop
@@ -92,7 +92,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 2, "save_in_background": False}
     pretrain["optimizer"] = {"learning_rate": 1e-4, "min_learning_rate": 1e-5}
     config = load({"model": model, "pretrain": pretrain}, {})
-    settings, run = pretrain_settings(config, "one"), run_settings(config, "pretrain")
+    settings, run = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
     adapters = None
     if kind == "lora":
         adapters = Adapters(rank=args.rank, expert_rank=args.expert_rank)

@@ -18,7 +18,7 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import load
-from snaketron.settings.training import pretrain_settings, run_settings
+from snaketron.settings.training import run_settings, train_settings
 from snaketron.train import loop
 from snaketron.train.batches import Batch, Batches, sequences
 
@@ -45,7 +45,7 @@ def measure(directory: Path, model: dict[str, Any], *, background: bool) -> None
     pretrain = {"seq_length": LENGTH, "micro_batch_size": 4, "phases": [phase], "decay_tokens": 64}
     pretrain |= {"warmup_tokens": 0, "save_in_background": background, "keep_checkpoints": 1}
     config = load({"model": model, "pretrain": pretrain}, {})
-    settings, run = pretrain_settings(config, "one"), run_settings(config, "pretrain")
+    settings, run = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
     shutil.rmtree(directory, ignore_errors=True)
     with loop.distributed(settings, run):
         trainer = loop.Trainer(settings, run, VOCABULARY)

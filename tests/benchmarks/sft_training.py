@@ -25,7 +25,7 @@ from snaketron.data.chats.packs import Pack, join, loss_weights, write
 from snaketron.data.tokenizer import Info
 from snaketron.files import write_json
 from snaketron.model import backend
-from snaketron.settings.training import run_settings, sft_settings
+from snaketron.settings.training import run_settings, train_settings
 from snaketron.train import loop
 from snaketron.train.batches import Batch, Batches, Report, SftBatches
 
@@ -129,7 +129,7 @@ def main() -> None:
     sft |= {"optimizer": {"learning_rate": 1e-4, "min_learning_rate": 1e-5}}
     model, vocabulary = (gpu_training.MODEL, gpu_training.VOCABULARY) if args.large else ({}, VOCABULARY)
     config = load({"model": model, "sft": sft, "sft_data": {"pack_size": args.pack_size}}, {})
-    settings, run = sft_settings(config), run_settings(config, "sft")
+    settings, run = train_settings(config, "sft"), run_settings(config, "sft")
     with loop.distributed(settings, run), tempfile.TemporaryDirectory() as directory:
         trainer = loop.Trainer(settings, run, vocabulary)
         packs = [join([conversations[i] for i in items]) for items in bins]

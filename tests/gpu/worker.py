@@ -22,7 +22,7 @@ from snaketron.data.chats.packs import join, write
 from snaketron.data.tokenizer import Info
 from snaketron.files import write_json
 from snaketron.model.lora import merge
-from snaketron.settings.training import LoraSettings, pretrain_settings, run_settings, sft_settings
+from snaketron.settings.training import LoraSettings, run_settings, train_settings
 from snaketron.train import loop
 from snaketron.train.batches import Batches, SftBatches, sequences
 
@@ -74,7 +74,7 @@ def packed(blend: str, model: dict[str, Any], run: dict[str, Any]) -> tuple[Any,
     sft = {"train_iters": 20, "global_batch_size": BATCH, "warmup_iters": 0, "cpus_per_task": 1}
     sft |= {"eval_samples": 4} | run
     config = load({"model": model, "sft": sft, "sft_data": {"pack_size": 4 * LENGTH}}, {})
-    settings = sft_settings(config)
+    settings = train_settings(config, "sft")
     info = Info(sha256="t", vocab_size=VOCABULARY, eos_token="", eos_id=0, pad_id=0)
     return (
         settings,
@@ -89,7 +89,7 @@ def fixed(model: dict[str, Any], run: dict[str, Any], cluster: dict[str, Any]) -
     pretrain = {"seq_length": LENGTH, "global_batch_size": BATCH, "micro_batch_size": 2, "phases": [phase]}
     pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 1, "eval_samples": 4} | run
     config = load({"model": model, "pretrain": pretrain, "cluster": cluster}, {})
-    settings, run_as = pretrain_settings(config, "one"), run_settings(config, "pretrain")
+    settings, run_as = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
     return settings, run_as, lambda: FixedBatches(run_as.micro_batch_size, settings.model.mtp_num_layers)
 
 

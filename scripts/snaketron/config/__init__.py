@@ -15,16 +15,15 @@ from typing import Annotated, Any, Literal, Self
 from snaketron.config.base import ConfigError, Count, Section, key, suggest
 from snaketron.config.checks import (
     SECRET,
-    check_batches,
+    check_curriculum,
     check_environment,
-    check_lora,
     check_model,
-    check_nodes,
     check_reasoning,
     check_references,
-    check_run,
     check_sources,
+    check_splits,
     check_tokenizer,
+    check_training,
     duplicates,
 )
 from snaketron.config.data import (
@@ -55,6 +54,7 @@ from snaketron.config.training import (
     Sft,
     Tuning,
 )
+from snaketron.config.trainings import Training, trainings
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -81,6 +81,7 @@ __all__ = [
     "Run",
     "Section",
     "Sft",
+    "Training",
     "Tuning",
     "load",
 ]
@@ -129,19 +130,22 @@ class Config(Section):
             *check_reasoning(self),
             *check_tokenizer(self.tokenizer),
             *check_model(self.model),
-            *check_run("pretrain", self.pretrain, self.model),
-            *check_run("sft", self.sft, self.model),
-            *check_run("lora", self.lora, self.model),
-            *check_nodes("pretrain", self.pretrain, self.cluster),
-            *check_nodes("sft", self.sft, self.cluster),
-            *check_nodes("lora", self.lora, self.cluster),
             *check_environment(self.cluster),
-            *check_batches(self),
-            *check_lora(self),
+            *check_splits(self),
+            *check_curriculum(self.pretrain),
+            *(problem for training in self.trainings() for problem in check_training(training, self)),
         ]
         if problems:
-            raise ConfigError("\n".join(problems))
+            raise ConfigError("\n".join(dict.fromkeys(problems)))  # phases share most of their keys
         return self
+
+    def trainings(self) -> list[Training]:
+        """Every training, in the order in which they run."""
+        return trainings(self)
+
+    def training(self, name: str) -> Training:
+        """The training whose result is <ckpt>/`name`: pretrain/broad, sft, lora."""
+        return next(training for training in self.trainings() if training.name == name)
 
 
 def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Config:

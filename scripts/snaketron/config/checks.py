@@ -6,9 +6,10 @@ import re
 from typing import TYPE_CHECKING
 
 from snaketron.config.base import suggest
-from snaketron.config.data import FILTERS, Curation, Reasoning, Tokenizer
+from snaketron.config.data import FILTERS, Curation, PretrainData, Reasoning, SftData, Tokenizer
 from snaketron.config.linears import check_names
-from snaketron.config.training import Cluster, Model, Parallel, Pretrain, Run, Tuning
+from snaketron.config.training import Adapters, Cluster, Model, Parallel, Pretrain, Tuning
+from snaketron.config.trainings import Training
 
 if TYPE_CHECKING:
     from snaketron.config import Config
@@ -125,75 +126,6 @@ def check_model(model: Model) -> list[str]:
     return [p for p in problems if p]
 
 
-def check_run(section: str, run: Pretrain | Tuning, model: Model) -> list[str]:
-    """Parallel sizes against the model; the rules are megatron-core's."""
-    parallel, at = run.parallel, f"{section}.parallel"
-    tp, ep, etp = (
-        parallel.tensor_model_parallel_size,
-        parallel.expert_model_parallel_size,
-        parallel.expert_tensor_parallel_size,
-    )
-    stages = parallel.pipeline_model_parallel_size
-    shared = ["num_attention_heads", "mamba_num_heads", "mamba_num_groups"]
-    if model.num_query_groups >= tp:
-        shared.append("num_query_groups")
-    problems = [
-        _divides(f"model.{k}", getattr(model, k), f"{at}.tensor_model_parallel_size", tp) for k in shared
-    ]
-    if (context := parallel.context_parallel_size) > 1:
-        # A Mamba-2 layer then shares its heads, not the sequence; each process has groups of its own or
-        # several share one.
-        by = f"{at}.tensor_model_parallel_size x context_parallel_size ="
-        problems.append(_divides("model.mamba_num_heads", model.mamba_num_heads, by, tp * context))
-        groups = max(1, model.mamba_num_groups // tp)
-        if max(groups, context) % min(groups, context):
-            problems.append(
-                f"model.mamba_num_groups {model.mamba_num_groups} / {at}.tensor_model_parallel_size {tp} and "
-                f"context_parallel_size {context}: neither divides the other"
-            )
-    if model.num_query_groups < tp:  # each group is then on several processes
-        groups = model.num_query_groups
-        problems.append(_divides(f"{at}.tensor_model_parallel_size", tp, "model.num_query_groups", groups))
-    problems += [
-        _divides("model.num_moe_experts", model.num_moe_experts, f"{at}.expert_model_parallel_size", ep),
-        _divides(
-            "model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, f"{at}.expert_tensor_parallel_size", etp
-        ),
-        _divides(
-            f"the processes of a pipeline stage ({section})",
-            parallel.world_size // stages,
-            "expert_model_parallel_size x expert_tensor_parallel_size",
-            ep * etp,
-        ),
-        _divides(
-            "the layers of model.hybrid_layer_pattern",
-            len(model.hybrid_layer_pattern),
-            f"{at}.pipeline_model_parallel_size",
-            stages,
-        )
-        if len(model.hybrid_layer_pattern) < stages
-        else "",
-    ]
-    if "layer" in run.recompute and len(run.recompute) > 1:
-        problems.append(f"{section}.recompute: layer is everything; leave out the others of {run.recompute}")
-    return [p for p in problems if p]
-
-
-def check_nodes(section: str, run: Pretrain | Tuning, cluster: Cluster) -> list[str]:
-    """The processes of a training must fill its nodes."""
-    gpus, tasks = cluster.gpus_per_node, cluster.tasks_per_node
-    if gpus and tasks and tasks > gpus:
-        return [f"cluster.tasks_per_node {tasks} is more than cluster.gpus_per_node {gpus}: each needs a GPU"]
-    by = "tasks_per_node" if tasks else "gpus_per_node"
-    per_node, processes = tasks or gpus, run.parallel.world_size
-    if not per_node or processes <= per_node or processes % per_node == 0:
-        return []
-    return [
-        f"{section}.parallel: {processes} processes do not fill nodes of cluster.{by} {per_node}; "
-        f"{processes // per_node * per_node} or {-(-processes // per_node) * per_node} would"
-    ]
-
-
 # Names of variables that hold secrets. The configuration is copied beside checkpoints and to W&B.
 SECRET = re.compile(r"(?i)(_|^)(key|token|secret|password|passwd|credentials?)(_|$)")
 
@@ -207,85 +139,169 @@ def check_environment(cluster: Cluster) -> list[str]:
     ]
 
 
-def check_batches(config: Config) -> list[str]:
-    pretrain, problems = config.pretrain, []
-    for i, phase in enumerate(pretrain.phases):
-        at = f"pretrain.phases[{i}]" if phase.global_batch_size else "pretrain"
-        problems.append(_batch(at, phase.global_batch_size or pretrain.global_batch_size, pretrain))
-        at = f"pretrain.phases[{i}]" if phase.seq_length else "pretrain"
+def check_training(training: Training, config: Config) -> list[str]:
+    """The values of one training, against each other, the model and the nodes."""
+    return [
+        *check_parallel(training),
+        *check_nodes(training, config.cluster),
+        *check_batches(training, config.sft_data.padding_multiple),
+        *check_steps(training),
+        *(check_adapters(training.at("target_modules"), training.adapters) if training.adapters else ()),
+    ]
+
+
+def check_parallel(training: Training) -> list[str]:
+    """Parallel sizes against the model; the rules are megatron-core's."""
+    model, run, parallel, at = training.model, training.run, training.run.parallel, training.at("parallel")
+    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    shared = ["num_attention_heads", "mamba_num_heads", "mamba_num_groups"]
+    if model.num_query_groups >= tp:
+        shared.append("num_query_groups")
+    problems = [
+        _divides(f"model.{k}", getattr(model, k), f"{at}.tensor_model_parallel_size", tp) for k in shared
+    ]
+    problems += _check_context(at, model, parallel)
+    if model.num_query_groups < tp:  # each group is then on several processes
+        groups = model.num_query_groups
+        problems.append(_divides(f"{at}.tensor_model_parallel_size", tp, "model.num_query_groups", groups))
+    problems += _check_experts(at, training.section, model, parallel)
+    if (layers := len(model.hybrid_layer_pattern)) < stages:
+        by = f"{at}.pipeline_model_parallel_size"
+        problems.append(_divides("the layers of model.hybrid_layer_pattern", layers, by, stages))
+    if "layer" in run.recompute and len(run.recompute) > 1:
+        others = f"layer is everything; leave out the others of {run.recompute}"
+        problems.append(f"{training.at('recompute')}: {others}")
+    return [p for p in problems if p]
+
+
+def _check_context(at: str, model: Model, parallel: Parallel) -> list[str]:
+    """Under context parallelism the processes share the heads of a Mamba-2 layer, not the sequence.
+
+    Each process then has groups of its own, or several processes share one.
+    """
+    tp, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if context == 1:
+        return []
+    by = f"{at}.tensor_model_parallel_size x context_parallel_size ="
+    problems = [_divides("model.mamba_num_heads", model.mamba_num_heads, by, tp * context)]
+    groups = max(1, model.mamba_num_groups // tp)
+    if max(groups, context) % min(groups, context):
         problems.append(
-            _sequence(f"{at}.seq_length", phase.seq_length or pretrain.seq_length, pretrain.parallel)
+            f"model.mamba_num_groups {model.mamba_num_groups} / {at}.tensor_model_parallel_size {tp} and "
+            f"context_parallel_size {context}: neither divides the other"
         )
-    data = config.sft_data
-    if data.padding_multiple:
-        at = "sft_data.padding_multiple"
-        problems.append(_divides("sft_data.pack_size", data.pack_size, at, data.padding_multiple))
-    tunings: dict[str, Tuning] = {"sft": config.sft, "lora": config.lora}
-    for name, run in tunings.items():
-        problems.append(_batch(name, run.global_batch_size, run))
-        problems.append(_sequence("sft_data.pack_size", data.pack_size, run.parallel))
-        context = run.parallel.context_parallel_size
-        if data.padding_multiple and context > 1:
-            by = f"2 x {name}.parallel.context_parallel_size {context} ="
-            multiple = run.parallel.sequence_multiple
-            problems.append(_divides("sft_data.padding_multiple", data.padding_multiple, by, multiple))
+    return problems
+
+
+def _check_experts(at: str, section: str, model: Model, parallel: Parallel) -> list[str]:
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    width, processes = model.moe_ffn_hidden_size, parallel.world_size // parallel.pipeline_model_parallel_size
+    return [
+        _divides("model.num_moe_experts", model.num_moe_experts, f"{at}.expert_model_parallel_size", ep),
+        _divides("model.moe_ffn_hidden_size", width, f"{at}.expert_tensor_parallel_size", etp),
+        _divides(
+            f"the processes of a pipeline stage ({section})",
+            processes,
+            "expert_model_parallel_size x expert_tensor_parallel_size",
+            ep * etp,
+        ),
+    ]
+
+
+def check_nodes(training: Training, cluster: Cluster) -> list[str]:
+    """The processes of a training must fill its nodes."""
+    gpus, tasks = cluster.gpus_per_node, cluster.tasks_per_node
+    if gpus and tasks and tasks > gpus:
+        return [f"cluster.tasks_per_node {tasks} is more than cluster.gpus_per_node {gpus}: each needs a GPU"]
+    by = "tasks_per_node" if tasks else "gpus_per_node"
+    per_node, processes = tasks or gpus, training.run.parallel.world_size
+    if not per_node or processes <= per_node or processes % per_node == 0:
+        return []
+    return [
+        f"{training.at('parallel')}: {processes} processes do not fill nodes of cluster.{by} {per_node}; "
+        f"{processes // per_node * per_node} or {-(-processes // per_node) * per_node} would"
+    ]
+
+
+def check_batches(training: Training, padding_multiple: int | None) -> list[str]:
+    """Sequences and batches are cut into equal parts."""
+    run, parallel = training.run, training.run.parallel
+    copies, tp = parallel.data_parallel_size, parallel.tensor_model_parallel_size
+    context, multiple = parallel.context_parallel_size, parallel.sequence_multiple
+    problems = [
+        _divides(
+            training.at("global_batch_size"),
+            training.global_batch_size,
+            f"micro_batch_size {run.micro_batch_size} x data_parallel_size {copies} =",
+            run.micro_batch_size * copies,
+        ),
+        _divides(
+            training.at("seq_length"),
+            training.seq_length,
+            f"tensor {tp} x context {context} parallel parts =",
+            tp * multiple,
+        ),
+    ]
+    if training.packed and padding_multiple and context > 1:
+        by = f"2 x {training.at('parallel')}.context_parallel_size {context} ="
+        problems.append(_divides("sft_data.padding_multiple", padding_multiple, by, multiple))
+    return [p for p in problems if p]
+
+
+def check_steps(training: Training) -> list[str]:
+    """The schedule of a training fits into its steps, and its learning rate falls."""
+    run, problems = training.run, []
+    if isinstance(run, Tuning):
+        iters = f"{training.at('train_iters')} {run.train_iters}"
         if run.switch_loss_average_after is not None and run.switch_loss_average_after >= run.train_iters:
+            at = training.at("switch_loss_average_after")
             problems.append(
-                f"{name}.switch_loss_average_after {run.switch_loss_average_after} is not less than "
-                f"{name}.train_iters {run.train_iters}, so it would never switch; leave it out"
+                f"{at} {run.switch_loss_average_after} is not less than {iters}, so it would never switch; "
+                "leave it out"
             )
         if run.warmup_iters >= run.train_iters:
-            problems.append(
-                f"{name}.warmup_iters {run.warmup_iters} is not less than "
-                f"{name}.train_iters {run.train_iters}"
-            )
-    for section in ("pretrain_data", "sft_data"):
-        data = getattr(config, section)
-        if data.valid_fraction + data.test_fraction >= 1:
-            problems.append(
-                f"{section}: valid_fraction {data.valid_fraction} + test_fraction {data.test_fraction} "
-                "leave nothing to train on"
-            )
-    for section, optimizer in (
-        ("pretrain", pretrain.optimizer),
-        *((name, run.optimizer) for name, run in tunings.items()),
-    ):
-        if optimizer.min_learning_rate > optimizer.learning_rate:
-            problems.append(
-                f"{section}.optimizer.min_learning_rate {optimizer.min_learning_rate} is more than "
-                f"learning_rate {optimizer.learning_rate}"
-            )
-    total = pretrain.spans()[-1][1]
-    if pretrain.warmup_tokens + pretrain.decay_tokens > total:
+            problems.append(f"{training.at('warmup_iters')} {run.warmup_iters} is not less than {iters}")
+    least, most = run.optimizer.min_learning_rate, run.optimizer.learning_rate
+    if least > most:
         problems.append(
-            f"pretrain.warmup_tokens {pretrain.warmup_tokens} + decay_tokens {pretrain.decay_tokens} "
-            f"are more than the {total} tokens of all phases"
+            f"{training.at('optimizer')}.min_learning_rate {least} is more than learning_rate {most}"
         )
-    return list(dict.fromkeys(p for p in problems if p))
+    return problems
 
 
-def check_lora(config: Config) -> list[str]:
-    """Whether the targets are there in this model is checked when LoRA is run: others need not know of it."""
-    targets = config.lora.target_modules
-    return check_names("lora.target_modules", targets) or (
-        [] if targets else ["lora.target_modules: name the layers to adapt"]
-    )
+def check_adapters(at: str, adapters: Adapters) -> list[str]:
+    """The targets are names of some model; `sizes.checks` looks for them in this one when LoRA is to run."""
+    targets = adapters.target_modules
+    return check_names(at, targets) or ([] if targets else [f"{at}: name the layers to adapt"])
 
 
-def _batch(at: str, global_batch_size: int, run: Run) -> str:
-    copies = run.parallel.data_parallel_size
-    return _divides(
-        f"{at}.global_batch_size",
-        global_batch_size,
-        f"micro_batch_size {run.micro_batch_size} x data_parallel_size {copies} =",
-        run.micro_batch_size * copies,
-    )
+def check_curriculum(pretrain: Pretrain) -> list[str]:
+    """Warm-up and decay fit into the tokens of all phases."""
+    total = pretrain.spans()[-1][1]
+    if pretrain.warmup_tokens + pretrain.decay_tokens <= total:
+        return []
+    return [
+        f"pretrain.warmup_tokens {pretrain.warmup_tokens} + decay_tokens {pretrain.decay_tokens} "
+        f"are more than the {total} tokens of all phases"
+    ]
 
 
-def _sequence(at: str, length: int, parallel: Parallel) -> str:
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    parts = tp * parallel.sequence_multiple
-    return _divides(at, length, f"tensor {tp} x context {cp} parallel parts =", parts)
+def check_splits(config: Config) -> list[str]:
+    """Some data is left to train on, and packs have room for whole padded conversations."""
+    parts: list[tuple[str, PretrainData | SftData]] = [
+        ("pretrain_data", config.pretrain_data),
+        ("sft_data", config.sft_data),
+    ]
+    problems = [
+        f"{section}: valid_fraction {data.valid_fraction} + test_fraction {data.test_fraction} "
+        "leave nothing to train on"
+        for section, data in parts
+        if data.valid_fraction + data.test_fraction >= 1
+    ]
+    pack_size, multiple = config.sft_data.pack_size, config.sft_data.padding_multiple
+    if multiple and pack_size % multiple:
+        problems.append(_divides("sft_data.pack_size", pack_size, "sft_data.padding_multiple", multiple))
+    return problems
 
 
 def _divides(name: str, value: int, by_name: str, by: int) -> str:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from snaketron.config import Config, Corpus
+from snaketron.config import Config, Curation
 from snaketron.settings.curation import curate_settings, filter_settings
 
 
 class CurationGraph:
-    """The part of `Graph` for corpora that are curated. Paths are by corpus and shard, or by group."""
+    """Answers about corpora that are curated, by corpus and shard or by group of corpora.
 
-    config: Config
-    corpora: dict[str, Corpus]
-    text: dict[str, dict[str, list[str]]]
+    Args:
+        text: of each corpus the shards, as `Graph.text`.
+    """
+
+    def __init__(self, config: Config, text: Mapping[str, Iterable[str]]) -> None:
+        self.config, self.text = config, text
+        self.corpora = {corpus.name: corpus for corpus in config.corpora}
 
     # Input functions get the wildcards of the job.
 
     def language_models(self, wildcards: Any) -> list[str]:
         """The model files that the filters of a corpus read."""
-        curation = self.corpora[wildcards.corpus].curation
-        filters = curation.filters if curation else []
+        filters = self._curation(wildcards).filters
         return [entry.options["model"] for entry in filters if entry.name == "language"]
 
     def exact_signatures(self, wildcards: Any) -> list[str]:
@@ -38,18 +42,16 @@ class CurationGraph:
         return [f"<data>/curation/exact_duplicates/{group}.parquet" for group in sorted(groups)]
 
     def exact_duplicates(self, wildcards: Any) -> list[str]:
-        curation = self.corpora[wildcards.corpus].curation
-        group = curation and curation.exact_dedup
+        group = self._curation(wildcards).exact_dedup
         return [f"<data>/curation/exact_duplicates/{group}.parquet"] if group else []
 
     def near_duplicates(self, wildcards: Any) -> list[str]:
-        curation = self.corpora[wildcards.corpus].curation
-        group = curation and curation.minhash_dedup
+        group = self._curation(wildcards).minhash_dedup
         return [f"<data>/curation/near_duplicates/{group}.parquet"] if group else []
 
     def decontamination_index(self, wildcards: Any) -> list[str]:
-        curation = self.corpora[wildcards.corpus].curation
-        return ["<data>/curation/evaluation/index.parquet"] if curation and curation.decontaminate else []
+        wanted = self._curation(wildcards).decontaminate
+        return ["<data>/curation/evaluation/index.parquet"] if wanted else []
 
     # Params: a change runs the job again.
 
@@ -73,6 +75,9 @@ class CurationGraph:
     def group(self, kind: Literal["exact_dedup", "minhash_dedup"], name: str) -> list[str]:
         """The corpora that name a group, in the order of the configuration."""
         return [c.name for c in self.config.corpora if c.curation and getattr(c.curation, kind) == name]
+
+    def _curation(self, wildcards: Any) -> Curation:
+        return self.corpora[wildcards.corpus].curation or Curation()
 
     def _shards(self, kind: Literal["exact_dedup", "minhash_dedup"], group: str, pattern: str) -> list[str]:
         return [pattern.format(f"{c}/{shard}") for c in self.group(kind, group) for shard in self.text[c]]

@@ -6,32 +6,35 @@ import math
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from snaketron.config import ChatSource, Config, Corpus
 from snaketron.graph.curation import CurationGraph
+from snaketron.graph.training import TrainingGraph
 from snaketron.settings.chats import padding_multiple, render_settings
 from snaketron.settings.text import read_settings, tokenize_settings
-from snaketron.settings.training import lora_settings, pretrain_settings, run_settings, sft_settings
-from snaketron.sizes.layout import check_lora, check_memory, layout, resources
+from snaketron.sizes.checks import check_trainings
 from snaketron.sources.lockfile import LockedFile, read_lock
 from snaketron.sources.shards import shards, to_download
 
 
-class Graph(CurationGraph):
+class Graph:
     """Answers from a checked configuration. Raises `ConfigError` when a raw file is missing.
 
-    `configfiles` are those of the command line, which messages repeat.
+    `curation` and `training` answer the rules of their own files.
+
+    Args:
+        configfiles: those of the command line, which messages repeat.
     """
 
     def __init__(self, config: Config, configfiles: Iterable[str | Path] = ()) -> None:
-        check_memory(config)
+        check_trainings(config)
         self.config = config
         self.corpora: dict[str, Corpus] = {c.name: c for c in config.corpora}
         self.chats: dict[str, ChatSource] = {c.name: c for c in config.chats}
         self.phases = {p.name: p for p in config.pretrain.phases}
         self.lock = read_lock(config.sources_lock, configfiles)
-        # Of each source the shards, and of each shard the raw files that it is made from, in order.
+        # The shards of each source, and the raw files that a shard is made from, in order.
         self.text = {
             c.name: shards(c, f"corpora[{i}]", self.lock, config.pretrain_data.shard_size)
             for i, c in enumerate(config.corpora)
@@ -40,6 +43,8 @@ class Graph(CurationGraph):
             c.name: shards(c, f"chats[{i}]", self.lock, config.sft_data.shard_size)
             for i, c in enumerate(config.chats)
         }
+        self.curation = CurationGraph(config, self.text)
+        self.training = TrainingGraph(config)
 
     # Input functions get the wildcards of the job.
 
@@ -98,16 +103,6 @@ class Graph(CurationGraph):
         """Names of the packed shards of a source: those of its shards, or one for all of them."""
         return ["all"] if self.config.sft_data.pack_across_shards else list(self.conversations[source])
 
-    def previous_phase(self, wildcards: Any) -> list[str]:
-        """Checkpoint that a phase starts from; none for the first."""
-        names = list(self.phases)
-        index = names.index(wildcards.phase)
-        return [f"<ckpt>/pretrain/{names[index - 1]}"] if index else []
-
-    @property
-    def last_phase(self) -> str:
-        return list(self.phases)[-1]
-
     # Params: a change runs the job again.
 
     def tokenizer_source(self, _wildcards: Any) -> str:
@@ -147,28 +142,16 @@ class Graph(CurationGraph):
 
     def phase_tokens(self, wildcards: Any) -> int:
         """Tokens of a phase, in whole steps."""
-        return math.prod(self.config.pretrain.steps(self.phases[wildcards.phase]))
+        return self.config.training(f"pretrain/{wildcards.phase}").tokens
 
     def index_settings(self, wildcards: Any) -> dict[str, int]:
         """What, with the blend, defines the index of a phase."""
-        iters, batch, length = self.config.pretrain.steps(self.phases[wildcards.phase])
-        return {"seed": self.config.seed, "seq_length": length, "train_samples": iters * batch}
+        phase = self.config.training(f"pretrain/{wildcards.phase}")
+        samples = phase.train_iters * phase.global_batch_size
+        return {"seed": self.config.seed, "seq_length": phase.seq_length, "train_samples": samples}
 
     def sft_weights(self) -> list[str]:
         return [f"{e.source}={e.weight}" for e in self.config.sft.blend]
-
-    def pretrain_settings(self, wildcards: Any) -> str:
-        return pretrain_settings(self.config, wildcards.phase).model_dump_json()
-
-    def sft_settings(self) -> str:
-        return sft_settings(self.config).model_dump_json()
-
-    def lora_settings(self, stage: Literal["lora", "lora_merged"]) -> Callable[[Any], str]:
-        def settings(_wildcards: Any) -> str:
-            check_lora(self.config)  # of nobody else's concern
-            return lora_settings(self.config, stage).model_dump_json()
-
-        return settings
 
     def download_size(self, wildcards: Any) -> int:
         """Bytes of a file to download."""
@@ -187,23 +170,5 @@ class Graph(CurationGraph):
         """Size of a file to download, for limits of a profile."""
         return math.ceil(self._locked_file(wildcards).size / 1e6)
 
-    def run(self, section: Literal["pretrain", "sft", "lora"]) -> str:
-        return run_settings(self.config, section).model_dump_json(exclude_defaults=True)
-
-    def threads(self, section: str) -> int:
-        """CPUs of a training on a node, for `profiles/local`: capped there to those of the machine."""
-        stage = getattr(self.config, section)
-        return stage.cpus_per_task * layout(stage, self.config.cluster).tasks_per_node
-
-    def training_resources(self, section: Literal["pretrain", "sft", "lora"]) -> dict[str, Any]:
-        """What a training asks Slurm for, and what else its command needs that does not define its result."""
-        stage = getattr(self.config, section)
-        return resources(stage, self.config.cluster) | {"run": self.run(section), "attempt": attempt}
-
     def _locked_file(self, wildcards: Any) -> LockedFile:
         return self.lock.file(wildcards.source, wildcards.file)
-
-
-def attempt(_wildcards: Any, attempt: int) -> int:
-    """How often Snakemake has submitted a job, with this time."""
-    return attempt

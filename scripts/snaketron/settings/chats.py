@@ -54,7 +54,7 @@ def render_settings(config: Config, source: ChatSource) -> RenderSettings:
 
 
 def padding_multiple(config: Config) -> int:
-    """What packs leave room to pad each conversation to: what the trainings on them need."""
+    """The multiple that packs leave room to pad each conversation to: what the trainings on packs need."""
     if config.sft_data.padding_multiple:
         return config.sft_data.padding_multiple
-    return math.lcm(*(run.parallel.sequence_multiple for run in (config.sft, config.lora)))
+    return math.lcm(*(t.run.parallel.sequence_multiple for t in config.trainings() if t.packed))

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from snaketron.config import Adapters, Cluster, Config, Model, Optimizer, Pretrain, Run, Section, Tuning
+from snaketron.config import (
+    Adapters,
+    Cluster,
+    Config,
+    Model,
+    Optimizer,
+    Pretrain,
+    Run,
+    Section,
+    Training,
+    Tuning,
+)
 
 from pydantic import Field
 
@@ -41,7 +52,7 @@ class TrainSettings(Section):
 
 
 class LoraSettings(TrainSettings):
-    """The same of a training of adapters, on a base that stays as it is."""
+    """`TrainSettings` for LoRA: the base is frozen, and its adapters are trained."""
 
     lora: Adapters
 
@@ -57,73 +68,64 @@ class RunSettings(Run):
     sample_tokens: int = 0
 
 
-def pretrain_settings(config: Config, name: str) -> TrainSettings:
-    """What defines the result of a pretraining phase.
+def train_settings(config: Config, name: str) -> TrainSettings:
+    """What defines the result of a training: pretrain/broad, sft, lora. For adapters it is `LoraSettings`."""
+    training = config.training(name)
+    run = training.run
+    values: dict[str, Any] = {
+        "stage": name,
+        "seed": config.seed,
+        "model": training.model,
+        "optimizer": run.optimizer,
+        "seq_length": training.seq_length,
+        "global_batch_size": training.global_batch_size,
+        "train_iters": training.train_iters,
+        "packed": training.packed,
+    }
+    if isinstance(run, Tuning):
+        values["schedule"] = _cosine(run)
+        values["loss_average"] = run.loss_average
+        values["switch_loss_average_after"] = run.switch_loss_average_after
+    else:
+        values["schedule"] = _wsd(config.pretrain, training)
+    if (adapters := training.adapters) is None:
+        return TrainSettings(**values)
+    own = {key: getattr(adapters, key) for key in Adapters.model_fields}
+    return LoraSettings(**values, lora=Adapters(**own))
+
+
+def _wsd(pretrain: Pretrain, training: Training) -> Schedule:
+    """The part of the curriculum's schedule that a phase goes through.
 
     A phase that ends before the decay begins does not depend on how long the curriculum is, so a longer
     curriculum does not train it again.
     """
-    pretrain = config.pretrain
-    index = [p.name for p in pretrain.phases].index(name)
-    iters, batch, length = pretrain.steps(pretrain.phases[index])
     spans = pretrain.spans()
-    (start, end), total = spans[index], spans[-1][1]
+    start, end = spans[[phase.name for phase in pretrain.phases].index(training.phase)]
+    total = spans[-1][1]
     decays = total - pretrain.decay_tokens < end
-    return TrainSettings(
-        stage=f"pretrain/{name}",
-        seed=config.seed,
-        model=config.model,
-        optimizer=pretrain.optimizer,
-        seq_length=length,
-        global_batch_size=batch,
-        train_iters=iters,
-        schedule=Schedule(
-            style="WSD",
-            start=start,
-            warmup=pretrain.warmup_tokens,
-            end=total if decays else max(end, pretrain.warmup_tokens + 1),
-            decay=pretrain.decay_tokens if decays else 0,
-            increment=batch * length,
-        ),
+    return Schedule(
+        style="WSD",
+        start=start,
+        warmup=pretrain.warmup_tokens,
+        end=total if decays else max(end, pretrain.warmup_tokens + 1),
+        decay=pretrain.decay_tokens if decays else 0,
+        increment=training.global_batch_size * training.seq_length,
     )
 
 
-def sft_settings(config: Config, section: Literal["sft", "lora"] = "sft") -> TrainSettings:
-    """What defines the result of SFT, or what LoRA shares with it."""
-    sft: Tuning = getattr(config, section)
-    return TrainSettings(
-        stage=section,
-        seed=config.seed,
-        model=config.model,
-        optimizer=sft.optimizer,
-        seq_length=config.sft_data.pack_size,
-        global_batch_size=sft.global_batch_size,
-        train_iters=sft.train_iters,
-        schedule=Schedule(
-            style="cosine", start=0, warmup=sft.warmup_iters, end=sft.train_iters, decay=0, increment=1
-        ),
-        packed=True,
-        loss_average=sft.loss_average,
-        switch_loss_average_after=sft.switch_loss_average_after,
+def _cosine(run: Tuning) -> Schedule:
+    return Schedule(
+        style="cosine", start=0, warmup=run.warmup_iters, end=run.train_iters, decay=0, increment=1
     )
 
 
-def lora_settings(config: Config, stage: Literal["lora", "lora_merged"] = "lora") -> LoraSettings:
-    """What defines the result of LoRA, and of merging it."""
-    adapters = Adapters(**{name: getattr(config.lora, name) for name in Adapters.model_fields})
-    return LoraSettings(**sft_settings(config, "lora").model_dump() | {"stage": stage}, lora=adapters)
-
-
-def run_settings(config: Config, section: Literal["pretrain", "sft", "lora"]) -> RunSettings:
-    """How a stage is run."""
-    run: Pretrain | Tuning = getattr(config, section)
-    values = {name: getattr(run, name) for name in Run.model_fields}
-    if isinstance(run, Tuning):
-        values |= {
-            "num_samples": run.num_samples,
-            "sample_interval": run.sample_interval,
-            "sample_tokens": run.sample_tokens,
-        }
-    else:
-        values["cuda_graphs"] = run.cuda_graphs
+def run_settings(config: Config, name: str) -> RunSettings:
+    """How the training `name` is run."""
+    run = config.training(name).run
+    values = {
+        key: getattr(run, key)
+        for key in RunSettings.model_fields
+        if key in type(run).model_fields  # answers are of tunings alone, CUDA graphs of pretraining
+    }
     return RunSettings(**values, cluster=config.cluster, tracking=config.tracking)

@@ -6,13 +6,9 @@ The rules that these requests follow, and what the executor plugin makes of them
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from snaketron.config import Cluster, Config, ConfigError, Run
-from snaketron.config.linears import check_targets
-from snaketron.sizes.memory import memory_of_process, static_of_run
-from snaketron.sizes.parameters import pipeline_pattern
+from snaketron.config import Cluster, Run
 
 
 class Layout(NamedTuple):
@@ -33,37 +29,6 @@ def layout(run: Run, cluster: Cluster) -> Layout:
     processes = run.parallel.world_size
     per_node = min(processes, cluster.tasks_per_node or cluster.gpus_per_node or processes)
     return Layout(processes // per_node, per_node, min(per_node, cluster.gpus_per_node))
-
-
-def check_memory(config: Config, sections: Iterable[str] = ("pretrain", "sft")) -> None:
-    """`ConfigError` when a training needs more of a GPU than it has, by `cluster.gpu_memory_gb`."""
-    problems, limit = [], config.cluster.gpu_memory_gb or math.inf
-    longest = max(config.pretrain.steps(phase)[2] for phase in config.pretrain.phases)
-    for section in sections:
-        run, vocab_size = getattr(config, section), config.tokenizer.vocab_size
-        seq_length = longest if section == "pretrain" else config.sft_data.pack_size
-        needed = memory_of_process(config.model, vocab_size, seq_length, run, run.optimizer) / 1e9
-        if needed > limit:
-            stages = static_of_run(config.model, vocab_size, run, run.optimizer)
-            kept = max(stage.total for stage in stages) / 1e9
-            problems.append(
-                f"{section}.parallel: takes {needed:.4g} GB of a GPU, more than cluster.gpu_memory_gb "
-                f"{limit:g}, of which weights, gradients and optimizer take {kept:.4g}; for these raise "
-                "expert_model_parallel_size (experts are most of the model), tensor_ or "
-                "pipeline_model_parallel_size, or data_parallel_size; for activations, lower "
-                "micro_batch_size, raise context_parallel_size, or set recompute"
-            )
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def check_lora(config: Config) -> None:
-    """`ConfigError` when LoRA as it is configured does not fit the model or the GPUs."""
-    pattern, lora = config.model.hybrid_layer_pattern, config.lora
-    stages = pipeline_pattern(pattern, lora.parallel.pipeline_model_parallel_size).split("|")
-    if problems := check_targets("lora.target_modules", lora.target_modules, config.model, stages):
-        raise ConfigError("\n".join(problems))
-    check_memory(config, ["lora"])
 
 
 def resources(run: Run, cluster: Cluster) -> dict[str, Any]:

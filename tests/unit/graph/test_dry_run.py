@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from snaketron.config import load
-from snaketron.graph.dry_run import _count, _needs, _time, trainings
+from snaketron.graph.dry_run import size_lines, time_line
+from snaketron.sizes.plan import estimate
 
 import pytest
 
@@ -21,49 +22,48 @@ def training(tokens: int, speed: float | None, parallel: dict[str, int], **keys:
         **keys,
     }
     config = load({"pretrain": pretrain, "cluster": {"gpus_per_node": 2}}, {})
-    return config, trainings(config)["pretrain", "one"]
+    return config, config.training("pretrain/one")
 
 
 def test_the_time_follows_from_tokens_throughput_and_gpus():
     """7.2 million tokens at 100 a second on each of 4 GPUs are 18,000 s: 5 hours."""
-    _, one = training(7_200_000, 100, {"data_parallel_size": 4})
-    assert one.hours == pytest.approx(5)
-    assert _time(one, 600) == "7.2 M tokens at 100 tokens/s on each: 5.0 h"
+    config, one = training(7_200_000, 100, {"data_parallel_size": 4})
+    assert estimate(config, one).hours == pytest.approx(5)
+    assert estimate(config, one).process_hours == pytest.approx(20)
+    assert time_line(one, estimate(config, one), 600) == "7.2 M tokens at 100 tokens/s on each: 5.0 h"
 
 
 def test_a_time_limit_cuts_it_into_jobs():
     """5 hours in jobs of 2 hours that hand over 20 minutes before their end: three of 1 h 40."""
-    _, one = training(7_200_000, 100, {"data_parallel_size": 4}, stop_before_limit=1200)
-    assert _time(one, 120) == "7.2 M tokens at 100 tokens/s on each: 5.0 h, in 3 jobs of 2.0 h"
+    config, one = training(7_200_000, 100, {"data_parallel_size": 4}, stop_before_limit=1200)
+    assert (
+        time_line(one, estimate(config, one), 120)
+        == "7.2 M tokens at 100 tokens/s on each: 5.0 h, in 3 jobs of 2.0 h"
+    )
 
 
 def test_without_a_throughput_there_is_no_estimate():
-    _, one = training(10_500, None, {})
-    assert _time(one, 60) == "11.0 k tokens; state tokens_per_second_per_gpu for an estimate of the time"
+    config, one = training(10_500, None, {})
+    text = "11.0 k tokens; state tokens_per_second_per_gpu for an estimate of the time"
+    assert time_line(one, estimate(config, one), 60) == text
 
 
 def test_the_layout_names_what_is_shared():
     config, one = training(1000, None, {"tensor_model_parallel_size": 2, "data_parallel_size": 2})
-    size, layout, memory = _needs(config, one)
+    size, layout, memory = size_lines(config, one, estimate(config, one))
     assert layout == "4 GPUs: TP 2, DP 2"
     assert size == "1.8 M parameters, 1.2 M active a token"
     assert "MB of weights, gradients and optimizer on each, " in memory
     assert memory.endswith(" MB with activations")
 
 
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(999, "999"), (1000, "1.0 k"), (1.5e6, "1.5 M"), (123.6e9, "123.6 B"), (2e13, "20.0 T")],
-)
-def test_large_numbers_have_a_unit(number: float, text: str):
-    assert _count(number) == text
-
-
 def test_the_plan_of_lora_counts_its_adapters_and_little_memory():
     """An eighth of the gradients and moments is left: 9.8 MB instead of 29.2 MB."""
     config = load({"tokenizer": {"vocab_size": 2048}}, {})
-    full, lora = (trainings(config)[name, ""] for name in ("sft", "lora"))
-    size, _, memory = _needs(config, lora)
+    full, lora = (
+        size_lines(config, one, estimate(config, one)) for one in map(config.training, ("sft", "lora"))
+    )
+    size, _, memory = lora
     assert size == "1.8 M parameters, 1.2 M active a token, 158.4 k of adapters trained"
     assert memory.startswith("9.8 MB of weights, gradients and optimizer on each, ")
-    assert _needs(config, full)[2].startswith("29.2 MB of weights, ")
+    assert full[2].startswith("29.2 MB of weights, ")

@@ -102,10 +102,10 @@ def test_sft_needs_the_shards_of_its_sources_alone():
 
 
 def test_a_phase_starts_from_the_one_before_it():
-    assert graph().previous_phase(job(phase="one")) == []
-    assert graph().previous_phase(job(phase="two")) == ["<ckpt>/pretrain/one"]
-    assert graph().previous_phase(job(phase="three")) == ["<ckpt>/pretrain/two"]
-    assert graph().last_phase == "three"
+    assert graph().training.previous_phase(job(phase="one")) == []
+    assert graph().training.previous_phase(job(phase="two")) == ["<ckpt>/pretrain/one"]
+    assert graph().training.previous_phase(job(phase="three")) == ["<ckpt>/pretrain/two"]
+    assert graph().training.last_phase == "three"
 
 
 def test_weights_are_given_as_they_are_written():
@@ -178,21 +178,21 @@ def test_a_tokenizer_that_is_taken_needs_no_text():
 
 
 def test_settings_are_json_of_one_stage():
-    assert json.loads(graph().pretrain_settings(job(phase="two")))["stage"] == "pretrain/two"
-    assert json.loads(graph().sft_settings())["stage"] == "sft"
-    assert json.loads(graph().run("sft"))["micro_batch_size"] == 1
+    assert json.loads(graph().training.settings("pretrain")(job(phase="two")))["stage"] == "pretrain/two"
+    assert json.loads(graph().training.settings("sft")(job()))["stage"] == "sft"
+    assert json.loads(graph().training.run("sft"))["micro_batch_size"] == 1
 
 
 def test_a_training_has_the_threads_of_its_processes_on_a_node():
     parallel = {"tensor_model_parallel_size": 2, "data_parallel_size": 2}
     sft = VALUES["sft"] | {"cpus_per_task": 3, "parallel": parallel}
-    assert graph().threads("pretrain") == 2
-    assert graph(sft=sft).threads("sft") == 4 * 3
-    assert graph(sft=sft, cluster={"tasks_per_node": 2}).threads("sft") == 2 * 3
+    assert graph().training.threads("pretrain") == 2
+    assert graph(sft=sft).training.threads("sft") == 4 * 3
+    assert graph(sft=sft, cluster={"tasks_per_node": 2}).training.threads("sft") == 2 * 3
 
 
 def test_a_retry_of_snakemake_is_told_to_the_training():
-    asked = graph().training_resources("sft")
+    asked = graph().training.resources("sft")
     assert asked["attempt"](None, 2) == 2
     assert json.loads(asked["run"])["eval_samples"] == 16  # only what differs from the defaults
 

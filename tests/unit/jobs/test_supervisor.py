@@ -35,7 +35,7 @@ class Toy:
 
     def command(self, plan: dict[str, str], processes: int = 2, **keys: Any) -> list[str]:
         pretrain = {"parallel": {"data_parallel_size": processes}, "global_batch_size": 8, **keys}
-        settings = run_settings(load({"pretrain": pretrain}, {}), "pretrain").model_dump_json()
+        settings = run_settings(load({"pretrain": pretrain}, {}), "pretrain/broad").model_dump_json()
         return [sys.executable, str(TOY), str(self.directory), settings, json.dumps(plan)]
 
     def run(self, plan: dict[str, str] | None = None, attempt: int = 1, **keys: Any) -> tuple[int, str]:
@@ -229,7 +229,7 @@ def test_who_was_taken_over_stops_before_it_writes(toy: Toy):
 
 def test_several_nodes_need_slurm(toy: Toy):
     settings = {"pretrain": {"parallel": {"data_parallel_size": 4}, "global_batch_size": 16}}
-    run = run_settings(load(settings | {"cluster": {"tasks_per_node": 2}}, {}), "pretrain")
+    run = run_settings(load(settings | {"cluster": {"tasks_per_node": 2}}, {}), "pretrain/broad")
     command = [sys.executable, str(TOY), str(toy.directory / "other"), run.model_dump_json(), "{}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
@@ -275,7 +275,7 @@ def test_the_environment_of_the_processes(tmp_path: Path, monkeypatch: pytest.Mo
         "cache_dir": str(tmp_path),
         "secrets_file": str(secrets),
     }
-    found = launch.environment(run_settings(load({"cluster": cluster}, {}), "pretrain"))
+    found = launch.environment(run_settings(load({"cluster": cluster}, {}), "pretrain/broad"))
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in found
     assert found["NCCL_DEBUG"] == "INFO" and found["TORCH_NCCL_AVOID_RECORD_STREAMS"] == "0"
     assert found["TRITON_CACHE_DIR"] == f"{tmp_path}/snaketron-{os.getuid()}/triton"

@@ -11,10 +11,8 @@ from snaketron.settings.training import (
     LoraSettings,
     RunSettings,
     TrainSettings,
-    lora_settings,
-    pretrain_settings,
     run_settings,
-    sft_settings,
+    train_settings,
 )
 
 import pytest
@@ -40,7 +38,7 @@ def curriculum(decay_tokens: int = 3_000, **changes: int) -> Config:
 def test_tokens_are_rounded_up_to_whole_steps_and_the_phases_follow_each_other():
     """A step has 1,200 tokens, in the second phase 1,000: 5, 4 and 2 steps."""
     config = curriculum()
-    found = [pretrain_settings(config, name) for name in ("first", "second", "third")]
+    found = [train_settings(config, f"pretrain/{name}") for name in ("first", "second", "third")]
     assert [s.train_iters for s in found] == [5, 4, 2]
     assert [(s.global_batch_size, s.seq_length) for s in found] == [(12, 100), (20, 50), (12, 100)]
     assert [s.schedule.increment for s in found] == [1_200, 1_000, 1_200]
@@ -62,28 +60,28 @@ def test_tokens_are_rounded_up_to_whole_steps_and_the_phases_follow_each_other()
 )
 def test_a_phase_decays_when_the_decay_begins_before_its_end(decay_tokens, decaying):
     config = curriculum(decay_tokens)
-    schedules = {n: pretrain_settings(config, n).schedule for n in ("first", "second", "third")}
+    schedules = {n: train_settings(config, f"pretrain/{n}").schedule for n in ("first", "second", "third")}
     assert [name for name, schedule in schedules.items() if schedule.decay] == decaying
     assert all(s.end == 12_400 and s.decay == decay_tokens for s in schedules.values() if s.decay)
 
 
 def test_a_phase_before_the_decay_does_not_depend_on_what_follows():
     short, long = curriculum(), curriculum(third=50_000)
-    assert pretrain_settings(short, "first") == pretrain_settings(long, "first")
-    assert pretrain_settings(short, "second") != pretrain_settings(
-        long, "second"
+    assert train_settings(short, "pretrain/first") == train_settings(long, "pretrain/first")
+    assert train_settings(short, "pretrain/second") != train_settings(
+        long, "pretrain/second"
     )  # it decayed, and no longer
 
 
 def test_a_phase_depends_on_those_before_it():
-    assert pretrain_settings(curriculum(first=7_000), "second").schedule.start == 7_200
+    assert train_settings(curriculum(first=7_000), "pretrain/second").schedule.start == 7_200
 
 
 def test_a_warm_up_longer_than_the_phase_ends_in_the_next_one():
     """The scheduler wants the warm-up to end before the schedule; no step of the phase gets there."""
     phases = [PHASES[0] | {"tokens": 1_200}, PHASES[2] | {"tokens": 6_000}]
     values = PRETRAIN | {"warmup_tokens": 2_000, "decay_tokens": 1_200, "phases": phases}
-    schedule = pretrain_settings(load({"pretrain": values}, {}), "first").schedule
+    schedule = train_settings(load({"pretrain": values}, {}), "pretrain/first").schedule
     assert (schedule.warmup, schedule.end, schedule.decay) == (2_000, 2_001, 0)
 
 
@@ -92,7 +90,7 @@ def test_sft_counts_in_steps_of_packs():
         {"sft": {"train_iters": 7, "warmup_iters": 3, "global_batch_size": 4}, "sft_data": {"pack_size": 64}},
         {},
     )
-    settings = sft_settings(config)
+    settings = train_settings(config, "sft")
     assert (settings.seq_length, settings.global_batch_size, settings.train_iters) == (64, 4, 7)
     assert settings.schedule.model_dump() == {
         "style": "cosine",
@@ -191,12 +189,15 @@ def change(values: dict[str, Any], path: str, value: Any) -> None:
     values[name] = value
 
 
+LAST = "pretrain/focused"  # of the default phases, the one that decays
+
+
 def parts(config: Config) -> dict[str, str]:
     return {
-        "pretrain": pretrain_settings(config, config.pretrain.phases[-1].name).model_dump_json(),
-        "sft": sft_settings(config).model_dump_json(),
-        "lora": lora_settings(config).model_dump_json(),
-        "run pretrain": run_settings(config, "pretrain").model_dump_json(),
+        "pretrain": train_settings(config, LAST).model_dump_json(),
+        "sft": train_settings(config, "sft").model_dump_json(),
+        "lora": train_settings(config, "lora").model_dump_json(),
+        "run pretrain": run_settings(config, LAST).model_dump_json(),
         "run sft": run_settings(config, "sft").model_dump_json(),
         "run lora": run_settings(config, "lora").model_dump_json(),
     }
@@ -253,7 +254,7 @@ def test_each_key_is_of_the_result_or_of_the_run(path, value):
 
 def test_the_pack_size_is_of_the_result():
     """It is the sequence length of SFT; the other keys of the data are in the data's own files."""
-    assert sft_settings(load({"sft_data": {"pack_size": 512}}, {})).seq_length == 512
+    assert train_settings(load({"sft_data": {"pack_size": 512}}, {}), "sft").seq_length == 512
 
 
 def test_no_key_is_in_both_parts():
@@ -262,11 +263,11 @@ def test_no_key_is_in_both_parts():
 
 def test_settings_survive_the_command_line():
     config = Config()
-    settings, run = sft_settings(config), run_settings(config, "sft")
+    settings, run = train_settings(config, "sft"), run_settings(config, "sft")
     assert TrainSettings.model_validate_json(settings.model_dump_json()) == settings
     assert RunSettings.model_validate_json(run.model_dump_json()) == run
     assert json.loads(run.model_dump_json())["num_samples"] == 2
-    lora = lora_settings(config, "lora_merged")
+    lora = train_settings(config, "lora")
     assert LoraSettings.model_validate_json(lora.model_dump_json()) == lora
 
 
@@ -274,14 +275,15 @@ def test_lora_is_sft_with_adapters_and_values_of_its_own():
     """On the same data: it has every key of SFT but the blend."""
     values = {"sft": {"train_iters": 50}, "lora": {"train_iters": 20, "rank": 4, "alpha": 2.0}}
     config = load(values, {})
-    settings = lora_settings(config)
+    settings = train_settings(config, "lora")
+    assert isinstance(settings, LoraSettings)
     assert (settings.stage, settings.train_iters, settings.lora.rank, settings.lora.alpha) == (
         "lora",
         20,
         4,
         2,
     )
-    assert sft_settings(config).train_iters == 50
+    assert train_settings(config, "sft").train_iters == 50
     assert set(type(config.lora).model_fields) == (
         set(type(config.sft).model_fields) - {"blend"} | set(Adapters.model_fields)
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from snaketron.config import ConfigError, load
 from snaketron.graph.dry_run import sbatch_request
-from snaketron.sizes.layout import check_lora, check_memory, resources
+from snaketron.sizes.layout import resources
 
 import pytest
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
@@ -106,55 +106,3 @@ def test_processes_fill_their_nodes(cluster, parallel, message):
     with pytest.raises(ConfigError) as error:
         load({"pretrain": pretrain, "cluster": cluster}, {})
     assert message in str(error.value).splitlines()
-
-
-def test_a_training_that_no_gpu_holds_is_refused_with_both_numbers():
-    """1.8 M parameters of 4 + 4 + 8 bytes are 29 MB, and the activations of 4 sequences 84 MB more."""
-    config = load({"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.1}}, {})
-    message = (
-        r"pretrain.parallel: takes 0.11\d+ GB of a GPU, more than cluster.gpu_memory_gb 0.1, of which "
-        r"weights, gradients and optimizer take 0.029\d+;"
-    )
-    with pytest.raises(ConfigError, match=message):
-        check_memory(config)
-    check_memory(load({"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.12}}, {}))
-
-
-# --------------------------------------------------------------------------------------------------- LoRA
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (  # of dense layers, which the default model has none of
-            {"lora": {"target_modules": ["in_proj", "mlp.linear_fc1"]}},
-            "lora.target_modules[1]: 'mlp.linear_fc1' is no linear layer of this model; "
-            "did you mean 'linear_fc1'?",
-        ),
-        (  # MEM*|EME, with multi-token prediction at the end
-            {
-                "model": {"hybrid_layer_pattern": "MEM*EME"},
-                "lora": {"target_modules": ["eh_proj"], "parallel": {"pipeline_model_parallel_size": 2}},
-            },
-            "lora.target_modules: none of the layers MEM* of pipeline stage 0 is meant; "
-            "add a target, such as in_proj",
-        ),
-        (
-            {"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.001}},
-            "lora.parallel: takes 0.0",
-        ),
-    ],
-)
-def test_lora_that_cannot_be_is_an_error_when_it_is_asked_for(values: dict, message: str):
-    config = load(values, {})
-    with pytest.raises(ConfigError) as error:
-        check_lora(config)
-    assert str(error.value).startswith(message)
-
-
-def test_what_lora_cannot_adapt_does_not_concern_the_others():
-    """A model without attention has no linear_qkv, which is a target by default."""
-    config = load({"model": {"hybrid_layer_pattern": "MEME", "mtp_num_layers": 0}}, {})
-    check_memory(config)
-    with pytest.raises(ConfigError, match=r"target_modules\[0\]: 'linear_qkv' is no linear layer"):
-        check_lora(config)

@@ -16,8 +16,7 @@ from snaketron.files import write_json
 from snaketron.log import logger
 from snaketron.model import backend
 from snaketron.settings.text import TokenizeSettings
-from snaketron.settings.training import RunSettings, TrainSettings, pretrain_settings, run_settings
-from snaketron.settings.training import sft_settings as settings_of_sft
+from snaketron.settings.training import RunSettings, TrainSettings, run_settings, train_settings
 
 import numpy as np
 import pytest
@@ -92,7 +91,7 @@ def settings() -> Callable[..., tuple[TrainSettings, RunSettings]]:
         pretrain = {"seq_length": 16, "global_batch_size": 4, "micro_batch_size": 2, "cpus_per_task": 1}
         pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "phases": [phase]} | keys
         config = load({"seed": seed, "model": MODEL | (model or {}), "pretrain": pretrain}, {})
-        return pretrain_settings(config, "one"), run_settings(config, "pretrain")
+        return train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
 
     return make
 
@@ -107,7 +106,7 @@ def sft_settings() -> Callable[..., tuple[TrainSettings, RunSettings]]:
         sft = {"train_iters": 4, "global_batch_size": 4, "warmup_iters": 0, "cpus_per_task": 1} | keys
         data = {"pack_size": pack_size}
         config = load({"seed": seed, "model": MODEL | (model or {}), "sft": sft, "sft_data": data}, {})
-        return settings_of_sft(config), run_settings(config, "sft")
+        return train_settings(config, "sft"), run_settings(config, "sft")
 
     return make
 

@@ -14,7 +14,7 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Adapters, load
 from snaketron.model import backend, lora
 from snaketron.model.initial import draw_parts
-from snaketron.settings.training import LoraSettings, pretrain_settings, run_settings
+from snaketron.settings.training import LoraSettings, run_settings, train_settings
 from snaketron.train.loop import Trainer
 from tests.gpu.worker import BATCH, LENGTH, FixedBatches
 
@@ -48,7 +48,7 @@ def gradients(parallel: dict[str, int]) -> dict[tuple[str, tuple[int, ...]], Sha
     pretrain |= {"phases": [phase], "warmup_tokens": 0, "decay_tokens": 0, "parallel": parallel}
     # A dense layer as well; two stages of the same kinds of layers.
     config = load({"model": {"hybrid_layer_pattern": "ME*-ME"}, "pretrain": pretrain}, {})
-    settings, run = pretrain_settings(config, "one"), run_settings(config, "pretrain")
+    settings, run = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
     adapters = Adapters(rank=4, target_modules=["linear_*", "*_proj", "router"])
     trainer = Trainer(LoraSettings(**settings.model_dump(), lora=adapters), run, 512)
     b = [shard for (key, _), shard in shards(trainer).items() if ".lora.b" in key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from snaketron.config import Optimizer, load
-from snaketron.settings.training import TrainSettings, pretrain_settings, sft_settings
+from snaketron.settings.training import TrainSettings, train_settings
 from snaketron.train.schedule import build_schedule, seek
 
 import pytest
@@ -30,7 +30,7 @@ def phases(decay_tokens: int) -> dict[str, TrainSettings]:
         ],
     }
     config = load({"pretrain": pretrain}, {})
-    return {name: pretrain_settings(config, name) for name in ("a", "b")}
+    return {name: train_settings(config, f"pretrain/{name}") for name in ("a", "b")}
 
 
 def rates(settings: TrainSettings, *iterations: int) -> list[float]:
@@ -78,7 +78,8 @@ def test_every_step_of_the_curriculum_by_the_formula():
 
 def test_cosine_of_sft():
     """Two steps of warm-up, then a half wave over eight: 0.1 + 0.9 (1 + cos(pi share)) / 2."""
-    settings = sft_settings(load({"sft": {"train_iters": 10, "warmup_iters": 2, "optimizer": RATES}}, {}))
+    config = load({"sft": {"train_iters": 10, "warmup_iters": 2, "optimizer": RATES}}, {})
+    settings = train_settings(config, "sft")
     quarter = 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2
     assert rates(settings, 0, 1, 2, 4, 6, 10) == pytest.approx([0, 0.5, 1, quarter, 0.55, 0.1])
 

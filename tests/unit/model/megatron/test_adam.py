@@ -5,7 +5,7 @@ from __future__ import annotations
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import load
 from snaketron.model.megatron import adam
-from snaketron.settings.training import pretrain_settings, run_settings
+from snaketron.settings.training import run_settings, train_settings
 from snaketron.train import loop
 from tests.gpu.worker import BATCH, LENGTH, VOCABULARY, FixedBatches, state_hash
 
@@ -22,9 +22,9 @@ def trained(precision: str, clip_grad: float = 1e9, spoil: bool = False) -> tupl
     pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 1}
     pretrain |= {"optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "clip_grad": clip_grad}}
     config = load({"model": {"precision": precision}, "pretrain": pretrain}, {})
-    run = run_settings(config, "pretrain")
+    run = run_settings(config, "pretrain/one")
     torch.manual_seed(0)
-    settings = pretrain_settings(config, "one")
+    settings = train_settings(config, "pretrain/one")
     trainer, batches = (
         loop.Trainer(settings, run, VOCABULARY),
         FixedBatches(2, settings.model.mtp_num_layers),

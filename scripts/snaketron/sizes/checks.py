@@ -1,0 +1,54 @@
+"""Whether the trainings of a configuration fit the GPUs, and adapters the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from snaketron.config import Config, ConfigError, Training
+from snaketron.config.linears import check_targets
+from snaketron.sizes.parameters import pipeline_pattern
+from snaketron.sizes.plan import Estimate, estimate
+
+
+def check_trainings(config: Config) -> None:
+    """`ConfigError` when a training does not fit; those on request are checked when they are asked for."""
+    check_memory(config, [training for training in config.trainings() if not training.on_request])
+
+
+def check_requested(config: Config, training: Training) -> None:
+    """`ConfigError` when a training that was asked for does not fit the model or the GPUs."""
+    if problems := missing_targets(training):
+        raise ConfigError("\n".join(problems))
+    check_memory(config, [training])
+
+
+def missing_targets(training: Training) -> list[str]:
+    """Targets of adapters that mean no layer of the model, and pipeline stages without any."""
+    if (adapters := training.adapters) is None:
+        return []
+    pattern, parallel = training.model.hybrid_layer_pattern, training.run.parallel
+    stages = pipeline_pattern(pattern, parallel.pipeline_model_parallel_size).split("|")
+    return check_targets(training.at("target_modules"), adapters.target_modules, training.model, stages)
+
+
+def check_memory(config: Config, trainings: Iterable[Training]) -> None:
+    """`ConfigError` when a training needs more of a GPU than it has, by `cluster.gpu_memory_gb`."""
+    if (limit := config.cluster.gpu_memory_gb) is None:
+        return
+    needs: dict[str, list[Estimate]] = {}  # phases that share their parallel sizes are one problem
+    for training in trainings:
+        needs.setdefault(training.at("parallel"), []).append(estimate(config, training))
+    largest = {at: max(found, key=lambda need: need.peak_bytes) for at, found in needs.items()}
+    problems = [_too_large(at, need, limit) for at, need in largest.items() if need.peak_bytes / 1e9 > limit]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _too_large(at: str, need: Estimate, limit: float) -> str:
+    return (
+        f"{at}: takes {need.peak_bytes / 1e9:.4g} GB of a GPU, more than cluster.gpu_memory_gb "
+        f"{limit:g}, of which weights, gradients and optimizer take {need.static_bytes / 1e9:.4g}; for these "
+        "raise expert_model_parallel_size (experts are most of the model), tensor_ or "
+        "pipeline_model_parallel_size, or data_parallel_size; for activations, lower "
+        "micro_batch_size, raise context_parallel_size, or set recompute"
+    )

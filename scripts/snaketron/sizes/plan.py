@@ -1,0 +1,55 @@
+"""What a training is and what it will take, worked out from the configuration alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from snaketron.config import Config, Parallel, Training
+from snaketron.sizes.memory import memory_of_process, static_of_run
+from snaketron.sizes.parameters import adapter_parameters, num_active_parameters, num_parameters
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The size of a training. Bytes are those of the fullest process, on its GPU."""
+
+    num_parameters: int  # with multi-token prediction
+    num_active_parameters: int  # that a token meets
+    num_adapter_parameters: int | None  # None where the model itself is trained
+    tokens: int
+    static_bytes: float  # weights, gradients and optimizer
+    peak_bytes: float  # with activations
+    hours: float | None  # at the stated throughput; None where none is stated
+    process_hours: float | None  # of all processes together: GPU hours on GPUs
+
+    def num_jobs(self, limit_hours: float, stop_before_limit: float) -> int | None:
+        """In how many jobs the time limit cuts the training; None where it is not known.
+
+        Args:
+            limit_hours: time limit of a job.
+            stop_before_limit: seconds before it at which a job hands over to the next.
+        """
+        usable = limit_hours - stop_before_limit / 3600
+        return math.ceil(self.hours / usable) if self.hours and usable > 0 else None
+
+
+def estimate(config: Config, training: Training) -> Estimate:
+    """The size of a training of the configuration."""
+    model, run, vocab_size = training.model, training.run, config.tokenizer.vocab_size
+    adapters, speed, processes = training.adapters, run.tokens_per_second_per_gpu, run.parallel.world_size
+    hours = training.tokens / (speed * processes) / 3600 if speed else None
+    return Estimate(
+        num_parameters=num_parameters(model, vocab_size).total,
+        num_active_parameters=num_active_parameters(model, vocab_size),
+        num_adapter_parameters=(
+            sum(stage.total for stage in adapter_parameters(model, Parallel(), adapters))
+            if adapters
+            else None
+        ),
+        tokens=training.tokens,
+        static_bytes=max(kept.total for kept in static_of_run(model, vocab_size, run, run.optimizer)),
+        peak_bytes=memory_of_process(model, vocab_size, training.seq_length, run, run.optimizer),
+        hours=hours,
+        process_hours=hours * processes if hours else None,
+    )

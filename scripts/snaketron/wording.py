@@ -1,0 +1,90 @@
+"""Numbers, sizes and durations in words: the one place that decides how a person reads them.
+
+The library humanize is not used: it has no unit with a fixed digit ("1.8 M parameters"), and writes
+durations as phrases, where lines that follow each other want "26:03:04".
+"""
+
+from __future__ import annotations
+
+THOUSANDS = ("T", "B", "M", "k")
+BYTES = ("TB", "GB", "MB", "kB")
+
+
+def large(number: float, units: tuple[str, ...] = THOUSANDS) -> str:
+    """A large number with a unit.
+
+    >>> large(120_600_000_000), large(29_200_000, BYTES), large(999)
+    ('120.6 B', '29.2 MB', '999')
+    """
+    for factor, unit in zip((1e12, 1e9, 1e6, 1e3), units, strict=True):
+        if number >= factor:
+            return f"{number / factor:,.1f} {unit}"
+    return f"{number:.0f}"
+
+
+def size_text(size: float) -> str:
+    """A number of bytes, to two or three digits.
+
+    >>> size_text(3.4e9), size_text(340e6), size_text(5)
+    ('3.4 GB', '340 MB', '5 bytes')
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 99.5 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def short(value: float, _position: int = 0) -> str:
+    """A number for an axis of matplotlib, which gives its position too.
+
+    >>> short(1200), short(0.25)
+    ('1.2 k', '0.25')
+    """
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def binary(value: int) -> str:
+    """A power of two for an axis.
+
+    >>> binary(8192)
+    '8 Ki'
+    """
+    for shift, unit in ((30, " Gi"), (20, " Mi"), (10, " Ki")):
+        if value >> shift:
+            return f"{value >> shift}{unit}"
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> duration(93784)
+    '26:03:04'
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02d}:{minutes:02d}:{seconds:02d}"
+
+
+def hours(number: float) -> str:
+    """A time that is known roughly, in the unit that fits it.
+
+    >>> hours(0.5), hours(5), hours(72)
+    ('30.0 min', '5.0 h', '3.0 days')
+    """
+    if number >= 48:
+        return f"{number / 24:,.1f} days"
+    return f"{number:.1f} h" if number >= 1 else f"{number * 60:.1f} min"
+
+
+def plural(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> plural(1, "GPU"), plural(2, "process")
+    ('1 GPU', '2 processes')
+    """
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")

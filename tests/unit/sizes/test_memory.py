@@ -1,0 +1,150 @@
+"""Memory of a GPU: sums by hand, and what was measured."""
+
+from snaketron.config import Adapters, Model, Optimizer, Parallel, Run
+from snaketron.sizes import memory, parameters
+from tests.unit.sizes.models import HAND, SUPER, VOCABULARY_OF_SUPER
+
+import pytest
+
+
+def test_memory_by_hand():
+    # One MLP layer: 2 x 10 x 7 weights and a norm of 10; embedding and output of 16 rows, a final norm.
+    keys = {"hybrid_layer_pattern": "-", "mtp_num_layers": 0, "precision": "bf16"}
+    model = HAND.model_copy(update=keys)
+    sharded, replicated = 140 + 2 * 160, 20
+    parallel = Parallel(tensor_model_parallel_size=2, data_parallel_size=2)
+    (found,) = memory.static_memory(model, 16, parallel)
+    mine = sharded / 2 + replicated
+    assert found == memory.StaticMemory(
+        weights=2 * mine, gradients=4 * mine, main_weights=4 * mine / 2, moments=8 * mine / 2
+    )
+    assert found.total == 12 * mine
+
+
+def test_memory_of_experts_is_divided_by_their_own_copies():
+    # Eight processes, experts over four of them: two copies of each expert, eight of all else.
+    keys = {"hybrid_layer_pattern": "E", "mtp_num_layers": 0, "precision": "bf16", "num_moe_experts": 8}
+    model = HAND.model_copy(update=keys)
+    parallel = Parallel(data_parallel_size=8, expert_model_parallel_size=4)
+    (found,) = memory.static_memory(model, 16, parallel)
+    experts = 2 * 2 * 8 * 9  # two of the eight
+    dense = 10 * 8 + 2 * 10 * 8 + 2 * 10 * 11 + 10 + 2 * 160 + 10
+    assert found.weights == 2 * (experts + dense)
+    assert found.moments == 8 * (experts / 2 + dense / 8)
+
+
+def test_a_model_in_fp32_has_no_main_weights():
+    (found,) = memory.static_memory(Model(), 512, Parallel())
+    assert (found.main_weights, found.weights) == (0, found.gradients)
+
+
+@pytest.mark.parametrize(
+    ("layer", "recompute", "expected"),
+    [
+        # norm in and out; z 8, x 8, B 5, C 5, dt 2; scan, gate and norm of width 8
+        ("M", [], 2 * 10 + 28 + 3 * 8),
+        ("*", [], 2 * 10 + 2 * 12 + 12),
+        ("-", [], 2 * 10 + 2 * 7),
+        # shared fc1 and activation of 11; latent 8 in and out; two experts' input 8 and inner 9
+        ("E", [], 2 * 10 + 2 * 11 + 2 * 8 + 2 * (8 + 9)),
+        ("E", ["shared_experts", "layernorm"], 10 + 2 * 8 + 2 * (8 + 9)),
+        ("E", ["moe"], 2 * 10),
+        ("M", ["layer"], 10),
+    ],
+)
+def test_activations_of_a_layer_by_hand(layer, recompute, expected):
+    assert memory.layer_activations(HAND, layer, 1, recompute) == expected
+    assert memory.layer_activations(HAND, layer, 2, recompute) == expected / 2
+
+
+def test_activations_of_pipeline_stages_by_hand():
+    # Two stages of an MLP layer each, the last with logits of 32 and one depth of prediction with 32 more.
+    keys = {"hybrid_layer_pattern": "--", "mtp_hybrid_layer_pattern": "-", "mtp_num_layers": 1}
+    model = HAND.model_copy(update=keys | {"precision": "bf16"})
+    run = Run(micro_batch_size=3, parallel=Parallel(pipeline_model_parallel_size=2))
+    mlp = 2 * 10 + 2 * 7
+    first, last = memory.activation_memory(model, 30, 100, run)
+    assert first == 2 * 300 * mlp * 2  # two micro-batches under way
+    assert last == 2 * 300 * (mlp + 32 + 6 * 10 + mlp + 32)
+
+
+def test_lower_precision_and_offloading_leave_less_on_the_gpu():
+    model = HAND.model_copy(update={"hybrid_layer_pattern": "-", "mtp_num_layers": 0, "precision": "bf16"})
+    mine = 140 + 2 * 160 + 20
+    short = Optimizer(gradient_precision="bf16", moment_precision="bf16")
+    (found,) = memory.static_memory(model, 16, Parallel(), short)
+    assert found.total == (2 + 2 + 2 + 4) * mine
+    (found,) = memory.static_memory(model, 16, Parallel(), Optimizer(), 0.75)
+    assert found.total == (2 + 4 + 12 / 4) * mine
+
+
+# Of tests/benchmarks/gpu_training.py, measured in bf16 (docs/measurements.md): peak GiB in tensors.
+MEASURED = Model(
+    hybrid_layer_pattern="MEMEM*EMEMEM*EMEMEM*EMEME",
+    hidden_size=2048,
+    num_attention_heads=16,
+    kv_channels=128,
+    mamba_num_heads=64,
+    mamba_head_dim=64,
+    mamba_num_groups=8,
+    mamba_state_dim=128,
+    num_moe_experts=64,
+    moe_router_topk=6,
+    moe_ffn_hidden_size=1344,
+    moe_latent_size=512,
+    moe_shared_expert_intermediate_size=2688,
+    precision="bf16",
+)
+
+
+BF16_STATE = Optimizer(gradient_precision="bf16", moment_precision="bf16")
+TWO = {
+    "tensor_model_parallel_size": 37.6,
+    "pipeline_model_parallel_size": 47.7,
+    "context_parallel_size": 40.5,
+    "data_parallel_size": 56.4,
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "optimizer", "peak_gib"),
+    [
+        ({"micro_batch_size": 1}, Optimizer(), 44.4),
+        ({"micro_batch_size": 4}, Optimizer(), 68.2),
+        ({"micro_batch_size": 8}, Optimizer(), 100.1),
+        ({"recompute": ["moe"]}, Optimizer(), 61.3),
+        ({"recompute": ["layer"]}, Optimizer(), 50.6),
+        ({"offload_optimizer": 0.5}, Optimizer(), 58.3),
+        ({}, BF16_STATE, 52.4),
+        *(({"parallel": {name: 2}}, Optimizer(), peak) for name, peak in TWO.items()),
+        (
+            {"parallel": {"expert_model_parallel_size": 2, "data_parallel_size": 2}},
+            Optimizer(),
+            53.8,
+        ),
+    ],
+)
+def test_the_estimate_is_near_what_was_measured(run, optimizer, peak_gib):
+    estimate = memory.memory_of_process(MEASURED, 131072, 4096, Run(**run), optimizer)
+    assert estimate / 2**30 == pytest.approx(peak_gib, rel=0.06)
+
+
+def test_lora_keeps_gradients_and_optimizer_of_its_adapters_alone():
+    """In bf16: 2 bytes a frozen weight, and 2 + 4 + 4 + 8 bytes a trained one."""
+    model, vocabulary = Model(precision="bf16"), 512
+    adapters = Adapters(rank=4)
+    base = parameters.num_parameters(model, vocabulary).total
+    (added,) = parameters.adapter_parameters(model, Parallel(), adapters)
+    (kept,) = memory.static_memory(model, vocabulary, Parallel(), adapters=adapters)
+    assert (kept.weights, kept.gradients) == (2 * (base + added.total), 4 * added.total)
+    assert kept.total == 2 * base + 18 * added.total
+
+
+def test_lora_of_nemotron_3_super_fits_where_full_fine_tuning_does_not():
+    """On 8 GPUs of 80 GB with EP 8: 46 GB on each, of which 44 are the frozen weights, instead of 320."""
+    parallel = Parallel(expert_model_parallel_size=8, data_parallel_size=8)
+    adapters = Adapters(rank=32, expert_rank=2)
+    (full,) = memory.static_memory(SUPER, VOCABULARY_OF_SUPER, parallel)
+    (lora,) = memory.static_memory(SUPER, VOCABULARY_OF_SUPER, parallel, adapters=adapters)
+    print(f"full {full.total / 1e9:.1f} GB, LoRA {lora.total / 1e9:.1f} GB")
+    assert lora.total < 80e9 < full.total
