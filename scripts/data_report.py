@@ -28,9 +28,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from snaketron.report import sections
+    from snaketron.report import page
 
-    data = sections.write(args.records, args.output)
+    data = page.write(args.records, args.output)
     logger.info(
         "%s: %d corpora, %d chat sources, %d records",
         args.output / "report.md",

@@ -7,16 +7,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from snaketron.data.split import SPLITS
+from snaketron.report.collect import Data
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
-
-if TYPE_CHECKING:
-    from snaketron.report.sections import Data
 
 # Okabe and Ito's colours, which the colour-blind tell apart; grey is for what is left over.
 BLUE, ORANGE, GREEN, SKY, VERMILION, PURPLE, YELLOW = (

@@ -8,6 +8,7 @@ from typing import Any
 
 from snaketron.files import read_json
 from snaketron.lineage import record as lineage
+from snaketron.report.page import table
 
 ANSWERS = "answers"  # directory of a version, with a file a step
 
@@ -36,20 +37,6 @@ def summarize(checkpoint: Path) -> str:
     if steps := sorted((checkpoint / ANSWERS).glob("step_*.json")):
         parts.append(_answers(read_json(steps[0]), read_json(steps[-1])))
     return "\n\n".join(parts) + "\n"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table that also reads well as plain text: names to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        aligned = [
-            c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(aligned) + " |"
-
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -1,0 +1,254 @@
+"""Adds up what the lineage records say about the data of a run; no data is read again."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from snaketron import files
+from snaketron.data.split import SPLITS
+from snaketron.lineage import record as lineage
+
+MAX_EXAMPLES = 3  # of what was removed from a source for one reason
+EXAMPLE_CHARACTERS = 100
+
+
+@dataclass
+class Removed:
+    """What a step took out of a source for one reason."""
+
+    source: str
+    step: str
+    reason: str
+    documents: int = 0
+    tokens: int | None = None  # None: not counted, because it was never tokenized
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Text:
+    """A corpus, summed over its shards."""
+
+    shards: int = 0
+    documents: int = 0  # rows read
+    kept: Counter[str] = field(default_factory=Counter)  # sequences by split
+    tokens: Counter[str] = field(default_factory=Counter)  # by split
+    bytes: Counter[str] = field(default_factory=Counter)  # by split
+    cut: int = 0  # long documents
+    replaced: int = 0  # documents in which U+FFFD stands for what is no Unicode
+    checked: int = 0  # documents that both encoders encoded alike
+    encoders: Counter[str] = field(default_factory=Counter)  # shards by encoder
+    lengths: Counter[int] = field(default_factory=Counter)  # sequences by the power of 2 below their tokens
+
+
+@dataclass
+class Curated:
+    """What curation made of a corpus, summed over its shards."""
+
+    documents: Counter[str] = field(default_factory=Counter)  # before and after
+    tokens: Counter[str] = field(default_factory=Counter)  # before and after
+    changed: int = 0  # documents in which something was replaced
+
+
+@dataclass
+class Chats:
+    """A source of conversations, summed over its shards."""
+
+    shards: int = 0
+    rows: int = 0
+    conversations: int = 0  # packed
+    packs: int = 0
+    room: int = 0  # tokens that the packs could hold
+    tokens: int = 0
+    trained: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the room of the packs that is filled."""
+        return self.tokens / self.room if self.room else 0.0
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the tokens that the assistant said."""
+        return self.trained / self.tokens if self.tokens else 0.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """A corpus in the training data of a phase."""
+
+    corpus: str
+    asked: float
+    realised: float
+    present: float
+    taken: int  # tokens
+    tokens: int
+    epochs: float
+    repeated: bool
+
+
+@dataclass
+class Data:
+    """What the records say."""
+
+    texts: dict[str, Text] = field(default_factory=dict)
+    chats: dict[str, Chats] = field(default_factory=dict)
+    curated: dict[str, Curated] = field(default_factory=dict)
+    removed: dict[tuple[str, str, str], Removed] = field(default_factory=dict)
+    fallbacks: list[str] = field(default_factory=list)  # shards that fastokens could not encode, and why
+    mixes: dict[str, list[Share]] = field(default_factory=dict)  # by phase
+    indexed: set[str] = field(default_factory=set)  # phases whose samples were counted, not planned
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # by kind
+
+    def remove(
+        self,
+        source: str,
+        step: str,
+        reason: str,
+        documents: int,
+        tokens: int | None = None,
+        examples: Iterable[dict[str, Any]] = (),
+    ) -> None:
+        """Count documents that were removed; reasons that took nothing are left out."""
+        if not documents:
+            return
+        reason = reason.replace("_", " ")
+        entry = self.removed.setdefault((source, step, reason), Removed(source, step, reason))
+        entry.documents += documents
+        if tokens is not None:
+            entry.tokens = (entry.tokens or 0) + tokens
+        room = MAX_EXAMPLES - len(entry.examples)
+        entry.examples += [_example(example) for example in list(examples)[:room]]
+
+
+def _example(example: dict[str, Any]) -> str:
+    """Where a removed row is and what it says, in one line."""
+    place = f"{example.get('file', '?')}:{example.get('row', '?')}"
+    said = " ".join(str(example.get(key) or "") for key in ("detail", "text"))
+    said = " ".join(said.split())
+    cut = f"{said[:EXAMPLE_CHARACTERS]}…" if len(said) > EXAMPLE_CHARACTERS else said
+    return f"{place}: {cut}" if cut else place
+
+
+# ---------------------------------------------------------------------------------------- collecting
+
+
+def collect(paths: Sequence[Path]) -> Data:
+    """Add up the records at `paths` and those of everything that they were made from."""
+    last = {path: lineage.read(path) for path in paths}
+    records = lineage.ancestors(entry for record in last.values() for entry in record["inputs"]) | last
+    data = Data()
+    for _, record in sorted(records.items()):
+        data.seconds[record["kind"]].append(record.get("seconds", 0.0))
+        if add := _ADD.get(record["kind"]):
+            add(data, record)
+    indices = {r["name"]: r for r in records.values() if r["kind"] == "index"}
+    for record in records.values():
+        if record["kind"] == "blend":
+            _add_mix(data, record, indices.get(record["name"]))
+    return data
+
+
+def _add_text(data: Data, record: dict[str, Any]) -> None:
+    counts, corpus = record["counts"], record["settings"]["corpus"]
+    text = data.texts.setdefault(corpus, Text())
+    text.shards += 1
+    text.documents += counts["documents"]
+    text.cut += counts.get("cut", 0)
+    text.checked += counts.get("checked", 0)
+    text.encoders[counts.get("encoder", "tokenizers")] += 1
+    text.replaced += counts.get("replaced", 0)
+    if counts.get("fallback"):
+        data.fallbacks.append(f"{record['name']} was encoded by tokenizers: {counts['fallback']}")
+    for split in SPLITS:
+        text.kept[split] += counts[split]["documents"]
+        text.tokens[split] += counts[split]["tokens"]
+        text.bytes[split] += counts[split]["bytes"]
+    text.lengths.update(_histogram(counts))
+    _add_dropped(data, corpus, "tokenize", counts)
+
+
+def _histogram(counts: dict[str, Any]) -> dict[int, int]:
+    return {int(length): number for length, number in counts.get("length_histogram", {}).items()}
+
+
+def _add_dropped(data: Data, source: str, step: str, counts: dict[str, Any]) -> None:
+    examples = defaultdict(list)
+    for example in counts.get("dropped_rows", []):
+        examples[example.get("reason")].append(example)
+    for reason, number in counts["dropped"].items():
+        data.remove(source, step, reason, number, examples=examples[reason])
+
+
+def _add_curated(data: Data, record: dict[str, Any]) -> None:
+    """The record of a curated shard counts what its filters removed as well."""
+    counts, corpus = record["counts"], record["name"].partition("/")[0]
+    curated = data.curated.setdefault(corpus, Curated())
+    curated.documents.update(before=counts["documents"], after=counts["kept"]["documents"])
+    curated.tokens.update(before=counts["tokens"], after=counts["kept"]["tokens"])
+    curated.changed += sum(changed["documents"] for changed in counts.get("changed", {}).values())
+    for reason, removed in counts["removed"].items():
+        data.remove(
+            corpus, "curate", reason, removed["documents"], removed["tokens"], removed.get("examples", [])
+        )
+    if "dropped" in counts:
+        _add_dropped(data, corpus, "read", counts)
+
+
+def _add_rendered(data: Data, record: dict[str, Any]) -> None:
+    source = record["settings"]["source"]
+    data.chats.setdefault(source, Chats()).rows += record["counts"]["rows"]
+    _add_dropped(data, source, "render", record["counts"])
+
+
+def _add_packed(data: Data, record: dict[str, Any]) -> None:
+    source = record["settings"]["source"]
+    chats = data.chats.setdefault(source, Chats())
+    chats.shards += 1
+    for counts in record["counts"]["splits"].values():
+        chats.conversations += counts["packed"]
+        chats.packs += counts["packs"]
+        chats.room += counts["packs"] * record["settings"]["pack_size"]
+        chats.tokens += counts["tokens"]
+        chats.trained += counts["trained_tokens"]
+        chats.lengths.update(_histogram(counts))
+        for reason, number in counts["dropped"].items():
+            data.remove(source, "pack", reason, number)
+
+
+_ADD = {
+    "tokens": _add_text,
+    "curated": _add_curated,
+    "render_chat": _add_rendered,
+    "pack_sft": _add_packed,
+}
+
+
+def _add_mix(data: Data, record: dict[str, Any], index: dict[str, Any] | None) -> None:
+    """The mix of a phase: as the samples of its index are, or as planned where there is no index."""
+    phase = record["name"]
+    blend = files.read_json(Path(record["outputs"][0]["path"]))
+    shares = {c["corpus"]: c["share"] for c in blend["train"]["corpora"]}
+    taken = {c["corpus"]: c["taken"] for c in blend["train"]["corpora"]}
+    if index:
+        counted = index["counts"]["train"]
+        shares = {name: number / counted["samples"] for name, number in counted["corpora"].items()}
+        taken = {name: n * index["settings"]["seq_length"] for name, n in counted["corpora"].items()}
+        data.indexed.add(phase)
+    data.mixes[phase] = [
+        Share(
+            corpus=c["corpus"],
+            asked=c["asked"],
+            realised=shares[c["corpus"]],
+            present=c["present"],
+            taken=taken[c["corpus"]],
+            tokens=c["tokens"],
+            epochs=taken[c["corpus"]] / c["tokens"],
+            repeated=c["corpus"] in record["counts"]["repeated"],
+        )
+        for c in blend["train"]["corpora"]
+    ]

@@ -1,0 +1,136 @@
+"""Lineage records of the data of a run, written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from snaketron import files
+
+import pytest
+
+SPLITS = ("train", "valid", "test")
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    """make(path, kind, *inputs, counts=..., ...): write a record; returns how a later one lists it."""
+
+    def write(
+        path: str,
+        kind: str,
+        *inputs: dict[str, Any],
+        counts: dict[str, Any],
+        settings: dict[str, Any] | None = None,
+        name: str = "",
+        outputs: list[dict[str, Any]] | None = None,
+        seconds: float = 1.0,
+    ) -> dict[str, Any]:
+        value = {"kind": kind, "name": name or path, "seconds": seconds, "settings": settings or {}}
+        value |= {"inputs": list(inputs), "outputs": outputs or [], "counts": counts}
+        files.write_json(tmp_path / path, value)
+        return {"path": str(tmp_path / path), "sha256": files.sha256(tmp_path / path)}
+
+    return write
+
+
+def shard(train: int, valid: int, test: int, **counts: Any) -> dict[str, Any]:
+    """Counts of a tokenized shard: tokens by split, of ten tokens a document and four bytes a token."""
+    splits = {
+        split: {"documents": tokens // 10, "tokens": tokens, "bytes": 4 * tokens}
+        for split, tokens in zip(SPLITS, (train, valid, test), strict=True)
+    }
+    return {"documents": 100, "dropped": {"empty": 0}} | splits | counts
+
+
+def packs(number: int, tokens: int, trained: int, packed: int, **dropped: int) -> dict[str, Any]:
+    counts = {"packs": number, "tokens": tokens, "trained_tokens": trained, "packed": packed}
+    return counts | {"dropped": dropped, "length_histogram": {"4": packed} if packed else {}}
+
+
+def share(corpus: str, asked: float, taken: int, tokens: int, present: float) -> dict[str, Any]:
+    return {
+        "corpus": corpus,
+        "asked": asked,
+        "share": asked,
+        "present": present,
+        "documents": 1,
+        "tokens": tokens,
+        "taken": taken,
+        "epochs": taken / tokens,
+        "empty_shards": 0,
+    }
+
+
+@pytest.fixture
+def records(make, tmp_path: Path) -> list[Path]:
+    """Two shards of docs, one of them curated, one of code; a phase with an index, one without; chats."""
+    bad = {"file": "raw/b.jsonl", "row": 7, "reason": "bad row", "detail": "invalid\n  JSON <b>"}
+    curated_file = tmp_path / "curated/docs/b.parquet"
+    curated_file.parent.mkdir(parents=True)
+    curated_file.write_bytes(b"curated")
+    output = {"path": str(curated_file), "sha256": files.sha256(curated_file)}
+    example = {"file": "raw/b.jsonl", "row": 3, "text": "lorem " * 40}
+    curated_counts = {
+        "documents": 50,
+        "tokens": 900,
+        "kept": {"documents": 40, "tokens": 720},
+        "removed": {
+            "gopher_quality: too_short": {"documents": 8, "tokens": 120, "examples": [example] * 5},
+            "exact duplicate": {"documents": 2, "tokens": 60, "examples": []},
+        },
+        "changed": {"pii": {"documents": 4, "tokens": -3}},
+        "rows": 53,
+        "dropped": {"bad row": 3},
+        "dropped_rows": [bad],
+    }
+    make(
+        "curated/docs/b.json", "curated", counts=curated_counts, name="docs/b", outputs=[output], seconds=4.5
+    )
+    docs, code = {"corpus": "docs"}, {"corpus": "code"}
+    histogram = {"4": 90, "8": 9, "1024": 1}
+    more = {"dropped": {"empty": 2}, "cut": 3, "checked": 20, "encoder": "fastokens", "fallback": None}
+    a = make(
+        "docs/a.json", "tokens", counts=shard(1000, 100, 0, length_histogram=histogram, **more), settings=docs
+    )
+    b = make(
+        "docs/b.json",
+        "tokens",
+        output,
+        counts=shard(3000, 0, 0, encoder="tokenizers", fallback="Unigram is not supported", replaced=5),
+        settings=docs,
+        name="docs/b",
+        seconds=2.5,
+    )
+    c = make("code/a.json", "tokens", counts=shard(1000, 50, 50, encoder="fastokens"), settings=code)
+
+    corpora = [share("docs", 0.25, 2000, 4000, 0.8), share("code", 0.75, 6000, 1000, 0.2)]
+    last = []
+    for phase in ("broad", "focused"):
+        blend = tmp_path / "pretrain" / phase / "blend.json"
+        files.write_json(blend, {"train": {"corpora": corpora}})
+        output = {"path": str(blend), "sha256": files.sha256(blend)}
+        counts = {"repeated": {"code": 6.0} if phase == "broad" else {}}
+        make(
+            f"pretrain/{phase}/record.json", "blend", *(a, b, c), counts=counts, name=phase, outputs=[output]
+        )
+        if phase == "broad":
+            counts = {"train": {"samples": 10, "corpora": {"docs": 3, "code": 7}}}
+            settings = {"seq_length": 800}
+            make("pretrain/broad/index.json", "index", output, counts=counts, settings=settings, name=phase)
+            last.append(tmp_path / "pretrain/broad/index.json")
+        else:
+            last.append(tmp_path / "pretrain/focused/record.json")
+
+    tools = {"source": "tools", "pack_size": 100}
+    rendered = tmp_path / "chat/tools/a.parquet"
+    rendered.parent.mkdir(parents=True)
+    rendered.write_bytes(b"rendered")
+    output = {"path": str(rendered), "sha256": files.sha256(rendered)}
+    counts = {"rows": 30, "dropped": {"not_rendered": 4}, "dropped_rows": []}
+    make("chat/tools/a.json", "render_chat", counts=counts, settings=tools, outputs=[output])
+    splits = {"train": packs(4, 300, 90, 20, **{"longer than a pack": 1}), "valid": packs(1, 20, 6, 5)}
+    splits["test"] = packs(0, 0, 0, 0)
+    packed = make("sft/tools/a.json", "pack_sft", output, counts={"splits": splits}, settings=tools)
+    make("sft/record.json", "blend_sft", packed, counts={}, name="sft")
+    return [*last, tmp_path / "sft/record.json"]
