@@ -1,4 +1,4 @@
-# Raw text to an instruction-tuned checkpoint:
+# From raw text to an instruction-tuned checkpoint:
 #     snakemake --profile profiles/local ckpt/sft
 # Outputs lie at <root>/<stage>/<noun>; a wildcard fills one component of a path.
 import atexit
@@ -12,7 +12,7 @@ from snakemake.utils import min_version
 min_version("9.27")
 gc.set_threshold(
     200_000, 50, 1000
-)  # else 15 % of a dry-run of 7,000 jobs goes into walking the graph
+)  # the defaults spend 15 % of a dry-run of 7,000 jobs on garbage collection of the graph
 sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from snaketron import credentials
@@ -53,11 +53,11 @@ logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     if to_download := graph.to_download():
         logger.info(to_download)
-    # There is no hook of a dry-run.
+    # Snakemake has no hook for the end of a dry-run.
     atexit.register(dry_run.explain, workflow, graph.config)
 
 
-# Before the first job of a run, not of a dry-run.
+# Before the first job; a dry-run does not come here.
 onstart:
     if not single_run.hold(Path(".snakemake/snaketron.lock")):
         raise WorkflowError(

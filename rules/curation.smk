@@ -1,7 +1,7 @@
 rule filter_shard:
     """Let datatrove's filters choose the documents of a shard of raw files.
 
-    The tokenizer is `ancient`: it only counts what is removed.
+    The tokenizer is `ancient`, because it only counts the tokens of what is removed.
     """
     input:
         text=graph.raw_text,
@@ -42,7 +42,7 @@ rule exact_signature:
 
 
 rule exact_find:
-    """Find the documents of a group whose text came before, in the order of its corpora and shards."""
+    """Find the documents whose text an earlier document of the group has, in the order of corpora and shards."""
     input:
         signatures=graph.curation.exact_signatures,
     output:
@@ -82,7 +82,7 @@ rule minhash_signature:
 rule minhash_buckets:
     """Find the pairs of documents of a group that agree in one bucket of their signatures.
 
-    Exact duplicates are left out, so that not both copies vanish.
+    Exact duplicates are left out, so that one of two copies stays.
     """
     input:
         signatures=graph.curation.minhash_signatures,
@@ -133,7 +133,7 @@ rule minhash_cluster:
 
 
 rule decontamination_index:
-    """Write the hashes of the n-grams of words that evaluations hold."""
+    """Write the hashes of the n-grams (of words) of the evaluation texts."""
     input:
         graph.config.curation.evaluation,
     output:

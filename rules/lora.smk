@@ -1,7 +1,7 @@
 rule lora:
-    """Tune low-rank adapters of the last phase's checkpoint, which stays as it is, on the packed conversations.
+    """Tune low-rank adapters on the packed conversations; the checkpoint of the last phase is frozen.
 
-    The output holds the adapters alone. It is a link, as in rule pretrain.
+    The output holds the adapters alone. It is a link, like the output of rule pretrain.
     """
     input:
         blend="<data>/sft/blend.json",
@@ -27,9 +27,9 @@ rule lora:
 
 
 rule merge_lora:
-    """Add the adapters to the checkpoint that they were trained on: a checkpoint like that of rule sft.
+    """Add the adapters to the checkpoint that they were trained on, so that the output is like that of rule sft.
 
-    In the layout of the training, whose blend it measures the loss on, before and after.
+    It runs in the layout of the training, and measures the loss on the blend before and after.
     """
     input:
         blend="<data>/sft/blend.json",

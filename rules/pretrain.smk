@@ -1,8 +1,8 @@
 rule pretrain:
-    """Train one phase of the curriculum, from the end of the phase before it.
+    """Train one phase of pretraining, from the end of the phase before it.
 
-    The output is a link to a directory below <ckpt>/versions that Snakemake does not know, where a
-    killed run finds its checkpoints again. Settings under `resources` change how, not what, it trains.
+    The output is a link to a directory below <ckpt>/versions. Snakemake does not know that directory, so
+    a killed training finds its checkpoints there. `params` define the result, `resources` how it is made.
     """
     input:
         blend="<data>/pretrain/{phase}/blend.json",

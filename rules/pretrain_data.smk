@@ -36,7 +36,7 @@ rule blend_pretrain:
     benchmark:
         "<benchmarks>/blend_pretrain/{phase}.tsv"
     resources:
-        # A warning alone depends on it, so it is no parameter.
+        # Only a warning depends on max_epochs, so it is no parameter.
         max_epochs=str(graph.config.pretrain_data.max_epochs),
     params:
         weights=graph.phase_weights,
@@ -50,7 +50,7 @@ rule blend_pretrain:
 
 
 rule index_pretrain:
-    """Build megatron-core's data set index of a phase, so that no GPU waits for it."""
+    """Build the sample index of a phase with megatron-core, so that no GPU waits for it."""
     input:
         "<data>/pretrain/{phase}/blend.json",
     output:

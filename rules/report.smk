@@ -1,5 +1,5 @@
 rule data_report:
-    """Say what is in the data, from the records alone: text, a page and figures."""
+    """Report what is in the data, from the records alone: as text, a page and figures."""
     input:
         indices=expand("<data>/pretrain/{phase}/index.json", phase=graph.phases),
         chats="<data>/sft/record.json",

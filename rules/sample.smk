@@ -1,5 +1,5 @@
 rule sample_corpus:
-    """Write a corpus of the real text that every Python installation carries."""
+    """Write a corpus from the documentation and code that ship with Python."""
     output:
         texts=expand("data/sample/{{corpus}}/part_{part}.jsonl", part=range(3)),
         record="data/sample/{corpus}/record.json",

@@ -1,7 +1,7 @@
 rule sft:
-    """Tune the last phase's checkpoint on the packed conversations, and sum the whole run up.
+    """Tune the checkpoint of the last phase on the packed conversations, and write the summary of all stages.
 
-    The output is a link, as in rule pretrain.
+    The output is a link, like the output of rule pretrain.
     """
     input:
         blend="<data>/sft/blend.json",

@@ -1,5 +1,5 @@
 rule render_chat:
-    """Render the conversations of a shard to tokens and a mask of what the assistant said."""
+    """Render the conversations of a shard to tokens and a mask of the assistant's answers."""
     input:
         chats=graph.raw_chats,
         tokenizer="<data>/tokenizer/tokenizer.json",
@@ -21,7 +21,7 @@ rule render_chat:
 
 
 rule pack_sft:
-    """Pack rendered conversations; none is split across packs."""
+    """Pack rendered conversations; no conversation is split across packs."""
     input:
         graph.rendered_chats,
     output:

@@ -1,5 +1,5 @@
 rule download:
-    """Fetch one file of the lock, from where an earlier attempt ended, and verify it by size and hash."""
+    """Download one file of the lock file, continue a partial one, and verify size and hash."""
     output:
         file="<data>/raw/{source}/{file}",
         record="<data>/raw/{source}/{file}.json",
@@ -10,7 +10,7 @@ rule download:
     wildcard_constraints:
         file=DOWNLOADED,
     resources:
-        # An address may change and the file stay the same, so it is no parameter.
+        # A file may move to another address without changing, so the address is no parameter.
         address=graph.download_address,
         download_mb=graph.download_mb,
         downloads=1,

@@ -1,7 +1,7 @@
 rule build_tokenizer:
     """Train a byte-level BPE tokenizer, or take one from a path or the hub.
 
-    The text is `ancient`: a changed raw file must not change the ids of everything.
+    The text is `ancient`, because a changed raw file must not change the ids of all text.
     """
     input:
         text=ancient(graph.tokenizer_text),
@@ -24,7 +24,7 @@ rule build_tokenizer:
 rule install_chat_template:
     """Check the chat template and put it beside the tokenizer.
 
-    A rule of its own: a changed template renders the chats again and leaves the text's tokens alone.
+    This is a rule of its own, so that a changed template renders chats again and tokenizes no text.
     """
     input:
         template=graph.chat_template,

@@ -16,10 +16,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--filtered", type=Path, required=True, help="CORPUS/SHARD.parquet of filter_shard")
     parser.add_argument("--exact", type=Path, nargs="*", default=[], help="exact duplicates of its group")
     parser.add_argument("--near", type=Path, nargs="*", default=[], help="near-duplicates of its group")
-    parser.add_argument("--index", type=Path, nargs="*", default=[], help="of decontamination_index")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of it, to count tokens with")
+    parser.add_argument(
+        "--index", type=Path, nargs="*", default=[], help="index.parquet of decontamination_index"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="directory of the tokenizer that counts tokens"
+    )
     parser.add_argument("--settings", required=True, help="CurateSettings as JSON")
-    parser.add_argument("--num-examples", type=int, default=3, help="removed documents to list a reason")
+    parser.add_argument(
+        "--num-examples", type=int, default=3, help="removed documents to list for each reason"
+    )
     parser.add_argument("--output", type=Path, required=True, help="CORPUS/SHARD.parquet to write")
     parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
     args = parser.parse_args(argv)

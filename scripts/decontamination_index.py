@@ -1,4 +1,4 @@
-"""Write the hashes of the n-grams of words that evaluations hold."""
+"""Write the hashes of the n-grams (of words) of the evaluation texts."""
 
 from __future__ import annotations
 

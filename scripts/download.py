@@ -1,4 +1,4 @@
-"""Fetch one file of the lock, from where an earlier attempt ended, and verify it by size and hash."""
+"""Download one file of the lock file, continue a partial one, and verify size and hash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find the documents of a group of corpora whose text came before; the first of equal ones stays."""
+"""Find the documents whose text an earlier document of the group has; the first of equal ones stays."""
 
 from __future__ import annotations
 

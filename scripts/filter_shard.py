@@ -14,9 +14,13 @@ logger = logging.getLogger("snaketron")
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="raw files, in order")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of it, to count tokens with")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="directory of the tokenizer that counts tokens"
+    )
     parser.add_argument("--settings", required=True, help="FilterSettings as JSON")
-    parser.add_argument("--num-examples", type=int, default=3, help="removed documents to list a reason")
+    parser.add_argument(
+        "--num-examples", type=int, default=3, help="removed documents to list for each reason"
+    )
     parser.add_argument("--output", type=Path, required=True, help="CORPUS/SHARD.parquet to write")
     parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Build megatron-core's data set index of a phase, so that no GPU waits for it."""
+"""Build the sample index of a phase with megatron-core, so that no GPU waits for it."""
 
 from __future__ import annotations
 

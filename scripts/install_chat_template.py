@@ -1,4 +1,4 @@
-"""Check a chat template and put it beside the tokenizer. Text need not be tokenized again when it changes."""
+"""Check a chat template and put it beside the tokenizer; a changed template tokenizes no text again."""
 
 from __future__ import annotations
 

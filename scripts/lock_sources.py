@@ -18,11 +18,15 @@ DEFAULT_CONFIG = Path("config/config.yaml")
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument(
-        "--configfile", type=Path, nargs="+", default=[], help="as you give them to snakemake, in that order"
+        "--configfile",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="configuration files, as you give them to snakemake",
     )
     parser.add_argument("--source", nargs="+", default=[], help="only these sources (default: all)")
     parser.add_argument(
-        "--update", action="store_true", help="list again what is listed already, at its newest revision"
+        "--update", action="store_true", help="list listed sources again, at their newest revision"
     )
     return parser.parse_args(argv)
 

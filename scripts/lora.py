@@ -1,4 +1,4 @@
-"""Tune low-rank adapters of a pretrained checkpoint on packed conversations, and sum the whole run up."""
+"""Tune low-rank adapters of a pretrained checkpoint on packed conversations, and write the summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Add trained adapters to the weights that they are for: a checkpoint like that of full fine-tuning."""
+"""Add trained adapters to the weights of their base: the output is like a fully fine-tuned checkpoint."""
 
 from __future__ import annotations
 

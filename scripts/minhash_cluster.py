@@ -1,4 +1,4 @@
-"""Find the documents of a group of corpora that nearly repeat one; the first of each cluster stays."""
+"""Find the documents of a group of corpora that nearly repeat another; the first of each cluster stays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         required=True,
-        help="those of the pairs, in their order",
+        help="signatures of the shards that the pairs come from, in the order of minhash_buckets",
     )
     parser.add_argument("--settings", required=True, help="MinHash as JSON")
     parser.add_argument("--output", type=Path, required=True, help="GROUP.parquet to write")

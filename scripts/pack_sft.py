@@ -1,4 +1,4 @@
-"""Pack the rendered conversations of a source, each split by itself; none is split across packs."""
+"""Pack the rendered conversations of a source, split by split; no conversation is split across packs."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--long-conversations",
         choices=("drop", "cut_at_answer", "cut_unfinished"),
         default="drop",
-        help="what becomes of those of more tokens than a pack",
+        help="what becomes of conversations with more tokens than a pack",
     )
     add("--algorithm", choices=ALGORITHMS, required=True)
-    add("--seed", type=int, help="of the order of first_fit_shuffle; the others need none")
+    add("--seed", type=int, help="seed of first_fit_shuffle; other algorithms take none")
     add("--train", type=Path, required=True, help="Parquet file to write")
     add("--valid", type=Path, required=True, help="Parquet file to write")
     add("--test", type=Path, required=True, help="Parquet file to write")

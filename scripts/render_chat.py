@@ -1,4 +1,4 @@
-"""Render files of conversations to token ids and a mask of what the assistant said."""
+"""Render files of conversations to token ids and a mask of the assistant's answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a corpus of the real text that every Python installation carries."""
+"""Write a corpus from the documentation and code that ship with Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tune a pretrained checkpoint on packed conversations, and sum the whole run up."""
+"""Tune a pretrained checkpoint on packed conversations, and write the summary of all stages."""
 
 from __future__ import annotations
 

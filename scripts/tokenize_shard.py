@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    # read when the encoders are first used: by fastokens, by `tokenizers`
+    # fastokens reads the first two variables when it is first used, and `tokenizers` the last one.
     os.environ["FASTOKENS_BPE_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(args.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = str(args.threads > 1).lower()
     from snaketron.data.text.tokenize import tokenize_shard

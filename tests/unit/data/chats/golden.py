@@ -267,7 +267,7 @@ def table() -> str:
     for turn, (first, end) in enumerate(found.turns, 1):
         made = template.render(found.messages[:end])
         spans = [span for span, owner in zip(made.spans, made.owners, strict=True) if (owner or 0) >= first]
-        lines += [f"the same, turn {turn}, with truncate_history_thinking"]
+        lines += [f"reasoning in two turns, turn {turn}, with truncate_history_thinking"]
         lines += _lines(marked(Rendered(made.text, spans, [])))
     return "\n".join(lines) + "\n"
 
