@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snaketron.log import argument_parser, logger, run
 from snaketron.sources.download import Patience, download
-from snaketron.sources.shards import size_text
+from snaketron.wording import size_text
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from snaketron.files import partial
-from snaketron.sources.shards import size_text
+from snaketron.wording import size_text
 from tests.conftest import Workspace
 from tests.end_to_end.processes import run_until
 from tests.fake_hub import FakeHub

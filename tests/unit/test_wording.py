@@ -1,6 +1,6 @@
 """Numbers as a person reads them."""
 
-from snaketron.wording import large
+from snaketron.wording import binary, duration, hours, large, plural, short, size_text
 
 import pytest
 
@@ -11,3 +11,38 @@ import pytest
 )
 def test_large_numbers_have_a_unit(number: float, text: str):
     assert large(number) == text
+
+
+def test_sizes_are_written_for_people():
+    sizes = [0, 999, 1000, 99_400, 999_400, 999_500, 3.4e9, 1.2e13]
+    assert [size_text(size) for size in sizes] == [
+        *["0 bytes", "999 bytes", "1.0 kB", "99.4 kB", "999 kB", "1.0 MB", "3.4 GB", "12.0 TB"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(5, "5"), (999, "999"), (1200, "1.2 k"), (2_500_000, "2.5 M"), (3e9, "3 G"), (1e12, "1 T")],
+)
+def test_numbers_of_an_axis(value, text):
+    assert short(value) == text
+
+
+def test_powers_of_two_of_an_axis():
+    assert [binary(1 << k) for k in (0, 9, 10, 15, 20, 31)] == [
+        "1",
+        "512",
+        "1 Ki",
+        "32 Ki",
+        "1 Mi",
+        "2 Gi",
+    ]
+
+
+def test_times_that_are_left_and_times_that_are_estimated():
+    assert [duration(seconds) for seconds in (0, 59.6, 93_784)] == ["00:00:00", "00:01:00", "26:03:04"]
+    assert [hours(number) for number in (0.5, 1, 47.9, 48)] == ["30.0 min", "1.0 h", "47.9 h", "2.0 days"]
+
+
+def test_a_number_of_things():
+    assert [plural(1, "GPU"), plural(8, "GPU"), plural(2, "process")] == ["1 GPU", "8 GPUs", "2 processes"]

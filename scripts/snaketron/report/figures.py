@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from snaketron.data.split import SPLITS
 from snaketron.report.collect import Data
+from snaketron.wording import binary, short
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -69,22 +70,6 @@ def _nothing(what: str) -> bytes:
     with _figure(1.0) as figure:
         figure.text(0.5, 0.5, what, ha="center", va="center", color=GREY)
         return _svg(figure)
-
-
-def short(value: float, _position: int = 0) -> str:
-    """A number for an axis: 1,200 is 1.2 k."""
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def binary(value: int) -> str:
-    """A power of two for an axis: 8,192 is 8 Ki."""
-    for shift, unit in ((30, " Gi"), (20, " Mi"), (10, " Ki")):
-        if value >> shift:
-            return f"{value >> shift}{unit}"
-    return str(value)
 
 
 def _names(axes: Any, names: Sequence[str]) -> None:

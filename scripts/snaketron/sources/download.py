@@ -20,8 +20,8 @@ from snaketron import files
 from snaketron.files import partial, write_json
 from snaketron.lineage import record as lineage
 from snaketron.log import NO_SPACE, UserError, logger
-from snaketron.sources.shards import size_text
 from snaketron.sources.streams import BLOCK, Broken, Changed, OtherSize, open_stream
+from snaketron.wording import size_text
 
 _LONGEST_PAUSE = 60.0  # seconds
 _REPORT = 10.0  # seconds between two lines of progress

@@ -19,8 +19,9 @@ from snaketron.files import write_text
 from snaketron.log import UserError, logger
 from snaketron.sources.download import Patience, fetch
 from snaketron.sources.lockfile import Lock, lock_text, read_lock, remote, request
-from snaketron.sources.shards import SUFFIXES, size_text, suffix_of
+from snaketron.sources.shards import SUFFIXES, suffix_of
 from snaketron.sources.streams import filesystem
+from snaketron.wording import plural, size_text
 
 _AT_A_TIME = 100  # paths of one question to the hub
 _LONGEST_NAME = 150  # letters of a file's name; file systems take 255
@@ -130,7 +131,7 @@ def _stem(path: str) -> str:
 
 def _summary(entry: dict[str, Any]) -> str:
     files = entry["files"]
-    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    count = plural(len(files), "file")
     revision = f", revision {entry['revision']}" if entry["revision"] else ""
     return f"{count}, {size_text(sum(file['size'] for file in files))}{revision}"
 

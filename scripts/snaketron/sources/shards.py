@@ -12,6 +12,7 @@ from pathlib import Path
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
 from snaketron.sources.lockfile import Lock, check_addresses, remote, request
+from snaketron.wording import plural, size_text
 
 SUFFIXES = (
     ".jsonl",
@@ -136,15 +137,6 @@ def to_download(config: Config, lock: Lock) -> str | None:
         here = {path.name for path in (root / name).iterdir()} if (root / name).is_dir() else set()
         files = [file for file in used if file.name not in here]
         if files:
-            count = "1 file" if len(files) == 1 else f"{len(files)} files"
+            count = plural(len(files), "file")
             missing.append(f"{name} {count}, {size_text(sum(file.size for file in files))}")
     return f"To download: {'; '.join(missing)}" if missing else None
-
-
-def size_text(size: float) -> str:
-    """A number of bytes as a person reads it: 3.4 GB is 3.4e9 bytes."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 99.5 else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import writing
+from snaketron.wording import duration
 
 import orjson
 
@@ -171,14 +172,3 @@ class Progress:
         text = f"{self.stage}  step {done}/{self.total}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left"
         end = "\n" if done == self.total or not self.terminal else ""
         print(f"\r{text}\x1b[K" if self.terminal else text, end=end, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds.
-
-    >>> duration(93784)
-    '26:03:04'
-    """
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:02d}:{minutes:02d}:{seconds:02d}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from snaketron.config import ConfigError, Corpus
 from snaketron.sources.lockfile import read_lock
-from snaketron.sources.shards import DOWNLOADED, shards, size_text, to_download
+from snaketron.sources.shards import DOWNLOADED, shards, to_download
 from tests.unit.sources.locked import HUB, WEB, config, entry, listed, write_lock
 
 import pytest
@@ -212,13 +212,6 @@ def test_a_dry_run_knows_what_is_not_here_yet():
     assert to_download(config(), lock) is None
     elsewhere = config(pathvars={"data": "scratch"})
     assert to_download(elsewhere, lock) == "To download: web 2 files, 3.4 GB; math 1 file, 200 MB"
-
-
-def test_sizes_are_written_for_people():
-    sizes = [0, 999, 1000, 99_400, 999_400, 999_500, 3.4e9, 1.2e13]
-    assert [size_text(size) for size in sizes] == [
-        *["0 bytes", "999 bytes", "1.0 kB", "99.4 kB", "999 kB", "1.0 MB", "3.4 GB", "12.0 TB"]
-    ]
 
 
 def test_the_record_of_a_downloaded_file_is_never_taken_for_a_download():
