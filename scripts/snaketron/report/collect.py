@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from snaketron import files
 from snaketron.data.split import SPLITS
 from snaketron.lineage import record as lineage
 
-MAX_EXAMPLES = 3  # of what was removed from a source for one reason
+MAX_EXAMPLES = 3  # removed rows that are quoted, for each source, step and reason
 EXAMPLE_CHARACTERS = 100
 
 
@@ -37,9 +37,9 @@ class Text:
     kept: Counter[str] = field(default_factory=Counter)  # sequences by split
     tokens: Counter[str] = field(default_factory=Counter)  # by split
     bytes: Counter[str] = field(default_factory=Counter)  # by split
-    cut: int = 0  # long documents
-    replaced: int = 0  # documents in which U+FFFD stands for what is no Unicode
-    checked: int = 0  # documents that both encoders encoded alike
+    cut: int = 0  # documents too long for one sequence
+    replaced: int = 0  # documents in which U+FFFD replaces bytes that are no Unicode
+    checked: int = 0  # documents for which both encoders gave the same ids
     encoders: Counter[str] = field(default_factory=Counter)  # shards by encoder
     lengths: Counter[int] = field(default_factory=Counter)  # sequences by the power of 2 below their tokens
 
@@ -64,6 +64,7 @@ class Chats:
     room: int = 0  # tokens that the packs could hold
     tokens: int = 0
     trained: int = 0
+    cut: int = 0  # conversations that were longer than a pack
     lengths: Counter[int] = field(default_factory=Counter)
 
     @property
@@ -101,7 +102,7 @@ class Data:
     removed: dict[tuple[str, str, str], Removed] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)  # shards that fastokens could not encode, and why
     mixes: dict[str, list[Share]] = field(default_factory=dict)  # by phase
-    indexed: set[str] = field(default_factory=set)  # phases whose samples were counted, not planned
+    indexed: set[str] = field(default_factory=set)  # phases whose mix is counted from the index
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # by kind
 
     def remove(
@@ -113,7 +114,7 @@ class Data:
         tokens: int | None = None,
         examples: Iterable[dict[str, Any]] = (),
     ) -> None:
-        """Count documents that were removed; reasons that took nothing are left out."""
+        """Count removed documents; a reason that removed none gets no entry."""
         if not documents:
             return
         reason = reason.replace("_", " ")
@@ -134,6 +135,47 @@ def _example(example: dict[str, Any]) -> str:
     return f"{place}: {cut}" if cut else place
 
 
+# ------------------------------------------------------------------------- counts within the records
+
+
+class SplitCounts(TypedDict):
+    """What a tokenized shard has in a split."""
+
+    documents: int  # sequences
+    tokens: int
+    bytes: int
+
+
+class RemovedCounts(TypedDict):
+    """What curation removed from a shard for one reason."""
+
+    documents: int
+    tokens: int
+    examples: NotRequired[list[dict[str, Any]]]
+
+
+class PackedCounts(TypedDict):
+    """What a shard of packs has in a split."""
+
+    packed: int  # conversations
+    packs: int
+    tokens: int
+    trained_tokens: int
+    cut: int  # conversations
+    dropped: dict[str, int]
+
+
+class CorpusCounts(TypedDict):
+    """What the blend of a phase takes from a corpus."""
+
+    corpus: str
+    asked: float
+    share: float
+    present: float
+    taken: int  # tokens
+    tokens: int  # there are
+
+
 # ---------------------------------------------------------------------------------------- collecting
 
 
@@ -141,15 +183,21 @@ def collect(paths: Sequence[Path]) -> Data:
     """Add up the records at `paths` and those of everything that they were made from."""
     last = {path: lineage.read(path) for path in paths}
     records = lineage.ancestors(entry for record in last.values() for entry in record["inputs"]) | last
-    data = Data()
-    for _, record in sorted(records.items()):
-        data.seconds[record["kind"]].append(record.get("seconds", 0.0))
-        if add := _ADD.get(record["kind"]):
-            add(data, record)
+    data = add_up(record for _, record in sorted(records.items()))
     indices = {r["name"]: r for r in records.values() if r["kind"] == "index"}
     for record in records.values():
         if record["kind"] == "blend":
             _add_mix(data, record, indices.get(record["name"]))
+    return data
+
+
+def add_up(records: Iterable[dict[str, Any]]) -> Data:
+    """Sum what records say of text, curation, conversations and time, but not of the mix of a phase."""
+    data = Data()
+    for record in records:
+        data.seconds[record["kind"]].append(record.get("seconds", 0.0))
+        if add := _ADD.get(record["kind"]):
+            add(data, record)
     return data
 
 
@@ -165,18 +213,19 @@ def _add_text(data: Data, record: dict[str, Any]) -> None:
     if counts.get("fallback"):
         data.fallbacks.append(f"{record['name']} was encoded by tokenizers: {counts['fallback']}")
     for split in SPLITS:
-        text.kept[split] += counts[split]["documents"]
-        text.tokens[split] += counts[split]["tokens"]
-        text.bytes[split] += counts[split]["bytes"]
+        part: SplitCounts = counts[split]
+        text.kept[split] += part["documents"]
+        text.tokens[split] += part["tokens"]
+        text.bytes[split] += part["bytes"]
     text.lengths.update(_histogram(counts))
     _add_dropped(data, corpus, "tokenize", counts)
 
 
-def _histogram(counts: dict[str, Any]) -> dict[int, int]:
+def _histogram(counts: Mapping[str, Any]) -> dict[int, int]:
     return {int(length): number for length, number in counts.get("length_histogram", {}).items()}
 
 
-def _add_dropped(data: Data, source: str, step: str, counts: dict[str, Any]) -> None:
+def _add_dropped(data: Data, source: str, step: str, counts: Mapping[str, Any]) -> None:
     examples = defaultdict(list)
     for example in counts.get("dropped_rows", []):
         examples[example.get("reason")].append(example)
@@ -185,12 +234,13 @@ def _add_dropped(data: Data, source: str, step: str, counts: dict[str, Any]) -> 
 
 
 def _add_curated(data: Data, record: dict[str, Any]) -> None:
-    """The record of a curated shard counts what its filters removed as well."""
+    """Add a curated shard. Its record also counts what the filters before it removed."""
     counts, corpus = record["counts"], record["name"].partition("/")[0]
     curated = data.curated.setdefault(corpus, Curated())
     curated.documents.update(before=counts["documents"], after=counts["kept"]["documents"])
     curated.tokens.update(before=counts["tokens"], after=counts["kept"]["tokens"])
     curated.changed += sum(changed["documents"] for changed in counts.get("changed", {}).values())
+    removed: RemovedCounts
     for reason, removed in counts["removed"].items():
         data.remove(
             corpus, "curate", reason, removed["documents"], removed["tokens"], removed.get("examples", [])
@@ -209,12 +259,14 @@ def _add_packed(data: Data, record: dict[str, Any]) -> None:
     source = record["settings"]["source"]
     chats = data.chats.setdefault(source, Chats())
     chats.shards += 1
+    counts: PackedCounts
     for counts in record["counts"]["splits"].values():
         chats.conversations += counts["packed"]
         chats.packs += counts["packs"]
         chats.room += counts["packs"] * record["settings"]["pack_size"]
         chats.tokens += counts["tokens"]
         chats.trained += counts["trained_tokens"]
+        chats.cut += counts["cut"]
         chats.lengths.update(_histogram(counts))
         for reason, number in counts["dropped"].items():
             data.remove(source, "pack", reason, number)
@@ -229,11 +281,12 @@ _ADD = {
 
 
 def _add_mix(data: Data, record: dict[str, Any], index: dict[str, Any] | None) -> None:
-    """The mix of a phase: as the samples of its index are, or as planned where there is no index."""
+    """Add the mix of a phase: counted from the samples of its index, or the plan where there is no index."""
     phase = record["name"]
     blend = files.read_json(Path(record["outputs"][0]["path"]))
-    shares = {c["corpus"]: c["share"] for c in blend["train"]["corpora"]}
-    taken = {c["corpus"]: c["taken"] for c in blend["train"]["corpora"]}
+    corpora: list[CorpusCounts] = blend["train"]["corpora"]
+    shares = {c["corpus"]: c["share"] for c in corpora}
+    taken = {c["corpus"]: c["taken"] for c in corpora}
     if index:
         counted = index["counts"]["train"]
         shares = {name: number / counted["samples"] for name, number in counted["corpora"].items()}
@@ -250,5 +303,5 @@ def _add_mix(data: Data, record: dict[str, Any], index: dict[str, Any] | None) -
             epochs=taken[c["corpus"]] / c["tokens"],
             repeated=c["corpus"] in record["counts"]["repeated"],
         )
-        for c in blend["train"]["corpora"]
+        for c in corpora
     ]

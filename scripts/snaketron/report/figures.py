@@ -17,7 +17,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-# Okabe and Ito's colours, which the colour-blind tell apart; grey is for what is left over.
+# The palette of Okabe and Ito, which colour-blind people can tell apart; grey is for the rest.
 BLUE, ORANGE, GREEN, SKY, VERMILION, PURPLE, YELLOW = (
     "#0072B2",
     "#E69F00",
@@ -66,14 +66,14 @@ def _svg(figure: Figure) -> bytes:
 
 
 def _nothing(what: str) -> bytes:
-    """A figure that says that there is nothing to draw; a rule's outputs do not depend on its data."""
+    """A figure with only a sentence: the rule promises every figure, whatever the data."""
     with _figure(1.0) as figure:
         figure.text(0.5, 0.5, what, ha="center", va="center", color=GREY)
         return _svg(figure)
 
 
 def _names(axes: Any, names: Sequence[str]) -> None:
-    """Rows from the top, one a name."""
+    """Label the rows with names, the first at the top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
 
@@ -154,7 +154,7 @@ def draw_lengths(data: Data) -> bytes:
 
 
 def draw_mix(data: Data) -> bytes:
-    """Shares of the corpora in each phase: there, asked and realised."""
+    """The share of each corpus in each phase: in the data, asked for, and realised."""
     if not data.mixes:
         return _nothing("no phases")
     largest: dict[str, float] = {}
@@ -205,7 +205,7 @@ def draw_mix(data: Data) -> bytes:
 
 
 def draw_removed(data: Data) -> bytes:
-    """What was left out, by step and reason."""
+    """Rows that were removed, by step and reason."""
     totals: dict[tuple[str, str], int] = defaultdict(int)
     for removed in data.removed.values():
         totals[removed.step, removed.reason] += removed.documents

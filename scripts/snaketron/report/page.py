@@ -52,7 +52,7 @@ def markdown(parts: Sequence[Section]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text of unknown origin as one piece of code, so that no character of it is markup."""
+    """Quote text from the data as Markdown code, so that nothing in it is taken for markup."""
     return f"`{text.replace('`', chr(39))}`"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from snaketron.data.split import SPLITS
 from snaketron.files import read_json
 from snaketron.lineage import record as lineage
+from snaketron.report.collect import Data, add_up
 from snaketron.report.page import table
 
 ANSWERS = "answers"  # directory of a version, with a file a step
@@ -19,20 +21,17 @@ def summarize(checkpoint: Path) -> str:
     Follows the inputs of the lineage records, so the data must still lie where it was.
     """
     last = lineage.read(checkpoint / "record.json")
-    stages, records = [], defaultdict(list)
-    for record in [*lineage.ancestors(last["inputs"]).values(), last]:
-        if record["kind"] == "checkpoint":
-            stages.append(record)
-        else:
-            records[record["kind"]].append(record)
+    records = [*lineage.ancestors(last["inputs"]).values(), last]
+    stages = [record for record in records if record["kind"] == "checkpoint"]
+    data = add_up(record for record in records if record["kind"] != "checkpoint")
     parts = [
         f"# {checkpoint}",
         _training(stages),
         *_mix(last),
         *_performance(stages),
-        _text(records["tokens"]),
-        _conversations(records["render_chat"], records["pack_sft"]),
-        _time(stages, records),
+        _text(data),
+        _conversations(data),
+        _time(stages, data),
     ]
     if steps := sorted((checkpoint / ANSWERS).glob("step_*.json")):
         parts.append(_answers(read_json(steps[0]), read_json(steps[-1])))
@@ -63,7 +62,7 @@ def _training(stages: list[dict[str, Any]]) -> str:
 
 
 def _mix(last: dict[str, Any]) -> list[str]:
-    """What the last training took from each source, against the weights; nothing for one without sources."""
+    """Compare what the last training took from each source with the weights; empty without sources."""
     rows = [
         [
             name,
@@ -89,7 +88,7 @@ def _mix(last: dict[str, Any]) -> list[str]:
 
 
 def _performance(stages: list[dict[str, Any]]) -> list[str]:
-    """Speed and memory of a process (a GPU), and where its time went; nothing for records without them."""
+    """Speed, memory and time of one process (a GPU); a training whose record lacks them gets no row."""
     keys = ("tokens_per_second_per_process", "tflops_per_process", "peak_memory_gib")
     seconds = ("step_seconds", "data_seconds", "checkpoint_seconds")
     rows = [
@@ -102,62 +101,46 @@ def _performance(stages: list[dict[str, Any]]) -> list[str]:
     return ["## Performance\n\n" + table([*header, "in checkpoints"], rows)] if rows else []
 
 
-def _text(records: list[dict[str, Any]]) -> str:
-    corpora: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in records:
-        corpora[record["settings"]["corpus"]].append(record["counts"])
+def _text(data: Data) -> str:
     rows = []
-    for corpus, counts in sorted(corpora.items()):
-        tokens = [sum(c[split]["tokens"] for c in counts) for split in ("train", "valid", "test")]
-        documents, megabytes = sum(c["documents"] for c in counts), sum(c["bytes"] for c in counts) / 1e6
-        rows.append(
-            [corpus, str(len(counts)), f"{documents:,}", f"{megabytes:.1f}", *(f"{t:,}" for t in tokens)]
-        )
+    for corpus, text in sorted(data.texts.items()):
+        megabytes = sum(text.bytes.values()) / 1e6
+        tokens = [f"{text.tokens[split]:,}" for split in SPLITS]
+        rows.append([corpus, str(text.shards), f"{text.documents:,}", f"{megabytes:.1f}", *tokens])
     header = ["corpus", "shards", "documents", "MB", "train tokens", "valid", "test"]
-    return "## Text\n\n" + table(header, rows) + _dropped([r["counts"]["dropped"] for r in records])
+    return "## Text\n\n" + table(header, rows) + _dropped(data, "tokenize")
 
 
-def _conversations(rendered: list[dict[str, Any]], packed: list[dict[str, Any]]) -> str:
-    rows, dropped = [], [r["counts"]["dropped"] for r in rendered]
-    for source in sorted({r["settings"]["source"] for r in packed}):
-        records = [r for r in packed if r["settings"]["source"] == source]
-        splits = [s for r in records for s in r["counts"]["splits"].values()]
-        packs, tokens, trained, kept = (
-            sum(s[key] for s in splits) for key in ("packs", "tokens", "trained_tokens", "packed")
-        )
-        room = packs * records[0]["settings"]["pack_size"]
-        efficiency = f"{tokens / room:.1%}" if room else "-"
-        rows.append([source, f"{kept:,}", f"{packs:,}", f"{tokens:,}", f"{trained:,}", efficiency])
-        dropped += [s["dropped"] for s in splits]
+def _conversations(data: Data) -> str:
+    rows = []
+    for source, chats in sorted(data.chats.items()):
+        numbers = (chats.conversations, chats.packs, chats.tokens, chats.trained)
+        efficiency = f"{chats.efficiency:.1%}" if chats.packs else "-"
+        rows.append([source, *(f"{number:,}" for number in numbers), efficiency])
     header = ["chat source", "conversations", "packs", "tokens", "trained tokens", "packing efficiency"]
-    cut = sum(s["cut"] for r in packed for s in r["counts"]["splits"].values())
+    cut = sum(chats.cut for chats in data.chats.values())
     sentence = f" Cut at the size of a pack: {cut:,}." if cut else ""
-    return "## Conversations\n\n" + table(header, rows) + _dropped(dropped) + sentence
+    return "## Conversations\n\n" + table(header, rows) + _dropped(data, "render", "pack") + sentence
 
 
-def _dropped(counts: list[dict[str, int]]) -> str:
-    """A sentence about what was dropped, by reason."""
-    totals: dict[str, int] = defaultdict(int)
-    for count in counts:
-        for reason, number in count.items():
-            totals[reason] += number
-    reasons = [
-        f"{number:,} {reason.replace('_', ' ')}" for reason, number in sorted(totals.items()) if number
-    ]
+def _dropped(data: Data, *steps: str) -> str:
+    """A sentence about what the steps dropped, by reason."""
+    totals: Counter[str] = Counter()
+    for removed in data.removed.values():
+        if removed.step in steps:
+            totals[removed.reason] += removed.documents
+    reasons = [f"{number:,} {reason}" for reason, number in sorted(totals.items())]
     return f"\n\nDropped: {', '.join(reasons) or 'nothing'}."
 
 
-def _time(stages: list[dict[str, Any]], records: dict[str, list[dict[str, Any]]]) -> str:
-    rows = [
-        [kind, str(len(found)), f"{sum(r['seconds'] for r in found):.1f}"]
-        for kind, found in sorted(records.items())
-    ]
+def _time(stages: list[dict[str, Any]], data: Data) -> str:
+    rows = [[kind, str(len(times)), f"{sum(times):.1f}"] for kind, times in sorted(data.seconds.items())]
     rows += [[stage["name"], "1", f"{stage['seconds']:.1f}"] for stage in stages]
     return "## Time\n\n" + table(["made", "jobs", "seconds"], rows)
 
 
 def _answers(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
-    """Prompts of the validation split with what the base and the tuned model make of them."""
+    """Prompts of the validation split with the answers of the base model and of the tuned one."""
     parts = ["## Answers"]
     for base, tuned in zip(before, after, strict=True):
         texts = {name: base[name] for name in ("prompt", "reference")}

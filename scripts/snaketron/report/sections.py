@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from snaketron.data.split import SPLITS
 from snaketron.report.collect import Chats, Data, Text
 
-# Steps of the data, in the order in which they come, and what a record of each is about.
+# Kinds of records, in the order of the steps that write them, and what the report calls these steps.
 STEPS = {
     "raw": "download",
     "tokenizer": "build tokenizer",

@@ -29,9 +29,9 @@ _REPORT = 10.0  # seconds between two lines of progress
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a transfer is tried for."""
+    """How long a transfer is tried."""
 
-    retries: int = 8  # in a row that bring no byte
+    retries: int = 8  # attempts in a row, after the first, that bring no byte
     stall_timeout: float = 60  # seconds without a byte after which a connection is given up
     first_pause: float = 1.0  # seconds before a retry; doubled each time, up to a minute
 
@@ -44,13 +44,15 @@ def download(
 ) -> dict[str, Any]:
     """Fetch a file of the lock to `output`, and write its lineage record after it; return the record.
 
-    What is there of an earlier attempt is kept in a partial file, and the rest asked for. What turns out
-    wrong is fetched once more from the beginning; if that is wrong as well, `UserError`.
+    An earlier attempt left its bytes in a partial file; only the rest is asked for. A file that turns out
+    wrong is fetched once more from its beginning. Raises `UserError` if it is wrong again.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with _partial(output) as file:
         resumed_at = os.fstat(file.fileno()).st_size
-        if _is(output, size, sha256):  # Snakemake deletes outputs: it is of a process that we waited for
+        if _is(
+            output, size, sha256
+        ):  # made by another process while this one waited: Snakemake deletes older outputs
             output.replace(partial(output))
         else:
             _complete_or_again(file, output, address, size, sha256, patience)
@@ -124,7 +126,7 @@ def _complete(file: IO[bytes], address: str, size: int, sha256: str, patience: P
 
 @contextlib.contextmanager
 def _partial(output: Path) -> Iterator[IO[bytes]]:
-    """What there is of a file, which no other process is writing; nothing is left where nothing came."""
+    """Open the partial file of `output`, alone, to append; an empty one is removed in the end."""
     path = partial(output)
     with files.owned(path) as file:
         try:
@@ -144,7 +146,7 @@ def fetch(
     size: int | None = None,
     patience: Patience,
 ) -> int:
-    """Pass the bytes of a file from `start` on to `write`, each once and in order; return the file's size.
+    """Give `write` the bytes of a file from `start` on, each once and in order; return the file's size.
 
     A connection that breaks is opened again where it ended. Raises `Changed` when the file is not `size`
     bytes long, and `UserError` when it is not there or `patience` ends.

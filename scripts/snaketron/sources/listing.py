@@ -32,13 +32,13 @@ class Found:
     """A file that lies elsewhere, before its name is chosen."""
 
     address: str
-    path: str  # there: what its name is made from
+    path: str  # at its service; the name here is made from it
     size: int | None = None
-    sha256: str | None = None  # where the service knows it
+    sha256: str | None = None  # None: the service does not tell
 
     @property
     def location(self) -> str:
-        """The address, whatever the revision."""
+        """The address without a revision: the same file before and after a new commit."""
         return re.sub(r"^(hf://datasets/[^@]+)@[^/]+", r"\1", self.address)
 
 
@@ -47,8 +47,8 @@ def lock_sources(
 ) -> Lock:
     """List the sources that lie elsewhere into the lock file; return it.
 
-    What was listed for the same request stays as it is unless `update`. `names` are the sources to care
-    for; none: all. Entries of other sources stay. Each source is written as soon as it is listed.
+    A source that was listed for the same request stays as it is unless `update`. With `names`, only these
+    sources are listed; the entries of others stay. Each source is written as soon as it is listed.
     """
     try:
         lock, sources = read_lock(config.sources_lock), remote(config)
@@ -107,7 +107,7 @@ def _hashed(name: str, file: Found, patience: Patience) -> Found:
 def file_names(files: list[Found], known: dict[str, str]) -> list[str]:
     """A name for each file, made from its path below the directory that all share.
 
-    Files that have a name in `known`, by location, keep it. No two names are equal before their suffix.
+    `known` maps locations to names that files keep. No two names are equal before their suffix.
     """
     paths = {file: file.path.lstrip("/") for file in files}
     root = posixpath.commonpath([posixpath.dirname(path) for path in paths.values()]) if files else ""
@@ -201,7 +201,7 @@ def _list_hub_address(address: str, at: str) -> tuple[str, list[Found]]:
         found = _list(HfFileSystem(), posixpath.join(root, parsed.path_in_repo))
     if not found:
         raise UserError(f"{at}: no {', '.join(SUFFIXES)} file at {address}")
-    # With a revision in the question, some versions answer with the revision and some without.
+    # Some versions of the client put the revision into the paths that they return, some do not.
     paths = [re.sub(rf"^datasets/{re.escape(parsed.id)}(@[^/]+)?/", "", name) for name in found]
     return commit, _hub_files(parsed.id, commit, paths, at)
 
@@ -230,7 +230,7 @@ def list_hub(hub: Hub, at: str) -> tuple[str, list[Found]]:
     commit = _commit(hub.repository, hub.revision, at)
     path = f"hf://datasets/{hub.repository}"  # a bare name might be a directory here
     with tempfile.TemporaryDirectory() as cache, _asking(at, hub.repository):
-        # An empty cache: else, when the hub fails, data sets that were loaded before stand in.
+        # An empty cache: from the user's own, the library would answer when the hub fails.
         module = dataset_module_factory(path, revision=commit, cache_dir=cache)
         builder = get_dataset_builder_class(module)
         names = list(builder.builder_configs) or ["default"]
@@ -296,12 +296,12 @@ def _list_of(names: list[str]) -> str:
 
 @contextlib.contextmanager
 def _asking(at: str, what: str) -> Iterator[None]:
-    """Say what the libraries that ask a service raise in the words of an error of the configuration."""
+    """Turn an exception of a service's client into a `UserError` that names `at` in the configuration."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # theirs have no common class
+    except Exception as error:  # exceptions of these clients have no common class
         logger.debug("%s: %s", at, what, exc_info=True)
         if "scripts are no longer supported" in str(error):
             why = "a program makes this data set, which is not run; convert it to files that can be read"

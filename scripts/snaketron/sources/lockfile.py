@@ -36,7 +36,7 @@ class Lock:
     def __init__(self, path: Path, sources: dict[str, Any], command: str = "") -> None:
         self.path = path
         self.sources = sources
-        self.command = command  # that lists sources
+        self.command = command  # lists the sources; messages tell the user to run it
         self._files: dict[str, dict[str, LockedFile]] = {}
 
     def files(self, source: str) -> dict[str, LockedFile]:
@@ -69,7 +69,7 @@ class Lock:
 def read_lock(path: str | Path, configfiles: Iterable[str | Path] = ()) -> Lock:
     """Read the lock file; one that does not exist is empty. Raises `ConfigError`.
 
-    `configfiles` are those of the command line, for the command that messages name.
+    `configfiles` are the user's `--configfile`, which messages repeat in the command to run.
     """
     overlays = [_shown(file) for file in configfiles]
     command = shlex.join(
@@ -119,7 +119,7 @@ def lock_text(sources: dict[str, Any]) -> str:
 
 
 def request(source: Corpus | ChatSource) -> dict[str, Any] | None:
-    """What the lock file must have been made for; None for files of this machine."""
+    """The part of a source that decides which files are listed; None for files of this machine."""
     if source.hub:
         return {"hub": source.hub.model_dump()}
     if any(_ADDRESS.match(path) for path in source.paths):
@@ -147,7 +147,7 @@ def remote(config: Config) -> dict[str, tuple[str, Corpus | ChatSource]]:
 
 
 def check_addresses(source: Corpus | ChatSource, where: str) -> None:
-    """Refuse secrets, which would get into logs and commits, and a mix of files and addresses."""
+    """Refuse a secret in an address, because logs and commits show it, and a mix of files and addresses."""
     for i, path in enumerate(source.paths):
         at = f"{where}.paths[{i}]"
         if not _ADDRESS.match(path):

@@ -25,7 +25,7 @@ SUFFIXES = (
     ".arrow",
 )
 SAMPLE = re.compile(r"data/sample/([a-z0-9_]+)/part_\d+\.jsonl")
-# Names of downloaded files. There is no point before the suffix, so that FILE.json is never one of them.
+# Names of downloaded files. A name has no point before its suffix, so FILE.json, a record, never matches.
 DOWNLOADED = r"[a-z0-9_]+\.(?:jsonl?(?:\.gz|\.zst)?|parquet|arrow)"
 
 
@@ -35,8 +35,8 @@ def shards(
     """Map each shard's name to its raw files, in the order in which they are read.
 
     A shard is called after its first file, without path and suffix. With `shard_size`, files are put
-    together by name until a shard has so many bytes. Of a limited source all files, in the order of the
-    configuration, are the one shard `sample`. Files after the first `max_files` are left out.
+    together by name until a shard has so many bytes. A limited source has one shard, `sample`: all its
+    files in the order of the configuration. Files after the first `max_files` are left out.
     A file of the sample may not exist yet; anything else must. Raises `ConfigError`.
     """
     files = _remote(source, where, lock) if request(source) else _local(source, where)
@@ -58,7 +58,7 @@ def shards(
 
 
 def _remote(source: Corpus | ChatSource, where: str, lock: Lock) -> dict[str, tuple[str, int | None]]:
-    """Of each file that lies elsewhere, by the name of its shard: where it is downloaded to, and its size."""
+    """Map the shard name of each file that lies elsewhere to where it is downloaded to, and its size."""
     check_addresses(source, where)
     lock.check(source, where)
     return {
@@ -68,7 +68,7 @@ def _remote(source: Corpus | ChatSource, where: str, lock: Lock) -> dict[str, tu
 
 
 def _local(source: Corpus | ChatSource, where: str) -> dict[str, tuple[str, int | None]]:
-    """Of each file of this machine, by the name of its shard: its path; its size is not known yet."""
+    """Map the shard name of each file of this machine to its path; its size is asked for only if needed."""
     found: dict[str, str] = {}
     for i, pattern in enumerate(source.paths):
         at = f"{where}.paths[{i}]"
@@ -80,7 +80,7 @@ def _local(source: Corpus | ChatSource, where: str) -> dict[str, tuple[str, int 
 
 
 def suffix_of(path: str) -> str:
-    """The suffix, of those that can be read; "" for another kind of file."""
+    """The one of `SUFFIXES` that a path ends in; "" for a file that cannot be read."""
     return max((s for s in SUFFIXES if path.endswith(s)), key=len, default="")
 
 
@@ -112,7 +112,7 @@ def _files(pattern: str, at: str) -> list[str]:
 
 
 def _below(directory: Path) -> Iterator[str]:
-    """The raw files of a directory. Hidden ones belong to the program that still downloads or edits them."""
+    """The raw files of a directory. A hidden file belongs to a program that still downloads or edits it."""
     for here, directories, names in directory.walk():
         directories[:] = [name for name in directories if not _hidden(name)]
         for name in names:
@@ -129,7 +129,7 @@ def _missing(message: str) -> list[str]:
 
 
 def to_download(config: Config, lock: Lock) -> str | None:
-    """How many files and bytes of which sources are listed and not yet here; None when all are."""
+    """A line that counts the listed files that are not here yet, by source; None when all are here."""
     root = Path(config.pathvars.get("data", "data")) / "raw"
     missing = []
     for name, (_, source) in remote(config).items():

@@ -47,7 +47,7 @@ class OtherSize(Changed):
 class Stream(NamedTuple):
     """A file from some byte on."""
 
-    size: int | None  # bytes of the whole file, if the other side says so
+    size: int | None  # bytes of the whole file; None: the server does not tell
     blocks: Iterator[bytes]
 
 
@@ -213,7 +213,7 @@ def _read_fsspec(address: str, start: int) -> Iterator[Any]:
 
 
 def watched(read: Callable[[], Iterator[Any]], stall_timeout: float) -> Iterator[Any]:
-    """What `read` yields, from a thread of its own, so that a read that hangs can be given up (`Broken`)."""
+    """Yield what `read` yields. It runs in a thread, so that a read that hangs can be given up (`Broken`)."""
     items: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=2)
     over = threading.Event()
     end = object()

@@ -44,7 +44,7 @@ def shard(train: int, valid: int, test: int, **counts: Any) -> dict[str, Any]:
 
 
 def packs(number: int, tokens: int, trained: int, packed: int, **dropped: int) -> dict[str, Any]:
-    counts = {"packs": number, "tokens": tokens, "trained_tokens": trained, "packed": packed}
+    counts = {"packs": number, "tokens": tokens, "trained_tokens": trained, "packed": packed, "cut": 0}
     return counts | {"dropped": dropped, "length_histogram": {"4": packed} if packed else {}}
 
 

@@ -15,7 +15,8 @@ import pytest
 
 def shard(tokens: int, documents: int, num_bytes: int, empty: int = 0) -> dict[str, Any]:
     counts = {"documents": documents, "bytes": num_bytes, "dropped": {"empty": empty, "no_tokens": 0}}
-    return counts | {s: {"tokens": t} for s, t in (("train", tokens), ("valid", 10), ("test", 0))}
+    splits = (("train", tokens, num_bytes - 40), ("valid", 10, 40), ("test", 0, 0))
+    return counts | {s: {"documents": 1, "tokens": t, "bytes": b} for s, t, b in splits}
 
 
 def packs(count: int, tokens: int, trained: int, kept: int, **dropped: int) -> dict[str, Any]:
@@ -67,7 +68,10 @@ def run(tmp_path: Path):
     blend = make("pretrain/record.json", "blend", *shards, counts={})
     source = {"source": "tools", "pack_size": 100}
     rendered = make(
-        "chat/a.json", "render_chat", settings=source, counts={"dropped": {"no_assistant": 1_200}}
+        "chat/a.json",
+        "render_chat",
+        settings=source,
+        counts={"rows": 1_208, "dropped": {"no_assistant": 1_200}},
     )
     splits = {
         "train": packs(3, 240, 90, 7, too_long=2),
