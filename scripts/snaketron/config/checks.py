@@ -1,4 +1,4 @@
-"""What one key alone cannot show: each check returns problems, with the paths and both numbers."""
+"""Checks of several keys together. Each returns problems, with the paths and both numbers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_references(config: Config) -> list[str]:
     ]
 
 
-RESERVED = (  # our columns
+RESERVED = (  # columns that the workflow adds to the data
     *("split", "sequence", "file", "row", "tokens", "text"),
     *("input_ids", "loss_mask", "turn", "reasoning_mode"),
 )
@@ -79,7 +79,7 @@ def check_sources(config: Config) -> list[str]:
     return problems
 
 
-# What the renderer itself gives to a template.
+# Arguments that the renderer itself gives to a template.
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 
 

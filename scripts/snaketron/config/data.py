@@ -107,7 +107,7 @@ class Filter(Section):
 
     name: Literal[
         "gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality", "language", "regex"
-    ] = Field(description="which; `regex` removes documents in which `pattern` is found")
+    ] = Field(description="which filter; `regex` removes documents in which `pattern` is found")
     options: dict[str, Any] = key(
         dict,
         "arguments of datatrove's filter, those not given as it has them; `language` needs `model`, the path "

@@ -18,7 +18,7 @@ class Linear(NamedTuple):
     outputs: int
     # Tensor parallelism divides outputs (column), inputs (row) or nothing.
     parallel: Literal["column", "row", "replicated"]
-    experts: int = 0  # routed experts that have one each
+    experts: int = 0  # routed experts, each of which has such a layer; 0 in all other layers
 
 
 def linears_of_layer(model: Model, letter: str) -> list[Linear]:
@@ -61,7 +61,7 @@ def _mlp(name: str, width: int, inner: int, experts: int = 0) -> list[Linear]:
 
 
 def linears(model: Model, pattern: str, *, with_mtp: bool) -> list[Linear]:
-    """Those of the layers of a pattern, in order, and of the multi-token prediction block."""
+    """The linear layers of a pattern in order, then those of the multi-token prediction block."""
     found = [
         linear._replace(name=f"decoder.layers.{linear.name}")
         for letter in pattern
@@ -79,7 +79,7 @@ def linears(model: Model, pattern: str, *, with_mtp: bool) -> list[Linear]:
 
 
 def matches(target: str, name: str) -> bool:
-    """Whether a target means a layer: it is the last parts of its name; `*` stands for anything.
+    """Whether a target means the layer `name`: it must be the end of the name; `*` stands for anything.
 
     >>> matches("linear_fc1", "decoder.layers.mlp.experts.linear_fc1")
     True

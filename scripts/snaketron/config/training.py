@@ -54,9 +54,9 @@ class Model(Section):
     )
     precision: Precision = key(
         "fp32",
-        "of products; all but fp32 keep bf16 weights and fp32 main weights. fp8_delayed, fp8_current (one "
-        "scale a tensor) and fp8_blockwise need a Hopper GPU, and leave routed experts in bf16; nvfp4 "
-        "needs a Blackwell",
+        "precision of matrix products; all but fp32 keep bf16 weights and fp32 main weights. fp8_delayed, "
+        "fp8_current (one scale a tensor) and fp8_blockwise need a Hopper GPU, and leave routed experts in "
+        "bf16; nvfp4 needs a Blackwell",
     )
     bf16_layers_at_end: Count = key(
         0, "layers at the end that stay in bf16 under fp8 and nvfp4; Nemotron 3 Super's recipe: 14"
@@ -77,7 +77,7 @@ class Parallel(Section):
 
     @property
     def sequence_multiple(self) -> int:
-        """What lengths of sequences are a multiple of: context parallelism gives each process two chunks."""
+        """Lengths of sequences are a multiple of it: context parallelism gives each process two chunks."""
         return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
 
     @property
@@ -137,11 +137,13 @@ class Optimizer(Section):
     adam_eps: Annotated[float, Field(gt=0)] = key(1e-8, "epsilon of Adam")
     clip_grad: Annotated[float, Field(ge=0)] = key(1.0, "limit of the global gradient norm; 0 turns it off")
     gradient_precision: Literal["fp32", "bf16"] = key(
-        "fp32", "of gradients while micro-batches and processes add them up; bf16 saves 2 bytes a parameter"
+        "fp32",
+        "precision of gradients while micro-batches and processes add them up; bf16 saves 2 bytes a "
+        "parameter",
     )
     moment_precision: Literal["fp32", "bf16"] = key(
         "fp32",
-        "of Adam's two moments; bf16 saves 6 bytes a parameter, over data parallelism. Needs a GPU",
+        "precision of Adam's two moments; bf16 saves 6 bytes a parameter, over data parallelism. Needs a GPU",
     )
 
 
@@ -261,10 +263,11 @@ class Tuning(Run):
     eval_samples: Positive = key(16, "packs of a validation, the same ones each time")
     num_samples: Count = key(
         2,
-        "held-out prompts that the model answers before, on the way and after: answers/ of the version",
+        "held-out prompts that the model answers before, during and after the training: answers/ of the "
+        "version",
     )
     sample_interval: Positive | None = key(
-        None, "steps between two times; null: only before the first and after the last step"
+        None, "steps between two rounds of answers; null: only before the first and after the last step"
     )
     sample_tokens: Positive = key(48, "tokens of such an answer at most")
 

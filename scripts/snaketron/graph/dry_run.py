@@ -1,4 +1,4 @@
-"""What a dry-run says of Slurm: the requests, and what trainings need and how long they take."""
+"""What a dry-run prints for Slurm: the requests, what trainings need, and how long they take."""
 
 from __future__ import annotations
 
@@ -25,19 +25,23 @@ def explain(workflow: Any, config: Config) -> None:
         def request(job: Any) -> str:
             return sbatch_request(job, get_submit_command, set_gres_string)
 
-        rules = [rule.name for rule in workflow.rules]
-        phases = ["", *(phase.name for phase in config.pretrain.phases)]
-        jobs = sorted(
-            dag.needrun_jobs(exclude_finished=False),  # all of them count as finished by now
-            key=lambda job: (rules.index(job.rule.name), phases.index(job.wildcards.get("phase", ""))),
-        )
-        groups = {job: dag.get_job_group(job) or job for job in jobs}
-        sizes = Counter(groups.values())
-        # Large groups first: Snakemake puts the jobs of a rule into groups in no order.
-        jobs.sort(key=lambda job: (rules.index(job.rule.name), -sizes[groups[job]]))
-        submitted = list(dict.fromkeys(groups[job] for job in jobs))
-        if plan := describe(config, submitted, request):
+        if plan := describe(config, _submitted(workflow, dag, config), request):
             print(f"\n{plan}", file=sys.stderr)
+
+
+def _submitted(workflow: Any, dag: Any, config: Config) -> list[Any]:
+    """The jobs and groups of jobs that would be submitted, in the order of the rules and of the phases."""
+    rules = [rule.name for rule in workflow.rules]
+    phases = ["", *(phase.name for phase in config.pretrain.phases)]
+    jobs = sorted(
+        dag.needrun_jobs(exclude_finished=False),  # all of them count as finished by now
+        key=lambda job: (rules.index(job.rule.name), phases.index(job.wildcards.get("phase", ""))),
+    )
+    groups = {job: dag.get_job_group(job) or job for job in jobs}
+    sizes = Counter(groups.values())
+    # Large groups first: Snakemake puts the jobs of a rule into groups in no order.
+    jobs.sort(key=lambda job: (rules.index(job.rule.name), -sizes[groups[job]]))
+    return list(dict.fromkeys(groups[job] for job in jobs))
 
 
 def sbatch_request(job: Any, get_submit_command: Callable[..., str], set_gres_string: Request) -> str:

@@ -63,7 +63,7 @@ class Graph:
         return self.conversations[wildcards.source][wildcards.shard]
 
     def to_download(self) -> str | None:
-        """What is listed and not here yet, in one line."""
+        """The files of the lock that are not here yet, in one line; None when all are."""
         return to_download(self.config, self.lock)
 
     def rendered_chats(self, wildcards: Any) -> list[str]:
@@ -145,7 +145,7 @@ class Graph:
         return self.config.training(f"pretrain/{wildcards.phase}").tokens
 
     def index_settings(self, wildcards: Any) -> dict[str, int]:
-        """What, with the blend, defines the index of a phase."""
+        """What defines the index of a phase, together with the blend."""
         phase = self.config.training(f"pretrain/{wildcards.phase}")
         samples = phase.train_iters * phase.global_batch_size
         return {"seed": self.config.seed, "seq_length": phase.seq_length, "train_samples": samples}
@@ -163,7 +163,7 @@ class Graph:
     # Resources: a change runs nothing again.
 
     def download_address(self, wildcards: Any) -> str:
-        """Where a file to download lies; from commit to commit it may move and stay the same."""
+        """Where a file to download lies. A new revision may move a file that stays the same."""
         return self._locked_file(wildcards).address
 
     def download_mb(self, wildcards: Any) -> int:

@@ -66,5 +66,5 @@ class TrainingGraph:
 
 
 def attempt(_wildcards: Any, attempt: int) -> int:
-    """How often Snakemake has submitted a job, with this time."""
+    """How often Snakemake has submitted a job, this time included."""
     return attempt

@@ -24,7 +24,7 @@ class RenderSettings(ReadSettings):
     template_arguments: dict[str, Any] = Field(default_factory=dict)
     sequences: Literal["conversation", "turn"] = "conversation"
     reasoning: Reasoning = Field(default_factory=Reasoning)
-    seed: int | None = None  # of the choice of reasoning modes
+    seed: int | None = None  # None unless reasoning modes are chosen by it
 
 
 def render_settings(config: Config, source: ChatSource) -> RenderSettings:

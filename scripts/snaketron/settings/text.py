@@ -30,7 +30,7 @@ class TokenizeSettings(ReadSettings):
     valid_fraction: float
     test_fraction: float
     document_order: Literal["kept", "shuffled"] = "kept"
-    seed: int | None = None  # of a shuffled order
+    seed: int | None = None  # None unless the order is shuffled
     max_document_tokens: int | None = None
     long_documents: Literal["cut", "drop"] = "cut"
 
@@ -49,7 +49,7 @@ def read_settings(config: Config, corpus: Corpus) -> ReadSettings:
 
 
 def tokenize_settings(config: Config, corpus: Corpus) -> TokenizeSettings:
-    """What defines the tokens of a corpus; of a curated one, `where` and the limit were applied before."""
+    """What defines the tokens of a corpus. Curation has already applied `where` and the limit."""
     data = config.pretrain_data
     read = read_settings(config, corpus)
     if corpus.curation:

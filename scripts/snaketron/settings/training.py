@@ -21,10 +21,10 @@ from pydantic import Field
 
 
 class Schedule(Section):
-    """The learning rate, in units of which a step has `increment`: tokens in pretraining, steps in SFT.
+    """The learning rate over tokens in pretraining and over steps in SFT; a step counts `increment` of them.
 
     It rises linearly over the first `warmup` units. WSD then stays and falls over the last `decay` units
-    before `end` as 1 - sqrt; cosine falls from the warm-up to `end`.
+    before `end` by 1 - sqrt; cosine falls from the warm-up to `end`.
     """
 
     style: Literal["WSD", "cosine"]
@@ -62,7 +62,7 @@ class RunSettings(Run):
 
     cluster: Cluster = Field(default_factory=Cluster)
     tracking: Literal["off", "offline", "online"]
-    cuda_graphs: bool = False  # of pretraining: packed sequences have no fixed shapes
+    cuda_graphs: bool = False  # in pretraining alone: packed sequences have no fixed shapes
     num_samples: int = 0
     sample_interval: int | None = None
     sample_tokens: int = 0

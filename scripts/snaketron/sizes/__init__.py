@@ -1,1 +1,4 @@
-"""How large a model is: plain arithmetic on the configuration, without torch; the graph is built from it."""
+"""The size of models and trainings: plain arithmetic on the configuration, without torch.
+
+Every job parses the Snakefile, which asks for these numbers, so they must be fast to import and compute.
+"""

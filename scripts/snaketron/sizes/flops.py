@@ -1,4 +1,4 @@
-"""What a token costs to compute, in floating-point operations of the mathematics."""
+"""Floating-point operations that a token needs by the mathematics, however kernels compute it."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ def layer_flops(model: Model, layer: str, seq_length: float) -> float:
 
 
 def training_flops(model: Model, vocab_size: int, seq_length: float) -> float:
-    """Model FLOPs of training on one token: three times the forward pass, the backward pass having a
-    product for the gradient of the weights and one for that of the input.
+    """Model FLOPs of training on one token: three times those of the forward pass.
 
-    The output layer counts once, and once more for each depth of multi-token prediction.
+    For each product of the forward pass, the backward pass has one for the gradient of the weights and one
+    for the gradient of the input. The output layer counts once, and once more for each depth of multi-token
+    prediction.
     """
     hidden = model.hidden_size
     output = 2 * hidden * padded_vocab_size(model, vocab_size, 1)

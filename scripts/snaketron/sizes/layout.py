@@ -47,12 +47,13 @@ def resources(run: Run, cluster: Cluster) -> dict[str, Any]:
         "slurm_extra": "--requeue --open-mode=append",
     }
     if gpus:
-        asked["gres"] = f"gpu:{gpus}"  # of each node; `gpu` is of the job, and may be split over nodes
+        # `gres` counts GPUs of each node; `gpu` those of the job, which may be split unevenly.
+        asked["gres"] = f"gpu:{gpus}"
     if nodes > 1:
-        asked["mpi"] = "srun"  # its presence counts: "" or None would be one too
+        asked["mpi"] = "srun"  # to the plugin, "" or None would be a request for MPI too
         if per_node > 1:
             asked["tasks_per_node"] = per_node
-        else:  # which the plugin refuses to ask as tasks_per_node=1
+        else:  # one task a node; the plugin refuses tasks_per_node=1
             asked["tasks"] = nodes
             if gpus:
                 asked["tasks_per_gpu"] = 0  # else `tasks` is read as those of a GPU: pending for ever

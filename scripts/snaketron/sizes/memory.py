@@ -38,12 +38,12 @@ def static_memory(
     offload_optimizer: float = 0.0,
     adapters: Adapters | None = None,
 ) -> list[StaticMemory]:
-    """What a process of each pipeline stage keeps on its GPU.
+    """What one process of each pipeline stage keeps on its GPU from step to step.
 
     Weights are bf16 unless the model is in fp32. The distributed optimizer divides main weights and Adam's
     two moments among the processes that hold the same parameters. Main weights are fp32, and with moments in
-    bf16 the 16 bits that bf16 weights lack; a model in fp32 has none. With adapters they alone have gradients
-    and optimizer, and the model its weights.
+    bf16 only the 16 bits that bf16 weights lack; a model in fp32 has none. With adapters, the model has
+    weights alone, and only the adapters have gradients and an optimizer.
     """
     optimizer = optimizer or Optimizer()
     in_bf16, short = model.precision != "fp32", optimizer.moment_precision == "bf16"
@@ -69,17 +69,17 @@ def static_memory(
 
 
 def static_of_run(model: Model, vocab_size: int, run: Run, optimizer: Optimizer) -> list[StaticMemory]:
-    """The same for a stage as it is configured; of adapters if it is LoRA."""
+    """`static_memory` of a training as it is configured; under LoRA only adapters are trained."""
     adapters = run if isinstance(run, Lora) else None
     return static_memory(model, vocab_size, run.parallel, optimizer, run.offload_optimizer, adapters)
 
 
 def layer_activations(model: Model, layer: str, tensor_parallel_size: int, recompute: Sequence[str]) -> float:
-    """Numbers for each token that a layer keeps on a GPU for its backward pass.
+    """How many numbers a layer keeps on a GPU for its backward pass, for each token.
 
-    The input of the norm and its output, which sequence parallelism divides as tensor parallelism does the
-    rest; outputs of projections; what attention, scan and gated norm keep of their own output. Experts keep
-    their input and what is before the activation.
+    These are the input and the output of the norm, the outputs of projections, and what attention, scan and
+    gated norm keep of their own output. Experts keep their input and what is before the activation. Tensor
+    parallelism divides all of them, by its sequence parallelism also those of the norm.
     """
     hidden = model.hidden_size
     if "layer" in recompute:
@@ -105,10 +105,10 @@ def layer_activations(model: Model, layer: str, tensor_parallel_size: int, recom
 
 
 def activation_memory(model: Model, vocab_size: int, seq_length: int, run: Run) -> list[float]:
-    """Bytes of activations of a process of each pipeline stage at their peak, the end of a forward pass.
+    """Bytes of activations on a process of each pipeline stage at their peak, the end of a forward pass.
 
-    A stage keeps the micro-batches that are under way in the ones after it as well. The logits of the output
-    layer, and of each depth of multi-token prediction, are kept for their gradient, which takes their place.
+    A stage also keeps the micro-batches that later stages are still computing. The logits of the output layer
+    and of each depth of multi-token prediction are kept until their gradient takes their place.
     """
     parallel, tp = run.parallel, run.parallel.tensor_model_parallel_size
     tokens = run.micro_batch_size * seq_length / parallel.context_parallel_size

@@ -1,7 +1,6 @@
 """How many parameters a model has, and what divides them among processes.
 
-Parameters are those that megatron-core builds, in the layout that it gives them (tests compare with models
-it built).
+The numbers are those of the models that megatron-core builds; tests compare with such models.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ class Parameters:
         return self.tensor + self.replicated + self.expert
 
     def dense_of_process(self, parallel: Parallel) -> int:
-        """What one process holds beside routed experts."""
+        """Parameters that one process holds, without routed experts."""
         return self.tensor // parallel.tensor_model_parallel_size + self.replicated
 
     def expert_of_process(self, parallel: Parallel) -> int:
-        """What one process holds of the routed experts."""
+        """Parameters of routed experts that one process holds."""
         return self.expert // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
 
     def of_process(self, parallel: Parallel) -> int:
@@ -70,9 +69,6 @@ def padded_vocab_size(model: Model, vocab_size: int, tensor_parallel_size: int) 
     """Rows of the embedding: the next multiple of make_vocab_size_divisible_by and of the TP size."""
     multiple = math.lcm(model.make_vocab_size_divisible_by, tensor_parallel_size)
     return math.ceil(vocab_size / multiple) * multiple
-
-
-# -------------------------------------------------------------------------------------- parameters
 
 
 def layer_parameters(model: Model, layer: str) -> Parameters:
@@ -132,8 +128,10 @@ def num_parameters(model: Model, vocab_size: int) -> Parameters:
 
 
 def num_active_parameters(model: Model, vocab_size: int) -> int:
-    """Parameters that a token meets in the decoder: of the routed experts only `moe_router_topk`; no
-    multi-token prediction, which only training has."""
+    """Parameters that a token meets in the decoder, with `moe_router_topk` of the routed experts.
+
+    Multi-token prediction is left out: only training has it.
+    """
     layers = _sum(layer_parameters(model, layer) for layer in model.hybrid_layer_pattern)
     idle = model.num_moe_experts - model.moe_router_topk
     unused = model.hybrid_layer_pattern.count("E") * idle * expert_parameters(model)
@@ -144,7 +142,7 @@ def num_active_parameters(model: Model, vocab_size: int) -> int:
 def adapter_parameters(model: Model, parallel: Parallel, adapters: Adapters) -> list[Parameters]:
     """Parameters of the adapters of each pipeline stage: A (rank, inputs) and B (outputs, rank) of a layer.
 
-    Tensor parallelism divides the one of them that has the axis that it divides in the layer.
+    Tensor parallelism divides A or B: the one with the axis that is divided in the layer itself.
     """
     stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
     return [
@@ -163,7 +161,7 @@ def _adapter(linear: Linear, adapters: Adapters, parallel: Parallel) -> Paramete
         rank = adapters.expert_rank or adapters.rank
         whole = linear.inputs if linear.parallel == "column" else linear.outputs
         divided = linear.inputs + linear.outputs - whole
-        # Each process of expert tensor parallelism has the whole one.
+        # Each process of expert tensor parallelism holds the whole of the other matrix.
         return Parameters(
             expert=linear.experts * rank * (divided + whole * parallel.expert_tensor_parallel_size)
         )
