@@ -182,15 +182,7 @@ def draw_mix(data: Data) -> bytes:
             axes.barh(places, widths, left=ends, height=0.8, label=label, **look)
             for place, width, end in zip(places, widths, ends, strict=True):
                 if width >= 0.06:
-                    dark = colour in (BLUE, GREEN, VERMILION)
-                    axes.text(
-                        *(end + width / 2, place, f"{width:.0%}"),
-                        ha="center",
-                        va="center",
-                        color="white" if dark else "black",
-                        fontsize=8,
-                        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
-                    )
+                    _write_share(axes, end + width / 2, place, width, colour)
             ends = [end + width for end, width in zip(ends, widths, strict=True)]
         for number, phase in enumerate(data.mixes):
             axes.text(0, places[3 * number] - 0.75, phase, weight="bold", va="center")
@@ -202,6 +194,18 @@ def draw_mix(data: Data) -> bytes:
         axes.spines.left.set_visible(False)
         figure.legend(loc="outside upper left", ncols=6, handlelength=1.2)
         return _svg(figure)
+
+
+def _write_share(axes: Any, x: float, y: float, share: float, colour: str) -> None:
+    """Write a share into a part of a bar of that colour."""
+    axes.text(
+        *(x, y, f"{share:.0%}"),
+        ha="center",
+        va="center",
+        color="white" if colour in (BLUE, GREEN, VERMILION) else "black",
+        fontsize=8,
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
+    )
 
 
 def draw_removed(data: Data) -> bytes:

@@ -1,7 +1,7 @@
 """Fetches files that lie elsewhere, however often the connection breaks, and keeps only what is verified.
 
-The loop of retries is written by hand, in 48 lines: with `tenacity` it has 64, because a byte that comes
-starts the count again and a server may say how long to wait.
+The loop of retries is written by hand: with `tenacity` it has 64 lines instead of 48, because a byte that
+comes starts the count again and a server may say how long to wait.
 """
 
 from __future__ import annotations
@@ -177,13 +177,17 @@ def fetch(
                     f"{address}: {error}; {failures} attempts brought nothing after byte {at}. "
                     "Run again to go on from there"
                 ) from None
-            pause = min(_LONGEST_PAUSE, patience.first_pause * 2 ** (failures - 1))
-            pause = error.pause or pause * random.uniform(0.5, 1)  # many downloads must not return at once
-            logger.warning(
-                "%s: %s; trying again in %.1f s (%d of %d)",
-                *(address, error, pause, failures, patience.retries),
-            )
-            time.sleep(pause)
+            _wait(address, error, failures, patience)
+
+
+def _wait(address: str, error: Broken, failures: int, patience: Patience) -> None:
+    """Say what broke, and sleep as long as the server asked for, or longer with each failure."""
+    pause = min(_LONGEST_PAUSE, patience.first_pause * 2 ** (failures - 1))
+    pause = error.pause or pause * random.uniform(0.5, 1)  # many downloads must not return at once
+    logger.warning(
+        "%s: %s; trying again in %.1f s (%d of %d)", *(address, error, pause, failures, patience.retries)
+    )
+    time.sleep(pause)
 
 
 class _Progress:

@@ -84,7 +84,9 @@ def _read_http(
     """The size of a file, then its blocks from `start` on, as they are: nothing is decompressed."""
     import httpx2
 
-    asked = headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    asked = headers | {"Accept-Encoding": "identity", "Connection": "close"}  # no second request comes on it
+    if start:
+        asked["Range"] = f"bytes={start}-"
     options: dict[str, Any] = {"timeout": stall_timeout, "verify": _certificates(), "follow_redirects": True}
     size: int | None = None
     try:
