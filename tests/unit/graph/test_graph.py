@@ -101,13 +101,6 @@ def test_sft_needs_the_shards_of_its_sources_alone():
     assert graph().sft_shards("<data>/sft/{source}/{shard}.json") == ["<data>/sft/help/help.json"]
 
 
-def test_a_phase_starts_from_the_one_before_it():
-    assert graph().training.previous_phase(job(phase="one")) == []
-    assert graph().training.previous_phase(job(phase="two")) == ["<ckpt>/pretrain/one"]
-    assert graph().training.previous_phase(job(phase="three")) == ["<ckpt>/pretrain/two"]
-    assert graph().training.last_phase == "three"
-
-
 def test_weights_are_given_as_they_are_written():
     assert graph().phase_weights(job(phase="one")) == ["web=0.75", "code=2.0"]
     assert graph().sft_weights() == ["help=3.0"]
@@ -175,26 +168,6 @@ def test_a_tokenizer_that_is_taken_needs_no_text():
     assert taken.tokenizer_text(job()) == taken.chat_template(job()) == []
     assert shlex.split(taken.tokenizer_source(job())) == ["--path", "my tokenizers/x"]
     assert shlex.split(taken.chat_template_source(job())) == ["--tokenizer", "my tokenizers/x"]
-
-
-def test_settings_are_json_of_one_stage():
-    assert json.loads(graph().training.settings("pretrain")(job(phase="two")))["stage"] == "pretrain/two"
-    assert json.loads(graph().training.settings("sft")(job()))["stage"] == "sft"
-    assert json.loads(graph().training.run("sft"))["micro_batch_size"] == 1
-
-
-def test_a_training_has_the_threads_of_its_processes_on_a_node():
-    parallel = {"tensor_model_parallel_size": 2, "data_parallel_size": 2}
-    sft = VALUES["sft"] | {"cpus_per_task": 3, "parallel": parallel}
-    assert graph().training.threads("pretrain") == 2
-    assert graph(sft=sft).training.threads("sft") == 4 * 3
-    assert graph(sft=sft, cluster={"tasks_per_node": 2}).training.threads("sft") == 2 * 3
-
-
-def test_a_retry_of_snakemake_is_told_to_the_training():
-    asked = graph().training.resources("sft")
-    assert asked["attempt"](None, 2) == 2
-    assert json.loads(asked["run"])["eval_samples"] == 16  # only what differs from the defaults
 
 
 def test_a_missing_raw_file_is_named_with_its_path_in_the_configuration():

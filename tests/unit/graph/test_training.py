@@ -1,0 +1,66 @@
+"""What the rules of trainings ask of the configuration."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+from snaketron.config import ConfigError, load
+from snaketron.graph.training import TrainingGraph
+
+import pytest
+
+MIX = [{"corpus": "docs", "weight": 1}]
+PHASES = [{"name": name, "tokens": 100_000, "blend": MIX} for name in ("one", "two", "three")]
+
+
+def training(**changes: Any) -> TrainingGraph:
+    return TrainingGraph(load({"pretrain": {"phases": PHASES}} | changes, {}))
+
+
+def job(**wildcards: str) -> SimpleNamespace:
+    return SimpleNamespace(**wildcards)
+
+
+def test_a_phase_starts_from_the_one_before_it():
+    assert training().previous_phase(job(phase="one")) == []
+    assert training().previous_phase(job(phase="two")) == ["<ckpt>/pretrain/one"]
+    assert training().previous_phase(job(phase="three")) == ["<ckpt>/pretrain/two"]
+    assert training().last_phase == "three"
+
+
+def test_settings_are_json_of_one_stage():
+    assert json.loads(training().settings("pretrain")(job(phase="two")))["stage"] == "pretrain/two"
+    assert json.loads(training().settings("sft")(job()))["stage"] == "sft"
+    assert json.loads(training().run("sft"))["micro_batch_size"] == 1
+
+
+def test_a_training_has_the_threads_of_its_processes_on_a_node():
+    parallel = {"tensor_model_parallel_size": 2, "data_parallel_size": 2}
+    sft = {"cpus_per_task": 3, "parallel": parallel}
+    assert training().threads("pretrain") == 2
+    assert training(sft=sft).threads("sft") == 4 * 3
+    assert training(sft=sft, cluster={"tasks_per_node": 2}).threads("sft") == 2 * 3
+
+
+def test_a_retry_of_snakemake_is_told_to_the_training():
+    asked = training().resources("sft")
+    assert asked["attempt"](None, 2) == 2
+    assert json.loads(asked["run"])["eval_samples"] == 16  # only what differs from the defaults
+
+
+def test_what_merges_adapters_is_told_what_trained_them():
+    trained, merged = (
+        json.loads(training().settings("lora", stage=stage)(job())) for stage in (None, "lora_merged")
+    )
+    assert (trained.pop("stage"), merged.pop("stage")) == ("lora", "lora_merged")
+    assert trained == merged and trained["lora"]["rank"] == 8
+
+
+def test_lora_that_does_not_fit_is_refused_only_when_it_is_to_run():
+    cramped = training(cluster={"gpus_per_node": 1, "gpu_memory_gb": 0.001})
+    cramped.settings("sft")(job())
+    asked = cramped.settings("lora")
+    with pytest.raises(ConfigError, match=r"lora\.parallel: takes 0\.0"):
+        asked(job())

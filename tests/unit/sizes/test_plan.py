@@ -1,0 +1,40 @@
+"""Estimates of a training, worked out by hand."""
+
+from __future__ import annotations
+
+from snaketron.config import load
+from snaketron.sizes.plan import estimate
+
+import pytest
+
+
+def test_hours_and_jobs_follow_from_the_stated_throughput():
+    """2,000 steps of 4 packs of 900 tokens are 7.2 million: 5 hours at 100 a second on each of 4 processes.
+
+    Jobs of 2 hours that hand over 20 minutes before their end do 1 h 40 of it.
+    """
+    sft = {"train_iters": 2_000, "global_batch_size": 4, "tokens_per_second_per_gpu": 100}
+    config = load({"sft_data": {"pack_size": 900}, "sft": sft | {"parallel": {"data_parallel_size": 4}}}, {})
+    found = estimate(config, config.training("sft"))
+    assert (found.tokens, found.hours, found.process_hours) == (
+        7_200_000,
+        pytest.approx(5),
+        pytest.approx(20),
+    )
+    assert [found.num_jobs(limit, 1200) for limit in (6, 2, 0.2)] == [1, 3, None]
+
+
+def test_without_a_throughput_no_time_is_estimated():
+    config = load({}, {})
+    found = estimate(config, config.training("sft"))
+    assert (found.hours, found.process_hours, found.num_jobs(1, 0)) == (None, None, None)
+
+
+def test_only_adapters_are_counted_as_trained():
+    config = load({}, {})
+    full, lora = (estimate(config, config.training(name)) for name in ("sft", "lora"))
+    assert full.num_adapter_parameters is None and lora.num_adapter_parameters == 158_400
+    assert full.num_parameters == lora.num_parameters
+    assert full.static_bytes == 16 * full.num_parameters  # fp32: weights, gradients and two moments
+    trained = lora.num_adapter_parameters
+    assert lora.static_bytes == 4 * full.num_parameters + 16 * trained
