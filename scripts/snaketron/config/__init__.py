@@ -144,8 +144,8 @@ class Config(Section):
         return trainings(self)
 
     def training(self, name: str) -> Training:
-        """The training whose result is <ckpt>/`name`: pretrain/broad, sft, lora."""
-        return next(training for training in self.trainings() if training.name == name)
+        """The training whose result is <ckpt>/`name`: pretrain/broad, sft, lora; else `KeyError`."""
+        return {training.name: training for training in self.trainings()}[name]
 
 
 def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Config:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from snaketron.config import Config, load
+from dataclasses import replace
+
+from snaketron.config import Config, Parallel, load
+from snaketron.config.checks import check_training
 
 
 def test_the_trainings_in_the_order_in_which_they_run():
@@ -37,3 +40,15 @@ def test_tunings_are_as_long_as_packs():
     sft = config.training("sft")
     assert (sft.seq_length, sft.tokens) == (512, 20 * 4 * 512)
     assert sft.at("seq_length") == "sft_data.pack_size" and sft.at("optimizer") == "sft.optimizer"
+
+
+def test_a_message_names_the_place_of_a_value_that_a_training_has_for_itself():
+    config = Config()
+    second = config.trainings()[1]
+    run = second.run.model_copy(update={"parallel": Parallel(tensor_model_parallel_size=3)})
+    own = replace(second, run=run, elsewhere={"parallel": "pretrain.phases[1].parallel"})
+    assert check_training(second, config) == []
+    assert check_training(own, config)[0] == (
+        "model.num_attention_heads 8 is not divisible by "
+        "pretrain.phases[1].parallel.tensor_model_parallel_size 3"
+    )
