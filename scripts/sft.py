@@ -12,8 +12,8 @@ from snaketron.settings.training import TrainSettings
 from snaketron.train.stage import Stage, parse_args, run_stage
 
 if TYPE_CHECKING:
-    from snaketron.train.batches import SftBatches
-    from snaketron.train.loop import Trainer
+    from snaketron.train.build import BuiltModel
+    from snaketron.train.sft_batches import SftBatches
 
 
 def main(
@@ -31,16 +31,16 @@ def main(
 
 
 def make_batches(stage: Stage) -> SftBatches:
-    from snaketron.train.batches import SftBatches
+    from snaketron.train.sft_batches import SftBatches
 
-    return SftBatches(stage.blend, stage.settings, stage.tokenizer, eval_samples=stage.run.eval_samples)
+    return SftBatches.load(stage.blend, stage.settings, stage.tokenizer, eval_samples=stage.run.eval_samples)
 
 
 def train(stage: Stage) -> int:
     from snaketron.inference.answers import write_answers
 
-    def sample(trainer: Trainer, batches: SftBatches) -> None:
-        write_answers(stage, trainer, batches)
+    def sample(built: BuiltModel, iteration: int, batches: SftBatches) -> None:
+        write_answers(stage, built, iteration, batches)
 
     return stage.train(make_batches, with_optimizer=False, sample=sample)
 

@@ -106,11 +106,13 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     import snaketron.model  # noqa: F401
     from snaketron.config import Model, load
     from snaketron.model import backend, spec
+    from snaketron.model.distributed import distributed
     from snaketron.settings.training import run_settings, train_settings
     from snaketron.sizes.flops import training_flops
     from snaketron.sizes.memory import memory_of_process
     from snaketron.train import loop
     from snaketron.train.batches import Batches, sequences
+    from snaketron.train.build import build_training
 
     import torch
 
@@ -148,12 +150,12 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
 
         gpu._our_experts = lambda *_: None
     plain = spec.transformer_config
-    loop.transformer_config = lambda *a, **k: plain(*a, **(k | variant.get("config", {})))
+    spec.transformer_config = lambda *a, **k: plain(*a, **(k | variant.get("config", {})))
     options = backend.data_parallel_options
     backend.data_parallel_options = lambda *a: options(*a) | variant.get("ddp", {})
     result: dict[str, Any] = {"name": name, "import_s": imported}
-    with loop.distributed(settings, run):
-        trainer = loop.Trainer(settings, run, VOCABULARY)
+    with distributed(settings.seed, run):
+        trainer = loop.Trainer(build_training(settings, run, VOCABULARY))
         result["build_s"] = time.monotonic() - began
         batches, seconds, losses, norms = RandomBatches(micro_batch_size), [], [], []
         trainer.parallel_model.train()
@@ -170,7 +172,7 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
             torch.cuda.synchronize()
             seconds.append(time.monotonic() - began)
             losses.append(trainer._mean_loss())
-            trainer.sums.zero_()
+            trainer.totals.clear()
         model = Model(**keys)
         flops = training_flops(model, VOCABULARY, length)
         steady = sorted(seconds[-6:])[2]

@@ -74,11 +74,13 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     import snaketron.model  # noqa: F401
     from snaketron.config import Adapters, Model, load
     from snaketron.model import backend
+    from snaketron.model.distributed import distributed
     from snaketron.settings.training import LoraSettings, run_settings, train_settings
     from snaketron.sizes.memory import static_memory
     from snaketron.sizes.parameters import adapter_parameters, num_parameters
     from snaketron.train import loop
     from snaketron.train.batches import Batches, sequences
+    from snaketron.train.build import build_training
 
     import torch
 
@@ -122,9 +124,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         "computed_bytes": static.total,
     }
     began, seconds, losses, at = time.monotonic(), [], [], "building the model"
-    with loop.distributed(settings, run):
+    with distributed(settings.seed, run):
         try:
-            trainer = loop.Trainer(settings, run, vocabulary)
+            trainer = loop.Trainer(build_training(settings, run, vocabulary))
             result["build_s"] = time.monotonic() - began
             numbers = {True: 0, False: 0}
             for parameter in trainer.model.parameters():
@@ -138,7 +140,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
                     torch.cuda.synchronize()
                 seconds.append(time.monotonic() - began)
                 losses.append(trainer._mean_loss())
-                trainer.sums.zero_()
+                trainer.totals.clear()
         except torch.OutOfMemoryError as error:
             result["out_of_memory"] = f"{at}: {str(error).partition('. GPU')[0]}"
         result |= backend.memory()

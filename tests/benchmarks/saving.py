@@ -18,9 +18,12 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import load
+from snaketron.model.distributed import distributed
 from snaketron.settings.training import run_settings, train_settings
 from snaketron.train import loop
-from snaketron.train.batches import Batch, Batches, sequences
+from snaketron.train.batches import Batches, sequences
+from snaketron.train.build import build_training
+from snaketron.train.losses import Batch
 
 import torch
 from gpu_training import MODEL  # beside this file
@@ -47,8 +50,8 @@ def measure(directory: Path, model: dict[str, Any], *, background: bool) -> None
     config = load({"model": model, "pretrain": pretrain}, {})
     settings, run = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
     shutil.rmtree(directory, ignore_errors=True)
-    with loop.distributed(settings, run):
-        trainer = loop.Trainer(settings, run, VOCABULARY)
+    with distributed(settings.seed, run):
+        trainer = loop.Trainer(build_training(settings, run, VOCABULARY))
         batches = RandomBatches(4, settings.model.mtp_num_layers)
         stalls, written = [], []
         with loop.long_lived():

@@ -25,9 +25,13 @@ from snaketron.data.chats.packs import Pack, join, loss_weights, write
 from snaketron.data.tokenizer import Info
 from snaketron.files import write_json
 from snaketron.model import backend
+from snaketron.model.distributed import distributed
 from snaketron.settings.training import run_settings, train_settings
 from snaketron.train import loop
-from snaketron.train.batches import Batch, Batches, Report, SftBatches
+from snaketron.train.batches import Batches
+from snaketron.train.build import build_training
+from snaketron.train.losses import Batch, Counts, Report
+from snaketron.train.sft_batches import SftBatches
 
 import numpy as np
 import torch
@@ -65,7 +69,7 @@ class PaddedBatches(Batches):
         rows |= {"padding_mask": padding, "position_ids": np.broadcast_to(np.arange(length), shape).copy()}
         batch: Batch = {name: torch.from_numpy(array).to(backend.device()) for name, array in rows.items()}
         masks = torch.from_numpy(np.stack([weights[0]] * 2)).to(backend.device())
-        batch["report"] = Report(masks, (trained, len(packs), tokens, len(packs)))
+        batch["report"] = Report(masks, Counts(trained, len(packs), tokens, len(packs)))
         yield batch
 
 
@@ -88,7 +92,7 @@ def packed_batches(packs: list[Pack], directory: Path, settings: Any) -> SftBatc
     splits = {"train": [source], "valid": [], "test": []}
     write_json(directory / "blend.json", footer | {"splits": splits})
     info = Info(sha256="t", vocab_size=VOCABULARY, eos_token="", eos_id=0, pad_id=0)
-    return SftBatches(directory / "blend.json", settings, info, eval_samples=1)
+    return SftBatches.load(directory / "blend.json", settings, info, eval_samples=1)
 
 
 def measure(trainer: loop.Trainer, batches: Batches, steps: int) -> dict[str, float]:
@@ -96,7 +100,7 @@ def measure(trainer: loop.Trainer, batches: Batches, steps: int) -> dict[str, fl
     trainer.iteration, trainer.sources = 0, batches.sources
     trainer.parallel_model.train()
     trainer._step(batches)
-    trainer.sums.zero_()
+    trainer.totals.clear()
     trainer.clock.report(0)
     began = time.monotonic()
     while trainer.iteration < steps:
@@ -104,8 +108,9 @@ def measure(trainer: loop.Trainer, batches: Batches, steps: int) -> dict[str, fl
             trainer._step(batches)
     seconds = time.monotonic() - began
     spent = trainer.clock.report(0)
-    _, trained, _, conversations, tokens, _ = trainer.sums.sum(0).tolist()
-    values = {"seconds": seconds, "trained": trained, "conversations": conversations, "tokens": tokens}
+    sums = trainer.totals.sums.means()
+    values = {"seconds": seconds, "trained": sums["trained_tokens"]}
+    values |= {"conversations": sums["conversations"], "tokens": sums["tokens"]}
     return values | {"waiting": spent["data_seconds"] / spent["step_seconds"]}
 
 
@@ -130,8 +135,8 @@ def main() -> None:
     model, vocabulary = (gpu_training.MODEL, gpu_training.VOCABULARY) if args.large else ({}, VOCABULARY)
     config = load({"model": model, "sft": sft, "sft_data": {"pack_size": args.pack_size}}, {})
     settings, run = train_settings(config, "sft"), run_settings(config, "sft")
-    with loop.distributed(settings, run), tempfile.TemporaryDirectory() as directory:
-        trainer = loop.Trainer(settings, run, vocabulary)
+    with distributed(settings.seed, run), tempfile.TemporaryDirectory() as directory:
+        trainer = loop.Trainer(build_training(settings, run, vocabulary))
         packs = [join([conversations[i] for i in items]) for items in bins]
         padded = PaddedBatches(in_order, a_pack, settings.model.mtp_num_layers)
         print(f"{len(used)} conversations, {a_pack} a step, packs of {args.pack_size} tokens\n")

@@ -6,7 +6,7 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Model, Parallel
 from snaketron.data.chats.packs import Pack
 from snaketron.model import spec
-from snaketron.train.batches import collate_pack
+from snaketron.train.sft_batches import collate_pack
 
 import numpy as np
 import pytest

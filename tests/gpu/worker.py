@@ -21,10 +21,14 @@ from snaketron.config import Adapters, load
 from snaketron.data.chats.packs import join, write
 from snaketron.data.tokenizer import Info
 from snaketron.files import write_json
+from snaketron.model.distributed import distributed, is_writer
 from snaketron.model.lora import merge
 from snaketron.settings.training import LoraSettings, run_settings, train_settings
 from snaketron.train import loop
-from snaketron.train.batches import Batches, SftBatches, sequences
+from snaketron.train.batches import Batches, sequences
+from snaketron.train.build import build_training
+from snaketron.train.evaluate import evaluate
+from snaketron.train.sft_batches import SftBatches
 
 import numpy as np
 import torch
@@ -79,7 +83,7 @@ def packed(blend: str, model: dict[str, Any], run: dict[str, Any]) -> tuple[Any,
     return (
         settings,
         run_settings(config, "sft"),
-        lambda: SftBatches(Path(blend), settings, info, eval_samples=4),
+        lambda: SftBatches.load(Path(blend), settings, info, eval_samples=4),
     )
 
 
@@ -122,8 +126,8 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
         settings, run_as, make_batches = fixed(model, run, cluster)
     if lora is not None:
         settings = LoraSettings(**settings.model_dump(), lora=Adapters(**lora))
-    with loop.distributed(settings, run_as):
-        trainer = loop.Trainer(settings, run_as, VOCABULARY)
+    with distributed(settings.seed, run_as):
+        trainer = loop.Trainer(build_training(settings, run_as, VOCABULARY))
         trainer.seconds = 1.0
         if base:
             trainer.start_from(Path(base), with_optimizer=False)
@@ -131,10 +135,9 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
         batches = make_batches()
         trainer.sources = batches.sources
         found: dict[str, Any] = {"resumed": resumed, "losses": [], "mtp": [], "norms": []}
-        found["valid"] = trainer.evaluate(batches, "valid")["valid_loss"]
+        found["valid"] = evaluate(trainer.built, batches, "valid")["valid_loss"]
         while trainer.iteration < steps:
-            trainer.sums.zero_()
-            trainer.means.zero_()
+            trainer.totals.clear()
             found["norms"].append(float(trainer._step(batches)))
             line = trainer._line(0.0)
             found["losses"].append(line["loss"])
@@ -143,12 +146,12 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
                 trainer.save(Path(directory))
         trainer.saver.finish()
         if lora is not None:
-            found["tuned"] = trainer.evaluate(batches, "valid")["valid_loss"]
+            found["tuned"] = evaluate(trainer.built, batches, "valid")["valid_loss"]
             merge(trainer.model)
-            found["merged"] = trainer.evaluate(batches, "valid")["valid_loss"]
+            found["merged"] = evaluate(trainer.built, batches, "valid")["valid_loss"]
         hashes: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(hashes, state_hash(trainer))
-        if loop.is_writer():
+        if is_writer():
             print("RESULT " + json.dumps(found | {"hashes": hashes}), flush=True)
 
 

@@ -1,9 +1,11 @@
 """The model: a hybrid of Mamba-2, attention and latent mixture of experts with multi-token prediction.
 
-Importing anything below this package first imports `backend`, which prepares megatron-core for the
-machine it runs on; without it megatron-core needs a GPU.
+Importing anything below this package first prepares megatron-core for the machine: `backend` imports it, and
+`megatron.replacements` puts everything in its place. Without that megatron-core needs a GPU.
 """
 
 from snaketron.model import backend as backend
-from snaketron.model.megatron import packed as packed
-from snaketron.model.megatron import padding as padding
+from snaketron.model.megatron import quiet, replacements
+
+with quiet.light_import():
+    replacements.apply(backend.MACHINE)

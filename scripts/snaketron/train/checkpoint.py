@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
-import queue
 import secrets
 import shutil
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import snaketron.model  # noqa: F401 - before megatron-core
 from snaketron.files import partial, writing
 from snaketron.jobs.version import LATEST, check_owner, iteration_directory, remove_partial
 from snaketron.log import NO_SPACE, UserError
+from snaketron.model import backend
 from snaketron.model.lora import Part
-from snaketron.model.megatron import optimizer_state
+from snaketron.settings.training import RunSettings
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -33,39 +30,11 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_save_sharded_strategy,
     load_sharded_metadata,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
-
-optimizer_state.patch()
-
-
-class _Results:
-    """What the process that writes, a fork, says of its writes.
-
-    megatron-core has a third process for that, which the first save starts and waits for while it imports
-    what the training does, and which a killed training leaves behind.
-    """
-
-    def __init__(self) -> None:
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - open for as long as it may be read
-
-    def put(self, results: object) -> None:
-        pickle.dump(results, self.file)
-        self.file.flush()
-
-    def get_nowait(self) -> object:
-        self.file.seek(0)
-        try:
-            return pickle.load(self.file)
-        except EOFError:
-            raise queue.Empty from None
-
-
-filesystem_async.get_write_results_queue = _Results
 
 
 class Saver:
@@ -78,6 +47,12 @@ class Saver:
         self.keep, self.background = keep, background
         self.queue = AsyncCallsQueue()
         self.deleting: list[threading.Thread] = []
+
+    @classmethod
+    def configured(cls, run: RunSettings) -> Saver:
+        """As `run` says; in the background by default where a GPU computes, since the CPU is then idle."""
+        background = backend.HAS_GPU if run.save_in_background is None else run.save_in_background
+        return cls(keep=run.keep_checkpoints, background=background)
 
     def save(
         self,

@@ -5,40 +5,27 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
-import platform
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from snaketron.config import Optimizer
 from snaketron.jobs import version as versions
 from snaketron.jobs.heartbeat import Heartbeat
-from snaketron.log import UserError, logger
+from snaketron.log import logger
 from snaketron.model import backend, lora
-from snaketron.model.initial import initialize_weights
-from snaketron.model.spec import build_model, recomputation, transformer_config
-from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
+from snaketron.model.distributed import is_writer
+from snaketron.model.megatron import internals
 from snaketron.sizes.flops import training_flops
-from snaketron.train import checkpoint
-from snaketron.train.batches import SUMS, Batch, Batches, Report, Split
+from snaketron.train.batches import Batches
+from snaketron.train.build import Training
+from snaketron.train.checkpoint import Saver
+from snaketron.train.evaluate import evaluate
+from snaketron.train.losses import Sums, Totals, compute, sum_over_ranks
 from snaketron.train.metrics import Clock, Metrics, Progress
-from snaketron.train.schedule import build_schedule, seek
+from snaketron.train.schedule import seek
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -50,119 +37,23 @@ class Stopped(Exception):
         super().__init__(f"stopped by {signal.Signals(number).name} after step {iteration}")
 
 
-@contextlib.contextmanager
-def distributed(settings: TrainSettings, run: RunSettings) -> Iterator[None]:
-    """Join the other processes of this training and set up megatron-core's groups and random numbers."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world != run.parallel.world_size:
-        raise UserError(
-            f"{world} processes were started, and the parallel sizes of the configuration want "
-            f"{run.parallel.world_size}"
-        )
-    if run.cluster.gpus_per_node and not backend.HAS_GPU:
-        raise UserError(
-            f"cluster.gpus_per_node is {run.cluster.gpus_per_node} and torch sees no GPU on "
-            f"{platform.node()}: look at nvidia-smi there, and whether this torch has CUDA; 0 trains on CPUs"
-        )
-    torch.set_num_threads(run.cpus_per_task)
-    backend.device()  # makes this process' GPU the current one
-    if world > 1:
-        torch.distributed.init_process_group(backend.process_group_backend())
-    else:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(
-            backend.process_group_backend(), store=store, rank=0, world_size=1
-        )
-    parallel_state.initialize_model_parallel(
-        run.parallel.tensor_model_parallel_size,
-        run.parallel.pipeline_model_parallel_size,
-        context_parallel_size=run.parallel.context_parallel_size,
-        expert_model_parallel_size=run.parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=run.parallel.expert_tensor_parallel_size,
-    )
-    torch.manual_seed(settings.seed)
-    # Transformer Engine's tracker of random numbers is the one that can be recorded.
-    tensor_parallel.model_parallel_cuda_manual_seed(settings.seed, te_rng_tracker=run.cuda_graphs)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
 class Trainer:
-    """A model with its optimizer, and the steps that it has done.
+    """A training, and the steps that it has done.
 
     Every rank makes one and calls the same methods. `iteration` counts the steps of this stage.
     """
 
-    def __init__(self, settings: TrainSettings, run: RunSettings, vocab_size: int) -> None:
-        self.settings, self.run, self.vocab_size = settings, run, vocab_size
+    def __init__(self, training: Training) -> None:
+        self.built, self.optimizer, self.schedule = training.built, training.optimizer, training.schedule
+        self.model, self.parallel_model = self.built.model, training.parallel_model
+        self.settings, self.run = self.built.settings, self.built.run
         self.iteration, self.seconds = 0, 0.0
-        self.adapters = settings.lora if isinstance(settings, LoraSettings) else None
-        flops = training_flops(settings.model, vocab_size, settings.seq_length)
-        if self.adapters:
+        flops = training_flops(self.settings.model, self.built.vocab_size, self.settings.seq_length)
+        if self.built.adapters:
             flops *= 2 / 3  # frozen weights have no gradient
-        self.clock = Clock(flops, run.parallel.world_size)
-        in_background = backend.HAS_GPU if run.save_in_background is None else run.save_in_background
-        self.saver = checkpoint.Saver(keep=run.keep_checkpoints, background=in_background)
-        backend.check(settings.model, settings.optimizer, run)
-        self.config = transformer_config(
-            settings.model,
-            run.parallel,
-            **recomputation(run.recompute),
-            **backend.cuda_graph_options(run),
-            **(backend.packed_options() if settings.packed else {}),
-        )
-        self.model = build_model(self.config, settings.model, vocab_size, settings.seq_length)
-        initialize_weights(self.model, self.config, settings.seed)
-        # What checkpoints of this training hold.
-        self.trained: HybridModel | lora.Part = self.model
-        if self.adapters:
-            lora.add_adapters(self.model, self.adapters, settings.seed)
-            # megatron-core makes routers on the CPU, from where only what is trained is moved.
-            self.model.to(backend.device())
-            self.trained = lora.Part(self.model, adapters=True)
-        wrapped = Float16Module(self.config, self.model) if self.config.bf16 else self.model
-        self.parallel_model = DistributedDataParallel(
-            self.config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=True,
-                grad_reduce_in_fp32=settings.optimizer.gradient_precision == "fp32",
-                # It makes the host wait in the middle of a step; `_step` looks at the norm instead.
-                check_for_nan_in_grad=settings.optimizer.clip_grad == 0,
-                **backend.data_parallel_options(run),
-            ),
-            wrapped,
-        )
-        if self.parallel_model.ddp_config.overlap_grad_reduce:
-            self.config.no_sync_func = self.parallel_model.no_sync  # before the last micro-batch
-        self.parallel_model.broadcast_params()
-        values = settings.optimizer
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=values.learning_rate,
-                min_lr=values.min_learning_rate,
-                weight_decay=values.weight_decay,
-                adam_beta1=values.adam_beta1,
-                adam_beta2=values.adam_beta2,
-                adam_eps=values.adam_eps,
-                clip_grad=values.clip_grad,
-                bf16=self.config.bf16,
-                params_dtype=self.config.params_dtype,
-                use_distributed_optimizer=True,
-                **optimizer_options(values, run),
-            ),
-            [self.parallel_model],
-        )
-        self.schedule = build_schedule(self.optimizer, values, settings.schedule)
-        self.config.grad_scale_func = self.optimizer.scale_loss
-        self.config.finalize_model_grads_func = finalize_model_grads
-        # Since the last line of metrics: `SUMS` by source, and summed up over steps how many there were, the
-        # router loss and the loss of each MTP depth.
-        self.sums = torch.zeros(1, len(SUMS), dtype=torch.float64)
-        self.means = torch.zeros(2 + settings.model.mtp_num_layers, dtype=torch.float64)
+        self.clock = Clock(flops, self.run.parallel.world_size)
+        self.saver = Saver.configured(self.run)
+        self.totals = Totals()  # since the last line of metrics
         self.sources: tuple[str, ...] = ()
         self.stop_signal = 0
 
@@ -172,29 +63,21 @@ class Trainer:
         progress = {
             "iteration": self.iteration,
             "consumed_train_samples": self.iteration * self.settings.global_batch_size,
-            "sums": self.sums.tolist(),
-            "means": self.means.tolist(),
+            **self.totals.saved(),
         }
-        self.saver.save(directory, self.iteration, self.trained, self.optimizer, progress)
+        self.saver.save(directory, self.iteration, self.built.trained, self.optimizer, progress)
 
     def resume(self, directory: Path) -> bool:
         """Continue from the newest checkpoint of this version; False when there is none."""
-        iteration = versions.latest_iteration(directory)
-        if iteration is None:
+        progress = self.built.load_trained(directory, self.optimizer)
+        if progress is None:
             return False
-        progress = checkpoint.load(directory, iteration, self.trained, self.optimizer)
-        self.iteration = progress["iteration"]
-        self.sums = torch.tensor(progress["sums"], dtype=torch.float64)
-        self.means = torch.tensor(progress["means"], dtype=torch.float64)
+        self.iteration, self.totals = progress["iteration"], Totals.of_saved(progress)
         return True
 
     def start_from(self, base: Path, *, with_optimizer: bool) -> None:
         """Take the weights, and the optimizer's state if the curriculum goes on, of a finished checkpoint."""
-        iteration = versions.latest_iteration(base)
-        if iteration is None:
-            raise UserError(f"{base}: no {versions.LATEST} there; it is not a checkpoint")
-        model = lora.Part(self.model, adapters=False) if self.adapters else self.model
-        checkpoint.load(base, iteration, model, self.optimizer if with_optimizer else None)
+        self.built.load_base(base, self.optimizer if with_optimizer else None)
         if not with_optimizer:
             self.optimizer.reload_model_params()  # the optimizer's own copy of the weights
 
@@ -229,12 +112,13 @@ class Trainer:
                     grad_norm = self._step(batches)
                 self.seconds += self.clock.spent["step"] - before
                 if is_writer():
-                    progress.show(self.iteration, self._mean_loss())
-                    heartbeat.beat(self.iteration, loss=self._mean_loss(), tokens_per_second=progress.speed)
+                    loss = self._mean_loss()
+                    progress.show(self.iteration, loss)
+                    heartbeat.beat(self.iteration, loss=loss, tokens_per_second=progress.speed)
                 self._after_step(batches, metrics, directory, grad_norm, sample)
                 heartbeat.beat(self.iteration)  # a validation or a checkpoint may have taken its time
             if batches.has("test"):
-                metrics.write(iteration=self.iteration, **self.evaluate(batches, "test"))
+                metrics.write(iteration=self.iteration, **evaluate(self.built, batches, "test"))
 
     def _after_step(
         self,
@@ -248,8 +132,7 @@ class Trainer:
         at_end = self.iteration == self.settings.train_iters
         if self.iteration % self.run.log_interval == 0 or at_end:
             metrics.write(**self._line(grad_norm))
-            self.sums.zero_()
-            self.means.zero_()
+            self.totals.clear()
         if self.iteration % self.run.eval_interval == 0 or at_end:
             self._validate(batches, metrics)
         interval = self.run.sample_interval
@@ -267,17 +150,14 @@ class Trainer:
 
     def _step(self, batches: Batches) -> float:
         """One step over the global batch; returns the norm of the gradient before clipping."""
-        if self.adapters and self.adapters.dropout:
+        adapters = self.built.adapters
+        if adapters and adapters.dropout:
             lora.seed_dropout(self.settings.seed, self.iteration)
         seek(self.schedule, self.settings.schedule, self.iteration)
         self.parallel_model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs, micro_batches = self._forward_backward(
-            batches,
-            "train",
-            self.iteration * self.settings.global_batch_size,
-            self.settings.global_batch_size,
-        )
+        first = self.iteration * self.settings.global_batch_size
+        outputs = self._forward_backward(batches, first)
         success, norm, _ = self.optimizer.step()
         grad_norm = math.nan if norm is None else float(norm)
         if not (success and math.isfinite(grad_norm)):
@@ -285,120 +165,79 @@ class Trainer:
                 f"{self.settings.stage}: the gradient of step {self.iteration + 1} is not finite"
             )
         self.iteration += 1
-        self._add_up(outputs, micro_batches)
+        self._add_up(outputs, batches.num_micro_batches(self.settings.global_batch_size))
         return grad_norm
 
-    def _forward_backward(
-        self, batches: Batches, split: Split, first: int, count: int, *, forward_only: bool = False
-    ) -> tuple[list[torch.Tensor], int]:
-        """Outputs of the loss function (last pipeline stage only) and the number of micro-batches."""
-        data_parallel = parallel_state.get_data_parallel_world_size()
-        micro_batches = count // (batches.micro_batch_size * data_parallel)
-        data = batches.micro_batches(split, first, count)
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=data if forward_only else self.clock.waiting(data),
-            model=[self.parallel_model],
-            num_microbatches=micro_batches,
-            seq_length=self.settings.seq_length,
+    def _forward_backward(self, batches: Batches, first: int) -> list[Sums]:
+        """Compute the global batch that begins with sample `first`; the sums of each micro-batch."""
+        count = self.settings.global_batch_size
+        return compute(
+            self.parallel_model,
+            self.clock.waiting(batches.micro_batches("train", first, count)),
+            count=batches.num_micro_batches(count),
             micro_batch_size=batches.micro_batch_size,
-            forward_only=forward_only,
+            seq_length=self.settings.seq_length,
         )
-        return outputs, micro_batches
-
-    def evaluate(self, batches: Batches, split: Split) -> dict[str, Any]:
-        """Mean loss of a token, in nats, over the same samples each time; equal on all ranks.
-
-        The key is `<split>_loss`. Of conversations also `<split>_sample_loss`, the mean over conversations of
-        each one's mean, and `<split>_sources`, the loss of a token of each source.
-        """
-        self.parallel_model.eval()
-        with torch.no_grad(), backend.without_recordings():
-            count = batches.round_up(self.run.eval_samples)
-            outputs, _ = self._forward_backward(batches, split, 0, count, forward_only=True)
-        self.parallel_model.train()
-        sums, _ = self._sum_up(outputs, len(batches.sources))
-        total = _means(sums.sum(0))
-        found: dict[str, Any] = {f"{split}_loss": total["loss"]}
-        if batches.sources:
-            found[f"{split}_sample_loss"] = total["sample_loss"]
-            found[f"{split}_sources"] = {
-                name: _means(row)["loss"] for name, row in zip(batches.sources, sums, strict=True) if row[1]
-            }
-        return found
 
     def _validate(self, batches: Batches, metrics: Metrics) -> None:
-        if batches.has("valid"):
-            found = self.evaluate(batches, "valid")
-            metrics.write(iteration=self.iteration, **found)
-            if is_writer():
-                by_source = ", ".join(f"{n} {loss:.4f}" for n, loss in found.get("valid_sources", {}).items())
-                logger.info(
-                    "%s: validation loss %.4f%s after step %d",
-                    self.settings.stage,
-                    found["valid_loss"],
-                    f" ({by_source})" if by_source else "",
-                    self.iteration,
-                )
+        if not batches.has("valid"):
+            return
+        found = evaluate(self.built, batches, "valid")
+        metrics.write(iteration=self.iteration, **found)
+        if is_writer():
+            by_source = ", ".join(f"{n} {loss:.4f}" for n, loss in found.get("valid_sources", {}).items())
+            logger.info(
+                "%s: validation loss %.4f%s after step %d",
+                self.settings.stage,
+                found["valid_loss"],
+                f" ({by_source})" if by_source else "",
+                self.iteration,
+            )
 
     # --------------------------------------------------------------------------------------- metrics
 
-    def _sum_up(
-        self, outputs: list[torch.Tensor], num_sources: int, mtp: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`SUMS` by source and `mtp`, summed over micro-batches and ranks, on all ranks, in float64."""
-        shape = (max(1, num_sources), len(SUMS))
-        sums = torch.stack(outputs).sum(0) if outputs else torch.zeros(shape, dtype=torch.float64)
-        mtp = torch.zeros(0) if mtp is None else mtp
-        total = torch.cat([x.flatten().double().to(backend.device()) for x in (sums, mtp)])
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        torch.distributed.all_reduce(total, group=group)
-        # The last rank is in the last pipeline stage, which has the losses.
-        torch.distributed.broadcast(total, src=torch.distributed.get_world_size() - 1)
-        total = total.cpu()
-        return total[: sums.numel()].reshape(shape), total[sums.numel() :]
-
-    def _add_up(self, outputs: list[torch.Tensor], micro_batches: int) -> None:
-        depths = self.settings.model.mtp_num_layers
-        mtp = MTPLossLoggingHelper.tracker.get("loss_values", torch.zeros(depths))
-        sums, mtp = self._sum_up(outputs, len(self.sources), mtp)
-        MTPLossLoggingHelper.clean_metrics_in_tracker()
-        router = _router_loss(self.config, self.settings.model.hybrid_layer_pattern) / micro_batches
+    def _add_up(self, outputs: list[Sums], micro_batches: int) -> None:
+        """Add a step to the totals, and learn of signals that reached other ranks."""
+        model = self.settings.model
+        mtp = internals.take_mtp_losses(model.mtp_num_layers)
+        sums, mtp = sum_over_ranks(outputs, len(self.sources), mtp)
+        router = internals.take_router_loss(self.built.config, model.hybrid_layer_pattern) / micro_batches
         # Signals reach ranks at other steps.
         signals = torch.tensor(self.stop_signal, device=backend.device())
         torch.distributed.all_reduce(signals, op=torch.distributed.ReduceOp.MAX)
         self.stop_signal = int(signals)
-        self.sums = self.sums + sums
-        tokens = sums.sum(0)[SUMS.index("tokens")]
-        self.means += torch.tensor([1, router, *(mtp / tokens).tolist()], dtype=torch.float64)
+        self.totals.add(sums, router, (mtp / sums["tokens"].sum()).tolist())
 
     def _mean_loss(self) -> float:
-        return _means(self.sums.sum(0))["loss"]
+        return self.totals.sums.means()["loss"]
 
     def _line(self, grad_norm: float) -> dict[str, Any]:
-        steps, router, *mtp = self.means.tolist()
-        total = _means(self.sums.sum(0))
+        """The metrics since the last line."""
+        totals, sums = self.totals, self.totals.sums
+        mean = sums.means()
         step_tokens = self.settings.global_batch_size * self.settings.seq_length
         line = {
             "iteration": self.iteration,
             "consumed_train_tokens": self.iteration * step_tokens,
-            "loss": total["loss"],
-            **{f"mtp_{depth + 1}_loss": value / steps for depth, value in enumerate(mtp)},
-            "load_balancing_loss": router / steps,
-            "trained_tokens": total["trained_tokens"],
+            "loss": mean["loss"],
+            **{f"mtp_{depth}_loss": loss / totals.steps for depth, loss in enumerate(totals.mtp, start=1)},
+            "load_balancing_loss": totals.load_balancing / totals.steps,
+            "trained_tokens": mean["trained_tokens"],
             "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
             "grad_norm": grad_norm,
             "timing": {
                 "seconds": round(self.seconds, 3),
                 "tokens_per_second": round(self.iteration * step_tokens / self.seconds, 1),
-                **self.clock.report(int(steps) * step_tokens),
+                **self.clock.report(int(totals.steps) * step_tokens),
                 **backend.memory(),
             },
         }
         if self.sources:
-            line["sample_loss"] = total["sample_loss"]
+            line["sample_loss"] = mean["sample_loss"]
             line["sources"] = {
-                name: _means(row) for name, row in zip(self.sources, self.sums, strict=True) if row[-1]
+                name: sums.means_of(source)
+                for source, name in enumerate(self.sources)
+                if sums["packs"][source]
             }
         return line
 
@@ -420,85 +259,13 @@ class Trainer:
 
 @contextlib.contextmanager
 def long_lived() -> Iterator[None]:
-    """Have Python's garbage collector skip what is there: the model, at which it looks several times for a
-    checkpoint, a third of the time that a training stands still for it."""
+    """Freeze the objects that are there, so that Python's garbage collector skips the model.
+
+    It would look at them several times for a checkpoint, a third of the time that a training stands still.
+    """
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
-
-
-def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """What megatron-core's schedules call for each micro-batch.
-
-    They divide gradients by the tokens of the step, padding left out, of the load balancing loss too; the
-    weights of the other losses are made for that.
-    """
-    batch = next(batches)
-    report: Report = batch.pop("report")
-    weights = batch["loss_mask"][0]
-
-    def loss_function(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The weighted sum, the tokens, and what is reported."""
-        losses = losses.float()
-        # Not torch.tensor: that copies from the host, which waits for the GPU.
-        tokens = torch.full((), report.tokens, dtype=torch.int, device=losses.device)
-        return (losses * weights).sum(), tokens, report.sums(losses)
-
-    return model(attention_mask=None, **batch), loss_function
-
-
-def _means(sums: torch.Tensor) -> dict[str, Any]:
-    """Of a row of `SUMS`: losses as means, numbers as they are."""
-    values = dict(zip(SUMS, sums.tolist(), strict=True))
-    loss, sample_loss = values.pop("loss"), values.pop("sample_loss")
-    return {
-        "loss": loss / max(values["trained_tokens"], 1),
-        "sample_loss": sample_loss / max(values["conversations"], 1),
-        **{name: round(value) for name, value in values.items()},
-    }
-
-
-def optimizer_options(optimizer: Optimizer, run: RunSettings) -> dict[str, Any]:
-    """OptimizerConfig fields that say where the state lies and how precisely."""
-    options: dict[str, Any] = {}
-    if optimizer.moment_precision == "bf16":
-        # Transformer Engine's FusedAdam keeps fp32 main weights as bf16 weights and the 16 bits after them.
-        options |= {
-            "use_precision_aware_optimizer": True,
-            "exp_avg_dtype": torch.bfloat16,
-            "exp_avg_sq_dtype": torch.bfloat16,
-        }
-    if run.offload_optimizer:
-        options |= {
-            "use_precision_aware_optimizer": True,
-            "optimizer_cpu_offload": True,
-            "optimizer_offload_fraction": run.offload_optimizer,
-            "overlap_cpu_optimizer_d2h_h2d": True,
-        }
-    return options
-
-
-def is_writer() -> bool:
-    """Whether this rank writes metrics and speaks: the last one, which has the losses."""
-    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-
-
-def _router_loss(config: Any, pattern: str) -> float:
-    """Load balancing loss of the step, the mean over the routed layers; clears the tracker."""
-    name = "seq_load_balancing_loss"
-    losses: dict[str, Any] = {}
-    get_moe_metrics_tracker().report(
-        loss_scale=1.0,
-        iteration=0,
-        # A pipeline stage without routed layers must take part in the reduction.
-        force_initialize=True,
-        track_names=name,
-        num_layers=config.num_layers,
-        moe_layer_freq=[int(layer == "E") for layer in pattern],
-        mtp_num_layers=config.mtp_num_layers,
-        total_loss_dict=losses,
-    )
-    return float(losses[name])

@@ -1,10 +1,10 @@
-"""Adapters added to their base: a full checkpoint, published as those of trainings are."""
+"""Add adapters to their base: a full checkpoint, published like that of a training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snaketron.jobs import version as versions
 from snaketron.log import UserError, logger
@@ -13,9 +13,13 @@ from snaketron.train.stage import Stage
 
 import yaml
 
+if TYPE_CHECKING:  # imports megatron-core (5 s)
+    from snaketron.train.batches import Batches
+    from snaketron.train.build import BuiltModel
+
 
 def check_adapters(stage: Stage, adapters: Path) -> None:
-    """`UserError` unless the adapters are those of the settings and of the base that the command names."""
+    """Raise `UserError` unless the adapters were trained with these settings and on the named base."""
     trained = yaml.safe_load((adapters / "config.yaml").read_text())
     ours = stage.settings.model_dump() | {"stage": trained["settings"]["stage"]}
     if differ := [key for key in ours if trained["settings"].get(key) != ours[key]]:
@@ -38,34 +42,23 @@ def merge(stage: Stage, adapters: Path, make_batches: Callable[[Stage], Any]) ->
     trainings, and what reads a checkpoint's weights finds those of ckpt/sft.
     """
     from snaketron.model import lora
-    from snaketron.train.loop import Trainer, distributed, is_writer
+    from snaketron.model.distributed import distributed
+    from snaketron.train.build import build_model
+    from snaketron.train.checkpoint import Saver
 
     check_adapters(stage, adapters)
-    with distributed(stage.settings, stage.run):
-        trainer = Trainer(stage.settings, stage.run, stage.tokenizer.vocab_size)
-        trainer.start_from(stage.base, with_optimizer=False)
-        if not trainer.resume(adapters) or trainer.iteration != stage.settings.train_iters:
-            raise UserError(f"{adapters}: not the end of its training; run `snakemake ckpt/lora` again")
-        batches, metrics = (
-            make_batches(stage),
-            Metrics(stage.directory / "metrics.jsonl", 0, writer=is_writer()),
-        )
-        steps, has_valid = trainer.iteration, batches.has("valid")
-        before = trainer.evaluate(batches, "valid") if has_valid else {}
-        lora.merge(trainer.model)
-        after = trainer.evaluate(batches, "valid") if has_valid else {}
-        for losses in (before, after) if has_valid else ():
-            metrics.write(iteration=steps, **losses)
-        if is_writer() and has_valid:
-            logger.info(
-                "%s: validation loss %.6f with adapters, %.6f merged",
-                stage.settings.stage,
-                before["valid_loss"],
-                after["valid_loss"],
-            )
-        progress = {"iteration": steps}
-        trainer.saver.save(stage.directory, steps, lora.Part(trainer.model, adapters=False), None, progress)
-        trainer.saver.finish()
+    steps = stage.settings.train_iters
+    with distributed(stage.settings.seed, stage.run):
+        built = build_model(stage.settings, stage.run, stage.tokenizer.vocab_size)
+        _load(built, stage.base, adapters)
+        batches = make_batches(stage)
+        before = _valid_losses(built, batches)
+        lora.merge(built.model)
+        after = _valid_losses(built, batches)
+        _report(stage, before, after)
+        saver = Saver.configured(stage.run)
+        saver.save(stage.directory, steps, built.base, None, {"iteration": steps})
+        saver.finish()
     if stage.rank == 0:
         stage.write_config()
         stage.write_record(
@@ -79,3 +72,35 @@ def merge(stage: Stage, adapters: Path, make_batches: Callable[[Stage], Any]) ->
             }
         )
     return 0
+
+
+def _load(built: BuiltModel, base: Path, adapters: Path) -> None:
+    built.load_base(base)
+    progress = built.load_trained(adapters)
+    if progress is None or progress["iteration"] != built.settings.train_iters:
+        raise UserError(f"{adapters}: not the end of its training; run `snakemake ckpt/lora` again")
+
+
+def _valid_losses(built: BuiltModel, batches: Batches) -> dict[str, Any]:
+    """The losses on the validation split; none where there is no such split."""
+    from snaketron.train.evaluate import evaluate
+
+    return evaluate(built, batches, "valid") if batches.has("valid") else {}
+
+
+def _report(stage: Stage, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Write the losses with adapters and merged, a line each, and say them."""
+    from snaketron.model.distributed import is_writer
+
+    metrics = Metrics(stage.directory / "metrics.jsonl", 0, writer=is_writer())
+    if not before:
+        return
+    for losses in (before, after):
+        metrics.write(iteration=stage.settings.train_iters, **losses)
+    if is_writer():
+        logger.info(
+            "%s: validation loss %.6f with adapters, %.6f merged",
+            stage.settings.stage,
+            before["valid_loss"],
+            after["valid_loss"],
+        )

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 if TYPE_CHECKING:  # imports megatron-core (5 s), which a finished version does not need
     from snaketron.train.batches import Batches
-    from snaketron.train.loop import Trainer
+    from snaketron.train.build import BuiltModel
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Keys of the model that may differ from those of the checkpoint it starts from: no weight depends on them.
@@ -128,14 +128,16 @@ class Stage:
         make_batches: Callable[[Stage], Any],
         *,
         with_optimizer: bool,
-        sample: Callable[[Trainer, Any], None] = lambda trainer, batches: None,
+        sample: Callable[[BuiltModel, int, Any], None] = lambda built, iteration, batches: None,
     ) -> int:
         """Train to the end, publish, and return the exit status.
 
         `with_optimizer` takes the optimizer's state from the base checkpoint as well. `sample` gets the model
-        as it is before the first step, on the way and after the last step, on every rank.
+        and its iteration before the first step, on the way and after the last step, on every rank.
         """
-        from snaketron.train.loop import Stopped, Trainer, distributed
+        from snaketron.model.distributed import distributed
+        from snaketron.train.build import build_training
+        from snaketron.train.loop import Stopped, Trainer
 
         if self.rank == 0:
             self.write_config()
@@ -146,15 +148,16 @@ class Stage:
             self.inputs,
             {"settings": self.settings.model_dump(), "run": self.run.model_dump()},
         )
-        with distributed(self.settings, self.run):
-            trainer = Trainer(self.settings, self.run, self.tokenizer.vocab_size)
+        with distributed(self.settings.seed, self.run):
+            trainer = Trainer(build_training(self.settings, self.run, self.tokenizer.vocab_size))
             parameters = sum(p.numel() for p in trainer.model.parameters())
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-            if trainer.adapters and self.base:  # which their checkpoints do not hold
+            adapters = trainer.built.adapters
+            if adapters and self.base:  # which their checkpoints do not hold
                 trainer.start_from(self.base, with_optimizer=False)
             if trainer.resume(self.directory):
                 logger.info("%s: continues after step %d", self.settings.stage, trainer.iteration)
-            elif self.base and not trainer.adapters:
+            elif self.base and not adapters:
                 trainer.start_from(self.base, with_optimizer=with_optimizer)
             logger.info(
                 "%s: %s parameters on this rank%s, in %s",
@@ -165,7 +168,11 @@ class Stage:
             )
             try:
                 batches = make_batches(self)
-                trainer.train(batches, self.directory, lambda: sample(trainer, batches), tracker.log)
+
+                def answer() -> None:
+                    sample(trainer.built, trainer.iteration, batches)
+
+                trainer.train(batches, self.directory, answer, tracker.log)
             except Stopped:
                 return launch.SAVED
             seconds = trainer.seconds
@@ -242,7 +249,7 @@ def _hash(path: Path) -> str:
 
 
 def _is_last_rank() -> bool:
-    """Whether this process speaks and writes metrics: `loop.is_writer` before the processes are joined."""
+    """Whether this process speaks and writes metrics: `is_writer` before the processes are joined."""
     return int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
 
 

@@ -15,6 +15,7 @@ from snaketron.config import Adapters, load
 from snaketron.model import backend, lora
 from snaketron.model.initial import draw_parts
 from snaketron.settings.training import LoraSettings, run_settings, train_settings
+from snaketron.train.build import build_training
 from snaketron.train.loop import Trainer
 from tests.gpu.worker import BATCH, LENGTH, FixedBatches
 
@@ -50,7 +51,7 @@ def gradients(parallel: dict[str, int]) -> dict[tuple[str, tuple[int, ...]], Sha
     config = load({"model": {"hybrid_layer_pattern": "ME*-ME"}, "pretrain": pretrain}, {})
     settings, run = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
     adapters = Adapters(rank=4, target_modules=["linear_*", "*_proj", "router"])
-    trainer = Trainer(LoraSettings(**settings.model_dump(), lora=adapters), run, 512)
+    trainer = Trainer(build_training(LoraSettings(**settings.model_dump(), lora=adapters), run, 512))
     b = [shard for (key, _), shard in shards(trainer).items() if ".lora.b" in key]
 
     def draw(_key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -58,7 +59,7 @@ def gradients(parallel: dict[str, int]) -> dict[tuple[str, tuple[int, ...]], Sha
 
     draw_parts(b, draw, 1)
     trainer.parallel_model.zero_grad_buffer()
-    trainer._forward_backward(FixedBatches(2, settings.model.mtp_num_layers), "train", 0, BATCH)
+    trainer._forward_backward(FixedBatches(2, settings.model.mtp_num_layers), 0)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data.copy_(parameter.main_grad)

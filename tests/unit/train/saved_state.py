@@ -12,7 +12,9 @@ from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.model import backend
+from snaketron.model.distributed import distributed
 from snaketron.train import loop
+from snaketron.train.build import build_training
 from tests.gpu.worker import fixed
 
 import torch
@@ -38,8 +40,8 @@ def main(name: str, parallel: dict[str, int], load: str | None = None) -> None:
     # A bucket for each parameter, with padding at its end, where a large model between nodes has some.
     backend.data_parallel_options = lambda run: {"overlap_grad_reduce": True, "bucket_size": 1}
     settings, run, make_batches = fixed({"precision": "bf16"}, {"parallel": parallel}, {})
-    with loop.distributed(settings, run):
-        trainer = loop.Trainer(settings, run, 512)
+    with distributed(settings.seed, run):
+        trainer = loop.Trainer(build_training(settings, run, 512))
         buckets = [bucket for buffer in trainer.parallel_model.buffers for bucket in buffer.buckets]
         assert any(bucket.numel_unpadded < bucket.grad_data.numel() for bucket in buckets)
         if load:

@@ -13,6 +13,8 @@ from snaketron.model import lora
 from snaketron.settings.training import LoraSettings
 from snaketron.sizes.memory import static_memory
 from snaketron.sizes.parameters import adapter_parameters
+from snaketron.train.build import build_training
+from snaketron.train.evaluate import evaluate
 from snaketron.train.loop import Trainer
 from tests.conftest import run_module
 from tests.unit.train.lora_gradients import LAYOUTS
@@ -34,9 +36,8 @@ def trainer(settings):
     ) -> Trainer:
         full, run = settings(model=model, optimizer={"learning_rate": rate})
         adapters = {"target_modules": ["linear_*", "*_proj"], "rank": rank} | keys
-        made = Trainer(
-            LoraSettings(**full.model_dump(), lora=Adapters(**adapters)) if rank else full, run, VOCABULARY
-        )
+        values = LoraSettings(**full.model_dump(), lora=Adapters(**adapters)) if rank else full
+        made = Trainer(build_training(values, run, VOCABULARY))
         for _ in range(steps):
             made._step(Random(2))
         return made
@@ -52,7 +53,7 @@ def frozen(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def loss(trainer: Trainer) -> float:
-    return trainer.evaluate(Random(2), "train")["train_loss"]
+    return evaluate(trainer.built, Random(2), "train")["train_loss"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -190,7 +191,8 @@ def test_recomputed_layers_give_the_same_adapters(settings, recompute: list[str]
     results = []
     for modules in ([], recompute):
         full, run = settings(recompute=modules)
-        made = Trainer(LoraSettings(**full.model_dump(), lora=Adapters(rank=4, dropout=0.2)), run, VOCABULARY)
+        values = LoraSettings(**full.model_dump(), lora=Adapters(rank=4, dropout=0.2))
+        made = Trainer(build_training(values, run, VOCABULARY))
         for _ in range(2):
             made._step(Random(2))
         results.append(state(made))

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.data import tokenizer as tokenizers
-from snaketron.train.batches import SftBatches
+from snaketron.train.build import build_training
 from snaketron.train.loop import Trainer
+from snaketron.train.losses import Counts, Report, Sums, Totals
+from snaketron.train.sft_batches import SftBatches
 
 import pytest
 import torch
@@ -54,10 +56,10 @@ def trainer_of(sft_settings, packed_blend, tokenizer_dir):
     def make(packs: list, model: dict | None = None, **keys) -> tuple[Trainer, SftBatches]:
         settings, run = sft_settings(MODEL | (model or {}), global_batch_size=len(packs), **keys)
         blend = packed_blend(settings.seq_length, train={"a": packs})
-        trainer = Trainer(settings, run, VOCABULARY)
+        trainer = Trainer(build_training(settings, run, VOCABULARY))
         trainer.seconds = 1.0
         trainer.sources = ("a",)
-        return trainer, SftBatches(blend, settings, tokenizers.info(tokenizer_dir), eval_samples=1)
+        return trainer, SftBatches.load(blend, settings, tokenizers.info(tokenizer_dir), eval_samples=1)
 
     return make
 
@@ -66,8 +68,7 @@ def gradients(trainer: Trainer, batches: SftBatches, first: int = 0) -> dict[str
     """Of one step over all packs, as the optimizer gets them."""
     trainer.parallel_model.zero_grad_buffer()
     count = trainer.settings.global_batch_size
-    outputs, _ = trainer._forward_backward(batches, "train", first, count)
-    trainer._add_up(outputs, count)
+    trainer._add_up(trainer._forward_backward(batches, first), count)
     return {name: p.main_grad.clone() for name, p in trainer.model.named_parameters()}
 
 
@@ -220,3 +221,44 @@ def test_a_step_over_a_pack_of_256k_tokens(trainer_of):
     gradients(trainer, batches)
     loss, number = next(depths_of(trainer, one))
     assert trainer._line(0.0)["loss"] == pytest.approx(float(loss) / number, abs=1e-4)
+
+
+def test_a_report_sums_each_loss_and_count_by_name_and_source():
+    """Losses 1, 2 and 3: the first two positions are trained, the second is a conversation of its own."""
+    weights = torch.tensor([[[1.0, 1.0, 0.0]], [[0.0, 1.0, 0.0]]])
+    report = Report(weights, Counts(2, 1, 3, 1), source=1, num_sources=2)
+    sums = report.sums(torch.tensor([[1.0, 2.0, 3.0]]))
+    assert {name: sums[name].tolist() for name in Sums.NAMES} == {
+        "loss": [0, 3],
+        "trained_tokens": [0, 2],
+        "sample_loss": [0, 2],
+        "conversations": [0, 1],
+        "tokens": [0, 3],
+        "packs": [0, 1],
+    }
+    assert report.tokens == 3
+
+
+def test_losses_are_means_and_counts_stay_counts():
+    """Two sources: 6 nats over 3 tokens and 4 over 1; a source without tokens has the loss 0."""
+    sums = Sums.zeros(3)
+    sums["loss"][:2] = torch.tensor([6.0, 4.0])
+    sums["trained_tokens"][:2] = torch.tensor([3.0, 1.0])
+    sums["sample_loss"][0], sums["conversations"][0] = 3.0, 2.0
+    assert [sums.means_of(source)["loss"] for source in range(3)] == [2.0, 4.0, 0.0]
+    assert (sums.means()["loss"], sums.means()["trained_tokens"]) == (2.5, 4)
+    assert (sums.means()["sample_loss"], sums.means()["conversations"]) == (1.5, 2)
+
+
+def test_totals_come_back_from_a_checkpoint():
+    """Two steps; then cleared, with the sources still there."""
+    totals, step = Totals(), Sums.zeros(2)
+    step["loss"][1] = 5.0
+    totals.add(step, 0.25, [2.0, 3.0])
+    totals.add(step, 0.5, [4.0, 6.0])
+    assert totals.saved()["means"] == [2.0, 0.75, 6.0, 9.0]
+    again = Totals.of_saved(totals.saved())
+    assert again.sums["loss"].tolist() == [0, 10]
+    assert (again.steps, again.load_balancing, again.mtp) == (2.0, 0.75, [6.0, 9.0])
+    again.clear()
+    assert again.saved() == {"sums": [[0.0] * 6] * 2, "means": [0.0, 0.0, 0.0, 0.0]}

@@ -10,7 +10,7 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron import files
 from snaketron.jobs import version as versions
 from snaketron.log import UserError, logger
-from snaketron.train.loop import distributed
+from snaketron.model.distributed import distributed
 from snaketron.train.stage import Stage, parse_args, run_stage
 
 import pytest
@@ -120,13 +120,13 @@ def test_a_missing_blend_is_named(stage, blend_path: Path, tmp_path: Path, setti
 
 def test_another_number_of_processes_than_the_parallel_sizes_want_is_refused(settings, monkeypatch):
     train, run = settings(parallel={"data_parallel_size": 2})
-    with pytest.raises(UserError) as error, distributed(train, run):
+    with pytest.raises(UserError) as error, distributed(train.seed, run):
         pass
     assert str(error.value) == (
         "1 processes were started, and the parallel sizes of the configuration want 2"
     )
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match=r"3 processes were started, .* want 2"), distributed(train, run):
+    with pytest.raises(UserError, match=r"3 processes were started, .* want 2"), distributed(train.seed, run):
         pass
 
 

@@ -1,0 +1,1 @@
+"""Everything that replaces or corrects a piece of megatron-core; `replacements` has the table."""

@@ -1,7 +1,7 @@
 """The step of megatron-core's distributed optimizer, without what makes the GPU wait for the host.
 
-Theirs reads the norm of the gradient on the host in the middle of the step, and handles each parameter in
-Python several times, of which a layer of 64 experts has 128. On an H200 the model of docs/measurements.md
+megatron-core reads the norm of the gradient on the host in the middle of the step, and handles each parameter
+in Python several times; a layer of 64 experts has 128 of them. On an H200 the model of docs/measurements.md
 spent 145 ms of each step there, of which the GPU worked for 35. Here the norm stays on the GPU, so that
 the host prepares the step while the GPU still computes gradients, and tensors that stay where they are
 are looked up once. The kernels, and so the results, are the same.
@@ -9,38 +9,35 @@ are looked up once. The kernels, and so the results, are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
+
+from snaketron.model.megatron.originals import original
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
-
-def patch() -> None:
-    """Take the place of megatron-core's, after its import."""
-    DistributedOptimizer._copy_model_grads_to_main_grads = _give_gradients
-    DistributedOptimizer._copy_main_params_to_model_params = _give_weights
-    ChainedOptimizer.get_grad_norm = _gradient_norm
-
-
-_copy_gradients: Callable[[Any], None] = DistributedOptimizer._copy_model_grads_to_main_grads
-_copy_weights: Callable[[Any], None] = DistributedOptimizer._copy_main_params_to_model_params
-_their_norm: Callable[[Any], float | Tensor] = ChainedOptimizer.get_grad_norm
+COPY_GRADIENTS = (
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_model_grads_to_main_grads"
+)
+COPY_WEIGHTS = (
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_main_params_to_model_params"
+)
+GRADIENT_NORM = "megatron.core.optimizer.optimizer:ChainedOptimizer.get_grad_norm"
 
 
 def _give_gradients(self: DistributedOptimizer) -> None:
     """Point each main weight to its gradient, a part of the fp32 buffer."""
     known = self.__dict__.get("_gradients")
     if known is None:
-        _copy_gradients(self)
+        original(COPY_GRADIENTS)(self)
         known = self.__dict__["_gradients"] = _gradients_in_place(self)
     elif known:
         for weight, gradient in known:
             weight.grad = gradient
     else:
-        _copy_gradients(self)
+        original(COPY_GRADIENTS)(self)
 
 
 def _gradients_in_place(optimizer: DistributedOptimizer) -> list[tuple[Tensor, Tensor]]:
@@ -66,7 +63,7 @@ def _give_weights(self: DistributedOptimizer) -> None:
     if known:
         torch._foreach_copy_(*known)
     else:
-        _copy_weights(self)
+        original(COPY_WEIGHTS)(self)
 
 
 def _weights_in_place(optimizer: DistributedOptimizer) -> tuple[list[Tensor], list[Tensor]] | None:
@@ -99,8 +96,8 @@ def _groups(optimizer: DistributedOptimizer) -> list[tuple[list[Any], list[Tenso
 
 
 def _gradient_norm(self: ChainedOptimizer) -> float | Tensor:
-    """The norm over all parts, which theirs gives as a number where experts have groups of their own."""
+    """The norm over all parts; megatron-core's waits for it where experts have groups of their own."""
     if len(self.chained_optimizers) == 1 or self.grads_states_parallel_group_is_shared():
-        return _their_norm(self)
+        return original(GRADIENT_NORM)(self)
     norms = [torch.as_tensor(part.get_grad_norm()).reshape(1) for part in self.chained_optimizers]
     return torch.cat(norms).norm(keepdim=True)

@@ -1,14 +1,16 @@
-"""What a GPU adds to megatron-core 0.19.2: switches of its kernels, and a function that APEX would have.
+"""What a GPU adds to megatron-core: switches of its kernels, and pieces that do not wait for the host.
 
-Imported by `backend` before megatron-core, and only on a machine with a GPU.
+Imported by `backend` before megatron-core, and only on a machine with a GPU; `replacements` says what each
+function stands for.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import types
 from typing import Any
+
+from snaketron.model.megatron.originals import original
 
 import torch
 
@@ -54,92 +56,93 @@ def _accumulate_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_g
     )
 
 
-def prepare() -> None:
-    """Set the environment, and give megatron-core the one function that it would take from APEX."""
+def set_environment() -> None:
+    """Set what libraries read when they are imported or first used."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def fused_gradients() -> types.ModuleType:
+    """The module of APEX that adds gradients of weights, with Transformer Engine's product."""
     module: Any = types.ModuleType("fused_weight_gradient_mlp_cuda")
     module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = _accumulate_gradient
-    sys.modules.setdefault(module.__name__, module)
+    return module
 
 
-def patch() -> None:
-    """Put our experts and our step of the optimizer under megatron-core's, after its import; see `experts`
-    and `adam`."""
-    from snaketron.model.megatron import adam
+# What the functions below call for what they leave to megatron-core.
+_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher."
+MAKE_HOOK = "megatron.core.distributed:DistributedDataParallel._make_backward_post_hook"
+EXPERTS_FORWARD = "megatron.core.transformer.moe.experts:TEGroupedMLP.forward"
+TO_HOST = _DISPATCHER + "_maybe_dtoh_and_synchronize"
+DISPATCH_POSTPROCESS = _DISPATCHER + "dispatch_postprocess"
+COMBINE_PREPROCESS = _DISPATCHER + "combine_preprocess"
 
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.models.common.language_module import language_module
-    from megatron.core.ssm.mamba_mixer import MambaMixer
-    from megatron.core.transformer import multi_token_prediction
-    from megatron.core.transformer.moe import experts as theirs
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
+
+def experts_forward(
+    self: Any, x: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor, **kwargs: Any
+) -> Any:
+    """The output of the routed experts, and no bias."""
+    out = _our_experts(self, x, tokens_per_expert, probs)
+    if out is None:
+        return original(EXPERTS_FORWARD)(self, x, tokens_per_expert, probs, **kwargs)
+    return out, None
+
+
+def make_backward_post_hook(self: Any, first: Any) -> Any:
+    """When our experts have added the gradients of a layer, autograd tells it of the first one alone."""
+    hook = original(MAKE_HOOK)(self, first)
+
+    def all_of_layer(*args: Any) -> None:
+        hook(*args)
+        if self.ddp_config.overlap_grad_reduce and first.__dict__.pop("others_added", False):
+            for other in first.others:
+                group = self.param_to_bucket_group[other]
+                group.register_grad_ready(other, self.force_all_reduce)
+
+    return all_of_layer
+
+
+def _alone(dispatcher: Any) -> bool:
+    """Whether all experts are on this GPU."""
+    return dispatcher.ep_size == dispatcher.tp_size == 1
+
+
+def maybe_dtoh_and_synchronize(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    """Take the numbers to the host, unless all experts are on this GPU: then nothing needs them there."""
+    return tokens_per_expert if _alone(self) else original(TO_HOST)(self, point, tokens_per_expert)
+
+
+def dispatch_postprocess(self: Any, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
+    """The tokens sorted by expert, and how many each has, on the GPU."""
+    if _alone(self):  # they are sorted by expert already
+        numbers, self.tokens_per_expert = self.tokens_per_expert, None
+        return tokens, numbers, probs
+    tokens, numbers, probs = original(DISPATCH_POSTPROCESS)(self, tokens, probs)
+    if self.num_local_experts > 1:
+        numbers = self.num_global_tokens_per_local_expert.sum(0)  # which is on the GPU
+    return tokens, numbers, probs
+
+
+def combine_preprocess(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states if _alone(self) else original(COMBINE_PREPROCESS)(self, hidden_states)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, group: Any, *_: Any) -> torch.Tensor:
+    """The loss of each token; the gradient takes the place of the logits."""
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
-    make_hook = DistributedDataParallel._make_backward_post_hook
-    mlp_forward = theirs.TEGroupedMLP.forward
-    dispatch_postprocess, combine_preprocess = Dispatcher.dispatch_postprocess, Dispatcher.combine_preprocess
-    to_host = Dispatcher._maybe_dtoh_and_synchronize
+    return parallel_cross_entropy(logits, labels, dist_process_group=group, overwrite_input=True)
 
-    def forward(
-        self: Any, x: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor, **kwargs: Any
-    ) -> Any:
-        ours = _our_experts(self, x, tokens_per_expert, probs)
-        return mlp_forward(self, x, tokens_per_expert, probs, **kwargs) if ours is None else (ours, None)
 
-    def _make_backward_post_hook(self: Any, first: Any) -> Any:
-        """When our experts have added the gradients of a layer, autograd tells it of the first one alone."""
-        hook = make_hook(self, first)
-
-        def all_of_layer(*args: Any) -> None:
-            hook(*args)
-            if self.ddp_config.overlap_grad_reduce and first.__dict__.pop("others_added", False):
-                for other in first.others:
-                    group = self.param_to_bucket_group[other]
-                    group.register_grad_ready(other, self.force_all_reduce)
-
-        return all_of_layer
-
-    def alone(self: Any) -> bool:
-        return self.ep_size == self.tp_size == 1
-
-    def _maybe_dtoh_and_synchronize(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
-        # With all experts on this GPU nothing else needs the numbers on the host.
-        return tokens_per_expert if alone(self) else to_host(self, point, tokens_per_expert)
-
-    def _dispatch_postprocess(self: Any, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        if alone(self):  # they are sorted by expert already
-            numbers, self.tokens_per_expert = self.tokens_per_expert, None
-            return tokens, numbers, probs
-        tokens, numbers, probs = dispatch_postprocess(self, tokens, probs)
-        if self.num_local_experts > 1:
-            numbers = self.num_global_tokens_per_local_expert.sum(0)  # which is on the GPU
-        return tokens, numbers, probs
-
-    def _combine_preprocess(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states if alone(self) else combine_preprocess(self, hidden_states)
-
-    def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, group: Any, *_: Any) -> torch.Tensor:
-        return parallel_cross_entropy(logits, labels, dist_process_group=group, overwrite_input=True)
-
-    adam.patch()
-    # The gradient takes the place of the logits, of which theirs keeps a copy (4 GiB at 16k tokens).
-    language_module.te_parallel_cross_entropy = cross_entropy
-    # A metric that we do not report, by one more pass over the logits of each depth.
-    multi_token_prediction._compute_mtp_acceptance_counts = lambda logits, *_: (logits.new_zeros(()),) * 2
-    DistributedDataParallel._make_backward_post_hook = _make_backward_post_hook
-    MambaMixer._ssm_training = _scan
-    theirs.TEGroupedMLP.forward = forward
-    Dispatcher._maybe_dtoh_and_synchronize = _maybe_dtoh_and_synchronize
-    Dispatcher.dispatch_postprocess = _dispatch_postprocess
-    Dispatcher.combine_preprocess = _combine_preprocess
+def no_acceptance_counts(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return logits.new_zeros(()), logits.new_zeros(())
 
 
 def _scan(self: Any, zxbcdt: torch.Tensor, packed: Any = None) -> torch.Tensor:
     """Convolution, scan and gate of a Mamba layer, (length, batch, ...).
 
-    As theirs, but the kernels read their input, and write its gradient, where it is: theirs copies both
-    into the order (batch, length), 19 ms of a step of 32k tokens on an H200.
+    The kernels read their input, and write its gradient, where it is. megatron-core copies both into the
+    order (batch, length), which takes 19 ms of a step of 32k tokens on an H200.
     """
     from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
 

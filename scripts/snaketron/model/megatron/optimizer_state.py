@@ -43,12 +43,6 @@ class Place(NamedTuple):
         return slice(max(begin - self.start, 0), min(end, self.end) - self.start)
 
 
-def patch() -> None:
-    """Take the place of megatron-core's, after its import."""
-    DistributedOptimizer.sharded_param_state_fully_reshardable = _shards
-    DistributedOptimizer.load_parameter_state_from_fully_reshardable = _load
-
-
 def _buckets(optimizer: DistributedOptimizer) -> list[list[Place]]:
     """Parameters of each bucket, in the same order on all ranks of the data parallel group."""
     size = optimizer.data_parallel_group.size()
@@ -77,7 +71,7 @@ def _keys(optimizer: DistributedOptimizer) -> list[str]:
     return ["param", *optimizer.optimizer_state_keys]
 
 
-def _shards(
+def shards(
     self: DistributedOptimizer,
     model_sharded_state_dict: Any,
     is_loading: bool = False,
@@ -177,8 +171,8 @@ def _size(part: slice) -> int:
 
 
 @torch.no_grad()
-def _load(self: DistributedOptimizer, state_dict: dict[int, dict[str, Tensor]]) -> None:
-    """Take this rank's part of each parameter from what was asked for in `_shards`."""
+def load(self: DistributedOptimizer, state_dict: dict[int, dict[str, Tensor]]) -> None:
+    """Take this rank's part of each parameter from what was asked for in `shards`."""
     rank = self.data_parallel_group.rank()
     for number, place in enumerate(itertools.chain(*_buckets(self))):
         if rank in place.holders:

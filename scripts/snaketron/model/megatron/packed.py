@@ -1,12 +1,11 @@
-"""Packed sequences in megatron-core 0.19.2: shifts that stay inside a sequence, and exact losses.
+"""Packed sequences: shifts that stay inside a sequence, and exact losses of multi-token prediction.
 
-Replaces two functions of megatron-core, with the same results where theirs are right:
-
-- The shift of multi-token prediction walks over the sequences of a pack in Python, with a few copies of the
-  host for each; ours shifts all of them at once.
-- The loss of multi-token prediction is averaged over the tokens of each micro-batch and rank, and then over
-  those, which is not the average over a step where micro-batches have different numbers of trained tokens.
-  Ours takes the weight of each position from the data (`train.batches`), which knows the whole step.
+- megatron-core shifts a pack in Python, sequence by sequence, with a few copies to the host for each; `shift`
+  shifts all of them at once.
+- megatron-core averages the loss of multi-token prediction over the tokens of each micro-batch and rank, and
+  then over those. That is not the average over a step whose micro-batches have different numbers of trained
+  tokens. `process_mtp_loss` takes the weight of each position from the data (`train.sft_batches`), where the
+  whole step is known.
 """
 
 from __future__ import annotations
@@ -14,22 +13,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from snaketron.model.megatron.originals import original
+
 import torch
-from megatron.core.models.hybrid import hybrid_model
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig, multi_token_prediction
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 from torch import Tensor
 
-_process_mtp_loss = hybrid_model.process_mtp_loss
+PROCESS_MTP_LOSS = "megatron.core.models.hybrid.hybrid_model:process_mtp_loss"
 
 
 def partition(ends: Tensor, total: int, ranks: int, rank: int) -> Tensor:
-    """Positions of a pack that a context parallel rank holds, in its order: of each sequence, of 2 x `ranks`
-    equal chunks those number `rank` and 2 x `ranks` - 1 - `rank`.
+    """Positions of a pack that a context parallel rank holds, in its order.
+
+    Each sequence is cut into 2 x `ranks` equal chunks; a rank has chunks `rank` and 2 x `ranks` - 1 - `rank`.
 
     `ends` (sequences + 1,) are the sequences' bounds, from 0 to `total`; every length is a multiple of 2 x
-    `ranks`. The same positions as `thd_get_partitioned_indices` of Transformer Engine gives.
+    `ranks`. Transformer Engine's `thd_get_partitioned_indices` gives the same positions.
     """
     lengths = ends.diff()
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=ends.device), lengths)
@@ -91,7 +92,7 @@ def process_mtp_loss(
     DeepSeek-V3 (arXiv 2412.19437, equations 24 and 25) times the weights. The tracker gets the weighted sums.
     """
     if loss_mask is None or labels is None or loss_mask.dim() == 2:
-        return _process_mtp_loss(
+        return original(PROCESS_MTP_LOSS)(
             hidden_states,
             labels,
             loss_mask,
@@ -120,7 +121,3 @@ def process_mtp_loss(
             )
         hidden_states = MTPLossAutoScaler.apply(hidden_states, config.mtp_loss_scaling_factor / depths * loss)
     return hidden_states
-
-
-multi_token_prediction._roll_tensor_packed_seq = shift
-hybrid_model.process_mtp_loss = process_mtp_loss

@@ -1,23 +1,26 @@
-"""Corrections of megatron-core 0.19.2 that hold on every machine; each goes when megatron-core has it."""
+"""Routers that leave padding out, in the decoder and in multi-token prediction."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from snaketron.model.megatron.originals import original
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
-_model_forward, _moe_forward = HybridModel.forward, MoELayer.forward
+MODEL_FORWARD = "megatron.core.models.hybrid.hybrid_model:HybridModel.forward"
+MOE_FORWARD = "megatron.core.transformer.moe.moe_layer:MoELayer.forward"
 
 
-def _apply_expert_bias(
+def apply_expert_bias(
     self: TopKRouter, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None
 ) -> None:
     """Count the tokens of each expert, without padding.
 
-    Theirs combines (tokens, experts) with (tokens,), which fails for every padded batch.
+    megatron-core combines (tokens, experts) with (tokens,), which fails for every padded batch.
     """
     if self.enable_expert_bias and torch.is_grad_enabled():
         with torch.no_grad():
@@ -29,19 +32,20 @@ def _apply_expert_bias(
 class _Padding:
     """The padding of the micro-batch that the model computes, for the layers of multi-token prediction.
 
-    Theirs do not get it, so their routers would balance padding too. They are in the last pipeline stage, in
-    which the backward pass of a micro-batch (it may compute a layer again) comes next after its forward pass.
+    megatron-core's model does not hand it to them, so their routers would balance padding too. They are in
+    the last pipeline stage, where the backward pass of a micro-batch, which may compute a layer again,
+    follows its forward pass at once.
     """
 
     mask: torch.Tensor | None = None
 
 
-def _forward_of_model(self: HybridModel, *args: Any, **kwargs: Any) -> torch.Tensor:
+def model_forward(self: HybridModel, *args: Any, **kwargs: Any) -> torch.Tensor:
     _Padding.mask = kwargs.get("padding_mask")
-    return _model_forward(self, *args, **kwargs)
+    return original(MODEL_FORWARD)(self, *args, **kwargs)
 
 
-def _forward_of_moe(
+def moe_forward(
     self: MoELayer,
     hidden_states: torch.Tensor,
     intermediate_tensors: Any = None,
@@ -49,9 +53,4 @@ def _forward_of_moe(
 ) -> Any:
     if padding_mask is None:
         padding_mask = _Padding.mask
-    return _moe_forward(self, hidden_states, intermediate_tensors, padding_mask)
-
-
-TopKRouter._apply_expert_bias = _apply_expert_bias
-HybridModel.forward = _forward_of_model
-MoELayer.forward = _forward_of_moe
+    return original(MOE_FORWARD)(self, hidden_states, intermediate_tensors, padding_mask)

@@ -1,0 +1,71 @@
+"""Join the processes that share a model, to train it, to evaluate it or to have it answer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+
+from snaketron.log import UserError
+from snaketron.model import backend
+from snaketron.settings.training import RunSettings
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+
+@contextlib.contextmanager
+def distributed(seed: int, run: RunSettings) -> Iterator[None]:
+    """Join the other processes, and set up megatron-core's groups and random numbers; leave them at the end.
+
+    Raises `UserError` when the processes or GPUs that the configuration asks for are not there.
+    """
+    _check(run)
+    torch.set_num_threads(run.cpus_per_task)
+    backend.device()  # makes this process' GPU the current one
+    _join()
+    parallel_state.initialize_model_parallel(
+        run.parallel.tensor_model_parallel_size,
+        run.parallel.pipeline_model_parallel_size,
+        context_parallel_size=run.parallel.context_parallel_size,
+        expert_model_parallel_size=run.parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=run.parallel.expert_tensor_parallel_size,
+    )
+    torch.manual_seed(seed)
+    # Transformer Engine's tracker of random numbers is the one that can be recorded.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=run.cuda_graphs)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def is_writer() -> bool:
+    """Whether this rank writes metrics and speaks: the last one, which has the losses."""
+    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+
+def _check(run: RunSettings) -> None:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world != run.parallel.world_size:
+        raise UserError(
+            f"{world} processes were started, and the parallel sizes of the configuration want "
+            f"{run.parallel.world_size}"
+        )
+    if run.cluster.gpus_per_node and not backend.HAS_GPU:
+        raise UserError(
+            f"cluster.gpus_per_node is {run.cluster.gpus_per_node} and torch sees no GPU on "
+            f"{platform.node()}: look at nvidia-smi there, and whether this torch has CUDA; 0 trains on CPUs"
+        )
+
+
+def _join() -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group(backend.process_group_backend())
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            backend.process_group_backend(), store=store, rank=0, world_size=1
+        )

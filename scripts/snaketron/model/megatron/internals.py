@@ -1,0 +1,64 @@
+"""What training reads and sets inside megatron-core by names that are not its interface.
+
+Nothing is replaced here (`replacements` lists that); a new release may rename these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.cuda_graphs import _CudagraphGlobalRecord
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+
+def take_router_loss(config: TransformerConfig, pattern: str) -> float:
+    """The load balancing loss of the step, summed over micro-batches: the mean over the routed layers.
+
+    `pattern` is that of the layers. The tracker is emptied; every rank must call this.
+    """
+    name = "seq_load_balancing_loss"
+    losses: dict[str, torch.Tensor] = {}
+    get_moe_metrics_tracker().report(
+        loss_scale=1.0,
+        iteration=0,
+        # A pipeline stage without routed layers must take part in the reduction.
+        force_initialize=True,
+        track_names=name,
+        num_layers=config.num_layers,
+        moe_layer_freq=[int(layer == "E") for layer in pattern],
+        mtp_num_layers=config.mtp_num_layers,
+        total_loss_dict=losses,
+    )
+    return float(losses[name])
+
+
+def take_mtp_losses(depths: int) -> torch.Tensor:
+    """The summed losses of multi-token prediction of this rank's step, (depths,); the tracker is emptied."""
+    losses = MTPLossLoggingHelper.tracker.get("loss_values", torch.zeros(depths)).clone()
+    MTPLossLoggingHelper.clean_metrics_in_tracker()
+    return losses
+
+
+@contextlib.contextmanager
+def without_recordings() -> Iterator[None]:
+    """Compute recorded layers anew, for a validation: the recordings are of a training step."""
+    before, _CudagraphGlobalRecord.cudagraph_created = _CudagraphGlobalRecord.cudagraph_created, False
+    try:
+        yield
+    finally:
+        _CudagraphGlobalRecord.cudagraph_created = before
+
+
+@contextlib.contextmanager
+def without_mtp(model: HybridModel) -> Iterator[None]:
+    """Leave multi-token prediction out, which costs twice the rest of a tiny model and changes no answer."""
+    process, model.mtp_process = model.mtp_process, False
+    try:
+        yield
+    finally:
+        model.mtp_process = process

@@ -1,0 +1,39 @@
+"""The loss of a model on held-out samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from snaketron.model.megatron import internals
+from snaketron.train.batches import Batches, Split
+from snaketron.train.build import BuiltModel
+from snaketron.train.losses import compute, sum_over_ranks
+
+
+def evaluate(built: BuiltModel, batches: Batches, split: Split) -> dict[str, Any]:
+    """Mean loss of a token, in nats, over the same samples each time; equal on all ranks.
+
+    The key is `<split>_loss`. With conversations there are also `<split>_sample_loss`, the mean over
+    conversations of each one's mean, and `<split>_sources`, the loss of a token of each source.
+    """
+    count = batches.round_up(built.run.eval_samples)
+    with built.evaluating(), internals.without_recordings():
+        outputs = compute(
+            built.module,
+            batches.micro_batches(split, 0, count),
+            count=batches.num_micro_batches(count),
+            micro_batch_size=batches.micro_batch_size,
+            seq_length=built.settings.seq_length,
+            forward_only=True,
+        )
+    sums, _ = sum_over_ranks(outputs, len(batches.sources))
+    total = sums.means()
+    found: dict[str, Any] = {f"{split}_loss": total["loss"]}
+    if batches.sources:
+        found[f"{split}_sample_loss"] = total["sample_loss"]
+        found[f"{split}_sources"] = {
+            name: sums.means_of(source)["loss"]
+            for source, name in enumerate(batches.sources)
+            if sums["trained_tokens"][source]
+        }
+    return found

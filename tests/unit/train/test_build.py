@@ -1,0 +1,82 @@
+"""A model is built, evaluated and saved without an optimizer; a training adds one."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.train.build import BuiltModel, build_model, build_training, with_optimizer
+from snaketron.train.checkpoint import Saver
+from snaketron.train.evaluate import evaluate
+from snaketron.train.loop import Trainer
+from tests.unit.train.test_checkpoint import Random
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+
+def alive(kind: type) -> int:
+    """Objects of a kind in this process."""
+    gc.collect()
+    return sum(isinstance(thing, kind) for thing in gc.get_objects())
+
+
+def loss(built: BuiltModel) -> float:
+    return evaluate(built, Random(2), "train")["train_loss"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_is_evaluated_without_an_optimizer(settings, precision: str):
+    """No wrapper, no optimizer and no buffer of gradients is made; the loss is about log(256)."""
+    before = alive(MegatronOptimizer), alive(DistributedDataParallel)
+    built = build_model(*settings(model={"precision": precision}), 256)
+    assert loss(built) == pytest.approx(5.545, abs=0.05)
+    assert (alive(MegatronOptimizer), alive(DistributedDataParallel)) == before
+    assert built.config.finalize_model_grads_func is None and built.config.grad_scale_func is None
+    for parameter in built.model.parameters():
+        assert parameter.grad is None and not hasattr(parameter, "main_grad")
+
+
+def test_the_optimizer_changes_no_weight_and_no_loss(settings):
+    built = build_model(*settings(), 256)
+    weights, before = [p.detach().clone() for p in built.model.parameters()], loss(built)
+    training = with_optimizer(built)
+    assert training.built is built and training.parallel_model.module is built.module
+    assert all(torch.equal(a, b) for a, b in zip(weights, built.model.parameters(), strict=True))
+    assert loss(built) == before
+    assert all(hasattr(parameter, "main_grad") for parameter in built.model.parameters())
+
+
+def test_a_model_without_an_optimizer_takes_what_a_training_saved(settings, tmp_path: Path):
+    """The losses are the same; there is no progress where nothing was saved."""
+    trainer = Trainer(build_training(*settings(), 256))
+    for _ in range(2):
+        trainer._step(Random(2))
+    trainer.save(tmp_path)
+    trainer.saver.finish()
+    built = build_model(*settings(seed=7), 256)
+    assert built.load_trained(tmp_path / "empty") is None and loss(built) != loss(trainer.built)
+    progress = built.load_trained(tmp_path)
+    assert progress is not None and progress["iteration"] == 2
+    assert loss(built) == loss(trainer.built)
+
+
+def test_a_model_without_an_optimizer_is_a_base_when_it_is_saved(settings, tmp_path: Path):
+    run = settings()[1]
+    first = build_model(*settings(seed=3), 256)
+    saver = Saver.configured(run)
+    saver.save(tmp_path, 1, first.base, None, {"iteration": 1})
+    saver.finish()
+    second = build_model(*settings(), 256)
+    second.load_base(tmp_path)
+    assert loss(second) == loss(first)
+
+
+def test_evaluating_leaves_a_model_as_it_was(settings):
+    built = build_model(*settings(), 256)
+    with built.evaluating():
+        assert not built.model.training and not torch.is_grad_enabled()
+    assert built.model.training and torch.is_grad_enabled()
