@@ -11,7 +11,7 @@ _originals: dict[str, Any] = {}
 
 def replace(name: str, value: Any) -> None:
     """Put `value` at `name`, such as "megatron.core.utils:Class.method", and keep what was there."""
-    owner, attribute = _owner(name)
+    owner, attribute = owner_of(name)
     if name not in _originals:
         _originals[name] = getattr(owner, attribute, MISSING)
     setattr(owner, attribute, value)
@@ -21,17 +21,17 @@ def original(name: str) -> Any:
     """What was at `name` before `replace`; what is there if it was not replaced on this machine."""
     if name in _originals:
         return _originals[name]
-    owner, attribute = _owner(name)
+    owner, attribute = owner_of(name)
     return getattr(owner, attribute)
 
 
 def current(name: str) -> Any:
     """What is at `name` now."""
-    owner, attribute = _owner(name)
+    owner, attribute = owner_of(name)
     return getattr(owner, attribute, MISSING)
 
 
-def _owner(name: str) -> tuple[Any, str]:
+def owner_of(name: str) -> tuple[Any, str]:
     """The module or class that has the piece, and the name that it has there."""
     module, _, path = name.partition(":")
     owner, _, attribute = path.rpartition(".")

@@ -42,7 +42,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     results = []
     for pieces in (theirs, ours):
         for name, piece in zip(names, pieces, strict=True):
-            monkeypatch.setattr(*originals._owner(name), piece)
+            monkeypatch.setattr(*originals.owner_of(name), piece)
         results.append(trained(precision))
     (their_trainer, their_norms), (our_trainer, our_norms) = results
     assert all(part.__dict__["_gradients"] for part in our_trainer.optimizer.chained_optimizers)

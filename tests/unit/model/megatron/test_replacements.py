@@ -1,0 +1,295 @@
+"""Whether the installed megatron-core still needs each row of the table of replacements.
+
+A test runs the original piece and shows its fault. One that fails after an upgrade says that its row can go.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import multiprocessing
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.model import backend
+from snaketron.model.megatron import originals, replacements
+from snaketron.model.megatron.originals import MISSING, original
+from snaketron.model.megatron.replacements import TABLE, Replacement
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe.router import TopKRouter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROWS = {row.what: row for row in TABLE}
+TESTED: set[str] = set()
+CAN_GO = "the installed megatron-core does this itself: this row of `replacements.TABLE` can go"
+
+
+def covers(what: str) -> Callable[[Any], Any]:
+    """Say which row a test is about; on a machine with a GPU leave out those for CPUs."""
+    TESTED.add(what)
+    for_cpu = ROWS[what].machine == "CPU"
+    return pytest.mark.skipif(backend.HAS_GPU and for_cpu, reason="a row for machines without a GPU")
+
+
+def originals_of(what: str) -> dict[str, Any]:
+    """The original pieces of a row, by the last part of their names."""
+    return {name.rpartition(".")[2].rpartition(":")[2]: original(name) for name in ROWS[what].pieces}
+
+
+@pytest.fixture
+def unreplaced(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """unreplaced(row) puts the original pieces back for a test."""
+
+    def put_back(what: str) -> None:
+        for name in ROWS[what].pieces:
+            monkeypatch.setattr(*originals.owner_of(name), original(name))
+
+    return put_back
+
+
+# --------------------------------------------------------------------------------------- the table itself
+
+
+def test_each_row_has_a_test():
+    from tests.gpu import test_replacements as on_gpu
+
+    assert set(ROWS) == TESTED | on_gpu.TESTED
+
+
+def test_rows_have_names_of_their_own_and_say_why():
+    assert len(ROWS) == len(TABLE)
+    for row in TABLE:
+        assert row.why and row.upstream and row.until and (row.pieces or row.modules)
+
+
+@pytest.mark.parametrize("row", replacements.rows(backend.MACHINE), ids=lambda row: row.what)
+def test_what_the_table_says_is_in_its_place(row: Replacement):
+    for name, by in row.pieces.items():
+        assert originals.current(name) is replacements.stand_in(by), name
+    for module, by in row.modules.items():
+        assert module in sys.modules and (by is not None or sys.modules[module] is None)
+
+
+# ------------------------------------------------------------------------------------------- all machines
+
+
+@covers("the count of tokens for the experts' bias")
+def test_the_original_count_fails_for_a_padded_batch():
+    """6 tokens and 4 experts."""
+    count = originals_of("the count of tokens for the experts' bias")["_apply_expert_bias"]
+    router = SimpleNamespace(enable_expert_bias=True, local_tokens_per_expert=torch.zeros(4))
+    mapped, padding = torch.ones(6, 4, dtype=torch.bool), torch.tensor([False] * 4 + [True] * 2)
+    with pytest.raises(RuntimeError):
+        count(router, mapped, padding)
+        pytest.fail(CAN_GO)
+
+
+@covers("the padding in multi-token prediction")
+def test_the_original_model_has_multi_token_prediction_balance_padding(build, unreplaced):
+    """6 of 16 tokens are padding: the router of the decoder counts 10 x 2, that of the depth more."""
+    unreplaced("the padding in multi-token prediction")
+    model = build(hybrid_layer_pattern="M*E", mtp_num_layers=1, moe_aux_loss_coeff=0.0)
+    ids, padding = torch.zeros(1, 16, dtype=torch.int64), torch.arange(16)[None] >= 10
+    mask = torch.ones(2, 1, 16)
+    model(ids, torch.arange(16)[None], None, labels=ids, loss_mask=mask, padding_mask=padding)
+    routers = {name: m for name, m in model.named_modules() if isinstance(m, TopKRouter)}
+    counts = {name: int(router.local_tokens_per_expert.sum()) for name, router in routers.items()}
+    decoder, depth = counts.values()
+    assert decoder == 10 * 2 and depth == 16 * 2, CAN_GO
+
+
+class _Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@covers("the shift of packed sequences")
+def test_the_original_shift_works_on_each_sequence_by_itself():
+    shift = originals_of("the shift of packed sequences")["_roll_tensor_packed_seq"]
+
+    def operations(sequences: int) -> int:
+        ends = torch.arange(sequences + 1, dtype=torch.int32) * 4
+        params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+        with _Operations() as counted:
+            shift(torch.arange(4 * sequences)[None], -1, -1, params)
+        return counted.count
+
+    assert operations(64) > operations(2) + 62, CAN_GO
+
+
+@covers("the loss of multi-token prediction")
+def test_the_original_loss_takes_no_weights_for_each_depth(build, unreplaced):
+    """Twice the weights of the depth leave its loss as it is, where they are taken at all."""
+    unreplaced("the loss of multi-token prediction")
+    model = build(hybrid_layer_pattern="M*E", mtp_num_layers=1)
+    ids = torch.arange(16)[None]
+    with pytest.raises((RuntimeError, IndexError, ValueError, AssertionError)):
+        model(ids, ids, None, labels=ids, loss_mask=torch.ones(2, 1, 16))
+        pytest.fail(CAN_GO)
+
+
+@covers("the optimizer's state in checkpoints")
+def test_the_original_state_is_gathered_whole_by_every_process():
+    """`get_parameter_state_dp_zero` is what gathers."""
+    save = originals_of("the optimizer's state in checkpoints")["sharded_param_state_fully_reshardable"]
+    asked: list[dict[str, Any]] = []
+
+    def gather(**keys: Any) -> None:
+        asked.append(keys)
+
+    optimizer = SimpleNamespace(get_parameter_state_dp_zero=gather)
+    save(optimizer, {}, metadata={"distrib_optim_fully_reshardable_mem_efficient": False})
+    assert asked and asked[0]["return_on_all_ranks"], CAN_GO
+
+
+@covers("the results of writing in the background")
+def test_the_original_queue_is_a_process():
+    """Forked here, which is quicker; megatron-core spawns it."""
+    before = set(multiprocessing.active_children())
+    queue = originals_of("the results of writing in the background")["get_write_results_queue"]("fork")
+    started = set(multiprocessing.active_children()) - before
+    for process in started:
+        process.terminate()
+        process.join()
+    importlib.import_module(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    )._results_queue = None
+    assert started and queue is not None, CAN_GO
+
+
+# ---------------------------------------------------------------------------------------------------- CPU
+
+
+@covers("packages of the GPU")
+def test_megatron_core_asks_for_packages_of_the_gpu():
+    engine = importlib.import_module("megatron.core.extensions.transformer_engine")
+    assert "import transformer_engine" in inspect.getsource(engine), CAN_GO
+
+
+@covers("torch.cuda")
+def test_the_original_torch_has_no_device_without_a_gpu():
+    pieces = originals_of("torch.cuda")
+    with pytest.raises((RuntimeError, AssertionError)):
+        pieces["current_device"]()
+    with pytest.raises((RuntimeError, AssertionError)):
+        pieces["cuda"](torch.zeros(1))
+    schedules = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+    assert "torch.cuda.current_device()" in inspect.getsource(schedules), CAN_GO
+
+
+@covers("the names of tensor types")
+def test_the_optimizers_ask_for_names_of_types_on_a_gpu():
+    assert originals_of("the names of tensor types")["type"](torch.zeros(1)) == "torch.FloatTensor"
+    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    assert "torch.cuda.FloatTensor" in inspect.getsource(module), CAN_GO
+
+
+@covers('the device "cuda"')
+@pytest.mark.parametrize("name", replacements.ON_CUDA)
+def test_a_module_writes_the_device_cuda(name: str):
+    source = inspect.getsource(importlib.import_module(name))
+    assert '"cuda"' in source or "'cuda'" in source, CAN_GO
+    with pytest.raises((RuntimeError, AssertionError)):
+        original(f"{name}:torch").zeros(1, device="cuda")
+
+
+@covers("the random numbers' state")
+def test_the_original_setter_waits_for_cuda():
+    before = torch.get_rng_state()
+    other = torch.Generator().manual_seed(77).get_state()
+    try:
+        originals_of("the random numbers' state")["_set_cuda_rng_state"](other)
+        assert torch.equal(torch.get_rng_state(), before), CAN_GO
+    finally:
+        torch.set_rng_state(before)
+
+
+@covers("the sizes of what experts are sent")
+def test_the_original_leaves_a_tensor_on_the_cpu_a_tensor():
+    move = originals_of("the sizes of what experts are sent")["maybe_move_tensor_to_cpu"]
+    assert torch.is_tensor(move(torch.zeros(2), as_numpy=True)), CAN_GO
+
+
+@covers("Adam")
+def test_the_original_optimizer_is_torchs_which_has_no_state_before_its_first_step():
+    pieces = originals_of("Adam")
+    assert pieces["USING_PYTORCH_OPTIMIZER"] and not pieces["HAVE_APEX_OR_TE"], CAN_GO
+    weight = torch.nn.Parameter(torch.ones(1))
+    assert pieces["Adam"] is torch.optim.AdamW and not pieces["Adam"]([weight]).state, CAN_GO
+
+
+@covers("Transformer Engine's layers that no spec chooses")
+def test_the_original_layers_are_not_there_without_transformer_engine():
+    pieces = originals_of("Transformer Engine's layers that no spec chooses")
+    assert not pieces["HAVE_TE"] and pieces["TELinear"] is None
+    with pytest.raises((RuntimeError, ImportError, TypeError, AssertionError, AttributeError, ValueError)):
+        pieces["TENorm"](SimpleNamespace(normalization="RMSNorm"), 8)
+        pytest.fail(CAN_GO)
+
+
+@covers("mamba-ssm")
+def test_the_original_mixer_wants_mamba_ssm():
+    pieces = originals_of("mamba-ssm")
+    assert not pieces["HAVE_MAMBA_SSM"] and pieces["mamba_split_conv1d_scan_combined"] is None
+    with pytest.raises(ImportError):
+        pieces["_check_mamba_sequence_packing_support"](for_inference_not_training=False)
+        pytest.fail(CAN_GO)
+
+
+@covers("the partition of packed sequences")
+def test_the_original_asks_transformer_engine_for_the_positions():
+    pieces = originals_of("the partition of packed sequences")
+    assert pieces["tex"] in (None, MISSING) and not pieces["is_te_min_version"]("1.10.0"), CAN_GO
+
+
+# ---------------------------------------------------------------------------------------------------- GPU
+
+
+def source(name: str) -> str:
+    return inspect.getsource(original(name))
+
+
+@covers("APEX's sum of gradients")
+def test_the_linear_layers_ask_for_the_module_of_apex():
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    assert "import fused_weight_gradient_mlp_cuda" in inspect.getsource(layers), CAN_GO
+
+
+@covers("the optimizer's step")
+def test_the_original_norm_is_a_number_of_the_host():
+    """3 and 4 of two parts give 5."""
+    norm = originals_of("the optimizer's step")["get_grad_norm"]
+    parts = [SimpleNamespace(get_grad_norm=lambda value=value: torch.tensor(value)) for value in (3.0, 4.0)]
+    found = norm(
+        SimpleNamespace(chained_optimizers=parts, grads_states_parallel_group_is_shared=lambda: False)
+    )
+    assert isinstance(found, float) and found == 5.0, CAN_GO
+
+
+@covers("the acceptance of predicted tokens")
+def test_the_original_loss_always_counts_accepted_tokens():
+    text = source("megatron.core.models.hybrid.hybrid_model:process_mtp_loss")
+    assert "_compute_mtp_acceptance_counts(" in text, CAN_GO
+
+
+@covers("the scan of Mamba layers")
+def test_the_original_scan_copies_its_input():
+    assert '"l b d -> b l d").contiguous()' in source(
+        "megatron.core.ssm.mamba_mixer:MambaMixer._ssm_training"
+    ), CAN_GO
+
+
+@covers("the routed experts")
+def test_the_original_experts_take_numbers_of_tokens_from_the_host():
+    assert "tokens_per_expert.tolist()" in source(
+        "megatron.core.transformer.moe.experts:TEGroupedMLP.forward"
+    ), CAN_GO
