@@ -10,12 +10,12 @@ import inspect
 import multiprocessing
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.model import backend
-from snaketron.model.megatron import originals, replacements
+from snaketron.model.megatron import adam, gpu, originals, packed, padding, replacements
 from snaketron.model.megatron.originals import MISSING, original
 from snaketron.model.megatron.replacements import TABLE, Replacement
 
@@ -74,6 +74,14 @@ def test_what_the_table_says_is_in_its_place(row: Replacement):
         assert originals.current(name) is replacements.stand_in(by), name
     for module, by in row.modules.items():
         assert module in sys.modules and (by is not None or sys.modules[module] is None)
+
+
+@pytest.mark.parametrize("module", [adam, gpu, packed, padding], ids=lambda module: module.__name__)
+def test_what_calls_an_original_names_a_piece_of_the_table(module: ModuleType):
+    """Another name would stand for what is there now: the replacement would call itself."""
+    named = {v for v in vars(module).values() if isinstance(v, str) and v.startswith("megatron.core.")}
+    assert named
+    assert {name for name in named if not name.endswith(".")} <= {n for row in TABLE for n in row.pieces}
 
 
 # ------------------------------------------------------------------------------------------- all machines
