@@ -172,7 +172,7 @@ def kept(trainer: Any) -> int:
         for group in one.optimizer.param_groups:
             for parameter in group["params"]:
                 tensors += [v for v in one.optimizer.state[parameter].values() if torch.is_tensor(v)]
-                if trainer.config.bf16:
+                if trainer.built.config.bf16:
                     tensors.append(parameter)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

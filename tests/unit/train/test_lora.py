@@ -89,7 +89,7 @@ def memory(trainer: Trainer) -> dict[str, int]:
                 values = one.optimizer.state[p].values()
                 optimizer += sum(t.numel() * t.element_size() for t in values if torch.is_tensor(t))
                 # In bf16 the parameters that it updates are copies, in fp32 the weights themselves.
-                optimizer += p.numel() * p.element_size() if trainer.config.bf16 else 0
+                optimizer += p.numel() * p.element_size() if trainer.built.config.bf16 else 0
     return {
         "weights": sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
         "gradients": sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers),
