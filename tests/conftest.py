@@ -11,13 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.warm_snakemake import WarmSnakemake
+
 import pytest
 from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
 
 REPOSITORY = Path(__file__).parent.parent
+if sys.dont_write_bytecode:  # else some 700 processes would each compile torch and megatron-core anew (5 s)
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(REPOSITORY / ".pytest_cache/bytecode")
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": sys.pycache_prefix}
 # Tests that share a run of the workflow, or a cluster, which each worker of pytest would make for itself.
 TOGETHER = ("tests/slurm/", "tests/end_to_end/test_curation.py", "tests/end_to_end/test_lora.py")
+SNAKEMAKE = WarmSnakemake()
 PARTS = ("Snakefile", "rules", "scripts", "profiles", "config", "tests", "envs")
 
 
@@ -64,10 +71,13 @@ class Workspace:
     overlays: tuple[str, ...] = ("tests/config/micro.yaml",)
 
     def run(self, *command: str, environment: dict[str, str] | None = None, timeout: int = 600) -> Result:
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {})
+        if command[0] == "snakemake":
+            return Result(*SNAKEMAKE.run(list(command[1:]), self.path, environment, timeout))
         done = subprocess.run(
             command,
             cwd=self.path,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -104,8 +114,15 @@ def make_workspace(path: Path) -> Workspace:
 
 
 def copy_of(workspace: Workspace, path: Path) -> Workspace:
-    """A copy of a finished run, times included, to change."""
-    shutil.copytree(workspace.path, path, symlinks=True)
+    """A copy of a finished run, times included, to change.
+
+    The tensors of checkpoints, 140 MB of 170, are the same files: nobody writes into one that is there.
+    """
+
+    def copy_or_link(source: str, target: str) -> None:
+        (os.link if source.endswith(".distcp") else shutil.copy2)(source, target)
+
+    shutil.copytree(workspace.path, path, symlinks=True, copy_function=copy_or_link)
     return Workspace(path, workspace.overlays)
 
 

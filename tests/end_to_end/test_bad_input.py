@@ -219,8 +219,8 @@ def test_packs_of_something_else_are_refused(copy: Workspace, what: str):
         message = f"was made with {what} {old}, and {'f' * 64}"
     else:
         size = files.read_json(blend)["pack_size"]
-        line = line.replace(f'"seq_length":{size}', '"seq_length":512')
-        message = f"was made with {what} {size}, and 512"
+        line = line.replace(f'"seq_length":{size}', '"seq_length":768')
+        message = f"was made with {what} {size}, and 768"
     before = (copy.path / "ckpt/sft").readlink()
     where = "data/sft/train/tools/part_0.parquet" if what == "template_sha256" else "data/sft/blend.json"
     refused(run(copy, line), f"{where}: {message} is wanted; ")

@@ -74,10 +74,7 @@ class Slurm:
 
     def environment(self) -> dict[str, str]:
         """What a process needs to find this cluster."""
-        environment = os.environ | {"PATH": f"{self.path / 'bin'}:{os.environ['PATH']}"}
-        if sys.dont_write_bytecode:  # two Snakemakes start in each job, and would compile all they import
-            environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{self.path}/compiled"}
-        return environment
+        return os.environ | {"PATH": f"{self.path / 'bin'}:{os.environ['PATH']}"}
 
     def run(self, workspace: Workspace, *targets: str, config: tuple[str, ...] = ()) -> Result:
         """Make `targets` with the profile that ships, as a user of this site would."""
