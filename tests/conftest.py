@@ -22,10 +22,44 @@ if sys.dont_write_bytecode:  # else some 700 processes would each compile torch 
     sys.dont_write_bytecode = False
     sys.pycache_prefix = str(REPOSITORY / ".pytest_cache/bytecode")
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": sys.pycache_prefix}
-# Tests that share a run of the workflow, or a cluster, which each worker of pytest would make for itself.
-TOGETHER = ("tests/slurm/", "tests/end_to_end/test_curation.py", "tests/end_to_end/test_lora.py")
+# Tests that share a run of the workflow, or a cluster, which each worker of pytest would make for itself, and
+# in which order. The longest are first, so that no worker is left alone with them at the end.
+TOGETHER = {
+    "tests/slurm/": "cluster",
+    "tests/end_to_end/test_lora.py": "adapters",
+    "tests/end_to_end/test_curation.py": "curation",
+    "tests/end_to_end/test_main_job.py": "main job",
+    "tests/graph/test_rebuild.py": "main job",
+}
+ORDER = (*TOGETHER, "tests/end_to_end/", "tests/unit/train/", "tests/unit/model/", "tests/")
+# What `-m quick` leaves out: what trains, what imports megatron-core, and what waits for processes to hang.
+SLOW = (
+    *("tests/slurm/", "tests/gpu/", "tests/unit/model/", "tests/unit/train/", "tests/unit/inference/"),
+    *("tests/unit/sizes/", "tests/end_to_end/", "tests/unit/jobs/test_supervisor.py"),
+)
+BUT = "tests/end_to_end/test_main_job.py"  # the workflow from raw text to its end, once
+TWICE = "test_every_printed_command_runs_by_itself"
 SNAKEMAKE = WarmSnakemake()
 PARTS = ("Snakefile", "rules", "scripts", "profiles", "config", "tests", "envs")
+
+
+def is_quick(place: str) -> bool:
+    """Whether a file, or a test of it, is part of `pytest -m quick`."""
+    return (place.startswith(BUT) and TWICE not in place) or not place.startswith(SLOW)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Not even import what `-m quick` leaves out."""
+    quick = config.option.markexpr == "quick" and collection_path.suffix == ".py"
+    return True if quick and not is_quick(str(collection_path.relative_to(REPOSITORY))) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is quick, and put the longest first."""
+    for item in items:
+        if is_quick(item.nodeid):
+            item.add_marker("quick")
+    items.sort(key=lambda item: next(i for i, place in enumerate(ORDER) if item.nodeid.startswith(place)))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
@@ -33,7 +67,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((place for place in TOGETHER if nodeid.startswith(place)), nodeid)
+            return next((name for place, name in TOGETHER.items() if nodeid.startswith(place)), nodeid)
 
     return Scheduling(config, log)
 

@@ -115,7 +115,7 @@ def test_the_data_report_reaches_the_report_of_snakemake(copy: Workspace):
     made = copy.snakemake("data_report")
     assert made.status == 0 and made.jobs == {"data_report": 1}, made.output
     page = (copy.path / "data/report/report.html").read_text()
-    assert page.count('src="data:image/svg+xml') == 5  # one is of the 21 conversations that are longer than a pack
+    assert page.count('src="data:image/svg+xml') == 5  # one: 21 chats are longer than a pack
     assert "http" not in page
     text = (copy.path / "data/report/report.md").read_text()
     assert "Encoded by fastokens for 3 shards" in text and "encoded by tokenizers" not in text
