@@ -14,8 +14,6 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from snaketron.model import backend  # before megatron-core
-
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
@@ -133,7 +131,7 @@ def _whole(
     shared = [place for place in bucket if len(place.holders) > 1]
     mine = [p for p in shared if owners[p.parameter] == rank]
     whole |= {place.parameter: [] for place in mine}
-    device = backend.device()
+    device = bucket[0].parameter.device  # where the model computes, wherever the state is kept
     for key in range(len(keys)) if shared else ():
         sent = [[p for p in shared if owners[p.parameter] == to and rank in p.holders] for to in ranks]
         parts = [held[p.parameter][key].to(device) for places in sent for p in places]
