@@ -54,14 +54,26 @@ def owned(path: Path) -> Iterator[IO[bytes]]:
     """Open a file, to read and to append, that no other process is writing; what is in it stays."""
     while True:
         with path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock(file):
                 logger.warning("waiting for another process that is writing %s", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_at(path, file):  # else it was renamed meanwhile: begin again
+                lock(file, wait=True)
+            if _is_at(path, file):  # else the other process has renamed it, and this is the finished file
                 yield file
                 return
+
+
+def lock(file: IO[Any], *, wait: bool = False) -> bool:
+    """Lock an open file for this process and those that inherit it; False where others have locked it.
+
+    The kernel's `flock`, which ends with the last process that has the file open, however that one ends. It
+    is not filelock, which unlocks for all of them when one lets go, nor fasteners, whose locks no process
+    inherits. Raises `OSError` where the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_at(path: Path, file: IO[bytes]) -> bool:

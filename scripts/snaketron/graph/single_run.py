@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 from typing import TextIO
+
+from snaketron import files
 
 _held: list[TextIO] = []  # open for the life of the process
 
@@ -17,9 +18,7 @@ def hold(path: Path) -> bool:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not files.lock(file):
         file.close()
         return False
     _held.append(file)
