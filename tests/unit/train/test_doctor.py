@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from snaketron.jobs import doctor
-from snaketron.jobs.doctor import Finding
+from snaketron.train import doctor
+from snaketron.train.doctor import Finding
 
 import pytest
 import torch

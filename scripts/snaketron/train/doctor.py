@@ -1,7 +1,7 @@
 """Whether this machine can train: driver, CUDA, kernels, communication and disk, said in words.
 
-Each check is a function that gives findings. What a check needs is imported in it, because that it cannot be
-imported is what the check is about.
+Each check is a function that gives findings. It imports what it needs itself, because a package that cannot
+be imported is one of the things to find.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from snaketron import files
+
 KERNELS = {
     "transformer-engine": "transformer_engine.pytorch",
     "mamba-ssm": "mamba_ssm.ops.triton.ssd_combined",
     "causal-conv1d": "causal_conv1d",
 }
 DISK_BYTES = 2**28
-SLOW_DISK = 100e6  # bytes a second, at which a checkpoint of 2 billion parameters (30 GB) takes five minutes
+SLOW_DISK = 100e6  # bytes a second: a checkpoint of 2 billion parameters (30 GB) then takes five minutes
 SLOW_LINK = 20e9  # bytes a second between two GPUs: PCIe 4 gives about 20 GB/s, NVLink hundreds
 
 
@@ -38,7 +40,7 @@ class Finding:
 
 
 def examine(directory: Path, wanted_gpus: int) -> Iterator[Finding]:
-    """All findings; those about GPUs only where GPUs are there or wanted."""
+    """All findings; about GPUs only where some are there or wanted."""
     yield from _driver(wanted_gpus)
     gpus = list(_torch(wanted_gpus))
     yield from gpus
@@ -95,7 +97,7 @@ def _kernels() -> Iterator[Finding]:
     for package, module in KERNELS.items():
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Transformer Engine about JAX, where that is installed
+                warnings.simplefilter("ignore")  # Transformer Engine warns about an installed JAX
                 importlib.import_module(module)
             yield Finding("kernels", True, f"{package} {version(package)}")
         except PackageNotFoundError:
@@ -116,7 +118,7 @@ def _communication() -> Iterator[Finding]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(there)]
     try:
         done = subprocess.run(
-            [*command, "-m", "snaketron.doctor"], capture_output=True, text=True, timeout=45
+            [*command, "-m", "snaketron.train.doctor"], capture_output=True, text=True, timeout=45
         )
     except subprocess.TimeoutExpired:
         advice = "NCCL_DEBUG=INFO says where it waits; try NCCL_P2P_DISABLE=1"
@@ -135,8 +137,6 @@ def _communication() -> Iterator[Finding]:
 
 def _disk(directory: Path) -> Iterator[Finding]:
     """Whether checkpoints can be written here, how fast, and whether the file system has locks."""
-    import fcntl
-
     path = directory / f".doctor_{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def _disk(directory: Path) -> Iterator[Finding]:
             file.flush()
             os.fsync(file.fileno())
             speed = DISK_BYTES / (time.monotonic() - began)
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.lock(file)
     except OSError as error:
         yield Finding("disk", False, f"{directory}: {error.strerror}; move pathvars.ckpt to another disk")
         return
@@ -193,7 +193,7 @@ def _all_reduce() -> None:
     for _ in range(5):
         torch.distributed.all_reduce(data)
     torch.cuda.synchronize()
-    # Each byte crosses the bus 2 (n - 1) / n times: NCCL's bus bandwidth.
+    # An all-reduce moves each byte 2 (n - 1) / n times over the bus (NCCL's "bus bandwidth").
     moved = 5 * data.nbytes * 2 * (ranks - 1) / ranks
     if torch.distributed.get_rank() == 0:
         print(moved / (time.monotonic() - began))
