@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sft
+from snaketron.inference.tuning import tune
 from snaketron.log import run
 from snaketron.settings.training import LoraSettings
 
 
 def main(argv: list[str] | None = None) -> int:
-    return sft.main(argv, __doc__, LoraSettings)
+    return tune(__doc__, argv, LoraSettings)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import sft
+from snaketron.inference.tuning import make_batches
 from snaketron.log import run
 from snaketron.settings.training import LoraSettings
 from snaketron.train.merge import merge
-from snaketron.train.stage import Stage, argument_parser, run_stage
+from snaketron.train.stage import run_stage, training_parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argument_parser(__doc__)
+    parser = training_parser(__doc__)
     parser.add_argument("--adapters", type=Path, required=True, help="checkpoint that lora.py made")
     args = parser.parse_args(argv)
-    stage = Stage(args, LoraSettings)
-    return run_stage(stage, lambda: merge(stage, args.adapters, sft.make_batches))
+    return run_stage(args, lambda stage: merge(stage, args.adapters, make_batches), LoraSettings)
 
 
 if __name__ == "__main__":

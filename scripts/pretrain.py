@@ -1,18 +1,23 @@
 """Train one pretraining phase, from random weights or from the end of the phase before it."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snaketron.log import run
-from snaketron.train.stage import Stage, argument_parser, run_stage
+from snaketron.train.stage import Stage, run_stage, training_parser
+
+if TYPE_CHECKING:
+    from snaketron.train.batches import PretrainBatches
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argument_parser(__doc__)
+    parser = training_parser(__doc__)
     parser.add_argument("--index", type=Path, required=True, help="directory that index_pretrain made")
     args = parser.parse_args(argv)
-    stage = Stage(args)
 
-    def make_batches(stage: Stage):
+    def make_batches(stage: Stage) -> PretrainBatches:
         from snaketron.train.batches import PretrainBatches
 
         return PretrainBatches(
@@ -24,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
             eval_samples=stage.run.eval_samples,
         )
 
-    return run_stage(stage, lambda: stage.train(make_batches, with_optimizer=True))
+    return run_stage(args, lambda stage: stage.train(make_batches, with_optimizer=True))
 
 
 if __name__ == "__main__":

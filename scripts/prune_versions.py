@@ -13,11 +13,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     args = parser.parse_args(argv)
 
-    from snaketron.jobs.version import remove, unpublished
+    from snaketron.jobs.owner import remove
+    from snaketron.jobs.version import unpublished
 
+    verb = "would delete" if args.dry_run else "delete"
     for version in unpublished(args.ckpt):
-        size = sum(p.stat().st_size for p in version.rglob("*") if p.is_file())
-        logger.info("%s %s (%.1f MB)", "would delete" if args.dry_run else "delete", version, size / 1e6)
+        size = sum(path.stat().st_size for path in version.directory.rglob("*") if path.is_file())
+        logger.info("%s %s (%.1f MB)", verb, version.directory, size / 1e6)
         if not args.dry_run:
             remove(version)
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import read_json
-from snaketron.jobs import version as versions
+from snaketron.jobs.owner import TOKEN
 from tests.conftest import Workspace
 from tests.end_to_end.test_kill import metrics, weights
 from tests.slurm.conftest import Job, Running, Slurm, wait_for
@@ -64,7 +64,7 @@ class Disturbed:
         for process in sorted(psutil.process_iter(), key=lambda process: process.pid, reverse=True):
             with contextlib.suppress(psutil.Error):
                 environment = process.environ()
-                if versions.TOKEN in environment and process.cwd() == str(self.workspace.path):
+                if TOKEN in environment and process.cwd() == str(self.workspace.path):
                     command = process.cmdline()
                     if "scripts/sft.py" in command and "python" in Path(command[0]).name:
                         # The first: later ones are its children, which write checkpoints.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from snaketron.data import tokenizer as tokenizers
 from snaketron.files import write_json
 from snaketron.inference.generate import generate
-from snaketron.report.run import ANSWERS
 from snaketron.train.build import BuiltModel
 from snaketron.train.sft_batches import SftBatches
 from snaketron.train.stage import Stage
@@ -49,6 +48,4 @@ def write_answers(stage: Stage, built: BuiltModel, iteration: int, batches: SftB
         entry = {"prompt": prompt.input_ids, "reference": prompt.reference, "answer": ids}
         answers.append({name: text.decode(ids, skip_special_tokens=False) for name, ids in entry.items()})
     if stage.rank == 0 and answers:
-        directory = stage.directory / ANSWERS
-        directory.mkdir(exist_ok=True)
-        write_json(directory / f"step_{iteration:07d}.json", answers)
+        write_json(stage.version.answers_after(iteration), answers)

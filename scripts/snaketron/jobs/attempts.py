@@ -10,19 +10,19 @@ from typing import Any, Literal
 from snaketron.files import read_json, write_json
 from snaketron.log import UserError
 
-ATTEMPTS = "attempts.json"
 Outcome = Literal["finished", "stopped", "time limit", "failed", "hung"]
 
 
 class Attempts:
-    """The attempts at a version, oldest first, in its attempts.json.
+    """The attempts at a version, oldest first, in its file `path`.
 
-    An attempt without an outcome ended without a word: its node was lost or pre-empted, or all was killed.
+    An attempt without an outcome ended without a word: its node was lost or pre-empted, or its supervisor was
+    killed.
     """
 
-    def __init__(self, name: str, directory: Path, max_restarts: int) -> None:
-        self.name, self.path, self.max_restarts = name, directory / ATTEMPTS, max_restarts
-        self.all: list[dict[str, Any]] = read_json(self.path) if self.path.exists() else []
+    def __init__(self, name: str, path: Path, max_restarts: int) -> None:
+        self.name, self.path, self.max_restarts = name, path, max_restarts
+        self.all: list[dict[str, Any]] = read_json(path) if path.exists() else []
 
     def begin(self, iteration: int, job: str | None) -> None:
         """Note a start after `iteration` steps."""
@@ -46,14 +46,14 @@ class Attempts:
         write_json(self.path, self.all)
 
     def give_up(self, reason: str) -> UserError:
-        """Note that there is no further attempt before somebody asks for one; the error to raise."""
+        """Note that only a person may ask for another attempt; the error to raise."""
         self.all[-1]["gave_up"] = reason
         write_json(self.path, self.all)
         return UserError(f"{self.name}: {reason}")
 
     @property
     def gave_up(self) -> str | None:
-        """Why the last attempt was the last."""
+        """Why there is no attempt after the last one; None when there may be."""
         return self.all[-1].get("gave_up") if self.all else None
 
     def check(self, iteration: int) -> None:
@@ -80,7 +80,7 @@ class Attempts:
             )
 
     def _recent(self) -> list[dict[str, Any]]:
-        """The attempts since a person had a say, newest first."""
+        """The attempts since a person last started the training, newest first."""
         recent = []
         for attempt in reversed(self.all):
             if attempt.get("gave_up") or attempt["outcome"] in ("stopped", "finished"):

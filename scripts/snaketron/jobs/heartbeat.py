@@ -8,20 +8,19 @@ from typing import Any
 
 from snaketron.files import read_json, write_json
 
-FILE = "progress.json"
-INTERVAL_S = 1.0  # no more often: a file system may serve thousands of processes
+INTERVAL_S = 1.0  # a file system may serve thousands of trainings
 
 
 class Heartbeat:
-    """Writes the progress of a training, on the rank that writes metrics; nothing on the others."""
+    """Writes how far a training is to `path`, on the rank that writes metrics; nothing on the others."""
 
-    def __init__(self, directory: Path, total: int, *, writer: bool) -> None:
-        self.path, self.total, self.writer = directory / FILE, total, writer
+    def __init__(self, path: Path, total: int, *, writer: bool) -> None:
+        self.path, self.total, self.writer = path, total, writer
         self.values: dict[str, Any] = {}
         self.written = -INTERVAL_S
 
     def beat(self, iteration: int, **values: Any) -> None:
-        """Say that `iteration` steps are done; `values` of earlier calls stay."""
+        """Say that `iteration` steps are done. `values` are added to those of earlier calls."""
         if not self.writer:
             return
         self.values |= {"iteration": iteration, "train_iters": self.total, **values}
@@ -31,11 +30,11 @@ class Heartbeat:
             self.written = now
 
 
-def read(directory: Path) -> dict[str, Any]:
-    """The last word of the training in `directory`; empty when there is none."""
+def read(path: Path) -> dict[str, Any]:
+    """The last word of a training; empty before its first, and while it is started again."""
     try:
-        return read_json(directory / FILE)
-    except FileNotFoundError:  # not begun, or just about to begin again
+        return read_json(path)
+    except FileNotFoundError:
         return {}
 
 

@@ -1,9 +1,9 @@
 """The processes of a training: how its supervisor starts them, and what each does first and last.
 
-Each is the supervisor's own command again, with the environment that torch.distributed expects: started by
-the supervisor itself where the training has one node, by srun where it has several.
+Each process is the supervisor's own command again, with the environment that torch.distributed expects. The
+supervisor itself starts them where the training has one node, and srun where it has several.
 
-torchrun is not used because it kills what has not ended 30 s after a signal, and a checkpoint takes longer.
+torchrun would kill a process that has not ended 30 s after a signal, and a checkpoint takes longer.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from snaketron import credentials
 from snaketron.config import Cluster
-from snaketron.files import write_json
+from snaketron.files import read_json, write_json
 from snaketron.jobs import slurm
-from snaketron.jobs import version as versions
+from snaketron.jobs.owner import TOKEN, Owner
 from snaketron.log import UserError
 from snaketron.settings.training import RunSettings
 from snaketron.sizes.layout import layout
 
 SAVED = 75  # exit status of a process that saved and stopped as it was asked to (EX_TEMPFAIL)
 STOP = signal.SIGUSR1  # asks for that; unlike SIGTERM and SIGINT, nobody else sends it
-FAILURES = "failures"  # directory in which each process that fails says why
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, STOP)  # all that ask a training to save and stop
 FAREWELL_S = 3.0  # for the other processes to say why they fail as well, once one has ended
 
-OF_SRUN = "TRAINING_OF_SRUN"  # rank and world size are those of the job step
+OF_SRUN = "TRAINING_OF_SRUN"  # variable of the environment: the job step says which rank a process is
 
 
 # --------------------------------------------------------------------------------------- the processes
@@ -44,20 +45,30 @@ OF_SRUN = "TRAINING_OF_SRUN"  # rank and world size are those of the job step
 
 def is_rank() -> bool:
     """Whether a supervisor started this process."""
-    return versions.TOKEN in os.environ
+    return TOKEN in os.environ
 
 
 def join() -> None:
-    """Take the rank from the job step, where srun started this process; end with the supervisor elsewhere."""
+    """Take the rank from the job step if srun started this process; else have it end with its supervisor."""
     if OF_SRUN in os.environ:
-        for ours, theirs in (
+        for name, of_slurm in (
             ("RANK", "SLURM_PROCID"),
             ("WORLD_SIZE", "SLURM_NTASKS"),
             ("LOCAL_RANK", "SLURM_LOCALID"),
         ):
-            os.environ[ours] = os.environ[theirs]
+            os.environ[name] = os.environ[of_slurm]
     else:
         _die_with_parent()
+
+
+def rank() -> int:
+    """The number of this process; 0 in the supervisor."""
+    return int(os.environ.get("RANK", 0))
+
+
+def is_writer() -> bool:
+    """Whether this process writes metrics and speaks: the last rank, which has the losses."""
+    return rank() == int(os.environ.get("WORLD_SIZE", 1)) - 1
 
 
 def _die_with_parent() -> None:
@@ -69,15 +80,14 @@ def _die_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def telling(directory: Path) -> Iterator[None]:
-    """Let the supervisor know why this process fails; it prints what the first one of all said."""
+def telling(failures: Path) -> Iterator[None]:
+    """Let the supervisor know why this process fails, in a file below `failures`."""
     try:
         yield
     except Exception as error:
-        rank = int(os.environ["RANK"])
         by_user = isinstance(error, UserError)
         said = {
-            "rank": rank,
+            "rank": rank(),
             "host": socket.gethostname(),
             "time": time.time(),
             "by_user": by_user,
@@ -85,20 +95,26 @@ def telling(directory: Path) -> Iterator[None]:
             "traceback": "" if by_user else traceback.format_exc(),
         }
         with contextlib.suppress(OSError):  # a full disk; the status says that it failed
-            write_json(directory / FAILURES / f"rank_{rank:05d}.json", said)
-        # Not through the interpreter's exit, which may wait for the other processes for ever.
-        for child in multiprocessing.active_children():  # that write a checkpoint
+            write_json(failures / f"rank_{rank():05d}.json", said)
+        for child in multiprocessing.active_children():  # they write a checkpoint
             child.kill()
+        # The interpreter's own exit may wait for the other processes for ever.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+def first_failure(failures: Path) -> dict[str, Any] | None:
+    """What the process that failed first said; the others fail because it is gone."""
+    said = [read_json(path) for path in failures.glob("rank_*.json")]
+    return min(said, key=lambda failure: failure["time"], default=None)
 
 
 # ----------------------------------------------------------------------------------------- starting
 
 
 def environment(run: RunSettings) -> dict[str, str]:
-    """What the processes get beside the supervisor's own environment, which goes first."""
+    """Variables that the processes get beside those of the supervisor, of which defaults change none."""
     cache = Path(run.cluster.cache_dir or tempfile.gettempdir()) / f"snaketron-{os.getuid()}"
     defaults = {
         "OMP_NUM_THREADS": str(run.cpus_per_task),
@@ -106,7 +122,7 @@ def environment(run: RunSettings) -> dict[str, str]:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # megatron-core's order of communication and computation
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
-        # A disk of the node: thousands of small files, and locks on them, are hard on a parallel file system.
+        # On the node's own disk: a parallel file system is slow at thousands of small files with locks.
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
     }
@@ -136,57 +152,69 @@ def containerized(command: list[str], cluster: Cluster) -> tuple[list[str], list
 class Ranks:
     """The processes of one attempt."""
 
-    def __init__(
-        self, command: list[str], run: RunSettings, owner: versions.Owner, job: slurm.Job | None
-    ) -> None:
-        self.layout = nodes, per_node, _ = layout(run, run.cluster)
-        self.job = job
-        if nodes > 1 and job is None:
-            raise UserError(
-                f"this training needs {nodes} nodes of {per_node} processes, and this is no Slurm job; run "
-                "it with profiles/slurm, or make cluster.gpus_per_node and the parallel sizes fit"
-            )
+    def __init__(self, command: list[str], run: RunSettings, owner: Owner, job: slurm.Job | None) -> None:
+        self.owner, self.job = owner, job
+        self.nodes, self.per_node, _ = layout(run, run.cluster)
         options, command = containerized(command, run.cluster)
-        if options and job is None:
-            raise UserError("cluster.container_runtime: pyxis is a part of srun, and this is no Slurm job")
-        shared = os.environ | environment(run) | {versions.TOKEN: owner.token}
-        if (world := nodes * per_node) > 1:
-            # The batch step runs on the first node of the job, and so does rank 0.
-            shared["MASTER_ADDR"] = socket.gethostname() if nodes > 1 else "127.0.0.1"
-            shared["MASTER_PORT"] = str(_free_port())
-        self.of_srun = nodes > 1 or bool(options)
+        self._check(options)
+        shared = self._shared(run)
+        self.of_srun = self.nodes > 1 or bool(options)
         if self.of_srun:
-            if not shutil.which("srun"):
-                raise UserError(
-                    "srun: no such command here; if Snakemake runs in an image (--sdm apptainer), take "
-                    "the trainings out of it and name their image in cluster.container"
-                )
-            srun = [
-                "srun",
-                # All of it: the plugin has removed what Slurm says of the job from the environment.
-                f"--nodes={nodes}",
-                f"--ntasks={world}",
-                f"--ntasks-per-node={per_node}",
-                f"--cpus-per-task={run.cpus_per_task}",
-                "--overlap",  # on one node the rule itself is in a step that has it all
-                "--distribution=block",  # consecutive ranks on a node: tensor parallelism wants NVLink
-                "--kill-on-bad-exit=1",
-                "--mpi=none",
-                "--input=none",
-                "--export=ALL",
-                *options,
-            ]
-            environments = [shared | {OF_SRUN: "1"}]
-            command = srun + command
+            self.command = self._srun(run.cpus_per_task) + options + command
+            self.environments = [shared | {OF_SRUN: "1"}]
         else:
-            environments = [
-                shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-                for rank in range(world)
+            self.command = command
+            self.environments = [
+                shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world)}
+                for rank in range(self.world)
             ]
-        self.command, self.environments, self.owner = command, environments, owner
         self.processes: list[subprocess.Popen[bytes]] = []
         self.failed_at: float | None = None
-        self.killed = False  # by us
+        self.killed = False  # by `kill`
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.per_node
+
+    def _check(self, options: list[str]) -> None:
+        """`UserError` where srun is needed, for several nodes or an image, and cannot be had."""
+        if self.nodes > 1 and self.job is None:
+            raise UserError(
+                f"this training needs {self.nodes} nodes of {self.per_node} processes, and this is no Slurm "
+                "job; run it with profiles/slurm, or make cluster.gpus_per_node and the parallel sizes fit"
+            )
+        if options and self.job is None:
+            raise UserError("cluster.container_runtime: pyxis is a part of srun, and this is no Slurm job")
+        if (self.nodes > 1 or options) and not shutil.which("srun"):
+            raise UserError(
+                "srun: no such command here; if Snakemake runs in an image (--sdm apptainer), take "
+                "the trainings out of it and name their image in cluster.container"
+            )
+
+    def _shared(self, run: RunSettings) -> dict[str, str]:
+        """The part of the environment that all processes have."""
+        shared = os.environ | environment(run) | {TOKEN: self.owner.token}
+        if self.world > 1:
+            # The supervisor is in the batch step of a job, on its first node, and so is rank 0.
+            shared["MASTER_ADDR"] = socket.gethostname() if self.nodes > 1 else "127.0.0.1"
+            shared["MASTER_PORT"] = str(_free_port())
+        return shared
+
+    def _srun(self, cpus_per_task: int) -> list[str]:
+        return [
+            "srun",
+            # All sizes: the executor plugin has removed what Slurm says of the job from the environment.
+            f"--nodes={self.nodes}",
+            f"--ntasks={self.world}",
+            f"--ntasks-per-node={self.per_node}",
+            f"--cpus-per-task={cpus_per_task}",
+            "--overlap",  # on one node the rule itself is in a step that has all of the job
+            "--distribution=block",  # consecutive ranks on a node: tensor parallelism wants NVLink
+            "--kill-on-bad-exit=1",
+            "--mpi=none",
+            "--input=none",
+            "--export=ALL",
+        ]
 
     def start(self) -> None:
         for environment in self.environments:
@@ -194,21 +222,23 @@ class Ranks:
                 self.command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                # The version stays owned until the last process has ended, also when we are killed.
+                # A killed supervisor's processes own the version until the last of them has ended.
                 pass_fds=[self.owner.file.fileno()],
-                # Away from the terminal's Ctrl-C: we tell them, once, and they save.
+                # Ctrl-C on the terminal reaches the supervisor alone, which tells them once, and they save.
                 start_new_session=True,
             )
             self.processes.append(process)
 
     def __str__(self) -> str:
         where = f", Slurm job {self.job.id}" if self.job else ""
-        nodes, per_node, _ = self.layout
-        return f"processes: {nodes * per_node}, nodes: {nodes}{where}"
+        return f"processes: {self.world}, nodes: {self.nodes}{where}"
 
     def poll(self) -> int | None:
-        """The exit status of all, when all have ended: of one that died of a signal, as the others fail for
-        want of it, else that of the first one that failed, else 0."""
+        """The exit status of the attempt; None while a process runs.
+
+        A process killed by a signal wins: the others fail because it is gone. Then comes the first failure,
+        then `SAVED`, else 0.
+        """
         statuses = [process.poll() for process in self.processes]
         failed = [status for status in statuses if status]
         if None not in statuses:
@@ -217,7 +247,7 @@ class Ranks:
         if any(status != SAVED for status in failed):
             self.failed_at = self.failed_at or time.monotonic()
             if time.monotonic() - self.failed_at > FAREWELL_S:
-                self.kill()  # they wait for the one that is gone
+                self.kill()  # the others wait for the one that is gone
         return None
 
     def stop(self) -> None:

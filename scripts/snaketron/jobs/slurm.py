@@ -1,4 +1,4 @@
-"""What a job asks Slurm about itself and others. Without Slurm's commands the answer is None, or no."""
+"""What a job asks Slurm about itself and other jobs; without Slurm's commands each answer is None or no."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Job:
     """The Slurm job that this process is in."""
 
     id: str
-    of_rule: bool  # submitted by Snakemake for one rule, and so ours to requeue; else the user's allocation
+    of_rule: bool  # Snakemake submitted it for one rule, so it may be requeued; else it is the user's
 
 
 def current_job() -> Job | None:
@@ -51,7 +51,7 @@ def is_over(number: str) -> bool:
     except OSError:
         return False
     if done.returncode:
-        return "Invalid job id" in done.stderr  # finished so long ago that it is forgotten
+        return "Invalid job id" in done.stderr  # it ended so long ago that Slurm has forgotten it
     return not set(done.stdout.split()) & ALIVE
 
 

@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from snaketron.files import read_json
 from snaketron.jobs import heartbeat, slurm
-from snaketron.jobs import version as versions
+from snaketron.jobs.owner import Holder
+from snaketron.jobs.version import versions
 from snaketron.log import UserError
 
-FEW = 8  # jobs of one rule in one state, above which they are counted on one line
+FEW = 8  # more jobs of one rule in one state are counted on one line
 FIELDS = "%i|%T|%M|%D|%r|%Z|%k"  # number, state, time, nodes, reason, working directory, comment
 
 
 def lines(directory: Path, ckpt: Path) -> list[str]:
-    """A line for each job that Slurm has of the workflow in `directory`; one for many of a rule and state.
+    """A line for each Slurm job of the workflow in `directory`, or one for many of a rule and state.
 
     `ckpt` is the root of the checkpoints. Raises `UserError` where Slurm does not answer.
     """
@@ -43,7 +43,7 @@ def lines(directory: Path, ckpt: Path) -> list[str]:
 
 
 def report_every(seconds: float, directory: Path, ckpt: Path, say: Callable[[str], None]) -> threading.Thread:
-    """Say the lines when they have changed, in a thread of its own that ends with the process."""
+    """Say the lines whenever they have changed, in a thread that ends with the process."""
 
     def report() -> None:
         said: list[str] = []
@@ -81,10 +81,10 @@ def _jobs() -> list[list[str]]:
 
 
 def _progress(ckpt: Path) -> dict[str, str]:
-    """What trainings say of themselves, by the number of their job."""
+    """How far trainings are, in their own words, by the number of their Slurm job."""
     found = {}
-    for owner in ckpt.glob(f"versions/*/{versions.OWNER}"):
-        job, values = read_json(owner)["job"], heartbeat.read(owner.parent)
-        if job and values:
-            found[job] = heartbeat.sentence(values)
+    for version in versions(ckpt):
+        holder, values = Holder.of(version), heartbeat.read(version.heartbeat)
+        if holder and holder.job and values:
+            found[holder.job] = heartbeat.sentence(values)
     return found

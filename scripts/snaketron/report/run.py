@@ -8,11 +8,10 @@ from typing import Any
 
 from snaketron.data.split import SPLITS
 from snaketron.files import read_json
+from snaketron.jobs.version import Version
 from snaketron.lineage import record as lineage
 from snaketron.report.collect import Data, add_up
 from snaketron.report.page import table
-
-ANSWERS = "answers"  # directory of a version, with a file a step
 
 
 def summarize(checkpoint: Path) -> str:
@@ -20,7 +19,8 @@ def summarize(checkpoint: Path) -> str:
 
     Follows the inputs of the lineage records, so the data must still lie where it was.
     """
-    last = lineage.read(checkpoint / "record.json")
+    version = Version(checkpoint)
+    last = lineage.read(version.record)
     records = [*lineage.ancestors(last["inputs"]).values(), last]
     stages = [record for record in records if record["kind"] == "checkpoint"]
     data = add_up(record for record in records if record["kind"] != "checkpoint")
@@ -33,7 +33,7 @@ def summarize(checkpoint: Path) -> str:
         _conversations(data),
         _time(stages, data),
     ]
-    if steps := sorted((checkpoint / ANSWERS).glob("step_*.json")):
+    if steps := version.all_answers():
         parts.append(_answers(read_json(steps[0]), read_json(steps[-1])))
     return "\n\n".join(parts) + "\n"
 

@@ -100,7 +100,8 @@ class Trainer:
         self.seconds = metrics.seconds
         tokens = self.settings.global_batch_size * self.settings.seq_length
         progress = Progress(self.settings.stage, self.settings.train_iters, tokens)
-        heartbeat = Heartbeat(directory, self.settings.train_iters, writer=is_writer())
+        beats = versions.Version(directory).heartbeat
+        heartbeat = Heartbeat(beats, self.settings.train_iters, writer=is_writer())
         heartbeat.beat(self.iteration)
         with self._signals(), long_lived():
             if self.iteration == 0:

@@ -47,6 +47,7 @@ def merge(stage: Stage, adapters: Path, make_batches: Callable[[Stage], Any]) ->
     from snaketron.train.checkpoint import Saver
 
     check_adapters(stage, adapters)
+    assert stage.base is not None
     steps = stage.settings.train_iters
     with distributed(stage.settings.seed, stage.run):
         built = build_model(stage.settings, stage.run, stage.tokenizer.vocab_size)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snaketron.config import Section
+from snaketron.config import Model, Section
 from snaketron.data import tokenizer as tokenizers
 from snaketron.files import sha256, to_json, writing
 from snaketron.jobs import launch, supervisor
-from snaketron.jobs import version as versions
+from snaketron.jobs.version import Version, version_key
 from snaketron.lineage import record as lineage
 from snaketron.lineage.wandb import Tracker
 from snaketron.log import UserError, log_to, logger
@@ -27,9 +28,11 @@ from pydantic import ValidationError
 if TYPE_CHECKING:  # imports megatron-core (5 s), which a finished version does not need
     from snaketron.train.batches import Batches
     from snaketron.train.build import BuiltModel
+    from snaketron.train.loop import Trainer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-# Keys of the model that may differ from those of the checkpoint it starts from: no weight depends on them.
+# Keys of the model that may differ between a training and the checkpoint it starts from: no weight depends
+# on them.
 FREE = {
     "moe_aux_loss_coeff",
     "moe_router_bias_update_rate",
@@ -40,9 +43,10 @@ FREE = {
 }
 
 
-def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that both trainings have."""
+def training_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all trainings have."""
     parser = argparse.ArgumentParser(description=description)
+    parser.set_defaults(adapters=None)  # a checkpoint of them, which only some read
     parser.add_argument("--blend", type=Path, required=True, help="blend.json of the data")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer directory")
     parser.add_argument("--base", type=Path, nargs="?", help="checkpoint to start from; none: random weights")
@@ -58,70 +62,84 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(description: str | None, argv: list[str] | None) -> argparse.Namespace:
-    return argument_parser(description).parse_args(argv)
+def run_stage(
+    args: argparse.Namespace, train: Callable[[Stage], int], kind: type[TrainSettings] = TrainSettings
+) -> int:
+    """Supervise a stage and publish it, or `train` as one of its processes; the exit status.
+
+    `kind` is what `--settings` holds.
+    """
+    if launch.is_rank():
+        launch.join()
+    stage = Stage.from_args(args, kind)
+    stage.open_logs(args.log_file)
+    if launch.is_rank():
+        with launch.telling(stage.version.failures):
+            return train(stage)
+    status = supervisor.supervise(stage.settings.stage, stage.version, stage.run, attempt=args.attempt)
+    if status == 0:
+        stage.publish()
+    return status
 
 
+@dataclass(frozen=True)
 class Stage:
     """One stage with its inputs identified, in the supervisor and in each of its processes alike."""
 
-    def __init__(self, args: argparse.Namespace, kind: type[TrainSettings] = TrainSettings) -> None:
-        """`kind` is what `--settings` holds; `args.adapters`, where there is one, a checkpoint as well."""
-        if launch.is_rank():
-            launch.join()
-        self.settings = _parse(kind, args.settings, "--settings")
-        self.run = _parse(RunSettings, args.run_settings, "--run-settings")
-        self.blend, self.base, self.output = args.blend, args.base, args.output
-        self.tokenizer_directory = args.tokenizer
-        self.tokenizer = tokenizers.info(args.tokenizer)
-        self.rank = int(os.environ.get("RANK", 0))
-        self.inputs = [
-            {"path": str(self.blend), "sha256": _hash(self.blend)},
-            {"path": str(args.tokenizer / "tokenizer.json"), "sha256": self.tokenizer.sha256},
+    settings: TrainSettings
+    run: RunSettings
+    blend: Path
+    tokenizer_directory: Path
+    tokenizer: tokenizers.Info
+    base: Path | None  # checkpoint to start from
+    inputs: list[dict[str, str]]  # the path of each with its identity: `sha256`, or `version` of a checkpoint
+    output: Path
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, kind: type[TrainSettings] = TrainSettings) -> Stage:
+        """Read the settings and identify the inputs; `UserError` where they do not fit together."""
+        settings = _parse(kind, args.settings, "--settings")
+        run = _parse(RunSettings, args.run_settings, "--run-settings")
+        tokenizer = tokenizers.info(args.tokenizer)
+        inputs = [
+            {"path": str(args.blend), "sha256": _hash(args.blend)},
+            {"path": str(args.tokenizer / "tokenizer.json"), "sha256": tokenizer.sha256},
         ]
-        if self.base:
-            self.inputs.append({"path": str(self.base), "version": versions.identity(self.base)})
-            self._check_base()
+        if args.base:
+            inputs.append({"path": str(args.base), "version": Version(args.base).identity})
+            check_base(args.base, settings.model, tokenizer.sha256)
         elif kind is LoraSettings:
             raise UserError("--base: name the checkpoint that the adapters are for")
-        if adapters := getattr(args, "adapters", None):
-            self.inputs.append({"path": str(adapters), "version": versions.identity(adapters)})
-        identities = [i.get("sha256") or i["version"] for i in self.inputs]
-        self.key = versions.version_key(self.settings.model_dump(), identities)
-        self.directory = versions.version_directory(self.output, self.settings.stage, self.key)
-        self.attempt = args.attempt
-        if not _is_last_rank():
-            logger.setLevel(logging.WARNING)
-            return
-        log_to(self.directory / "train.log", "a")
-        if args.log_file:
-            log_to(args.log_file, "a" if launch.is_rank() else "w")
+        if args.adapters:
+            inputs.append({"path": str(args.adapters), "version": Version(args.adapters).identity})
+        return cls(settings, run, args.blend, args.tokenizer, tokenizer, args.base, inputs, args.output)
 
-    def _check_base(self) -> None:
-        """The base must be the same architecture with the same tokenizer."""
-        base = yaml.safe_load((self.base / "config.yaml").read_text())
-        if base["settings"]["stage"] == "lora":
-            raise UserError(
-                f"{self.base} holds adapters and not the model: merge them (`snakemake ckpt/lora_merged`), "
-                "and start from that"
-            )
-        theirs, ours = base["settings"]["model"], self.settings.model.model_dump()
-        differ = [
-            f"model.{key}: {theirs.get(key)} in the checkpoint, {ours[key]} in the configuration"
-            for key in ours
-            if key not in FREE and theirs.get(key) != ours[key]
-        ]
-        if base["tokenizer_sha256"] != self.tokenizer.sha256:
-            differ.append(
-                f"the tokenizer: sha256 {base['tokenizer_sha256'][:12]} in the checkpoint, "
-                f"{self.tokenizer.sha256[:12]} here"
-            )
-        if differ:
-            raise UserError(f"{self.base} is a checkpoint of another model:\n" + "\n".join(differ))
+    @cached_property
+    def key(self) -> str:
+        identities = [i.get("sha256") or i["version"] for i in self.inputs]
+        return version_key(self.settings.model_dump(), identities)
+
+    @cached_property
+    def version(self) -> Version:
+        """Where this stage works."""
+        return Version.of(self.output, self.settings.stage, self.key)
 
     @property
-    def is_finished(self) -> bool:
-        return versions.is_finished(self.directory)
+    def directory(self) -> Path:
+        return self.version.directory
+
+    @property
+    def rank(self) -> int:
+        return launch.rank()
+
+    def open_logs(self, log_file: Path | None) -> None:
+        """Let the process that writes metrics log to the version and to `log_file`; others only warn."""
+        if not launch.is_writer():
+            logger.setLevel(logging.WARNING)
+            return
+        log_to(self.version.log, "a")
+        if log_file:
+            log_to(log_file, "a" if launch.is_rank() else "w")
 
     def train(
         self,
@@ -130,7 +148,7 @@ class Stage:
         with_optimizer: bool,
         sample: Callable[[BuiltModel, int, Any], None] = lambda built, iteration, batches: None,
     ) -> int:
-        """Train to the end, publish, and return the exit status.
+        """Train to the end, and return the exit status of this process.
 
         `with_optimizer` takes the optimizer's state from the base checkpoint as well. `sample` gets the model
         and its iteration before the first step, on the way and after the last step, on every rank.
@@ -139,54 +157,60 @@ class Stage:
         from snaketron.train.build import build_training
         from snaketron.train.loop import Stopped, Trainer
 
-        if self.rank == 0:
+        if launch.rank() == 0:
             self.write_config()
         tracker = Tracker(
-            self.run.tracking if _is_last_rank() else "off",
-            self.directory,
+            self.run.tracking if launch.is_writer() else "off",
+            self.version.directory,
             self.settings.stage,
             self.inputs,
             {"settings": self.settings.model_dump(), "run": self.run.model_dump()},
         )
         with distributed(self.settings.seed, self.run):
             trainer = Trainer(build_training(self.settings, self.run, self.tokenizer.vocab_size))
-            parameters = sum(p.numel() for p in trainer.model.parameters())
-            trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-            adapters = trainer.built.adapters
-            if adapters and self.base:  # which their checkpoints do not hold
-                trainer.start_from(self.base, with_optimizer=False)
-            if trainer.resume(self.directory):
-                logger.info("%s: continues after step %d", self.settings.stage, trainer.iteration)
-            elif self.base and not adapters:
-                trainer.start_from(self.base, with_optimizer=with_optimizer)
-            logger.info(
-                "%s: %s parameters on this rank%s, in %s",
-                self.settings.stage,
-                f"{parameters:,}",
-                f", {trained:,} of them trained" if trained < parameters else "",
-                self.directory,
-            )
+            self._begin(trainer, with_optimizer=with_optimizer)
             try:
                 batches = make_batches(self)
 
                 def answer() -> None:
                     sample(trainer.built, trainer.iteration, batches)
 
-                trainer.train(batches, self.directory, answer, tracker.log)
+                trainer.train(batches, self.version.directory, answer, tracker.log)
             except Stopped:
                 return launch.SAVED
             seconds = trainer.seconds
-        if self.rank == 0:
+        if launch.rank() == 0:
             self._finish(seconds, batches)
         tracker.finish()
         return 0
 
+    def _begin(self, trainer: Trainer, *, with_optimizer: bool) -> None:
+        """Load the newest checkpoint of this version, or else the base, and say so."""
+        stage, directory = self.settings.stage, self.version.directory
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        adapters = trainer.built.adapters
+        if adapters and self.base:  # their checkpoints do not hold the frozen weights
+            trainer.start_from(self.base, with_optimizer=False)
+        if trainer.resume(directory):
+            logger.info("%s: continues after step %d", stage, trainer.iteration)
+        elif self.base and not adapters:
+            trainer.start_from(self.base, with_optimizer=with_optimizer)
+        logger.info(
+            "%s: %s parameters on this rank%s, in %s",
+            stage,
+            f"{parameters:,}",
+            f", {trained:,} of them trained" if trained < parameters else "",
+            directory,
+        )
+
     def publish(self) -> None:
-        versions.publish(self.directory, self.output)
-        logger.info("%s: %s is %s", self.settings.stage, self.output, self.directory)
+        self.version.publish(self.output)
+        logger.info("%s: %s is %s", self.settings.stage, self.output, self.version.directory)
 
     def write_config(self) -> None:
-        with writing(self.directory / "config.yaml") as (temporary,):
+        """Write what this version is to it, with the files of the tokenizer."""
+        with writing(self.version.config) as (temporary,):
             values = {
                 "settings": self.settings.model_dump(),
                 "run": self.run.model_dump(),
@@ -194,15 +218,14 @@ class Stage:
                 "tokenizer_sha256": self.tokenizer.sha256,
             }
             temporary.write_text(yaml.safe_dump(values, sort_keys=False))
-        target = self.directory / "tokenizer"
-        target.mkdir(exist_ok=True)
+        self.version.tokenizer.mkdir(exist_ok=True)
         for name in TOKENIZER_FILES:
             if (self.tokenizer_directory / name).exists():
-                shutil.copyfile(self.tokenizer_directory / name, target / name)
+                shutil.copyfile(self.tokenizer_directory / name, self.version.tokenizer / name)
 
     def _finish(self, seconds: float, batches: Batches) -> None:
         """Record what a finished training did."""
-        lines = Metrics.read(self.directory / "metrics.jsonl")
+        lines = Metrics.read(self.version.metrics)
         valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
         iterations = self.settings.train_iters
         self.write_record(
@@ -220,7 +243,7 @@ class Stage:
 
     def write_record(self, counts: dict[str, Any]) -> None:
         """Write the record of the last checkpoint, which says that the version is complete."""
-        final = versions.iteration_directory(self.directory, self.settings.train_iters)
+        final = self.version.iteration_directory(self.settings.train_iters)
         record = lineage.record(
             "checkpoint",
             self.settings.stage,
@@ -229,8 +252,31 @@ class Stage:
             settings=self.settings.model_dump(),
             counts=counts,
         )
-        with writing(self.directory / versions.RECORD) as (temporary,):
+        with writing(self.version.record) as (temporary,):
             temporary.write_bytes(to_json(record | {"key": self.key}))
+
+
+def check_base(base: Path, model: Model, tokenizer_sha256: str) -> None:
+    """`UserError` unless a checkpoint is of this architecture, with this tokenizer."""
+    config = yaml.safe_load(Version(base).config.read_text())
+    if config["settings"]["stage"] == "lora":
+        raise UserError(
+            f"{base} holds adapters and not the model: merge them (`snakemake ckpt/lora_merged`), "
+            "and start from that"
+        )
+    there, here = config["settings"]["model"], model.model_dump()
+    differ = [
+        f"model.{key}: {there.get(key)} in the checkpoint, {here[key]} in the configuration"
+        for key in here
+        if key not in FREE and there.get(key) != here[key]
+    ]
+    if config["tokenizer_sha256"] != tokenizer_sha256:
+        differ.append(
+            f"the tokenizer: sha256 {config['tokenizer_sha256'][:12]} in the checkpoint, "
+            f"{tokenizer_sha256[:12]} here"
+        )
+    if differ:
+        raise UserError(f"{base} is a checkpoint of another model:\n" + "\n".join(differ))
 
 
 def _parse[S: Section](kind: type[S], text: str, option: str) -> S:
@@ -246,21 +292,3 @@ def _hash(path: Path) -> str:
         return sha256(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-
-
-def _is_last_rank() -> bool:
-    """Whether this process speaks and writes metrics: `is_writer` before the processes are joined."""
-    return int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
-
-
-def run_stage(stage: Stage, train: Callable[[], int]) -> int:
-    """Supervise the training and publish it, or `train` as one of its processes; the exit status."""
-    if launch.is_rank():
-        with launch.telling(stage.directory):
-            return train()
-    status = supervisor.supervise(
-        stage.settings.stage, stage.directory, stage.run, lambda: stage.is_finished, attempt=stage.attempt
-    )
-    if status == 0:
-        stage.publish()
-    return status

@@ -15,8 +15,8 @@ from typing import Any
 from snaketron import files
 from snaketron.config import Cluster, load
 from snaketron.jobs import heartbeat, launch, slurm, supervisor
-from snaketron.jobs import version as versions
 from snaketron.jobs.attempts import Attempts
+from snaketron.jobs.version import Version
 from snaketron.log import UserError
 from snaketron.settings.training import run_settings
 from snaketron.sizes.layout import layout
@@ -208,7 +208,8 @@ def test_processes_of_a_killed_supervisor_save_and_let_go(toy: Toy):
 
 def test_who_comes_while_it_runs_is_sent_away(toy: Toy):
     with toy.start({"1:0:2": "wait"}) as process:
-        wait_for(lambda: bool(heartbeat.read(toy.directory)))  # which the other rank writes
+        beats = Version(toy.directory).heartbeat
+        wait_for(lambda: bool(heartbeat.read(beats)))  # the other rank writes it
         status, output = toy.run()
         process.terminate()
         process.communicate(timeout=20)
@@ -221,7 +222,7 @@ def test_who_was_taken_over_stops_before_it_writes(toy: Toy):
     with toy.start({"1:0:3": "pause"}) as process:
         wait_for(toy.has_done(2))
         other = {"token": "other", "process": 1, "host": "node7", "job": "99"}
-        files.write_json(toy.directory / versions.OWNER, other)
+        files.write_json(Version(toy.directory).owner, other)
         output, _ = process.communicate(timeout=20)
     assert process.returncode == 1
     assert f"{toy.directory}: taken over by process 1 on node7, Slurm job 99; this training stops" in output
@@ -314,10 +315,10 @@ def test_times_of_squeue(text: str, seconds: float | None):
 def test_an_attempt_that_ended_without_a_word_counts(tmp_path: Path):
     """As when a node is lost: nobody could note how it ended."""
     for _ in range(2):
-        Attempts("toy", tmp_path, 1).begin(0, "7")
+        Attempts("toy", tmp_path / "attempts.json", 1).begin(0, "7")
     with pytest.raises(UserError, match=r"toy: 2 starts in a row .* it ended without a word"):
-        Attempts("toy", tmp_path, 1).check(0)
-    Attempts("toy", tmp_path, 1).check(0)  # asked for by a person
+        Attempts("toy", tmp_path / "attempts.json", 1).check(0)
+    Attempts("toy", tmp_path / "attempts.json", 1).check(0)  # asked for by a person
 
 
 @pytest.mark.parametrize(

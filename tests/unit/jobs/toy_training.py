@@ -15,8 +15,9 @@ from pathlib import Path
 
 from snaketron.files import write_text
 from snaketron.jobs import launch, supervisor
-from snaketron.jobs import version as versions
 from snaketron.jobs.heartbeat import Heartbeat
+from snaketron.jobs.owner import check_owner
+from snaketron.jobs.version import Version
 from snaketron.log import UserError, run
 from snaketron.settings.training import RunSettings
 
@@ -24,27 +25,25 @@ STEPS, SAVE_INTERVAL = 12, 4
 
 
 def main() -> int:
-    directory, settings, plan = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    version, settings, plan = Version(Path(sys.argv[1])), sys.argv[2], json.loads(sys.argv[3])
     if launch.is_rank():
         launch.join()
-        with launch.telling(directory):
-            return train(directory, plan)
+        with launch.telling(version.failures):
+            return train(version, plan)
     settings = RunSettings.model_validate_json(settings)
     attempt = int(os.environ.get("ATTEMPT", 1))
-    return supervisor.supervise(
-        "toy", directory, settings, lambda: (directory / "record.json").exists(), attempt=attempt
-    )
+    return supervisor.supervise("toy", version, settings, attempt=attempt)
 
 
-def train(directory: Path, plan: dict[str, str]) -> int:
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    attempt = len(json.loads((directory / "attempts.json").read_text()))
+def train(version: Version, plan: dict[str, str]) -> int:
+    directory, rank, world = version.directory, launch.rank(), int(os.environ["WORLD_SIZE"])
+    attempt = len(json.loads(version.attempts.read_text()))
     write_text(directory / f"environment_{rank}.json", json.dumps(dict(os.environ)))
     stop: list[int] = []
-    for number in supervisor.Signals.NUMBERS:
+    for number in launch.STOP_SIGNALS:
         signal.signal(number, lambda n, _: stop.append(n))
-    heartbeat = Heartbeat(directory, STEPS, writer=rank == world - 1)
-    for step in range((versions.latest_iteration(directory) or 0) + 1, STEPS + 1):
+    heartbeat = Heartbeat(version.heartbeat, STEPS, writer=launch.is_writer())
+    for step in range((version.latest_iteration() or 0) + 1, STEPS + 1):
         go_wrong(plan.get(f"{attempt}:{rank}:{step}"), stop)
         time.sleep(0.02)
         asked = bool(stop)
@@ -53,16 +52,16 @@ def train(directory: Path, plan: dict[str, str]) -> int:
         while not all(other.exists() for other in others):
             time.sleep(0.002)
         asked = any(other.read_text() == "1" for other in others)
-        versions.check_owner(directory)
+        check_owner(version)
         heartbeat.written = -1.0  # every step, however short
         heartbeat.beat(step)
         if rank == 0 and (step % SAVE_INTERVAL == 0 or asked):
-            versions.iteration_directory(directory, step).mkdir(exist_ok=True)
-            write_text(directory / versions.LATEST, str(step))
+            version.iteration_directory(step).mkdir(exist_ok=True)
+            write_text(version.latest, str(step))
         if asked:
             return launch.SAVED
     if rank == 0:
-        write_text(directory / "record.json", "{}")
+        write_text(version.record, "{}")
     return 0
 
 
@@ -83,7 +82,7 @@ def go_wrong(how: str | None, stop: list[int]) -> None:
         case "pause":
             time.sleep(2)
         case "hang":
-            signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.Signals.NUMBERS)
+            signal.pthread_sigmask(signal.SIG_BLOCK, launch.STOP_SIGNALS)
             time.sleep(600)
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)

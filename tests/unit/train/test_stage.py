@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from argparse import Namespace
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron import files
-from snaketron.jobs import version as versions
+from snaketron.jobs.version import version_key
 from snaketron.log import UserError, logger
 from snaketron.model.distributed import distributed
-from snaketron.train.stage import Stage, parse_args, run_stage
+from snaketron.train.stage import Stage, run_stage, training_parser
 
 import pytest
 import yaml
 
 
 @pytest.fixture
-def stage(tmp_path: Path, tokenizer_dir: Path, blend_path: Path, settings):
-    """stage(base=..., **settings): a stage with its version below tmp_path/ckpt."""
+def args(tmp_path: Path, tokenizer_dir: Path, blend_path: Path, settings):
+    """args(base=..., **settings): the command line of a stage that is published below tmp_path/ckpt."""
 
-    def make(base: Path | None = None, **keys) -> Stage:
+    def make(base: Path | None = None, blend: Path | str = blend_path, text: str = "", **keys) -> Namespace:
         train, run = settings(**keys)
-        argv = [
-            "--blend",
-            blend_path,
-            "--tokenizer",
-            tokenizer_dir,
-            "--output",
-            tmp_path / "ckpt/pretrain/one",
-        ]
-        argv += ["--settings", train.model_dump_json(), "--run-settings", run.model_dump_json()]
+        argv = ["--blend", blend, "--tokenizer", tokenizer_dir, "--output", tmp_path / "ckpt/pretrain/one"]
+        argv += ["--settings", text or train.model_dump_json(), "--run-settings", run.model_dump_json()]
         argv += ["--log-file", tmp_path / "logs/one.log", "--base", *([base] if base else [])]
-        return Stage(parse_args(None, [str(a) for a in argv]))
+        return training_parser(None).parse_args([str(a) for a in argv])
 
     return make
+
+
+@pytest.fixture
+def stage(args):
+    """stage(base=..., **settings): that stage."""
+    return lambda *arguments, **keys: Stage.from_args(args(*arguments, **keys))
 
 
 @pytest.fixture
@@ -57,9 +58,9 @@ def test_the_version_is_that_of_the_settings_and_inputs(
 ):
     one = stage()
     identities = [files.sha256(blend_path), files.sha256(tokenizer_dir / "tokenizer.json")]
-    key = versions.version_key(one.settings.model_dump(), identities)
-    assert one.directory == tmp_path / f"ckpt/versions/pretrain_one-{key}"
-    assert not one.is_finished and not one.output.exists()
+    key = version_key(one.settings.model_dump(), identities)
+    assert one.version.directory == tmp_path / f"ckpt/versions/pretrain_one-{key}"
+    assert not one.version.is_finished and not one.output.exists()
 
 
 def test_how_it_is_run_leaves_the_version_alone(stage):
@@ -103,19 +104,9 @@ def test_a_base_that_is_not_finished_is_refused(stage, base: Path):
         stage(base=base)
 
 
-def test_a_missing_blend_is_named(stage, blend_path: Path, tmp_path: Path, settings, tokenizer_dir):
-    train, run = settings()
-    argv = [
-        "--blend",
-        "no/blend.json",
-        "--tokenizer",
-        str(tokenizer_dir),
-        "--output",
-        str(tmp_path / "ckpt/a/b"),
-    ]
-    argv += ["--settings", train.model_dump_json(), "--run-settings", run.model_dump_json()]
+def test_a_missing_blend_is_named(stage):
     with pytest.raises(UserError, match=r"^no/blend.json: no such file$"):
-        Stage(parse_args(None, argv))
+        stage(blend="no/blend.json")
 
 
 def test_another_number_of_processes_than_the_parallel_sizes_want_is_refused(settings, monkeypatch):
@@ -130,31 +121,37 @@ def test_another_number_of_processes_than_the_parallel_sizes_want_is_refused(set
         pass
 
 
-def test_a_finished_version_is_published_without_training(stage, tmp_path: Path):
-    one = stage()
-    files.write_json(one.directory / "record.json", {})
-    assert run_stage(one, lambda: pytest.fail("it trained")) == 0
-    assert (tmp_path / "ckpt/pretrain/one").resolve() == one.directory
+def test_a_finished_version_is_published_without_training(args, stage, tmp_path: Path):
+    version = stage().version
+    files.write_json(version.record, {})
+    assert run_stage(args(), lambda stage: pytest.fail("it trained")) == 0
+    assert (tmp_path / "ckpt/pretrain/one").resolve() == version.directory
+
+
+def test_a_stage_that_is_only_identified_changes_nothing(stage, tmp_path: Path):
+    handlers, level = logger.handlers[:], logger.level
+    environment = dict(os.environ)
+    assert stage().version.directory.parent == tmp_path / "ckpt/versions"
+    assert (logger.handlers, logger.level, dict(os.environ)) == (handlers, level, environment)
+    assert not (tmp_path / "ckpt").exists() and not (tmp_path / "logs").exists()
 
 
 def test_the_version_keeps_the_log_of_every_attempt(stage, tmp_path: Path):
     for attempt in ("first", "second"):
         one = stage()
+        one.open_logs(tmp_path / "logs/one.log")
         logger.setLevel(logging.INFO)
         logger.info("%s attempt", attempt)
         for handler in logger.handlers[:]:
             logger.removeHandler(handler)
     assert "second attempt" in (tmp_path / "logs/one.log").read_text()
     assert "first attempt" not in (tmp_path / "logs/one.log").read_text()
-    kept = (one.directory / "train.log").read_text()
+    kept = one.version.log.read_text()
     assert kept.index("first attempt") < kept.index("second attempt")
 
 
-def test_settings_of_another_shape_are_refused(stage, settings, blend_path, tokenizer_dir, tmp_path):
-    """A mistake of whoever edits a printed command; an unknown key is not left out silently."""
-    train, run = settings()
-    broken = json.dumps(json.loads(train.model_dump_json()) | {"train_iter": 5})
-    argv = ["--blend", blend_path, "--tokenizer", tokenizer_dir, "--output", tmp_path / "ckpt/a/b"]
-    argv += ["--settings", broken, "--run-settings", run.model_dump_json()]
+def test_settings_of_another_shape_are_refused(stage, settings):
+    """A person who edits a printed command may misspell a key, which is not left out silently."""
+    broken = json.dumps(json.loads(settings()[0].model_dump_json()) | {"train_iter": 5})
     with pytest.raises(UserError, match=r"--settings: train_iter: Extra inputs are not permitted"):
-        Stage(parse_args(None, [str(a) for a in argv]))
+        stage(text=broken)

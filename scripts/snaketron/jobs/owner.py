@@ -1,0 +1,122 @@
+"""Who trains in a version: one supervisor and its processes, until they have ended or are taken over.
+
+The kernel's lock on the version's `lock` says whether somebody does. It goes with the last process that has
+the file open, so a killed supervisor does not leave it behind, and its processes keep it while they save.
+The version's `owner.json` says who, with a token that each process has in its environment: a process that
+finds another token there was taken over, and stops before it writes.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from snaketron import files
+from snaketron.jobs import slurm
+from snaketron.jobs.version import Version
+from snaketron.log import UserError, logger
+
+TOKEN = "TRAINING_TOKEN"  # variable of the environment of a training's processes
+PATIENCE_S = 60  # for the processes of a dead supervisor to save and end
+OVER_S = 10  # the same where Slurm has ended their job, and with it all processes that it can reach
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The supervisor that owns a version, as `owner.json` describes it."""
+
+    token: str
+    process: int
+    host: str
+    job: str | None  # its Slurm job
+
+    @classmethod
+    def of(cls, version: Version) -> Holder | None:
+        """The owner of a version, or the last one; None where nobody has trained yet."""
+        try:
+            return cls(**files.read_json(version.owner))
+        except FileNotFoundError:
+            return None
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is certainly dead, though some of its processes may not be."""
+        if self.job:
+            # The same job again: Slurm runs it once at a time.
+            return self.job == os.environ.get("SLURM_JOB_ID") or slurm.is_over(self.job)
+        return self.host == platform.node() and not Path(f"/proc/{self.process}").exists()
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"process {self.process} on {self.host}{job}"
+
+
+class Owner:
+    """A version that this process owns until it, and every process that inherited `file`, has ended."""
+
+    def __init__(self, file: TextIO, token: str) -> None:
+        self.file, self.token = file, token
+
+    def __enter__(self) -> Owner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def own(version: Version) -> Owner:
+    """Own a version; `UserError` if another training does.
+
+    A holder is taken over when its supervisor is dead, or when Slurm says that its job is over: its node was
+    lost, say, and the job runs again elsewhere. The new token ends its processes at their next write.
+    """
+    version.directory.mkdir(parents=True, exist_ok=True)
+    file = version.lock.open("a")
+    locked, holder = _lock(file), Holder.of(version)
+    if not locked and holder and not holder.is_gone:
+        file.close()
+        raise UserError(
+            f"{version.directory}: {holder} is training here (a job that outlived its Snakemake?); wait "
+            "until it ends, or stop it, and run the same command again"
+        )
+    owner = Owner(file, secrets.token_hex(8))
+    me = Holder(owner.token, os.getpid(), platform.node(), os.environ.get("SLURM_JOB_ID"))
+    files.write_json(version.owner, asdict(me))
+    deadline = time.monotonic() + (PATIENCE_S if locked or not holder or not holder.job else OVER_S)
+    while not locked and time.monotonic() < deadline:
+        time.sleep(0.2)
+        locked = _lock(file)
+    if not locked:
+        logger.warning(
+            "%s: an earlier training has not let go of it; it stops at its next write", version.directory
+        )
+    return owner
+
+
+def check_owner(version: Version) -> None:
+    """Called before a training writes; `UserError` when another one has taken the version over."""
+    token = os.environ.get(TOKEN)
+    if token and (holder := Holder.of(version)) and holder.token != token:
+        raise UserError(f"{version.directory}: taken over by {holder}; this training stops")
+
+
+def remove(version: Version) -> None:
+    """Delete a version; `UserError` when a process is training in it."""
+    with own(version):
+        shutil.rmtree(version.directory)
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        return files.lock(file)
+    except OSError as error:
+        raise UserError(
+            f"{file.name}: this file system has no locks ({error.strerror}); ask for them (Lustre: the mount "
+            "option flock), or move `pathvars.ckpt` to one that has"
+        ) from None
