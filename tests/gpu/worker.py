@@ -21,7 +21,8 @@ from snaketron.config import Adapters, load
 from snaketron.data.chats.packs import join, write
 from snaketron.data.tokenizer import Info
 from snaketron.files import write_json
-from snaketron.model.distributed import distributed, is_writer
+from snaketron.jobs.launch import is_writer
+from snaketron.model.distributed import distributed
 from snaketron.model.lora import merge
 from snaketron.settings.training import LoraSettings, run_settings, train_settings
 from snaketron.train import loop

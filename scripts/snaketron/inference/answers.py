@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from snaketron.data import tokenizer as tokenizers
 from snaketron.files import write_json
 from snaketron.inference.generate import generate
+from snaketron.jobs.launch import rank
 from snaketron.train.build import BuiltModel
 from snaketron.train.sft_batches import SftBatches
 from snaketron.train.stage import Stage
@@ -47,5 +48,5 @@ def write_answers(stage: Stage, built: BuiltModel, iteration: int, batches: SftB
         ids = answer(built, prompt, stage.run.sample_tokens)
         entry = {"prompt": prompt.input_ids, "reference": prompt.reference, "answer": ids}
         answers.append({name: text.decode(ids, skip_special_tokens=False) for name, ids in entry.items()})
-    if stage.rank == 0 and answers:
+    if rank() == 0 and answers:
         write_json(stage.version.answers_after(iteration), answers)

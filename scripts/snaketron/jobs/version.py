@@ -133,28 +133,3 @@ def unpublished(root: Path) -> Iterator[Version]:
     }
     loose = [version for version in versions(root) if version.directory.resolve() not in used]
     yield from sorted(loose, key=lambda version: version.directory.stat().st_mtime)
-
-
-LATEST = "latest_checkpointed_iteration.txt"
-
-
-def latest_iteration(directory: Path) -> int | None:
-    return Version(directory).latest_iteration()
-
-
-def iteration_directory(directory: Path, iteration: int) -> Path:
-    return Version(directory).iteration_directory(iteration)
-
-
-def remove_partial(directory: Path) -> None:
-    Version(directory).remove_partial()
-
-
-def identity(checkpoint: Path) -> str:
-    return Version(checkpoint).identity
-
-
-def check_owner(directory: Path) -> None:
-    from snaketron.jobs import owner
-
-    owner.check_owner(Version(directory))

@@ -42,11 +42,6 @@ def distributed(seed: int, run: RunSettings) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def is_writer() -> bool:
-    """Whether this rank writes metrics and speaks: the last one, which has the losses."""
-    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-
-
 def _check(run: RunSettings) -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != run.parallel.world_size:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import Adapters, Optimizer
-from snaketron.jobs import version as versions
+from snaketron.jobs.version import Version
 from snaketron.log import UserError
 from snaketron.model import backend, lora, spec
 from snaketron.model.initial import initialize_weights
@@ -65,16 +65,17 @@ class BuiltModel:
 
     def load_base(self, base: Path, optimizer: MegatronOptimizer | None = None) -> None:
         """Take the weights of a finished checkpoint, and its optimizer's state into `optimizer` if given."""
-        iteration = versions.latest_iteration(base)
+        version = Version(base)
+        iteration = version.latest_iteration()
         if iteration is None:
-            raise UserError(f"{base}: no {versions.LATEST} there; it is not a checkpoint")
+            raise UserError(f"{base}: no {version.latest.name} there; it is not a checkpoint")
         checkpoint.load(base, iteration, self.base, optimizer)
 
     def load_trained(
         self, directory: Path, optimizer: MegatronOptimizer | None = None
     ) -> dict[str, Any] | None:
         """Take what a training of this model saved last; its progress, or None where nothing is saved."""
-        iteration = versions.latest_iteration(directory)
+        iteration = Version(directory).latest_iteration()
         if iteration is None:
             return None
         return checkpoint.load(directory, iteration, self.trained, optimizer)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import partial, writing
-from snaketron.jobs.version import LATEST, check_owner, iteration_directory, remove_partial
+from snaketron.jobs.owner import check_owner
+from snaketron.jobs.version import Version
 from snaketron.log import NO_SPACE, UserError
 from snaketron.model import backend
 from snaketron.model.lora import Part
@@ -62,20 +63,21 @@ class Saver:
         optimizer: MegatronOptimizer | None,
         progress: dict[str, Any],
     ) -> None:
-        """Write `iter_<iteration>` and point LATEST to it; then delete all but the newest `keep` checkpoints.
+        """Write `iter_<iteration>`, name it the latest, and delete all but the newest `keep` checkpoints.
 
         `progress` is a small dictionary, equal on all ranks. Without an optimizer the checkpoint is a base
         for trainings and does not continue one. All ranks must call this. In the background the checkpoint is
         there when `finish` has returned true.
         """
         self.finish()
-        target = iteration_directory(directory, iteration)
+        version = Version(directory)
+        target = version.iteration_directory(iteration)
         # A writer may outlive a killed training, and must not write into what the next attempt writes.
         attempt = [secrets.token_hex(4)]
         torch.distributed.broadcast_object_list(attempt, src=0)
         temporary = partial(target.with_name(f"{target.name}.{attempt[0]}"))
         if torch.distributed.get_rank() == 0:
-            remove_partial(directory)
+            version.remove_partial()
             temporary.mkdir(parents=True)
         torch.distributed.barrier()
         metadata = _metadata()
@@ -97,9 +99,9 @@ class Saver:
                 async_strategy="mcore",
             )
         if request is None:
-            self._publish(temporary, target)
+            self._publish(version, iteration, temporary)
             return
-        request.add_finalize_fn(lambda: self._publish(temporary, target))
+        request.add_finalize_fn(lambda: self._publish(version, iteration, temporary))
         self.written = temporary, target
         self.queue.schedule_async_request(request)
 
@@ -115,17 +117,17 @@ class Saver:
             self.deleting.pop().join()
         return not self.queue.get_num_unfinalized_calls()
 
-    def _publish(self, temporary: Path, target: Path) -> None:
+    def _publish(self, version: Version, iteration: int, temporary: Path) -> None:
         torch.distributed.barrier()
-        directory = target.parent
         if torch.distributed.get_rank() == 0:
-            check_owner(directory)
-            shutil.rmtree(target, ignore_errors=True)  # complete, but LATEST was not written
+            check_owner(version)
+            target = version.iteration_directory(iteration)
+            shutil.rmtree(target, ignore_errors=True)  # a killed attempt did not name it latest
             temporary.replace(target)
-            with writing(directory / LATEST) as (text,):
-                text.write_text(str(int(target.name.removeprefix("iter_"))))
-            for old in sorted(directory.glob("iter_*"))[: -self.keep]:
-                self._delete(old)
+            with writing(version.latest) as (text,):
+                text.write_text(str(iteration))
+            for old in version.iterations()[: -self.keep]:
+                self._delete(version.iteration_directory(old))
         torch.distributed.barrier()
 
     def _delete(self, checkpoint: Path) -> None:
@@ -166,7 +168,7 @@ def load(
 
     Returns its `progress`. Raises `UserError` when the checkpoint cannot be read.
     """
-    source = iteration_directory(directory, iteration)
+    source = Version(directory).iteration_directory(iteration)
     metadata = _metadata()
     state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata), "progress": {}}
     if optimizer is not None:

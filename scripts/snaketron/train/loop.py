@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from snaketron.jobs import version as versions
 from snaketron.jobs.heartbeat import Heartbeat
+from snaketron.jobs.launch import STOP_SIGNALS, is_writer
+from snaketron.jobs.owner import check_owner
+from snaketron.jobs.version import Version
 from snaketron.log import logger
 from snaketron.model import backend, lora
-from snaketron.model.distributed import is_writer
 from snaketron.model.megatron import internals
 from snaketron.sizes.flops import training_flops
 from snaketron.train.batches import Batches
@@ -26,8 +27,6 @@ from snaketron.train.metrics import Clock, Metrics, Progress
 from snaketron.train.schedule import seek
 
 import torch
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):
@@ -96,12 +95,12 @@ class Trainer:
         last; `observe` gets each line of metrics on the rank that writes them. Raises `Stopped` on a signal.
         """
         self.sources = batches.sources
-        metrics = Metrics(directory / "metrics.jsonl", self.iteration, observe, writer=is_writer())
+        version = Version(directory)
+        metrics = Metrics(version.metrics, self.iteration, observe, writer=is_writer())
         self.seconds = metrics.seconds
         tokens = self.settings.global_batch_size * self.settings.seq_length
         progress = Progress(self.settings.stage, self.settings.train_iters, tokens)
-        beats = versions.Version(directory).heartbeat
-        heartbeat = Heartbeat(beats, self.settings.train_iters, writer=is_writer())
+        heartbeat = Heartbeat(version.heartbeat, self.settings.train_iters, writer=is_writer())
         heartbeat.beat(self.iteration)
         with self._signals(), long_lived():
             if self.iteration == 0:
@@ -129,7 +128,7 @@ class Trainer:
         grad_norm: float,
         sample: Callable[[], None],
     ) -> None:
-        versions.check_owner(directory)
+        check_owner(Version(directory))
         at_end = self.iteration == self.settings.train_iters
         if self.iteration % self.run.log_interval == 0 or at_end:
             metrics.write(**self._line(grad_norm))

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snaketron.jobs import version as versions
+from snaketron.jobs.launch import is_writer, rank
+from snaketron.jobs.version import Version
 from snaketron.log import UserError, logger
 from snaketron.train.metrics import Metrics
 from snaketron.train.stage import Stage
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # imports megatron-core (5 s)
 
 def check_adapters(stage: Stage, adapters: Path) -> None:
     """Raise `UserError` unless the adapters were trained with these settings and on the named base."""
-    trained = yaml.safe_load((adapters / "config.yaml").read_text())
+    trained = yaml.safe_load(Version(adapters).config.read_text())
     ours = stage.settings.model_dump() | {"stage": trained["settings"]["stage"]}
     if differ := [key for key in ours if trained["settings"].get(key) != ours[key]]:
         raise UserError(
@@ -28,7 +29,7 @@ def check_adapters(stage: Stage, adapters: Path) -> None:
             "first"
         )
     bases = [entry["version"] for entry in trained["inputs"] if "version" in entry]
-    if stage.base is None or versions.identity(stage.base) not in bases:
+    if stage.base is None or Version(stage.base).identity not in bases:
         raise UserError(
             f"{adapters} was trained on {', '.join(bases)}, which {stage.base} is not (any more); run "
             "`snakemake ckpt/lora` to train on what it is now, or name the base as --base"
@@ -58,9 +59,9 @@ def merge(stage: Stage, adapters: Path, make_batches: Callable[[Stage], Any]) ->
         after = _valid_losses(built, batches)
         _report(stage, before, after)
         saver = Saver.configured(stage.run)
-        saver.save(stage.directory, steps, built.base, None, {"iteration": steps})
+        saver.save(stage.version.directory, steps, built.base, None, {"iteration": steps})
         saver.finish()
-    if stage.rank == 0:
+    if rank() == 0:
         stage.write_config()
         stage.write_record(
             {
@@ -91,9 +92,7 @@ def _valid_losses(built: BuiltModel, batches: Batches) -> dict[str, Any]:
 
 def _report(stage: Stage, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Write the losses with adapters and merged, a line each, and say them."""
-    from snaketron.model.distributed import is_writer
-
-    metrics = Metrics(stage.directory / "metrics.jsonl", 0, writer=is_writer())
+    metrics = Metrics(stage.version.metrics, 0, writer=is_writer())
     if not before:
         return
     for losses in (before, after):

@@ -124,14 +124,6 @@ class Stage:
         """Where this stage works."""
         return Version.of(self.output, self.settings.stage, self.key)
 
-    @property
-    def directory(self) -> Path:
-        return self.version.directory
-
-    @property
-    def rank(self) -> int:
-        return launch.rank()
-
     def open_logs(self, log_file: Path | None) -> None:
         """Let the process that writes metrics log to the version and to `log_file`; others only warn."""
         if not launch.is_writer():

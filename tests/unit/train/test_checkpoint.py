@@ -9,7 +9,7 @@ from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.files import partial
-from snaketron.jobs import version as versions
+from snaketron.jobs.version import Version
 from snaketron.log import UserError
 from snaketron.train.batches import Batches, sequences
 from snaketron.train.build import build_training
@@ -82,7 +82,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(trainer, tmp_path: Path, p
 
 
 def test_a_new_directory_has_nothing_to_resume(trainer, tmp_path: Path):
-    assert versions.latest_iteration(tmp_path) is None
+    assert Version(tmp_path).latest_iteration() is None
     one = trainer()
     assert not one.resume(tmp_path) and one.iteration == 0
 
@@ -90,7 +90,7 @@ def test_a_new_directory_has_nothing_to_resume(trainer, tmp_path: Path):
 def test_an_interrupted_save_is_ignored_and_replaced(trainer, tmp_path: Path):
     one = trainer(steps=1)
     one.save(tmp_path)
-    leftover = partial(versions.iteration_directory(tmp_path, 2))
+    leftover = partial(Version(tmp_path).iteration_directory(2))
     leftover.mkdir()
     (leftover / "__0_0.distcp").write_bytes(b"half")
     (leftover / "of_another_attempt").write_bytes(b"")
@@ -110,7 +110,7 @@ def test_a_complete_checkpoint_that_latest_does_not_name_is_not_taken(trainer, t
     one._step(Random(2))
     one.save(tmp_path)
     whole = shards(tmp_path / "iter_0000002")
-    (tmp_path / versions.LATEST).write_text("1")
+    Version(tmp_path).latest.write_text("1")
     (tmp_path / "iter_0000002/__0_0.distcp").write_bytes(b"anything")
     two = trainer(seed=2)
     assert two.resume(tmp_path) and two.iteration == 1
@@ -119,7 +119,7 @@ def test_a_complete_checkpoint_that_latest_does_not_name_is_not_taken(trainer, t
     found = shards(tmp_path / "iter_0000002")
     assert found.keys() == whole.keys() == {"__0_0.distcp", ".metadata", "metadata.json"}
     assert found["__0_0.distcp"] == whole["__0_0.distcp"]  # the same bytes in every run
-    assert (tmp_path / versions.LATEST).read_text() == "2"
+    assert Version(tmp_path).latest.read_text() == "2"
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -148,10 +148,10 @@ def test_a_save_on_a_full_disk_leaves_the_checkpoint_before_it_and_no_partial_on
             one.save(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001", versions.LATEST]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001", Version(tmp_path).latest.name]
     assert trainer(seed=2).resume(tmp_path)
     one.save(tmp_path)  # there is room again
-    assert versions.latest_iteration(tmp_path) == 2
+    assert Version(tmp_path).latest_iteration() == 2
 
 
 def test_a_failed_rename_leaves_the_checkpoint_before_it(trainer, tmp_path: Path):
@@ -162,7 +162,7 @@ def test_a_failed_rename_leaves_the_checkpoint_before_it(trainer, tmp_path: Path
     (tmp_path / "iter_0000002").write_text("in the way")
     with pytest.raises(OSError):
         one.save(tmp_path)
-    assert versions.latest_iteration(tmp_path) == 1
+    assert Version(tmp_path).latest_iteration() == 1
     assert trainer(seed=2).resume(tmp_path)
 
 
@@ -238,7 +238,7 @@ def test_a_checkpoint_written_in_the_background_is_that_of_the_step_it_was_saved
     made = trainer(steps=2, save_in_background=True)
     before = state(made)
     made.save(tmp_path / "behind")
-    assert versions.latest_iteration(tmp_path / "behind") is None
+    assert Version(tmp_path / "behind").latest_iteration() is None
     made._step(Random(2))
     assert not same(state(made), before)
     assert made.saver.finish()
@@ -257,9 +257,9 @@ def test_the_next_save_waits_for_the_one_in_the_background(trainer, tmp_path: Pa
     made.save(tmp_path)
     made._step(Random(2))
     made.save(tmp_path)
-    assert versions.latest_iteration(tmp_path) == 1
+    assert Version(tmp_path).latest_iteration() == 1
     made.saver.finish()
-    assert versions.latest_iteration(tmp_path) == 2
+    assert Version(tmp_path).latest_iteration() == 2
     assert not list(tmp_path.glob(".*"))
 
 
@@ -276,8 +276,8 @@ def test_a_save_in_the_background_on_a_full_disk_is_told_when_it_ends(trainer, t
             made.saver.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert versions.latest_iteration(tmp_path) == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001", versions.LATEST]
+    assert Version(tmp_path).latest_iteration() == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001", Version(tmp_path).latest.name]
 
 
 def test_samples_are_taken_before_the_training_on_the_way_and_after_it(settings, tmp_path: Path):
@@ -294,6 +294,6 @@ def test_samples_are_taken_before_the_training_on_the_way_and_after_it(settings,
     train()
     assert taken == [0, 2, 4, 5]
     shutil.rmtree(tmp_path / "iter_0000005")
-    (tmp_path / versions.LATEST).write_text("4")
+    Version(tmp_path).latest.write_text("4")
     train()
     assert taken == [0, 2, 4, 5, 5]
