@@ -23,32 +23,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
-    from snaketron import files
-    from snaketron.data.chats.blend import blend, check_unique, parse_weights
-    from snaketron.lineage import record as lineage
+    from snaketron.data.chats.blend import build, parse_weights
 
-    weights = parse_weights(args.weights)
-    check_unique(args.records)
-    value = blend(weights, {path: lineage.read(path) for path in args.records})
-    with files.writing(args.output, args.record) as (output, record):
-        output.write_bytes(files.to_json(value))
-        totals = {
-            split: {
-                name: sum(source[name] for source in sources)
-                for name in ("packs", "tokens", "trained_tokens")
-            }
-            for split, sources in value["splits"].items()
-        }
-        line = lineage.record(
-            "blend_sft",
-            "sft",
-            inputs=args.records,
-            outputs={args.output: output},
-            settings={"weights": weights},
-            counts=totals,
-        )
-        record.write_bytes(files.to_json(line))
-    for split, total in totals.items():
+    record = build(parse_weights(args.weights), args.records, args.output, args.record)
+    for split, total in record.counts.items():
         logger.info(
             "%s: %d packs, %d tokens, %d of them trained",
             split,

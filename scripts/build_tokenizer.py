@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -41,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         output=args.output,
         record=args.record,
     )
-    logger.info("%s: %d tokens; %.1f s", args.output, record["counts"]["vocab_size"], record["seconds"])
+    logger.info("%s: %d tokens; %.1f s", args.output, record.counts["vocab_size"], record.seconds)
     return 0
 
 

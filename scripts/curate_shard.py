@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -54,15 +51,15 @@ def main(argv: list[str] | None = None) -> int:
         output=args.output,
         record=args.record,
     )
-    counts = record["counts"]
+    counts = record.counts
     logger.info(
         "%s: of %d documents %d are left; removed %s; changed %s; %.1f s",
-        record["name"],
+        record.name,
         counts["documents"],
         counts["kept"]["documents"],
         describe(counts["removed"]),
         describe(counts["changed"]),
-        record["seconds"],
+        record.seconds,
     )
     return 0
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -28,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     record = decontamination_index(
         args.texts, text_field=args.text_field, n=args.n_grams, output=args.output, record=args.record
     )
-    for path, counts in record["counts"].items():
+    for path, counts in record.counts.items():
         logger.info("%s: %d texts, %d n-grams", path, counts["texts"], counts["n_grams"])
     return 0
 

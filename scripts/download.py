@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         name=args.name,
         patience=Patience(args.retries, args.stall_timeout),
     )
-    logger.info("%s: %s, verified, %.1f s", args.output, size_text(args.size), record["seconds"])
+    logger.info("%s: %s, verified, %.1f s", args.output, size_text(args.size), record.seconds)
     return 0
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -26,14 +23,14 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron.data.curation.exact import exact_find
 
     record = exact_find(args.signatures, output=args.output, record=args.record)
-    counts = record["counts"]
+    counts = record.counts
     logger.info(
         "group %s: %d of %d documents are exact duplicates %s; %.1f s",
-        record["name"],
+        record.name,
         counts["removed"]["documents"],
         counts["documents"],
         counts["removed_by_corpus"],
-        record["seconds"],
+        record.seconds,
     )
     return 0
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -24,8 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron.data.curation.exact import exact_signature
 
     record = exact_signature(args.filtered, output=args.output, record=args.record)
-    documents = record["counts"]["documents"]
-    logger.info("%s: %d documents; %.1f s", record["name"], documents, record["seconds"])
+    documents = record.counts["documents"]
+    logger.info("%s: %d documents; %.1f s", record.name, documents, record.seconds)
     return 0
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -40,14 +37,14 @@ def main(argv: list[str] | None = None) -> int:
         output=args.output,
         record=args.record,
     )
-    counts = record["counts"]
+    counts = record.counts
     logger.info(
         "%s: %d documents, %d kept; removed %s; %.1f s",
-        record["name"],
+        record.name,
         counts["documents"],
         counts["kept"]["documents"],
         describe(counts["removed"]),
-        record["seconds"],
+        record.seconds,
     )
     return 0
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
 from snaketron.data.split import SPLITS
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -29,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.text import index
 
-    counts = index.build(
+    record = index.build(
         args.blend,
         seed=args.seed,
         seq_length=args.seq_length,
@@ -38,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         record=args.record,
     )
     for split in SPLITS:
-        if taken := counts[split]:
+        if taken := record.counts[split]:
             shares = ", ".join(f"{name} {n / taken['samples']:.2%}" for name, n in taken["corpora"].items())
             logger.info("%s: %d samples; %s", split, taken["samples"], shares)
         else:

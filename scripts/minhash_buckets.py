@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -39,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         output=args.output,
         record=args.record,
     )
-    logger.info("%s: %d pairs; %.1f s", record["name"], record["counts"]["pairs"], record["seconds"])
+    logger.info("%s: %d pairs; %.1f s", record.name, record.counts["pairs"], record.seconds)
     return 0
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -39,13 +36,13 @@ def main(argv: list[str] | None = None) -> int:
         output=args.output,
         record=args.record,
     )
-    counts = record["counts"]
+    counts = record.counts
     logger.info(
         "group %s: %d documents nearly repeat others %s; %.1f s",
-        record["name"],
+        record.name,
         counts["removed"]["documents"],
         counts["removed_by_corpus"],
-        record["seconds"],
+        record.seconds,
     )
     return 0
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -27,13 +24,13 @@ def main(argv: list[str] | None = None) -> int:
 
     settings = MinHash.model_validate_json(args.settings)
     record = minhash_signature(args.filtered, settings=settings, output=args.output, record=args.record)
-    counts = record["counts"]
+    counts = record.counts
     logger.info(
         "%s: %d documents, %d of them too short to compare; %.1f s",
-        record["name"],
+        record.name,
         counts["documents"],
         counts["too_short"],
-        record["seconds"],
+        record.seconds,
     )
     return 0
 

@@ -53,41 +53,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
-    from snaketron import files
-    from snaketron.data.chats.pack import Chats, plan, write
-    from snaketron.lineage import record as lineage
+    from snaketron.data.chats.pack import pack_chats
 
-    chats = Chats.read(args.chats, args.pack_size, args.long_conversations)
-    targets = {"train": args.train, "valid": args.valid, "test": args.test}
-    how = (args.pack_size, args.algorithm, args.seed, args.padding_multiple)
-    plans = {split: plan(chats, split, *how) for split in targets}
-    settings = {
-        **chats.metadata,
-        "pack_size": args.pack_size,
-        "algorithm": args.algorithm,
-        **({} if args.seed is None else {"seed": args.seed}),
-        "padding_multiple": args.padding_multiple,
-        "long_conversations": args.long_conversations,
-    }
-    with files.writing(*targets.values(), args.record) as temporary:
-        write(chats, plans, dict(zip(targets, temporary, strict=False)), settings)
-        value = lineage.record(
-            "pack_sft",
-            f"{chats.metadata['source']}/{args.record.stem}",
-            inputs=args.chats,
-            outputs=dict(zip(targets.values(), temporary, strict=False)),
-            settings=settings,
-            counts={"splits": {split: made.counts for split, made in plans.items()}},
-        )
-        temporary[-1].write_bytes(files.to_json(value))
-    for split, made in plans.items():
+    outputs = {"train": args.train, "valid": args.valid, "test": args.test}
+    record = pack_chats(
+        args.chats,
+        pack_size=args.pack_size,
+        algorithm=args.algorithm,
+        seed=args.seed,
+        padding_multiple=args.padding_multiple,
+        long_conversations=args.long_conversations,
+        outputs=outputs,
+        record=args.record,
+    )
+    for split, counts in record.counts["splits"].items():
         logger.info(
             "%s: %d conversations in %d packs, %d tokens, %d trained, %.1f %% full; cut: %d; dropped: %s",
-            targets[split],
-            *(made.counts[name] for name in ("packed", "packs", "tokens", "trained_tokens")),
-            100 * made.counts["efficiency"],
-            made.counts["cut"],
-            ", ".join(f"{number} x {reason}" for reason, number in made.counts["dropped"].items()) or "none",
+            outputs[split],
+            *(counts[name] for name in ("packed", "packs", "tokens", "trained_tokens")),
+            100 * counts["efficiency"],
+            counts["cut"],
+            ", ".join(f"{number} x {reason}" for reason, number in counts["dropped"].items()) or "none",
         )
     return 0
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -24,13 +21,13 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron.data.sample import chats, text
 
     record = text.write(args.source, chats.SOURCES[args.source](), args.chats, args.record)
-    counts = record["counts"]
+    counts = record.counts
     logger.info(
         "%s: %d conversations, %d bytes; %.1f s",
         args.source,
         counts["rows"],
         counts["bytes"],
-        record["seconds"],
+        record.seconds,
     )
     return 0
 

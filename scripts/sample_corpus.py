@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -24,9 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron.data.sample import text
 
     record = text.write(args.corpus, text.CORPORA[args.corpus](), args.texts, args.record)
-    counts = record["counts"]
+    counts = record.counts
     logger.info(
-        "%s: %d documents, %d bytes; %.1f s", args.corpus, counts["rows"], counts["bytes"], record["seconds"]
+        "%s: %d documents, %d bytes; %.1f s", args.corpus, counts["rows"], counts["bytes"], record.seconds
     )
     return 0
 

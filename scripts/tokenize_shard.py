@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from pathlib import Path
 
 from snaketron.data.split import SPLITS
-from snaketron.log import argument_parser, run
-
-logger = logging.getLogger("snaketron")
+from snaketron.log import argument_parser, logger, run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -57,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         record=args.record,
         threads=args.threads,
     )
-    counts = record["counts"]
+    counts = record.counts
     num_tokens = sum(counts[split]["tokens"] for split in SPLITS)
     logger.info(
         "%s: %d documents, %d dropped %s, %d cut; %s; encoded by %s, %d documents compared; "
@@ -70,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         ", ".join(f"{s} {counts[s]['documents']} documents, {counts[s]['tokens']} tokens" for s in SPLITS),
         counts["encoder"],
         counts["checked"],
-        record["seconds"],
-        num_tokens / max(record["seconds"], 1e-9) / 1e6,
+        record.seconds,
+        num_tokens / max(record.seconds, 1e-9) / 1e6,
     )
     return 0
 

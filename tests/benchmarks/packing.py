@@ -22,7 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.chats import packing, packs, render
+from snaketron.data import arrow
+from snaketron.data.chats import packing, render, sequences
 from snaketron.data.split import SPLITS
 
 import numpy as np
@@ -94,8 +95,8 @@ def write_chats(path: Path, num_tokens: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
     lengths = chat_lengths(2 * num_tokens // 700, 4096, seed)
     lengths = lengths[: np.searchsorted(np.cumsum(lengths), num_tokens)]
-    schema = render.SCHEMA.with_metadata(
-        {packs.KEY: json.dumps({"source": "made", "tokenizer_sha256": "t", "template_sha256": "c"}).encode()}
+    schema = sequences.SCHEMA.with_metadata(
+        {arrow.KEY: json.dumps({"source": "made", "tokenizer_sha256": "t", "template_sha256": "c"}).encode()}
     )
     with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["file", "split"]) as writer:
         for group in np.array_split(lengths, max(1, num_tokens // render.ROW_GROUP_TOKENS)):
@@ -103,20 +104,20 @@ def write_chats(path: Path, num_tokens: int, seed: int) -> None:
 
 
 def _rendered(lengths: np.ndarray, draw: np.random.Generator, schema: pa.Schema) -> pa.Table:
-    offsets = packs.number_array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    offsets = arrow.number_array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     total = int(lengths.sum())
     ids = (32_000 * draw.random(total) ** 4).astype(np.int32)
     mask = np.repeat(draw.random(total // 50 + 1) < 0.6, 50)[:total]
-    splits = packs.number_array(draw.choice(3, len(lengths), p=[0.94, 0.04, 0.02]), pa.int8())
+    splits = arrow.number_array(draw.choice(3, len(lengths), p=[0.94, 0.04, 0.02]), pa.int8())
     columns = [
-        pa.ListArray.from_arrays(offsets, packs.number_array(ids, pa.int32())),
-        pa.ListArray.from_arrays(offsets, packs.number_array(mask, pa.uint8())),
-        packs.string_array(["raw.jsonl"] * len(lengths)),
-        packs.number_array(np.arange(len(lengths)), pa.int64()),
-        packs.number_array(np.zeros(len(lengths)), pa.int32()),
-        pa.DictionaryArray.from_arrays(splits, packs.string_array(SPLITS)),
+        pa.ListArray.from_arrays(offsets, arrow.number_array(ids, pa.int32())),
+        pa.ListArray.from_arrays(offsets, arrow.number_array(mask, pa.uint8())),
+        arrow.string_array(["raw.jsonl"] * len(lengths)),
+        arrow.number_array(np.arange(len(lengths)), pa.int64()),
+        arrow.number_array(np.zeros(len(lengths)), pa.int32()),
+        pa.DictionaryArray.from_arrays(splits, arrow.string_array(SPLITS)),
         pa.DictionaryArray.from_arrays(
-            packs.number_array(np.zeros(len(lengths)), pa.int8()), packs.string_array(["none"])
+            arrow.number_array(np.zeros(len(lengths)), pa.int8()), arrow.string_array(["none"])
         ),
     ]
     return pa.Table.from_arrays(columns, schema=schema)

@@ -30,7 +30,7 @@ from snaketron.data import tokenizer
 from snaketron.data.chats import conversation, render
 from snaketron.data.chats.mask import Masker
 from snaketron.data.chats.template import Template, load_template
-from snaketron.data.sample.text import chats
+from snaketron.data.sample import chats
 from snaketron.settings.chats import RenderSettings
 
 from tokenizers import Tokenizer
@@ -88,7 +88,7 @@ def ours(renderer: render.Renderer, path: Path) -> int:
     drops = render.Drops()
     renderer.read.clear()
     done = renderer.encode(renderer.render([path], drops), drops)
-    return sum(render.num_tokens(sequences) for sequences in done)
+    return sum(sequences.num_tokens(sequences) for sequences in done)
 
 
 def by_prefixes(

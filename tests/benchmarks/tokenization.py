@@ -149,6 +149,7 @@ def shares(corpus: Path, tokenizer: Path, output: Path) -> None:
     import tokenize_shard
     from snaketron.data import encode
     from snaketron.data.text import binidx, origins, tokenize
+    from snaketron.lineage import record
 
     spent = {"imports": time.perf_counter() - start}
 
@@ -184,7 +185,7 @@ def shares(corpus: Path, tokenizer: Path, output: Path) -> None:
     timed(binidx.Writer, "write", "writing, sha256")
     timed(origins.Writer, "write", "table")
     timed(tokenize._Shard, "_close", "closing")
-    timed(tokenize.lineage, "record", "record, sha256 of the input")
+    timed(record, "_named", "record, sha256 of the input")
     tokenize_shard.main(arguments(corpus, tokenizer, output, 1))
     total = time.perf_counter() - start
     inner = {

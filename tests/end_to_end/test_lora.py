@@ -6,7 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import read
 from tests.conftest import Workspace, copy_of
 from tests.end_to_end.processes import exists, run_until, saved, shell_lines
 from tests.end_to_end.test_kill import half_written, metrics, weights
@@ -84,8 +84,8 @@ def test_adapters_learn_and_are_small(tuned: Workspace):
     assert sizes["lora"] < sizes["sft"] / 5
     config = yaml.safe_load((ckpt / "lora/config.yaml").read_text())
     assert config["settings"]["lora"]["rank"] == 8
-    base = lineage.read(ckpt / "pretrain/focused/record.json")
-    assert {"path": "ckpt/pretrain/focused", "version": f"{base['name']}-{base['key']}"} in config["inputs"]
+    base = read(ckpt / "pretrain/focused/record.json")
+    assert {"path": "ckpt/pretrain/focused", "version": f"{base.name}-{base.key}"} in config["inputs"]
     summary = (ckpt / "lora/summary.md").read_text()
     assert "| lora " in summary and "tuned model:" in summary
 
@@ -95,9 +95,9 @@ def test_merging_keeps_the_loss(tuned: Workspace):
     before, after = valid_losses(ckpt / "lora_merged")
     assert before == valid_losses(ckpt / "lora")[-1]
     assert after == pytest.approx(before, abs=1e-6)
-    record = lineage.read(ckpt / "lora_merged/record.json")
-    assert record["name"] == "lora_merged"
-    assert [entry["path"] for entry in record["inputs"] if "version" in entry] == [
+    record = read(ckpt / "lora_merged/record.json")
+    assert record.name == "lora_merged"
+    assert [entry.path for entry in record.inputs if entry.version] == [
         "ckpt/pretrain/focused",
         "ckpt/lora",
     ]

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from snaketron.files import sha256
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import read
 from tests.conftest import Workspace
 from tests.end_to_end.processes import shell_lines
 from tests.end_to_end.test_kill import is_record, weights
@@ -62,8 +62,8 @@ def test_every_record_tells_the_truth(finished: Workspace, monkeypatch: pytest.M
     """Each output has the hash in its record, and each input that of the record that made it."""
     monkeypatch.chdir(finished.path)
     found = [*Path("data").rglob("*.json"), *Path("ckpt/versions").glob("*/record.json")]
-    records = [lineage.read(p) for p in found if is_record(p)]
-    kinds = {record["kind"] for record in records}
+    records = [read(p) for p in found if is_record(p)]
+    kinds = {record.kind for record in records}
     assert {
         "sample",
         "tokenizer",
@@ -74,10 +74,10 @@ def test_every_record_tells_the_truth(finished: Workspace, monkeypatch: pytest.M
         "pack_sft",
         "checkpoint",
     } <= kinds
-    made = {output["path"]: output["sha256"] for record in records for output in record["outputs"]}
+    made = {output.path: output.sha256 for record in records for output in record.outputs}
     for path, digest in made.items():
         assert content_hash(Path(path)) == digest, path
-    used = [i for record in records for i in record["inputs"] if i["path"] in made]
+    used = [i for record in records for i in record.inputs if i.path in made]
     assert len(used) > 10
     assert all(made[i["path"]] == i["sha256"] for i in used)
 

@@ -6,18 +6,15 @@ are known to be hard when the tokenizer is loaded, then for a sample of the docu
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from snaketron.data import tokenizer as tokenizers
-from snaketron.log import UserError
+from snaketron.log import UserError, logger
 
 import numpy as np
-
-logger = logging.getLogger(__name__)
 
 # `tokenizers` takes about 30 times as long, so that these cost some 2 % of the time, and at least 0.05 s.
 SAMPLE = 2000  # one document in so many is compared,

@@ -6,7 +6,6 @@ Its identity is the sha256 of tokenizer.json. Only `tokenizers` is imported to u
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,12 +15,10 @@ from typing import Any
 
 from snaketron import files
 from snaketron.data.rows import read_texts
-from snaketron.lineage import record as lineage
-from snaketron.log import UserError
+from snaketron.lineage.record import Entry, Record, making
+from snaketron.log import UserError, logger
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-logger = logging.getLogger(__name__)
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -131,33 +128,25 @@ def build(
     vocab_size: int | None,
     output: Path,
     record: Path,
-) -> dict[str, Any]:
+) -> Record:
     """Write tokenizer.json (`output`), tokenizer_config.json beside it, and `record`; returns the record."""
-    inputs: list[Path | dict[str, Any]]
     settings: dict[str, Any]
-    if path is not None:
-        tokenizer, config, inputs = convert(path)
-        settings = {"path": path}
-    else:
-        if vocab_size is None:
-            raise UserError("--vocab-size is needed to train a tokenizer from --text")
-        documents = (t for file in text for _, t in read_texts(file, text_field))
-        tokenizer, config, inputs = train(documents, vocab_size), trained_config(), list(text)
-        settings = {"vocab_size": vocab_size, "text_field": text_field, "pattern": PATTERN}
-    outputs = [output, output.with_name("tokenizer_config.json")]
-    with files.writing(*outputs, record) as temporary:
-        temporary[0].write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        temporary[1].write_bytes(files.to_json(config))
-        value = lineage.record(
-            "tokenizer",
-            output.parent.name,
-            inputs=inputs,
-            outputs=dict(zip(outputs, temporary, strict=False)),
-            settings=settings,
-            counts={"vocab_size": max(tokenizer.get_vocab().values()) + 1},
-        )
-        temporary[2].write_bytes(files.to_json(value))
-    return value
+    outputs = {name: output.with_name(name) for name in (output.name, "tokenizer_config.json")}
+    with making("tokenizer", output.parent.name, outputs=outputs, record=record) as job:
+        if path is not None:
+            tokenizer, config, origin = convert(path)
+            job.inputs, settings = {"origin": origin}, {"path": path}
+        else:
+            if vocab_size is None:
+                raise UserError("--vocab-size is needed to train a tokenizer from --text")
+            documents = (t for file in text for _, t in read_texts(file, text_field))
+            tokenizer, config = train(documents, vocab_size), trained_config()
+            job.inputs = {"text": text}
+            settings = {"vocab_size": vocab_size, "text_field": text_field, "pattern": PATTERN}
+        job.settings, job.counts = settings, {"vocab_size": max(tokenizer.get_vocab().values()) + 1}
+        job.aside[output.name].write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        job.aside["tokenizer_config.json"].write_bytes(files.to_json(config))
+    return job.record
 
 
 def train(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -208,7 +197,7 @@ def trained_config() -> dict[str, Any]:
     }
 
 
-def convert(path: str) -> tuple[Tokenizer, dict[str, Any], list[Path | dict[str, Any]]]:
+def convert(path: str) -> tuple[Tokenizer, dict[str, Any], list[Path | Entry]]:
     """A Hugging Face tokenizer, its configuration and what it was made from."""
     tokenizer = from_hugging_face(path)
     if not getattr(tokenizer, "is_fast", False):
@@ -234,7 +223,7 @@ def convert(path: str) -> tuple[Tokenizer, dict[str, Any], list[Path | dict[str,
     return backend, config, _origin(path)
 
 
-def _origin(path: str) -> list[Path | dict[str, Any]]:
+def _origin(path: str) -> list[Path | Entry]:
     """The files of a local tokenizer, or the revision of one from the hub, for the record."""
     if Path(path).is_dir():
         names = ("tokenizer.json", "tokenizer_config.json")
@@ -242,7 +231,7 @@ def _origin(path: str) -> list[Path | dict[str, Any]]:
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(path, "tokenizer_config.json")
-    return [{"path": path} | ({"revision": Path(cached).parent.name} if isinstance(cached, str) else {})]
+    return [Entry("origin", path, revision=Path(cached).parent.name if isinstance(cached, str) else "")]
 
 
 def from_hugging_face(path: str) -> Any:
@@ -283,30 +272,20 @@ _PROBE = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "
 _VARIABLES = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
 
 
-def install_template(
-    *, template: Path | None, source: str | None, output: Path, record: Path
-) -> dict[str, Any]:
+def install_template(*, template: Path | None, source: str | None, output: Path, record: Path) -> Record:
     """Check the chat template of a file, or of a Hugging Face tokenizer, and write it to `output`."""
-    if template is not None:
-        text, name = _read_template(template), str(template)
-        inputs: list[Path | dict[str, Any]] = [template]
-    else:
-        assert source is not None
-        text, name = template_of(source), source
-        inputs = _origin(source)
-    check_template(text, name)
-    with files.writing(output, record) as temporary:
-        temporary[0].write_text(text, encoding="utf-8")
-        value = lineage.record(
-            "chat_template",
-            output.name,
-            inputs=inputs,
-            outputs={output: temporary[0]},
-            settings={},
-            counts={"characters": len(text)},
-        )
-        temporary[1].write_bytes(files.to_json(value))
-    return value
+    with making("chat_template", output.name, outputs={"template": output}, record=record) as job:
+        if template is not None:
+            text, name = _read_template(template), str(template)
+            job.inputs = {"template": template}
+        else:
+            assert source is not None
+            text, name = template_of(source), source
+            job.inputs = {"origin": _origin(source)}
+        check_template(text, name)
+        job.aside["template"].write_text(text, encoding="utf-8")
+        job.counts = {"characters": len(text)}
+    return job.record
 
 
 def _read_template(path: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from snaketron.files import partial, sha256_of
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import read
 from snaketron.log import UserError
 
 
@@ -97,12 +97,12 @@ class Version:
     def identity(self) -> str:
         """The stage and version key of a finished checkpoint, whatever its link is called."""
         try:
-            record = lineage.read(self.record)
+            record = read(self.record)
         except UserError:
             raise UserError(
                 f"{self.directory}: not a finished checkpoint of this workflow (it has no {self.record.name})"
             ) from None
-        return f"{record['name']}-{record['key']}"
+        return f"{record.name}-{record.key}"
 
     def publish(self, output: Path) -> None:
         """Make `output` a link to this version, in one step; `UserError` where a directory is in the way."""

@@ -6,61 +6,96 @@ Later rules read counts and hashes from it, and W&B artifacts are logged from it
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from snaketron.files import read_json, sha256
+from snaketron.files import read_json, sha256, to_json, writing
 from snaketron.log import UserError
 
-_started = time.monotonic()  # the import of this module is the start of the job, to within its imports
-
-_LARGEST_RECORD = 1 << 28  # bytes
 PACKAGES = ("snaketron", "datatrove", "tokenizers", "fastokens", "pyarrow", "torch", "megatron-core")
 
 
-def record(
-    kind: str,
-    name: str,
-    *,
-    inputs: Iterable[Path | Mapping[str, Any]],
-    outputs: Mapping[Path, Path] | Iterable[Path],
-    settings: Mapping[str, Any],
-    counts: Mapping[str, Any],
-    hashes: Mapping[Path, str] | None = None,
-) -> dict[str, Any]:
-    """The record of an artifact, to be written with `files.write_json`.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An input or an output of a job: what it is to the job (`name`), where it lies, and what identifies it.
 
-    `inputs` are files, hashed here, or entries `{"path": ..., "sha256": ...}` of other records.
-    `outputs` are files, or a mapping from final path to the path where the file lies now.
-    `hashes` are the sha256, by final path, of outputs that need not be read again for them.
-    `settings` and `counts` are JSON values; `counts` says what went in, came out and was dropped by reason.
+    A file has a `sha256`, a checkpoint its `version`, a tokenizer of the hub its `revision`.
     """
-    known = hashes or {}
-    present = outputs if isinstance(outputs, Mapping) else {path: path for path in outputs}
-    return {
-        "kind": kind,
-        "name": name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - _started, 2),
-        "inputs": [
-            dict(i) if isinstance(i, Mapping) else {"path": str(i), "sha256": sha256(i)} for i in inputs
-        ],
-        "outputs": [
-            {"path": str(final), "sha256": known.get(final) or sha256(now), "bytes": now.stat().st_size}
-            for final, now in present.items()
-        ],
-        "settings": dict(settings),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
-        "counts": dict(counts),
-    }
+
+    name: str
+    path: str
+    sha256: str = ""
+    bytes: int = 0  # of outputs
+    version: str = ""
+    revision: str = ""
+
+    @property
+    def file(self) -> Path:
+        return Path(self.path)
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """The entry without its name, as config.yaml and W&B list what a training was made from."""
+        values = {key: getattr(self, key) for key in ("path", "sha256", "bytes", "version", "revision")}
+        return {key: value for key, value in values.items() if value}
+
+    def renamed(self, name: str) -> Entry:
+        return Entry(name, **self.reference)
 
 
-def read(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one job made. A kind may have several inputs of one name, and has one output of a name."""
+
+    kind: str
+    name: str
+    created: str  # ISO 8601, UTC
+    seconds: float  # that the job took
+    inputs: tuple[Entry, ...]
+    outputs: tuple[Entry, ...]
+    settings: dict[str, Any]
+    versions: dict[str, str | None]  # of Python and of the packages that decide on results
+    counts: dict[str, Any]  # what went in, came out and was dropped by reason
+    key: str | None = None  # of the version, for a checkpoint
+
+    def output(self, name: str) -> Entry:
+        """The output of a name, such as `train.bin`; `KeyError` where there is none."""
+        for entry in self.outputs:
+            if entry.name == name:
+                return entry
+        raise KeyError(f"the record of {self.kind} {self.name} has no output {name!r}")
+
+    def inputs_named(self, name: str) -> list[Entry]:
+        return [entry for entry in self.inputs if entry.name == name]
+
+    def as_json(self) -> dict[str, Any]:
+        value = {
+            "kind": self.kind,
+            "name": self.name,
+            "created": self.created,
+            "seconds": self.seconds,
+            "inputs": [{"name": e.name, **e.reference} for e in self.inputs],
+            "outputs": [
+                {"name": e.name, "path": e.path, "sha256": e.sha256, "bytes": e.bytes} for e in self.outputs
+            ],
+            "settings": self.settings,
+            "versions": self.versions,
+            "counts": self.counts,
+        }
+        return value if self.key is None else value | {"key": self.key}
+
+
+# -------------------------------------------------------------------------------------------- reading
+
+
+def read(path: Path) -> Record:
     """Read a record; `UserError` when there is none or it is not one."""
     try:
         value = read_json(path)
@@ -68,50 +103,136 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such record; the rule that makes it has not finished") from None
     except ValueError as error:
         raise UserError(f"{path}: not a lineage record ({error}); delete it and run again") from None
-    if not isinstance(value, dict) or not {"kind", "outputs", "counts"} <= value.keys():
-        raise UserError(f"{path}: not a lineage record; delete it and run again")
-    return value
+    try:
+        kind, inputs, outputs = value["kind"], value.get("inputs", []), value["outputs"]
+        return Record(
+            kind=kind,
+            name=value.get("name", ""),
+            created=value.get("created", ""),
+            seconds=value.get("seconds", 0.0),
+            inputs=_entries(inputs, lambda: _unnamed_inputs(kind, inputs)),
+            outputs=_entries(outputs, lambda: _unnamed_outputs(kind, outputs)),
+            settings=value.get("settings", {}),
+            versions=value.get("versions", {}),
+            counts=value["counts"],
+            key=value.get("key"),
+        )
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{path}: not a lineage record; delete it and run again") from None
 
 
-def record_of(entry: Mapping[str, Any]) -> Path | None:
-    """The record of what made an input, given as a record lists it; None for a file that no rule made.
+def _entries(values: list[dict[str, Any]], unnamed: Any) -> tuple[Entry, ...]:
+    if all("name" in value for value in values):
+        return tuple(Entry(**value) for value in values)
+    return tuple(Entry(name, **value) for name, value in zip(unnamed(), values, strict=True))
 
-    A record lies beside what it is about and is known by the content hash, so a file that was made again
-    since is not taken for the one that was used.
+
+# Records of before November 2026 have no names. Readers of that time went by the position of these outputs.
+_OUTPUTS = {
+    "tokens": ("train.bin", "train.idx", "valid.bin", "valid.idx", "test.bin", "test.idx", "documents"),
+    "pack_sft": ("train", "valid", "test"),
+    "index": ("index",),
+}
+_INPUTS = {
+    "tokens": "text",
+    "tokenizer": "text",
+    "filtered": "text",
+    "render_chat": "chats",
+    "pack_sft": "chats",
+    "blend": "records",
+    "blend_sft": "records",
+}
+
+
+def _unnamed_outputs(kind: str, outputs: list[dict[str, Any]]) -> list[str]:
+    names = _OUTPUTS.get(kind, ())
+    return [names[i] if i < len(names) else _file_name(entry) for i, entry in enumerate(outputs)]
+
+
+def _unnamed_inputs(kind: str, inputs: list[dict[str, Any]]) -> list[str]:
+    checkpoints = iter(("base", "adapters"))
+
+    def name(entry: dict[str, Any]) -> str:
+        if "version" in entry:
+            return next(checkpoints)
+        file = _file_name(entry)
+        if file in ("tokenizer.json", "blend.json") and kind != "tokenizer":
+            return file.removesuffix(".json")
+        return "template" if file.endswith(".jinja") else _INPUTS.get(kind, file)
+
+    return [name(entry) for entry in inputs]
+
+
+def _file_name(entry: dict[str, Any]) -> str:
+    return str(entry["path"]).rpartition("/")[2]
+
+
+# -------------------------------------------------------------------------------------------- writing
+
+type Given = Path | Entry | Iterable[Path | Entry]
+
+
+@dataclass
+class Job:
+    """A job that is writing: where its outputs lie for now, and what its record will say."""
+
+    aside: dict[str, Path]  # where to write each output, by name
+    inputs: Mapping[str, Given] = field(default_factory=dict)  # by name; files are hashed for the record
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)  # sha256 of outputs that need not be read for it
+    present: list[Entry] = field(default_factory=list)  # outputs that the job has put in place by itself
+    key: str | None = None
+    _record: Record | None = None
+
+    @property
+    def record(self) -> Record:
+        """What was written. Only after the block."""
+        assert self._record is not None, "the block of making() has not ended"
+        return self._record
+
+
+@contextlib.contextmanager
+def making(
+    kind: str, name: str, *, outputs: Mapping[str, Path], record: Path, started: float | None = None
+) -> Iterator[Job]:
+    """Write `outputs` and then their `record`: all of them appear when the block succeeds, else nothing.
+
+    The block writes to `job.aside[name]`, and says in `job` what the record needs. The job's time counts from
+    `started` (`time.monotonic()`), or from the beginning of the block.
     """
-    path = Path(entry["path"])
-    if "version" in entry:  # a checkpoint
-        return path / "record.json"
-    beside = (path.parent / "record.json", path.with_suffix(".json"), path.with_name(f"{path.name}.json"))
-    for candidate in beside:
-        try:
-            if candidate == path and path.stat().st_size > _LARGEST_RECORD:
-                continue  # raw JSON, which may be larger than the memory
-            outputs = read(candidate)["outputs"]
-        except (UserError, FileNotFoundError):
-            continue
-        if candidate == path:
-            if sha256(path) == entry["sha256"]:
-                return path
-        elif any(output["sha256"] == entry["sha256"] for output in outputs):
-            return candidate
-    return None
+    begun = time.monotonic() if started is None else started
+    with writing(*outputs.values(), record) as temporary:
+        job = Job(dict(zip(outputs, temporary, strict=False)))
+        yield job
+        written = [
+            Entry(key, str(outputs[key]), job.hashes.get(key) or sha256(path), path.stat().st_size)
+            for key, path in job.aside.items()
+        ]
+        job._record = Record(
+            kind=kind,
+            name=name,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            inputs=tuple(_named(job.inputs)),
+            outputs=(*written, *job.present),
+            settings=dict(job.settings),
+            versions={"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+            counts=dict(job.counts),
+            key=job.key,
+            seconds=round(time.monotonic() - begun, 2),
+        )
+        temporary[-1].write_bytes(to_json(job.record.as_json()))
 
 
-def ancestors(inputs: Iterable[Mapping[str, Any]]) -> dict[Path, dict[str, Any]]:
-    """The records of everything that `inputs` were made from; each comes after those of its own inputs."""
-    found: dict[Path, dict[str, Any]] = {}
+def of_file(name: str, path: Path) -> Entry:
+    """A file that lies at its place, read for its hash."""
+    return Entry(name, str(path), sha256(path), path.stat().st_size)
 
-    def visit(inputs: Iterable[Mapping[str, Any]]) -> None:
-        for entry in inputs:
-            path = record_of(entry)
-            if path and path not in found:
-                record = read(path)
-                visit(record["inputs"])
-                found[path] = record
 
-    visit(inputs)
-    return found
+def _named(inputs: Mapping[str, Given]) -> Iterator[Entry]:
+    for name, given in inputs.items():
+        for one in [given] if isinstance(given, Path | Entry) else given:
+            yield one.renamed(name) if isinstance(one, Entry) else Entry(name, str(one), sha256(one))
 
 
 def _version(package: str) -> str | None:

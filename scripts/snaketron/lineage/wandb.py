@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import sha256_of, to_json
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import Entry, Record, read
+from snaketron.lineage.walk import record_of
 from snaketron.log import logger
 
 import orjson
@@ -39,7 +40,7 @@ class Group:
     kind: str
     name: str
     files: dict[str, bytes] = field(default_factory=dict)
-    inputs: list[Mapping[str, Any]] = field(default_factory=list)
+    inputs: list[Entry] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -52,35 +53,33 @@ class Group:
         return sha256_of({name: hashlib.sha256(text).hexdigest() for name, text in self.files.items()})[:12]
 
 
-def groups(inputs: Iterable[Mapping[str, Any]], consumer: str) -> list[Group]:
+def groups(inputs: Iterable[Entry], consumer: str) -> list[Group]:
     """The groups that the inputs of `consumer`, as its records list them, belong to."""
     found: dict[tuple[str, str], Group] = {}
     raw: dict[str, Any] = {}
     for entry in inputs:
-        path = lineage.record_of(entry)
-        if path is None:
-            raw[entry["path"]] = entry
+        made = record_of(entry)
+        if made is None:
+            raw[entry.path] = entry.reference
             continue
-        record = lineage.read(path)
-        kind, name = record["kind"], record["name"]
-        if kind == "checkpoint":
-            found[kind, name] = checkpoint_group(path.parent)
+        path, record = made
+        if record.kind == "checkpoint":
+            found[record.kind, record.name] = checkpoint_group(path.parent, record)
             continue
-        name = name.partition("/")[0]  # of a shard, its corpus or source
-        group = found.setdefault((kind, name), Group(kind, name))
+        name = record.name.partition("/")[0]  # of a shard, its corpus or source
+        group = found.setdefault((record.kind, name), Group(record.kind, name))
         if path.name not in group.files:
             group.files[path.name] = path.read_bytes()
-            group.inputs += record["inputs"]
+            group.inputs += record.inputs
     if raw:
         files = {"files.json": to_json([raw[path] for path in sorted(raw)])}
         found["raw", consumer] = Group("raw", consumer, files)
     return list(found.values())
 
 
-def checkpoint_group(directory: Path) -> Group:
-    record = lineage.read(directory / "record.json")
+def checkpoint_group(directory: Path, record: Record) -> Group:
     files = {name: (directory / name).read_bytes() for name in CHECKPOINT_FILES}
-    return Group("checkpoint", record["name"], files, record["inputs"])
+    return Group("checkpoint", record.name, files, list(record.inputs))
 
 
 class Client:
@@ -186,7 +185,7 @@ class Tracker:
         mode: str,
         directory: Path,
         stage: str,
-        inputs: Sequence[Mapping[str, Any]],
+        inputs: Sequence[Entry],
         config: dict[str, Any],
     ) -> None:
         self.directory, self.is_on = directory, mode != "off"
@@ -209,7 +208,8 @@ class Tracker:
             waiting_until = time.monotonic() + RECORD_WAIT_S
             while not (self.directory / "record.json").exists() and time.monotonic() < waiting_until:
                 time.sleep(1)
-            self.client.close(self.run, checkpoint_group(self.directory))
+            record = read(self.directory / "record.json")
+            self.client.close(self.run, checkpoint_group(self.directory, record))
 
         self._try(end)
 

@@ -10,7 +10,8 @@ from typing import Any, NotRequired, TypedDict
 
 from snaketron import files
 from snaketron.data.split import SPLITS
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import Record, read
+from snaketron.lineage.walk import ancestors
 
 MAX_EXAMPLES = 3  # removed rows that are quoted, for each source, step and reason
 EXAMPLE_CHARACTERS = 100
@@ -181,28 +182,28 @@ class CorpusCounts(TypedDict):
 
 def collect(paths: Sequence[Path]) -> Data:
     """Add up the records at `paths` and those of everything that they were made from."""
-    last = {path: lineage.read(path) for path in paths}
-    records = lineage.ancestors(entry for record in last.values() for entry in record["inputs"]) | last
+    last = {path: read(path) for path in paths}
+    records = ancestors(entry for record in last.values() for entry in record.inputs) | last
     data = add_up(record for _, record in sorted(records.items()))
-    indices = {r["name"]: r for r in records.values() if r["kind"] == "index"}
+    indices = {r.name: r for r in records.values() if r.kind == "index"}
     for record in records.values():
-        if record["kind"] == "blend":
-            _add_mix(data, record, indices.get(record["name"]))
+        if record.kind == "blend":
+            _add_mix(data, record, indices.get(record.name))
     return data
 
 
-def add_up(records: Iterable[dict[str, Any]]) -> Data:
+def add_up(records: Iterable[Record]) -> Data:
     """Sum what records say of text, curation, conversations and time, but not of the mix of a phase."""
     data = Data()
     for record in records:
-        data.seconds[record["kind"]].append(record.get("seconds", 0.0))
-        if add := _ADD.get(record["kind"]):
+        data.seconds[record.kind].append(record.seconds)
+        if add := _ADD.get(record.kind):
             add(data, record)
     return data
 
 
-def _add_text(data: Data, record: dict[str, Any]) -> None:
-    counts, corpus = record["counts"], record["settings"]["corpus"]
+def _add_text(data: Data, record: Record) -> None:
+    counts, corpus = record.counts, record.settings["corpus"]
     text = data.texts.setdefault(corpus, Text())
     text.shards += 1
     text.documents += counts["documents"]
@@ -211,7 +212,7 @@ def _add_text(data: Data, record: dict[str, Any]) -> None:
     text.encoders[counts.get("encoder", "tokenizers")] += 1
     text.replaced += counts.get("replaced", 0)
     if counts.get("fallback"):
-        data.fallbacks.append(f"{record['name']} was encoded by tokenizers: {counts['fallback']}")
+        data.fallbacks.append(f"{record.name} was encoded by tokenizers: {counts['fallback']}")
     for split in SPLITS:
         part: SplitCounts = counts[split]
         text.kept[split] += part["documents"]
@@ -233,9 +234,9 @@ def _add_dropped(data: Data, source: str, step: str, counts: Mapping[str, Any]) 
         data.remove(source, step, reason, number, examples=examples[reason])
 
 
-def _add_curated(data: Data, record: dict[str, Any]) -> None:
+def _add_curated(data: Data, record: Record) -> None:
     """Add a curated shard. Its record also counts what the filters before it removed."""
-    counts, corpus = record["counts"], record["name"].partition("/")[0]
+    counts, corpus = record.counts, record.name.partition("/")[0]
     curated = data.curated.setdefault(corpus, Curated())
     curated.documents.update(before=counts["documents"], after=counts["kept"]["documents"])
     curated.tokens.update(before=counts["tokens"], after=counts["kept"]["tokens"])
@@ -249,21 +250,21 @@ def _add_curated(data: Data, record: dict[str, Any]) -> None:
         _add_dropped(data, corpus, "read", counts)
 
 
-def _add_rendered(data: Data, record: dict[str, Any]) -> None:
-    source = record["settings"]["source"]
-    data.chats.setdefault(source, Chats()).rows += record["counts"]["rows"]
-    _add_dropped(data, source, "render", record["counts"])
+def _add_rendered(data: Data, record: Record) -> None:
+    source = record.settings["source"]
+    data.chats.setdefault(source, Chats()).rows += record.counts["rows"]
+    _add_dropped(data, source, "render", record.counts)
 
 
-def _add_packed(data: Data, record: dict[str, Any]) -> None:
-    source = record["settings"]["source"]
+def _add_packed(data: Data, record: Record) -> None:
+    source = record.settings["source"]
     chats = data.chats.setdefault(source, Chats())
     chats.shards += 1
     counts: PackedCounts
-    for counts in record["counts"]["splits"].values():
+    for counts in record.counts["splits"].values():
         chats.conversations += counts["packed"]
         chats.packs += counts["packs"]
-        chats.room += counts["packs"] * record["settings"]["pack_size"]
+        chats.room += counts["packs"] * record.settings["pack_size"]
         chats.tokens += counts["tokens"]
         chats.trained += counts["trained_tokens"]
         chats.cut += counts["cut"]
@@ -280,17 +281,17 @@ _ADD = {
 }
 
 
-def _add_mix(data: Data, record: dict[str, Any], index: dict[str, Any] | None) -> None:
+def _add_mix(data: Data, record: Record, index: Record | None) -> None:
     """Add the mix of a phase: counted from the samples of its index, or the plan where there is no index."""
-    phase = record["name"]
-    blend = files.read_json(Path(record["outputs"][0]["path"]))
+    phase = record.name
+    blend = files.read_json(record.output("blend.json").file)
     corpora: list[CorpusCounts] = blend["train"]["corpora"]
     shares = {c["corpus"]: c["share"] for c in corpora}
     taken = {c["corpus"]: c["taken"] for c in corpora}
     if index:
-        counted = index["counts"]["train"]
+        counted = index.counts["train"]
         shares = {name: number / counted["samples"] for name, number in counted["corpora"].items()}
-        taken = {name: n * index["settings"]["seq_length"] for name, n in counted["corpora"].items()}
+        taken = {name: n * index.settings["seq_length"] for name, n in counted["corpora"].items()}
         data.indexed.add(phase)
     data.mixes[phase] = [
         Share(
@@ -301,7 +302,7 @@ def _add_mix(data: Data, record: dict[str, Any], index: dict[str, Any] | None) -
             taken=taken[c["corpus"]],
             tokens=c["tokens"],
             epochs=taken[c["corpus"]] / c["tokens"],
-            repeated=c["corpus"] in record["counts"]["repeated"],
+            repeated=c["corpus"] in record.counts["repeated"],
         )
         for c in corpora
     ]

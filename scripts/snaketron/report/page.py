@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from snaketron import files
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import making
 from snaketron.report.collect import Data, collect
 from snaketron.report.sections import Section, sections
 
@@ -20,24 +20,19 @@ def write(paths: Sequence[Path], directory: Path) -> Data:
     """Write report.md, report.html, the figures and record.json, about the records at `paths`."""
     from snaketron.report import figures
 
+    started = time.monotonic()
     data = collect(paths)
     parts = sections(data)
     drawn = {name: draw(data) for name, draw in figures.FIGURES.items()}
-    contents = {directory / f"{name}.svg": svg for name, svg in drawn.items()}
-    contents[directory / "report.md"] = markdown(parts).encode()
-    contents[directory / "report.html"] = html(parts, drawn).encode()
-    with files.writing(*contents, directory / "record.json") as temporary:
-        for path, content in zip(temporary, contents.values(), strict=False):
-            path.write_bytes(content)
-        record = lineage.record(
-            "report",
-            "data",
-            inputs=paths,
-            outputs=dict(zip(contents, temporary, strict=False)),
-            settings={},
-            counts={"records": sum(map(len, data.seconds.values()))},
-        )
-        temporary[-1].write_bytes(files.to_json(record))
+    contents = {f"{name}.svg": svg for name, svg in drawn.items()}
+    contents["report.md"] = markdown(parts).encode()
+    contents["report.html"] = html(parts, drawn).encode()
+    outputs = {name: directory / name for name in contents}
+    with making("report", "data", outputs=outputs, record=directory / "record.json", started=started) as job:
+        for name, content in contents.items():
+            job.aside[name].write_bytes(content)
+        job.inputs = {"records": paths}
+        job.counts = {"records": sum(map(len, data.seconds.values()))}
     return data
 
 

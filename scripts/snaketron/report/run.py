@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from snaketron.data.split import SPLITS
 from snaketron.files import read_json
 from snaketron.jobs.version import Version
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import Record, read
+from snaketron.lineage.walk import ancestors
 from snaketron.report.collect import Data, add_up
 from snaketron.report.page import table
 
@@ -20,10 +20,10 @@ def summarize(checkpoint: Path) -> str:
     Follows the inputs of the lineage records, so the data must still lie where it was.
     """
     version = Version(checkpoint)
-    last = lineage.read(version.record)
-    records = [*lineage.ancestors(last["inputs"]).values(), last]
-    stages = [record for record in records if record["kind"] == "checkpoint"]
-    data = add_up(record for record in records if record["kind"] != "checkpoint")
+    last = read(version.record)
+    records = [*ancestors(last.inputs).values(), last]
+    stages = [record for record in records if record.kind == "checkpoint"]
+    data = add_up(record for record in records if record.kind != "checkpoint")
     parts = [
         f"# {checkpoint}",
         _training(stages),
@@ -42,15 +42,15 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def _training(stages: list[dict[str, Any]]) -> str:
+def _training(stages: list[Record]) -> str:
     rows = []
     for stage in stages:
-        counts = stage["counts"]
+        counts = stage.counts
         losses = [counts[key] for key in ("valid_loss_before", "valid_loss_after", "test_loss")]
         speed = counts["tokens"] / max(counts["train_seconds"], 1e-9)
         rows.append(
             [
-                stage["name"],
+                stage.name,
                 f"{counts['iterations']:,}",
                 f"{counts['tokens']:,}",
                 *map(_number, losses),
@@ -61,7 +61,7 @@ def _training(stages: list[dict[str, Any]]) -> str:
     return "## Training\n\n" + table(header, rows)
 
 
-def _mix(last: dict[str, Any]) -> list[str]:
+def _mix(last: Record) -> list[str]:
     """Compare what the last training took from each source with the weights; empty without sources."""
     rows = [
         [
@@ -72,7 +72,7 @@ def _mix(last: dict[str, Any]) -> list[str]:
             f"{source['epochs']:.2f}",
             _number(source["valid_loss"]),
         ]
-        for name, source in last["counts"].get("sources", {}).items()
+        for name, source in last.counts.get("sources", {}).items()
     ]
     header = [
         "chat source",
@@ -87,15 +87,15 @@ def _mix(last: dict[str, Any]) -> list[str]:
     return ["## Mix\n\n" + table([*header, "valid loss"], rows)] if rows else []
 
 
-def _performance(stages: list[dict[str, Any]]) -> list[str]:
+def _performance(stages: list[Record]) -> list[str]:
     """Speed, memory and time of one process (a GPU); a training whose record lacks them gets no row."""
     keys = ("tokens_per_second_per_process", "tflops_per_process", "peak_memory_gib")
     seconds = ("step_seconds", "data_seconds", "checkpoint_seconds")
     rows = [
-        [stage["name"], f"{counts[keys[0]]:,.0f}", f"{counts[keys[1]]:.3g}", f"{counts[keys[2]]:.1f}"]
+        [stage.name, f"{counts[keys[0]]:,.0f}", f"{counts[keys[1]]:.3g}", f"{counts[keys[2]]:.1f}"]
         + [f"{counts[key]:,.1f}" for key in seconds]
         for stage in stages
-        if keys[0] in (counts := stage["counts"])
+        if keys[0] in (counts := stage.counts)
     ]
     header = ["of a process", "tokens/s", "model TFLOP/s", "peak GiB", "s in steps", "waiting for data"]
     return ["## Performance\n\n" + table([*header, "in checkpoints"], rows)] if rows else []
@@ -133,9 +133,9 @@ def _dropped(data: Data, *steps: str) -> str:
     return f"\n\nDropped: {', '.join(reasons) or 'nothing'}."
 
 
-def _time(stages: list[dict[str, Any]], data: Data) -> str:
+def _time(stages: list[Record], data: Data) -> str:
     rows = [[kind, str(len(times)), f"{sum(times):.1f}"] for kind, times in sorted(data.seconds.items())]
-    rows += [[stage["name"], "1", f"{stage['seconds']:.1f}"] for stage in stages]
+    rows += [[stage.name, "1", f"{stage.seconds:.1f}"] for stage in stages]
     return "## Time\n\n" + table(["made", "jobs", "seconds"], rows)
 
 

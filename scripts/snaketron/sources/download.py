@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from snaketron import files
-from snaketron.files import partial, write_json
-from snaketron.lineage import record as lineage
+from snaketron.files import partial
+from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import NO_SPACE, UserError, logger
 from snaketron.sources.streams import BLOCK, Broken, Changed, OtherSize, open_stream
 from snaketron.wording import size_text
@@ -41,12 +41,13 @@ class Patience:
 
 def download(
     address: str, *, output: Path, size: int, sha256: str, record: Path, name: str, patience: Patience
-) -> dict[str, Any]:
+) -> Record:
     """Fetch a file of the lock to `output`, and write its lineage record after it; return the record.
 
     An earlier attempt left its bytes in a partial file; only the rest is asked for. A file that turns out
     wrong is fetched once more from its beginning. Raises `UserError` if it is wrong again.
     """
+    started = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
     with _partial(output) as file:
         resumed_at = os.fstat(file.fileno()).st_size
@@ -57,17 +58,12 @@ def download(
         else:
             _complete_or_again(file, output, address, size, sha256, patience)
         os.fsync(file.fileno())
-        value = lineage.record(
-            "raw",
-            name,
-            inputs=[{"path": address, "sha256": sha256}],
-            outputs={output: partial(output)},
-            settings={},
-            counts={"bytes": size, "resumed_at": resumed_at},
-        )
         partial(output).replace(output)
-    write_json(record, value)
-    return value
+    with making("raw", name, outputs={}, record=record, started=started) as job:
+        job.inputs = {"address": Entry("address", address, sha256)}
+        job.present = [Entry(output.name, str(output), sha256, size)]
+        job.counts = {"bytes": size, "resumed_at": resumed_at}
+    return job.record
 
 
 def _is(path: Path, size: int, sha256: str) -> bool:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snaketron.config import Model, Section
 from snaketron.data import tokenizer as tokenizers
-from snaketron.files import sha256, to_json, writing
+from snaketron.files import sha256, writing
 from snaketron.jobs import launch, supervisor
 from snaketron.jobs.version import Version, version_key
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import Entry, making, of_file
 from snaketron.lineage.wandb import Tracker
 from snaketron.log import UserError, log_to, logger
 from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
@@ -92,8 +93,9 @@ class Stage:
     tokenizer_directory: Path
     tokenizer: tokenizers.Info
     base: Path | None  # checkpoint to start from
-    inputs: list[dict[str, str]]  # the path of each with its identity: `sha256`, or `version` of a checkpoint
+    inputs: list[Entry]  # each with its identity: `sha256`, or `version` of a checkpoint
     output: Path
+    started: float = field(default_factory=time.monotonic, compare=False)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, kind: type[TrainSettings] = TrainSettings) -> Stage:
@@ -102,21 +104,21 @@ class Stage:
         run = _parse(RunSettings, args.run_settings, "--run-settings")
         tokenizer = tokenizers.info(args.tokenizer)
         inputs = [
-            {"path": str(args.blend), "sha256": _hash(args.blend)},
-            {"path": str(args.tokenizer / "tokenizer.json"), "sha256": tokenizer.sha256},
+            Entry("blend", str(args.blend), sha256=_hash(args.blend)),
+            Entry("tokenizer", str(args.tokenizer / "tokenizer.json"), sha256=tokenizer.sha256),
         ]
         if args.base:
-            inputs.append({"path": str(args.base), "version": Version(args.base).identity})
+            inputs.append(Entry("base", str(args.base), version=Version(args.base).identity))
             check_base(args.base, settings.model, tokenizer.sha256)
         elif kind is LoraSettings:
             raise UserError("--base: name the checkpoint that the adapters are for")
         if args.adapters:
-            inputs.append({"path": str(args.adapters), "version": Version(args.adapters).identity})
+            inputs.append(Entry("adapters", str(args.adapters), version=Version(args.adapters).identity))
         return cls(settings, run, args.blend, args.tokenizer, tokenizer, args.base, inputs, args.output)
 
     @cached_property
     def key(self) -> str:
-        identities = [i.get("sha256") or i["version"] for i in self.inputs]
+        identities = [entry.sha256 or entry.version for entry in self.inputs]
         return version_key(self.settings.model_dump(), identities)
 
     @cached_property
@@ -206,7 +208,7 @@ class Stage:
             values = {
                 "settings": self.settings.model_dump(),
                 "run": self.run.model_dump(),
-                "inputs": self.inputs,
+                "inputs": [entry.reference for entry in self.inputs],
                 "tokenizer_sha256": self.tokenizer.sha256,
             }
             temporary.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -236,16 +238,12 @@ class Stage:
     def write_record(self, counts: dict[str, Any]) -> None:
         """Write the record of the last checkpoint, which says that the version is complete."""
         final = self.version.iteration_directory(self.settings.train_iters)
-        record = lineage.record(
-            "checkpoint",
-            self.settings.stage,
-            inputs=self.inputs,
-            outputs=sorted(p for p in final.rglob("*") if p.is_file()),
-            settings=self.settings.model_dump(),
-            counts=counts,
-        )
-        with writing(self.version.record) as (temporary,):
-            temporary.write_bytes(to_json(record | {"key": self.key}))
+        stage, record = self.settings.stage, self.version.record
+        with making("checkpoint", stage, outputs={}, record=record, started=self.started) as job:
+            written = sorted(p for p in final.rglob("*") if p.is_file())
+            job.present = [of_file(str(p.relative_to(final)), p) for p in written]
+            job.inputs = {entry.name: entry for entry in self.inputs}
+            job.settings, job.counts, job.key = self.settings.model_dump(), counts, self.key
 
 
 def check_base(base: Path, model: Model, tokenizer_sha256: str) -> None:

@@ -80,7 +80,7 @@ def test_training_again_gives_the_same_tokenizer(run_script, tmp_path, write_jso
         identities.append(record["outputs"][0]["sha256"])
     assert identities[0] == identities[1] == tokenizer.info(tmp_path / "out").sha256
     assert record["counts"] == {"vocab_size": 280}
-    assert record["inputs"] == [{"path": str(text), "sha256": files.sha256(text)}]
+    assert record["inputs"] == [{"name": "text", "path": str(text), "sha256": files.sha256(text)}]
     assert files_in(tmp_path / "out") == ["record.json", "tokenizer.json", "tokenizer_config.json"]
 
 
@@ -150,7 +150,7 @@ def test_a_hub_id_is_taken_from_the_local_cache_without_a_network(tmp_path, toke
     command = [sys.executable, SCRIPTS / "build_tokenizer.py", "--path", "acme/tiny", *outputs]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     record = files.read_json(tmp_path / "out" / "record.json")
-    assert record["inputs"] == [{"path": "acme/tiny", "revision": revision}]
+    assert record["inputs"] == [{"name": "origin", "path": "acme/tiny", "revision": revision}]
     assert tokenizer.info(tmp_path / "out").vocab_size == 300
 
 

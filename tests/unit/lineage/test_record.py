@@ -1,16 +1,47 @@
-"""Records: what they say, when they are refused, and how they lead back to the raw files."""
+"""Records: what they say, when they are refused, and how those without names for inputs are read."""
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import signal
+import subprocess
+import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
 from snaketron import files
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import Entry, making, of_file, read
 from snaketron.log import UserError
 
 import pytest
+
+# What the first release wrote when it tokenized a shard, with the hashes cut.
+OLD = """{
+  "kind": "tokens",
+  "name": "docs/part_0",
+  "created": "2026-11-28T15:01:18+00:00",
+  "seconds": 1.02,
+  "inputs": [
+    {"path": "data/sample/docs/part_0.jsonl", "sha256": "6ad3"},
+    {"path": "data/tokenizer/tokenizer.json", "sha256": "f05a"}
+  ],
+  "outputs": [
+    {"path": "data/tokens/docs/train/part_0.bin", "sha256": "ddb2", "bytes": 427184},
+    {"path": "data/tokens/docs/train/part_0.idx", "sha256": "8d02", "bytes": 3882},
+    {"path": "data/tokens/docs/valid/part_0.bin", "sha256": "55e1", "bytes": 30110},
+    {"path": "data/tokens/docs/valid/part_0.idx", "sha256": "2c4f", "bytes": 242},
+    {"path": "data/tokens/docs/test/part_0.bin", "sha256": "e3b0", "bytes": 0},
+    {"path": "data/tokens/docs/test/part_0.idx", "sha256": "91aa", "bytes": 42},
+    {"path": "data/tokens/docs/part_0.parquet", "sha256": "07c9", "bytes": 5120}
+  ],
+  "settings": {"corpus": "docs"},
+  "versions": {"python": "3.12.1", "datatrove": "0.10.1", "torch": null},
+  "counts": {"documents": 205}
+}
+"""
 
 
 def write(path: Path, text: str) -> Path:
@@ -19,49 +50,122 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def make(output: Path, *inputs: Path, record: Path, kind: str = "thing") -> Path:
-    """Write a file of its own name, made from `inputs`, with its record."""
-    write(output, output.name)
-    value = lineage.record(kind, output.stem, inputs=inputs, outputs=[output], settings={}, counts={})
-    files.write_json(record, value)
-    return output
-
-
 def test_a_record_says_what_went_in_and_what_came_out(tmp_path: Path):
-    raw, final, aside = (
-        write(tmp_path / name, text) for name, text in (("raw", "abc"), ("out", "old"), (".out", "four"))
+    raw, final = write(tmp_path / "raw", "abc"), write(tmp_path / "out", "old")
+    path = tmp_path / "record.json"
+    with making("tokens", "docs/a", outputs={"train.bin": final}, record=path) as job:
+        job.aside["train.bin"].write_text("four")
+        assert final.read_text() == "old"
+        job.inputs = {"text": [raw], "tokenizer": Entry("other", "t.json", "ff")}
+        job.settings, job.counts = {"corpus": "docs"}, {"documents": 3}
+    record = read(path)
+    assert record == job.record
+    assert (record.kind, record.name, record.settings, record.counts, record.key) == (
+        *("tokens", "docs/a", {"corpus": "docs"}, {"documents": 3}),
+        None,
     )
-    value = lineage.record(
-        "tokens",
-        "docs/a",
-        inputs=[raw, {"path": "t.json", "sha256": "ff"}],
-        outputs={final: aside},
-        settings={"corpus": "docs"},
-        counts={"documents": 3},
+    assert record.inputs == (
+        Entry("text", str(raw), files.sha256(raw)),
+        Entry("tokenizer", "t.json", "ff"),  # by what it is to this job
     )
-    assert {k: value[k] for k in ("kind", "name", "settings", "counts")} == {
-        "kind": "tokens",
-        "name": "docs/a",
-        "settings": {"corpus": "docs"},
-        "counts": {"documents": 3},
-    }
-    assert value["inputs"] == [
-        {"path": str(raw), "sha256": files.sha256(raw)},
-        {"path": "t.json", "sha256": "ff"},
-    ]
-    # The name that it will have, and what lies under the name that it has now.
-    assert value["outputs"] == [{"path": str(final), "sha256": files.sha256(aside), "bytes": 4}]
-    assert value["versions"]["python"] == platform.python_version()
-    assert value["versions"].keys() >= {"snaketron", "torch", "megatron-core"}
-    assert datetime.fromisoformat(value["created"]).tzinfo is not None and value["seconds"] >= 0
+    assert record.outputs == (Entry("train.bin", str(final), files.sha256(final), 4),)
+    assert final.read_text() == "four"
+    assert record.versions["python"] == platform.python_version()
+    assert record.versions.keys() >= {"snaketron", "torch", "megatron-core"}
+    assert datetime.fromisoformat(record.created).tzinfo is not None
+
+
+def test_inputs_and_outputs_have_names(tmp_path: Path):
+    one, two = (write(tmp_path / name, name) for name in ("one", "two"))
+    with making("k", "n", outputs={"a": tmp_path / "a"}, record=tmp_path / "a.json") as job:
+        job.aside["a"].write_text("made")
+        job.inputs = {"text": [one, two], "tokenizer": one}
+        job.present = [of_file("b", two)]
+    assert [entry.file for entry in job.record.inputs_named("text")] == [one, two]
+    assert [entry.file for entry in job.record.inputs_named("tokenizer")] == [one]
+    assert job.record.output("b").file == two
+    with pytest.raises(KeyError, match="the record of k n has no output 'c'"):
+        job.record.output("c")
 
 
 def test_an_output_whose_hash_is_known_is_not_read_again(tmp_path: Path):
-    one, two = (write(tmp_path / name, "four") for name in ("one", "two"))
-    value = lineage.record(
-        "k", "n", inputs=[], outputs=[one, two], settings={}, counts={}, hashes={one: "ff"}
+    outputs = {name: tmp_path / name for name in ("one", "two")}
+    with making("k", "n", outputs=outputs, record=tmp_path / "record.json") as job:
+        for path in job.aside.values():
+            path.write_text("four")
+        job.hashes["one"] = "ff"
+    assert [entry.sha256 for entry in job.record.outputs] == ["ff", files.sha256(tmp_path / "two")]
+
+
+def test_the_time_counts_from_the_beginning_of_the_block_or_as_told(tmp_path: Path):
+    with making("k", "n", outputs={}, record=tmp_path / "a.json") as block:
+        time.sleep(0.05)
+    with making("k", "n", outputs={}, record=tmp_path / "b.json", started=time.monotonic() - 100) as told:
+        pass
+    assert 0.05 <= block.record.seconds < 50 and told.record.seconds >= 100
+
+
+def test_a_record_of_before_names_is_read_as_one_of_today(tmp_path: Path):
+    old = read(write(tmp_path / "old.json", OLD))
+    names = [f"{split}.{end}" for split in ("train", "valid", "test") for end in ("bin", "idx")]
+    assert [entry.name for entry in old.outputs] == [*names, "documents"]
+    assert old.output("valid.bin") == Entry("valid.bin", "data/tokens/docs/valid/part_0.bin", "55e1", 30110)
+    assert old.inputs == (
+        Entry("text", "data/sample/docs/part_0.jsonl", "6ad3"),
+        Entry("tokenizer", "data/tokenizer/tokenizer.json", "f05a"),
     )
-    assert [entry["sha256"] for entry in value["outputs"]] == ["ff", files.sha256(two)]
+    new = old.as_json()
+    assert read(write(tmp_path / "new.json", json.dumps(new))) == old
+    for entry in (*new["inputs"], *new["outputs"]):
+        del entry["name"]
+    assert new == json.loads(OLD)  # names are all that was added
+
+
+def test_a_checkpoint_of_before_names_tells_its_base_from_its_adapters(tmp_path: Path):
+    inputs = [
+        {"path": "data/sft/blend.json", "sha256": "bb3c"},
+        {"path": "data/tokenizer/tokenizer.json", "sha256": "f05a"},
+        {"path": "ckpt/pretrain/focused", "version": "pretrain/focused-10337c3c4945"},
+        {"path": "ckpt/lora", "version": "lora-f92668e32ff0"},
+    ]
+    value = {"kind": "checkpoint", "name": "lora_merged", "inputs": inputs, "outputs": [], "counts": {}}
+    record = read(write(tmp_path / "record.json", json.dumps(value | {"key": "5996ac9272b9"})))
+    assert [entry.name for entry in record.inputs] == ["blend", "tokenizer", "base", "adapters"]
+    assert [entry.reference for entry in record.inputs] == inputs
+    assert record.key == "5996ac9272b9"
+
+
+def test_a_job_that_fails_leaves_nothing(tmp_path: Path):
+    outputs = {"a": tmp_path / "made/a"}
+    with pytest.raises(RuntimeError), making("k", "n", outputs=outputs, record=tmp_path / "made/r") as job:
+        job.aside["a"].write_text("half")
+        raise RuntimeError
+    assert not list((tmp_path / "made").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_job_that_is_killed_publishes_nothing(tmp_path: Path, number: signal.Signals):
+    code = (
+        "import sys, time; from pathlib import Path; from snaketron.lineage.record import making\n"
+        "from snaketron.log import run\n"
+        "def main():\n"
+        "    with making('k', 'n', outputs={'a': Path('a')}, record=Path('r.json')) as job:\n"
+        "        job.aside['a'].write_text('half'); print('writing', flush=True); time.sleep(60)\n"
+        "run(main)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    job = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert job.stdout is not None and job.stdout.readline() == "writing\n"
+    job.send_signal(number)
+    job.communicate()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    # Nothing can tidy up after SIGKILL; the next attempt takes the same temporary names.
+    assert left == ([] if number == signal.SIGTERM else [".a.partial", ".r.json.partial"])
+    with making("k", "n", outputs={"a": tmp_path / "a"}, record=tmp_path / "r.json") as again:
+        again.aside["a"].write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "r.json"]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +175,7 @@ def test_an_output_whose_hash_is_known_is_not_read_again(tmp_path: Path):
         ('{"kind": ', "not a lineage record ("),
         ("[1]", "not a lineage record; delete it and run again"),
         ('{"kind": "tokens", "outputs": []}', "not a lineage record; delete it and run again"),
+        ('{"kind": "k", "outputs": [{"size": 1}], "counts": {}}', "not a lineage record; delete it"),
     ],
 )
 def test_what_is_no_record_is_named(tmp_path: Path, text: str | None, message: str):
@@ -78,50 +183,5 @@ def test_what_is_no_record_is_named(tmp_path: Path, text: str | None, message: s
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError) as error:
-        lineage.read(path)
+        read(path)
     assert str(error.value).startswith(f"{path}: {message}")
-
-
-def test_the_record_of_a_file_lies_beside_it(tmp_path: Path):
-    one = make(tmp_path / "docs/a.bin", record=tmp_path / "docs/a.json")
-    two = make(tmp_path / "blend/blend.json", record=tmp_path / "blend/record.json")
-    raw = write(tmp_path / "raw.jsonl", "{}")
-
-    def record_of(path: Path) -> Path | None:
-        return lineage.record_of({"path": str(path), "sha256": files.sha256(path)})
-
-    assert record_of(one) == tmp_path / "docs/a.json"
-    assert record_of(two) == tmp_path / "blend/record.json"
-    assert record_of(tmp_path / "docs/a.json") == tmp_path / "docs/a.json"  # a record given as the input
-    assert record_of(raw) is None
-
-
-def test_a_file_that_was_made_again_is_not_the_one_that_was_used(tmp_path: Path):
-    make(tmp_path / "a.bin", record=tmp_path / "a.json")
-    assert lineage.record_of({"path": str(tmp_path / "a.bin"), "sha256": "of another one"}) is None
-    record = tmp_path / "a.json"
-    entry = {"path": str(record), "sha256": files.sha256(record)}
-    record.write_text(record.read_text().replace('"thing"', '"other"'))
-    assert lineage.record_of(entry) is None
-
-
-def test_a_checkpoint_has_its_record_inside(tmp_path: Path):
-    entry = {"path": str(tmp_path / "ckpt/sft"), "version": "sft-0a"}
-    assert lineage.record_of(entry) == tmp_path / "ckpt/sft/record.json"
-
-
-def test_ancestors_are_listed_once_and_after_their_own(tmp_path: Path):
-    """raw -> tokenizer -> shard -> blend, and raw -> shard, tokenizer -> blend."""
-    raw = write(tmp_path / "raw.jsonl", "{}")
-    tokenizer = make(tmp_path / "tokenizer/t.json", raw, record=tmp_path / "tokenizer/record.json", kind="t")
-    shard = make(tmp_path / "docs/a.bin", raw, tokenizer, record=tmp_path / "docs/a.json", kind="shard")
-    blend = make(
-        tmp_path / "blend/b.json", tokenizer, shard, record=tmp_path / "blend/record.json", kind="blend"
-    )
-    found = lineage.ancestors([{"path": str(p), "sha256": files.sha256(p)} for p in (blend, tokenizer)])
-    assert list(found) == [
-        tmp_path / "tokenizer/record.json",
-        tmp_path / "docs/a.json",
-        tmp_path / "blend/record.json",
-    ]
-    assert [record["kind"] for record in found.values()] == ["t", "shard", "blend"]

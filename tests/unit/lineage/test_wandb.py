@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from snaketron.files import sha256, write_json
-from snaketron.lineage import record as lineage
+from snaketron.files import sha256
+from snaketron.lineage.record import Entry, making
+from snaketron.lineage.walk import ancestors, record_of
 from snaketron.lineage.wandb import Tracker
 from snaketron.train.metrics import Metrics
 from tests.wandb_log import read_runs
@@ -38,28 +39,29 @@ def write(path: str, text: str = "") -> Path:
 
 def make(kind: str, name: str, record: str, inputs: list[Path], *outputs: str) -> Path:
     """Write the outputs of a step and its record."""
-    made = [write(path) for path in outputs]
-    value = lineage.record(kind, name, inputs=inputs, outputs=made, settings={}, counts={})
-    write_json(Path(record), value)
+    with making(kind, name, outputs={path: Path(path) for path in outputs}, record=Path(record)) as job:
+        for path, aside in job.aside.items():
+            aside.write_text(path)
+        job.inputs = {"input": inputs}
     return Path(record)
 
 
-def make_checkpoint(stage: str, key: str, inputs: list[Any]) -> dict[str, str]:
+def make_checkpoint(stage: str, key: str, inputs: list[Entry]) -> Entry:
     """Write a finished training; it, as an input of the next one."""
     directory = Path("ckpt", stage)
     write(str(directory / "config.yaml"), json.dumps(CONFIG))
     write(str(directory / "metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in LINES))
-    value = lineage.record("checkpoint", stage, inputs=inputs, outputs=[], settings={}, counts={})
-    write_json(directory / "record.json", value | {"key": key})
-    return {"path": str(directory), "version": f"{stage}-{key}"}
+    with making("checkpoint", stage, outputs={}, record=directory / "record.json") as job:
+        job.inputs, job.key = {"input": inputs}, key
+    return Entry("base", str(directory), version=f"{stage}-{key}")
 
 
-def entry(path: str) -> dict[str, str]:
-    return {"path": path, "sha256": sha256(Path(path))}
+def entry(path: str) -> Entry:
+    return Entry("input", path, sha256(Path(path)))
 
 
 @pytest.fixture
-def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
     """The inputs of an SFT after a pretraining phase, in a working directory with all that they lead to."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
@@ -86,7 +88,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, st
     return [entry("data/sft/blend.json"), entry(str(tokenizer)), base]
 
 
-def train(inputs: list[dict[str, str]], key: str = "ba9876543210", lines: int = len(LINES)) -> None:
+def train(inputs: list[Entry], key: str = "ba9876543210", lines: int = len(LINES)) -> None:
     """A tracked SFT, without the training."""
     tracker = Tracker("offline", Path("ckpt", f"sft-{key}"), "sft", inputs, CONFIG)
     for line in LINES[:lines]:
@@ -226,7 +228,7 @@ def test_off_imports_nothing_and_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_ancestors_come_before_what_was_made_of_them(inputs):
-    kinds = [record["kind"] for record in lineage.ancestors(inputs).values()]
+    kinds = [record.kind for record in ancestors(inputs).values()]
     assert kinds == [
         *("sample", "tokenizer", "render_chat", "pack_sft", "blend_sft"),
         *("tokens", "tokens", "blend", "checkpoint"),
@@ -235,6 +237,7 @@ def test_ancestors_come_before_what_was_made_of_them(inputs):
 
 def test_a_file_that_was_made_again_is_not_taken_for_the_one_that_was_used(inputs):
     used = entry("data/sample/questions/0.jsonl")
-    assert lineage.record_of(used) == Path("data/sample/questions/record.json")
-    assert lineage.record_of(used | {"sha256": "0" * 64}) is None
-    assert lineage.record_of(entry("raw/docs_0.jsonl")) is None
+    made = record_of(used)
+    assert made is not None and made[0] == Path("data/sample/questions/record.json")
+    assert record_of(Entry("input", used.path, "0" * 64)) is None
+    assert record_of(entry("raw/docs_0.jsonl")) is None

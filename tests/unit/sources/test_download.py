@@ -61,7 +61,7 @@ def test_a_file_comes_with_a_record_of_where_it_was(server: FaultyServer, tmp_pa
     assert left(tmp_path) == ["a.jsonl", "a.jsonl.json"]
     record = json.loads((tmp_path / "raw/docs/a.jsonl.json").read_text())
     digest = hashlib.sha256(CONTENT).hexdigest()
-    assert record["inputs"] == [{"path": address, "sha256": digest}]
+    assert record["inputs"] == [{"name": "address", "path": address, "sha256": digest}]
     assert record["outputs"][0]["sha256"] == digest and record["counts"]["bytes"] == 100_000
 
 

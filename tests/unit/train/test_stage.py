@@ -86,7 +86,7 @@ def test_a_base_of_another_model_is_refused_with_every_key_that_differs(stage, b
 
 def test_a_key_that_no_weight_depends_on_may_differ(stage, base: Path):
     model = {"moe_aux_loss_coeff": 0.5, "mtp_loss_scaling_factor": 0.1, "init_method_std": 0.1}
-    assert stage(base=base, model=model | {"precision": "bf16"}).inputs[-1]["version"] == "pretrain/zero-abc"
+    assert stage(base=base, model=model | {"precision": "bf16"}).inputs[-1].version == "pretrain/zero-abc"
 
 
 def test_a_base_with_another_tokenizer_is_refused(stage, base: Path):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.chats.packs import check_expected
+from snaketron.data.arrow import check_expected
 from snaketron.data.split import SPLITS
-from snaketron.files import read_json
-from snaketron.log import UserError
-
-logger = logging.getLogger(__name__)
+from snaketron.files import read_json, to_json
+from snaketron.lineage.record import Record, making, read
+from snaketron.log import UserError, logger
 
 SAME = ("tokenizer_sha256", "pack_size", "algorithm", "padding_multiple")
 COUNTS = ("packs", "tokens", "trained_tokens")
@@ -43,20 +41,34 @@ def check_unique(records: Sequence[Path]) -> None:
             raise UserError(f"--records {path}: is given twice; its packs would count twice")
 
 
-def blend(weights: Mapping[str, float], records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
+def build(weights: Mapping[str, float], records: Sequence[Path], output: Path, record: Path) -> Record:
+    """Weigh the packed shards of `records`, write `output` (blend.json), then `record`, and return that."""
+    check_unique(records)
+    with making("blend_sft", "sft", outputs={"blend.json": output}, record=record) as job:
+        value = weigh(weights, {path: read(path) for path in records})
+        job.aside["blend.json"].write_bytes(to_json(value))
+        job.inputs, job.settings = {"records": records}, {"weights": weights}
+        job.counts = {
+            split: {name: sum(source[name] for source in sources) for name in COUNTS}
+            for split, sources in value["splits"].items()
+        }
+    return job.record
+
+
+def weigh(weights: Mapping[str, float], records: Mapping[Path, Record]) -> dict[str, Any]:
     """Check the records of packed shards against each other and the disk, and weigh their sources.
 
     The weights of a split sum to 1. Within a source, every pack counts the same, whichever shard it is in.
     """
     settings = _same_settings(records)
-    shards: dict[str, list[tuple[Path, Mapping[str, Any]]]] = {source: [] for source in weights}
+    shards: dict[str, list[tuple[Path, Record]]] = {source: [] for source in weights}
     for path, record in records.items():
-        source = record["settings"]["source"]
+        source = record.settings["source"]
         if source not in shards:
             raise UserError(f"{path}: source {source!r} has no weight; give --weights {source}=...")
         shards[source].append((path, record))
         first = shards[source][0]
-        template, other = (r["settings"]["template_sha256"] for r in (record, first[1]))
+        template, other = (r.settings["template_sha256"] for r in (record, first[1]))
         if template != other:
             raise UserError(
                 f"{path}: made with template_sha256 {template}, but {first[0]} of its source with {other}; "
@@ -72,12 +84,12 @@ def blend(weights: Mapping[str, float], records: Mapping[Path, Mapping[str, Any]
     }
 
 
-def _same_settings(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
+def _same_settings(records: Mapping[Path, Record]) -> dict[str, Any]:
     first: tuple[Path, dict[str, Any]] | None = None
     for path, record in records.items():
-        if record["kind"] != "pack_sft":
-            raise UserError(f"{path}: a record of {record['kind']}, not of pack_sft")
-        settings = {name: record["settings"][name] for name in SAME}
+        if record.kind != "pack_sft":
+            raise UserError(f"{path}: a record of {record.kind}, not of pack_sft")
+        settings = {name: record.settings[name] for name in SAME}
         first = first or (path, settings)
         for name in SAME:
             if settings[name] != first[1][name]:
@@ -90,7 +102,7 @@ def _same_settings(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _split(
-    split: str, weights: Mapping[str, float], shards: Mapping[str, list[tuple[Path, Mapping[str, Any]]]]
+    split: str, weights: Mapping[str, float], shards: Mapping[str, list[tuple[Path, Record]]]
 ) -> list[dict[str, Any]]:
     sources = []
     for source, weight in weights.items():
@@ -105,7 +117,7 @@ def _split(
             logger.warning("%s: source %r has no packs and is left out", split, source)
             continue
         totals = {name: sum(file[name] for file in used) for name in COUNTS}
-        template = shards[source][0][1]["settings"]["template_sha256"]
+        template = shards[source][0][1].settings["template_sha256"]
         sources.append(
             {"source": source, "weight": weight, "template_sha256": template, **totals, "files": used}
         )
@@ -124,15 +136,15 @@ def _check_size(path: Path, num_bytes: int, listed_in: Path) -> None:
         raise UserError(f"{path}: has {size} bytes, but {num_bytes} in {listed_in}; delete it and run again")
 
 
-def _file(record_path: Path, record: Mapping[str, Any], split: str) -> dict[str, Any]:
-    output = record["outputs"][SPLITS.index(split)]
-    _check_size(Path(output["path"]), output["bytes"], record_path)
-    counts = record["counts"]["splits"][split]
+def _file(record_path: Path, record: Record, split: str) -> dict[str, Any]:
+    output = record.output(split)
+    _check_size(output.file, output.bytes, record_path)
+    counts = record.counts["splits"][split]
     return {
-        "path": output["path"],
+        "path": output.path,
         **{name: counts[name] for name in COUNTS},
-        "bytes": output["bytes"],
-        "sha256": output["sha256"],
+        "bytes": output.bytes,
+        "sha256": output.sha256,
     }
 
 

@@ -12,16 +12,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from snaketron.data.chats import packing, render
-from snaketron.data.chats import packs as packed
+from snaketron.data.arrow import check_expected, flatten, read_footer, view
+from snaketron.data.chats import packing, packs
+from snaketron.data.chats.sequences import SCHEMA
 from snaketron.data.split import SPLITS
+from snaketron.lineage.record import Record, making
 from snaketron.log import UserError
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+type LongConversations = Literal["drop", "cut_at_answer", "cut_unfinished"]
+
 PASS_TOKENS = 1 << 28  # tokens in memory, at 5 bytes each
+
+
+def pack_chats(
+    chats: Sequence[Path],
+    *,
+    pack_size: int,
+    algorithm: str,
+    seed: int | None,
+    padding_multiple: int,
+    long_conversations: LongConversations,
+    outputs: Mapping[str, Path],
+    record: Path,
+) -> Record:
+    """Pack the rendered `chats` of a source, each split into its file of `outputs`; then write `record`."""
+    source = f"{read_footer(chats[0], SCHEMA.names)[1]['source']}/{record.stem}"
+    with making("pack_sft", source, outputs=outputs, record=record) as job:
+        found = Conversations.read(chats, pack_size, long_conversations)
+        plans = {split: plan(found, split, pack_size, algorithm, seed, padding_multiple) for split in outputs}
+        job.settings = {
+            **found.metadata,
+            "pack_size": pack_size,
+            "algorithm": algorithm,
+            **({} if seed is None else {"seed": seed}),
+            "padding_multiple": padding_multiple,
+            "long_conversations": long_conversations,
+        }
+        write(found, plans, job.aside, job.settings)
+        job.inputs = {"chats": chats}
+        job.counts = {"splits": {split: made.counts for split, made in plans.items()}}
+    return job.record
 
 
 class _RowGroup(NamedTuple):
@@ -34,7 +68,7 @@ class _RowGroup(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Chats:
+class Conversations:
     """All conversations of some files, numbered through, without their tokens (about 20 bytes each).
 
     Those of more tokens than a pack may be cut.
@@ -42,9 +76,7 @@ class Chats:
 
     groups: list[_RowGroup]
     lengths: np.ndarray  # after cutting
-    answered: (
-        np.ndarray
-    )  # of so many tokens at the beginning of each the mask holds; the others count nothing
+    answered: np.ndarray  # the mask holds for so many tokens at the beginning of each; the rest counts 0
     trained: np.ndarray  # how many tokens of each are trained; nothing predicts the first
     cut: np.ndarray  # how many tokens were cut off
     splits: np.ndarray  # indices of SPLITS
@@ -55,8 +87,8 @@ class Chats:
         cls,
         files: Sequence[Path],
         pack_size: int,
-        long_conversations: Literal["drop", "cut_at_answer", "cut_unfinished"] = "drop",
-    ) -> Chats:
+        long_conversations: LongConversations = "drop",
+    ) -> Conversations:
         """Read what is needed to plan; see `config.SftData.long_conversations`. Raises `UserError`."""
         metadata: dict[str, Any] = {}
         groups: list[_RowGroup] = []
@@ -66,11 +98,11 @@ class Chats:
         for path in files:
             if list(files).count(path) > 1:
                 raise UserError(f"{path}: is given twice; its conversations would be packed twice")
-            _, made_with = packed.read_footer(path, render.SCHEMA.names)
+            _, made_with = read_footer(path, SCHEMA.names)
             metadata = metadata or made_with
-            packed.check_expected(path, made_with, metadata)
+            check_expected(path, made_with, metadata)
             for number, table in enumerate(_tables(path, ["loss_mask", "split"])):
-                mask, offsets = packed.flatten(table.column("loss_mask"))
+                mask, offsets = flatten(table.column("loss_mask"))
                 before = np.concatenate([np.zeros(1, np.int64), np.cumsum(mask, dtype=np.int64)])
                 starts, ends = offsets[:-1], offsets[1:]
                 lengths = ends - starts
@@ -101,8 +133,8 @@ class Chats:
             needed = [group for group in groups if (place[group.start : group.end] >= 0).any()]
             tables = _tables(path, ["input_ids", "loss_mask"], [group.number for group in needed])
             for group, table in zip(needed, tables, strict=True):
-                ids, offsets = packed.flatten(table.column("input_ids"))
-                trained, _ = packed.flatten(table.column("loss_mask"))
+                ids, offsets = flatten(table.column("input_ids"))
+                trained, _ = flatten(table.column("loss_mask"))
                 there = place[group.start : group.end]
                 for item in np.flatnonzero(there >= 0).tolist():
                     to, start = there[item], offsets[item]
@@ -136,7 +168,7 @@ def _splits(table: pa.Table) -> np.ndarray:
     parts = [np.empty(0, np.int8)]
     for chunk in table.column("split").chunks:
         names = np.array([SPLITS.index(name) for name in chunk.dictionary.to_pylist()], dtype=np.int8)
-        parts.append(names[packed.view(chunk.indices)])
+        parts.append(names[view(chunk.indices)])
     return np.concatenate(parts)
 
 
@@ -152,7 +184,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    chats: Chats,
+    chats: Conversations,
     split: str,
     pack_size: int,
     algorithm: str,
@@ -204,16 +236,16 @@ def length_histogram(lengths: np.ndarray) -> dict[str, int]:
 
 
 def write(
-    chats: Chats, plans: Mapping[str, Plan], paths: Mapping[str, Path], metadata: Mapping[str, Any]
+    chats: Conversations, plans: Mapping[str, Plan], paths: Mapping[str, Path], metadata: Mapping[str, Any]
 ) -> None:
     """Write the packs of each split to its path, with what they were made with in the footer."""
-    packs = read_packs(chats, list(plans.values()))
+    planned = read_packs(chats, list(plans.values()))
     for split, made in plans.items():
         footer = {**metadata, "split": split, "counts": made.counts}
-        packed.write(paths[split], itertools.islice(packs, made.counts["packs"]), footer)
+        packs.write(paths[split], itertools.islice(planned, made.counts["packs"]), footer)
 
 
-def read_packs(chats: Chats, plans: Sequence[Plan]) -> Iterator[packed.Pack]:
+def read_packs(chats: Conversations, plans: Sequence[Plan]) -> Iterator[packs.Pack]:
     """The packs of all plans, one after the other.
 
     A pass over the files collects as many packs as have `PASS_TOKENS` tokens together, or one.
@@ -232,6 +264,6 @@ def read_packs(chats: Chats, plans: Sequence[Plan]) -> Iterator[packed.Pack]:
             inner = starts[bounds[pack] : bounds[pack + 1]] - begins[pack]
             here = slice(begins[pack] - begins[first], begins[pack + 1] - begins[first])
             # Copies: else the packs that wait for their row group would keep the arrays of two passes.
-            yield packed.Pack(input_ids[here].copy(), loss_mask[here].copy(), inner.astype(np.int32))
+            yield packs.Pack(input_ids[here].copy(), loss_mask[here].copy(), inner.astype(np.int32))
         first = last
         del input_ids, loss_mask

@@ -1,13 +1,8 @@
-"""Rendered chats: from rows of conversations to Parquet with ids, mask, source row and split.
-
-A row of Parquet is a sequence: a whole conversation (`turn` 0), or what inference sees up to the answers to a
-turn of the user (`turn` 1, 2, ...). All sequences of a conversation follow each other and share a split.
-"""
+"""From the conversations of a shard to rendered chats: text by the template, then ids and mask."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,50 +10,85 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snaketron.data.chats import conversation as chat
+from snaketron.data.arrow import KEY
 from snaketron.data.chats import reasoning
+from snaketron.data.chats.conversation import (
+    ADVICE,
+    LEFT_OUT,
+    NO_END,
+    Conversation,
+    Message,
+    Span,
+    Unusable,
+    check_text,
+    control_tokens,
+    conversation,
+)
 from snaketron.data.chats.mask import Masker
-from snaketron.data.chats.packs import KEY, list_array, number_array, string_array
-from snaketron.data.chats.template import PROBE, Template
+from snaketron.data.chats.sequences import SCHEMA, Sequence, num_tokens, table
+from snaketron.data.chats.template import PROBE, Template, load_template, special_tokens
 from snaketron.data.encode import Mismatch, Unencodable
 from snaketron.data.rows import FILTERED, Bad, Drops, place, read_rows, reject
 from snaketron.data.split import SPLITS, split_of
 from snaketron.data.text.origins import text_of
-from snaketron.log import UserError
+from snaketron.files import sha256
+from snaketron.lineage.record import Record, making
+from snaketron.log import UserError, logger
 from snaketron.settings.chats import RenderSettings
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-logger = logging.getLogger(__name__)
-
-SCHEMA = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("loss_mask", pa.list_(pa.uint8())),
-        ("file", pa.string()),
-        ("row", pa.int64()),
-        ("turn", pa.int32()),
-        ("split", pa.dictionary(pa.int8(), pa.string())),
-        ("reasoning_mode", pa.dictionary(pa.int8(), pa.string())),
-    ]
-)
 BATCH_CHARACTERS = 1_000_000  # tokenized together
 ROW_GROUP_TOKENS = 1 << 18
 CHECKED = 4  # sequences of each kind that are compared with what inference is given
+
+
+def render_chats(
+    chats: list[Path],
+    *,
+    settings: RenderSettings,
+    tokenizer: Path,
+    template: Path,
+    output: Path,
+    record: Path,
+) -> Record:
+    """Render the files of a shard to `output`, then write `record` and return it."""
+    name = f"{settings.source}/{output.stem}"
+    with making("render_chat", name, outputs={output.name: output}, record=record) as job:
+        renderer = Renderer(
+            template=load_template(
+                template,
+                variables=special_tokens(tokenizer),
+                arguments=settings.template_arguments,
+                off_arguments=settings.reasoning.off_arguments,
+            ),
+            masker=Masker(tokenizer),
+            settings=settings,
+        )
+        made_with = {
+            "source": settings.source,
+            "tokenizer_sha256": sha256(tokenizer / "tokenizer.json"),
+            "template_sha256": sha256(template),
+        }
+        job.counts = renderer.write(job.aside[output.name], chats, made_with)
+        job.settings = made_with | settings.model_dump()
+        identity = tokenizer / "tokenizer.json"
+        job.inputs = {"chats": renderer.read, "tokenizer": identity, "template": template}
+    return job.record
 
 
 class Text(NamedTuple):
     """A sequence before it is tokenized."""
 
     text: str
-    spans: list[chat.Span]
+    spans: list[Span]
     turn: int
     mode: str
 
 
-class Rendered(NamedTuple):
+class Texts(NamedTuple):
     """A conversation before it is tokenized."""
 
     file: Path
@@ -70,19 +100,6 @@ class Rendered(NamedTuple):
     @property
     def size(self) -> int:
         return sum(len(text.text) for text in self.texts)
-
-
-class Sequence(NamedTuple):
-    """A row of the output."""
-
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
-    file: str
-    row: int
-    turn: int
-    split: str
-    mode: str
-    metadata: list[str | None]
 
 
 @dataclass
@@ -126,14 +143,14 @@ class Renderer:
         schema = schema.with_metadata({KEY: json.dumps(metadata).encode()})
         texts = [name for name in schema.names if name not in ("input_ids", "loss_mask", "row", "turn")]
         options = {"compression": "zstd", "use_dictionary": texts, "write_statistics": False}
-        drops = Drops(advice=chat.ADVICE)
+        drops = Drops(advice=ADVICE)
         names = ("conversations", "sequences", "tokens", "trained_tokens")
         kept = {split: Counter(dict.fromkeys(names, 0)) for split in SPLITS}
         modes: Counter[str] = Counter()
         with pq.ParquetWriter(path, schema, **options) as writer:
             conversations = self.limited(self.encode(self.render(chats, drops), drops), drops)
             for group in batches(conversations, ROW_GROUP_TOKENS, num_tokens):
-                writer.write_table(_table([item for items in group for item in items], schema))
+                writer.write_table(table([item for items in group for item in items], schema))
                 for items in group:
                     count = kept[items[0].split]
                     count["conversations"] += 1
@@ -187,10 +204,10 @@ class Renderer:
                 self._num_unwritten,
             )
 
-    def render(self, chats: Iterable[Path], drops: Drops) -> Iterator[Rendered]:
+    def render(self, chats: Iterable[Path], drops: Drops) -> Iterator[Texts]:
         """The rows of all files as text, one after the other."""
         settings = self.settings
-        control_tokens = chat.control_tokens(self.masker.tokenizer)
+        control = control_tokens(self.masker.tokenizer)
         optional = [settings.tools_field, *settings.metadata_fields]
         for path in chats:
             self.read.append(path)
@@ -200,28 +217,28 @@ class Renderer:
                 self.found.update(name for name in settings.metadata_fields if name in row)
                 try:
                     check_field(row, settings.messages_field)
-                    found = chat.conversation(row[settings.messages_field], row.get(settings.tools_field))
-                    chat.check_text(found, control_tokens)
+                    found = conversation(row[settings.messages_field], row.get(settings.tools_field))
+                    check_text(found, control)
                     texts, whole = self.texts(found)
-                except chat.Unusable as error:
+                except Unusable as error:
                     drops.add(path, number, error.reason, error.detail)
                 except Bad as bad:
                     reject(bad, path, number, settings, drops)
                 else:
                     split = split_of(whole, settings.valid_fraction, settings.test_fraction)
                     metadata = [text_of(row.get(name)) for name in settings.metadata_fields]
-                    yield Rendered(path, number, texts, split, metadata)
+                    yield Texts(path, number, texts, split, metadata)
 
-    def texts(self, found: chat.Conversation) -> tuple[list[Text], str]:
+    def texts(self, found: Conversation) -> tuple[list[Text], str]:
         """The sequences of a conversation, and the text that decides on its split: all of it, unchanged.
 
         It ends with its last answer. Whatever follows trains nothing, and would make of that answer a part of
         the history, which templates shorten.
         """
-        found = chat.Conversation(found.messages[: found.turns[-1][1]], found.tools)
+        found = Conversation(found.messages[: found.turns[-1][1]], found.tools)
         if found.reasons and not self.template.writes_reasoning:
             if reasoning.only_reasons(found):
-                raise chat.Unusable(chat.LEFT_OUT, "an answer that is only reasoning")
+                raise Unusable(LEFT_OUT, "an answer that is only reasoning")
             found = reasoning.without(found)
             self._num_unwritten += 1
         mode = reasoning.choose(self.settings, found)
@@ -235,7 +252,7 @@ class Renderer:
             return made, made[-1].text
         return made, self.template.render(found.messages, found.tools).text
 
-    def _text(self, found: chat.Conversation, mode: str, turn: int, first: int, end: int) -> Text:
+    def _text(self, found: Conversation, mode: str, turn: int, first: int, end: int) -> Text:
         """One sequence: the messages up to `end`, of which the answers from `first` on are trained."""
         modes, messages, arguments = self.settings.reasoning, found.messages[:end], {}
         if mode in (reasoning.NONE, reasoning.STRIPPED):
@@ -267,7 +284,7 @@ class Renderer:
             spans = [span for span, owner in owned if owner is not None and owner >= first]
         return Text(rendered.text, spans, turn, mode)
 
-    def encode(self, rendered: Iterable[Rendered], drops: Drops) -> Iterator[list[Sequence]]:
+    def encode(self, rendered: Iterable[Texts], drops: Drops) -> Iterator[list[Sequence]]:
         """Conversations with something to train on; where they are limited, none is read ahead."""
         settings = self.settings
         limited = settings.max_documents is not None or settings.max_tokens is not None
@@ -297,7 +314,7 @@ class Renderer:
                 if not all(item.loss_mask.any() for item in made):
                     drops.add(source.file, source.row, "nothing to train on")
                 elif not (self.template.marked or all(self.ends(item) for item in made)):
-                    drops.add(source.file, source.row, chat.NO_END)
+                    drops.add(source.file, source.row, NO_END)
                 else:
                     yield made
 
@@ -309,52 +326,29 @@ class Renderer:
     def limited(self, conversations: Iterable[list[Sequence]], drops: Drops) -> Iterator[list[Sequence]]:
         """The first conversations, exactly as many as the limits of the settings allow."""
         settings, tokens = self.settings, 0
-        for count, conversation in enumerate(conversations, 1):
-            tokens += num_tokens(conversation)
+        for count, items in enumerate(conversations, 1):
+            tokens += num_tokens(items)
             if settings.max_tokens is not None and tokens > settings.max_tokens:
                 drops.num_rows -= 1  # this one is not of the sample
                 if count == 1:
                     raise UserError(
-                        f"{place(Path(conversation[0].file), conversation[0].row)}: the first conversation "
+                        f"{place(Path(items[0].file), items[0].row)}: the first conversation "
                         f"has {tokens} tokens, more than max_tokens {settings.max_tokens} of source "
                         f"{settings.source!r}; raise it"
                     )
                 return
-            yield conversation
+            yield items
             if count == settings.max_documents:
                 return
 
 
-def num_tokens(conversation: list[Sequence]) -> int:
-    return sum(len(item.input_ids) for item in conversation)
-
-
-def _kind(found: chat.Conversation, messages: list[chat.Message], mode: str) -> tuple[Any, ...]:
+def _kind(found: Conversation, messages: list[Message], mode: str) -> tuple[Any, ...]:
     """Conversations of one kind are alike to a template: who speaks after whom, with reasoning and calls."""
     steps = {
         (before["role"], message["role"], "reasoning_content" in message, "tool_calls" in message)
         for before, message in pairwise(messages)
     }
     return (mode, bool(found.tools), messages[0]["role"], frozenset(steps))
-
-
-def _table(chats: list[Sequence], schema: pa.Schema) -> pa.Table:
-    columns = [
-        list_array([item.input_ids for item in chats], pa.int32()),
-        list_array([item.loss_mask for item in chats], pa.uint8()),
-        string_array([item.file for item in chats]),
-        number_array(np.array([item.row for item in chats]), pa.int64()),
-        number_array(np.array([item.turn for item in chats]), pa.int32()),
-        _names([item.split for item in chats], SPLITS),
-        _names([item.mode for item in chats], reasoning.MODES),
-        *(string_array(texts) for texts in zip(*(item.metadata for item in chats), strict=True)),
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)
-
-
-def _names(values: list[str], known: tuple[str, ...]) -> pa.DictionaryArray:
-    indices = np.array([known.index(value) for value in values])
-    return pa.DictionaryArray.from_arrays(number_array(indices, pa.int8()), string_array(known))
 
 
 def check_field(row: Mapping[str, Any], messages_field: str) -> None:

@@ -8,21 +8,31 @@ A template is rendered once, whole, and the text is tokenized once, whole, so tr
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from snaketron.data.chats.conversation import (
     LEFT_OUT,
     NO_PROMPT,
-    NONCHARACTERS,
     REFUSED,
     ROLES,
     Message,
     Span,
     Unusable,
+)
+from snaketron.data.chats.marks import (
+    MARK_IT,
+    OWNS,
+    Generation,
+    Rendered,
+    marked_spans,
+    owner_mark,
+    piece_of,
+    pieces_of,
+    show_owners,
+    unmarked,
 )
 from snaketron.files import read_json
 from snaketron.log import UserError
@@ -30,39 +40,8 @@ from snaketron.log import UserError
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
-from jinja2 import nodes
-from jinja2.parser import Parser
 
-# They mark places of a text until it is rendered. Unlike the offsets that transformers counts, they stay
-# right when a block lies in a macro or in `{% set %}`.
-_START, _END, _OWNER, _OWNER_END = NONCHARACTERS
-_MARKS = re.compile(f"({_START}|{_END}|{_OWNER}[0-9:]*{_OWNER_END})")
-_OWNS = "_snaketron_owns"  # a variable of our own in a template
-
-_MARK_IT = (
-    "put what the assistant writes, with the token that ends its turn, between {% generation %} and "
-    "{% endgeneration %}"
-)
 _QUESTION, _ANSWER, _RESULT = "What is 2 + 2?", "It is 4.", "42 apples"  # of conversations to try templates
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`: what stands in it is output of the assistant."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        environment.extend(num_generation_blocks=0)
-
-    def parse(self, parser: Parser) -> nodes.CallBlock:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        self.environment.num_generation_blocks += 1  # type: ignore[attr-defined]
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body, lineno=line)
-
-    def _mark(self, caller: Any) -> str:
-        return f"{_START}{caller()}{_END}"
 
 
 def _raise_exception(message: str) -> None:
@@ -80,39 +59,6 @@ def _tojson(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-def _show_owners(body: list[nodes.Node], depth: int = 0) -> list[nodes.Node]:
-    """Statements that also write which message a loop over messages is at.
-
-    Only statements whose output goes straight into the text are changed, so nothing that the template looks
-    at is: without our marks the text is the same.
-    """
-    shown: list[nodes.Node] = []
-    for node in body:
-        shown.append(node)
-        if isinstance(node, nodes.If):
-            for branch in (node, *node.elif_):
-                branch.body = _show_owners(branch.body, depth)
-            node.else_ = _show_owners(node.else_, depth)
-        elif isinstance(node, nodes.With | nodes.Scope):
-            node.body = _show_owners(node.body, depth)
-        elif isinstance(node, nodes.For) and node.find(nodes.Output) and not node.recursive:
-            node.body = _show_owners(node.body, depth + 1)
-            if isinstance(node.target, nodes.Name):
-                target = nodes.Name(node.target.name, "load")
-                call = nodes.Call(nodes.Name(_OWNS, "load"), [target, nodes.Const(depth)], [], None, None)
-                node.body.insert(0, nodes.Output([call]))
-                shown.append(nodes.Output([nodes.TemplateData(f"{_OWNER}{depth}{_OWNER_END}")]))
-    return shown
-
-
-class Rendered(NamedTuple):
-    """A text, the spans of it that the assistant wrote, and of each the number of its message."""
-
-    text: str
-    spans: list[Span]
-    owners: list[int | None]
 
 
 class Template:
@@ -137,13 +83,13 @@ class Template:
         self.arguments = dict(arguments or {})
         self.off_arguments = dict(off_arguments or {})
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         try:
             parsed = environment.parse(source)
-            parsed.body = _show_owners(parsed.body)
+            parsed.body = show_owners(parsed.body)
             parsed.set_environment(environment)
             code = environment.compile(parsed)
         except jinja2.TemplateSyntaxError as error:
@@ -167,14 +113,14 @@ class Template:
         """The text of a conversation and what of it the assistant wrote. Linear in its length."""
         marked = self._write(messages, tools, arguments, False)
         if self.marked:
-            return _marked_spans(marked)
-        text, pieces = _pieces(marked)
+            return marked_spans(marked)
+        text, pieces = pieces_of(marked)
         spans: list[Span] = []
         owners: list[int | None] = []
         for number, message in enumerate(messages):
             if message["role"] not in ("assistant", "tool"):  # those may be written before the loop
                 continue
-            piece = _of(pieces, number, self.name)
+            piece = piece_of(pieces, number, self.name)
             if message["role"] == "assistant":
                 _check_written(message, piece[1], number)
                 spans.append(self._span(piece, number, messages))
@@ -188,7 +134,7 @@ class Template:
         arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """What inference gives the model to answer `messages`."""
-        return _MARKS.sub("", self._write(messages, tools, arguments, True))
+        return unmarked(self._write(messages, tools, arguments, True))
 
     def _write(
         self,
@@ -202,13 +148,13 @@ class Template:
 
         def owns(value: Any, depth: int) -> str:
             number = numbers.get(id(value))
-            return "" if number is None else f"{_OWNER}{depth}:{number}{_OWNER_END}"
+            return "" if number is None else owner_mark(depth, number)
 
         merged = self.arguments | dict(arguments or {})
         variables = {"chat_template_kwargs": merged, "documents": None} | merged
         variables |= {"messages": given, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(variables | {_OWNS: owns})
+            return self._template.render(variables | {OWNS: owns})
         except (
             jinja2.TemplateError,
             TypeError,
@@ -284,17 +230,17 @@ class Template:
                         self._try(role, before, arguments)
                     except Unusable as error:
                         if role == "user" and not arguments:
-                            fix = f"; {_MARK_IT}" if error.reason == LEFT_OUT else ""
+                            fix = f"; {MARK_IT}" if error.reason == LEFT_OUT else ""
                             problem = f"cannot render a question and an answer: {error}{fix}"
                             raise UserError(f"{self.name}: {problem}") from None
         self._prompts["tool"] = self._prompts["tool"] or self._prompts["user"]
 
     def _try(self, role: str, before: list[Message], arguments: Mapping[str, Any]) -> None:
-        text, pieces = _pieces(self._write([*before, PROBE[1]], None, arguments, False))
+        text, pieces = pieces_of(self._write([*before, PROBE[1]], None, arguments, False))
         for number, message in enumerate([*before, PROBE[1]]):
             if message is not PROBE[1]:
                 continue
-            start, written = _of(pieces, number, self.name)
+            start, written = piece_of(pieces, number, self.name)
             header, found, rest = written.partition(_ANSWER)
             if not found or not rest.strip():
                 raise UserError(
@@ -304,7 +250,7 @@ class Template:
                         if found
                         else "changes what the assistant says"
                     )
-                    + f"; {_MARK_IT}"
+                    + f"; {MARK_IT}"
                 )
             self._headers.add(header)
             prompt = self.prompt(before, None, arguments)
@@ -351,7 +297,7 @@ class Template:
             raise UserError(
                 f"{self.name}: message {owner} of a conversation is not written as inference asks for it: "
                 f"before it stands {before[-60:]!r}, but inference gives the model {given[-60:]!r}; set "
-                f"template_arguments so that they agree, or {_MARK_IT}"
+                f"template_arguments so that they agree, or {MARK_IT}"
             )
 
 
@@ -417,62 +363,6 @@ def load_template(path: Path, variables: Mapping[str, str] | None = None, **argu
     return compile_template(source, name=str(path), variables=variables, **arguments)
 
 
-def _marked_spans(marked: str) -> Rendered:
-    """The text of a template with generation blocks, and what lies in them."""
-    text: list[str] = []
-    spans: list[Span] = []
-    owners: list[int | None] = []
-    start, position, path = None, 0, _Path()
-    for part in _MARKS.split(marked):
-        if part == _START and start is None:
-            start = position
-        elif part == _END and start is not None:
-            spans.append((start, position))
-            owners.append(path.owner)
-            start = None
-        elif part in (_START, _END):
-            raise Unusable(REFUSED, "a generation block lies in another one")
-        elif part.startswith(_OWNER):
-            path.move(part)
-        else:
-            text.append(part)
-            position += len(part)
-    return Rendered("".join(text), spans, owners)
-
-
-class _Path:
-    """Which message the loops of a template are at, the innermost one last."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[int, int] = {}
-
-    def move(self, mark: str) -> None:
-        depth, _, number = mark[1:-1].partition(":")
-        self._numbers = {d: n for d, n in self._numbers.items() if d < int(depth)}
-        if number:
-            self._numbers[int(depth)] = int(number)
-
-    @property
-    def owner(self) -> int | None:
-        return self._numbers[max(self._numbers)] if self._numbers else None
-
-
-def _pieces(marked: str) -> tuple[str, dict[int, list[tuple[int, str]]]]:
-    """The text of a template without generation blocks, and of each message where it was written and what."""
-    text: list[str] = []
-    pieces: dict[int, list[tuple[int, str]]] = {}
-    position, path = 0, _Path()
-    for part in _MARKS.split(marked):
-        if part.startswith(_OWNER):
-            path.move(part)
-        elif part:
-            if (owner := path.owner) is not None:
-                pieces.setdefault(owner, []).append((position, part))
-            text.append(part)
-            position += len(part)
-    return "".join(text), pieces
-
-
 def _without(text: str, endings: Iterable[str]) -> set[str]:
     return {text.removesuffix(ending) for ending in endings if text.endswith(ending)}
 
@@ -485,21 +375,6 @@ def _check_written(message: Mapping[str, Any], written: str, number: int) -> Non
     for call in message.get("tool_calls", ()):
         if call["function"]["name"] not in written:
             raise Unusable(LEFT_OUT, f"a tool call of message {number}")
-
-
-def _of(pieces: Mapping[int, list[tuple[int, str]]], number: int, name: str) -> tuple[int, str]:
-    """Where what was written of a message begins, and the whole of it."""
-    parts = pieces.get(number, [])
-    written = "".join(part for _, part in parts)
-    if not written:
-        raise Unusable(LEFT_OUT, f"message {number}, or writes it within another one")
-    (first, _), (last, end) = parts[0], parts[-1]
-    if last + len(end) - first != len(written):
-        raise UserError(
-            f"{name}: cannot tell what the assistant writes: other messages stand within message {number}; "
-            + _MARK_IT
-        )
-    return first, written
 
 
 def special_tokens(directory: Path) -> dict[str, str]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import logging
 
-logger = logging.getLogger(__name__)
+from snaketron.log import logger
 
 
 def quiet() -> None:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from snaketron import files
 from snaketron.data import curation
 from snaketron.data.curation import decontamination, documents, lists
-from snaketron.data.curation.folder import recorded, shard_name
-from snaketron.lineage import record as lineage
-from snaketron.log import UserError
+from snaketron.data.curation.folder import shard_name
+from snaketron.lineage.record import Record, making
+from snaketron.lineage.walk import known, record_about
+from snaketron.log import UserError, logger
 from snaketron.settings.curation import CurateSettings
 
 import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.formatters import PIIFormatter
-
-logger = logging.getLogger(__name__)
 
 EXACT = "exact duplicate"
 NEAR = "near duplicate"
@@ -48,7 +45,7 @@ def curate_shard(
     num_examples: int,
     output: Path,
     record: Path,
-) -> dict[str, Any]:
+) -> Record:
     """Write what is left of a filtered shard to `output`, and `record` last; returns the record.
 
     `exact` and `near` list the duplicates of its groups, `index` is that of the evaluations. The record's
@@ -56,10 +53,11 @@ def curate_shard(
     """
     curation.quiet()
     name = shard_name(output)
-    before = lineage.read(filtered.with_suffix(".json"))["counts"]
+    before = record_about(filtered).counts
     tally = documents.Tally(documents.token_counter(tokenizer), num_examples)
     fields = documents.fields_of(filtered)
-    with files.writing(output, record) as temporary, tally.locating():
+    outputs = {"documents": output}
+    with making("curated", name, outputs=outputs, record=record) as job, tally.locating():
         stream: Iterable[Document] = tally.enter(documents.read(filtered))
         duplicates = {
             reason: lists.Lists(path)[name] for reason, path in ((EXACT, exact), (NEAR, near)) if path
@@ -72,7 +70,9 @@ def curate_shard(
             stream = tally.through(stream, decontamination.REASON, block)
         if settings.pii:
             stream = tally.through(stream, PII, Pii())
-        documents.write(temporary[0], tally.leave(stream), fields, {"kind": "curated", "name": name})
+        documents.write(
+            job.aside["documents"], tally.leave(stream), fields, {"kind": "curated", "name": name}
+        )
         if tally.documents != before["kept"]["documents"]:
             raise UserError(f"{filtered}: not the file that its record is about; delete both and run again")
         counts = whole(before, tally.counts())
@@ -83,16 +83,10 @@ def curate_shard(
                 counts["documents"],
                 documents.describe(counts["removed"]),
             )
-        value = lineage.record(
-            "curated",
-            name,
-            inputs=[recorded(path) for path in (filtered, exact, near, index) if path],
-            outputs={output: temporary[0]},
-            settings=settings.model_dump(),
-            counts=counts,
-        )
-        temporary[1].write_bytes(files.to_json(value))
-    return value
+        made_from = {"filtered": filtered, "exact": exact, "near": near, "index": index}
+        job.inputs = {what: known(path) for what, path in made_from.items() if path}
+        job.settings, job.counts = settings.model_dump(), counts
+    return job.record
 
 
 def without(

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from snaketron import files
 from snaketron.data import curation
 from snaketron.data.curation import lists
 from snaketron.data.curation.documents import Removed
 from snaketron.data.curation.folder import Folder
 from snaketron.data.curation.words import learn, simplify_text
 from snaketron.data.rows import read_texts
-from snaketron.lineage import record as lineage
-from snaketron.log import UserError
+from snaketron.lineage.record import Record, making
+from snaketron.log import UserError, logger
 
 import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.decont import n_grams
 from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter, NGramsDecontIndexer
 from datatrove.utils.typeshelper import Languages
-
-logger = logging.getLogger(__name__)
 
 REASON = "contaminated"
 
@@ -48,32 +44,27 @@ def hashes(texts: Iterable[str], n: int) -> tuple[np.ndarray, int, int]:
 
 def decontamination_index(
     texts: Sequence[Path], *, text_field: str, n: int, output: Path, record: Path
-) -> dict[str, Any]:
+) -> Record:
     """Write the hashes of the n-grams of each file of evaluation texts."""
     curation.quiet()
     learn(Languages.english)
-    index: dict[str, np.ndarray] = {}
-    counts: dict[str, Any] = {}
-    for path in texts:
-        found, num_texts, too_short = hashes((text for _, text in read_texts(path, text_field)), n)
-        if not len(found):
-            raise UserError(f"{path}: no text of {n} words to protect; correct curation.evaluation")
-        if too_short:
-            logger.warning("%s: %d of %d texts are shorter than %d words", path, too_short, num_texts, n)
-        index[str(path)] = found
-        counts[str(path)] = {"texts": num_texts, "too_short": too_short, "n_grams": len(found)}
-    with files.writing(output, record) as temporary:
-        lists.write(temporary[0], index, np.uint64, {"kind": "decontamination_index", "n": n})
-        value = lineage.record(
-            "decontamination_index",
-            output.stem,
-            inputs=texts,
-            outputs={output: temporary[0]},
-            settings={"n": n, "text_field": text_field},
-            counts=counts,
-        )
-        temporary[1].write_bytes(files.to_json(value))
-    return value
+    outputs = {"index": output}
+    with making("decontamination_index", output.stem, outputs=outputs, record=record) as job:
+        index: dict[str, np.ndarray] = {}
+        counts: dict[str, Any] = {}
+        for path in texts:
+            found, num_texts, too_short = hashes((text for _, text in read_texts(path, text_field)), n)
+            if not len(found):
+                raise UserError(f"{path}: no text of {n} words to protect; correct curation.evaluation")
+            if too_short:
+                logger.warning("%s: %d of %d texts are shorter than %d words", path, too_short, num_texts, n)
+            index[str(path)] = found
+            counts[str(path)] = {"texts": num_texts, "too_short": too_short, "n_grams": len(found)}
+        about = {"kind": "decontamination_index", "n": n}
+        lists.write(job.aside["index"], index, np.uint64, about)
+        job.inputs, job.counts = {"text": texts}, counts
+        job.settings = {"n": n, "text_field": text_field}
+    return job.record
 
 
 class Contaminated(Removed):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,12 @@ from typing import Any
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.rows import Drops, place, read_documents
 from snaketron.data.text.origins import text_of
-from snaketron.log import UserError
+from snaketron.log import UserError, logger
 from snaketron.settings.curation import FilterSettings
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
-
-logger = logging.getLogger(__name__)
 
 KEY = b"snaketron"
 COLUMNS = ("text", "file", "row")

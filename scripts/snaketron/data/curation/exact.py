@@ -5,17 +5,16 @@ Of equal documents the first stays, in the order of the group's corpora, their s
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from snaketron import files
 from snaketron.data import curation
 from snaketron.data.curation import documents, lists
-from snaketron.data.curation.folder import Folder, Records, chunk_records, parts, recorded, shard_name
-from snaketron.lineage import record as lineage
+from snaketron.data.curation.folder import Folder, Records, chunk_records, parts, shard_name
+from snaketron.lineage.record import Record, making
+from snaketron.lineage.walk import known
 from snaketron.log import UserError
 
 import numpy as np
@@ -27,8 +26,6 @@ from datatrove.pipeline.dedup.exact_dedup import (
     ExactFindDedups,
     get_sig_dtype,
 )
-
-logger = logging.getLogger(__name__)
 
 MAX_SHARDS = 65_535  # datatrove's priority of a document has 16 bits
 
@@ -49,25 +46,21 @@ class Signature(ExactDedupSignature):
         self.save_hashes(rank, np.fromiter(hashes, DTYPE))
 
 
-def exact_signature(filtered: Path, *, output: Path, record: Path) -> dict[str, Any]:
+def exact_signature(filtered: Path, *, output: Path, record: Path) -> Record:
     """Write the hash and the index of each document of a filtered shard, sorted by hash."""
     curation.quiet()
-    with files.writing(output, record) as temporary, parts(output) as directory:
+    with (
+        making("exact_signature", shard_name(output), outputs={"hashes": output}, record=record) as job,
+        parts(output) as directory,
+    ):
         Signature(DataFolder(str(directory)), CONFIG).run(documents.read(filtered))
-        (directory / "0000/00000.c4_sig").replace(temporary[0])
-        value = lineage.record(
-            "exact_signature",
-            shard_name(output),
-            inputs=[recorded(filtered)],
-            outputs={output: temporary[0]},
-            settings={},
-            counts={"documents": temporary[0].stat().st_size // DTYPE.itemsize},
-        )
-        temporary[1].write_bytes(files.to_json(value))
-    return value
+        (directory / "0000/00000.c4_sig").replace(job.aside["hashes"])
+        job.inputs = {"filtered": known(filtered)}
+        job.counts = {"documents": job.aside["hashes"].stat().st_size // DTYPE.itemsize}
+    return job.record
 
 
-def exact_find(signatures: Sequence[Path], *, output: Path, record: Path) -> dict[str, Any]:
+def exact_find(signatures: Sequence[Path], *, output: Path, record: Path) -> Record:
     """Write, for each shard, the indices of documents whose text came before; `signatures` are in order."""
     curation.quiet()
     if len(signatures) > MAX_SHARDS:
@@ -75,19 +68,25 @@ def exact_find(signatures: Sequence[Path], *, output: Path, record: Path) -> dic
             f"exact_dedup {output.stem}: {len(signatures)} shards, and at most {MAX_SHARDS} can be compared; "
             "put more files into a shard (pretrain_data.shard_size)"
         )
-    counts = {shard_name(path): path.stat().st_size // DTYPE.itemsize for path in signatures}
-    inputs = {
-        f"0000/{rank:05d}.c4_sig": Records(path, DTYPE, 0, count, _first(rank))
-        for rank, (path, count) in enumerate(zip(signatures, counts.values(), strict=True))
-    }
-    found = Folder()
-    lines = chunk_records(DTYPE, len(signatures))
-    ExactFindDedups(Folder(inputs), found, CONFIG, lines_to_buffer=lines).run()
-    repeated = {
-        name: np.sort(np.frombuffer(found.written[f"00000/{rank:05d}.c4_dup"], dtype="<u4"))
-        for rank, name in enumerate(counts)
-    }
-    return write_duplicates(output, record, "exact_duplicates", repeated, counts, signatures, {})
+    outputs = {"duplicates": output}
+    with making("exact_duplicates", output.stem, outputs=outputs, record=record) as job:
+        counts = {shard_name(path): path.stat().st_size // DTYPE.itemsize for path in signatures}
+        inputs = {
+            f"0000/{rank:05d}.c4_sig": Records(path, DTYPE, 0, count, _first(rank))
+            for rank, (path, count) in enumerate(zip(signatures, counts.values(), strict=True))
+        }
+        found = Folder()
+        lines = chunk_records(DTYPE, len(signatures))
+        ExactFindDedups(Folder(inputs), found, CONFIG, lines_to_buffer=lines).run()
+        repeated = {
+            name: np.sort(np.frombuffer(found.written[f"00000/{rank:05d}.c4_dup"], dtype="<u4"))
+            for rank, name in enumerate(counts)
+        }
+        job.counts = write_duplicates(
+            job.aside["duplicates"], "exact_duplicates", repeated, sum(counts.values())
+        )
+        job.inputs = {"signatures": map(known, signatures)}
+    return job.record
 
 
 def _first(rank: int) -> Any:
@@ -101,32 +100,16 @@ def _first(rank: int) -> Any:
 
 
 def write_duplicates(
-    output: Path,
-    record: Path,
-    kind: str,
-    repeated: dict[str, np.ndarray],
-    counts: dict[str, int] | None,
-    inputs: Sequence[Path],
-    settings: dict[str, Any],
+    path: Path, kind: str, repeated: dict[str, np.ndarray], num_documents: int | None = None
 ) -> dict[str, Any]:
-    """Write the indices of documents to remove, by shard, and the record."""
+    """Write the indices of documents to remove, by shard; returns the counts for the record."""
     by_corpus: Counter[str] = Counter()
     for name, values in repeated.items():
         by_corpus[name.partition("/")[0]] += len(values)
-    with files.writing(output, record) as temporary:
-        lists.write(temporary[0], repeated, np.uint32, {"kind": kind})
-        value = lineage.record(
-            kind,
-            output.stem,
-            inputs=[recorded(path) for path in inputs],
-            outputs={output: temporary[0]},
-            settings=settings,
-            counts={
-                "shards": len(repeated),
-                **({"documents": sum(counts.values())} if counts else {}),
-                "removed": {"documents": sum(by_corpus.values())},
-                "removed_by_corpus": dict(by_corpus),
-            },
-        )
-        temporary[1].write_bytes(files.to_json(value))
-    return value
+    lists.write(path, repeated, np.uint32, {"kind": kind})
+    return {
+        "shards": len(repeated),
+        **({} if num_documents is None else {"documents": num_documents}),
+        "removed": {"documents": sum(by_corpus.values())},
+        "removed_by_corpus": dict(by_corpus),
+    }

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from snaketron import files
 from snaketron.config import FILTERS, Filter
 from snaketron.data import curation
 from snaketron.data.curation import documents
 from snaketron.data.curation.words import learn
 from snaketron.data.rows import Drops
-from snaketron.lineage import record as lineage
-from snaketron.log import UserError
+from snaketron.lineage.record import Record, making
+from snaketron.log import UserError, logger
 from snaketron.settings.curation import FilterSettings
 
 from datatrove.pipeline.filters import (
@@ -28,8 +26,6 @@ from datatrove.pipeline.filters import (
 )
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.typeshelper import Languages
-
-logger = logging.getLogger(__name__)
 
 
 class LocalLanguageFilter(LanguageFilter):
@@ -89,7 +85,7 @@ def filter_shard(
     num_examples: int,
     output: Path,
     record: Path,
-) -> dict[str, Any]:
+) -> Record:
     """Write the documents of the raw files `text` that pass all filters to `output`, and `record` last.
 
     The tokenizer only counts. Returns the record.
@@ -98,14 +94,14 @@ def filter_shard(
     name = f"{output.parent.name}/{output.stem}"
     tally = documents.Tally(documents.token_counter(tokenizer), num_examples)
     drops, opened = Drops(), list[Path]()
-    with files.writing(output, record) as temporary, tally.locating():
+    outputs = {"documents": output}
+    with making("filtered", name, outputs=outputs, record=record) as job, tally.locating():
         stream = tally.enter(documents.raw(text, settings, drops, opened))
         for entry in settings.filters:
             reason = f"regex {entry.options['pattern']}" if entry.name == "regex" else entry.name
             stream = tally.through(stream, entry.name, build(entry, documents.Removed(tally, reason)))
-        documents.write(
-            temporary[0], tally.leave(stream), settings.metadata_fields, {"kind": "filtered", "name": name}
-        )
+        about = {"kind": "filtered", "name": name}
+        documents.write(job.aside["documents"], tally.leave(stream), settings.metadata_fields, about)
         if not drops.num_rows:
             raise UserError(
                 f"{', '.join(map(str, text))}: holds no documents; remove it from the corpus "
@@ -116,17 +112,14 @@ def filter_shard(
             logger.warning(
                 "%s: NOTHING IS LEFT of %d rows: %s", name, drops.num_rows, documents.describe(tally.removed)
             )
-        value = lineage.record(
-            "filtered",
-            name,
-            inputs=[*opened, *models(settings)],
-            outputs={output: temporary[0]},
-            settings=settings.model_dump(),
-            counts=tally.counts()
-            | {"rows": drops.num_rows, "dropped": dict(drops.reasons), "dropped_rows": drops.listed},
-        )
-        temporary[1].write_bytes(files.to_json(value))
-    return value
+        job.inputs = {"text": opened, "model": models(settings)}
+        job.settings = settings.model_dump()
+        job.counts = tally.counts() | {
+            "rows": drops.num_rows,
+            "dropped": dict(drops.reasons),
+            "dropped_rows": drops.listed,
+        }
+    return job.record
 
 
 def models(settings: FilterSettings) -> list[Path]:

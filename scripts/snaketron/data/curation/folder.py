@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import partial
-from snaketron.lineage import record as lineage
 
 import numpy as np
 from datatrove.io import DataFolder
@@ -138,14 +137,6 @@ def parts(path: Path) -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def recorded(path: Path) -> Path | dict[str, Any]:
-    """An input as its record lists it, so that it is not read again for its hash."""
-    for output in lineage.read(path.with_suffix(".json"))["outputs"]:
-        if output["path"] == str(path):
-            return output
-    return path
 
 
 def shard_name(path: Path) -> str:

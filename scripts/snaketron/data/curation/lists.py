@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.chats.packs import KEY, number_array, read_footer
+from snaketron.data.arrow import KEY, number_array, read_footer
 from snaketron.log import UserError
 
 import numpy as np

@@ -8,20 +8,19 @@ made, so that not both copies vanish; the signatures do not depend on that.
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from snaketron import files
 from snaketron.config import MinHash
 from snaketron.data import curation
 from snaketron.data.curation import documents, lists
 from snaketron.data.curation.exact import write_duplicates
-from snaketron.data.curation.folder import Folder, Records, chunk_records, parts, recorded, shard_name
+from snaketron.data.curation.folder import Folder, Records, chunk_records, parts, shard_name
 from snaketron.data.curation.words import learn, simplify_text
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import Record, making
+from snaketron.lineage.walk import known
 from snaketron.log import UserError
 
 import numpy as np
@@ -34,8 +33,6 @@ from datatrove.pipeline.dedup.minhash import (
 )
 from datatrove.utils.text import ngrams
 from datatrove.utils.typeshelper import Languages
-
-logger = logging.getLogger(__name__)
 
 PRIME = np.uint64((1 << 61) - 1)
 SHINGLES = 256  # at a time: 112 hashes of each stay in the processor's cache
@@ -74,7 +71,7 @@ class Signature(MinhashDedupSignature):
         return [part.tolist() for part in np.split(smallest, self.config.num_buckets)]
 
 
-def minhash_signature(filtered: Path, *, settings: MinHash, output: Path, record: Path) -> dict[str, Any]:
+def minhash_signature(filtered: Path, *, settings: MinHash, output: Path, record: Path) -> Record:
     """Write the hashes of each document of a filtered shard: bucket after bucket, each sorted."""
     curation.quiet()
     learn(Languages.english)
@@ -86,23 +83,19 @@ def minhash_signature(filtered: Path, *, settings: MinHash, output: Path, record
             read += 1
             yield document
 
-    with files.writing(output, record) as temporary, parts(output) as directory:
+    with (
+        making("minhash_signature", shard_name(output), outputs={"hashes": output}, record=record) as job,
+        parts(output) as directory,
+    ):
         Signature(DataFolder(str(directory)), datatrove_config(settings)).run(counted())
-        with temporary[0].open("wb") as file:
+        with job.aside["hashes"].open("wb") as file:
             for bucket in range(settings.num_buckets):
                 with (directory / f"bucket_{bucket:03d}/00000.minhash.sig").open("rb") as part:
                     shutil.copyfileobj(part, file, 1 << 20)
-        compared = _num_documents(temporary[0], settings)
-        value = lineage.record(
-            "minhash_signature",
-            shard_name(output),
-            inputs=[recorded(filtered)],
-            outputs={output: temporary[0]},
-            settings=settings.model_dump(),
-            counts={"documents": read, "compared": compared, "too_short": read - compared},
-        )
-        temporary[1].write_bytes(files.to_json(value))
-    return value
+        compared = _num_documents(job.aside["hashes"], settings)
+        job.inputs, job.settings = {"filtered": known(filtered)}, settings.model_dump()
+        job.counts = {"documents": read, "compared": compared, "too_short": read - compared}
+    return job.record
 
 
 def _num_documents(signature: Path, settings: MinHash) -> int:
@@ -120,7 +113,7 @@ def minhash_buckets(
     settings: MinHash,
     output: Path,
     record: Path,
-) -> dict[str, Any]:
+) -> Record:
     """Write the pairs of documents that agree in all hashes of a bucket, without those in `removals`.
 
     A document is (number of its signature in `signatures`, index in the filtered shard).
@@ -134,24 +127,22 @@ def minhash_buckets(
         inputs[f"bucket_{bucket:03d}/{rank:05d}.minhash.sig"] = Records(
             path, dtype, bucket * count, count, _without(left_out[0]) if left_out else None
         )
-    with files.writing(output, record) as temporary, parts(output) as directory:
+    name = f"{output.parent.name}/{output.stem}"
+    with (
+        making("minhash_pairs", name, outputs={"pairs": output}, record=record) as job,
+        parts(output) as directory,
+    ):
         MinhashDedupBuckets(
             Folder(inputs),
             DataFolder(str(directory)),
             config=datatrove_config(settings),
             lines_to_buffer=chunk_records(dtype, len(signatures)),
         ).run(rank=bucket, world_size=settings.num_buckets)
-        (directory / f"{bucket:05d}_00.dups").replace(temporary[0])
-        value = lineage.record(
-            "minhash_pairs",
-            f"{output.parent.name}/{output.stem}",
-            inputs=[recorded(path) for path in [*signatures, *removals]],
-            outputs={output: temporary[0]},
-            settings=settings.model_dump() | {"bucket": bucket},
-            counts={"pairs": temporary[0].stat().st_size // PAIR.itemsize},
-        )
-        temporary[1].write_bytes(files.to_json(value))
-    return value
+        (directory / f"{bucket:05d}_00.dups").replace(job.aside["pairs"])
+        job.inputs = {"signatures": map(known, signatures), "removals": map(known, removals)}
+        job.settings = settings.model_dump() | {"bucket": bucket}
+        job.counts = {"pairs": job.aside["pairs"].stat().st_size // PAIR.itemsize}
+    return job.record
 
 
 def _without(removed: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -168,24 +159,28 @@ def _without(removed: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 def minhash_cluster(
     pairs: Sequence[Path], *, signatures: Sequence[Path], settings: MinHash, output: Path, record: Path
-) -> dict[str, Any]:
+) -> Record:
     """Write, for each shard, the indices of documents that are not the first of their cluster.
 
     `pairs` are the files of all buckets; the signatures are those in which they were found, in their order.
     """
     curation.quiet()
-    inputs = {
-        f"{bucket:05d}_00.dups": Records(path, PAIR, 0, path.stat().st_size // PAIR.itemsize)
-        for bucket, path in enumerate(pairs)
-    }
-    found = Folder()
-    MinhashDedupCluster(
-        Folder(inputs), found, datatrove_config(settings), save_cluster_id=True, lines_to_buffer=4096
-    ).run()
-    names = [f"{rank:06d}.clusters" for rank in range(len(signatures))]
-    repeated = not_first([np.frombuffer(found.written[name], "<u4").reshape(-1, 2) for name in names])
-    by_shard = dict(zip(map(shard_name, signatures), repeated, strict=True))
-    return write_duplicates(output, record, "near_duplicates", by_shard, None, pairs, settings.model_dump())
+    outputs = {"duplicates": output}
+    with making("near_duplicates", output.stem, outputs=outputs, record=record) as job:
+        inputs = {
+            f"{bucket:05d}_00.dups": Records(path, PAIR, 0, path.stat().st_size // PAIR.itemsize)
+            for bucket, path in enumerate(pairs)
+        }
+        found = Folder()
+        MinhashDedupCluster(
+            Folder(inputs), found, datatrove_config(settings), save_cluster_id=True, lines_to_buffer=4096
+        ).run()
+        names = [f"{rank:06d}.clusters" for rank in range(len(signatures))]
+        repeated = not_first([np.frombuffer(found.written[name], "<u4").reshape(-1, 2) for name in names])
+        by_shard = dict(zip(map(shard_name, signatures), repeated, strict=True))
+        job.inputs, job.settings = {"pairs": map(known, pairs)}, settings.model_dump()
+        job.counts = write_duplicates(job.aside["duplicates"], "near_duplicates", by_shard)
+    return job.record
 
 
 def not_first(clusters: Sequence[np.ndarray]) -> list[np.ndarray]:

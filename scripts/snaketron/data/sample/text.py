@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snaketron import files
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import Record, making
 
 import orjson
 
@@ -48,22 +47,15 @@ class Documented(NamedTuple):
     doc: str
 
 
-def write(name: str, rows: Iterable[Row], paths: Sequence[Path], record: Path) -> Row:
-    """Deal `rows` round robin to JSON lines files, write `record` last and return it."""
-    lines = [orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows]
-    with files.writing(*paths, record) as temporary:
-        for i, path in enumerate(temporary[:-1]):
+def write(name: str, rows: Iterable[Row], paths: Sequence[Path], record: Path) -> Record:
+    """Deal the rows round robin to JSON lines files, write `record` last and return it."""
+    outputs = {path.name: path for path in paths}
+    with making("sample", name, outputs=outputs, record=record) as job:
+        lines = [orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows]
+        for i, path in enumerate(job.aside.values()):
             path.write_bytes(b"".join(lines[i :: len(paths)]))
-        value = lineage.record(
-            "sample",
-            name,
-            inputs=[],
-            outputs=dict(zip(paths, temporary, strict=False)),
-            settings={},
-            counts={"rows": len(lines), "bytes": sum(map(len, lines))},
-        )
-        temporary[-1].write_bytes(files.to_json(value))
-    return value
+        job.counts = {"rows": len(lines), "bytes": sum(map(len, lines))}
+    return job.record
 
 
 # ------------------------------------------------------------------------------------------- corpora

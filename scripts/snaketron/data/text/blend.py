@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,10 +11,8 @@ from typing import Any
 from snaketron import files
 from snaketron.data.split import SPLITS
 from snaketron.data.text import binidx
-from snaketron.lineage import record as lineage
-from snaketron.log import UserError
-
-logger = logging.getLogger(__name__)
+from snaketron.lineage.record import Entry, Record, making, read
+from snaketron.log import UserError, logger
 
 _AGAIN = "remove its record and run again, so that it is tokenized again"
 MAX_SHARDS = 32766  # of a split: megatron-core numbers them in 16 bits
@@ -100,72 +97,85 @@ def build(
     A corpus of which `train_tokens` take more than `max_epochs` epochs is named in a warning and in the
     record, not in blend.json: another limit trains nothing again.
     """
-    identity = (
-        files.sha256(tokenizer / "tokenizer.json") if (tokenizer / "tokenizer.json").is_file() else None
-    )
-    if identity is None:
-        raise UserError(f"{tokenizer / 'tokenizer.json'}: no such file; build the tokenizer first")
+    identity = _identity(tokenizer)
+    outputs = {"blend.json": output}
+    with making("blend", phase, outputs=outputs, record=record) as job:
+        blend = _weighed(
+            phase, weights, train_tokens, {p: read(p) for p in records}, tokenizer, identity.sha256
+        )
+        repeated = [c for c in blend.train.corpora if (c.epochs or 0) > max_epochs]
+        for corpus in repeated:
+            logger.warning(
+                "phase %s goes through corpus %s %.2f times (it takes %s tokens and there are %s), more than "
+                "pretrain_data.max_epochs %g: lower its weight, shorten the phase, or add text",
+                phase,
+                corpus.corpus,
+                corpus.epochs,
+                f"{corpus.taken:,}",
+                f"{corpus.tokens:,}",
+                max_epochs,
+            )
+        job.aside["blend.json"].write_bytes(files.to_json(asdict(blend)))
+        job.inputs = {"records": records, "tokenizer": identity}
+        job.settings = {
+            "phase": phase,
+            "weights": dict(weights),
+            "tokenizer": identity.sha256,
+            "train_tokens": train_tokens,
+            "max_epochs": max_epochs,
+        }
+        splits = {name: getattr(blend, name) for name in SPLITS}
+        job.counts = {name: {"documents": s.documents, "tokens": s.tokens} for name, s in splits.items()} | {
+            "repeated": {c.corpus: c.epochs for c in repeated}
+        }
+    return blend
+
+
+def _identity(tokenizer: Path) -> Entry:
+    path = tokenizer / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; build the tokenizer first")
+    return Entry("tokenizer", str(path), files.sha256(path))
+
+
+def _weighed(
+    phase: str,
+    weights: Mapping[str, float],
+    train_tokens: int,
+    records: Mapping[Path, Record],
+    tokenizer: Path,
+    identity: str,
+) -> Blend:
+    """The blend of the shards of the records, all of them checked."""
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     dtypes: set[str] = set()
     dropped: dict[str, Counter[str]] = {corpus: Counter() for corpus in weights}
-    values = {path: lineage.read(path) for path in dict.fromkeys(records)}
-    for path, value in values.items():
-        _check_record(phase, path, value, weights, identity, tokenizer)
-        dropped[value["settings"]["corpus"]].update(value["counts"]["dropped"])
-    for path, value in values.items():
+    for path, made in records.items():
+        _check_record(phase, path, made, weights, identity, tokenizer)
+        dropped[made.settings["corpus"]].update(made.counts["dropped"])
+    for path, made in records.items():
         for split in SPLITS:
-            shard, pair = _shard(value, split, path)
+            shard, pair = _shard(made, split, path)
             dtypes.add(pair.dtype)
             shards[split].append(shard)
     _check_weights(phase, weights, shards, dropped)
     if len(dtypes) > 1:
         raise UserError(f"phase {phase!r}: shards of different types: {', '.join(sorted(dtypes))}; {_AGAIN}")
     splits = {split: weigh(split, weights, shards[split], train_tokens) for split in SPLITS}
-    repeated = [c for c in splits["train"].corpora if (c.epochs or 0) > max_epochs]
-    for corpus in repeated:
-        logger.warning(
-            "phase %s goes through corpus %s %.2f times (it takes %s tokens and there are %s), more than "
-            "pretrain_data.max_epochs %g: lower its weight, shorten the phase, or add text",
-            phase,
-            corpus.corpus,
-            corpus.epochs,
-            f"{corpus.taken:,}",
-            f"{corpus.tokens:,}",
-            max_epochs,
-        )
-    blend = Blend(phase, identity, dtypes.pop(), train_tokens, **splits)
-    with files.writing(output, record) as temporary:
-        temporary[0].write_bytes(files.to_json(asdict(blend)))
-        value = lineage.record(
-            "blend",
-            phase,
-            inputs=[*records, {"path": str(tokenizer / "tokenizer.json"), "sha256": identity}],
-            outputs={output: temporary[0]},
-            settings={
-                "phase": phase,
-                "weights": dict(weights),
-                "tokenizer": identity,
-                "train_tokens": train_tokens,
-                "max_epochs": max_epochs,
-            },
-            counts={name: {"documents": s.documents, "tokens": s.tokens} for name, s in splits.items()}
-            | {"repeated": {c.corpus: c.epochs for c in repeated}},
-        )
-        temporary[1].write_bytes(files.to_json(value))
-    return blend
+    return Blend(phase, identity, dtypes.pop(), train_tokens, **splits)
 
 
 def _check_record(
     phase: str,
     path: Path,
-    value: Mapping[str, Any],
+    made: Record,
     weights: Mapping[str, float],
     identity: str,
     tokenizer: Path,
 ) -> None:
-    if value["kind"] != "tokens":
-        raise UserError(f"{path}: a record of {value['kind']}, not of a tokenized shard")
-    corpus, made_with = value["settings"]["corpus"], value["settings"]["tokenizer"]
+    if made.kind != "tokens":
+        raise UserError(f"{path}: a record of {made.kind}, not of a tokenized shard")
+    corpus, made_with = made.settings["corpus"], made.settings["tokenizer"]
     if corpus not in weights:
         raise UserError(f"{path}: is of corpus {corpus!r}, which has no weight in phase {phase!r}")
     if made_with != identity:
@@ -202,32 +212,29 @@ def _check_weights(
             )
 
 
-def _shard(record: Mapping[str, Any], split: str, path: Path) -> tuple[Shard, binidx.Pair]:
+def _shard(record: Record, split: str, path: Path) -> tuple[Shard, binidx.Pair]:
     """One split of a record, after a look at the files."""
-    position = 2 * SPLITS.index(split)  # the outputs are .bin and .idx of train, of valid, of test
-    bin_file, idx_file = record["outputs"][position : position + 2]
-    count = record["counts"][split]
+    bin_file, idx_file = record.output(f"{split}.bin"), record.output(f"{split}.idx")
+    count = record.counts[split]
     for entry in (bin_file, idx_file):
-        _check_size(Path(entry["path"]), entry["bytes"], f"its record {path}", _AGAIN)
-    prefix = bin_file["path"].removesuffix(".bin")
+        _check_size(entry.file, entry.bytes, f"its record {path}", _AGAIN)
+    prefix = bin_file.path.removesuffix(".bin")
     pair = binidx.check(Path(prefix), _AGAIN)
     for what, found, recorded in (
         ("sequences", pair.sequences, count["documents"]),
         ("tokens", pair.tokens, count["tokens"]),
     ):
         if found != recorded:
-            raise UserError(
-                f"{idx_file['path']}: {found} {what}, its record {path} says {recorded}; {_AGAIN}"
-            )
+            raise UserError(f"{idx_file.path}: {found} {what}, its record {path} says {recorded}; {_AGAIN}")
     shard = Shard(
         prefix=prefix,
-        corpus=record["settings"]["corpus"],
+        corpus=record.settings["corpus"],
         documents=count["documents"],
         tokens=count["tokens"],
-        bin_bytes=bin_file["bytes"],
-        bin_sha256=bin_file["sha256"],
-        idx_bytes=idx_file["bytes"],
-        idx_sha256=idx_file["sha256"],
+        bin_bytes=bin_file.bytes,
+        bin_sha256=bin_file.sha256,
+        idx_bytes=idx_file.bytes,
+        idx_sha256=idx_file.sha256,
     )
     return shard, pair
 

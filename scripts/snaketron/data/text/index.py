@@ -23,7 +23,8 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron import files
 from snaketron.data.text import blend as blends
 from snaketron.data.tokenizer import Info
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import Entry, Record, making
+from snaketron.lineage.walk import record_about
 from snaketron.log import UserError
 
 import numpy as np
@@ -54,15 +55,15 @@ def num_samples(blend: blends.Blend, seq_length: int, train_samples: int) -> dic
 
 def build(
     blend_path: Path, *, seed: int, seq_length: int, train_samples: int, output: Path, record: Path
-) -> dict[str, Any]:
-    """Write the directory `output` and its `record`; returns the record's counts.
+) -> Record:
+    """Write the directory `output` and its `record`, and return that.
 
     A shard is indexed at a time, in up to 20 bytes for each of its documents and epochs.
     """
     blend = blends.check(blend_path)
     settings = _settings(blend_path, seed, seq_length, train_samples)
     building = files.partial(output)
-    with files.writing(record) as (temporary,), warnings.catch_warnings():
+    with making("index", blend.phase, outputs={}, record=record) as job, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core's, that it is not told its rank
         try:
             shutil.rmtree(building, ignore_errors=True)
@@ -73,19 +74,16 @@ def build(
                 for split, samples in num_samples(blend, seq_length, train_samples).items()
             }
             content = _content(building)
-            counts |= {"files": content.pop("files")}
-            value = lineage.record(
-                "index", blend.phase, inputs=[blend_path], outputs=[], settings=settings, counts=counts
-            )
-            value["outputs"] = [{"path": str(output), **content}]
+            job.inputs, job.settings = {"blend": blend_path}, settings
+            job.counts = counts | {"files": content.pop("files")}
+            job.present = [Entry("index", str(output), **content)]
             record.unlink(missing_ok=True)
             shutil.rmtree(output, ignore_errors=True)
             building.replace(output)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
-        temporary.write_bytes(files.to_json(value))
-    return counts
+    return job.record
 
 
 def _build_split(
@@ -232,9 +230,9 @@ def load(
 
 
 def _check(directory: Path, settings: Mapping[str, Any]) -> None:
-    record = lineage.read(directory.with_suffix(".json"))
+    record = record_about(directory)
     wanted = {**settings, "megatron-core": importlib.metadata.version("megatron-core")}
-    made = {**record["settings"], "megatron-core": record["versions"]["megatron-core"]}
+    made = {**record.settings, "megatron-core": record.versions["megatron-core"]}
     differ = [f"{key} {made[key]}, not {value}" for key, value in wanted.items() if made[key] != value]
     if differ:
         raise UserError(f"{directory}: made with {'; '.join(differ)}; run rule index_pretrain again")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from snaketron.data.chats.packs import KEY, number_array, string_array
+from snaketron.data.arrow import KEY, number_array, string_array
 from snaketron.data.split import SPLITS
 from snaketron.data.text.binidx import naming
 from snaketron.log import UserError

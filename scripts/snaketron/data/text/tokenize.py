@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,19 +12,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snaketron import files
 from snaketron.data import tokenizer as tokenizers
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.rows import FILTERED, Bad, Drops, place, read_documents, reject
 from snaketron.data.split import SPLITS, split_of
 from snaketron.data.text import binidx, origins
-from snaketron.lineage import record as lineage
-from snaketron.log import UserError
+from snaketron.lineage.record import Entry, Record, making
+from snaketron.log import UserError, logger
 from snaketron.settings.text import TokenizeSettings
 
 import numpy as np
-
-logger = logging.getLogger(__name__)
 
 # A batch ends at either: enough to keep the encoder's threads busy, and some 50 MB at most.
 BATCH_DOCUMENTS = 10_000
@@ -56,7 +52,7 @@ def tokenize_shard(
     table: Path,
     record: Path,
     threads: int = 1,
-) -> dict[str, Any]:
+) -> Record:
     """Tokenize the raw files `texts` into a .bin/.idx pair a split, and write `record` last.
 
     `bins` maps each split to its .bin; `table` is the Parquet file that says where each sequence comes from.
@@ -66,33 +62,32 @@ def tokenize_shard(
     """
     _check(settings)
     info = tokenizers.info(tokenizer)
-    pairs = [path for split in SPLITS for path in binidx.paths(bins[split].with_suffix(""))]
-    outputs = [*pairs, table]
-    with files.writing(*outputs, record) as temporary:
-        shard = _Shard(texts, settings, info, outputs, temporary)
+    outputs = {
+        f"{split}{path.suffix}": path
+        for split in SPLITS
+        for path in binidx.paths(bins[split].with_suffix(""))
+    }
+    outputs["documents"] = table
+    with making("tokens", f"{settings.corpus}/{record.stem}", outputs=outputs, record=record) as job:
+        shard = _Shard(texts, settings, info, outputs, job.aside)
         try:
             shard.run(Encoder(tokenizer), threads)
         except Mismatch as error:
             logger.warning("encoding all of this shard again with `tokenizers`, slower: fastokens: %s", error)
-            shard = _Shard(texts, settings, info, outputs, temporary)
+            shard = _Shard(texts, settings, info, outputs, job.aside)
             shard.run(Encoder(tokenizer, problem=str(error)), threads)
-        value = lineage.record(
-            "tokens",
-            f"{settings.corpus}/{record.stem}",
-            inputs=[*shard.reader.read, {"path": str(tokenizer / "tokenizer.json"), "sha256": info.sha256}],
-            outputs=dict(zip(outputs, temporary, strict=False)),
-            hashes=dict(zip(pairs, shard.hashes, strict=True)),
-            settings={
-                **settings.model_dump(mode="json"),
-                "shard": record.stem,
-                "tokenizer": info.sha256,
-                "dtype": info.dtype,
-                "end_of_document": info.eos_id,
-            },
-            counts=shard.counts(),
-        )
-        temporary[-1].write_bytes(files.to_json(value))
-    return value
+        identity = Entry("tokenizer", str(tokenizer / "tokenizer.json"), info.sha256)
+        job.inputs = {"text": shard.reader.read, "tokenizer": identity}
+        job.hashes = shard.hashes
+        job.settings = {
+            **settings.model_dump(mode="json"),
+            "shard": record.stem,
+            "tokenizer": info.sha256,
+            "dtype": info.dtype,
+            "end_of_document": info.eos_id,
+        }
+        job.counts = shard.counts()
+    return job.record
 
 
 def _check(settings: TokenizeSettings) -> None:
@@ -198,15 +193,15 @@ class _Shard:
         texts: Sequence[Path],
         settings: TokenizeSettings,
         info: tokenizers.Info,
-        outputs: Sequence[Path],
-        temporary: Sequence[Path],
+        outputs: Mapping[str, Path],
+        aside: Mapping[str, Path],
     ) -> None:
         self.settings = settings
         self.reader = _Reader(texts, settings, room=settings.max_documents)
-        self.hashes: list[str] = []  # of the files of the pairs, in their order
+        self.hashes: dict[str, str] = {}  # of the files of the pairs, by the name of the output
         self._info = info
         self._dtype = np.dtype(info.dtype)
-        self._outputs, self._temporary = outputs, temporary
+        self._outputs, self._aside = outputs, aside
         self._drops = Drops()  # of what was read; the reader, which is ahead, has its own
         self._kept = self._cut = 0
         self._full = False
@@ -243,21 +238,22 @@ class _Shard:
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         self._writers = []
-        for i in range(0, 2 * len(SPLITS), 2):
-            bin_path, idx_path = self._temporary[i : i + 2]
-            self._writers.append(binidx.Writer(bin_path, idx_path, self._dtype, self._outputs[i]))
+        for split in SPLITS:
+            pair = self._aside[f"{split}.bin"], self._aside[f"{split}.idx"]
+            self._writers.append(binidx.Writer(*pair, self._dtype, self._outputs[f"{split}.bin"]))
             stack.callback(self._writers[-1].abandon)
         fields = self.settings.metadata_fields
-        self._table = origins.Writer(self._temporary[6], fields, self._outputs[6])
+        final = self._outputs["documents"]
+        self._table = origins.Writer(self._aside["documents"], fields, final)
         stack.callback(self._table.abandon)
         self._sinks: Sequence[Any] = self._writers
         if self.settings.document_order == "shuffled":
             seed = self.settings.seed or 0
             self._sinks = [binidx.Shuffled(w, (seed, i)) for i, w in enumerate(self._writers)]
-            self._waiting = tempfile.TemporaryFile(dir=self._outputs[6].parent)  # noqa: SIM115
+            self._waiting = tempfile.TemporaryFile(dir=final.parent)  # noqa: SIM115
             stack.callback(self._waiting.close)
             self._ordered = self._table
-            self._table = origins.Writer(self._waiting, fields, self._outputs[6])
+            self._table = origins.Writer(self._waiting, fields, final)
             stack.callback(self._table.abandon)
 
     def _write(self, batch: list[Document], ids: np.ndarray, starts: np.ndarray) -> None:
@@ -364,7 +360,8 @@ class _Shard:
             origins.renumber(self._waiting, self._ordered, new)
             self._table = self._ordered
         self._table.close()
-        self.hashes = [digest for writer in self._writers for digest in writer.close()]
+        for split, writer in zip(SPLITS, self._writers, strict=True):
+            self.hashes[f"{split}.bin"], self.hashes[f"{split}.idx"] = writer.close()
 
     def _all_drops(self) -> Drops:
         """Those of the reader and those made here."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.data.chats import conversation
-from snaketron.data.chats.template import Rendered, Template, compile_template
+from snaketron.data.chats.marks import Rendered
+from snaketron.data.chats.template import Template, compile_template
 from tests.unit.data.chats.chat_samples import TEMPLATE, question
 
 SOURCES = {

@@ -8,7 +8,7 @@ import blend_sft as script
 from snaketron import files
 from snaketron.data.chats import blend as blend_module
 from snaketron.data.chats.packs import Pack, join, write
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import making, of_file, read
 from snaketron.log import UserError
 
 import numpy as np
@@ -28,24 +28,18 @@ def shard(
 ) -> Path:
     """A packed shard, as rule pack_sft leaves it: so many packs of 4 tokens, 2 of them trained."""
     settings = {"source": source, **SETTINGS, **other}
-    counts, outputs = {}, []
+    counts, outputs = {}, {}
     for split, packs in (("train", train), ("valid", valid), ("test", test)):
         path = root / f"sft/{split}/{source}/part_{number}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pack: Pack = join([(np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], dtype=np.uint8))])
         write(path, [pack] * packs, settings)
         counts[split] = {"packs": packs, "tokens": 4 * packs, "trained_tokens": 2 * packs}
-        outputs.append(path)
+        outputs[split] = path
     record = root / f"sft/{source}/part_{number}.json"
-    value = lineage.record(
-        "pack_sft",
-        f"{source}/part_{number}",
-        inputs=[],
-        outputs=outputs,
-        settings=settings,
-        counts={"splits": counts},
-    )
-    files.write_json(record, value)
+    with making("pack_sft", f"{source}/part_{number}", outputs={}, record=record) as job:
+        job.present = [of_file(split, path) for split, path in outputs.items()]
+        job.settings, job.counts = settings, {"splits": counts}
     return record
 
 
@@ -90,9 +84,9 @@ def test_a_blend_lists_weights_and_files_of_each_split(tmp_path):
         "bytes": path.stat().st_size,
         "sha256": files.sha256(path),
     }
-    record = lineage.read(tmp_path / "sft/record.json")
-    assert record["counts"]["train"] == {"packs": 7, "tokens": 28, "trained_tokens": 14}
-    assert [entry["path"] for entry in record["inputs"]] == [str(path) for path in records]
+    record = read(tmp_path / "sft/record.json")
+    assert record.counts["train"] == {"packs": 7, "tokens": 28, "trained_tokens": 14}
+    assert [entry.path for entry in record.inputs] == [str(path) for path in records]
 
 
 def test_a_source_without_validation_packs_is_left_out_there_with_a_note(tmp_path, caplog):
@@ -165,9 +159,8 @@ def test_a_file_of_another_size_is_an_error(tmp_path):
 
 
 def test_another_record_is_an_error(tmp_path):
-    files.write_json(
-        tmp_path / "a.json", lineage.record("tokenizer", "a", inputs=[], outputs=[], settings={}, counts={})
-    )
+    with making("tokenizer", "a", outputs={}, record=tmp_path / "a.json"):
+        pass
     assert (
         refused(tmp_path, [tmp_path / "a.json"], "questions=1")
         == "a.json: a record of tokenizer, not of pack_sft"

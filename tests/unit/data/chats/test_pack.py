@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pack_sft
-from snaketron.data.chats import pack as pack_sft_module
-from snaketron.data.chats import packs as packed
-from snaketron.data.chats import render
-from snaketron.lineage import record as lineage
+from snaketron.data import arrow
+from snaketron.data.chats import pack as pack_module
+from snaketron.data.chats import packs as packs_module
+from snaketron.data.chats.sequences import SCHEMA
+from snaketron.lineage.record import Record, read
 from snaketron.log import UserError
 
 import numpy as np
@@ -33,8 +35,8 @@ def write_chats(path: Path, chats: list[tuple[list[int], list[int], str]]) -> Pa
             "split": [split for _, _, split in chats],
             "reasoning_mode": ["none"] * len(chats),
         }
-    ).cast(render.SCHEMA)
-    schema = render.SCHEMA.with_metadata({packed.KEY: packed.json.dumps(METADATA).encode()})
+    ).cast(SCHEMA)
+    schema = SCHEMA.with_metadata({arrow.KEY: json.dumps(METADATA).encode()})
     pq.write_table(table.cast(schema), path, row_group_size=40)
     return path
 
@@ -53,10 +55,10 @@ def arguments(tmp_path: Path, *chats: Path, **options: Any) -> list[str]:
     return ["--chats", *map(str, chats), *given]
 
 
-def pack(tmp_path: Path, chats: list[tuple[list[int], list[int], str]], **options: Any) -> dict[str, Any]:
+def pack(tmp_path: Path, chats: list[tuple[list[int], list[int], str]], **options: Any) -> Record:
     write_chats(tmp_path / "chat/questions/part_0.parquet", chats)
     assert pack_sft.main(arguments(tmp_path, **options)) == 0
-    return lineage.read(tmp_path / "sft/questions/part_0.json")
+    return read(tmp_path / "sft/questions/part_0.json")
 
 
 def packs(tmp_path: Path, split: str = "train") -> list[dict[str, Any]]:
@@ -90,7 +92,7 @@ def test_conversations_are_packed_whole_with_masks_aligned_to_labels(tmp_path):
 
 
 def test_everything_is_counted(tmp_path):
-    counts = pack(tmp_path, CHATS)["counts"]["splits"]
+    counts = pack(tmp_path, CHATS).counts["splits"]
     assert counts["train"] == {
         "conversations": 5,
         "packed": 3,
@@ -134,12 +136,12 @@ LONG = [
 
 
 def test_a_long_conversation_is_dropped(tmp_path):
-    assert pack(tmp_path, LONG)["counts"]["splits"]["train"]["dropped"] == {"longer than a pack": 3}
+    assert pack(tmp_path, LONG).counts["splits"]["train"]["dropped"] == {"longer than a pack": 3}
     assert packs(tmp_path) == []
 
 
 def test_a_long_conversation_is_cut_after_an_answer(tmp_path):
-    counts = pack(tmp_path, LONG, long_conversations="cut_at_answer")["counts"]["splits"]["train"]
+    counts = pack(tmp_path, LONG, long_conversations="cut_at_answer").counts["splits"]["train"]
     assert sorted(row["input_ids"] for row in packs(tmp_path)) == [
         [1, 2, 3],
         [21, 22, 23, 24, 25, 26, 27, 28],
@@ -150,7 +152,7 @@ def test_a_long_conversation_is_cut_after_an_answer(tmp_path):
 
 
 def test_an_unfinished_answer_is_not_trained(tmp_path):
-    counts = pack(tmp_path, LONG, long_conversations="cut_unfinished")["counts"]["splits"]["train"]
+    counts = pack(tmp_path, LONG, long_conversations="cut_unfinished").counts["splits"]["train"]
     rows = sorted((row["input_ids"], row["loss_mask"]) for row in packs(tmp_path))
     assert rows == [
         ([1, 2, 3, 4, 5, 6, 7, 8], [1, 1, 0, 0, 0, 0, 0, 0]),
@@ -165,7 +167,7 @@ def test_packs_leave_room_for_padding(tmp_path):
     record = pack(tmp_path, CHATS, padding_multiple=4)
     assert sorted(row["seq_start_id"] for row in packs(tmp_path)) == [[0], [0, 3]]
     assert sorted(len(row["input_ids"]) for row in packs(tmp_path)) == [5, 6]
-    assert record["settings"]["padding_multiple"] == 4
+    assert record.settings["padding_multiple"] == 4
 
 
 def test_a_multiple_that_does_not_divide_the_pack_is_an_error(tmp_path, capsys):
@@ -178,13 +180,15 @@ def test_packs_of_many_thousand_tokens_hold_what_was_rendered(tmp_path):
     """Packs of 256K tokens, from conversations of up to 200K."""
     lengths = [200_000, 62_000, 150_000, 90_000, 20_000, 5]
     chats = [([i + 1] * n, [0] + [1] * (n - 1), "train") for i, n in enumerate(lengths)]
-    counts = pack(tmp_path, chats, pack_size=262_144, padding_multiple=16)["counts"]["splits"]["train"]
+    counts = pack(tmp_path, chats, pack_size=262_144, padding_multiple=16).counts["splits"]["train"]
     assert (counts["packs"], counts["tokens"], counts["trained_tokens"]) == (
         2,
         sum(lengths),
         sum(lengths) - 6,
     )
-    rows = packed.PackedDataset([tmp_path / "sft/train/questions/part_0.parquet"], {"pack_size": 262_144})
+    rows = packs_module.PackedDataset(
+        [tmp_path / "sft/train/questions/part_0.parquet"], {"pack_size": 262_144}
+    )
     found = {}
     for row in (rows[0], rows[1]):
         for start, length in zip(row.seq_start_id.tolist(), row.lengths.tolist(), strict=True):
@@ -204,10 +208,10 @@ def test_the_footer_says_what_the_packs_are_for(tmp_path):
     path = tmp_path / "sft/train/questions/part_0.parquet"
     made_for = {**METADATA, "pack_size": 8, "algorithm": "first_fit_decreasing", "padding_multiple": 1}
     made_for["long_conversations"] = "drop"
-    _, metadata = packed.read_footer(path, packed.SCHEMA.names)
-    assert metadata == {**made_for, "split": "train", "counts": record["counts"]["splits"]["train"]}
-    assert record["settings"] == made_for and record["name"] == "questions/part_0"
-    assert len(packed.PackedDataset([path], made_for)) == 2
+    _, metadata = arrow.read_footer(path, packs_module.SCHEMA.names)
+    assert metadata == {**made_for, "split": "train", "counts": record.counts["splits"]["train"]}
+    assert record.settings == made_for and record.name == "questions/part_0"
+    assert len(packs_module.PackedDataset([path], made_for)) == 2
 
 
 def many_chats() -> list[tuple[list[int], list[int], str]]:
@@ -225,7 +229,7 @@ def pack_parts(tmp_path: Path, num_parts: int, **options: Any) -> dict[str, Any]
     ]
     options = {"pack_size": 64, "record": tmp_path / "sft/questions/all.json"} | options
     assert pack_sft.main(arguments(tmp_path, *parts, **options)) == 0
-    return lineage.read(tmp_path / "sft/questions/all.json")
+    return read(tmp_path / "sft/questions/all.json")
 
 
 def test_conversations_of_several_files_share_packs(tmp_path):
@@ -233,8 +237,8 @@ def test_conversations_of_several_files_share_packs(tmp_path):
     alone = {split: packs(tmp_path, split) for split in ("train", "valid", "test")}
     record = pack_parts(tmp_path, 5)
     assert {split: packs(tmp_path, split) for split in alone} == alone
-    assert record["name"] == "questions/all"
-    assert [Path(entry["path"]).stem for entry in record["inputs"]] == [f"part_{i}" for i in range(5)]
+    assert record.name == "questions/all"
+    assert [Path(entry.path).stem for entry in record.inputs] == [f"part_{i}" for i in range(5)]
 
 
 @pytest.mark.parametrize("pass_tokens", [1, 300])
@@ -244,33 +248,33 @@ def test_what_fits_in_memory_does_not_change_the_bytes(tmp_path, monkeypatch, pa
         return [path.read_bytes() for path in sorted(tmp_path.glob("sft/*/questions/*.parquet"))]
 
     expected = run()
-    monkeypatch.setattr(pack_sft_module, "PASS_TOKENS", pass_tokens)
+    monkeypatch.setattr(pack_module, "PASS_TOKENS", pass_tokens)
     assert run() == expected
 
 
 def test_a_pass_holds_no_more_tokens_than_it_may(tmp_path, monkeypatch):
-    monkeypatch.setattr(pack_sft_module, "PASS_TOKENS", 300)
+    monkeypatch.setattr(pack_module, "PASS_TOKENS", 300)
     sizes = []
-    collect = pack_sft_module.Chats.tokens
+    collect = pack_module.Conversations.tokens
 
     def tokens(chats: Any, wanted: np.ndarray) -> Any:
         collected = collect(chats, wanted)
         sizes.append(len(collected[0]))
         return collected
 
-    monkeypatch.setattr(pack_sft_module.Chats, "tokens", tokens)
+    monkeypatch.setattr(pack_module.Conversations, "tokens", tokens)
     record = pack_parts(tmp_path, 5)
-    total = sum(counts["tokens"] for counts in record["counts"]["splits"].values())
+    total = sum(counts["tokens"] for counts in record.counts["splits"].values())
     assert sum(sizes) == total and max(sizes) <= 300 and len(sizes) < total / 200
 
 
 def test_the_seed_matters_to_the_shuffle_only(tmp_path):
     shuffled = pack_parts(tmp_path, 5, algorithm="first_fit_shuffle", seed=1)
     first = packs(tmp_path)
-    assert shuffled["settings"]["seed"] == 1
+    assert shuffled.settings["seed"] == 1
     pack_parts(tmp_path, 5, algorithm="first_fit_shuffle", seed=2)
     assert packs(tmp_path) != first
-    assert "seed" not in pack_parts(tmp_path, 5, seed=1)["settings"]
+    assert "seed" not in pack_parts(tmp_path, 5, seed=1).settings
 
 
 def test_the_shuffle_needs_a_seed(tmp_path, capsys):
@@ -293,14 +297,14 @@ def test_nothing_is_lost_among_many_conversations(tmp_path):
                 assert row["loss_mask"][start:end] == [1] * (end - start - 1) + [0]
                 seen[item] = end - start
     assert seen == dict(enumerate(lengths))
-    for split, counts in record["counts"]["splits"].items():
+    for split, counts in record.counts["splits"].items():
         fewest = sum(len(ids) for ids, _, of in chats if of == split) / 64
         assert counts["packs"] <= 1.1 * fewest
 
 
 def test_an_empty_file_gives_empty_splits(tmp_path):
     record = pack(tmp_path, [])
-    assert [counts["packs"] for counts in record["counts"]["splits"].values()] == [0, 0, 0]
+    assert [counts["packs"] for counts in record.counts["splits"].values()] == [0, 0, 0]
 
 
 def refused(tmp_path: Path, *chats: Path) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from snaketron.data import arrow
 from snaketron.data.chats import packs as packed
 from snaketron.log import UserError
 
@@ -43,7 +44,7 @@ def test_the_file_has_the_columns_of_megatron_bridge_and_a_footer(tmp_path):
     assert schema.names == ["input_ids", "loss_mask", "seq_start_id"]
     assert [str(field.type.value_type) for field in schema] == ["int32", "uint8", "int32"]
     assert pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0).compression == "ZSTD"
-    assert packed.read_footer(tmp_path / "a.parquet", packed.SCHEMA.names)[1] == MADE_WITH
+    assert arrow.read_footer(tmp_path / "a.parquet", packed.SCHEMA.names)[1] == MADE_WITH
     assert pq.read_table(tmp_path / "a.parquet").to_pylist()[1] == {
         "input_ids": [1, 2, 3],
         "loss_mask": [0, 1, 0],
@@ -53,8 +54,8 @@ def test_the_file_has_the_columns_of_megatron_bridge_and_a_footer(tmp_path):
 
 def test_columns_of_text_may_hold_nothing():
     values = ["a", None, "", "ü\ud800"]  # the last has a lone surrogate, which Parquet cannot hold
-    assert packed.string_array(values).to_pylist() == ["a", None, "", "ü?"]
-    assert packed.string_array([]).to_pylist() == []
+    assert arrow.string_array(values).to_pylist() == ["a", None, "", "ü?"]
+    assert arrow.string_array([]).to_pylist() == []
 
 
 def test_a_split_without_packs_is_a_valid_file(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import render_chat
 from snaketron.data.chats import conversation as chat
 from snaketron.data.chats import reasoning
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import read
 from snaketron.settings.chats import RenderSettings
 from tests.unit.data.chats.chat_samples import build_tokenizer, save_tokenizer, write_jsonl
 from tests.unit.data.chats.golden import assistant, call, tool, user
@@ -115,7 +115,7 @@ def render(tmp_path: Path, files: dict[str, list[Any]], **options: Any) -> tuple
     arguments += ["--output", tmp_path / "out.parquet", "--record", tmp_path / "out.json"]
     assert render_chat.main([str(argument) for argument in arguments]) == 0
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    return rows, lineage.read(tmp_path / "out.json")["counts"]
+    return rows, read(tmp_path / "out.json").counts
 
 
 def text(row: dict[str, Any]) -> str:

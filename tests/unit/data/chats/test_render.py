@@ -8,10 +8,10 @@ from typing import Any
 
 import render_chat
 from snaketron import files
-from snaketron.data.chats import packs
-from snaketron.data.chats import render as rendered
+from snaketron.data import arrow
+from snaketron.data.chats import render as render_module
 from snaketron.data.split import split_of
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import Record, read
 from snaketron.log import UserError
 from tests.unit.data.chats.chat_samples import build_tokenizer, question, save_tokenizer, write_jsonl
 
@@ -49,19 +49,17 @@ def arguments(tmp_path: Path, *chats: Path, **options: Any) -> list[str]:
     return ["--chats", *map(str, chats), "--settings", json.dumps(settings), *given]
 
 
-def render(tmp_path: Path, rows: list[Any], **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def render(tmp_path: Path, rows: list[Any], **options: Any) -> tuple[list[dict[str, Any]], Record]:
     chats = write_jsonl(tmp_path / "chats.jsonl", rows)
     assert render_chat.main(arguments(tmp_path, chats, **options)) == 0
-    return pq.read_table(tmp_path / "out/part_0.parquet").to_pylist(), lineage.read(
-        tmp_path / "out/part_0.json"
-    )
+    return pq.read_table(tmp_path / "out/part_0.parquet").to_pylist(), read(tmp_path / "out/part_0.json")
 
 
 def render_files(tmp_path: Path, *chats: Path, **options: Any) -> tuple[list[int], dict[str, Any]]:
     """Render files; returns the rows and the counts."""
     assert render_chat.main(arguments(tmp_path, *chats, **options)) == 0
     rows = pq.read_table(tmp_path / "out/part_0.parquet").to_pylist()
-    return rows, lineage.read(tmp_path / "out/part_0.json")["counts"]
+    return rows, read(tmp_path / "out/part_0.json").counts
 
 
 def refused(tmp_path: Path, *chats: Path, **options: Any) -> str:
@@ -80,9 +78,9 @@ def test_a_conversation_becomes_ids_mask_row_and_split(tmp_path, tokenizer):
     place = {"file": str(tmp_path / "chats.jsonl"), "row": 1, "turn": 0}
     row = {"input_ids": ids, "loss_mask": mask, **place, "reasoning_mode": "none"}
     assert rows == [row | {"split": split_of(text, 0.2, 0.1)}]
-    assert record["counts"]["conversations"] == record["counts"]["rows"] == record["counts"]["sequences"] == 1
-    assert (record["counts"]["tokens"], record["counts"]["trained_tokens"]) == (len(ids), answer)
-    assert record["counts"]["dropped"] == {} and record["name"] == "questions/part_0"
+    assert record.counts["conversations"] == record.counts["rows"] == record.counts["sequences"] == 1
+    assert (record.counts["tokens"], record.counts["trained_tokens"]) == (len(ids), answer)
+    assert record.counts["dropped"] == {} and record.name == "questions/part_0"
 
 
 def test_the_file_says_what_it_was_made_with(tmp_path, tokenizer):
@@ -97,7 +95,7 @@ def test_the_file_says_what_it_was_made_with(tmp_path, tokenizer):
         "dictionary<values=string, indices=int8, ordered=0>",
         "dictionary<values=string, indices=int8, ordered=0>",
     ]
-    _, metadata = packs.read_footer(tmp_path / "out/part_0.parquet", schema.names)
+    _, metadata = arrow.read_footer(tmp_path / "out/part_0.parquet", schema.names)
     assert metadata == {
         "source": "questions",
         "tokenizer_sha256": files.sha256(tokenizer / "tokenizer.json"),
@@ -112,7 +110,7 @@ def test_splits_are_counted_and_follow_the_text(tmp_path, tokenizer):
     for row in rows:
         by_text.setdefault(tuple(row["input_ids"]), set()).add(row["split"])
     assert all(len(splits) == 1 for splits in by_text.values())  # duplicates are never on both sides
-    counted = {split: counts["conversations"] for split, counts in record["counts"]["splits"].items()}
+    counted = {split: counts["conversations"] for split, counts in record.counts["splits"].items()}
     assert counted == {name: sum(row["split"] == name for row in rows) for name in ("train", "valid", "test")}
     assert 200 < counted["train"] < 360 and counted["valid"] > 20 and counted["test"] > 10
 
@@ -140,7 +138,7 @@ def test_dropped_rows_are_counted_by_reason_and_listed(tmp_path, tokenizer):
         max_dropped_fraction=0.8,
     )
     assert [row["row"] for row in rows] == [1, 7]
-    counts = record["counts"]
+    counts = record.counts
     assert (counts["rows"], counts["conversations"]) == (7, 2)
     assert counts["dropped"] == {
         "no messages": 2,
@@ -155,8 +153,8 @@ def test_dropped_rows_are_counted_by_reason_and_listed(tmp_path, tokenizer):
 def test_at_most_a_hundred_dropped_rows_of_a_reason_are_listed(tmp_path, tokenizer):
     chats = [{"messages": []}] * 150 + [{"messages": question("a", "b")}]
     _, record = render(tmp_path, chats, max_dropped_fraction=0.999)
-    assert record["counts"]["dropped"] == {"no messages": 150}
-    assert len(record["counts"]["dropped_rows"]) == 100
+    assert record.counts["dropped"] == {"no messages": 150}
+    assert len(record.counts["dropped_rows"]) == 100
 
 
 def test_a_template_that_trains_nothing_in_a_row_drops_it(tmp_path, tokenizer):
@@ -170,7 +168,7 @@ def test_a_template_that_trains_nothing_in_a_row_drops_it(tmp_path, tokenizer):
         template=template,
         max_dropped_fraction=0.5,
     )
-    assert record["counts"]["dropped"] == {"nothing to train on": 1}
+    assert record.counts["dropped"] == {"nothing to train on": 1}
 
 
 def test_tools_are_rendered_and_may_be_missing(tmp_path, tokenizer):
@@ -199,7 +197,7 @@ def test_parquet_and_compressed_files_give_the_same_conversations(tmp_path, toke
 
 def test_an_empty_file_gives_a_file_of_no_rows(tmp_path, tokenizer):
     rows, record = render(tmp_path, [])
-    assert rows == [] and record["counts"]["rows"] == 0
+    assert rows == [] and record.counts["rows"] == 0
 
 
 def test_a_missing_field_is_an_error_that_names_the_fields(tmp_path, tokenizer):
@@ -221,8 +219,8 @@ def test_files_of_a_shard_are_rendered_in_order(tmp_path, tokenizer):
         ("a.jsonl", 2),
     ]
     assert counts["rows"] == counts["conversations"] == 4
-    record = lineage.read(tmp_path / "out/part_0.json")
-    assert [Path(entry["path"]).name for entry in record["inputs"][:2]] == ["b.jsonl", "a.jsonl"]
+    record = read(tmp_path / "out/part_0.json")
+    assert [Path(entry.path).name for entry in record.inputs[:2]] == ["b.jsonl", "a.jsonl"]
 
 
 @pytest.fixture
@@ -238,7 +236,7 @@ def test_max_documents_takes_exactly_so_many_conversations(tmp_path, tokenizer, 
     rows, counts = render_files(tmp_path, *three_files, max_documents=3, max_dropped_fraction=0.3)
     assert rows == whole[:3]
     assert (counts["rows"], counts["conversations"], counts["dropped"]) == (4, 3, {"no messages": 1})
-    inputs = lineage.read(tmp_path / "out/part_0.json")["inputs"]
+    inputs = read(tmp_path / "out/part_0.json").inputs
     assert str(three_files[1]) in str(inputs) and str(three_files[2]) not in str(inputs)  # never opened
 
 
@@ -264,9 +262,9 @@ def test_rows_are_filtered_and_counted(tmp_path, tokenizer):
     chats = [{"messages": question("a", str(i)), "used_in": used} for i, used in enumerate("xyx")]
     rows, record = render(tmp_path, chats, where={"used_in": ["x"]})
     assert [row["row"] for row in rows] == [1, 3]
-    assert record["counts"]["dropped"] == {"filtered by where": 1}
+    assert record.counts["dropped"] == {"filtered by where": 1}
     rows, record = render(tmp_path, chats, where={"used_in": ["z"]})
-    assert rows == [] and record["counts"]["dropped"] == {"filtered by where": 3}
+    assert rows == [] and record.counts["dropped"] == {"filtered by where": 3}
 
 
 def test_bad_rows_are_dropped_and_counted_up_to_a_share(tmp_path, tokenizer):
@@ -292,7 +290,7 @@ def test_metadata_fields_are_kept_as_text(tmp_path, tokenizer, caplog):
         ["7", '["x"]', "mit", None],
         [None, None, None, None],
     ]
-    assert record["settings"]["metadata_fields"] == ["id", "tags", "license", "lisence"]
+    assert record.settings["metadata_fields"] == ["id", "tags", "license", "lisence"]
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [f"{tmp_path}/chats.jsonl: no row has the metadata field 'lisence'"]
 
@@ -305,8 +303,8 @@ def test_a_metadata_field_cannot_take_the_name_of_a_column(tmp_path, tokenizer):
 
 def test_row_groups_do_not_change_what_is_written(tmp_path, tokenizer, three_files, monkeypatch):
     whole, _ = render_files(tmp_path, *three_files, max_dropped_fraction=0.2)
-    monkeypatch.setattr(rendered, "ROW_GROUP_TOKENS", 30)
-    monkeypatch.setattr(rendered, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(render_module, "ROW_GROUP_TOKENS", 30)
+    monkeypatch.setattr(render_module, "BATCH_CHARACTERS", 100)
     assert render_files(tmp_path, *three_files, max_dropped_fraction=0.2)[0] == whole
     assert pq.read_metadata(tmp_path / "out/part_0.parquet").num_row_groups > 1
 
@@ -361,7 +359,7 @@ def test_an_answer_that_ends_with_its_text_is_dropped(tmp_path, tokenizer):
     chats = [{"messages": question("a", "b")}, {"messages": [{"role": "user", "content": "a"}, call]}]
     rows, record = render(tmp_path, chats, template=template, max_dropped_fraction=0.5)
     assert [row["row"] for row in rows] == [1]
-    assert record["counts"]["dropped"] == {"an answer without the token that ends it": 1}
+    assert record.counts["dropped"] == {"an answer without the token that ends it": 1}
 
 
 @pytest.fixture
@@ -416,7 +414,7 @@ def test_a_turn_is_what_inference_sees_and_only_its_answers_are_trained(tmp_path
     ]
     assert [(row["row"], row["turn"]) for row in rows] == [(1, 1), (1, 2), (1, 3), (2, 0)]
     assert [row["reasoning_mode"] for row in rows] == ["full"] * 3 + ["none"]
-    counts = record["counts"]
+    counts = record.counts
     assert (counts["rows"], counts["conversations"], counts["sequences"]) == (2, 2, 4)
     assert counts["reasoning_modes"] == {"none": 1, "full": 3}
 
@@ -466,7 +464,7 @@ def test_all_sequences_of_a_conversation_share_a_split(tmp_path, tokenizer):
     for options in ({"sequences": "turn"}, {"sequences": "turn", "reasoning": modes}, {"reasoning": modes}):
         rows, counts = render(tmp_path, chats, seed=1, **options)
         assert {(row["row"], row["split"]) for row in rows} == set(expected.items())
-        by_split = counts["counts"]["splits"]
+        by_split = counts.counts["splits"]
         assert sum(split["conversations"] for split in by_split.values()) == 60
 
 
@@ -489,8 +487,8 @@ def test_a_template_without_reasoning_trains_the_answers_and_says_so(tmp_path, t
         max_dropped_fraction=0.5,
     )
     assert [row["reasoning_mode"] for row in rows] == ["none"]
-    assert record["counts"]["reasoning_not_written"] == 1
-    assert record["counts"]["dropped"] == {"the template leaves out a message": 1}
+    assert record.counts["reasoning_not_written"] == 1
+    assert record.counts["dropped"] == {"the template leaves out a message": 1}
     assert "writes no reasoning; 1 conversations are trained without theirs" in caplog.text
 
 

@@ -74,7 +74,7 @@ class Steps:
             num_examples=num_examples,
             output=self.root / f"filtered/{shard}.parquet",
             record=self.root / f"filtered/{shard}.json",
-        )["counts"]
+        ).counts
 
     def filtered(self, shard: str, texts: Sequence[str]) -> None:
         """A shard of these texts, through no filter."""
@@ -141,7 +141,7 @@ class Steps:
             num_examples=num_examples,
             output=self.root / f"curated/{shard}.parquet",
             record=self.root / f"curated/{shard}.json",
-        )["counts"]
+        ).counts
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of filtered/CORPUS/SHARD or curated/CORPUS/SHARD."""

@@ -79,7 +79,7 @@ def test_the_index_does_not_need_lighteval(steps: Steps):
         decontamination.NGramsDecontIndexer("memory://x")
     assert len(QUESTION.split()) == 18
     record = index(steps, {"swans": [QUESTION, "too short"], "other": [words("o")]})
-    assert {Path(p).stem: c for p, c in record["counts"].items()} == {
+    assert {Path(p).stem: c for p, c in record.counts.items()} == {
         "swans": {"texts": 2, "too_short": 1, "n_grams": 7},
         "other": {"texts": 1, "too_short": 0, "n_grams": 49},
     }

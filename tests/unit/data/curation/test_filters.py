@@ -7,10 +7,9 @@ import json
 import logging
 from pathlib import Path
 
-from snaketron import files
 from snaketron.config import FILTERS, Filter
 from snaketron.data.curation import filters
-from snaketron.lineage import record as lineage
+from snaketron.lineage.record import read
 from snaketron.log import UserError
 from tests.unit.data.curation.curated import Steps, language_model, words
 
@@ -163,8 +162,8 @@ def test_a_sample_stops_after_so_many_documents(steps: Steps):
     assert steps.texts("filtered/web/sample") == ["one", "two", "three"]
     assert counts["rows"] == 3 and accounted(counts)
     steps.filter("web/less", raw, max_documents=2)
-    record = lineage.read(steps.root / "filtered/web/less.json")
-    assert [entry["path"] for entry in record["inputs"]] == [str(raw[0])]  # the other was not opened
+    record = read(steps.root / "filtered/web/less.json")
+    assert [entry.path for entry in record.inputs] == [str(raw[0])]  # the other was not opened
 
 
 def test_rows_that_cannot_be_read_are_dropped_and_counted_when_asked(steps: Steps):
@@ -243,8 +242,8 @@ def test_the_language_filter_reads_a_model_of_this_machine(steps: Steps):
     counts = steps.filter("web/a", [raw], entry)
     assert steps.texts("filtered/web/a") == ["the old house", "the water"]
     assert counts["removed"]["language"]["documents"] == 1
-    record = files.read_json(steps.root / "filtered/web/a.json")
-    assert [Path(i["path"]).name for i in record["inputs"]] == ["a.jsonl", "lid.bin"]
+    record = read(steps.root / "filtered/web/a.json")
+    assert [Path(i.path).name for i in record.inputs] == ["a.jsonl", "lid.bin"]
 
 
 # ------------------------------------------------------------------------------------------------ words

@@ -83,9 +83,9 @@ def test_rows_are_dealt_round_robin_and_again_the_same(tmp_path):
     paths = [tmp_path / "part_0.jsonl", tmp_path / "part_1.jsonl"]
     record = sample.write("docs", rows, paths, tmp_path / "record.json")
     assert [row["id"] for row in read(paths)] == ["0", "2", "4", "1", "3"]
-    assert record["counts"] == {"rows": 5, "bytes": sum(path.stat().st_size for path in paths)}
+    assert record.counts == {"rows": 5, "bytes": sum(path.stat().st_size for path in paths)}
     again = sample.write("docs", rows, paths, tmp_path / "record.json")
-    assert again["outputs"] == record["outputs"]
+    assert again.outputs == record.outputs
 
 
 @pytest.mark.parametrize(("name", "option"), [("sample_corpus", "texts"), ("sample_chat", "chats")])

@@ -74,7 +74,7 @@ def make_blend(tmp_path: Path) -> Callable[..., Path]:
 def build(blend: Path, name: str = "index", **numbers: int) -> dict[str, Any]:
     output = blend.parent / name
     record = output.with_suffix(".json")
-    return index.build(blend, **{**NUMBERS, **numbers}, output=output, record=record)
+    return index.build(blend, **{**NUMBERS, **numbers}, output=output, record=record).counts
 
 
 def load(blend: Path, name: str = "index", tokenizer: Info = INFO, **numbers: int) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def test_the_record_says_what_the_index_follows_from(make_blend, tmp_path: Path)
     record = files.read_json(tmp_path / "index.json")
     assert (record["kind"], record["name"]) == ("index", "one")
     assert record["settings"] == {"blend": files.sha256(blend), **NUMBERS}
-    assert record["inputs"] == [{"path": str(blend), "sha256": files.sha256(blend)}]
+    assert record["inputs"] == [{"name": "blend", "path": str(blend), "sha256": files.sha256(blend)}]
     # 4 files of each of three shards, and 3 of their blend.
     assert record["counts"]["files"] == 15 == len(list((tmp_path / "index").iterdir()))
 

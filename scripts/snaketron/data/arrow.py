@@ -1,0 +1,88 @@
+"""Arrow arrays and Parquet footers, without pandas: pyarrow's own conversions would import it (1 s a job).
+
+Every Parquet file that the package writes says in its footer, under `KEY`, what it is and what made it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from snaketron.log import UserError
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+KEY = b"snaketron"
+
+
+def list_array(arrays: Sequence[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
+    """An Arrow list column of numpy arrays."""
+    offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int32)
+    values = np.concatenate([np.empty(0, dtype=value_type.to_pandas_dtype()), *arrays])
+    return pa.ListArray.from_arrays(number_array(offsets, pa.int32()), number_array(values, value_type))
+
+
+def string_array(values: Sequence[str | None]) -> pa.StringArray:
+    """An Arrow array of text, null where a value is None."""
+    encoded = [b"" if value is None else value.encode(errors="replace") for value in values]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    valid = np.packbits(np.array([value is not None for value in values], dtype=bool), bitorder="little")
+    buffers = [pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)), pa.py_buffer(valid)]
+    return pa.StringArray.from_buffers(len(encoded), *buffers)
+
+
+def number_array(values: np.ndarray, value_type: pa.DataType) -> pa.Array:
+    """An Arrow array of numbers, without a copy."""
+    values = np.ascontiguousarray(values, dtype=value_type.to_pandas_dtype())
+    return pa.Array.from_buffers(value_type, len(values), [None, pa.py_buffer(values)])
+
+
+def read_footer(path: Path, columns: Sequence[str]) -> tuple[pq.FileMetaData, dict[str, Any]]:
+    """The Parquet footer of a file that the package wrote, and what it says under `KEY`; else `UserError`."""
+    try:
+        footer = pq.read_metadata(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the rule that makes it has not finished") from None
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: truncated or not Parquet ({error}); delete it and run again") from None
+    missing = [name for name in columns if name not in footer.schema.to_arrow_schema().names]
+    if missing:
+        raise UserError(f"{path}: column {', '.join(missing)} is missing; this is another kind of file")
+    written = (footer.metadata or {}).get(KEY)
+    if written is None:
+        raise UserError(f"{path}: the footer does not say what made it; let the workflow make the file")
+    return footer, json.loads(written)
+
+
+def check_expected(path: Path, metadata: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """`UserError` when a file was made for something else."""
+    for name, value in expected.items():
+        if metadata.get(name) != value:
+            raise UserError(
+                f"{path}: was made with {name} {metadata.get(name)}, and {value} is wanted; "
+                "run the workflow again to render and pack the conversations anew"
+            )
+
+
+def flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a list column, one after the other, and the offset at which each row's begin and end."""
+    lengths = [np.diff(view(chunk.offsets)) for chunk in column.chunks]
+    values = [view(chunk.flatten()) for chunk in column.chunks]
+    if len(values) == 1:
+        joined = values[0]
+    else:
+        joined = np.concatenate([np.empty(0, dtype=column.type.value_type.to_pandas_dtype()), *values])
+    return joined, np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *lengths]), dtype=np.int64)
+
+
+def view(array: pa.Array) -> np.ndarray:
+    """A read-only view of an Arrow array of numbers without nulls (`to_numpy()` would import pandas)."""
+    dtype = np.dtype(array.type.to_pandas_dtype())
+    data = array.buffers()[1] or b""
+    view = np.frombuffer(data, dtype=dtype, count=len(array), offset=array.offset * dtype.itemsize)
+    view.flags.writeable = False  # else a batch that is changed in place would change the cache
+    return view

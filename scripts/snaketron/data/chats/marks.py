@@ -1,0 +1,160 @@
+"""Marks in the text that a chat template writes: what is generated, and which message is being written.
+
+Characters that no text holds stand for the marks until a conversation is rendered. Unlike the offsets that
+transformers counts, they stay right when a block lies in a macro or in `{% set %}`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from snaketron.data.chats.conversation import LEFT_OUT, NONCHARACTERS, REFUSED, Span, Unusable
+from snaketron.log import UserError
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+
+_START, _END, _OWNER, _OWNER_END = NONCHARACTERS
+_MARKS = re.compile(f"({_START}|{_END}|{_OWNER}[0-9:]*{_OWNER_END})")
+OWNS = "_snaketron_owns"  # a variable of our own in a template
+
+MARK_IT = (
+    "put what the assistant writes, with the token that ends its turn, between {% generation %} and "
+    "{% endgeneration %}"
+)
+
+
+class Rendered(NamedTuple):
+    """A text, the spans of it that the assistant wrote, and of each the number of its message."""
+
+    text: str
+    spans: list[Span]
+    owners: list[int | None]
+
+
+class Generation(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}`: what stands in it is output of the assistant."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        environment.extend(num_generation_blocks=0)
+
+    def parse(self, parser: Parser) -> nodes.CallBlock:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        self.environment.num_generation_blocks += 1  # type: ignore[attr-defined]
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body, lineno=line)
+
+    def _mark(self, caller: Any) -> str:
+        return f"{_START}{caller()}{_END}"
+
+
+def show_owners(body: list[nodes.Node], depth: int = 0) -> list[nodes.Node]:
+    """Statements that also write which message a loop over messages is at.
+
+    Only statements whose output goes straight into the text are changed, so nothing that the template looks
+    at is: without our marks the text is the same.
+    """
+    shown: list[nodes.Node] = []
+    for node in body:
+        shown.append(node)
+        if isinstance(node, nodes.If):
+            for branch in (node, *node.elif_):
+                branch.body = show_owners(branch.body, depth)
+            node.else_ = show_owners(node.else_, depth)
+        elif isinstance(node, nodes.With | nodes.Scope):
+            node.body = show_owners(node.body, depth)
+        elif isinstance(node, nodes.For) and node.find(nodes.Output) and not node.recursive:
+            node.body = show_owners(node.body, depth + 1)
+            if isinstance(node.target, nodes.Name):
+                target = nodes.Name(node.target.name, "load")
+                call = nodes.Call(nodes.Name(OWNS, "load"), [target, nodes.Const(depth)], [], None, None)
+                node.body.insert(0, nodes.Output([call]))
+                shown.append(nodes.Output([nodes.TemplateData(f"{_OWNER}{depth}{_OWNER_END}")]))
+    return shown
+
+
+def owner_mark(depth: int, number: int) -> str:
+    """What is written where a loop, inside of `depth` others, comes to a message."""
+    return f"{_OWNER}{depth}:{number}{_OWNER_END}"
+
+
+def unmarked(text: str) -> str:
+    return _MARKS.sub("", text)
+
+
+def marked_spans(marked: str) -> Rendered:
+    """The text of a template with generation blocks, and what lies in them."""
+    text: list[str] = []
+    spans: list[Span] = []
+    owners: list[int | None] = []
+    start, position, path = None, 0, _Path()
+    for part in _MARKS.split(marked):
+        if part == _START and start is None:
+            start = position
+        elif part == _END and start is not None:
+            spans.append((start, position))
+            owners.append(path.owner)
+            start = None
+        elif part in (_START, _END):
+            raise Unusable(REFUSED, "a generation block lies in another one")
+        elif part.startswith(_OWNER):
+            path.move(part)
+        else:
+            text.append(part)
+            position += len(part)
+    return Rendered("".join(text), spans, owners)
+
+
+class _Path:
+    """Which message the loops of a template are at, the innermost one last."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+
+    def move(self, mark: str) -> None:
+        depth, _, number = mark[1:-1].partition(":")
+        self._numbers = {d: n for d, n in self._numbers.items() if d < int(depth)}
+        if number:
+            self._numbers[int(depth)] = int(number)
+
+    @property
+    def owner(self) -> int | None:
+        return self._numbers[max(self._numbers)] if self._numbers else None
+
+
+def pieces_of(marked: str) -> tuple[str, dict[int, list[tuple[int, str]]]]:
+    """The text of a template without generation blocks, and of each message where it was written and what."""
+    text: list[str] = []
+    pieces: dict[int, list[tuple[int, str]]] = {}
+    position, path = 0, _Path()
+    for part in _MARKS.split(marked):
+        if part.startswith(_OWNER):
+            path.move(part)
+        elif part:
+            if (owner := path.owner) is not None:
+                pieces.setdefault(owner, []).append((position, part))
+            text.append(part)
+            position += len(part)
+    return "".join(text), pieces
+
+
+def piece_of(pieces: Mapping[int, list[tuple[int, str]]], number: int, name: str) -> tuple[int, str]:
+    """Where what was written of a message begins, and the whole of it."""
+    parts = pieces.get(number, [])
+    written = "".join(part for _, part in parts)
+    if not written:
+        raise Unusable(LEFT_OUT, f"message {number}, or writes it within another one")
+    (first, _), (last, end) = parts[0], parts[-1]
+    if last + len(end) - first != len(written):
+        raise UserError(
+            f"{name}: cannot tell what the assistant writes: other messages stand within message {number}; "
+            + MARK_IT
+        )
+    return first, written

@@ -1,0 +1,92 @@
+"""How records lead from an artifact back to the raw files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from snaketron import files
+from snaketron.lineage.record import Entry, making
+from snaketron.lineage.walk import ancestors, known, record_about, record_of
+from snaketron.log import UserError
+
+import pytest
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def make(output: Path, *inputs: Path, record: Path, kind: str = "thing") -> Path:
+    """Write a file of its own name, made from `inputs`, with its record."""
+    with making(kind, output.stem, outputs={"made": output}, record=record) as job:
+        job.aside["made"].write_text(output.name)
+        job.inputs = {"from": inputs}
+    return output
+
+
+def entry(path: Path) -> Entry:
+    return Entry("input", str(path), files.sha256(path))
+
+
+def place(path: Path) -> Path | None:
+    """Where the record of what made a file lies."""
+    made = record_of(entry(path))
+    return made and made[0]
+
+
+def test_the_record_of_a_file_lies_beside_it(tmp_path: Path):
+    one = make(tmp_path / "docs/a.bin", record=tmp_path / "docs/a.json")
+    two = make(tmp_path / "blend/blend.json", record=tmp_path / "blend/record.json")
+    three = make(tmp_path / "raw/a.jsonl", record=tmp_path / "raw/a.jsonl.json")
+    assert place(one) == tmp_path / "docs/a.json"
+    assert place(two) == tmp_path / "blend/record.json"
+    assert place(three) == tmp_path / "raw/a.jsonl.json"
+    assert place(tmp_path / "docs/a.json") == tmp_path / "docs/a.json"  # a record given as the input
+    assert place(write(tmp_path / "raw.jsonl", "{}")) is None
+
+
+def test_a_file_that_was_made_again_is_not_the_one_that_was_used(tmp_path: Path):
+    make(tmp_path / "a.bin", record=tmp_path / "a.json")
+    assert record_of(Entry("input", str(tmp_path / "a.bin"), "of another one")) is None
+    record = tmp_path / "a.json"
+    used = entry(record)
+    record.write_text(record.read_text().replace('"thing"', '"other"'))
+    assert record_of(used) is None
+
+
+def test_a_checkpoint_has_its_record_inside(tmp_path: Path):
+    record = tmp_path / "ckpt/sft/record.json"
+    with making("checkpoint", "sft", outputs={}, record=record) as job:
+        job.key = "0a"
+    found = record_of(Entry("base", str(tmp_path / "ckpt/sft"), version="sft-0a"))
+    assert found == (record, job.record)
+
+
+def test_an_input_is_taken_from_the_record_about_it_without_reading_it_again(tmp_path: Path):
+    make(tmp_path / "a/other.bin", record=tmp_path / "a/record.json")
+    made = make(tmp_path / "a/made.bin", record=tmp_path / "a/made.json")
+    assert record_about(made).name == "made"  # and not that of the directory, which is about another file
+    digest = files.sha256(made)
+    made.write_text("changed")
+    assert known(made) == Entry("made", str(made), digest, 8)
+    with pytest.raises(UserError, match=r"none.json: no such record"):
+        record_about(tmp_path / "a/none.bin")
+
+
+def test_ancestors_are_listed_once_and_after_their_own(tmp_path: Path):
+    """raw -> tokenizer -> shard -> blend, and raw -> shard, tokenizer -> blend."""
+    raw = write(tmp_path / "raw.jsonl", "{}")
+    tokenizer = make(tmp_path / "tokenizer/t.json", raw, record=tmp_path / "tokenizer/record.json", kind="t")
+    shard = make(tmp_path / "docs/a.bin", raw, tokenizer, record=tmp_path / "docs/a.json", kind="shard")
+    blend = make(
+        tmp_path / "blend/b.json", tokenizer, shard, record=tmp_path / "blend/record.json", kind="blend"
+    )
+    found = ancestors(map(entry, (blend, tokenizer)))
+    assert list(found) == [
+        tmp_path / "tokenizer/record.json",
+        tmp_path / "docs/a.json",
+        tmp_path / "blend/record.json",
+    ]
+    assert [record.kind for record in found.values()] == ["t", "shard", "blend"]
