@@ -72,14 +72,7 @@ class Saver:
         self.finish()
         version = Version(directory)
         target = version.iteration_directory(iteration)
-        # A writer may outlive a killed training, and must not write into what the next attempt writes.
-        attempt = [secrets.token_hex(4)]
-        torch.distributed.broadcast_object_list(attempt, src=0)
-        temporary = partial(target.with_name(f"{target.name}.{attempt[0]}"))
-        if torch.distributed.get_rank() == 0:
-            version.remove_partial()
-            temporary.mkdir(parents=True)
-        torch.distributed.barrier()
+        temporary = _make_temporary(version, target)
         metadata = _metadata()
         state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata), "progress": progress}
         if optimizer is not None:
@@ -106,7 +99,7 @@ class Saver:
         self.queue.schedule_async_request(request)
 
     def finish(self, *, wait: bool = True) -> bool:
-        """Publish what was written in the background, if asked after waiting for it; whether nothing is left.
+        """Publish what was written in the background; `wait` for it if asked. True when nothing is left.
 
         All ranks must call this.
         """
@@ -131,7 +124,7 @@ class Saver:
         torch.distributed.barrier()
 
     def _delete(self, checkpoint: Path) -> None:
-        """In the background if checkpoints are written there: a file system may take seconds for it."""
+        """Delete in the background if checkpoints are written there: a file system may take seconds."""
         aside = checkpoint.rename(partial(checkpoint))
         if not self.background:
             shutil.rmtree(aside)
@@ -139,6 +132,19 @@ class Saver:
         thread = threading.Thread(target=shutil.rmtree, args=[aside], kwargs={"ignore_errors": True})
         thread.start()
         self.deleting.append(thread)
+
+
+def _make_temporary(version: Version, target: Path) -> Path:
+    """The directory that a checkpoint is written to, on all ranks; those of killed attempts are deleted."""
+    # A writer may outlive a killed training, and must not write into what the next attempt writes.
+    attempt = [secrets.token_hex(4)]
+    torch.distributed.broadcast_object_list(attempt, src=0)
+    temporary = partial(target.with_name(f"{target.name}.{attempt[0]}"))
+    if torch.distributed.get_rank() == 0:
+        version.remove_partial()
+        temporary.mkdir(parents=True)
+    torch.distributed.barrier()
+    return temporary
 
 
 @contextlib.contextmanager
@@ -198,7 +204,7 @@ def load(
         ]
         optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(optimizer.param_groups, before, strict=True):
-            # What this machine's optimizer has and that of the checkpoint's does not, and what is configured.
+            # Keep values that only this machine's optimizer has, and configured ones.
             group.update({k: v for k, v in values.items() if k in _CONFIGURED or k not in group})
     return state["progress"]
 
@@ -208,13 +214,13 @@ _EXTRA_STATE = "_extra_state"
 
 
 def _leave_out_absent_extra_state(state: dict[str, Any], source: Path) -> None:
-    """Do not ask for the extra state of modules that had none where the checkpoint was made: on a CPU."""
+    """Do not ask for the extra state of modules where the checkpoint has none, as one made on a CPU."""
     asked = [key for key, value in state.items() if isinstance(value, ShardedObject) and _EXTRA_STATE in key]
     if not asked:
         return
     try:
         there = load_sharded_metadata(str(source))
-    except Exception:  # of many kinds; what is damaged is told by the load that follows
+    except Exception:  # of many kinds; the load that follows says what is damaged
         return
     for key in asked:
         if state[key].unique_key not in there:

@@ -12,7 +12,6 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron import files
 from snaketron.jobs.version import version_key
 from snaketron.log import UserError, logger
-from snaketron.model.distributed import distributed
 from snaketron.train.stage import Stage, run_stage, training_parser
 
 import pytest
@@ -107,18 +106,6 @@ def test_a_base_that_is_not_finished_is_refused(stage, base: Path):
 def test_a_missing_blend_is_named(stage):
     with pytest.raises(UserError, match=r"^no/blend.json: no such file$"):
         stage(blend="no/blend.json")
-
-
-def test_another_number_of_processes_than_the_parallel_sizes_want_is_refused(settings, monkeypatch):
-    train, run = settings(parallel={"data_parallel_size": 2})
-    with pytest.raises(UserError) as error, distributed(train.seed, run):
-        pass
-    assert str(error.value) == (
-        "1 processes were started, and the parallel sizes of the configuration want 2"
-    )
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match=r"3 processes were started, .* want 2"), distributed(train.seed, run):
-        pass
 
 
 def test_a_finished_version_is_published_without_training(args, stage, tmp_path: Path):

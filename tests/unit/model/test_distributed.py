@@ -1,0 +1,29 @@
+"""What is checked before the processes of a model are joined."""
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.config import Cluster, Parallel
+from snaketron.log import UserError
+from snaketron.model import backend
+from snaketron.model.distributed import distributed
+from snaketron.settings.training import RunSettings
+
+import pytest
+
+
+def test_another_number_of_processes_than_the_parallel_sizes_want_is_refused(monkeypatch):
+    run = RunSettings(tracking="off", parallel=Parallel(data_parallel_size=2))
+    with pytest.raises(UserError) as error, distributed(1, run):
+        pass
+    assert str(error.value) == (
+        "1 processes were started, and the parallel sizes of the configuration want 2"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"3 processes were started, .* want 2"), distributed(1, run):
+        pass
+
+
+@pytest.mark.skipif(backend.HAS_GPU, reason="where there is a GPU, it is taken")
+def test_gpus_that_are_not_there_are_named():
+    run = RunSettings(tracking="off", cluster=Cluster(gpus_per_node=1))
+    with pytest.raises(UserError, match="gpus_per_node is 1 and torch sees no GPU"), distributed(1, run):
+        pass
