@@ -49,9 +49,11 @@ def is_quick(place: str) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Not even import what `-m quick` leaves out."""
-    quick = config.option.markexpr == "quick" and collection_path.suffix == ".py"
-    return True if quick and not is_quick(str(collection_path.relative_to(REPOSITORY))) else None
+    """Not even import what `-m quick` leaves out, nor the conftest.py of a directory that it leaves out."""
+    if config.option.markexpr != "quick":
+        return None
+    place = str(collection_path.relative_to(REPOSITORY)) + "/" * collection_path.is_dir()
+    return None if is_quick(place) or BUT.startswith(place) else True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
