@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from snaketron import files
 from tests.warm_snakemake import WarmSnakemake
 
 import pytest
-from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
 
 REPOSITORY = Path(__file__).parent.parent
@@ -175,7 +175,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # which the processes share
     transcript = root / "finished/work/transcript.txt"
-    with FileLock(root / "finished.lock"):
+    with files.owned(root / "finished.lock"):
         if not transcript.exists():
             workspace = make_workspace(root / "finished/work")
             result = workspace.snakemake("ckpt/sft")
