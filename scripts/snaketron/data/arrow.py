@@ -42,7 +42,10 @@ def number_array(values: np.ndarray, value_type: pa.DataType) -> pa.Array:
 
 
 def read_footer(path: Path, columns: Sequence[str]) -> tuple[pq.FileMetaData, dict[str, Any]]:
-    """The Parquet footer of a file that the package wrote, and what it says under `KEY`; else `UserError`."""
+    """The Parquet footer of a file, and what it says under `KEY`.
+
+    Raises `UserError` for a file that the package did not write, or that lacks one of `columns`.
+    """
     try:
         footer = pq.read_metadata(path)
     except FileNotFoundError:
@@ -59,7 +62,7 @@ def read_footer(path: Path, columns: Sequence[str]) -> tuple[pq.FileMetaData, di
 
 
 def check_expected(path: Path, metadata: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """`UserError` when a file was made for something else."""
+    """Raise `UserError` unless the `metadata` of the file `path` has all `expected` values."""
     for name, value in expected.items():
         if metadata.get(name) != value:
             raise UserError(
@@ -69,7 +72,7 @@ def check_expected(path: Path, metadata: Mapping[str, Any], expected: Mapping[st
 
 
 def flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a list column, one after the other, and the offset at which each row's begin and end."""
+    """The values of a list column, and offsets: row i holds values[offsets[i] : offsets[i + 1]]."""
     lengths = [np.diff(view(chunk.offsets)) for chunk in column.chunks]
     values = [view(chunk.flatten()) for chunk in column.chunks]
     if len(values) == 1:

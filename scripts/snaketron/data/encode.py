@@ -16,10 +16,11 @@ from snaketron.log import UserError, logger
 
 import numpy as np
 
-# `tokenizers` takes about 30 times as long, so that these cost some 2 % of the time, and at least 0.05 s.
-SAMPLE = 2000  # one document in so many is compared,
-FIRST_CHARACTERS = 50_000  # and the first ones, up to so many characters,
-MAX_CHARACTERS = 50_000  # and the longest ones; of a longer document, its beginning is compared
+# `tokenizers` takes about 30 times as long as `fastokens`: comparing costs some 2 % of the time, and at least
+# 0.05 s. Compared are the first documents, each that is far longer than those before, and a sample of all.
+SAMPLE = 2000  # one document in so many is compared
+FIRST_CHARACTERS = 50_000  # the first documents, up to so many characters together
+MAX_CHARACTERS = 50_000  # of a longer document, so much of its beginning is compared
 
 PROBES = (
     "The quick brown fox doesn't jump; it's 3.14159 + 1,000,000 = ?\n\n\n",
@@ -36,7 +37,7 @@ _MAX_PROBED_TOKENS = 200
 
 
 class Mismatch(Exception):
-    """Document `index` of a batch has other ids; the message says which."""
+    """The encoders give document `index` of a batch different ids; the message says which."""
 
     def __init__(self, index: int, detail: str) -> None:
         super().__init__(detail)
@@ -44,7 +45,7 @@ class Mismatch(Exception):
 
 
 class Unencodable(Exception):
-    """Document `index` of a batch is beyond both encoders; the message says why."""
+    """Neither encoder can encode document `index` of a batch; the message says why."""
 
     def __init__(self, index: int, detail: str) -> None:
         super().__init__(detail)
@@ -52,10 +53,11 @@ class Unencodable(Exception):
 
 
 class Encoder:
-    """Encodes batches of documents as text: what spells a control token gets the ids of its characters.
+    """Encodes batches of documents.
 
-    With `plain=False` it gets the id of the token, as in the text of a chat template. `num_checked` documents
-    were compared. With a `problem`, `tokenizers` is used from the beginning.
+    Where a document spells a control token, it gets the ids of the characters; with `plain=False` it gets the
+    id of the token, as the text of a chat template must. `problem` says why fastokens cannot be used:
+    `tokenizers` encodes everything then. `num_checked` documents were compared.
     """
 
     def __init__(self, directory: Path, *, plain: bool = True, problem: str | None = None) -> None:
@@ -82,10 +84,10 @@ class Encoder:
         return "tokenizers" if self._fast is None else "fastokens"
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all `texts`, one after the other, and where each begins (and the end).
+        """The ids of all `texts` (uint32), and offsets: text i has ids[starts[i] : starts[i + 1]].
 
-        `Mismatch` when a compared document has other ids; then those of all before it are in doubt.
-        `Unencodable` when neither encoder takes a document.
+        Raises `Mismatch` when the encoders give a compared document different ids; all ids before it are in
+        doubt then. Raises `Unencodable` when neither encoder can encode a document.
         """
         try:
             if self._fast is None:
@@ -101,7 +103,7 @@ class Encoder:
         return ids, starts
 
     def _one_by_one(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The same where a whole batch fails because of one text, by whichever encoder takes it."""
+        """Like `encode`, for a batch in which one text makes an encoder fail: each text by itself."""
         found = []
         for index, text in enumerate(texts):
             try:
@@ -135,7 +137,7 @@ class Encoder:
         return ids, starts
 
     def _sample(self, texts: Sequence[str]) -> Iterator[int]:
-        """Which documents are compared: it depends on nothing but the documents before."""
+        """The indices of the documents to compare; they follow from the documents so far alone."""
         for index, text in enumerate(texts):
             spread = self._num_seen * 2654435761 % 2**32 < 2**32 // SAMPLE  # evenly, but not periodic
             if spread or self._num_characters < FIRST_CHARACTERS or len(text) > 2 * self._longest:

@@ -34,10 +34,10 @@ MAX_EXAMPLES = 5  # dropped rows in an error
 
 _CHUNK = 1 << 14  # bytes of zstd at a time: a few may become megabytes
 _BUFFER = 1 << 20  # bytes
-_BATCH_BYTES = 4 << 20  # of Parquet at a time, by the average size of a row
+_BATCH_BYTES = 4 << 20  # of Parquet to read at a time, by the average size of its rows
 _BATCH_ROWS = 1024
 _REPLACE = "replace the file with a complete copy and run again"
-_SURROGATE = re.compile("[\ud800-\udfff]")  # in a str, each is a lone one
+_SURROGATE = re.compile("[\ud800-\udfff]")  # a str has no pairs: each that matches is invalid
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -47,9 +47,9 @@ class Drops:
 
     reasons: Counter[str] = field(default_factory=Counter)
     listed: list[dict[str, Any]] = field(default_factory=list)
-    num_rows: int = 0  # that were read, used or not
-    num_replaced: int = 0  # in whose text U+FFFD stands for what is invalid
-    advice: Mapping[str, str] = field(default_factory=dict)  # for each reason, what to do
+    num_rows: int = 0  # rows that were read, used or not
+    num_replaced: int = 0  # rows in whose text U+FFFD replaced invalid characters
+    advice: Mapping[str, str] = field(default_factory=dict)  # what to do, by reason
 
     def add(self, path: Path | str, row: int, reason: str, detail: str = "") -> None:
         """Count row `row` of the file `path`."""
@@ -59,8 +59,8 @@ class Drops:
             self.listed.append(entry)
 
     def check(self, settings: ReadSettings, reasons: Iterable[str] = (BAD_ROW, INVALID_TEXT)) -> None:
-        """`UserError`, with an example of each kind, when more rows were dropped for some of `reasons` than
-        the settings allow. To be called at the end."""
+        """Raise `UserError` when more rows were dropped for `reasons` than the settings allow; it shows an
+        example of each reason. Call this after the last file."""
         counted = {reason: self.reasons[reason] for reason in reasons if self.reasons[reason]}
         dropped = sum(counted.values())
         if not dropped or dropped <= settings.max_dropped_fraction * self.num_rows:
@@ -77,7 +77,7 @@ class Drops:
     def _explain(self, row: Mapping[str, Any]) -> str:
         """A dropped row in a line: where, why and what to do."""
         reason, where = row["reason"], place(Path(row["file"]), row["row"])
-        named = "" if reason in (BAD_ROW, INVALID_TEXT) else reason  # their details say it
+        named = "" if reason in (BAD_ROW, INVALID_TEXT) else reason  # the detail names the problem
         advice = f"({self.advice[reason]})" if reason in self.advice else ""
         why = ": ".join(part for part in (named, row["detail"]) if part)
         return f"{where}: {why} {advice}".rstrip()
@@ -111,7 +111,10 @@ def read_documents(
     settings: ReadSettings | None = None,
     drops: Drops | None = None,
 ) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """The number (from 1), the text and the fields of each row; as `read_rows`, and the text is text."""
+    """The number (from 1), the text and the fields of each row, as `read_rows` gives them.
+
+    A row whose text is something else than text is a bad row.
+    """
     settings, drops = settings or ReadSettings(), Drops() if drops is None else drops
     rows = read_rows(path, required=(text_field,), optional=optional, settings=settings, drops=drops)
     for number, row in rows:
@@ -134,11 +137,11 @@ def read_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The number (from 1) and the fields of each row that the settings let pass.
 
-    The file is .jsonl or .json (also .gz, .zst), .parquet or .arrow. Each row has the `required` fields;
-    JSON rows hold all others too, the other formats the `optional` ones that the file has. A line of only
-    white space is not a row. Memory does not grow with the file.
+    The file is .jsonl or .json (also .gz, .zst), .parquet or .arrow. Each row has the `required` fields.
+    A row of JSON also has all its other fields; in the other formats it has the `optional` fields that are in
+    the file. A line of only white space is not a row. Memory does not grow with the file.
 
-    Rows that do not pass are counted in `drops`, in which all rows are counted. The caller stops at
+    `drops` counts all rows, and by reason those that do not pass. The caller stops at
     `settings.max_documents`, and calls `drops.check` after the last file.
     """
     settings, drops = settings or ReadSettings(), Drops() if drops is None else drops
@@ -203,7 +206,7 @@ def _json_rows(
         while True:
             number += 1
             try:
-                line = lines.readline(limit + 2)  # and a line end
+                line = lines.readline(limit + 2)  # 2 bytes for the line end
                 too_long = len(line.rstrip(b"\r\n")) > limit if len(line) > limit else False
                 if too_long:
                     rest = line
@@ -242,7 +245,7 @@ def _parse(line: bytes, settings: ReadSettings, drops: Drops) -> dict[str, Any]:
 
 
 def _repaired(line: bytes, error: orjson.JSONDecodeError, settings: ReadSettings) -> Any:
-    """The value of a line that orjson refuses, if only its text is invalid and the settings allow it."""
+    """The value of a line that orjson refuses; `Bad` unless only its text is invalid and may be replaced."""
     try:
         text, problem, fix = line.decode(), "a lone surrogate", "correct the text"
     except UnicodeDecodeError as bad:
@@ -254,7 +257,7 @@ def _repaired(line: bytes, error: orjson.JSONDecodeError, settings: ReadSettings
     except (ValueError, RecursionError):
         value = None
     repaired = _replaced(value)
-    if problem == "a lone surrogate" and repaired == value:  # there is none: something else is wrong
+    if problem == "a lone surrogate" and repaired == value:  # no surrogate was found: something else is wrong
         detail = f"invalid JSON ({error.msg}, column {error.colno})"
         raise Bad(detail, "each line must be a JSON object")
     if value is None:
@@ -299,8 +302,10 @@ def _decompressed(path: Path, file: BinaryIO) -> io.BufferedReader | BinaryIO:
 
 
 class _ZstdFile(io.RawIOBase):
-    """All frames of a zstd file. The library's own stream readers end without a word where a file is cut off,
-    and after the first frame (pzstd and `cat a.zst b.zst` write several)."""
+    """All frames of a zstd file (pzstd and `cat a.zst b.zst` write several).
+
+    zstandard's own stream readers end in silence after the first frame, and where a file is cut off.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         import zstandard
@@ -400,7 +405,7 @@ def _rows_of(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[dict[str
 
 
 def _decoded(one: pa.Array) -> Any:
-    """The value of an array of one."""
+    """The value of an array of one; `_Undecoded` where its text is not valid UTF-8."""
     try:
         return one.to_pylist()[0]
     except UnicodeDecodeError:
@@ -408,7 +413,7 @@ def _decoded(one: pa.Array) -> Any:
 
 
 def _as_binary(kind: pa.DataType) -> pa.DataType:
-    """A type with bytes where `kind` has text."""
+    """The Arrow type `kind`, with bytes in the place of text."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -421,7 +426,7 @@ def _as_binary(kind: pa.DataType) -> pa.DataType:
 
 
 def _check_arrow(row: dict[str, Any], settings: ReadSettings, drops: Drops) -> None:
-    """Apply the settings to a row of Parquet or Arrow, whose text may get replaced."""
+    """Apply the settings to a row of Parquet or Arrow; they may replace invalid text in it."""
     invalid = False
     limit = settings.max_line_bytes
     for name, value in row.items():
@@ -446,9 +451,9 @@ def _parquet(raw: BinaryIO) -> tuple[list[str], Callable[[list[str]], Iterator[p
     """The columns of a Parquet file, and a function that reads batches of some of them."""
     from pyarrow.parquet import ParquetFile
 
-    # buffer_size: pages are streamed, a column of a row group need not fit in memory
+    # With a buffer_size, pages are streamed: a row group's column need not fit in memory.
     file = ParquetFile(raw, buffer_size=_BUFFER, page_checksum_verification=True)
-    num_bytes = [1]  # a row, the largest average of a row group
+    num_bytes = [1]  # of a row, on average in each row group
     for group in map(file.metadata.row_group, range(file.num_row_groups)):
         num_bytes.append(group.total_byte_size // max(1, group.num_rows))
     num_rows = min(_BATCH_ROWS, max(1, _BATCH_BYTES // max(num_bytes)))
@@ -461,7 +466,7 @@ def _ipc(raw: BinaryIO) -> tuple[list[str], Callable[[list[str]], Iterator[pa.Re
 
     is_file = raw.read(6) == b"ARROW1"
     if not is_file:
-        # a stream may end without a word wherever it is cut off between two batches
+        # Without this mark, a stream that is cut off between two batches would look complete.
         raw.seek(max(0, raw.seek(0, io.SEEK_END) - len(_END_OF_STREAM)))
         if raw.read() != _END_OF_STREAM:
             raise ValueError("no end-of-stream mark")

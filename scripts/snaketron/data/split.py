@@ -14,7 +14,7 @@ def split_of(text: str, valid_fraction: float, test_fraction: float) -> str:
     straddle splits. Raising a fraction only moves documents out of train: test takes the lowest
     hashes, valid the highest.
     """
-    # surrogatepass: JSON may hold lone surrogates, which a document must not fail on
+    # surrogatepass: a lone surrogate, which JSON may hold, must not fail here
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     position = (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: exact, and below 1
     if position < test_fraction:

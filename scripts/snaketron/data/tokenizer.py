@@ -1,6 +1,6 @@
 """The tokenizer of a run: trained from text or taken from Hugging Face, always the same two files.
 
-Its identity is the sha256 of tokenizer.json. Only `tokenizers` is imported to use it.
+Its identity is the sha256 of tokenizer.json. Using it imports `tokenizers`, and not transformers.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ SPECIAL_TOKENS = (
     "<tools>",
     "</tools>",
 )
-# As Nemotron's own tokenizers split text: words with the space before them, and camel case, single digits (a
-# number has one spelling), punctuation, line ends, spaces. fastokens has a scanner for this very pattern: six
-# times as fast as through its regular expressions (tests/benchmarks/tokenization.py).
+# Splits text as Nemotron's own tokenizers do: into words with the space before them, the words in camelCase,
+# single digits (so that a number has one spelling), punctuation, line ends and spaces. For exactly this
+# pattern fastokens has a scanner, which is six times as fast as its regular expressions
+# (tests/benchmarks/tokenization.py).
 PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -54,7 +55,7 @@ class Info:
     vocab_size: int  # largest id + 1
     eos_token: str
     eos_id: int
-    pad_id: int  # the end of document where there is no padding token
+    pad_id: int  # `eos_id` for a tokenizer without a padding token
 
     @property
     def dtype(self) -> str:
@@ -63,7 +64,7 @@ class Info:
 
 
 def load(directory: Path) -> Tokenizer:
-    """The tokenizer of a directory, without truncation or padding that its file may ask for."""
+    """The tokenizer of a directory; it neither truncates nor pads, whatever its file says."""
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; build the tokenizer first (rule build_tokenizer)")
@@ -150,7 +151,7 @@ def build(
 
 
 def train(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens; the same for the same documents in the same order."""
+    """Train a byte-level BPE of at most `vocab_size` tokens; only the documents and their order matter."""
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise UserError(
@@ -213,7 +214,7 @@ def convert(path: str) -> tuple[Tokenizer, dict[str, Any], list[Path | Entry]]:
         saved = Path(folder)
         config = _read_config(saved / "tokenizer_config.json")
         backend = load(saved)
-    # how it was loaded, code of the repository, and the template, which rule install_chat_template decides on
+    # Left out: how it was loaded, code of its repository, and the template (rule install_chat_template).
     for key in ("auto_map", "backend", "chat_template", "is_local", "local_files_only", "name_or_path"):
         config.pop(key, None)
     if config.get("tokenizer_class") == "TokenizersBackend":

@@ -52,12 +52,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one job made. A kind may have several inputs of one name, and has one output of a name."""
+    """What one job made. Several inputs may have the same name; each output has its own."""
 
     kind: str
     name: str
     created: str  # ISO 8601, UTC
-    seconds: float  # that the job took
+    seconds: float  # time that the job took
     inputs: tuple[Entry, ...]
     outputs: tuple[Entry, ...]
     settings: dict[str, Any]

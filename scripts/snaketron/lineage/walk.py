@@ -16,15 +16,15 @@ _LARGEST_RECORD = 1 << 28  # bytes
 
 
 def _places(path: Path) -> tuple[Path, ...]:
-    """Where the record of a file may lie: of its directory, or beside it under its name."""
+    """Where the record about a file may lie: record.json in its directory, or beside it under its name."""
     return path.parent / "record.json", path.with_suffix(".json"), path.with_name(f"{path.name}.json")
 
 
 def record_of(entry: Entry) -> tuple[Path, Record] | None:
-    """The record of what made an input, and where it lies; None for a file that no rule made.
+    """The path of the record about an input, and the record; None for a file that no rule made.
 
-    A file is known by its content hash, so one that was made again since is not taken for the one that was
-    used. An input may be a record itself.
+    The record must list the hash of the input. So a file that was made again since is not taken for the one
+    that was used. An input may be a record itself.
     """
     path = entry.file
     if entry.version:  # a checkpoint

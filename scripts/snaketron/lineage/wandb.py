@@ -54,7 +54,7 @@ class Group:
 
 
 def groups(inputs: Iterable[Entry], consumer: str) -> list[Group]:
-    """The groups that the inputs of `consumer`, as its records list them, belong to."""
+    """The groups that `inputs`, which the records of `consumer` list, belong to."""
     found: dict[tuple[str, str], Group] = {}
     raw: dict[str, Any] = {}
     for entry in inputs:
@@ -66,7 +66,7 @@ def groups(inputs: Iterable[Entry], consumer: str) -> list[Group]:
         if record.kind == "checkpoint":
             found[record.kind, record.name] = checkpoint_group(path.parent, record)
             continue
-        name = record.name.partition("/")[0]  # of a shard, its corpus or source
+        name = record.name.partition("/")[0]  # the corpus or source of a shard
         group = found.setdefault((record.kind, name), Group(record.kind, name))
         if path.name not in group.files:
             group.files[path.name] = path.read_bytes()
@@ -83,7 +83,7 @@ def checkpoint_group(directory: Path, record: Record) -> Group:
 
 
 class Client:
-    """wandb with our settings: no console, no facts about this machine, its user or the code."""
+    """wandb, set to print nothing, and to send no facts about this machine, its user or the code."""
 
     def __init__(self, mode: str) -> None:
         self.directory = Path(os.environ.get("WANDB_DIR", ""), "wandb").absolute()
@@ -122,7 +122,10 @@ class Client:
         return artifact
 
     def open(self, name: str, job_type: str, group: Group, config: dict[str, Any] | None = None) -> Any:
-        """A run that makes `group` and uses what its inputs are part of, after the runs that made those."""
+        """Open a run that makes `group` and uses the groups of its inputs.
+
+        The runs that made those groups are logged first.
+        """
         used = groups(group.inputs, group.title)
         for other in used:
             self.ensure(other)
@@ -130,8 +133,8 @@ class Client:
             id=name, name=name, job_type=job_type, config=config, settings=self.settings, reinit="create_new"
         )
         for other in used:
-            # What `run.use_artifact` does with an artifact made here. It refuses to offline (wandb 0.31),
-            # although `wandb sync` then does the same with it.
+            # `run.use_artifact` does this with a new artifact. Offline it refuses to (wandb 0.31), although
+            # `wandb sync` would log the artifact just the same.
             run._log_artifact(
                 self.artifact(other), aliases=[other.identity], is_user_created=True, use_after_commit=True
             )

@@ -42,7 +42,7 @@ def check_unique(records: Sequence[Path]) -> None:
 
 
 def build(weights: Mapping[str, float], records: Sequence[Path], output: Path, record: Path) -> Record:
-    """Weigh the packed shards of `records`, write `output` (blend.json), then `record`, and return that."""
+    """Weigh the packed shards of `records`; write blend.json and then `record`, and return it."""
     check_unique(records)
     with making("blend_sft", "sft", outputs={"blend.json": output}, record=record) as job:
         value = weigh(weights, {path: read(path) for path in records})

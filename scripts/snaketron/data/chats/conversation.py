@@ -18,8 +18,8 @@ Span = tuple[int, int]
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names in use; the first is the usual one
-# Unicode noncharacters, which no text may hold: `template` marks places with them.
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # keys in use, the usual one first
+# `marks` marks places in a text with these Unicode noncharacters, so no text may hold them.
 NONCHARACTERS = ("\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3")
 
 NOT_UNICODE = "not Unicode text"
@@ -28,7 +28,7 @@ LEFT_OUT = "the template leaves out a message"
 NO_PROMPT = "an answer that does not begin with its prompt"
 NO_END = "an answer without the token that ends it"
 
-# What to do about rows that are dropped for a reason, where that is not plain.
+# What to do about dropped rows, by the reason for which they were dropped.
 ADVICE = {
     "no messages": "remove the row, or name the field that holds them in messages_field",
     "messages are not a list": "give a list of objects with role and content",
@@ -70,7 +70,7 @@ class Conversation:
 
     @cached_property
     def json(self) -> bytes:
-        """All of it; `Unusable` when a text holds lone surrogates."""
+        """Messages and tools as JSON; `Unusable` when a text holds lone surrogates."""
         try:
             return orjson.dumps([self.messages, self.tools])
         except TypeError:  # numbers of more than 64 bits, or lone surrogates
@@ -86,7 +86,7 @@ class Conversation:
 
     @property
     def turns(self) -> list[tuple[int, int]]:
-        """Of each turn of the user that is answered: its first message, and the end of its last answer."""
+        """For each answered turn of the user: its first message, and the message after its last answer."""
         roles = [message["role"] for message in self.messages]
         firsts = [i for i, role in enumerate(roles) if role == "user" and (i == 0 or roles[i - 1] != "user")]
         bounds = [0, *firsts[1:], len(roles)]
@@ -192,8 +192,10 @@ def control_tokens(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 
 
 def check_text(conversation: Conversation, control_tokens: re.Pattern[str] | None) -> None:
-    """`Unusable` when a text holds a control token, which would end a turn where none ends, or one of the
-    noncharacters that mark places here."""
+    """Raise `Unusable` when a text holds a control token or one of `NONCHARACTERS`.
+
+    A control token in a text would end a turn where none ends.
+    """
     text = conversation.json.decode()
     if control_tokens and (found := control_tokens.search(text)):
         raise Unusable("a control token in the text", found.group())

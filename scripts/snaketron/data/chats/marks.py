@@ -1,7 +1,7 @@
 """Marks in the text that a chat template writes: what is generated, and which message is being written.
 
-Characters that no text holds stand for the marks until a conversation is rendered. Unlike the offsets that
-transformers counts, they stay right when a block lies in a macro or in `{% set %}`.
+The marks are characters that no text holds; they are taken out after rendering. They stay right when a block
+lies in a macro or in `{% set %}`; the offsets that transformers counts do not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jinja2.parser import Parser
 
 _START, _END, _OWNER, _OWNER_END = NONCHARACTERS
 _MARKS = re.compile(f"({_START}|{_END}|{_OWNER}[0-9:]*{_OWNER_END})")
-OWNS = "_snaketron_owns"  # a variable of our own in a template
+OWNS = "_snaketron_owns"  # the variable of a template that writes owner marks
 
 MARK_IT = (
     "put what the assistant writes, with the token that ends its turn, between {% generation %} and "
@@ -29,7 +29,7 @@ MARK_IT = (
 
 
 class Rendered(NamedTuple):
-    """A text, the spans of it that the assistant wrote, and of each the number of its message."""
+    """A text, the spans that the assistant wrote, and the message of each span (None: not known)."""
 
     text: str
     spans: list[Span]
@@ -56,10 +56,10 @@ class Generation(jinja2.ext.Extension):
 
 
 def show_owners(body: list[nodes.Node], depth: int = 0) -> list[nodes.Node]:
-    """Statements that also write which message a loop over messages is at.
+    """The statements of a template, and new ones that mark which message a loop is at.
 
-    Only statements whose output goes straight into the text are changed, so nothing that the template looks
-    at is: without our marks the text is the same.
+    Marks are added only where output goes straight into the text. The template cannot see them, so the text
+    without the marks stays the same.
     """
     shown: list[nodes.Node] = []
     for node in body:
@@ -81,7 +81,7 @@ def show_owners(body: list[nodes.Node], depth: int = 0) -> list[nodes.Node]:
 
 
 def owner_mark(depth: int, number: int) -> str:
-    """What is written where a loop, inside of `depth` others, comes to a message."""
+    """The mark of message `number`, written by a loop that lies inside of `depth` others."""
     return f"{_OWNER}{depth}:{number}{_OWNER_END}"
 
 
@@ -90,7 +90,7 @@ def unmarked(text: str) -> str:
 
 
 def marked_spans(marked: str) -> Rendered:
-    """The text of a template with generation blocks, and what lies in them."""
+    """Text and spans, from the output of a template with generation blocks."""
     text: list[str] = []
     spans: list[Span] = []
     owners: list[int | None] = []
@@ -130,7 +130,10 @@ class _Path:
 
 
 def pieces_of(marked: str) -> tuple[str, dict[int, list[tuple[int, str]]]]:
-    """The text of a template without generation blocks, and of each message where it was written and what."""
+    """The text, and by message its pieces, from the output of a template without generation blocks.
+
+    A piece is a position in the text and what was written there while the loop was at the message.
+    """
     text: list[str] = []
     pieces: dict[int, list[tuple[int, str]]] = {}
     position, path = 0, _Path()
@@ -146,7 +149,7 @@ def pieces_of(marked: str) -> tuple[str, dict[int, list[tuple[int, str]]]]:
 
 
 def piece_of(pieces: Mapping[int, list[tuple[int, str]]], number: int, name: str) -> tuple[int, str]:
-    """Where what was written of a message begins, and the whole of it."""
+    """The position of a message in the text, and all that was written for it."""
     parts = pieces.get(number, [])
     written = "".join(part for _, part in parts)
     if not written:

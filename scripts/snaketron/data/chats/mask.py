@@ -1,7 +1,8 @@
 """From the text of a conversation to token ids, and for each whether the assistant wrote it.
 
-A byte-level tokenizer spells a text byte by byte, so the place of a token follows from the lengths of those
-before it, and the ids may come from whichever encoder is fast. Others say where their tokens lie, slowly.
+A byte-level tokenizer spells a text byte by byte. So the place of a token follows from the lengths of the
+tokens before it, and the fast encoder, which tells ids only, can be used. Any other tokenizer must tell the
+place of each token, and that is slow.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Masker:
-    """Encodes rendered conversations. `Mismatch` and `Unencodable` as `Encoder`, of which `problem` is."""
+    """Encodes rendered conversations. `problem` and the exceptions are those of `Encoder`."""
 
     def __init__(self, directory: Path, *, problem: str | None = None) -> None:
         self.directory = directory
@@ -35,7 +36,7 @@ class Masker:
 
     @property
     def name(self) -> str:
-        """What makes the ids."""
+        """The encoder that makes the ids."""
         return "tokenizers" if self._encoder is None else self._encoder.name
 
     def encode(
@@ -52,7 +53,7 @@ class Masker:
         for (first, last), text, marks in zip(pairwise(starts), texts, spans, strict=True):
             ends = np.cumsum(lengths[first:last])
             size = len(text) if text.isascii() else len(text.encode())
-            if (ends[-1] if len(ends) else 0) != size:  # a token that takes spaces around it along
+            if (ends[-1] if len(ends) else 0) != size:  # a token took spaces around it along
                 made.append(tokenize(self.tokenizer, text, marks))
                 continue
             loss_mask = np.zeros(len(ends), dtype=np.uint8)
@@ -73,7 +74,7 @@ def byte_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
     vocabulary = tokenizer.get_vocab()
     lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
     for token, number in vocabulary.items():
-        lengths[number] = len(token)  # a character a byte
+        lengths[number] = len(token)  # one character stands for one byte
     for number, added in tokenizer.get_added_tokens_decoder().items():
         lengths[number] = len(added.content.encode())
     return lengths
@@ -98,7 +99,7 @@ def tokenize(tokenizer: Tokenizer, text: str, spans: Iterable[Span]) -> tuple[np
 
 
 def masked(encoding: Encoding, spans: Iterable[Span]) -> tuple[np.ndarray, np.ndarray]:
-    """The same of a text that is encoded."""
+    """Like `tokenize`, for a text that is encoded already."""
     input_ids = np.array(encoding.ids, dtype=np.int32)
     offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     loss_mask = np.zeros(len(input_ids), dtype=np.uint8)

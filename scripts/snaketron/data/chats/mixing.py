@@ -1,4 +1,4 @@
-"""In which order the samples of several sources are trained on."""
+"""The order in which the samples of several sources are trained on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rendered chats into packs: planned from the lengths of all conversations, then written in passes.
 
 A pack may hold conversations of any of the files. The tokens do not have to fit in memory: each pass over
-the files collects those of as many packs as do.
+the files collects as many packs as fit.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ class _RowGroup(NamedTuple):
 class Conversations:
     """All conversations of some files, numbered through, without their tokens (about 20 bytes each).
 
-    Those of more tokens than a pack may be cut.
+    A conversation of more tokens than a pack may be cut.
     """
 
     groups: list[_RowGroup]
     lengths: np.ndarray  # after cutting
-    answered: np.ndarray  # the mask holds for so many tokens at the beginning of each; the rest counts 0
-    trained: np.ndarray  # how many tokens of each are trained; nothing predicts the first
-    cut: np.ndarray  # how many tokens were cut off
+    answered: np.ndarray  # so many tokens at the beginning keep their mask; the rest is not trained
+    trained: np.ndarray  # trained tokens of each; its first never is, as nothing predicts it
+    cut: np.ndarray  # tokens that were cut off
     splits: np.ndarray  # indices of SPLITS
     metadata: dict[str, Any]  # what the files were made with
 
@@ -89,7 +89,10 @@ class Conversations:
         pack_size: int,
         long_conversations: LongConversations = "drop",
     ) -> Conversations:
-        """Read what is needed to plan; see `config.SftData.long_conversations`. Raises `UserError`."""
+        """Read all but the tokens; `long_conversations` is that of `config.SftData`.
+
+        Raises `UserError` for a file that is given twice, is damaged, or was made unlike the first.
+        """
         metadata: dict[str, Any] = {}
         groups: list[_RowGroup] = []
         numbers = np.empty(0, np.int32)
@@ -120,9 +123,10 @@ class Conversations:
         return cls(groups, lengths, answered, trained, cut, splits, metadata)
 
     def tokens(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and masks, aligned with the labels, of the `wanted` conversations, one after the other.
+        """Ids (int32) and masks (uint8) of the `wanted` conversations, one after the other.
 
-        Every row group that holds one of them is read once, in the order of the files.
+        The masks are aligned with the labels. Every row group that holds one of the
+        conversations is read once, in the order of the files.
         """
         ends = np.cumsum(self.lengths[wanted], dtype=np.int64)
         place = np.full(len(self.lengths), -1, dtype=np.int64)
@@ -145,9 +149,9 @@ class Conversations:
 
 
 def last_answer(loss_mask: np.ndarray, room: int) -> int:
-    """Where the last answer ends that ends within `room` tokens; 0 if none does.
+    """The end of the last answer that fits in `room` tokens; 0 if none does.
 
-    An answer is a run of tokens that are trained.
+    An answer is a run of trained tokens.
     """
     ends = np.flatnonzero(np.diff(loss_mask[: room + 1].astype(np.int8)) == -1) + 1
     return int(ends[-1]) if len(ends) else 0
@@ -193,8 +197,8 @@ def plan(
 ) -> Plan:
     """Which conversations share a pack. What cannot be used is dropped and counted.
 
-    A pack has room for each of its conversations with its length rounded up to the `padding_multiple`, which
-    divides the pack size.
+    In a pack, a conversation takes up its length rounded up to the `padding_multiple`, which divides the pack
+    size.
     """
     in_split = chats.splits == SPLITS.index(split)
     too_long = in_split & (chats.lengths > pack_size)
@@ -248,7 +252,7 @@ def write(
 def read_packs(chats: Conversations, plans: Sequence[Plan]) -> Iterator[packs.Pack]:
     """The packs of all plans, one after the other.
 
-    A pass over the files collects as many packs as have `PASS_TOKENS` tokens together, or one.
+    A pass over the files collects packs of up to `PASS_TOKENS` tokens together, and at least one pack.
     """
     indices = np.concatenate([made.indices for made in plans])
     sizes = np.concatenate([np.diff(made.offsets) for made in plans])

@@ -10,7 +10,7 @@ import numpy as np
 
 ALGORITHMS = ("first_fit_decreasing", "first_fit_shuffle", "concatenative")
 
-# A length is compared with so many bins of an array in the time of one walk through the tree, and of one run.
+# One walk through the tree, and the steps of one run, take as long as comparing so many bins of an array.
 _WALK, _RUN = 2500, 30_000
 
 
@@ -33,7 +33,7 @@ def pack(
 ) -> Bins:
     """Put each item, by its index, into a bin of at most `pack_size`; none is split and none left out.
 
-    `seed` is of the order of first_fit_shuffle; the others take none.
+    `seed` draws the order of first_fit_shuffle; the other algorithms take none.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if algorithm not in ALGORITHMS:
@@ -99,10 +99,10 @@ def first_fit(lengths: np.ndarray, pack_size: int) -> np.ndarray:
 
 
 def _first_fit_by_runs(decreasing: np.ndarray, pack_size: int) -> np.ndarray:
-    """What `first_fit` gives, for items of which equal ones follow each other.
+    """Like `first_fit`, for lengths in decreasing order, where equal ones follow each other.
 
-    A run of equal items fills the bins with room in their order, each with as many as fit, and then
-    new bins: a few operations on arrays a run, and no step an item.
+    A run of equal items fills the bins with room in their order, each with as many as fit, and then new bins.
+    That takes a few array operations for a run, and none for an item.
     """
     bins = np.empty(len(decreasing), dtype=np.int64)
     room = np.full(_most_bins(decreasing, pack_size), pack_size, dtype=np.int32)
@@ -125,18 +125,18 @@ def _first_fit_by_runs(decreasing: np.ndarray, pack_size: int) -> np.ndarray:
 
 
 def _most_bins(lengths: np.ndarray, pack_size: int) -> int:
-    """No first fit opens more: all but one of its bins are more than half full."""
+    """The most bins that a first fit opens: all of its bins but one are more than half full."""
     return min(len(lengths), 2 * int(lengths.sum()) // pack_size + 1) + 1
 
 
 def _gather(order: np.ndarray, bins: np.ndarray) -> Bins:
-    """Items by bin, from the bin of each item of `order`; in a bin they keep that order."""
+    """The items by bin: item order[i] lies in bin bins[i]. Within a bin, items keep their order."""
     sizes = np.bincount(bins) if len(bins) else np.empty(0, dtype=np.int64)
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
     return Bins(offsets, order[np.argsort(bins, kind="stable")])
 
 
 def _numbers(values: np.ndarray, at_once: int = 1 << 16) -> Iterable[int]:
-    """Python numbers of an array, without a list of them all."""
+    """The values of an array as Python numbers, without a list of all of them."""
     for start in range(0, len(values), at_once):
         yield from values[start : start + at_once].tolist()

@@ -1,9 +1,14 @@
 """Packed conversations on disk: Parquet in the columns that Megatron-Bridge reads.
 
-A row is a pack: `input_ids` of whole conversations without padding (the trainer puts it where a layout needs
-it, and packs leave the room: `padding_multiple`), `loss_mask` aligned with the labels
-(mask[j] says whether token j+1 is trained; the last position of a conversation is 0), and `seq_start_id`,
-where each conversation begins. The footer says what the packs were made with and for.
+A row is a pack, in three columns:
+
+input_ids     ids of whole conversations, without padding; the trainer pads them where a layout needs it, and
+              packs leave room for that (`padding_multiple`)
+loss_mask     aligned with the labels: mask[j] says whether token j + 1 is trained; the last position of a
+              conversation is 0
+seq_start_id  where each conversation begins
+
+The footer says what the packs were made with and for.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ SCHEMA = pa.schema(
     ]
 )
 ROW_GROUP_TOKENS = 16_384  # a random read decodes no more than this (80 kB), or one pack
-FOOTER_ROW_GROUPS = 65_536  # of so many row groups the footers stay in memory, at 3 kB each
+FOOTER_ROW_GROUPS = 65_536  # whose footers stay in memory, at 3 kB a row group
 
 
 class Pack(NamedTuple):
@@ -43,15 +48,17 @@ class Pack(NamedTuple):
         return np.diff(self.seq_start_id, append=len(self.input_ids))
 
     def places(self, multiple: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where each token lies, and where conversations begin and the last one ends, when each is followed
-        by padding up to a `multiple`."""
+        """The positions of all tokens, after each conversation is padded to a `multiple`.
+
+        Also gives the position at which each conversation begins, and the last one ends.
+        """
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-self.lengths // multiple) * multiple)])
         moved = np.repeat(starts[:-1] - self.seq_start_id, self.lengths)
         return np.arange(len(self.input_ids)) + moved, starts
 
 
 def join(conversations: Sequence[tuple[np.ndarray, np.ndarray]]) -> Pack:
-    """One pack of conversations, each its ids and, per token, whether it is output of the assistant."""
+    """One pack of conversations, each given as ids and, for each token, whether the assistant wrote it."""
     lengths = [len(input_ids) for input_ids, _ in conversations]
     starts = np.cumsum([0, *lengths[:-1]]).astype(np.int32)
     loss_mask = np.zeros(sum(lengths), dtype=np.uint8)
@@ -63,11 +70,11 @@ def join(conversations: Sequence[tuple[np.ndarray, np.ndarray]]) -> Pack:
 def loss_weights(
     pack: Pack, depths: int, average: Literal["token", "sample"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What each position's loss counts, and the number by which their sum is divided.
+    """The weight of each position's loss, and the totals by which the weighted sums are divided.
 
-    Row k of the weights (1 + depths, tokens) is of the prediction of the token k + 1 further on. With "token"
-    a position counts 1 if that token is trained; with "sample" the positions of a conversation count 1
-    together. The numbers (1 + depths,) are those of trained tokens, or of conversations that have any.
+    Row k of the weights (1 + depths, tokens) is for predicting the token k + 1 positions ahead. With "token",
+    a position weighs 1 if that token is trained; with "sample", the positions of a conversation weigh 1
+    together. The totals (1 + depths,) count trained tokens, or conversations with trained tokens.
     """
     weights = np.zeros((1 + depths, len(pack.loss_mask)), dtype=np.float32)
     totals = np.zeros(1 + depths)
@@ -76,7 +83,7 @@ def loss_weights(
     for depth in range(1 + depths):
         row = weights[depth]
         row[: len(row) - depth] = pack.loss_mask[depth:]
-        row[left <= depth] = 0  # that label is of the next conversation
+        row[left <= depth] = 0  # the label belongs to the next conversation
         if average == "token":
             totals[depth] = row.sum(dtype=np.float64)
         else:
@@ -118,7 +125,7 @@ def _table(packs: Sequence[Pack], schema: pa.Schema) -> pa.Table:
 
 
 class _RowGroup(NamedTuple):
-    """A decoded row group: for each column the values of all packs, and where each pack's begin."""
+    """A decoded row group: for each column, the values of all packs and the offset of each pack."""
 
     columns: tuple[tuple[np.ndarray, np.ndarray], ...]
 
@@ -131,7 +138,7 @@ class _RowGroup(NamedTuple):
 
 
 class _Cache[Key, Value]:
-    """The values that were asked for last, as many as `limit` holds, and at least one."""
+    """Keeps the values used last: as many as have `limit` together by `size`, and at least one."""
 
     def __init__(self, limit: int, size: Callable[[Value], int]) -> None:
         self.limit, self.size, self.used = limit, size, 0
@@ -165,13 +172,13 @@ class PackedDataset:
         self._footers: _Cache[int, tuple[pq.FileMetaData, dict[str, Any]]] = _Cache(
             FOOTER_ROW_GROUPS, lambda footer: footer[0].num_row_groups
         )
-        self._first_rows: dict[int, np.ndarray] = {}  # by file: of each of its row groups, and the end
+        self._first_rows: dict[int, np.ndarray] = {}  # by file: the first row of each row group, and the end
         rows = [0]
         for number, path in enumerate(self.files):
             footer, metadata = self._footer(number)
             check_expected(path, metadata, expected)
             rows.append(footer.num_rows)
-        self._first_row = np.cumsum(rows)  # of each file, and the end
+        self._first_row = np.cumsum(rows)  # the first row of each file, and the end
 
     def __len__(self) -> int:
         return int(self._first_row[-1])

@@ -72,8 +72,11 @@ class Cut:
 def cut(
     tokenizer: Tokenizer, messages: Sequence[Message], first: int, least: int, position: float
 ) -> Cut | None:
-    """Cut the reasoning in the messages from `first` on to a budget of `least` tokens up to one less than the
-    longest has, evenly chosen by `position` in [0, 1); None when none is longer than `least`."""
+    """Cut the reasoning in messages[first:] to a budget; None when none has more than `least` tokens.
+
+    The budget lies between `least` and one token less than the longest reasoning has; `position` in [0, 1)
+    says where.
+    """
     encoded = {
         number: tokenizer.encode(message["reasoning_content"], add_special_tokens=False)
         for number, message in enumerate(messages)

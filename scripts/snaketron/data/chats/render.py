@@ -1,4 +1,4 @@
-"""From the conversations of a shard to rendered chats: text by the template, then ids and mask."""
+"""Render the conversations of a shard: the template makes the text, the tokenizer ids and a mask."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Texts(NamedTuple):
 
 @dataclass
 class Renderer:
-    """What turns the rows of one source into token ids."""
+    """Turns the rows of one source into token ids."""
 
     template: Template
     masker: Masker
@@ -174,7 +174,7 @@ class Renderer:
         }
 
     def check_ends(self) -> None:
-        """`UserError` when what ends an answer is no token: a model could not learn to stop there."""
+        """Raise `UserError` when no added token ends an answer: a model could not learn to stop there."""
         rendered = self.template.render(PROBE)
         for start, end in rendered.spans:
             encoding = self.masker.tokenizer.encode(rendered.text, add_special_tokens=False)
@@ -230,10 +230,10 @@ class Renderer:
                     yield Texts(path, number, texts, split, metadata)
 
     def texts(self, found: Conversation) -> tuple[list[Text], str]:
-        """The sequences of a conversation, and the text that decides on its split: all of it, unchanged.
+        """The sequences of a conversation, and the text that decides its split.
 
-        It ends with its last answer. Whatever follows trains nothing, and would make of that answer a part of
-        the history, which templates shorten.
+        That text is the conversation with all its reasoning. Messages after the last answer are left out:
+        they train nothing, and would make the answer a part of the history, which templates shorten.
         """
         found = Conversation(found.messages[: found.turns[-1][1]], found.tools)
         if found.reasons and not self.template.writes_reasoning:
@@ -253,7 +253,7 @@ class Renderer:
         return made, self.template.render(found.messages, found.tools).text
 
     def _text(self, found: Conversation, mode: str, turn: int, first: int, end: int) -> Text:
-        """One sequence: the messages up to `end`, of which the answers from `first` on are trained."""
+        """One sequence of messages[:end]; the answers from message `first` on are trained."""
         modes, messages, arguments = self.settings.reasoning, found.messages[:end], {}
         if mode in (reasoning.NONE, reasoning.STRIPPED):
             arguments = modes.off_arguments
@@ -285,7 +285,7 @@ class Renderer:
         return Text(rendered.text, spans, turn, mode)
 
     def encode(self, rendered: Iterable[Texts], drops: Drops) -> Iterator[list[Sequence]]:
-        """Conversations with something to train on; where they are limited, none is read ahead."""
+        """Encode conversations, and drop those with nothing to train on; with a limit, none is read ahead."""
         settings = self.settings
         limited = settings.max_documents is not None or settings.max_tokens is not None
         at_once = 1 if limited else BATCH_CHARACTERS
@@ -319,7 +319,7 @@ class Renderer:
                     yield made
 
     def ends(self, item: Sequence) -> bool:
-        """Whether each answer ends with a token of its own, not one of its text."""
+        """Whether each answer ends with an added token, and not with a token of its text."""
         last = item.loss_mask > np.append(item.loss_mask[1:], 0)
         return bool(np.isin(item.input_ids[last], self._added).all())
 
@@ -329,7 +329,7 @@ class Renderer:
         for count, items in enumerate(conversations, 1):
             tokens += num_tokens(items)
             if settings.max_tokens is not None and tokens > settings.max_tokens:
-                drops.num_rows -= 1  # this one is not of the sample
+                drops.num_rows -= 1  # this one lies beyond the limit
                 if count == 1:
                     raise UserError(
                         f"{place(Path(items[0].file), items[0].row)}: the first conversation "
@@ -343,7 +343,7 @@ class Renderer:
 
 
 def _kind(found: Conversation, messages: list[Message], mode: str) -> tuple[Any, ...]:
-    """Conversations of one kind are alike to a template: who speaks after whom, with reasoning and calls."""
+    """All that matters to a template: who speaks after whom, and where there is reasoning or a call."""
     steps = {
         (before["role"], message["role"], "reasoning_content" in message, "tool_calls" in message)
         for before, message in pairwise(messages)
@@ -352,7 +352,7 @@ def _kind(found: Conversation, messages: list[Message], mode: str) -> tuple[Any,
 
 
 def check_field(row: Mapping[str, Any], messages_field: str) -> None:
-    """`Bad` when the field for the messages is something else: mostly a wrong setting."""
+    """Raise `Bad` when the field holds no messages; then `messages_field` is mostly wrong."""
     messages = row[messages_field]
     if messages is None or isinstance(messages, list):
         return
@@ -367,7 +367,7 @@ def check_field(row: Mapping[str, Any], messages_field: str) -> None:
 
 
 def batches[Item](items: Iterable[Item], most: int, size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Items in their order, a list whenever their sizes have reached `most` together."""
+    """Items in their order, in lists; a list ends when its sizes add up to `most` or more."""
     batch: list[Item] = []
     total = 0
     for item in items:

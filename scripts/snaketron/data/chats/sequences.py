@@ -1,7 +1,7 @@
 """Rendered chats on disk: Parquet, a row a sequence of token ids with its mask and where it comes from.
 
-A sequence is a whole conversation (`turn` 0), or what inference sees up to the answers to a turn of the user
-(`turn` 1, 2, ...). All sequences of a conversation follow each other and share a split.
+A sequence is a whole conversation (`turn` 0), or what inference sees of it up to the answers to the user's
+k-th turn (`turn` k). All sequences of a conversation follow each other and share a split.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
 
 
 class Sequence(NamedTuple):
-    """A row of the output."""
+    """A row of a file of rendered chats."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray

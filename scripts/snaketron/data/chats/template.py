@@ -1,8 +1,8 @@
 """Chat templates: from a conversation to text, and the spans of it that the assistant wrote.
 
 A template is rendered once, whole, and the text is tokenized once, whole, so training sees the ids that
-`apply_chat_template` gives at inference. What is trained is what the template writes between
-`{% generation %}` and `{% endgeneration %}`. In a template without these marks it is found: see `Template`.
+`apply_chat_template` gives at inference. The template marks what is trained by
+`{% generation %}` and `{% endgeneration %}`. For a template without these marks, `Template` finds it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-_QUESTION, _ANSWER, _RESULT = "What is 2 + 2?", "It is 4.", "42 apples"  # of conversations to try templates
+_QUESTION, _ANSWER, _RESULT = "What is 2 + 2?", "It is 4.", "42 apples"  # to try templates with
 
 
 def _raise_exception(message: str) -> None:
@@ -55,7 +55,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Without the HTML escapes of jinja2's own filter, as transformers does it."""
+    """JSON without the HTML escapes of jinja2's own filter, like the filter of transformers."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -64,10 +64,10 @@ def _tojson(
 class Template:
     """A chat template with its arguments, compiled in the environment that transformers gives it.
 
-    Without generation blocks it must loop over the messages outside of macros. What it writes while it is at
-    an assistant's message is that turn; it begins with what `add_generation_prompt` writes, the prompt, and
-    ends, but for white space, with the token that ends a turn. The prompts are found by rendering a few short
-    conversations; `check` compares with what inference is given.
+    A template without generation blocks must loop over the messages outside of macros. The text that it
+    writes for an assistant's message is a turn. The turn begins with the prompt, which is the text that
+    `add_generation_prompt` adds; it ends with the token that ends a turn, and perhaps white space. Rendering
+    a few short conversations finds the prompts; `check` compares them with the text that inference is given.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Template:
         tools: Sequence[Any] | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> Rendered:
-        """The text of a conversation and what of it the assistant wrote. Linear in its length."""
+        """The text of a conversation, and the spans that the assistant wrote. Takes linear time."""
         marked = self._write(messages, tools, arguments, False)
         if self.marked:
             return marked_spans(marked)
@@ -118,7 +118,10 @@ class Template:
         spans: list[Span] = []
         owners: list[int | None] = []
         for number, message in enumerate(messages):
-            if message["role"] not in ("assistant", "tool"):  # those may be written before the loop
+            if message["role"] not in (
+                "assistant",
+                "tool",
+            ):  # a template may write the others before its loop
                 continue
             piece = piece_of(pieces, number, self.name)
             if message["role"] == "assistant":
@@ -168,7 +171,7 @@ class Template:
     # ------------------------------------------------------------------ what the template can do
 
     def _message(self, message: Mapping[str, Any]) -> Message:
-        """A message as the template wants it."""
+        """The message in the form that the template takes."""
         given = dict(message)
         if given["role"] == "developer" and "developer" not in self.roles:
             given["role"] = "system"
@@ -185,7 +188,7 @@ class Template:
 
     @cached_property
     def roles(self) -> set[str]:
-        """Whose messages the template writes; one without a branch for a role leaves it out in silence."""
+        """The roles whose messages the template writes; it leaves out those of other roles in silence."""
         self.__dict__["roles"] = set(ROLES)  # while they are tried
         tried = {role: [{"role": role, "content": _RESULT}, *PROBE] for role in ("system", "developer")}
         tried["tool"] = [*_CALLED, PROBE[1]]
@@ -197,7 +200,7 @@ class Template:
 
     @cached_property
     def arguments_as_text(self) -> bool:
-        """Whether it takes the arguments of a call as JSON text only; most want the object."""
+        """Whether the template takes the arguments of a call as JSON text only; most take the object."""
         self.__dict__["arguments_as_text"] = False  # while it is tried
         if self._writes(_CALL, "Oslo") and not self._writes(_CALL, "{'city': 'Oslo'}"):
             return False
@@ -216,9 +219,9 @@ class Template:
     # ------------------------------------------------- templates that do not mark what is generated
 
     def _probe(self) -> None:
-        """Find what the prompt of an answer is, after a user's message and after a tool's."""
+        """Find the prompts of an answer after a user's message, and after a tool's result."""
         self._prompts: dict[str, set[str]] = {"user": set(), "tool": set()}
-        self._headers: set[str] = set()  # before an answer that no prompt fits, as in a shortened history
+        self._headers: set[str] = set()  # stand before answers that no prompt fits, as in a shortened history
         tried = {
             "user": [[PROBE[0]], [*PROBE, PROBE[0]]],
             "tool": [_CALLED],
@@ -275,10 +278,10 @@ class Template:
         arguments: Mapping[str, Any] | None,
         rendered: Rendered,
     ) -> None:
-        """`UserError` unless the text up to the first two answers and the last one of the last turn is what
-        inference is given.
+        """Raise `UserError` where inference would not be given the text that stands before an answer.
 
-        For a template without generation blocks, whose prompts were found by trying.
+        Compared are the first two answers and the last one of the last turn. For templates without generation
+        blocks, whose prompts were found by trying.
         """
         last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
         asked = [
@@ -292,7 +295,9 @@ class Template:
             if before == given:
                 continue
             known = self._prompts["tool" if messages[owner - 1]["role"] == "tool" else "user"]
-            if _without(before, known) & _without(given, known):  # that of answers without reasoning
+            if _without(before, known) & _without(
+                given, known
+            ):  # they differ in the prompt only, as with and without reasoning
                 continue
             raise UserError(
                 f"{self.name}: message {owner} of a conversation is not written as inference asks for it: "
@@ -345,9 +350,9 @@ def compile_template(
 ) -> Template:
     """Compile a chat template; `UserError` when it does not parse, or does not show what is generated.
 
-    `variables` are the names of special tokens (`bos_token`, ...) that some templates use, `arguments` what
-    the configuration gives to it, `off_arguments` what a conversation without reasoning gets beside. There is
-    no `strftime_now`: a template that asks for the date would render other text every day.
+    `variables` are the special tokens (`bos_token`, ...) that some templates use. `arguments` come from the
+    configuration; a conversation without reasoning also gets `off_arguments`. There is no `strftime_now`: a
+    template that asks for the date would render other text every day.
     """
     return Template(source, name=name, variables=variables, arguments=arguments, off_arguments=off_arguments)
 
@@ -368,7 +373,7 @@ def _without(text: str, endings: Iterable[str]) -> set[str]:
 
 
 def _check_written(message: Mapping[str, Any], written: str, number: int) -> None:
-    """`Unusable` when what the assistant says is not in what was written of its message."""
+    """Raise `Unusable` when the assistant's content, or a call, is not in the text `written` for it."""
     content = message["content"].strip()
     if content not in written and "</think>" not in content:  # templates take reasoning out of the content
         raise Unusable(LEFT_OUT, f"the content of message {number}")
@@ -378,7 +383,7 @@ def _check_written(message: Mapping[str, Any], written: str, number: int) -> Non
 
 
 def special_tokens(directory: Path) -> dict[str, str]:
-    """The names of special tokens that templates may use (`bos_token`, ...), from tokenizer_config.json."""
+    """The special tokens that templates may use, by name (`bos_token`, ...); from tokenizer_config.json."""
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
     named = {name: value for name, value in config.items() if name.endswith("_token")}

@@ -1,4 +1,4 @@
-"""Curation of pretraining corpora with datatrove's blocks, each run for one file-target at a time."""
+"""Curation of pretraining corpora with datatrove's blocks, each run for one output file at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from snaketron.log import logger
 
 
 def quiet() -> None:
-    """Let datatrove's warnings go where ours go, and nothing else. To be called before its blocks run."""
+    """Log datatrove's warnings, and nothing else that it prints. Call this before its blocks run."""
     import loguru
     import tqdm
 

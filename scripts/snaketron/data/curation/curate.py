@@ -24,9 +24,9 @@ PII = "pii"
 
 
 class Pii(PIIFormatter):
-    """datatrove's formatter, which takes its replacements in turn: here each document begins with the first.
+    """datatrove's formatter, but each document begins with the first of the replacements.
 
-    So what becomes of a document does not depend on the documents before it.
+    datatrove goes on to the next replacement, so a document would depend on the documents before it.
     """
 
     def format(self, text: str) -> str:
@@ -48,8 +48,8 @@ def curate_shard(
 ) -> Record:
     """Write what is left of a filtered shard to `output`, and `record` last; returns the record.
 
-    `exact` and `near` list the duplicates of its groups, `index` is that of the evaluations. The record's
-    counts are those of the whole curation, from the raw files on. The tokenizer only counts.
+    `exact` and `near` list the duplicates in the shard's groups; `index` has the n-grams of the evaluations.
+    The record counts all steps of curation, from the raw files on. The tokenizer is for counting tokens.
     """
     curation.quiet()
     name = shard_name(output)
@@ -92,7 +92,7 @@ def curate_shard(
 def without(
     stream: Iterable[Document], duplicates: dict[str, np.ndarray], tally: documents.Tally
 ) -> Iterator[Document]:
-    """Remove the documents whose index is listed, for the reason under which it is."""
+    """Remove the documents whose indices `duplicates` lists by reason."""
     reasons = {int(index): reason for reason, listed in duplicates.items() for index in listed}
     for index, document in enumerate(stream):
         reason = reasons.pop(index, None)
@@ -108,7 +108,7 @@ def without(
 
 
 def whole(before: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
-    """The counts of filtering and of what came after it as one."""
+    """The counts of filtering (`before`) and of the later steps (`counts`), as one."""
     return counts | {
         "documents": before["documents"],
         "tokens": before["tokens"],

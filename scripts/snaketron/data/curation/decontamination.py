@@ -27,8 +27,8 @@ REASON = "contaminated"
 def hashes(texts: Iterable[str], n: int) -> tuple[np.ndarray, int, int]:
     """datatrove's hashes of the n-grams of texts, sorted; the number of texts and of those too short for one.
 
-    datatrove's step wants `lighteval` to be installed, for which it also knows lists of tasks, even when it
-    gets documents; so the step is made without its check, and its function is called.
+    datatrove's step asks for `lighteval`, which it needs for lists of tasks only. So the step is made without
+    that check, and only its function is called.
     """
     indexer = object.__new__(NGramsDecontIndexer)
     NGramsDecontIndexer.__init__(indexer, Folder(), config=NGramsDecontConfig(n_grams=n))
@@ -88,5 +88,6 @@ def decontamination_filter(path: Path, n: int, removed: Contaminated) -> NGramsD
     block = NGramsDecontFilter(folder, NGramsDecontConfig(n_grams=n), exclusion_writer=removed)
     block.load_index_hashes()
     if block._index_hashes.keys() != {value for name in index.names for value in index[name].tolist()}:
-        raise RuntimeError(f"{path}: datatrove did not load all of the index")  # or it would let all pass
+        # Without the index it would let all documents pass.
+        raise RuntimeError(f"{path}: datatrove did not load all of the index")
     return block

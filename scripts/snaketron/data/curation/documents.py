@@ -36,7 +36,7 @@ Counter = Callable[[Sequence[str]], list[int]]
 
 
 def token_counter(directory: Path) -> Counter:
-    """What counts the tokens of texts as tokenize_shard will, the end of each document included."""
+    """A function that counts the tokens of texts as tokenize_shard will, with the end of each document."""
     encoder = Encoder(directory)
 
     def count(texts: Sequence[str]) -> list[int]:
@@ -47,7 +47,7 @@ def token_counter(directory: Path) -> Counter:
             logger.warning("counting tokens with `tokenizers`, slower: fastokens differs: %s", error)
             encoder = Encoder(directory, problem=str(error))
             return count(texts)
-        except Unencodable as error:  # tokenize_shard will say what becomes of it
+        except Unencodable as error:  # tokenize_shard will stop at the document, or drop it
             logger.warning("a document is counted as 0 tokens: %s", error)
             return [*count(texts[: error.index]), 0, *count(texts[error.index + 1 :])]
         return [int(end - start + 1) for start, end in itertools.pairwise(starts)]
@@ -60,7 +60,7 @@ def token_counter(directory: Path) -> Counter:
 
 @dataclass
 class Tally:
-    """Documents and tokens that came in, were removed for each reason, were changed, and are left."""
+    """Counts of documents and tokens: how many came in, were removed (by reason) or changed, are left."""
 
     count_tokens: Counter
     num_examples: int
@@ -69,7 +69,7 @@ class Tally:
     kept: dict[str, int] = field(default_factory=lambda: {"documents": 0, "tokens": 0})
     removed: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: dict[str, dict[str, int]] = field(default_factory=dict)
-    current: Document | None = None  # that a block is looking at
+    current: Document | None = None  # the document that a block is looking at
 
     def enter(self, documents: Documents) -> Iterator[Document]:
         """Count documents as they come in, and their tokens."""
@@ -95,7 +95,7 @@ class Tally:
             entry["examples"].append(example | ({"detail": detail[:EXAMPLE_CHARACTERS]} if detail else {}))
 
     def watch(self, documents: Documents, name: str, texts: dict[str, str]) -> Iterator[Document]:
-        """Count documents that the block `name` changed; `texts` holds the text of the last one before it."""
+        """Count the documents that block `name` changed; texts["before"] is what the block was given last."""
         for document in documents:
             if document.text != texts["before"]:
                 tokens = self.count_tokens([document.text])[0]
@@ -151,7 +151,7 @@ class Tally:
 
 
 class Removed:
-    """Takes the documents that a datatrove block removes, in place of its writer of excluded ones."""
+    """Counts the documents that a datatrove block removes; to the block it is the `exclusion_writer`."""
 
     def __init__(self, tally: Tally, name: str) -> None:
         self.tally = tally

@@ -39,7 +39,7 @@ DTYPE = get_sig_dtype(CONFIG.hash_config)
 
 
 class Signature(ExactDedupSignature):
-    """datatrove's block, which keeps 14 bytes of a document in memory, not a tuple of three integers."""
+    """datatrove's block with 14 bytes of memory for a document, where it has a tuple of three integers."""
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
         hashes = (self.get_hashes(document, index)[0] for index, document in enumerate(data))

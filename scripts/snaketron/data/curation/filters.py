@@ -88,7 +88,7 @@ def filter_shard(
 ) -> Record:
     """Write the documents of the raw files `text` that pass all filters to `output`, and `record` last.
 
-    The tokenizer only counts. Returns the record.
+    The tokenizer is for counting tokens. Returns the record.
     """
     curation.quiet()
     name = f"{output.parent.name}/{output.stem}"

@@ -1,7 +1,8 @@
 """What stands for a folder when a datatrove block reads and writes one.
 
-Its blocks list folders and name files by number. Ours are published one by one under names of the workflow,
-so a block gets a folder that exists only here: parts of our files to read, and memory to write to.
+A block lists folders, and names files by number; the workflow publishes each file under a name of its own.
+So a block gets a folder that exists in memory only: it reads parts of the workflow's files and writes to
+memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from snaketron.files import partial
 import numpy as np
 from datatrove.io import DataFolder
 
-READ_BYTES = 256 << 20  # that all files of a block may hold together
+READ_BYTES = 256 << 20  # that all files of a block may hold in memory together
 
 
 @dataclass
@@ -33,10 +34,10 @@ class Records:
 
     file: Path
     dtype: np.dtype
-    first: int  # record
+    first: int  # number of the first record
     count: int
     change: Callable[[np.ndarray], np.ndarray] | None = None
-    path: str = ""  # by which the block knows it
+    path: str = ""  # the name that the block knows
     at: int = 0
 
     def __enter__(self) -> Records:
@@ -50,7 +51,7 @@ class Records:
         return self.count * self.dtype.itemsize
 
     def read(self, num_bytes: int) -> bytes:
-        """The next whole records, as many as fit; nothing at the end only."""
+        """The next whole records, as many as fit; b"" means the end."""
         while self.at < self.count:
             count = min(max(1, num_bytes // self.dtype.itemsize), self.count - self.at)
             offset = (self.first + self.at) * self.dtype.itemsize
@@ -66,7 +67,7 @@ class Records:
 
 
 class Folder(DataFolder):
-    """`files` by the names that a datatrove block expects, in this order; what it writes is in `written`."""
+    """Gives a block `files` under the names that it expects, in this order; `written` has what it writes."""
 
     cachable = False  # else fsspec gives the same folder to all who ask with equal arguments
 
@@ -82,7 +83,7 @@ class Folder(DataFolder):
         glob_pattern: str | None = None,
         include_directories: bool = False,
     ) -> list[str]:
-        pattern = (glob_pattern or "*").removeprefix("**/")  # which matches nothing, too
+        pattern = (glob_pattern or "*").removeprefix("**/")  # in a glob, `**/` may stand for nothing
         return [
             name for name in self.files if name.startswith(subdirectory) and fnmatch.fnmatch(name, pattern)
         ]

@@ -1,7 +1,7 @@
-"""A list of numbers for each of several names, in one Parquet file that gives one list without the others.
+"""Lists of numbers by name, in one Parquet file from which one list can be read without the others.
 
-A rule's outputs share its wildcards, so the lists of all shards of a group, which one job makes, are one
-file: a row group a name, in order; the footer holds the names.
+One job makes the lists of all shards of a group, and a rule's outputs share its wildcards, so these lists are
+one file. Each name has a row group, in order; the footer holds the names.
 """
 
 from __future__ import annotations

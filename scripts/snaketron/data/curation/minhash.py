@@ -65,8 +65,8 @@ class Signature(MinhashDedupSignature):
         smallest = np.full(self.num_hashes, PRIME)
         for start in range(0, len(shingles), SHINGLES):
             values = shingles[start : start + SHINGLES] * a + b
-            values = (values & PRIME) + (values >> np.uint64(61))  # modulo 2^61 - 1, or that plus it,
-            np.minimum(values, values - PRIME, out=values)  # which then wraps around
+            values = (values & PRIME) + (values >> np.uint64(61))  # below 2 * PRIME, modulo PRIME
+            np.minimum(values, values - PRIME, out=values)  # below PRIME: a negative difference wraps around
             np.minimum(smallest, values.min(axis=0), out=smallest)
         return [part.tolist() for part in np.split(smallest, self.config.num_buckets)]
 
@@ -162,7 +162,7 @@ def minhash_cluster(
 ) -> Record:
     """Write, for each shard, the indices of documents that are not the first of their cluster.
 
-    `pairs` are the files of all buckets; the signatures are those in which they were found, in their order.
+    `pairs` are the files of all buckets; `signatures` are in the order that minhash_buckets was given.
     """
     curation.quiet()
     outputs = {"duplicates": output}
@@ -184,7 +184,10 @@ def minhash_cluster(
 
 
 def not_first(clusters: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Of (document, cluster) rows of each shard, by document: the documents whose cluster came before."""
+    """For each shard, the documents that are not the first of their cluster.
+
+    clusters[i] has a row (document, cluster) for each document of shard i in a cluster, in order.
+    """
     seen = np.zeros(max((int(rows[:, 1].max()) + 1 for rows in clusters if len(rows)), default=0), dtype=bool)
     repeated = []
     for rows in clusters:

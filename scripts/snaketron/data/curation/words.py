@@ -17,7 +17,7 @@ from datatrove.utils.text import TextNormConfig
 from datatrove.utils.text import simplify_text as datatrove_simplify_text
 from datatrove.utils.word_tokenizers import SpaCyTokenizer, load_word_tokenizer
 
-LEARN_CHARACTERS = 20_000_000  # whose words stay known: some 100 MB
+LEARN_CHARACTERS = 20_000_000  # the words of so much text stay known: some 100 MB
 
 
 def learn(language: str) -> None:
@@ -40,17 +40,17 @@ def learn(language: str) -> None:
 
     def split(text: str) -> list[str]:
         nonlocal seen
-        if words.language == "ja":  # which datatrove splits in parts
+        if words.language == "ja":  # datatrove splits a Japanese text in parts first
             return whole_split(text)
         try:
             with zone():
                 spacy.max_length = len(text)
                 seen += len(text)
                 return [word for token in spacy.make_doc(text) if (word := token.text.strip())]
-        except Exception:  # datatrove knows a text that spaCy fails on
+        except Exception:  # datatrove knows what to do where spaCy fails
             return whole_split(text)
 
-    whole_split = words.word_tokenize  # which looks for sentences, too
+    whole_split = words.word_tokenize  # datatrove's own, which looks for sentences, too
     words._do_tokenize = counted  # type: ignore[method-assign]
     words.word_tokenize = split  # type: ignore[method-assign]
     spacy.memory_zone = zone
@@ -70,7 +70,7 @@ def _without_torch() -> Iterator[None]:
 
 
 def simplify_text(text: str, config: TextNormConfig) -> str:
-    """datatrove's text for comparison; diacritics are taken out where there may be some, without a loop."""
+    """datatrove's text for comparison, faster: a table takes out the diacritics, if the text is not ASCII."""
     if not config.norm_unicode_diacritics:
         return datatrove_simplify_text(text, config)
     text = datatrove_simplify_text(text, dataclasses.replace(config, norm_unicode_diacritics=False))

@@ -1,7 +1,7 @@
 """Sample conversations: what the standard library's docstrings say, asked and answered.
 
-OpenAI's message format. Wording varies by a generator that is seeded with the name of what is asked about,
-so the conversations are the same in every run.
+They have OpenAI's message format. A generator that is seeded with the name asked about varies the wording, so
+every run makes the same conversations.
 """
 
 from __future__ import annotations

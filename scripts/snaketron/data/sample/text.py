@@ -1,6 +1,6 @@
 """Sample text: the real prose and code that every Python installation carries, read without importing it.
 
-The same for one version of Python and of the installed packages; no path of this machine is in it.
+It depends only on the versions of Python and of the installed packages. No path of this machine is in it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def code() -> Iterator[Row]:
 
 
 def packages() -> Iterator[Row]:
-    """What the installed packages say of themselves: their descriptions and docstrings."""
+    """The descriptions and docstrings of the installed packages."""
     for name, distribution in _distributions():
         description = distribution.metadata.get_payload()  # type: ignore[attr-defined]
         if isinstance(description, str) and len(description) >= SHORTEST:
@@ -166,7 +166,7 @@ def _read(path: Path) -> str:
 
 
 def documented(module: str, path: Path) -> list[Documented]:
-    """A module and its public classes, functions and methods, those that have a docstring."""
+    """A module and its public classes, functions and methods, as far as they have docstrings."""
     source = _read(path)
     if '"""' not in source and "'''" not in source:
         return []

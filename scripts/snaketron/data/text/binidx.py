@@ -22,7 +22,7 @@ from snaketron.log import UserError
 
 import numpy as np
 
-DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}  # the codes that we write
+DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}  # by Megatron's type codes
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _BLOCK = 1 << 20  # sequences of an index at a time
@@ -112,7 +112,7 @@ class Writer:
         self._idx.write(bytes(_HEADER.size))
 
     def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Add the sequences of so many tokens that `tokens` holds, one after the other."""
+        """Add sequences of `lengths` tokens; `tokens` holds them one after the other."""
         data = np.ascontiguousarray(tokens, self.dtype).data.cast("B")
         with naming(self._final):
             self._bin.write(data)
@@ -156,10 +156,10 @@ class Writer:
 
 
 class Shuffled:
-    """Takes documents as a `Writer` does and gives them to one in an order drawn by `seed`.
+    """Collects documents, and writes them to a `Writer` in an order drawn by `seed`.
 
-    They wait in a file without a name in the directory of the .bin. A document is one sequence, or several
-    that stay together; 12 bytes of memory each.
+    The documents wait in a file without a name in the directory of the .bin. A document is one sequence, or
+    several that stay together. Each takes some 12 bytes of memory.
     """
 
     def __init__(self, writer: Writer, seed: tuple[int, ...]) -> None:
@@ -198,7 +198,7 @@ class Shuffled:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in a failure to write: a full disk alone does not say which."""
+    """Name the file where writing fails: the error of a full disk names none."""
     try:
         yield
     except OSError as error:

@@ -38,8 +38,8 @@ class CorpusShare:
 
     corpus: str
     asked: float  # its weight in the phase
-    share: float  # of what is drawn from the split: as asked, without the corpora that have no tokens in it
-    present: float  # of the tokens that are there
+    share: float  # of what is drawn from the split: `asked`, after corpora without tokens in it are left out
+    present: float  # of the tokens that the split has
     documents: int
     tokens: int
     taken: int | None  # tokens that the phase takes of it; None outside train
@@ -94,8 +94,8 @@ def build(
 ) -> Blend:
     """Weigh the shards of `records`, check that each is complete, and write blend.json and `record`.
 
-    A corpus of which `train_tokens` take more than `max_epochs` epochs is named in a warning and in the
-    record, not in blend.json: another limit trains nothing again.
+    A warning and the record name each corpus that the phase goes through more than `max_epochs` times.
+    blend.json does not, so another limit trains nothing again.
     """
     identity = _identity(tokenizer)
     outputs = {"blend.json": output}
@@ -146,7 +146,7 @@ def _weighed(
     tokenizer: Path,
     identity: str,
 ) -> Blend:
-    """The blend of the shards of the records, all of them checked."""
+    """Check the shards of all records, and weigh them."""
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     dtypes: set[str] = set()
     dropped: dict[str, Counter[str]] = {corpus: Counter() for corpus in weights}
@@ -191,7 +191,7 @@ def _check_weights(
     shards: Mapping[str, Sequence[Shard]],
     dropped: Mapping[str, Mapping[str, int]],
 ) -> None:
-    """Each corpus has a usable weight and documents; `dropped` says by reason what it lost before."""
+    """Check that each corpus has a usable weight and documents; `dropped` counts what it lost, by reason."""
     for corpus, weight in weights.items():
         if not 0 < weight < float("inf"):
             raise UserError(f"phase {phase!r}: weight {weight} of corpus {corpus!r} is not a positive number")
@@ -213,7 +213,7 @@ def _check_weights(
 
 
 def _shard(record: Record, split: str, path: Path) -> tuple[Shard, binidx.Pair]:
-    """One split of a record, after a look at the files."""
+    """The pair of one split, after its files are checked against the record."""
     bin_file, idx_file = record.output(f"{split}.bin"), record.output(f"{split}.idx")
     count = record.counts[split]
     for entry in (bin_file, idx_file):
@@ -245,8 +245,11 @@ def _check_size(path: Path, expected: int, source: str, fix: str) -> None:
 
 
 def weigh(split: str, weights: Mapping[str, float], shards: Sequence[Shard], train_tokens: int) -> Split:
-    """Spread each corpus' weight over its shards by their tokens. A shard without tokens is left out; so is a
-    corpus, and the others keep their proportions, but not in train."""
+    """Spread the weight of each corpus over its shards in proportion to their tokens.
+
+    A shard without tokens is left out. A corpus without tokens is an error in train; in valid and test it is
+    left out, and the other corpora keep their proportions.
+    """
     by_corpus = {corpus: [s for s in shards if s.corpus == corpus] for corpus in weights}
     tokens = {corpus: sum(s.tokens for s in found) for corpus, found in by_corpus.items()}
     empty = {corpus: sum(not s.tokens for s in found) for corpus, found in by_corpus.items()}

@@ -34,14 +34,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 HELD_OUT_SAMPLES = 1 << 16
-OPEN_FILES = 6  # of a shard that is read: 2 of its text, 1 of its .idx, 3 of the index
-SPARE_FILES = 500  # of everything else that a training opens
+OPEN_FILES = 6  # for each shard that is read: 2 for its text, 1 for its .idx, 3 for the index
+SPARE_FILES = 500  # for everything else that a training opens
 
 
 def num_samples(blend: blends.Blend, seq_length: int, train_samples: int) -> dict[str, int]:
-    """Samples of each split: what the phase takes of train, and of the held-out ones all tokens once.
+    """The number of samples of each split: `train_samples` of train, and one epoch of valid and test.
 
-    Of large held-out splits `HELD_OUT_SAMPLES`: no validation reads more.
+    Valid and test have at most `HELD_OUT_SAMPLES`: no validation reads more.
     """
     held_out = {
         split: min(max(1, (getattr(blend, split).tokens - 1) // seq_length), HELD_OUT_SAMPLES)
@@ -56,15 +56,15 @@ def num_samples(blend: blends.Blend, seq_length: int, train_samples: int) -> dic
 def build(
     blend_path: Path, *, seed: int, seq_length: int, train_samples: int, output: Path, record: Path
 ) -> Record:
-    """Write the directory `output` and its `record`, and return that.
+    """Write the directory `output`, then its `record`; returns the record.
 
-    A shard is indexed at a time, in up to 20 bytes for each of its documents and epochs.
+    Shards are indexed one after the other; one takes up to 20 bytes of memory for each document and epoch.
     """
     blend = blends.check(blend_path)
     settings = _settings(blend_path, seed, seq_length, train_samples)
     building = files.partial(output)
     with making("index", blend.phase, outputs={}, record=record) as job, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron-core's, that it is not told its rank
+        warnings.simplefilter("ignore")  # megatron-core warns that it is not told its rank
         try:
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
@@ -113,7 +113,7 @@ def _build_split(
 
 @dataclass(frozen=True)
 class _Built:
-    """What a blend of indices asks of a data set; the rest of it need not stay in memory."""
+    """The part of a data set that BlendedDataset asks for; the rest need not stay in memory."""
 
     index_split: Split
     unique_identifiers: Mapping[str, Any]
@@ -124,7 +124,7 @@ class _Built:
 
 
 def _shares(content: blends.Split, samples: int) -> list[tuple[str, int]]:
-    """The prefix of each shard and how many samples of it at most are among the first `samples`.
+    """The prefix of each shard, and the most samples that the first `samples` of the blend take from it.
 
     megatron-core takes each sample from the shard that lags most behind its weight, so none is taken more
     often than its share rounded up.
@@ -195,8 +195,8 @@ def load(
 ) -> dict[str, tuple[Any, int]]:
     """The data set of each split that has tokens, and its number of samples. Nothing is built.
 
-    Files are opened when a sample is read from them. Raises `UserError` when the blend is of another
-    tokenizer, or the index is not there or of another blend or training.
+    Files are opened when a sample is read from them. Raises `UserError` when the blend was made with
+    another tokenizer, or when the index is not there or was made for another blend or training.
     """
     blend = blends.check(blend_path)
     if blend.tokenizer != tokenizer.sha256:

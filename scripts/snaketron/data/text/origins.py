@@ -93,7 +93,7 @@ class Writer:
 
 
 def renumber(source: IO[bytes], writer: Writer, new: Mapping[int, np.ndarray]) -> None:
-    """Copy rows to `writer` with new indices of their sequences: `new[split][old]`."""
+    """Copy all rows to `writer`; the sequence `old` of a split gets the index new[split][old]."""
     with pq.ParquetFile(source) as file:
         for batch in file.iter_batches(_ROW_GROUP):
             splits, old = (_numbers(column) for column in (batch.column(0).indices, batch.column(1)))

@@ -23,7 +23,7 @@ from snaketron.settings.text import TokenizeSettings
 
 import numpy as np
 
-# A batch ends at either: enough to keep the encoder's threads busy, and some 50 MB at most.
+# A batch ends with so many documents or characters: it keeps the encoder's threads busy, in some 50 MB.
 BATCH_DOCUMENTS = 10_000
 BATCH_CHARACTERS = 2_000_000
 
@@ -169,12 +169,12 @@ def _is_curated(path: Path) -> bool:
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError):
-        return False  # whoever reads it says what is wrong
+        return False  # the reader will say what is wrong
     return json.loads(metadata.get(origins.KEY, b"{}")).get("kind") == "curated"
 
 
 def _ahead(batches: Iterator[list[Document]]) -> Iterator[list[Document]]:
-    """The same, each read while the one before is dealt with."""
+    """The `batches`; a thread reads each while the caller works on the one before."""
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(next, batches, None)
         while (batch := waiting.result()) is not None:
@@ -198,18 +198,18 @@ class _Shard:
     ) -> None:
         self.settings = settings
         self.reader = _Reader(texts, settings, room=settings.max_documents)
-        self.hashes: dict[str, str] = {}  # of the files of the pairs, by the name of the output
+        self.hashes: dict[str, str] = {}  # sha256 of the .bin and .idx files, by the name of the output
         self._info = info
         self._dtype = np.dtype(info.dtype)
         self._outputs, self._aside = outputs, aside
-        self._drops = Drops()  # of what was read; the reader, which is ahead, has its own
+        self._drops = Drops()  # dropped after reading; the reader runs ahead and counts its own
         self._kept = self._cut = 0
         self._full = False
         self._documents, self._tokens, self._bytes = (np.zeros(len(SPLITS), np.int64) for _ in range(3))
         self._histogram = np.zeros(64, np.int64)
 
     def run(self, encoder: Encoder, threads: int) -> None:
-        """Write all files; `Mismatch` when fastokens cannot be relied on for these documents."""
+        """Write all files; raises `Mismatch` when fastokens gives one of the documents wrong ids."""
         limited = self.settings.max_documents is not None or self.settings.max_tokens is not None
         batches = self.reader.batches()
         with contextlib.ExitStack() as stack:
@@ -223,7 +223,7 @@ class _Shard:
         self._encoder = encoder
 
     def _encode(self, encoder: Encoder, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a batch, without documents that cannot be encoded, or an error with the place."""
+        """The ids of a batch and their offsets; a document that cannot be encoded is dropped, or an error."""
         while True:
             try:
                 return encoder.encode([document.text for document in batch])
@@ -258,7 +258,7 @@ class _Shard:
 
     def _write(self, batch: list[Document], ids: np.ndarray, starts: np.ndarray) -> None:
         """Write those documents of a batch that are kept."""
-        lengths = np.diff(starts)  # of the documents, without their ends
+        lengths = np.diff(starts)  # tokens of each document, without its end
         room = (self.settings.max_document_tokens or 1 << 62) - 1
         pieces = -(-lengths // room)
         keep = self._choose(batch, lengths, pieces)
@@ -306,7 +306,10 @@ class _Shard:
         num_tokens: np.ndarray,
         pieces: np.ndarray,
     ) -> None:
-        """Write `tokens`: sequences of `lengths`, of which each document has `pieces` and `num_tokens`."""
+        """Write `tokens`, which are sequences of `lengths`.
+
+        Document i has pieces[i] of the sequences, and num_tokens[i] tokens in them.
+        """
         splits = np.array([document.split for document in batch])
         of_sequences = np.repeat(splits, pieces)
         indices = np.empty(len(lengths), np.int64)
@@ -314,7 +317,10 @@ class _Shard:
             mine = np.flatnonzero(of_sequences == split)
             indices[mine] = before + np.arange(len(mine))
         alone = np.ones(len(batch) - 1, bool) if self._sinks is not self._writers else np.diff(splits) != 0
-        ends = [*(np.flatnonzero(alone) + 1).tolist(), len(batch)]  # of runs of documents to one place
+        ends = [
+            *(np.flatnonzero(alone) + 1).tolist(),
+            len(batch),
+        ]  # where a run of documents for one file ends
         token_ends, sequence_ends = np.cumsum(num_tokens), np.cumsum(pieces)
         token = sequence = 0
         for end in ends:
@@ -339,7 +345,7 @@ class _Shard:
         self._histogram += np.bincount(np.frexp(lengths)[1] - 1, minlength=len(self._histogram))
 
     def _check(self) -> None:
-        """Complain when too much was dropped, and when nothing is left where something should be."""
+        """`UserError` when too much was dropped, or when nothing is left of a shard that nobody filtered."""
         settings, drops = self.settings, self._all_drops()
         drops.check(settings)
         where = ", ".join(map(str, self.reader.read))
@@ -364,12 +370,12 @@ class _Shard:
             self.hashes[f"{split}.bin"], self.hashes[f"{split}.idx"] = writer.close()
 
     def _all_drops(self) -> Drops:
-        """Those of the reader and those made here."""
+        """What was dropped while reading, and after it."""
         read, here = self.reader.drops, self._drops
         return Drops(read.reasons + here.reasons, read.listed + here.listed, read.num_rows, read.num_replaced)
 
     def counts(self) -> dict[str, Any]:
-        """What the record says."""
+        """The counts for the record."""
         drops = self._all_drops()
         totals = zip(self._documents.tolist(), self._tokens.tolist(), self._bytes.tolist(), strict=True)
         names = ("documents", "tokens", "bytes")  # in the splits, a document is a sequence
@@ -390,7 +396,7 @@ class _Shard:
 
 
 def _cut(lengths: np.ndarray, pieces: np.ndarray, room: int) -> np.ndarray:
-    """The lengths of the sequences of documents, each cut into `pieces` of `room` and what is left."""
+    """The lengths of the sequences: document i makes pieces[i], all of length `room` but its last."""
     if (pieces == 1).all():
         return lengths
     sequences = np.full(pieces.sum(), room)
