@@ -20,9 +20,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from snaketron.data import tokenizer
+    from snaketron.data.chats.install import install_template
 
-    record = tokenizer.install_template(
+    record = install_template(
         template=args.template, source=args.tokenizer, output=args.output, record=args.record
     )
     logger.info("%s: %d characters; %.1f s", args.output, record.counts["characters"], record.seconds)

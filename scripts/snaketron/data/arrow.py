@@ -35,6 +35,13 @@ def string_array(values: Sequence[str | None]) -> pa.StringArray:
     return pa.StringArray.from_buffers(len(encoded), *buffers)
 
 
+def text_of(value: Any) -> str | None:
+    """A metadata value as text: a string as it is, nothing as null, all else as JSON."""
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def number_array(values: np.ndarray, value_type: pa.DataType) -> pa.Array:
     """An Arrow array of numbers, without a copy."""
     values = np.ascontiguousarray(values, dtype=value_type.to_pandas_dtype())

@@ -221,10 +221,10 @@ def convert(path: str) -> tuple[Tokenizer, dict[str, Any], list[Path | Entry]]:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows, too
     if config.get("pad_token") is None:
         config["pad_token"] = config["eos_token"]
-    return backend, config, _origin(path)
+    return backend, config, origin(path)
 
 
-def _origin(path: str) -> list[Path | Entry]:
+def origin(path: str) -> list[Path | Entry]:
     """The files of a local tokenizer, or the revision of one from the hub, for the record."""
     if Path(path).is_dir():
         names = ("tokenizer.json", "tokenizer_config.json")
@@ -265,65 +265,3 @@ def from_hugging_face(path: str) -> Any:
 
 def _brief(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-# --------------------------------------------------------------------------------------- chat template
-
-_PROBE = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
-_VARIABLES = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-
-
-def install_template(*, template: Path | None, source: str | None, output: Path, record: Path) -> Record:
-    """Check the chat template of a file, or of a Hugging Face tokenizer, and write it to `output`."""
-    with making("chat_template", output.name, outputs={"template": output}, record=record) as job:
-        if template is not None:
-            text, name = _read_template(template), str(template)
-            job.inputs = {"template": template}
-        else:
-            assert source is not None
-            text, name = template_of(source), source
-            job.inputs = {"origin": _origin(source)}
-        check_template(text, name)
-        job.aside["template"].write_text(text, encoding="utf-8")
-        job.counts = {"characters": len(text)}
-    return job.record
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file (tokenizer.chat_template)") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: invalid UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def template_of(source: str) -> str:
-    """The chat template that comes with a Hugging Face tokenizer."""
-    template = from_hugging_face(source).chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise UserError(
-            f"tokenizer.path {source}: no chat template; set tokenizer.chat_template to a Jinja file"
-        )
-    return str(template)
-
-
-def check_template(text: str, name: str) -> None:
-    """Check that a template renders a conversation and marks what the assistant says; `UserError` if not."""
-    from snaketron.data.chats.conversation import Unusable
-    from snaketron.data.chats.template import compile_template
-
-    template = compile_template(text, name=name, variables=_VARIABLES)
-    try:
-        rendered, spans, _ = template.render(_PROBE)
-    except Unusable as error:
-        raise UserError(f"{name}: cannot render a question and an answer: {error}") from None
-    for message in _PROBE:
-        if message["content"] not in rendered:
-            raise UserError(f"{name}: leaves out what the {message['role']} says ({message['content']!r})")
-    if not any("It is 4." in rendered[start:end] for start, end in spans):
-        raise UserError(
-            f"{name}: the assistant's answer is outside {{% generation %}} ... {{% endgeneration %}}"
-        )

@@ -16,11 +16,6 @@ import pytest
 from transformers import AutoTokenizer
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-)
 STRANGE = "Tabs\t  and   spaces, 1234.5 numbers; é, 漢字, 🐍\r\n\n\tdef f(x): don't </think>x<|im_end|>"
 
 
@@ -207,74 +202,3 @@ def test_info_of_an_unusable_directory(tmp_path, tokenizer_dir):
     (tmp_path / "a" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a tokenizer"):
         tokenizer.info(tmp_path / "a")
-
-
-# ------------------------------------------------------------------------------------- chat template
-
-
-@pytest.fixture
-def template_outputs(tmp_path: Path) -> list:
-    return [
-        "--output",
-        tmp_path / "out" / "chat_template.jinja",
-        "--record",
-        tmp_path / "out" / "template.json",
-    ]
-
-
-def test_a_template_is_checked_and_copied(run_script, tmp_path, template_outputs):
-    (tmp_path / "chat.jinja").write_text(TEMPLATE)
-    status, stderr = run_script(
-        "install_chat_template", "--template", tmp_path / "chat.jinja", *template_outputs
-    )
-    assert status == 0, stderr
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
-    assert files.read_json(tmp_path / "out" / "template.json")["counts"] == {"characters": len(TEMPLATE)}
-
-
-def test_the_template_of_a_tokenizer_is_taken(run_script, tmp_path, tokenizer_dir, template_outputs):
-    source = copy_of(tokenizer_dir, tmp_path / "hf")
-    (source / "chat_template.jinja").write_text(TEMPLATE)
-    status, stderr = run_script("install_chat_template", "--tokenizer", source, *template_outputs)
-    assert status == 0, stderr
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "chat.jinja: no such file"),
-        ("{% for m in messages %}", "chat.jinja:1: the chat template does not parse"),
-        ("{{ raise_exception('no roles') }}{% generation %}{% endgeneration %}", "no roles"),
-        (
-            "{% for m in [1] %}{{ messages[0].content }}{{ messages[1].content }}{% endfor %}",
-            "{% generation %}",
-        ),
-        ("{% generation %}It is 4.{% endgeneration %}", "leaves out what the user says"),
-        (
-            TEMPLATE.replace("{{ m.content }}<|im_end|>{% endg", "{% endg"),
-            "leaves out what the assistant says",
-        ),
-        (
-            "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}!{% endgeneration %}",
-            "the assistant's answer is outside {% generation %}",
-        ),
-    ],
-)
-def test_a_template_that_would_train_on_nothing_is_refused(
-    run_script, tmp_path, template_outputs, template, message
-):
-    path = tmp_path / "chat.jinja"
-    if template is not None:
-        path.write_text(template)
-    status, stderr = run_script("install_chat_template", "--template", path, *template_outputs)
-    assert (status, message in stderr) == (1, True), stderr
-    assert files_in(tmp_path / "out") == []
-
-
-def test_a_tokenizer_without_a_template_says_what_to_do(
-    run_script, tmp_path, tokenizer_dir, template_outputs
-):
-    source = copy_of(tokenizer_dir, tmp_path / "hf")
-    status, stderr = run_script("install_chat_template", "--tokenizer", source, *template_outputs)
-    assert (status, "no chat template; set tokenizer.chat_template" in stderr) == (1, True), stderr

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snaketron.data.arrow import KEY
+from snaketron.data.arrow import KEY, text_of
 from snaketron.data.chats import reasoning
 from snaketron.data.chats.conversation import (
     ADVICE,
@@ -30,7 +30,6 @@ from snaketron.data.chats.template import PROBE, Template, load_template, specia
 from snaketron.data.encode import Mismatch, Unencodable
 from snaketron.data.rows import FILTERED, Bad, Drops, place, read_rows, reject
 from snaketron.data.split import SPLITS, split_of
-from snaketron.data.text.origins import text_of
 from snaketron.files import sha256
 from snaketron.lineage.record import Record, making
 from snaketron.log import UserError, logger

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from snaketron.data.arrow import KEY, text_of
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.rows import Drops, place, read_documents
-from snaketron.data.text.origins import text_of
 from snaketron.log import UserError, logger
 from snaketron.settings.curation import FilterSettings
 
@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
 
-KEY = b"snaketron"
 COLUMNS = ("text", "file", "row")
 GROUP_CHARACTERS = 4_000_000  # of a row group, or one document
 GROUP_DOCUMENTS = 10_000

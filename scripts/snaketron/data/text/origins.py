@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from snaketron.data.arrow import KEY, number_array, string_array
 from snaketron.data.split import SPLITS
@@ -108,10 +108,3 @@ def renumber(source: IO[bytes], writer: Writer, new: Mapping[int, np.ndarray]) -
 
 def _numbers(column: pa.Array) -> np.ndarray:
     return np.frombuffer(column.buffers()[1], column.type.to_pandas_dtype())[column.offset :][: len(column)]
-
-
-def text_of(value: Any) -> str | None:
-    """A metadata value as text: a string as it is, nothing as null, all else as JSON."""
-    if value is None or isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, default=str)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snaketron.data import tokenizer as tokenizers
+from snaketron.data.arrow import KEY, text_of
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.rows import FILTERED, Bad, Drops, place, read_documents, reject
 from snaketron.data.split import SPLITS, split_of
@@ -135,7 +136,7 @@ class _Reader:
                 metadata: Sequence[str | None] = ()
                 if fields:
                     self.found.update(name for name in fields if name in row)
-                    metadata = [origins.text_of(row.get(name)) for name in fields]
+                    metadata = [text_of(row.get(name)) for name in fields]
                 file, number = (row["file"], row["row"]) if origin else (str(path), number)
                 yield Document(text, file, number, split, metadata)
             if self.drops.num_rows == before and not origin:
@@ -170,7 +171,7 @@ def _is_curated(path: Path) -> bool:
         metadata = pq.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError):
         return False  # the reader will say what is wrong
-    return json.loads(metadata.get(origins.KEY, b"{}")).get("kind") == "curated"
+    return json.loads(metadata.get(KEY, b"{}")).get("kind") == "curated"
 
 
 def _ahead(batches: Iterator[list[Document]]) -> Iterator[list[Document]]:

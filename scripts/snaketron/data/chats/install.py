@@ -1,0 +1,67 @@
+"""Check a chat template, of a file or of a Hugging Face tokenizer, and put it beside the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from snaketron.data.chats.conversation import Unusable
+from snaketron.data.chats.template import PROBE, compile_template
+from snaketron.data.tokenizer import from_hugging_face, origin
+from snaketron.lineage.record import Record, making
+from snaketron.log import UserError
+
+# What stands for the special tokens while a template is tried.
+_VARIABLES = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+
+
+def install_template(*, template: Path | None, source: str | None, output: Path, record: Path) -> Record:
+    """Check the chat template of a file, or of a Hugging Face tokenizer, and write it to `output`."""
+    with making("chat_template", output.name, outputs={"template": output}, record=record) as job:
+        if template is not None:
+            text, name = _read_template(template), str(template)
+            job.inputs = {"template": template}
+        else:
+            assert source is not None
+            text, name = template_of(source), source
+            job.inputs = {"origin": origin(source)}
+        check_template(text, name)
+        job.aside["template"].write_text(text, encoding="utf-8")
+        job.counts = {"characters": len(text)}
+    return job.record
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file (tokenizer.chat_template)") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: invalid UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def template_of(source: str) -> str:
+    """The chat template that comes with a Hugging Face tokenizer."""
+    template = from_hugging_face(source).chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise UserError(
+            f"tokenizer.path {source}: no chat template; set tokenizer.chat_template to a Jinja file"
+        )
+    return str(template)
+
+
+def check_template(text: str, name: str) -> None:
+    """Check that a template renders a conversation and marks what the assistant says; `UserError` if not."""
+    template = compile_template(text, name=name, variables=_VARIABLES)
+    try:
+        rendered, spans, _ = template.render(PROBE)
+    except Unusable as error:
+        raise UserError(f"{name}: cannot render a question and an answer: {error}") from None
+    for message in PROBE:
+        if message["content"] not in rendered:
+            raise UserError(f"{name}: leaves out what the {message['role']} says ({message['content']!r})")
+    if not any("It is 4." in rendered[start:end] for start, end in spans):
+        raise UserError(
+            f"{name}: the assistant's answer is outside {{% generation %}} ... {{% endgeneration %}}"
+        )
