@@ -10,8 +10,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_process():
+    """A process group of this process alone, as long as the tests of a module run."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group(backend.process_group_backend(), store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

@@ -14,14 +14,14 @@ from snaketron.data.text import blend
 from snaketron.data.text.tokenize import tokenize_shard
 from snaketron.files import write_json
 from snaketron.log import logger
-from snaketron.model import backend
 from snaketron.settings.text import TokenizeSettings
 from snaketron.settings.training import RunSettings, TrainSettings, run_settings, train_settings
+from tests.unit.model.conftest import one_process  # noqa: F401
 
 import numpy as np
 import pytest
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
@@ -39,22 +39,6 @@ MODEL = {
     "moe_shared_expert_intermediate_size": 16,
     "mtp_num_layers": 1,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    if torch.distributed.is_initialized():  # by another module's fixture
-        yield
-        return
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(backend.process_group_backend(), store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
