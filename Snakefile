@@ -19,6 +19,7 @@ from snaketron import credentials
 from snaketron.config import ConfigError, load
 from snaketron.graph import dry_run, single_run
 from snaketron.graph.graph import Graph
+from snaketron.graph.submission import check_submission
 from snaketron.jobs import status
 from snaketron.sources.shards import DOWNLOADED
 
@@ -44,6 +45,8 @@ wildcard_constraints:
 
 
 try:
+    if workflow.is_main_process:
+        check_submission(workflow)
     graph = Graph(load(config), workflow.overwrite_configfiles)
 except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None

@@ -20,9 +20,9 @@ rule filter_shard:
         settings=graph.curation.filter_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/filter_shard.py --text {input.text} --tokenizer {params.tokenizer}"
-        " --settings {params.settings:q} --num-examples {resources.num_examples}"
-        " --output {output.filtered} --record {output.record} --log-file {log}"
+        "python scripts/filter_shard.py --text {input.text:q} --tokenizer {params.tokenizer:q}"
+        " --settings {params.settings:q} --num-examples {resources.num_examples:q}"
+        " --output {output.filtered:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule exact_signature:
@@ -37,8 +37,8 @@ rule exact_signature:
     benchmark:
         "<benchmarks>/exact_signature/{corpus}/{shard}.tsv"
     shell:
-        "python scripts/exact_signature.py --filtered {input}"
-        " --output {output.signature} --record {output.record} --log-file {log}"
+        "python scripts/exact_signature.py --filtered {input:q}"
+        " --output {output.signature:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule exact_find:
@@ -57,8 +57,8 @@ rule exact_find:
     params:
         order=graph.curation.exact_corpora,
     shell:
-        "python scripts/exact_find.py --signatures {input.signatures}"
-        " --output {output.duplicates} --record {output.record} --log-file {log}"
+        "python scripts/exact_find.py --signatures {input.signatures:q}"
+        " --output {output.duplicates:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule minhash_signature:
@@ -75,8 +75,8 @@ rule minhash_signature:
     params:
         settings=graph.curation.minhash_settings(),
     shell:
-        "python scripts/minhash_signature.py --filtered {input} --settings {params.settings:q}"
-        " --output {output.signature} --record {output.record} --log-file {log}"
+        "python scripts/minhash_signature.py --filtered {input:q} --settings {params.settings:q}"
+        " --output {output.signature:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule minhash_buckets:
@@ -101,9 +101,9 @@ rule minhash_buckets:
         settings=graph.curation.minhash_settings(),
         order=graph.curation.minhash_corpora,
     shell:
-        "python scripts/minhash_buckets.py --signatures {input.signatures} --removals {input.removals}"
-        " --bucket {wildcards.bucket} --settings {params.settings:q}"
-        " --output {output.pairs} --record {output.record} --log-file {log}"
+        "python scripts/minhash_buckets.py --signatures {input.signatures:q} --removals {input.removals:q}"
+        " --bucket {wildcards.bucket:q} --settings {params.settings:q}"
+        " --output {output.pairs:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule minhash_cluster:
@@ -127,9 +127,9 @@ rule minhash_cluster:
         settings=graph.curation.minhash_settings(),
         order=graph.curation.minhash_corpora,
     shell:
-        "python scripts/minhash_cluster.py --pairs {input.pairs} --signatures {input.signatures}"
+        "python scripts/minhash_cluster.py --pairs {input.pairs:q} --signatures {input.signatures:q}"
         " --settings {params.settings:q}"
-        " --output {output.duplicates} --record {output.record} --log-file {log}"
+        " --output {output.duplicates:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule decontamination_index:
@@ -147,8 +147,8 @@ rule decontamination_index:
         text_field=graph.config.curation.evaluation_field,
         n_grams=graph.config.curation.decontamination_n_grams,
     shell:
-        "python scripts/decontamination_index.py --texts {input} --text-field {params.text_field:q}"
-        " --n-grams {params.n_grams} --output {output.index} --record {output.record} --log-file {log}"
+        "python scripts/decontamination_index.py --texts {input:q} --text-field={params.text_field:q}"
+        " --n-grams {params.n_grams:q} --output {output.index:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule curate_shard:
@@ -172,7 +172,7 @@ rule curate_shard:
         settings=graph.curation.curate_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/curate_shard.py --filtered {input.filtered} --exact {input.exact}"
-        " --near {input.near} --index {input.index} --tokenizer {params.tokenizer}"
-        " --settings {params.settings:q} --num-examples {resources.num_examples}"
-        " --output {output.curated} --record {output.record} --log-file {log}"
+        "python scripts/curate_shard.py --filtered {input.filtered:q} --exact {input.exact:q}"
+        " --near {input.near:q} --index {input.index:q} --tokenizer {params.tokenizer:q}"
+        " --settings {params.settings:q} --num-examples {resources.num_examples:q}"
+        " --output {output.curated:q} --record {output.record:q} --log-file {log:q}"

@@ -21,9 +21,9 @@ rule lora:
         settings=graph.training.settings("lora"),
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/lora.py --blend {input.blend} --tokenizer {params.tokenizer}"
-        " --base {input.base} --settings {params.settings:q} --run-settings {resources.run:q}"
-        " --output {output} --log-file {log} --attempt {resources.attempt}"
+        "python scripts/lora.py --blend {input.blend:q} --tokenizer {params.tokenizer:q}"
+        " --base {input.base:q} --settings {params.settings:q} --run-settings {resources.run:q}"
+        " --output {output:q} --log-file {log:q} --attempt {resources.attempt:q}"
 
 
 rule merge_lora:
@@ -50,7 +50,7 @@ rule merge_lora:
         settings=graph.training.settings("lora", stage="lora_merged"),
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/merge_lora.py --blend {input.blend} --tokenizer {params.tokenizer}"
-        " --base {input.base} --adapters {input.adapters}"
+        "python scripts/merge_lora.py --blend {input.blend:q} --tokenizer {params.tokenizer:q}"
+        " --base {input.base:q} --adapters {input.adapters:q}"
         " --settings {params.settings:q} --run-settings {resources.run:q}"
-        " --output {output} --log-file {log} --attempt {resources.attempt}"
+        " --output {output:q} --log-file {log:q} --attempt {resources.attempt:q}"

@@ -22,7 +22,7 @@ rule pretrain:
         settings=graph.training.settings("pretrain"),
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/pretrain.py --blend {input.blend} --index {input.index}"
-        " --tokenizer {params.tokenizer}"
-        " --base {input.base} --settings {params.settings:q} --run-settings {resources.run:q}"
-        " --output {output} --log-file {log} --attempt {resources.attempt}"
+        "python scripts/pretrain.py --blend {input.blend:q} --index {input.index:q}"
+        " --tokenizer {params.tokenizer:q}"
+        " --base {input.base:q} --settings {params.settings:q} --run-settings {resources.run:q}"
+        " --output {output:q} --log-file {log:q} --attempt {resources.attempt:q}"

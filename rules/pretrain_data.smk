@@ -17,9 +17,9 @@ rule tokenize_shard:
         settings=graph.tokenize_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/tokenize_shard.py --text {input.text} --settings {params.settings:q}"
-        " --tokenizer {params.tokenizer} --threads {threads} --bins {output.bins}"
-        " --documents {output.documents} --record {output.record} --log-file {log}"
+        "python scripts/tokenize_shard.py --text {input.text:q} --settings {params.settings:q}"
+        " --tokenizer {params.tokenizer:q} --threads {threads:q} --bins {output.bins:q}"
+        " --documents {output.documents:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule blend_pretrain:
@@ -43,10 +43,10 @@ rule blend_pretrain:
         train_tokens=graph.phase_tokens,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/blend_pretrain.py --phase {wildcards.phase} --weights {params.weights}"
-        " --train-tokens {params.train_tokens} --max-epochs {resources.max_epochs}"
-        " --records {input.records} --tokenizer {params.tokenizer}"
-        " --output {output.blend} --record {output.record} --log-file {log}"
+        "python scripts/blend_pretrain.py --phase {wildcards.phase:q} --weights {params.weights:q}"
+        " --train-tokens {params.train_tokens:q} --max-epochs {resources.max_epochs:q}"
+        " --records {input.records:q} --tokenizer {params.tokenizer:q}"
+        " --output {output.blend:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule index_pretrain:
@@ -63,6 +63,6 @@ rule index_pretrain:
     params:
         settings=graph.index_settings,
     shell:
-        "python scripts/index_pretrain.py --blend {input} --seed {params.settings[seed]}"
-        " --seq-length {params.settings[seq_length]} --train-samples {params.settings[train_samples]}"
-        " --output {output.index} --record {output.record} --log-file {log}"
+        "python scripts/index_pretrain.py --blend {input:q} --seed {params.settings[seed]:q}"
+        " --seq-length {params.settings[seq_length]:q} --train-samples {params.settings[train_samples]:q}"
+        " --output {output.index:q} --record {output.record:q} --log-file {log:q}"

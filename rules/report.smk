@@ -49,5 +49,5 @@ rule data_report:
     params:
         directory=subpath(output.text, parent=True),
     shell:
-        "python scripts/data_report.py --records {input.indices} {input.chats}"
-        " --output {params.directory} --log-file {log}"
+        "python scripts/data_report.py --records {input.indices:q} {input.chats:q}"
+        " --output {params.directory:q} --log-file {log:q}"

@@ -10,8 +10,8 @@ rule sample_corpus:
     wildcard_constraints:
         corpus="docs|code|packages",
     shell:
-        "python scripts/sample_corpus.py --corpus {wildcards.corpus}"
-        " --texts {output.texts} --record {output.record} --log-file {log}"
+        "python scripts/sample_corpus.py --corpus {wildcards.corpus:q}"
+        " --texts {output.texts:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule sample_chat:
@@ -26,5 +26,5 @@ rule sample_chat:
     wildcard_constraints:
         source="questions|tools",
     shell:
-        "python scripts/sample_chat.py --source {wildcards.source}"
-        " --chats {output.chats} --record {output.record} --log-file {log}"
+        "python scripts/sample_chat.py --source {wildcards.source:q}"
+        " --chats {output.chats:q} --record {output.record:q} --log-file {log:q}"

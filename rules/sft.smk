@@ -21,6 +21,6 @@ rule sft:
         settings=graph.training.settings("sft"),
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/sft.py --blend {input.blend} --tokenizer {params.tokenizer}"
-        " --base {input.base} --settings {params.settings:q} --run-settings {resources.run:q}"
-        " --output {output} --log-file {log} --attempt {resources.attempt}"
+        "python scripts/sft.py --blend {input.blend:q} --tokenizer {params.tokenizer:q}"
+        " --base {input.base:q} --settings {params.settings:q} --run-settings {resources.run:q}"
+        " --output {output:q} --log-file {log:q} --attempt {resources.attempt:q}"

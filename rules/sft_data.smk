@@ -15,9 +15,9 @@ rule render_chat:
         settings=graph.render_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/render_chat.py --chats {input.chats} --settings {params.settings:q}"
-        " --tokenizer {params.tokenizer} --template {input.template}"
-        " --output {output.rendered} --record {output.record} --log-file {log}"
+        "python scripts/render_chat.py --chats {input.chats:q} --settings {params.settings:q}"
+        " --tokenizer {params.tokenizer:q} --template {input.template:q}"
+        " --output {output.rendered:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule pack_sft:
@@ -36,9 +36,9 @@ rule pack_sft:
     params:
         packing=graph.packing(),
     shell:
-        "python scripts/pack_sft.py --chats {input} {params.packing}"
-        " --train {output.train} --valid {output.valid} --test {output.test}"
-        " --record {output.record} --log-file {log}"
+        "python scripts/pack_sft.py --chats {input:q} {params.packing}"
+        " --train {output.train:q} --valid {output.valid:q} --test {output.test:q}"
+        " --record {output.record:q} --log-file {log:q}"
 
 
 rule blend_sft:
@@ -56,5 +56,5 @@ rule blend_sft:
     params:
         weights=graph.sft_weights(),
     shell:
-        "python scripts/blend_sft.py --weights {params.weights} --records {input.records}"
-        " --output {output.blend} --record {output.record} --log-file {log}"
+        "python scripts/blend_sft.py --weights {params.weights:q} --records {input.records:q}"
+        " --output {output.blend:q} --record {output.record:q} --log-file {log:q}"

@@ -18,6 +18,6 @@ rule download:
         size=graph.download_size,
         sha256=graph.download_sha256,
     shell:
-        "python scripts/download.py --address {resources.address:q} --size {params.size}"
-        " --sha256 {params.sha256} --name {wildcards.source}/{wildcards.file}"
-        " --output {output.file} --record {output.record} --log-file {log}"
+        "python scripts/download.py --address {resources.address:q} --size {params.size:q}"
+        " --sha256 {params.sha256:q} --name {wildcards.source:q}/{wildcards.file:q}"
+        " --output {output.file:q} --record {output.record:q} --log-file {log:q}"

@@ -17,8 +17,8 @@ rule build_tokenizer:
     params:
         source=graph.tokenizer_source,
     shell:
-        "python scripts/build_tokenizer.py {params.source} --text {input.text}"
-        " --output {output.tokenizer} --record {output.record} --log-file {log}"
+        "python scripts/build_tokenizer.py {params.source} --text {input.text:q}"
+        " --output {output.tokenizer:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule install_chat_template:
@@ -39,4 +39,4 @@ rule install_chat_template:
         source=graph.chat_template_source,
     shell:
         "python scripts/install_chat_template.py {params.source}"
-        " --output {output.template} --record {output.record} --log-file {log}"
+        " --output {output.template:q} --record {output.record:q} --log-file {log:q}"

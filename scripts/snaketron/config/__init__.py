@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from snaketron.config.base import ConfigError, Count, Section, key, suggest
@@ -42,6 +42,7 @@ from snaketron.config.data import (
     sample_chats,
     sample_corpora,
 )
+from snaketron.config.names import check_paths
 from snaketron.config.training import (
     Adapters,
     Cluster,
@@ -129,6 +130,7 @@ class Config(Section):
             *check_sources(self),
             *check_reasoning(self),
             *check_tokenizer(self.tokenizer),
+            *check_paths(self),
             *check_model(self.model),
             *check_environment(self.cluster),
             *check_splits(self),
@@ -158,10 +160,26 @@ def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ)
     for name, value in sorted(environment.items()):
         if name.startswith(ENVIRONMENT_PREFIX):
             _set(merged, name, value)
+    for text in _texts(merged):
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ConfigError(f"the configuration holds text that is not UTF-8: {text!r}")
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value, and every key."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _set(values: dict[str, Any], variable: str, text: str) -> None:

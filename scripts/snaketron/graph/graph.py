@@ -110,7 +110,9 @@ class Graph:
         tokenizer = self.config.tokenizer
         if tokenizer.path:
             return f"--path {shlex.quote(tokenizer.path)}"
-        return f"--vocab-size {tokenizer.vocab_size} --text-field {shlex.quote(tokenizer.text_field)}"
+        field = tokenizer.text_field
+        between = "=" if field.startswith("-") else " "  # else it would be taken for an option
+        return f"--vocab-size {tokenizer.vocab_size} --text-field{between}{shlex.quote(field)}"
 
     def chat_template_source(self, _wildcards: Any) -> str:
         """Options of install_chat_template that say where the template comes from."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
+from snaketron.config.names import unusable
 from snaketron.sources.lockfile import Lock, check_addresses, remote, request
 from snaketron.wording import plural, size_text
 
@@ -61,10 +62,16 @@ def _remote(source: Corpus | ChatSource, where: str, lock: Lock) -> dict[str, tu
     """Map the shard name of each file that lies elsewhere to where it is downloaded to, and its size."""
     check_addresses(source, where)
     lock.check(source, where)
-    return {
-        name.split(".")[0]: (f"<data>/raw/{source.name}/{name}", file.size)
-        for name, file in lock.files(source.name).items()
-    }
+    found: dict[str, tuple[str, int | None]] = {}
+    for name, file in lock.files(source.name).items():
+        shard, path = name.split(".")[0], f"<data>/raw/{source.name}/{name}"
+        if shard in found:
+            other = Path(found[shard][0]).name
+            raise ConfigError(
+                f"{where}: in {lock.path}, {name} and {other} would both be shard {shard!r}; list them again"
+            )
+        found[shard] = path, file.size
+    return found
 
 
 def _local(source: Corpus | ChatSource, where: str) -> dict[str, tuple[str, int | None]]:
@@ -73,6 +80,10 @@ def _local(source: Corpus | ChatSource, where: str) -> dict[str, tuple[str, int 
     for i, pattern in enumerate(source.paths):
         at = f"{where}.paths[{i}]"
         for path in _files(pattern, at):
+            if problem := unusable(path):
+                raise ConfigError(f"{at}: {problem}")
+            if path.startswith("-"):  # programs would take it for an option
+                path = str(Path(path).absolute())
             name = _shard_name(path, at)
             if found.setdefault(name, path) != path:
                 raise ConfigError(f"{at}: {path} and {found[name]} would both be shard {name!r}; rename one")

@@ -131,6 +131,29 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
         ("sft.micro_batch_size", 2, "sft.micro_batch_size: input should be 1 (it is 2)"),
         ("tracking", True, "tracking: input should be 'off', 'offline' or 'online' (it is True)"),
         ("pathvars.dta", "x", "pathvars.dta.[key]: input should be 'data', 'ckpt', 'logs' or 'benchmarks'"),
+        (
+            "pathvars.data",
+            "a{b}",
+            "pathvars.data: 'a{b}' holds a brace, which Snakemake takes for a wildcard",
+        ),
+        (
+            "pathvars.logs",
+            "<ckpt>/logs",
+            "pathvars.logs: '<ckpt>/logs' holds <ckpt>, which Snakemake takes for",
+        ),
+        (
+            "pathvars.ckpt",
+            "-x",
+            "pathvars.ckpt: '-x' starts with a dash, as the options of programs do; give",
+        ),
+        ("tokenizer.text", ["a", "b\n"], "tokenizer.text[1]: 'b\\n' holds a line break or another control"),
+        (
+            "tokenizer.path",
+            "--help",
+            "tokenizer.path: '--help' starts with a dash, as the options of programs",
+        ),
+        ("curation.evaluation", ["{}"], "curation.evaluation[0]: '{}' holds a brace"),
+        ("sources_lock", "a\udcff", "the configuration holds text that is not UTF-8: 'a\\udcff'"),
         ("corpora", [], "pretrain.phases[0].blend[0].corpus: 'docs' is not defined; known: none"),
         ("pretrain.phases", [], "pretrain.phases: list should have at least 1 item"),
         (

@@ -174,3 +174,15 @@ def test_a_missing_raw_file_is_named_with_its_path_in_the_configuration():
     Path("raw/help.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"^chats\[0\].paths\[0\]: raw/help.jsonl does not exist"):
         graph()
+
+
+def test_options_from_the_configuration_are_words_for_a_shell():
+    field = "$(touch INJECTED) 'a\""
+    made = graph(tokenizer=VALUES["tokenizer"] | {"text_field": field})
+    assert shlex.split(made.tokenizer_source(job())) == ["--vocab-size", "500", "--text-field", field]
+    made = graph(tokenizer=VALUES["tokenizer"] | {"text_field": "-a b"})
+    assert shlex.split(made.tokenizer_source(job()))[2:] == ["--text-field=-a b"]
+    made = graph(tokenizer={"path": "my `id`", "chat_template": "it's; id"})
+    assert shlex.split(made.tokenizer_source(job())) == ["--path", "my `id`"]
+    assert shlex.split(made.chat_template_source(job())) == ["--template", "it's; id"]
+    assert shlex.split(made.packing()) == made.packing().split()

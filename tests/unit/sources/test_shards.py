@@ -110,6 +110,33 @@ def test_two_files_of_one_shard_name_are_refused():
     assert refusal("x", "y") == (
         "corpora[2].paths[1]: y/A.parquet and x/a.jsonl would both be shard 'a'; rename one"
     )
+    lock = listed(("a.jsonl", 5), ("a.parquet", 7))  # edited by hand; lock_sources never writes this
+    with pytest.raises(ConfigError, match="would both be shard 'a'; list them again"):
+        shards(WEB, "corpora[0]", lock)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("a{1}.jsonl", "'raw/a{1}.jsonl' holds a brace, which Snakemake takes for a wildcard; rename it"),
+        (
+            "a<ckpt>.jsonl",
+            "'raw/a<ckpt>.jsonl' holds <ckpt>, which Snakemake takes for one of its pathvars; ",
+        ),
+        ("a\nb.jsonl", "'raw/a\\nb.jsonl' holds a line break or another control character; rename it"),
+        ("a\udcff.jsonl", "'raw/a\\udcff.jsonl' is not UTF-8, which records are written in; rename it"),
+        ("a\udcff{}/b.jsonl", "'raw/a\\udcff{}/b.jsonl' is not UTF-8"),
+    ],
+)
+def test_a_name_that_cannot_be_used_is_refused(name: str, problem: str):
+    touch(f"raw/{name}")
+    assert refusal("raw").startswith(f"corpora[2].paths[0]: {problem}")
+
+
+def test_a_path_that_starts_with_a_dash_is_made_absolute(here: Path):
+    """Programs would take it for an option."""
+    touch("-a.jsonl", "-raw/b.jsonl")
+    assert found("*.jsonl", "-raw") == {"_a": f"{here}/-a.jsonl", "b": f"{here}/-raw/b.jsonl"}
 
 
 def test_a_missing_file_is_named_with_where_it_was_looked_for(here: Path):

@@ -1,0 +1,63 @@
+"""Which names of files and roots the workflow can use. No shell reads them, but Snakemake and programs do.
+
+Snakemake fills {wildcards} and <pathvars> into every path of a rule, records are JSON, which is UTF-8, and
+programs take what starts with a dash for an option.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from snaketron.config.data import Curation
+
+if TYPE_CHECKING:
+    from snaketron.config import Config
+
+_PATHVAR = re.compile(r"<[a-z][a-z0-9_]*>")  # what Snakemake replaces
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def unusable(path: str) -> str | None:
+    """Why the workflow cannot use a path, and what to do; None for one that it can use."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return f"{path!r} is not UTF-8, which records are written in; rename it"
+    if _CONTROL.search(path):
+        return f"{path!r} holds a line break or another control character; rename it"
+    if "{" in path or "}" in path:
+        return f"{path!r} holds a brace, which Snakemake takes for a wildcard; rename it"
+    if found := _PATHVAR.search(path):
+        return f"{path!r} holds {found[0]}, which Snakemake takes for one of its pathvars; rename it"
+    return None
+
+
+def check_paths(config: Config) -> list[str]:
+    """The roots of outputs and the single files that the configuration names; `shards` checks raw files."""
+    tokenizer, curation = config.tokenizer, config.curation
+    named: list[tuple[str, str | None]] = [
+        *((f"pathvars.{name}", root) for name, root in config.pathvars.items()),
+        ("tokenizer.path", tokenizer.path),
+        ("tokenizer.chat_template", tokenizer.chat_template),
+        *((f"tokenizer.text[{i}]", path) for i, path in enumerate(tokenizer.text)),
+        *((f"curation.evaluation[{i}]", path) for i, path in enumerate(curation.evaluation)),
+        *((f"chats[{i}].chat_template", chats.chat_template) for i, chats in enumerate(config.chats)),
+        *(
+            (f"corpora[{i}].curation.filters[{j}].options.model", str(entry.options["model"]))
+            for i, corpus in enumerate(config.corpora)
+            for j, entry in enumerate((corpus.curation or Curation()).filters)
+            if "model" in entry.options
+        ),
+    ]
+    problems = []
+    for at, path in named:
+        if path is not None and (problem := unusable(path) or _an_option(path)):
+            problems.append(f"{at}: {problem}")
+    return problems
+
+
+def _an_option(path: str) -> str | None:
+    if path.startswith("-"):
+        return f"{path!r} starts with a dash, as the options of programs do; give the absolute path"
+    return None

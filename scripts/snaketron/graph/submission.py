@@ -1,0 +1,69 @@
+"""What is refused before Slurm gets it, because the executor plugin would let a shell read it.
+
+The plugin writes a job as text, `sbatch ... --wrap="python -m snakemake ... --config 'KEY=VALUE'"`, and has a
+shell run it. It quotes most of that with Python's `repr`, in which `$(...)` runs between double quotes, and
+`slurm_extra` not at all. The files that jobs read and write are not part of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from snaketron.config import ConfigError
+
+_RUNS = re.compile(r"[$`\\]")  # special between double quotes too
+_UNQUOTED = ("mem_mb", "mem_mb_per_cpu", "tasks")  # resources that the plugin writes as they are
+# Text that a shell only takes the quotes from: no variable, command, glob or second command.
+_PLAIN = re.compile(r"""(?:[\w\s=:,./@%+^-]|'[^']*'|"[^"$`\\]*")*""", re.ASCII)
+
+
+def check_submission(workflow: Any) -> None:
+    """Raise `ConfigError` if a value that jobs on Slurm are submitted with would be read by a shell."""
+    settings = workflow.resource_settings
+    resources = {"default-resources": settings.default_resources or {}}
+    resources |= {f"set-resources {rule}": found for rule, found in settings.overwrite_resources.items()}
+    if not any(name.startswith("slurm_") for found in resources.values() for name in found):
+        return
+    problems = [
+        *check_resources(resources),
+        *check_words("--config", workflow.config_settings.config_args or ()),
+        *check_words("--configfile", map(str, workflow.overwrite_configfiles)),
+        *check_words("the Snakefile", [str(workflow.main_snakefile)]),
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_words(where: str, words: Iterable[str]) -> list[str]:
+    """Problems of words of the command line that are repeated in the command of each job."""
+    problems = []
+    for word in words:
+        if found := _RUNS.search(word):
+            why = f"holds {found[0]!r}"
+        elif {"'", '"'} <= set(word) or word.startswith(("'", '"')):
+            why = "mixes quotes"
+        elif not word.isprintable():
+            why = "holds a line break or another control character"
+        else:
+            continue
+        fix = "write it in a file for --configfile" if where == "--config" else "rename it"
+        problems.append(f"{where} {word!r}: {why}, and a shell would read it on the way to Slurm; {fix}")
+    return problems
+
+
+def check_resources(resources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Problems of the resources of a profile or the command line, by option and name."""
+    problems = []
+    for where, found in resources.items():
+        for name, value in found.items():
+            text = str(getattr(value, "raw", value))
+            if name == "slurm_extra" and not _PLAIN.fullmatch(text):
+                fix = "put single quotes around the value of that option of sbatch"
+            elif name in _UNQUOTED and re.search(r"[$`;&|<>\n]", text):
+                fix = "give a number"
+            else:
+                continue
+            problems.append(f"{where}: {name} {text!r} would be read by a shell; {fix}")
+    return problems
