@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import snaketron.model.backend  # noqa: F401 (prepares megatron-core for this machine)
-from snaketron.data.chats import packs as packed
+from snaketron.data.chats import packs
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -41,10 +41,10 @@ class BridgeReader:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         group = bisect.bisect_right(self.first_rows, index) - 1
         if group != self.kept:
-            self.table = self.file.read_row_group(group, columns=packed.SCHEMA.names)
+            self.table = self.file.read_row_group(group, columns=packs.SCHEMA.names)
             self.kept = group
         row = index - self.first_rows[group]
-        ids, mask, starts = (self.table.column(name)[row].values.to_numpy() for name in packed.SCHEMA.names)
+        ids, mask, starts = (self.table.column(name)[row].values.to_numpy() for name in packs.SCHEMA.names)
         return ids, mask, starts
 
 
@@ -53,13 +53,13 @@ def text_ids(count: int) -> np.ndarray:
     return (32_000 * np.random.default_rng(0).random(count) ** 4).astype(np.int32)
 
 
-def packs(count: int) -> Iterator[packed.Pack]:
+def made_packs(count: int) -> Iterator[packs.Pack]:
     draw = np.random.default_rng(1)
     ids = text_ids(count * PACK_SIZE).reshape(count, PACK_SIZE)
     for row in ids:
         starts = np.unique(np.concatenate([[0], draw.integers(1, PACK_SIZE, 5)])).astype(np.int32)
         mask = np.repeat(draw.random(PACK_SIZE // 64) < 0.6, 64).astype(np.uint8)
-        yield packed.Pack(row, mask, starts)
+        yield packs.Pack(row, mask, starts)
 
 
 def rate(read: Callable[[int], object], indices: Sequence[int], most_seconds: float = 5.0) -> float:
@@ -76,25 +76,25 @@ def rate(read: Callable[[int], object], indices: Sequence[int], most_seconds: fl
 def packed_chats(directory: Path, count: int) -> None:
     """A line of the table for each size of the row groups and each reader."""
     order = np.random.default_rng(2).permutation(count).tolist()
-    made = list(packs(count))
-    print(f"{count} packs of {PACK_SIZE} tokens; a row group of ours has {packed.ROW_GROUP_TOKENS} tokens")
+    made = list(made_packs(count))
+    print(f"{count} packs of {PACK_SIZE} tokens; a row group of ours has {packs.ROW_GROUP_TOKENS} tokens")
     print(f"{'row group':>12} {'MB':>6} {'write s':>8} {'open ms':>8}", end="")
     print(f" {'reader':>28} {'samples/s':>10} {'ratio':>6}")
-    ours = packed.ROW_GROUP_TOKENS
+    ours = packs.ROW_GROUP_TOKENS
     bridge = 0.0
     for tokens in (1000 * PACK_SIZE, 65_536, ours, PACK_SIZE):
         path = directory / f"{tokens}.parquet"
-        packed.ROW_GROUP_TOKENS = tokens
+        packs.ROW_GROUP_TOKENS = tokens
         begin = time.perf_counter()
-        packed.write(path, made, METADATA)
+        packs.write(path, made, METADATA)
         wrote = time.perf_counter() - begin
         begin = time.perf_counter()
-        uncached = packed.PackedDataset([path], METADATA, cache_bytes=1)
+        uncached = packs.PackedDataset([path], METADATA, cache_bytes=1)
         opened = time.perf_counter() - begin
         rates = {} if bridge else {"Megatron-Bridge's pattern": rate(BridgeReader(path).__getitem__, order)}
         rates["PackedDataset, none kept"] = rate(uncached.__getitem__, order)
         if tokens == ours:
-            some, whole = (packed.PackedDataset([path], METADATA, cache_bytes=n) for n in (1 << 28, 1 << 40))
+            some, whole = (packs.PackedDataset([path], METADATA, cache_bytes=n) for n in (1 << 28, 1 << 40))
             rates["PackedDataset, 256 MB kept"] = rate(some.__getitem__, order * 2, 60)
             for index in order:
                 whole[index]
@@ -104,7 +104,7 @@ def packed_chats(directory: Path, count: int) -> None:
             size = path.stat().st_size / 1e6
             print(f"{tokens // PACK_SIZE:>6} packs {size:>6.0f} {wrote:>8.2f} {1000 * opened:>8.1f}", end="")
             print(f" {reader:>28} {samples:>10.0f} {samples / bridge:>5.0f}x", flush=True)
-    packed.ROW_GROUP_TOKENS = ours
+    packs.ROW_GROUP_TOKENS = ours
 
 
 def tokenized_text(directory: Path, num_tokens: int) -> None:

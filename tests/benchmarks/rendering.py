@@ -146,7 +146,7 @@ def table(name: str, path: Path, rows: list[dict[str, Any]], folder: Path, repea
         return template.prompt(messages, tools) if asks else template.render(messages, tools).text
 
     def fresh() -> Callable[[str], list[int]]:
-        encoder = tokenizer.load(folder)
+        encoder = tokenizer.load_tokenizer(folder)
         return lambda text: encoder.encode(text, add_special_tokens=False).ids
 
     def per_prefix(render: Any, each_prefix: bool) -> Callable[[], int]:

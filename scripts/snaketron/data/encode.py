@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from snaketron.data import tokenizer as tokenizers
+from snaketron.data.tokenizer import encode_as_text, load_tokenizer
 from snaketron.log import UserError, logger
 
 import numpy as np
@@ -63,9 +63,9 @@ class Encoder:
     def __init__(self, directory: Path, *, plain: bool = True, problem: str | None = None) -> None:
         path = directory / "tokenizer.json"
         self._plain = plain
-        self._exact = tokenizers.load(directory)
+        self._exact = load_tokenizer(directory)
         if plain:
-            tokenizers.plain(self._exact)
+            encode_as_text(self._exact)
         if getattr(self._exact.model, "dropout", None):
             raise UserError(f"{path}: its model drops merges at random (dropout); set dropout to null")
         self._num_seen = self._num_characters = self._longest = self.num_checked = 0

@@ -63,7 +63,7 @@ class Info:
         return "uint16" if self.vocab_size <= 65536 else "int32"
 
 
-def load(directory: Path) -> Tokenizer:
+def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a directory; it neither truncates nor pads, whatever its file says."""
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -77,7 +77,7 @@ def load(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def plain(tokenizer: Tokenizer) -> None:
+def encode_as_text(tokenizer: Tokenizer) -> None:
     """Make `tokenizer` encode all of a document and only its text: a text that mentions `<|im_end|>` gets the
     ids of these characters, not the control token."""
     tokenizer.no_truncation()
@@ -85,9 +85,9 @@ def plain(tokenizer: Tokenizer) -> None:
     tokenizer.encode_special_tokens = True
 
 
-def info(directory: Path) -> Info:
+def tokenizer_info(directory: Path) -> Info:
     """Vocabulary size, special ids and identity of the tokenizer in a directory."""
-    tokenizer = load(directory)
+    tokenizer = load_tokenizer(directory)
     config = _read_config(directory / "tokenizer_config.json")
     eos_token, pad_token = _content(config.get("eos_token")), _content(config.get("pad_token"))
     eos_id = tokenizer.token_to_id(eos_token) if eos_token else None
@@ -213,7 +213,7 @@ def convert(path: str) -> tuple[Tokenizer, dict[str, Any], list[Path | Entry]]:
         tokenizer.save_pretrained(folder)
         saved = Path(folder)
         config = _read_config(saved / "tokenizer_config.json")
-        backend = load(saved)
+        backend = load_tokenizer(saved)
     # Left out: how it was loaded, code of its repository, and the template (rule install_chat_template).
     for key in ("auto_map", "backend", "chat_template", "is_local", "local_files_only", "name_or_path"):
         config.pop(key, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from snaketron.data import tokenizer as tokenizers
+from snaketron.data.tokenizer import load_tokenizer
 from snaketron.files import write_json
 from snaketron.inference.generate import generate
 from snaketron.jobs.launch import rank
@@ -42,7 +42,7 @@ def answer(built: BuiltModel, prompt: Prompt, max_tokens: int) -> list[int]:
 
 def write_answers(stage: Stage, built: BuiltModel, iteration: int, batches: SftBatches) -> None:
     """Write the answers of the model as it is now to the version, in a file of its own for each step."""
-    text = tokenizers.load(stage.tokenizer_directory)
+    text = load_tokenizer(stage.tokenizer_directory)
     answers: list[dict[str, str]] = []
     for prompt in held_out_prompts(batches, stage.run.num_samples):
         ids = answer(built, prompt, stage.run.sample_tokens)

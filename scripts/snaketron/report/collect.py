@@ -18,7 +18,7 @@ EXAMPLE_CHARACTERS = 100
 
 
 @dataclass
-class Removed:
+class Removal:
     """What a step took out of a source for one reason."""
 
     source: str
@@ -55,7 +55,7 @@ class Curated:
 
 
 @dataclass
-class Chats:
+class ChatSource:
     """A source of conversations, summed over its shards."""
 
     shards: int = 0
@@ -98,9 +98,9 @@ class Data:
     """What the records say."""
 
     texts: dict[str, Text] = field(default_factory=dict)
-    chats: dict[str, Chats] = field(default_factory=dict)
+    chats: dict[str, ChatSource] = field(default_factory=dict)
     curated: dict[str, Curated] = field(default_factory=dict)
-    removed: dict[tuple[str, str, str], Removed] = field(default_factory=dict)
+    removed: dict[tuple[str, str, str], Removal] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)  # shards that fastokens could not encode, and why
     mixes: dict[str, list[Share]] = field(default_factory=dict)  # by phase
     indexed: set[str] = field(default_factory=set)  # phases whose mix is counted from the index
@@ -119,7 +119,7 @@ class Data:
         if not documents:
             return
         reason = reason.replace("_", " ")
-        entry = self.removed.setdefault((source, step, reason), Removed(source, step, reason))
+        entry = self.removed.setdefault((source, step, reason), Removal(source, step, reason))
         entry.documents += documents
         if tokens is not None:
             entry.tokens = (entry.tokens or 0) + tokens
@@ -252,13 +252,13 @@ def _add_curated(data: Data, record: Record) -> None:
 
 def _add_rendered(data: Data, record: Record) -> None:
     source = record.settings["source"]
-    data.chats.setdefault(source, Chats()).rows += record.counts["rows"]
+    data.chats.setdefault(source, ChatSource()).rows += record.counts["rows"]
     _add_dropped(data, source, "render", record.counts)
 
 
 def _add_packed(data: Data, record: Record) -> None:
     source = record.settings["source"]
-    chats = data.chats.setdefault(source, Chats())
+    chats = data.chats.setdefault(source, ChatSource())
     chats.shards += 1
     counts: PackedCounts
     for counts in record.counts["splits"].values():

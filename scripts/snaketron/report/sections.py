@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from snaketron.data.split import SPLITS
-from snaketron.report.collect import Chats, Data, Text
+from snaketron.report.collect import ChatSource, Data, Text
 
 # Kinds of records, in the order of the steps that write them, and what the report calls these steps.
 STEPS = {
@@ -109,7 +109,7 @@ def _curation_section(data: Data) -> Section:
 
 def _length_section(data: Data) -> Section:
     rows = []
-    sources: dict[str, Text | Chats] = {**data.texts, **data.chats}
+    sources: dict[str, Text | ChatSource] = {**data.texts, **data.chats}
     for name in sorted(sources):
         lengths = sources[name].lengths
         if number := sum(lengths.values()):

@@ -19,7 +19,6 @@ import torch
 from megatron.core import parallel_state
 
 Split = Literal["train", "valid", "test"]
-SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 class Batches:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from snaketron.config import Parallel
-from snaketron.data.chats import blend as blend_sft
+from snaketron.data.chats.blend import check_packed_blend
 from snaketron.data.chats.mixing import mix
 from snaketron.data.chats.packs import Pack, PackedDataset, loss_weights
 from snaketron.data.tokenizer import Info
 from snaketron.log import UserError, logger
 from snaketron.model import backend
 from snaketron.settings.training import TrainSettings
-from snaketron.train.batches import SPLITS, Batches, Split, context_part, to_device
+from snaketron.train.batches import Batches, Split, context_part, to_device
 from snaketron.train.losses import Batch, Counts, Report
 
 import numpy as np
@@ -78,7 +78,7 @@ class SftBatches(Batches):
         padding of context parallelism.
         """
         expected: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "pack_size": settings.seq_length}
-        loaded = blend_sft.check(blend, **expected)
+        loaded = check_packed_blend(blend, **expected)
         _check_padding(blend, loaded.padding_multiple)
         expected["padding_multiple"] = loaded.padding_multiple
         ranks = parallel_state.get_data_parallel_world_size()
@@ -86,8 +86,8 @@ class SftBatches(Batches):
         trained = settings.train_iters * settings.global_batch_size
         samples: dict[Split, int] = {"train": trained, "valid": held_out, "test": held_out}
         splits = {
-            split: _mixed(split, loaded.splits[split], expected, samples[split], settings.seed)
-            for split in SPLITS
+            split: _mixed(split, loaded.splits[split], expected, number, settings.seed)
+            for split, number in samples.items()
         }
         weights = {source.source: source.weight for source in loaded.splits["train"]}
         made = cls(settings, splits, weights, pad_id=tokenizer.pad_id)

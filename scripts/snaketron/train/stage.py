@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snaketron.config import Model, Section
-from snaketron.data import tokenizer as tokenizers
+from snaketron.data.tokenizer import Info, tokenizer_info
 from snaketron.files import sha256, writing
 from snaketron.jobs import launch, supervisor
 from snaketron.jobs.version import Version, version_key
@@ -91,7 +91,7 @@ class Stage:
     run: RunSettings
     blend: Path
     tokenizer_directory: Path
-    tokenizer: tokenizers.Info
+    tokenizer: Info
     base: Path | None  # checkpoint to start from
     inputs: list[Entry]  # each with its identity: `sha256`, or `version` of a checkpoint
     output: Path
@@ -102,7 +102,7 @@ class Stage:
         """Read the settings and identify the inputs; `UserError` where they do not fit together."""
         settings = _parse(kind, args.settings, "--settings")
         run = _parse(RunSettings, args.run_settings, "--run-settings")
-        tokenizer = tokenizers.info(args.tokenizer)
+        tokenizer = tokenizer_info(args.tokenizer)
         inputs = [
             Entry("blend", str(args.blend), sha256=_hash(args.blend)),
             Entry("tokenizer", str(args.tokenizer / "tokenizer.json"), sha256=tokenizer.sha256),

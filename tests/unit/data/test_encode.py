@@ -10,7 +10,7 @@ from pathlib import Path
 
 from snaketron import files
 from snaketron.data import encode
-from snaketron.data import tokenizer as tokenizers
+from snaketron.data.tokenizer import encode_as_text, load_tokenizer, tokenizer_info
 from snaketron.log import UserError
 
 import pytest
@@ -30,8 +30,8 @@ HARD = [
 
 
 def exact(directory: Path, texts: list[str]) -> list[list[int]]:
-    tokenizer = tokenizers.load(directory)
-    tokenizers.plain(tokenizer)
+    tokenizer = load_tokenizer(directory)
+    encode_as_text(tokenizer)
     return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
 
@@ -87,7 +87,7 @@ def test_a_tokenizer_that_is_not_supported_is_used_all_the_same(
     counts = files.read_json(record)["counts"]
     assert (counts["encoder"], counts["checked"]) == ("tokenizers", 0)
     assert "unsupported" in counts["fallback"]
-    end = tokenizers.info(directory).eos_id
+    end = tokenizer_info(directory).eos_id
     read = [ids.tolist() for ids in IndexedDataset(str(record.parent / "train/a"))]
     assert read == [[*ids, end] for ids in exact(directory, texts)]
 

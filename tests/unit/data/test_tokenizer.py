@@ -32,7 +32,7 @@ def files_in(directory: Path) -> list[str]:
 
 
 def test_special_tokens_come_first_and_every_byte_has_a_token(tokenizer_dir):
-    loaded = tokenizer.load(tokenizer_dir)
+    loaded = tokenizer.load_tokenizer(tokenizer_dir)
     assert [loaded.id_to_token(i) for i in range(12)] == list(tokenizer.SPECIAL_TOKENS)
     assert loaded.get_vocab_size() == 300
     assert loaded.decode(loaded.encode(STRANGE).ids, skip_special_tokens=False) == STRANGE
@@ -41,7 +41,7 @@ def test_special_tokens_come_first_and_every_byte_has_a_token(tokenizer_dir):
 
 
 def test_info_holds_what_the_stages_need(tokenizer_dir):
-    assert tokenizer.info(tokenizer_dir) == tokenizer.Info(
+    assert tokenizer.tokenizer_info(tokenizer_dir) == tokenizer.Info(
         sha256=files.sha256(tokenizer_dir / "tokenizer.json"),
         vocab_size=300,
         eos_token="<|endoftext|>",
@@ -57,7 +57,7 @@ def test_uint16_holds_ids_up_to_65535(vocab_size, dtype):
 
 def test_transformers_reads_the_directory_and_gives_equal_ids(tokenizer_dir):
     theirs = AutoTokenizer.from_pretrained(tokenizer_dir)
-    assert theirs.encode(STRANGE) == tokenizer.load(tokenizer_dir).encode(STRANGE).ids
+    assert theirs.encode(STRANGE) == tokenizer.load_tokenizer(tokenizer_dir).encode(STRANGE).ids
     assert (theirs.eos_token, theirs.pad_token, len(theirs)) == ("<|endoftext|>", "<|pad|>", 300)
 
 
@@ -73,7 +73,7 @@ def test_training_again_gives_the_same_tokenizer(run_script, tmp_path, write_jso
         assert status == 0, stderr
         record = files.read_json(tmp_path / "out" / "record.json")
         identities.append(record["outputs"][0]["sha256"])
-    assert identities[0] == identities[1] == tokenizer.info(tmp_path / "out").sha256
+    assert identities[0] == identities[1] == tokenizer.tokenizer_info(tmp_path / "out").sha256
     assert record["counts"] == {"vocab_size": 280}
     assert record["inputs"] == [{"name": "text", "path": str(text), "sha256": files.sha256(text)}]
     assert files_in(tmp_path / "out") == ["record.json", "tokenizer.json", "tokenizer_config.json"]
@@ -122,10 +122,10 @@ def test_a_local_tokenizer_is_taken_over(run_script, tmp_path, tokenizer_dir, ou
     source = copy_of(tokenizer_dir, tmp_path / "hf", eos_token=eos, pad_token=None, chat_template="{{ 1 }}")
     status, stderr = run_script("build_tokenizer", "--path", source, "--text", *outputs)
     assert status == 0, stderr
-    info = tokenizer.info(tmp_path / "out")
+    info = tokenizer.tokenizer_info(tmp_path / "out")
     assert (info.eos_token, info.eos_id, info.pad_id) == ("<|im_end|>", 3, 3)
-    ids = tokenizer.load(tmp_path / "out").encode(STRANGE).ids
-    assert ids == tokenizer.load(tokenizer_dir).encode(STRANGE).ids
+    ids = tokenizer.load_tokenizer(tmp_path / "out").encode(STRANGE).ids
+    assert ids == tokenizer.load_tokenizer(tokenizer_dir).encode(STRANGE).ids
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
     inputs = files.read_json(tmp_path / "out" / "record.json")["inputs"]
     assert [i["path"] for i in inputs] == [
@@ -146,7 +146,7 @@ def test_a_hub_id_is_taken_from_the_local_cache_without_a_network(tmp_path, toke
     subprocess.run(command, env=environment, check=True, capture_output=True)
     record = files.read_json(tmp_path / "out" / "record.json")
     assert record["inputs"] == [{"name": "origin", "path": "acme/tiny", "revision": revision}]
-    assert tokenizer.info(tmp_path / "out").vocab_size == 300
+    assert tokenizer.tokenizer_info(tmp_path / "out").vocab_size == 300
 
 
 def no_tokenizer(tmp_path: Path, _: Path) -> Path:
@@ -196,9 +196,9 @@ def test_either_a_path_or_text_with_a_size(run_script, outputs, options):
 
 def test_info_of_an_unusable_directory(tmp_path, tokenizer_dir):
     with pytest.raises(UserError, match=r"tokenizer.json: no such file; build the tokenizer first"):
-        tokenizer.info(tmp_path)
+        tokenizer.tokenizer_info(tmp_path)
     with pytest.raises(UserError, match="no end-of-document token"):
-        tokenizer.info(copy_of(tokenizer_dir, tmp_path / "a", eos_token="<|unknown|>"))
+        tokenizer.tokenizer_info(copy_of(tokenizer_dir, tmp_path / "a", eos_token="<|unknown|>"))
     (tmp_path / "a" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a tokenizer"):
-        tokenizer.info(tmp_path / "a")
+        tokenizer.tokenizer_info(tmp_path / "a")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.data import tokenizer as tokenizers
+from snaketron.data.tokenizer import tokenizer_info
 from snaketron.inference.answers import Prompt, held_out_prompts
 from snaketron.train.sft_batches import SftBatches
 
@@ -21,7 +21,7 @@ def batches(packed_blend, tokenizer_dir: Path, sft_settings):
     def make(packs: list[list[list[tuple[int, int]]]]) -> SftBatches:
         held_out = {"valid": {"a": packs}} if packs else {}
         blend = packed_blend(train={"a": [[QUESTION]]}, **held_out)
-        return SftBatches.load(blend, sft_settings()[0], tokenizers.info(tokenizer_dir), eval_samples=4)
+        return SftBatches.load(blend, sft_settings()[0], tokenizer_info(tokenizer_dir), eval_samples=4)
 
     return make
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from snaketron.log import UserError
-from snaketron.report.collect import Chats, collect
+from snaketron.report.collect import ChatSource, collect
 
 import pytest
 
@@ -57,7 +57,7 @@ def test_packing_is_what_fills_the_packs(records):
     tools = collect(records).chats["tools"]
     assert (tools.rows, tools.conversations, tools.packs, tools.room) == (30, 25, 5, 500)
     assert (tools.efficiency, tools.trained_share) == (0.64, 0.3)
-    assert Chats().efficiency == Chats().trained_share == 0.0
+    assert ChatSource().efficiency == ChatSource().trained_share == 0.0
 
 
 def test_a_record_that_is_missing_is_named(tmp_path: Path):

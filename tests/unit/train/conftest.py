@@ -106,7 +106,7 @@ def packed_blend(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Path]:
         pack_size: int = 16, padding_multiple: int = 1, **splits: dict[str, list[list[list[tuple[int, int]]]]]
     ) -> Path:
         made = {
-            "tokenizer_sha256": tokenizer.info(tokenizer_dir).sha256,
+            "tokenizer_sha256": tokenizer.tokenizer_info(tokenizer_dir).sha256,
             "template_sha256": "t",
             "pack_size": pack_size,
             "padding_multiple": padding_multiple,

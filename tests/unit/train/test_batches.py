@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.data import tokenizer as tokenizers
 from snaketron.data.text import index
+from snaketron.data.tokenizer import tokenizer_info
 from snaketron.log import UserError
 from snaketron.train.batches import PretrainBatches
 
@@ -34,7 +34,7 @@ def make(blend_path: Path, tokenizer_dir: Path, tmp_path: Path, settings):
         return PretrainBatches(
             blend_path,
             train,
-            tokenizers.info(tokenizer_dir),
+            tokenizer_info(tokenizer_dir),
             index=directory,
             micro_batch_size=run.micro_batch_size,
             eval_samples=eval_samples,
@@ -122,7 +122,7 @@ def test_a_blend_of_another_tokenizer_is_refused(
     value = json.loads(blend_path.read_text())
     other = tmp_path / "blend.json"
     other.write_text(json.dumps(value | {"tokenizer": "f" * 64}))
-    info = tokenizers.info(tokenizer_dir)
+    info = tokenizer_info(tokenizer_dir)
     with pytest.raises(UserError) as error:
         PretrainBatches(other, settings()[0], info, index=tmp_path, micro_batch_size=2, eval_samples=4)
     assert str(error.value).startswith(f"{other}: made with another tokenizer (sha256 ffffffffffff, and ")

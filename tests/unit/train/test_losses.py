@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.data import tokenizer as tokenizers
+from snaketron.data.tokenizer import tokenizer_info
 from snaketron.train.build import build_training
 from snaketron.train.loop import Trainer
 from snaketron.train.losses import Counts, Report, Sums, Totals
@@ -59,7 +59,7 @@ def trainer_of(sft_settings, packed_blend, tokenizer_dir):
         trainer = Trainer(build_training(settings, run, VOCABULARY))
         trainer.seconds = 1.0
         trainer.sources = ("a",)
-        return trainer, SftBatches.load(blend, settings, tokenizers.info(tokenizer_dir), eval_samples=1)
+        return trainer, SftBatches.load(blend, settings, tokenizer_info(tokenizer_dir), eval_samples=1)
 
     return make
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.data import tokenizer as tokenizers
 from snaketron.data.chats.packs import Pack, join, loss_weights
+from snaketron.data.tokenizer import tokenizer_info
 from snaketron.log import UserError
 from snaketron.train.losses import Sums
 from snaketron.train.sft_batches import SftBatches, collate_pack
@@ -156,7 +156,7 @@ def test_weights_of_each_depth_end_with_the_conversation():
 @pytest.fixture
 def sft(packed_blend, tokenizer_dir: Path, sft_settings):
     """Batches over two sources of 6 and 3 packs, each of one token that says which, weighed 1 to 1."""
-    info = tokenizers.info(tokenizer_dir)
+    info = tokenizer_info(tokenizer_dir)
     sources = {
         name: [[[(1, 0), (first + i, 1)]] for i in range(count)]
         for name, first, count in (("a", 100, 6), ("b", 200, 3))
@@ -253,7 +253,7 @@ def test_validation_sees_each_source(packed_blend, tokenizer_dir, sft_settings):
         for source, weight in zip(value["splits"][split], (0.99, 0.01), strict=True):
             source["weight"] = weight
     blend.write_text(json.dumps(value))
-    batches = SftBatches.load(blend, sft_settings()[0], tokenizers.info(tokenizer_dir), eval_samples=4)
+    batches = SftBatches.load(blend, sft_settings()[0], tokenizer_info(tokenizer_dir), eval_samples=4)
     seen = [int(b["input_ids"][0, 1]) for b in batches.micro_batches("valid", 0, 4)]
     assert [s // 100 for s in seen] == [1, 1, 1, 2] and len(set(seen)) == 4
 
@@ -261,5 +261,5 @@ def test_validation_sees_each_source(packed_blend, tokenizer_dir, sft_settings):
 def test_a_source_that_validation_does_not_see_is_named(packed_blend, tokenizer_dir, sft_settings, caplog):
     packs = [[[(1, 0), (5, 1)]]]
     blend = packed_blend(train={"a": packs, "b": packs}, valid={"a": packs, "b": packs})
-    SftBatches.load(blend, sft_settings()[0], tokenizers.info(tokenizer_dir), eval_samples=1)
+    SftBatches.load(blend, sft_settings()[0], tokenizer_info(tokenizer_dir), eval_samples=1)
     assert "validation has no pack of b: raise eval_samples (now 1) to the number of sources" in caplog.text

@@ -125,7 +125,7 @@ def _split(
     return [{**source, "weight": source["weight"] / total} for source in sources]
 
 
-def _check_size(path: Path, num_bytes: int, listed_in: Path) -> None:
+def _check_listed(path: Path, num_bytes: int, listed_in: Path) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -138,7 +138,7 @@ def _check_size(path: Path, num_bytes: int, listed_in: Path) -> None:
 
 def _file(record_path: Path, record: Record, split: str) -> dict[str, Any]:
     output = record.output(split)
-    _check_size(output.file, output.bytes, record_path)
+    _check_listed(output.file, output.bytes, record_path)
     counts = record.counts["splits"][split]
     return {
         "path": output.path,
@@ -162,14 +162,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Blend:
+class SftBlend:
     """`blend.json` as a trainer needs it; a split without packs has no sources."""
 
     padding_multiple: int  # the packs have room for conversations padded to it
     splits: dict[str, list[Source]]
 
 
-def check(path: Path, **expected: Any) -> Blend:
+def check_packed_blend(path: Path, **expected: Any) -> SftBlend:
     """Read a blend; `UserError` when it was made for something else, or lists a file that is not there.
 
     `expected` is any of `tokenizer_sha256`, `pack_size`, `algorithm`.
@@ -184,7 +184,7 @@ def check(path: Path, **expected: Any) -> Blend:
         raise UserError(f"{path}: not a blend of packed chats ({error}); delete it and run again") from None
     check_expected(path, value, expected)
     for file in (file for sources in listed.values() for source in sources for file in source["files"]):
-        _check_size(Path(file["path"]), file["bytes"], path)
+        _check_listed(Path(file["path"]), file["bytes"], path)
     splits = {
         split: [
             Source(
@@ -194,4 +194,4 @@ def check(path: Path, **expected: Any) -> Blend:
         ]
         for split, sources in listed.items()
     }
-    return Blend(multiple, splits)
+    return SftBlend(multiple, splits)

@@ -13,9 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from snaketron.data import tokenizer as tokenizers
 from snaketron.data.chats.conversation import Span
 from snaketron.data.encode import Encoder
+from snaketron.data.tokenizer import load_tokenizer
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class Masker:
 
     def __init__(self, directory: Path, *, problem: str | None = None) -> None:
         self.directory = directory
-        self.tokenizer = tokenizers.load(directory)
+        self.tokenizer = load_tokenizer(directory)
         self._lengths = byte_lengths(self.tokenizer)
         self._encoder = None
         if self._lengths is not None:

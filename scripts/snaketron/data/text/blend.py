@@ -48,7 +48,7 @@ class CorpusShare:
 
 
 @dataclass(frozen=True)
-class Split:
+class BlendedSplit:
     """The shards of a split with their weights; none where no corpus has tokens in it."""
 
     prefixes: list[str]
@@ -60,16 +60,16 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Blend:
+class PretrainBlend:
     """`blend.json`."""
 
     phase: str
     tokenizer: str  # sha256 of tokenizer.json
     dtype: str
     train_tokens: int  # tokens of the phase, in whole steps
-    train: Split
-    valid: Split
-    test: Split
+    train: BlendedSplit
+    valid: BlendedSplit
+    test: BlendedSplit
 
     @property
     def blend_per_split(self) -> list[tuple[list[str], list[float]] | None]:
@@ -91,7 +91,7 @@ def build(
     tokenizer: Path,
     output: Path,
     record: Path,
-) -> Blend:
+) -> PretrainBlend:
     """Weigh the shards of `records`, check that each is complete, and write blend.json and `record`.
 
     A warning and the record name each corpus that the phase goes through more than `max_epochs` times.
@@ -145,7 +145,7 @@ def _weighed(
     records: Mapping[Path, Record],
     tokenizer: Path,
     identity: str,
-) -> Blend:
+) -> PretrainBlend:
     """Check the shards of all records, and weigh them."""
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     dtypes: set[str] = set()
@@ -162,7 +162,7 @@ def _weighed(
     if len(dtypes) > 1:
         raise UserError(f"phase {phase!r}: shards of different types: {', '.join(sorted(dtypes))}; {_AGAIN}")
     splits = {split: weigh(split, weights, shards[split], train_tokens) for split in SPLITS}
-    return Blend(phase, identity, dtypes.pop(), train_tokens, **splits)
+    return PretrainBlend(phase, identity, dtypes.pop(), train_tokens, **splits)
 
 
 def _check_record(
@@ -244,7 +244,9 @@ def _check_size(path: Path, expected: int, source: str, fix: str) -> None:
         raise UserError(f"{path}: {found} bytes, {source} says {expected}; {fix}")
 
 
-def weigh(split: str, weights: Mapping[str, float], shards: Sequence[Shard], train_tokens: int) -> Split:
+def weigh(
+    split: str, weights: Mapping[str, float], shards: Sequence[Shard], train_tokens: int
+) -> BlendedSplit:
     """Spread the weight of each corpus over its shards in proportion to their tokens.
 
     A shard without tokens is left out. A corpus without tokens is an error in train; in valid and test it is
@@ -289,7 +291,7 @@ def weigh(split: str, weights: Mapping[str, float], shards: Sequence[Shard], tra
                 empty_shards=empty[corpus],
             )
         )
-    return Split(
+    return BlendedSplit(
         prefixes=[s.prefix for s in kept],
         weights=[share[s.corpus] * (s.tokens / tokens[s.corpus]) for s in kept],
         documents=sum(s.documents for s in kept),
@@ -302,26 +304,28 @@ def weigh(split: str, weights: Mapping[str, float], shards: Sequence[Shard], tra
 # -------------------------------------------------------------------------------------------- reading
 
 
-def load(path: Path) -> Blend:
+def load_blend(path: Path) -> PretrainBlend:
     """Read a blend.json."""
     try:
         value = files.read_json(path)
         splits = {name: _split(value[name]) for name in SPLITS}
-        return Blend(**{**value, **splits})
+        return PretrainBlend(**{**value, **splits})
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run rule blend_pretrain") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a blend ({error}); delete it and run again") from None
 
 
-def _split(value: Mapping[str, Any]) -> Split:
+def _split(value: Mapping[str, Any]) -> BlendedSplit:
     shards = [Shard(**shard) for shard in value["shards"]]
-    return Split(**{**value, "shards": shards, "corpora": [CorpusShare(**c) for c in value["corpora"]]})
+    return BlendedSplit(
+        **{**value, "shards": shards, "corpora": [CorpusShare(**c) for c in value["corpora"]]}
+    )
 
 
-def check(path: Path) -> Blend:
+def check_blend(path: Path) -> PretrainBlend:
     """Read a blend.json and check that each of its files is there in full size; no content is read."""
-    blend = load(path)
+    blend = load_blend(path)
     for split in (blend.train, blend.valid, blend.test):
         for shard in split.shards:
             bin_path, idx_path = binidx.paths(Path(shard.prefix))

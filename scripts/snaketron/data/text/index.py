@@ -21,7 +21,7 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron import files
-from snaketron.data.text import blend as blends
+from snaketron.data.text.blend import BlendedSplit, PretrainBlend, check_blend
 from snaketron.data.tokenizer import Info
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.lineage.walk import record_about
@@ -38,7 +38,7 @@ OPEN_FILES = 6  # for each shard that is read: 2 for its text, 1 for its .idx, 3
 SPARE_FILES = 500  # for everything else that a training opens
 
 
-def num_samples(blend: blends.Blend, seq_length: int, train_samples: int) -> dict[str, int]:
+def num_samples(blend: PretrainBlend, seq_length: int, train_samples: int) -> dict[str, int]:
     """The number of samples of each split: `train_samples` of train, and one epoch of valid and test.
 
     Valid and test have at most `HELD_OUT_SAMPLES`: no validation reads more.
@@ -60,7 +60,7 @@ def build(
 
     Shards are indexed one after the other; one takes up to 20 bytes of memory for each document and epoch.
     """
-    blend = blends.check(blend_path)
+    blend = check_blend(blend_path)
     settings = _settings(blend_path, seed, seq_length, train_samples)
     building = files.partial(output)
     with making("index", blend.phase, outputs={}, record=record) as job, warnings.catch_warnings():
@@ -87,10 +87,10 @@ def build(
 
 
 def _build_split(
-    blend: blends.Blend, split: str, samples: int, config: GPTDatasetConfig
+    blend: PretrainBlend, split: str, samples: int, config: GPTDatasetConfig
 ) -> dict[str, Any] | None:
     """Index a split; returns what it takes of each corpus, None for a split without tokens."""
-    content: blends.Split = getattr(blend, split)
+    content: BlendedSplit = getattr(blend, split)
     if not content.prefixes:
         return None
     built = []
@@ -123,7 +123,7 @@ class _Built:
         return self.length
 
 
-def _shares(content: blends.Split, samples: int) -> list[tuple[str, int]]:
+def _shares(content: BlendedSplit, samples: int) -> list[tuple[str, int]]:
     """The prefix of each shard, and the most samples that the first `samples` of the blend take from it.
 
     megatron-core takes each sample from the shard that lags most behind its weight, so none is taken more
@@ -167,7 +167,7 @@ class _Tokenizer:
 
 
 def _config(
-    blend: blends.Blend,
+    blend: PretrainBlend,
     settings: Mapping[str, Any],
     directory: Path,
     tokenizer: _Tokenizer,
@@ -198,7 +198,7 @@ def load(
     Files are opened when a sample is read from them. Raises `UserError` when the blend was made with
     another tokenizer, or when the index is not there or was made for another blend or training.
     """
-    blend = blends.check(blend_path)
+    blend = check_blend(blend_path)
     if blend.tokenizer != tokenizer.sha256:
         raise UserError(
             f"{blend_path}: made with another tokenizer (sha256 {blend.tokenizer[:12]}, "
@@ -217,7 +217,7 @@ def load(
     )
     found = {}
     for split, samples in num_samples(blend, seq_length, train_samples).items():
-        content: blends.Split = getattr(blend, split)
+        content: BlendedSplit = getattr(blend, split)
         datasets = [
             GPTDataset(_Text(prefix), prefix, None, number, Split[split], config)
             for prefix, number in _shares(content, samples)

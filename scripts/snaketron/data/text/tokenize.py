@@ -12,12 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snaketron.data import tokenizer as tokenizers
 from snaketron.data.arrow import KEY, text_of
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.rows import FILTERED, Bad, Drops, place, read_documents, reject
 from snaketron.data.split import SPLITS, split_of
 from snaketron.data.text import binidx, origins
+from snaketron.data.tokenizer import Info, tokenizer_info
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import UserError, logger
 from snaketron.settings.text import TokenizeSettings
@@ -62,7 +62,7 @@ def tokenize_shard(
     result is the same. Returns the record.
     """
     _check(settings)
-    info = tokenizers.info(tokenizer)
+    info = tokenizer_info(tokenizer)
     outputs = {
         f"{split}{path.suffix}": path
         for split in SPLITS
@@ -193,7 +193,7 @@ class _Shard:
         self,
         texts: Sequence[Path],
         settings: TokenizeSettings,
-        info: tokenizers.Info,
+        info: Info,
         outputs: Mapping[str, Path],
         aside: Mapping[str, Path],
     ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import blend_sft as script
 from snaketron import files
-from snaketron.data.chats import blend as blend_module
+from snaketron.data.chats.blend import check_packed_blend
 from snaketron.data.chats.packs import Pack, join, write
 from snaketron.lineage.record import making, of_file, read
 from snaketron.log import UserError
@@ -193,7 +193,7 @@ def test_a_trainer_reads_the_blend_and_gets_its_sources(tmp_path):
         "questions=1",
         "tools=1",
     )
-    loaded = blend_module.check(tmp_path / "sft/blend.json", tokenizer_sha256="t", pack_size=8)
+    loaded = check_packed_blend(tmp_path / "sft/blend.json", tokenizer_sha256="t", pack_size=8)
     assert loaded.padding_multiple == 1
     assert [s.template_sha256 for s in loaded.splits["train"]] == ["c", "d"]
     assert [(s.source, s.weight, len(s.files)) for s in loaded.splits["train"]] == [
@@ -206,12 +206,12 @@ def test_a_trainer_reads_the_blend_and_gets_its_sources(tmp_path):
 def test_a_trainer_refuses_a_blend_for_something_else(tmp_path):
     blend(tmp_path, [shard(tmp_path, "questions", 0)], "questions=1")
     with pytest.raises(UserError, match=r"blend\.json: was made with pack_size 8, and 16 is wanted"):
-        blend_module.check(tmp_path / "sft/blend.json", pack_size=16)
+        check_packed_blend(tmp_path / "sft/blend.json", pack_size=16)
     (tmp_path / "sft/train/questions/part_0.parquet").unlink()
     with pytest.raises(UserError, match=r"part_0\.parquet: no such file"):
-        blend_module.check(tmp_path / "sft/blend.json", pack_size=8)
+        check_packed_blend(tmp_path / "sft/blend.json", pack_size=8)
     (tmp_path / "sft/blend.json").write_text("{}")
     with pytest.raises(UserError, match="not a blend of packed chats"):
-        blend_module.check(tmp_path / "sft/blend.json", pack_size=8)
+        check_packed_blend(tmp_path / "sft/blend.json", pack_size=8)
     with pytest.raises(UserError, match="no such blend"):
-        blend_module.check(tmp_path / "sft/none.json")
+        check_packed_blend(tmp_path / "sft/none.json")

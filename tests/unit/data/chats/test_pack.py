@@ -9,7 +9,8 @@ from typing import Any
 import pack_sft
 from snaketron.data import arrow
 from snaketron.data.chats import pack as pack_module
-from snaketron.data.chats import packs as packs_module
+from snaketron.data.chats.packs import SCHEMA as PACKS
+from snaketron.data.chats.packs import PackedDataset
 from snaketron.data.chats.sequences import SCHEMA
 from snaketron.lineage.record import Record, read
 from snaketron.log import UserError
@@ -186,9 +187,7 @@ def test_packs_of_many_thousand_tokens_hold_what_was_rendered(tmp_path):
         sum(lengths),
         sum(lengths) - 6,
     )
-    rows = packs_module.PackedDataset(
-        [tmp_path / "sft/train/questions/part_0.parquet"], {"pack_size": 262_144}
-    )
+    rows = PackedDataset([tmp_path / "sft/train/questions/part_0.parquet"], {"pack_size": 262_144})
     found = {}
     for row in (rows[0], rows[1]):
         for start, length in zip(row.seq_start_id.tolist(), row.lengths.tolist(), strict=True):
@@ -208,10 +207,10 @@ def test_the_footer_says_what_the_packs_are_for(tmp_path):
     path = tmp_path / "sft/train/questions/part_0.parquet"
     made_for = {**METADATA, "pack_size": 8, "algorithm": "first_fit_decreasing", "padding_multiple": 1}
     made_for["long_conversations"] = "drop"
-    _, metadata = arrow.read_footer(path, packs_module.SCHEMA.names)
+    _, metadata = arrow.read_footer(path, PACKS.names)
     assert metadata == {**made_for, "split": "train", "counts": record.counts["splits"]["train"]}
     assert record.settings == made_for and record.name == "questions/part_0"
-    assert len(packs_module.PackedDataset([path], made_for)) == 2
+    assert len(PackedDataset([path], made_for)) == 2
 
 
 def many_chats() -> list[tuple[list[int], list[int], str]]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from snaketron.data import arrow
-from snaketron.data.chats import packs as packed
+from snaketron.data.chats import packs
 from snaketron.log import UserError
 
 import numpy as np
@@ -21,16 +21,16 @@ def conversation(*tokens: int, trained: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(tokens, dtype=np.int32), mask
 
 
-def packs_of(count: int, first: int = 0) -> list[packed.Pack]:
-    return [packed.join([conversation(i, i + 1, i + 2, trained=1)]) for i in range(first, first + count)]
+def packs_of(count: int, first: int = 0) -> list[packs.Pack]:
+    return [packs.join([conversation(i, i + 1, i + 2, trained=1)]) for i in range(first, first + count)]
 
 
-def as_lists(pack: packed.Pack) -> list[list[int]]:
+def as_lists(pack: packs.Pack) -> list[list[int]]:
     return [values.tolist() for values in pack]
 
 
 def test_the_mask_is_aligned_with_the_labels():
-    pack = packed.join([conversation(1, 2, 3, 4, trained=2), conversation(5, 6, 7, trained=3)])
+    pack = packs.join([conversation(1, 2, 3, 4, trained=2), conversation(5, 6, 7, trained=3)])
     assert as_lists(pack) == [
         [1, 2, 3, 4, 5, 6, 7],
         [0, 1, 1, 0, 1, 1, 0],  # 3 and 4 are predicted at 2 and 3; nothing predicts 5, or comes after 4 and 7
@@ -39,12 +39,12 @@ def test_the_mask_is_aligned_with_the_labels():
 
 
 def test_the_file_has_the_columns_of_megatron_bridge_and_a_footer(tmp_path):
-    packed.write(tmp_path / "a.parquet", packs_of(3), MADE_WITH)
+    packs.write(tmp_path / "a.parquet", packs_of(3), MADE_WITH)
     schema = pq.read_schema(tmp_path / "a.parquet")
     assert schema.names == ["input_ids", "loss_mask", "seq_start_id"]
     assert [str(field.type.value_type) for field in schema] == ["int32", "uint8", "int32"]
     assert pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0).compression == "ZSTD"
-    assert arrow.read_footer(tmp_path / "a.parquet", packed.SCHEMA.names)[1] == MADE_WITH
+    assert arrow.read_footer(tmp_path / "a.parquet", packs.SCHEMA.names)[1] == MADE_WITH
     assert pq.read_table(tmp_path / "a.parquet").to_pylist()[1] == {
         "input_ids": [1, 2, 3],
         "loss_mask": [0, 1, 0],
@@ -59,18 +59,18 @@ def test_columns_of_text_may_hold_nothing():
 
 
 def test_a_split_without_packs_is_a_valid_file(tmp_path):
-    packed.write(tmp_path / "a.parquet", [], MADE_WITH)
+    packs.write(tmp_path / "a.parquet", [], MADE_WITH)
     assert pq.read_table(tmp_path / "a.parquet").num_rows == 0
-    assert len(packed.PackedDataset([tmp_path / "a.parquet"], MADE_WITH)) == 0
+    assert len(packs.PackedDataset([tmp_path / "a.parquet"], MADE_WITH)) == 0
 
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """25, 0 and 7 packs of 3 tokens, two packs a row group: 13 + 0 + 4 row groups."""
-    monkeypatch.setattr(packed, "ROW_GROUP_TOKENS", 6)
+    monkeypatch.setattr(packs, "ROW_GROUP_TOKENS", 6)
     paths = [tmp_path / name for name in ("a.parquet", "b.parquet", "c.parquet")]
     for path, count, first in zip(paths, (25, 0, 7), (0, 0, 25), strict=True):
-        packed.write(path, packs_of(count, first), MADE_WITH)
+        packs.write(path, packs_of(count, first), MADE_WITH)
     return paths
 
 
@@ -79,13 +79,13 @@ def test_row_groups_are_small(files):
 
 
 def test_a_pack_larger_than_a_row_group_has_one_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "ROW_GROUP_TOKENS", 2)
-    packed.write(tmp_path / "a.parquet", packs_of(3), MADE_WITH)
+    monkeypatch.setattr(packs, "ROW_GROUP_TOKENS", 2)
+    packs.write(tmp_path / "a.parquet", packs_of(3), MADE_WITH)
     assert pq.read_metadata(tmp_path / "a.parquet").num_row_groups == 3
 
 
 def test_packs_are_found_across_files(files):
-    dataset = packed.PackedDataset(files, MADE_WITH)
+    dataset = packs.PackedDataset(files, MADE_WITH)
     assert len(dataset) == 32
     assert [dataset[i].input_ids.tolist() for i in range(32)] == [[i, i + 1, i + 2] for i in range(32)]
     assert [values.dtype for values in dataset[31]] == [np.int32, np.uint8, np.int32]
@@ -95,7 +95,7 @@ def test_packs_are_found_across_files(files):
 
 
 def test_a_shuffled_pass_decodes_every_row_group_once_and_the_next_epoch_none(files):
-    dataset = packed.PackedDataset(files, MADE_WITH)
+    dataset = packs.PackedDataset(files, MADE_WITH)
     for epoch in range(2):
         for index in np.random.default_rng(epoch).permutation(32):
             assert dataset[index].input_ids[0] == index
@@ -103,7 +103,7 @@ def test_a_shuffled_pass_decodes_every_row_group_once_and_the_next_epoch_none(fi
 
 
 def test_the_cache_stays_below_its_limit(files):
-    dataset = packed.PackedDataset(files, MADE_WITH, cache_bytes=300)
+    dataset = packs.PackedDataset(files, MADE_WITH, cache_bytes=300)
     for index in np.random.default_rng(0).permutation(32):
         assert dataset[index].input_ids[0] == index
         groups = dataset._groups
@@ -112,22 +112,22 @@ def test_the_cache_stays_below_its_limit(files):
 
 
 def test_footers_beyond_the_limit_are_read_again(files, monkeypatch):
-    monkeypatch.setattr(packed, "FOOTER_ROW_GROUPS", 5)
-    dataset = packed.PackedDataset(files, MADE_WITH, cache_bytes=1)
+    monkeypatch.setattr(packs, "FOOTER_ROW_GROUPS", 5)
+    dataset = packs.PackedDataset(files, MADE_WITH, cache_bytes=1)
     for index in (0, 31, 24, 25):
         assert dataset[index].input_ids[0] == index
         assert len(dataset._footers._values) == 1  # of 13 or of 4 row groups
 
 
 def test_a_row_group_larger_than_the_cache_is_still_read(files):
-    dataset = packed.PackedDataset(files, MADE_WITH, cache_bytes=1)
+    dataset = packs.PackedDataset(files, MADE_WITH, cache_bytes=1)
     assert [dataset[i].input_ids[0] for i in (0, 1, 5, 0)] == [0, 1, 5, 0]
     assert dataset.row_groups_decoded == 3
 
 
 def test_the_packs_are_read_only(files):
     with pytest.raises(ValueError, match="read-only"):
-        packed.PackedDataset(files, MADE_WITH)[0].input_ids[0] = 1
+        packs.PackedDataset(files, MADE_WITH)[0].input_ids[0] = 1
 
 
 @pytest.mark.parametrize("name", ["tokenizer_sha256", "template_sha256", "pack_size"])
@@ -135,32 +135,32 @@ def test_packs_made_for_something_else_are_refused(files, name):
     with pytest.raises(
         UserError, match=rf"a\.parquet: was made with {name} {MADE_WITH[name]}, and other is wanted"
     ):
-        packed.PackedDataset(files, {**MADE_WITH, name: "other"})
+        packs.PackedDataset(files, {**MADE_WITH, name: "other"})
 
 
 def test_a_truncated_file_is_refused(files):
     files[0].write_bytes(files[0].read_bytes()[:-9])
     with pytest.raises(UserError, match=r"a\.parquet: truncated or not Parquet"):
-        packed.PackedDataset(files, MADE_WITH)
+        packs.PackedDataset(files, MADE_WITH)
 
 
 def test_a_missing_file_is_refused(files):
     files[2].unlink()
     with pytest.raises(UserError, match=r"c\.parquet: no such file"):
-        packed.PackedDataset(files, MADE_WITH)
+        packs.PackedDataset(files, MADE_WITH)
 
 
 def test_other_parquet_files_are_refused(tmp_path):
     pq.write_table(pa.table({"input_ids": [[1]], "text": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="column loss_mask, seq_start_id is missing"):
-        packed.PackedDataset([tmp_path / "a.parquet"], MADE_WITH)
-    pq.write_table(packed.SCHEMA.empty_table(), tmp_path / "b.parquet")
+        packs.PackedDataset([tmp_path / "a.parquet"], MADE_WITH)
+    pq.write_table(packs.SCHEMA.empty_table(), tmp_path / "b.parquet")
     with pytest.raises(UserError, match="the footer does not say what made it"):
-        packed.PackedDataset([tmp_path / "b.parquet"], MADE_WITH)
+        packs.PackedDataset([tmp_path / "b.parquet"], MADE_WITH)
 
 
 def test_a_damaged_row_group_is_named(files):
-    dataset = packed.PackedDataset(files, MADE_WITH)
+    dataset = packs.PackedDataset(files, MADE_WITH)
     damaged = bytearray(files[0].read_bytes())
     damaged[4:200] = bytes(196)
     files[0].write_bytes(damaged)

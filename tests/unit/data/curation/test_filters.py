@@ -118,9 +118,9 @@ def test_what_an_edit_leaves_empty_is_removed(steps: Steps):
 
 
 def test_tokens_are_those_of_the_tokenizer_and_an_end_of_each_document(steps: Steps):
-    from snaketron.data import tokenizer as tokenizers
+    from snaketron.data.tokenizer import load_tokenizer
 
-    tokenizer = tokenizers.load(steps.tokenizer)
+    tokenizer = load_tokenizer(steps.tokenizer)
     texts = [PROSE, "the quick brown fox", "日本語"]
     counts = steps.filter("web/one", [steps.raw("web/one", texts)])
     assert (

@@ -110,7 +110,7 @@ def test_a_corpus_weight_is_spread_over_its_shards_by_tokens(build, records, tmp
 def test_megatron_gets_none_for_a_split_without_tokens(build, records, tmp_path, caplog):
     caplog.set_level("INFO")
     build(records, "docs=1", "code=1")
-    loaded = blend.load(tmp_path / "out" / "blend.json")
+    loaded = blend.load_blend(tmp_path / "out" / "blend.json")
     assert loaded.valid.prefixes == []
     train, valid, test = loaded.blend_per_split
     assert train == (loaded.train.prefixes, loaded.train.weights)
@@ -135,7 +135,7 @@ def test_a_corpus_or_shard_without_tokens_in_a_split_is_left_out_there(
         made.append(tokenize(text, corpus=corpus, valid=0.5, test=0.0)[2])
     status, stderr = build(made, "docs=0.3", "code=0.7")
     assert status == 0, stderr
-    loaded = blend.check(tmp_path / "out" / "blend.json")
+    loaded = blend.check_blend(tmp_path / "out" / "blend.json")
     assert loaded.train.weights == [0.15, 0.15, 0.7]
     assert loaded.valid.prefixes == [str(made[0].parent / "valid" / "a")]
     assert loaded.valid.weights == [1.0]
@@ -154,7 +154,7 @@ def test_the_same_shards_give_the_same_bytes(build, records, tmp_path):
 
 def test_a_record_given_twice_counts_once(build, records, tmp_path):
     build([*records, records[0]], "docs=1", "code=1")
-    assert len(blend.load(tmp_path / "out" / "blend.json").train.prefixes) == 3
+    assert len(blend.load_blend(tmp_path / "out" / "blend.json").train.prefixes) == 3
 
 
 def test_prefixes_stay_relative(build, records, tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ def test_prefixes_stay_relative(build, records, tmp_path, monkeypatch):
             output["path"] = str(Path(output["path"]).relative_to(tmp_path))
         files.write_json(record, value)
     build(records, "docs=1", "code=1")
-    assert blend.check(Path("out/blend.json")).train.prefixes[0] == "tokens/docs/train/a"
+    assert blend.check_blend(Path("out/blend.json")).train.prefixes[0] == "tokens/docs/train/a"
 
 
 def test_a_corpus_that_is_repeated_too_often_is_named_and_recorded(build, records, tmp_path):
@@ -313,7 +313,7 @@ def test_a_shard_without_documents_is_counted_and_left_out(build, records, tmp_p
     files.write_json(empty, value)
     status, stderr = build([*records, empty], "docs=1", "code=1")
     assert status == 0, stderr
-    train = blend.load(tmp_path / "out" / "blend.json").train
+    train = blend.load_blend(tmp_path / "out" / "blend.json").train
     assert len(train.prefixes) == 3 and train.corpora[0].empty_shards == 1
     assert "corpus docs: 1 of its 3 shards have no tokens in train: left out there" in caplog.text
 
@@ -331,13 +331,13 @@ def test_more_shards_than_megatron_can_number_are_refused():
 def test_check_sees_a_shard_that_changed_since(build, records, tmp_path):
     build(records, "docs=1", "code=1")
     path = tmp_path / "out" / "blend.json"
-    assert blend.check(path) == blend.load(path)
+    assert blend.check_blend(path) == blend.load_blend(path)
     (records[2].parent / "train" / "a.bin").write_bytes(bytes(4))
     with pytest.raises(UserError, match=rf"a.bin: 4 bytes, {path} says 16"):
-        blend.check(path)
+        blend.check_blend(path)
     (records[2].parent / "train" / "a.bin").unlink()
     with pytest.raises(UserError, match=r"a.bin: no such file"):
-        blend.check(path)
+        blend.check_blend(path)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"train": {}, "valid": {}, "test": {}}'])
@@ -346,4 +346,4 @@ def test_a_file_that_is_no_blend(tmp_path, content: Any):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=r"blend.json: (no such file|not a blend)"):
-        blend.load(path)
+        blend.load_blend(path)

@@ -7,12 +7,13 @@ import resource
 import struct
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from snaketron import files
-from snaketron.data.text import blend as blends
 from snaketron.data.text import index
+from snaketron.data.text.blend import PretrainBlend, Shard, load_blend, weigh
 from snaketron.data.tokenizer import Info
 from snaketron.log import UserError
 
@@ -60,11 +61,11 @@ def make_blend(tmp_path: Path) -> Callable[..., Path]:
             for corpus, sizes in splits.get(split, {}).items():
                 for i, tokens in enumerate(sizes):
                     prefix = tmp_path / "tokens" / corpus / split / f"s{i}"
-                    shards.append(blends.Shard(corpus=corpus, **write_pair(prefix, first, tokens)))
+                    shards.append(Shard(corpus=corpus, **write_pair(prefix, first, tokens)))
                     first += tokens
             used = {c: w for c, w in weights.items() if splits.get(split, {}).get(c)}
-            content[split] = blends.weigh(split, used, shards, 1000)
-        value = blends.asdict(blends.Blend("one", SHA256, "uint16", 1000, **content))
+            content[split] = weigh(split, used, shards, 1000)
+        value = asdict(PretrainBlend("one", SHA256, "uint16", 1000, **content))
         files.write_json(tmp_path / "blend.json", value)
         return tmp_path / "blend.json"
 
@@ -128,7 +129,7 @@ def test_the_samples_are_those_of_megatrons_builder(make_blend, tmp_path: Path, 
     build(blend, train_samples=count)
     numbers = {"seed": 1, "seq_length": SEQ_LENGTH}
     tokenizer = index._Tokenizer(SHA256, INFO)
-    config = index._config(blends.load(blend), numbers, tmp_path / "theirs", tokenizer)
+    config = index._config(load_blend(blend), numbers, tmp_path / "theirs", tokenizer)
     theirs, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [count, 0, 0], lambda: True, config).build()
     ours, _ = load(blend, train_samples=count)["train"]
     for key in ("tokens", "labels", "loss_mask", "position_ids"):
@@ -144,7 +145,7 @@ def test_a_large_shard_among_many_small_ones_is_not_asked_for_too_much(make_blen
     counts = build(blend, train_samples=100)
     assert counts["train"]["samples"] == 100 and counts["train"]["corpora"]["big"] == 50
     config = index._config(
-        blends.load(blend), {"seed": 1, "seq_length": 4}, tmp_path / "theirs", index._Tokenizer(SHA256, INFO)
+        load_blend(blend), {"seed": 1, "seq_length": 4}, tmp_path / "theirs", index._Tokenizer(SHA256, INFO)
     )
     with pytest.raises(IndexError, match="oversamples"):
         BlendedMegatronDatasetBuilder(GPTDataset, [100, 0, 0], lambda: True, config).build()

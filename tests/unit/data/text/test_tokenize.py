@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from snaketron import files
-from snaketron.data import tokenizer as tokenizers
 from snaketron.data.split import SPLITS, split_of
 from snaketron.data.text import binidx
+from snaketron.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, tokenizer_info
 from snaketron.log import UserError
 from snaketron.settings.text import TokenizeSettings
 
@@ -38,12 +38,12 @@ def sequences(record: Path, split: str) -> list[list[int]]:
 def test_megatron_reads_each_document_with_its_end(tokenize, tmp_path, tokenizer_dir, write_jsonl):
     status, stderr, record = tokenize(write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS]))
     assert status == 0, stderr
-    tokenizer = tokenizers.load(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     for split in SPLITS:
         expected = [t for t in TEXTS if split_of(t, 0.2, 0.2) == split]
         read = sequences(record, split)
         assert expected and [tokenizer.decode(ids[:-1]) for ids in read] == expected  # in the file's order
-        assert all(ids[-1] == tokenizers.info(tokenizer_dir).eos_id for ids in read)
+        assert all(ids[-1] == tokenizer_info(tokenizer_dir).eos_id for ids in read)
         assert files.read_json(record)["counts"][split] == {
             "documents": len(expected),
             "tokens": sum(map(len, read)),
@@ -109,15 +109,15 @@ def test_control_tokens_in_a_document_stay_text(tokenize, tmp_path, tokenizer_di
     text = "a <|im_end|> b <|endoftext|> c"
     _, _, record = tokenize(write_jsonl(tmp_path / "a.jsonl", [{"text": text}]), valid=0.0, test=0.0)
     (ids,) = sequences(record, "train")
-    assert tokenizers.load(tokenizer_dir).decode(ids[:-1]) == text
-    assert [i for i in ids if i < len(tokenizers.SPECIAL_TOKENS)] == [0]  # the end of the document
+    assert load_tokenizer(tokenizer_dir).decode(ids[:-1]) == text
+    assert [i for i in ids if i < len(SPECIAL_TOKENS)] == [0]  # the end of the document
 
 
 def test_truncation_in_the_tokenizer_file_is_ignored(tokenize, tmp_path, tokenizer_dir, write_jsonl):
     copy = tmp_path / "tokenizer"
     copy.mkdir()
     (copy / "tokenizer_config.json").write_bytes((tokenizer_dir / "tokenizer_config.json").read_bytes())
-    tokenizer = tokenizers.load(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=4)
     tokenizer.save(str(copy / "tokenizer.json"))
@@ -131,7 +131,7 @@ def test_a_vocabulary_over_65536_is_written_as_int32(tokenize, tmp_path, tokeniz
     copy = tmp_path / "tokenizer"
     copy.mkdir()
     (copy / "tokenizer_config.json").write_bytes((tokenizer_dir / "tokenizer_config.json").read_bytes())
-    tokenizer = tokenizers.load(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     tokenizer.add_tokens([f"token{i}" for i in range(65537 - tokenizer.get_vocab_size())])
     tokenizer.save(str(copy / "tokenizer.json"))
     last = f"token{65536 - 300}"
@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer_dir, wri
 
 
 def texts_of(record: Path, tokenizer_dir: Path, split: str = "train") -> list[str]:
-    tokenizer = tokenizers.load(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     return [tokenizer.decode(ids[:-1]) for ids in sequences(record, split)]
 
 
@@ -203,7 +203,7 @@ def test_each_sequence_says_where_it_comes_from(tokenize, tmp_path, tokenizer_di
     _, _, record = tokenize(path, metadata_fields=["url", "id"])
     table = table_of(record)
     assert [row["row"] for row in table] == list(range(1, 41))  # in the order of the file
-    decode = tokenizers.load(tokenizer_dir).decode
+    decode = load_tokenizer(tokenizer_dir).decode
     for row in table:
         ids = sequences(record, row["split"])[row["sequence"]]
         text = TEXTS[row["row"] - 1]
@@ -271,7 +271,7 @@ LONG = {"valid": 0.0, "test": 0.0, "max_document_tokens": 4}
 
 
 def ids_of(tokenizer_dir: Path, text: str) -> list[int]:
-    return tokenizers.load(tokenizer_dir).encode(text).ids
+    return load_tokenizer(tokenizer_dir).encode(text).ids
 
 
 def test_a_long_document_is_cut_into_pieces_that_each_end(tokenize, tmp_path, tokenizer_dir, write_jsonl):
@@ -357,7 +357,7 @@ def test_a_shuffled_shard_holds_the_same_documents_in_another_order(
         orders.append([tuple(ids) for ids in sequences(record, "train")])
         for row in table_of(record):  # each row still says where its sequence is
             ids = sequences(record, row["split"])[row["sequence"]]
-            piece = tokenizers.load(tokenizer_dir).decode(ids[:-1])
+            piece = load_tokenizer(tokenizer_dir).decode(ids[:-1])
             assert piece in TEXTS[row["row"] - 1] and len(ids) == row["tokens"]
         assert [row["row"] for row in table_of(record)] == sorted(row["row"] for row in table_of(record))
     kept, one, again, two = orders
