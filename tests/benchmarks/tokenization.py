@@ -148,7 +148,7 @@ def shares(corpus: Path, tokenizer: Path, output: Path) -> None:
     os.environ["FASTOKENS_BPE_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"
     import tokenize_shard
     from snaketron.data import encode
-    from snaketron.data.text import binidx, origins, tokenize
+    from snaketron.data.text import binidx, origins, reading, tokenize
     from snaketron.lineage import record
 
     spent = {"imports": time.perf_counter() - start}
@@ -165,7 +165,7 @@ def shares(corpus: Path, tokenizer: Path, output: Path) -> None:
 
         setattr(holder, name, wrapper)
 
-    batches = tokenize._Reader.batches
+    batches = reading.Reader.batches
 
     def timed_batches(reader):
         found = batches(reader)
@@ -175,7 +175,7 @@ def shares(corpus: Path, tokenizer: Path, output: Path) -> None:
         while (batch := holder.next()) is not None:
             yield batch
 
-    tokenize._Reader.batches = timed_batches
+    reading.Reader.batches = timed_batches
     timed(tokenize, "split_of", "split hashes")
     timed(tokenize.tokenizers, "info", "loading the tokenizer")
     timed(encode.Encoder, "__init__", "loading the tokenizer")

@@ -112,7 +112,7 @@ def differ_in_z(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_a_document_with_other_ids_is_named_and_the_shard_is_encoded_again(
     tokenize, tmp_path: Path, tokenizer_dir: Path, write_jsonl, differ_in_z, monkeypatch, caplog
 ):
-    monkeypatch.setattr("snaketron.data.text.tokenize.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("snaketron.data.text.reading.BATCH_DOCUMENTS", 3)
     texts = ["one", "two", "three", "four", "qqz", "six"]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     status, stderr, record = tokenize(path, valid=0.0, test=0.0)

@@ -58,21 +58,11 @@ def curate_shard(
     fields = documents.fields_of(filtered)
     outputs = {"documents": output}
     with making("curated", name, outputs=outputs, record=record) as job, tally.locating():
-        stream: Iterable[Document] = tally.enter(documents.read(filtered))
         duplicates = {
             reason: lists.Lists(path)[name] for reason, path in ((EXACT, exact), (NEAR, near)) if path
         }
-        stream = without(stream, duplicates, tally)
-        if settings.decontamination_n_grams is not None:
-            assert index is not None
-            removed = decontamination.Contaminated(tally, decontamination.REASON)
-            block = decontamination.decontamination_filter(index, settings.decontamination_n_grams, removed)
-            stream = tally.through(stream, decontamination.REASON, block)
-        if settings.pii:
-            stream = tally.through(stream, PII, Pii())
-        documents.write(
-            job.aside["documents"], tally.leave(stream), fields, {"kind": "curated", "name": name}
-        )
+        stream = curated(documents.read(filtered), duplicates, index, settings, tally)
+        documents.write(job.aside["documents"], stream, fields, {"kind": "curated", "name": name})
         if tally.documents != before["kept"]["documents"]:
             raise UserError(f"{filtered}: not the file that its record is about; delete both and run again")
         counts = whole(before, tally.counts())
@@ -87,6 +77,25 @@ def curate_shard(
         job.inputs = {what: known(path) for what, path in made_from.items() if path}
         job.settings, job.counts = settings.model_dump(), counts
     return job.record
+
+
+def curated(
+    stream: Iterable[Document],
+    duplicates: dict[str, np.ndarray],
+    index: Path | None,
+    settings: CurateSettings,
+    tally: documents.Tally,
+) -> Iterator[Document]:
+    """The documents that no step removes, as the steps leave them; `tally` counts what each step does."""
+    stream = without(tally.enter(stream), duplicates, tally)
+    if settings.decontamination_n_grams is not None:
+        assert index is not None
+        removed = decontamination.Contaminated(tally, decontamination.REASON)
+        block = decontamination.decontamination_filter(index, settings.decontamination_n_grams, removed)
+        stream = tally.through(stream, decontamination.REASON, block)
+    if settings.pii:
+        stream = tally.through(stream, PII, Pii())
+    return tally.leave(stream)
 
 
 def without(

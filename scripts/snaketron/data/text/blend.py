@@ -103,18 +103,7 @@ def build(
         blend = _weighed(
             phase, weights, train_tokens, {p: read(p) for p in records}, tokenizer, identity.sha256
         )
-        repeated = [c for c in blend.train.corpora if (c.epochs or 0) > max_epochs]
-        for corpus in repeated:
-            logger.warning(
-                "phase %s goes through corpus %s %.2f times (it takes %s tokens and there are %s), more than "
-                "pretrain_data.max_epochs %g: lower its weight, shorten the phase, or add text",
-                phase,
-                corpus.corpus,
-                corpus.epochs,
-                f"{corpus.taken:,}",
-                f"{corpus.tokens:,}",
-                max_epochs,
-            )
+        repeated = _repeated(blend, max_epochs)
         job.aside["blend.json"].write_bytes(files.to_json(asdict(blend)))
         job.inputs = {"records": records, "tokenizer": identity}
         job.settings = {
@@ -129,6 +118,23 @@ def build(
             "repeated": {c.corpus: c.epochs for c in repeated}
         }
     return blend
+
+
+def _repeated(blend: PretrainBlend, max_epochs: float) -> list[CorpusShare]:
+    """The corpora that the phase goes through more than `max_epochs` times, with a warning about each."""
+    found = [c for c in blend.train.corpora if (c.epochs or 0) > max_epochs]
+    for corpus in found:
+        logger.warning(
+            "phase %s goes through corpus %s %.2f times (it takes %s tokens and there are %s), more than "
+            "pretrain_data.max_epochs %g: lower its weight, shorten the phase, or add text",
+            blend.phase,
+            corpus.corpus,
+            corpus.epochs,
+            f"{corpus.taken:,}",
+            f"{corpus.tokens:,}",
+            max_epochs,
+        )
+    return found
 
 
 def _identity(tokenizer: Path) -> Entry:
@@ -255,22 +261,8 @@ def weigh(
     by_corpus = {corpus: [s for s in shards if s.corpus == corpus] for corpus in weights}
     tokens = {corpus: sum(s.tokens for s in found) for corpus, found in by_corpus.items()}
     empty = {corpus: sum(not s.tokens for s in found) for corpus, found in by_corpus.items()}
-    for corpus, count in tokens.items():
-        if not count and split == "train":
-            raise UserError(
-                f"corpus {corpus!r} has no tokens in train; give it more text or take it out of the blend"
-            )
-        if not count:
-            logger.info("corpus %s has no tokens in %s: left out there", corpus, split)
-        elif empty[corpus]:
-            number = len(by_corpus[corpus])
-            logger.info(
-                "corpus %s: %d of its %d shards have no tokens in %s: left out there",
-                corpus,
-                empty[corpus],
-                number,
-                split,
-            )
+    for corpus, found in by_corpus.items():
+        _report_empty(corpus, split, empty[corpus], len(found))
     asked = sum(weights.values())
     total = sum(weight for corpus, weight in weights.items() if tokens[corpus])
     share = {corpus: weight / total for corpus, weight in weights.items() if tokens[corpus]}
@@ -299,6 +291,19 @@ def weigh(
         corpora=corpora,
         shards=kept,
     )
+
+
+def _report_empty(corpus: str, split: str, num_empty: int, num_shards: int) -> None:
+    """Say which shards without tokens are left out; `UserError` when a corpus has nothing to train on."""
+    if num_empty == num_shards and split == "train":
+        raise UserError(
+            f"corpus {corpus!r} has no tokens in train; give it more text or take it out of the blend"
+        )
+    if num_empty == num_shards:
+        logger.info("corpus %s has no tokens in %s: left out there", corpus, split)
+    elif num_empty:
+        message = "corpus %s: %d of its %d shards have no tokens in %s: left out there"
+        logger.info(message, corpus, num_empty, num_shards, split)
 
 
 # -------------------------------------------------------------------------------------------- reading

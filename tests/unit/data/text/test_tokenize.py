@@ -311,7 +311,7 @@ def test_a_long_document_is_dropped_where_the_settings_say_so(tokenize, tmp_path
 def test_so_many_documents_are_taken_and_no_file_is_read_after_them(
     tokenize, tmp_path, tokenizer_dir, write_jsonl, monkeypatch, batch
 ):
-    monkeypatch.setattr("snaketron.data.text.tokenize.BATCH_DOCUMENTS", batch)
+    monkeypatch.setattr("snaketron.data.text.reading.BATCH_DOCUMENTS", batch)
     first = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in ("one", "", "two", "three")])
     second = write_jsonl(tmp_path / "b.jsonl", [{"text": "four"}, {"text": "five"}])
     damaged = tmp_path / "c.jsonl"
@@ -344,7 +344,7 @@ def test_a_shuffled_shard_holds_the_same_documents_in_another_order(
     tokenize, tmp_path, tokenizer_dir, write_jsonl, monkeypatch
 ):
     monkeypatch.setattr("snaketron.data.text.origins._ROW_GROUP", 7)
-    monkeypatch.setattr("snaketron.data.text.tokenize.BATCH_DOCUMENTS", 5)
+    monkeypatch.setattr("snaketron.data.text.reading.BATCH_DOCUMENTS", 5)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS])
     orders = []
     for corpus, settings in {
@@ -369,7 +369,7 @@ def test_a_shuffled_shard_holds_the_same_documents_in_another_order(
 
 
 def test_the_number_of_threads_changes_no_byte(tokenize, tmp_path, write_jsonl, monkeypatch):
-    monkeypatch.setattr("snaketron.data.text.tokenize.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("snaketron.data.text.reading.BATCH_DOCUMENTS", 3)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in (*TEXTS, "", *TEXTS)])
     outputs = []
     for threads in (1, 3):
