@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     from snaketron.data.chats.pack import pack_chats
+    from snaketron.wording import counted
 
     outputs = {"train": args.train, "valid": args.valid, "test": args.test}
     record = pack_chats(
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             *(counts[name] for name in ("packed", "packs", "tokens", "trained_tokens")),
             100 * counts["efficiency"],
             counts["cut"],
-            ", ".join(f"{number} x {reason}" for reason, number in counts["dropped"].items()) or "none",
+            counted(counts["dropped"]),
         )
     return 0
 

@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from snaketron.data.chats.render import render_chats
     from snaketron.settings.chats import RenderSettings
+    from snaketron.wording import counted
 
     record = render_chats(
         args.chats,
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         args.output,
         *(counts[name] for name in ("rows", "conversations", "sequences", "tokens", "trained_tokens")),
         counts["tokens"] / max(record.seconds, 1e-9),
-        ", ".join(f"{count} x {reason}" for reason, count in counts["dropped"].items()) or "none",
+        counted(counts["dropped"]),
     )
     return 0
 

@@ -6,6 +6,8 @@ durations as phrases, where lines that follow each other want "26:03:04".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 THOUSANDS = ("T", "B", "M", "k")
 BYTES = ("TB", "GB", "MB", "kB")
 
@@ -79,6 +81,15 @@ def hours(number: float) -> str:
     if number >= 48:
         return f"{number / 24:,.1f} days"
     return f"{number:.1f} h" if number >= 1 else f"{number * 60:.1f} min"
+
+
+def counted(numbers: Mapping[str, int], *, empty: str = "none", sign: str = " x ") -> str:
+    """Reasons and how often each holds, without those that never do.
+
+    >>> counted({"empty": 3, "too long": 1, "bad row": 0}), counted({"empty": 3}, sign=" "), counted({})
+    ('3 x empty, 1 x too long', '3 empty', 'none')
+    """
+    return ", ".join(f"{number}{sign}{reason}" for reason, number in numbers.items() if number) or empty
 
 
 def plural(number: int, noun: str) -> str:

@@ -176,8 +176,8 @@ def shares(corpus: Path, tokenizer: Path, output: Path) -> None:
             yield batch
 
     reading.Reader.batches = timed_batches
-    timed(tokenize, "split_of", "split hashes")
-    timed(tokenize.tokenizers, "info", "loading the tokenizer")
+    timed(reading, "split_of", "split hashes")
+    timed(tokenize, "tokenizer_info", "loading the tokenizer")
     timed(encode.Encoder, "__init__", "loading the tokenizer")
     timed(encode.Encoder, "encode", "encoding and comparing")
     timed(encode.Encoder, "_compare", "comparing")

@@ -34,6 +34,7 @@ from snaketron.files import sha256
 from snaketron.lineage.record import Record, making
 from snaketron.log import UserError, logger
 from snaketron.settings.chats import RenderSettings
+from snaketron.wording import counted
 
 import numpy as np
 import pyarrow as pa
@@ -381,7 +382,7 @@ def batches[Item](items: Iterable[Item], most: int, size: Callable[[Item], int])
 
 def explain(drops: Drops) -> str:
     """Reasons and numbers in one line, with an example of the first."""
-    reasons = ", ".join(f"{count} x {reason}" for reason, count in drops.reasons.most_common() if count)
+    reasons = counted(dict(drops.reasons.most_common()), empty="")
     if not drops.listed:
         return reasons
     first = drops.listed[0]

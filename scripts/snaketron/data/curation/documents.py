@@ -19,6 +19,7 @@ from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.rows import Drops, place, read_documents
 from snaketron.log import UserError, logger
 from snaketron.settings.curation import FilterSettings
+from snaketron.wording import counted
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -183,7 +184,7 @@ def batches(documents: Documents) -> Iterator[list[Document]]:
 
 def describe(removed: dict[str, dict[str, Any]]) -> str:
     """Reasons and numbers in one line."""
-    return ", ".join(f"{entry['documents']} x {reason}" for reason, entry in removed.items()) or "nothing"
+    return counted({reason: entry["documents"] for reason, entry in removed.items()}, empty="nothing")
 
 
 # ------------------------------------------------------------------------------------- reading and writing

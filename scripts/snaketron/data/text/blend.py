@@ -13,6 +13,7 @@ from snaketron.data.split import SPLITS
 from snaketron.data.text import binidx
 from snaketron.lineage.record import Entry, Record, making, read
 from snaketron.log import UserError, logger
+from snaketron.wording import counted
 
 _AGAIN = "remove its record and run again, so that it is tokenized again"
 MAX_SHARDS = 32766  # of a split: megatron-core numbers them in 16 bits
@@ -205,10 +206,10 @@ def _check_weights(
         if not count:
             raise UserError(f"phase {phase!r}: no record of corpus {corpus!r} (weight {weight}) was given")
         if not any(s.documents for split in shards.values() for s in split if s.corpus == corpus):
-            reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped[corpus].items()) if n)
+            reasons = counted(dict(sorted(dropped[corpus].items())), empty="nothing", sign=" ")
             raise UserError(
                 f"phase {phase!r}: corpus {corpus!r} has no documents in any of its {count} shards "
-                f"(dropped: {reasons or 'nothing'}); look at its files and filters, or leave it out"
+                f"(dropped: {reasons}); look at its files and filters, or leave it out"
             )
     for split, found in shards.items():
         if (number := sum(s.tokens > 0 for s in found)) > MAX_SHARDS:

@@ -17,6 +17,7 @@ from snaketron.data.tokenizer import Info, tokenizer_info
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import UserError, logger
 from snaketron.settings.text import TokenizeSettings
+from snaketron.wording import counted
 
 import numpy as np
 
@@ -248,8 +249,8 @@ class _Shard:
         drops.check(settings)
         where = ", ".join(map(str, self.reader.read))
         if not self._kept:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in drops.reasons.most_common())
-            message = f"{where}: none of its {drops.num_rows} rows is used ({reasons or 'it is empty'})"
+            reasons = counted(dict(drops.reasons.most_common()), empty="it is empty", sign=" ")
+            message = f"{where}: none of its {drops.num_rows} rows is used ({reasons})"
             if not (self.reader.curated or drops.reasons[FILTERED]):
                 raise UserError(f"{message}; correct it, or take it out of the corpus {settings.corpus!r}")
             logger.warning("%s", message)
