@@ -1,6 +1,6 @@
 """Numbers as a person reads them."""
 
-from snaketron.wording import binary, duration, hours, large, plural, short, size_text
+from snaketron.wording import binary, counted, duration, hours, large, plural, short, size_text
 
 import pytest
 
@@ -46,3 +46,9 @@ def test_times_that_are_left_and_times_that_are_estimated():
 
 def test_a_number_of_things():
     assert [plural(1, "GPU"), plural(8, "GPU"), plural(2, "process")] == ["1 GPU", "8 GPUs", "2 processes"]
+
+
+def test_counts_by_reason_leave_out_reasons_that_never_hold():
+    assert counted({"empty": 3, "bad row": 0, "too long": 1}) == "3 x empty, 1 x too long"
+    assert counted({"empty": 3}, sign=" ") == "3 empty"
+    assert (counted({}), counted({"empty": 0}, empty="nothing")) == ("none", "nothing")

@@ -284,3 +284,9 @@ def _said(message: dict[str, Any]) -> str:
     calls = message.get("tool_calls", [])
     parts += [f"calls {c['function']['name']}({c['function']['arguments'] or ''})" for c in calls]
     return f"{message['role']} {', '.join(parts)}"
+
+
+# ------------------------------------------------------------ a template without generation blocks
+
+LOOP = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -13,7 +13,9 @@ from snaketron.log import UserError
 from tests.unit.data.chats.chat_samples import build_tokenizer, question
 from tests.unit.data.chats.golden import (
     CASES,
+    LOOP,
     OFF,
+    PROMPT,
     SOURCES,
     WEATHER,
     Case,
@@ -277,65 +279,6 @@ def test_arguments_of_calls_come_in_the_form_that_a_template_wants(given, wants,
 
 # --------------------------------------------------------------------------- templates that mark nothing
 
-LOOP = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
-PROMPT = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-
-
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        (LOOP + PROMPT, "<|user|>a<|end|>\n<|assistant|>⟦b<|end|>⟧\n"),
-        # a prompt that only other answers have: the text before the answer is what precedes it
-        (LOOP + PROMPT.replace("|>{", "|><think>{"), "<|user|>a<|end|>\n<|assistant|>⟦b<|end|>⟧\n"),
-        # calls in a loop of their own, and what `continue` leaves out
-        (
-            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% continue %}{% endif %}"
-            "<|assistant|>{% for letter in m.content %}{{ letter }}{% endfor %}<|end|>{% endfor %}" + PROMPT,
-            "a<|assistant|>⟦b<|end|>⟧",
-        ),
-        # without a prompt, as Mistral's
-        (
-            "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-            "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
-            "[INST] a [/INST]⟦ b</s>⟧",
-        ),
-        # the loop over copies of the list, within a condition
-        (
-            "{% if messages %}{% set rest = messages[1:] %}<|user|>{{ messages[0].content }}<|end|>"
-            "{% for m in rest %}<|assistant|>{{ m.content }}<|end|>{% endfor %}{% endif %}" + PROMPT,
-            "<|user|>a<|end|><|assistant|>⟦b<|end|>⟧",
-        ),
-    ],
-)
-def test_what_the_assistant_writes_is_found(source, expected):
-    assert marked(compile_template(source).render(question("a", "b"))) == expected
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("{{ messages[1].content }}<|end|>", "leaves out a message"),
-        ("{% for i in range(2) %}{{ messages[i].content }}<|end|>{% endfor %}", "leaves out a message"),
-        (
-            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-            "ends the assistant's turn with nothing",
-        ),
-        (
-            "{% for m in messages %}{{ m.content | upper }}<|end|>{% endfor %}",
-            "changes what the assistant says",
-        ),
-        (
-            "{% for m in messages %}{{ m.content }}{% for n in messages %}{{ n.role }}{% endfor %}"
-            "<|end|>{% endfor %}",
-            "other messages stand within",
-        ),
-    ],
-)
-def test_a_template_in_which_it_cannot_be_told_is_refused(source, message):
-    with pytest.raises(UserError, match=f"^my.jinja: .*{message}") as caught:
-        compile_template(source, name="my.jinja")
-    assert "{% generation %}" in str(caught.value)
-
 
 def test_a_text_that_inference_does_not_ask_for_is_refused():
     """This one names the date in every prompt, but not in what it writes afterwards."""
@@ -398,15 +341,6 @@ def test_rendering_is_linear_in_the_number_of_turns(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------ compiling
-
-
-def test_spans_are_right_when_the_block_lies_in_a_macro():
-    template = compile_template(
-        "{% macro say(m) %}A: {% generation %}{{ m.content }}{% endgeneration %}!{% endmacro %}"
-        "{% for m in messages %}{{ say(m) }}{% endfor %}"
-    )
-    made = template.render([assistant("one"), assistant("two")])
-    assert marked(made) == "A: ⟦one⟧!A: ⟦two⟧!" and made.owners == [0, 1]
 
 
 def test_special_tokens_are_variables_of_the_template(tmp_path):

@@ -1,0 +1,63 @@
+"""Columns without pandas, and footers that say what made a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from snaketron.data import arrow
+from snaketron.log import UserError
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+COLUMNS = ["input_ids", "loss_mask", "seq_start_id"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file of packs without rows, as rule pack_sft writes it."""
+    schema = pa.schema([(name, pa.list_(pa.int32())) for name in COLUMNS])
+    schema = schema.with_metadata({arrow.KEY: json.dumps({"pack_size": 8}).encode()})
+    pq.write_table(schema.empty_table(), tmp_path / "a.parquet")
+    return tmp_path / "a.parquet"
+
+
+def test_columns_of_text_may_hold_nothing():
+    values = ["a", None, "", "ü\ud800"]  # the last has a lone surrogate, which Parquet cannot hold
+    assert arrow.string_array(values).to_pylist() == ["a", None, "", "ü?"]
+    assert arrow.string_array([]).to_pylist() == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, None), ("a", "a"), (1.5, "1.5"), (["ü", None], '["ü", null]')]
+)
+def test_metadata_is_kept_as_text(value, text):
+    assert arrow.text_of(value) == text
+
+
+def test_a_footer_says_what_made_the_file(file):
+    footer, written = arrow.read_footer(file, COLUMNS)
+    assert (footer.num_rows, written) == (0, {"pack_size": 8})
+
+
+def test_a_truncated_file_is_refused(file):
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"a\.parquet: truncated or not Parquet"):
+        arrow.read_footer(file, COLUMNS)
+
+
+def test_a_missing_file_is_refused(file):
+    file.unlink()
+    with pytest.raises(UserError, match=r"a\.parquet: no such file"):
+        arrow.read_footer(file, COLUMNS)
+
+
+def test_other_parquet_files_are_refused(tmp_path):
+    pq.write_table(pa.table({"input_ids": [[1]], "text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="column loss_mask, seq_start_id is missing"):
+        arrow.read_footer(tmp_path / "a.parquet", COLUMNS)
+    pq.write_table(pa.table({name: [[1]] for name in COLUMNS}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="the footer does not say what made it"):
+        arrow.read_footer(tmp_path / "b.parquet", COLUMNS)
