@@ -453,7 +453,7 @@ def _parquet(raw: BinaryIO) -> tuple[list[str], Callable[[list[str]], Iterator[p
 
     # With a buffer_size, pages are streamed: a row group's column need not fit in memory.
     file = ParquetFile(raw, buffer_size=_BUFFER, page_checksum_verification=True)
-    num_bytes = [1]  # of a row, on average in each row group
+    num_bytes = [1]  # average size of a row, for each row group
     for group in map(file.metadata.row_group, range(file.num_row_groups)):
         num_bytes.append(group.total_byte_size // max(1, group.num_rows))
     num_rows = min(_BATCH_ROWS, max(1, _BATCH_BYTES // max(num_bytes)))

@@ -187,7 +187,7 @@ class Job:
 
     @property
     def record(self) -> Record:
-        """What was written. Only after the block."""
+        """The record that was written; there is none before the block ends."""
         assert self._record is not None, "the block of making() has not ended"
         return self._record
 

@@ -113,7 +113,7 @@ def marked_spans(marked: str) -> Rendered:
 
 
 class _Path:
-    """Which message the loops of a template are at, the innermost one last."""
+    """Follows the marks, and knows the message that the innermost loop is at."""
 
     def __init__(self) -> None:
         self._numbers: dict[int, int] = {}

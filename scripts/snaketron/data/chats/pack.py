@@ -195,7 +195,7 @@ def plan(
     seed: int | None = None,
     padding_multiple: int = 1,
 ) -> Plan:
-    """Which conversations share a pack. What cannot be used is dropped and counted.
+    """Decide which conversations share a pack; those that cannot be used are dropped and counted.
 
     In a pack, a conversation takes up its length rounded up to the `padding_multiple`, which divides the pack
     size.
@@ -256,9 +256,11 @@ def read_packs(chats: Conversations, plans: Sequence[Plan]) -> Iterator[packs.Pa
     """
     indices = np.concatenate([made.indices for made in plans])
     sizes = np.concatenate([np.diff(made.offsets) for made in plans])
-    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])  # of the packs, in conversations
+    bounds = np.concatenate(
+        [np.zeros(1, np.int64), np.cumsum(sizes)]
+    )  # pack i has the conversations from bounds[i] to bounds[i + 1]
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(chats.lengths[indices], dtype=np.int64)])
-    begins = starts[bounds]  # of the packs, in tokens
+    begins = starts[bounds]  # the first token of each pack
     first = 0
     while first < len(sizes):
         fit = int(np.searchsorted(begins, begins[first] + PASS_TOKENS, side="right")) - 1

@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
     ]
 )
 ROW_GROUP_TOKENS = 16_384  # a random read decodes no more than this (80 kB), or one pack
-FOOTER_ROW_GROUPS = 65_536  # whose footers stay in memory, at 3 kB a row group
+FOOTER_ROW_GROUPS = 65_536  # footers of files with so many stay in memory, at 3 kB a row group
 
 
 class Pack(NamedTuple):

@@ -136,7 +136,7 @@ class Template:
         tools: Sequence[Any] | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> str:
-        """What inference gives the model to answer `messages`."""
+        """The text that inference gives the model so that it answers `messages`."""
         return unmarked(self._write(messages, tools, arguments, True))
 
     def _write(

@@ -1,4 +1,4 @@
-"""What stands for a folder when a datatrove block reads and writes one.
+"""A stand-in for the folders that a datatrove block reads and writes.
 
 A block lists folders, and names files by number; the workflow publishes each file under a name of its own.
 So a block gets a folder that exists in memory only: it reads parts of the workflow's files and writes to

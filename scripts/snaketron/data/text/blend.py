@@ -16,7 +16,7 @@ from snaketron.log import UserError, logger
 from snaketron.wording import counted
 
 _AGAIN = "remove its record and run again, so that it is tokenized again"
-MAX_SHARDS = 32766  # of a split: megatron-core numbers them in 16 bits
+MAX_SHARDS = 32766  # in a split: megatron-core numbers them in 16 bits
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CorpusShare:
 
     corpus: str
     asked: float  # its weight in the phase
-    share: float  # of what is drawn from the split: `asked`, after corpora without tokens in it are left out
+    share: float  # of the samples: `asked`, after corpora without tokens in the split are left out
     present: float  # of the tokens that the split has
     documents: int
     tokens: int

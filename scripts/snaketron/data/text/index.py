@@ -158,7 +158,7 @@ def _settings(blend_path: Path, seed: int, seq_length: int, train_samples: int) 
 
 
 class _Tokenizer:
-    """What GPTDataset asks of a tokenizer."""
+    """The attributes that GPTDataset reads from a tokenizer."""
 
     def __init__(self, sha256: str, info: Info | None = None) -> None:
         self.unique_identifiers = {"sha256": sha256}

@@ -176,7 +176,7 @@ class _Shard:
         self._write_documents(batch, tokens, sequences + 1, lengths + pieces, pieces)
 
     def _choose(self, batch: list[Document], lengths: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-        """Which documents of a batch are kept; the others are counted."""
+        """A mask of the documents of a batch that are kept; the others are counted as dropped."""
         settings = self.settings
         keep = lengths > 0
         self._drop(batch, ~keep, NO_TOKENS, lengths)
@@ -269,7 +269,7 @@ class _Shard:
             self.hashes[f"{split}.bin"], self.hashes[f"{split}.idx"] = writer.close()
 
     def _all_drops(self) -> Drops:
-        """What was dropped while reading, and after it."""
+        """The drops of the reader and those after reading, together."""
         read, here = self.reader.drops, self._drops
         return Drops(read.reasons + here.reasons, read.listed + here.listed, read.num_rows, read.num_replaced)
 
