@@ -8,7 +8,9 @@ shell run it. It quotes most of that with Python's `repr`, in which `$(...)` run
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from snaketron.config import ConfigError
@@ -31,6 +33,8 @@ def check_submission(workflow: Any) -> None:
         *check_words("--config", workflow.config_settings.config_args or ()),
         *check_words("--configfile", map(str, workflow.overwrite_configfiles)),
         *check_words("the Snakefile", [str(workflow.main_snakefile)]),
+        *check_words("the working directory", [str(Path.cwd())]),
+        *check_words("the environment of Python", [sys.prefix]),
     ]
     if problems:
         raise ConfigError("\n".join(problems))

@@ -86,6 +86,16 @@ def test_a_number_of_a_resource_is_no_command():
     assert problem == f"default-resources: tasks '1 {RUN}' would be read by a shell; give a number"
 
 
+def test_a_working_directory_that_a_shell_would_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / RUN).mkdir()
+    monkeypatch.chdir(tmp_path / RUN)
+    with pytest.raises(ConfigError) as error:
+        check_submission(workflow())
+    assert str(error.value).startswith(f"the working directory '{tmp_path}/{RUN}': holds '$', and a shell ")
+
+
 def test_only_what_goes_to_slurm_is_checked():
     check_submission(workflow("seed=1", slurm_extra="--requeue"))
     check_submission(workflow(f"seed={RUN}", partition="mem_mb"))
