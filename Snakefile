@@ -45,9 +45,9 @@ wildcard_constraints:
 
 
 try:
-    if workflow.is_main_process:
-        check_submission(workflow)
     graph = Graph(load(config), workflow.overwrite_configfiles)
+    if workflow.is_main_process:
+        check_submission(workflow, graph.paths())
 except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import yaml
 
 RUN = "$(touch INJECTED) `touch INJECTED`"  # what a shell would do, between double quotes too
+ROOT = f"my\\; {RUN} 'q\" [1]* & <x c::d -n "
 HOSTILE = [
     *("data[1].jsonl", "data1.jsonl", "data*.jsonl", "x$(touch INJECTED).jsonl", "`touch INJECTED`.jsonl"),
     *("a b.jsonl", " a.jsonl", "it's.jsonl", 'say "hi".jsonl', "back\\slash\\.jsonl", "-x.jsonl"),
@@ -46,8 +47,8 @@ def words(number: int) -> str:
     return " ".join(digits[i : i + 8] for i in range(0, len(digits), 8))
 
 
-def build(path: Path, names: list[str], *, chats: str, root: str, field: str) -> Path:
-    """Make the data of both trainings from files of these names, and return its root."""
+def named(path: Path, names: list[str], *, chats: str, root: str, field: str, config_name: str) -> Workspace:
+    """A workspace with files of these names; what is in a file follows from its place in `names` alone."""
     workspace = make_workspace(path)
     for number, name in enumerate(names):
         workspace.write(name, json.dumps({field: words(number)}) + "\n")
@@ -65,25 +66,33 @@ def build(path: Path, names: list[str], *, chats: str, root: str, field: str) ->
         "sft_data": {"shard_size": 10**9, "pack_size": 256},
         "sft": {"blend": [{"source": "help", "weight": 1}]},
     }
-    overlay = workspace.write(f"{root}config.yaml", yaml.safe_dump(config)).relative_to(path)
-    result = Workspace(path, (str(overlay),)).snakemake(
-        *(f"{root}data/{name}/blend.json" for name in ("pretrain/one", "sft"))
-    )
-    assert result.status == 0, result.output[-5000:]
-    return path / f"{root}data"
+    workspace.write(config_name, yaml.safe_dump(config))
+    return Workspace(path, (config_name,))
 
 
-def test_hostile_names_make_the_same_bytes_as_plain_ones(tmp_path: Path):
-    harmless = [plain(name) for name in HOSTILE]
-    assert len(set(harmless)) == len(HOSTILE)
-    expected = build(tmp_path / "plain", harmless, chats="chats", root="", field="text")
-    found = build(
-        *(tmp_path / "hostile", HOSTILE),
+def targets(root: str) -> list[str]:
+    """The data of both trainings."""
+    return [f"{root}data/{name}/blend.json" for name in ("pretrain/one", "sft")]
+
+
+def hostile(path: Path, config_name: str = f"{ROOT}config.yaml") -> Workspace:
+    return named(
+        *(path, HOSTILE),
         chats=f"my {RUN} 'chats'",
-        root=f"my\\; {RUN} 'q\" [1]* & <x c::d -n ",
+        root=ROOT,
         field=f"-{RUN} 'text\"",
+        config_name=config_name,
     )
-    assert not list(tmp_path.rglob("INJECTED"))
+
+
+def harmless(path: Path) -> Workspace:
+    names = [plain(name) for name in HOSTILE]
+    assert len(set(names)) == len(HOSTILE)
+    return named(path, names, chats="chats", root="", field="text", config_name="config.yaml")
+
+
+def equal(found: Path, expected: Path) -> None:
+    """The same outputs with the same bytes, but for the names that records and tables hold."""
     outputs = {path.relative_to(expected) for path in expected.rglob("*") if path.is_file()}
     assert {path.relative_to(found) for path in found.rglob("*") if path.is_file()} == outputs
     same = [path for path in outputs if path.suffix in (".bin", ".idx")]
@@ -93,3 +102,11 @@ def test_hostile_names_make_the_same_bytes_as_plain_ones(tmp_path: Path):
     for path in [path for path in outputs if path.suffix == ".parquet"]:
         kept = [name for name in pq.read_schema(expected / path).names if name != "file"]
         assert pq.read_table(found / path, columns=kept).equals(pq.read_table(expected / path, columns=kept))
+
+
+def test_hostile_names_make_the_same_bytes_as_plain_ones(tmp_path: Path):
+    for workspace, root in ((harmless(tmp_path / "plain"), ""), (hostile(tmp_path / "hostile"), ROOT)):
+        result = workspace.snakemake(*targets(root))
+        assert result.status == 0, result.output[-5000:]
+    assert not list(tmp_path.rglob("INJECTED"))
+    equal(tmp_path / f"hostile/{ROOT}data", tmp_path / "plain/data")

@@ -33,8 +33,8 @@ def unusable(path: str) -> str | None:
     return None
 
 
-def check_paths(config: Config) -> list[str]:
-    """The roots of outputs and the single files that the configuration names; `shards` checks raw files."""
+def named_paths(config: Config) -> list[tuple[str, str]]:
+    """The roots of outputs and the single files that the configuration names, with the key of each."""
     tokenizer, curation = config.tokenizer, config.curation
     named: list[tuple[str, str | None]] = [
         *((f"pathvars.{name}", root) for name, root in config.pathvars.items()),
@@ -50,11 +50,16 @@ def check_paths(config: Config) -> list[str]:
             if "model" in entry.options
         ),
     ]
-    problems = []
-    for at, path in named:
-        if path is not None and (problem := unusable(path) or _an_option(path)):
-            problems.append(f"{at}: {problem}")
-    return problems
+    return [(at, path) for at, path in named if path is not None]
+
+
+def check_paths(config: Config) -> list[str]:
+    """Problems of `named_paths`; `sources.shards` checks raw files."""
+    return [
+        f"{at}: {problem}"
+        for at, path in named_paths(config)
+        if (problem := unusable(path) or _an_option(path))
+    ]
 
 
 def _an_option(path: str) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import ChatSource, Config, Corpus
+from snaketron.config.names import named_paths
 from snaketron.graph.curation import CurationGraph
 from snaketron.graph.training import TrainingGraph
 from snaketron.settings.chats import padding_multiple, render_settings
@@ -45,6 +46,12 @@ class Graph:
         }
         self.curation = CurationGraph(config, self.text)
         self.training = TrainingGraph(config)
+
+    def paths(self) -> list[str]:
+        """The files and roots that the user named, raw files included."""
+        raw = [*self.text.values(), *self.conversations.values()]
+        files = [file for shards in raw for shard in shards.values() for file in shard]
+        return [*(path for _, path in named_paths(self.config)), *files]
 
     # Input functions get the wildcards of the job.
 

@@ -1,8 +1,8 @@
 """What is refused before Slurm gets it, because the executor plugin would let a shell read it.
 
-The plugin writes a job as text, `sbatch ... --wrap="python -m snakemake ... --config 'KEY=VALUE'"`, and has a
-shell run it. It quotes most of that with Python's `repr`, in which `$(...)` runs between double quotes, and
-`slurm_extra` not at all. The files that jobs read and write are not part of it.
+The plugin writes a job as text, `sbatch ... --wrap="python -m snakemake ... --wait-for-files 'FILE'"`, and
+has a shell run it. It quotes most of that with Python's `repr`, in which `$(...)` runs between double quotes,
+and `slurm_extra` not at all.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ _UNQUOTED = ("mem_mb", "mem_mb_per_cpu", "tasks")  # resources that the plugin w
 _PLAIN = re.compile(r"""(?:[\w\s=:,./@%+^-]|'[^']*'|"[^"$`\\]*")*""", re.ASCII)
 
 
-def check_submission(workflow: Any) -> None:
-    """Raise `ConfigError` if a value that jobs on Slurm are submitted with would be read by a shell."""
+def check_submission(workflow: Any, paths: Iterable[str]) -> None:
+    """Raise `ConfigError` if a value that jobs on Slurm are submitted with would be read by a shell.
+
+    `paths` are the files and roots that the user named: a job waits until it sees its inputs.
+    """
     settings = workflow.resource_settings
     resources = {"default-resources": settings.default_resources or {}}
     resources |= {f"set-resources {rule}": found for rule, found in settings.overwrite_resources.items()}
@@ -32,6 +35,7 @@ def check_submission(workflow: Any) -> None:
         *check_resources(resources),
         *check_words("--config", workflow.config_settings.config_args or ()),
         *check_words("--configfile", map(str, workflow.overwrite_configfiles)),
+        *check_words("the path", dict.fromkeys(paths)),
         *check_words("the Snakefile", [str(workflow.main_snakefile)]),
         *check_words("the working directory", [str(Path.cwd())]),
         *check_words("the environment of Python", [sys.prefix]),

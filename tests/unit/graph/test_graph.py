@@ -186,3 +186,10 @@ def test_options_from_the_configuration_are_words_for_a_shell():
     assert shlex.split(made.tokenizer_source(job())) == ["--path", "my `id`"]
     assert shlex.split(made.chat_template_source(job())) == ["--template", "it's; id"]
     assert shlex.split(made.packing()) == made.packing().split()
+
+
+def test_all_files_that_the_user_named_are_known():
+    made = graph(pathvars={"data": "my data"})
+    assert {"my data", "raw/web/a.parquet", "raw/help.jsonl", "config/chat_template.jinja"} <= set(
+        made.paths()
+    )

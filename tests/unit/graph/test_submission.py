@@ -92,16 +92,17 @@ def test_a_working_directory_that_a_shell_would_read_is_refused(
     (tmp_path / RUN).mkdir()
     monkeypatch.chdir(tmp_path / RUN)
     with pytest.raises(ConfigError) as error:
-        check_submission(workflow())
+        check_submission(workflow(), [])
     assert str(error.value).startswith(f"the working directory '{tmp_path}/{RUN}': holds '$', and a shell ")
 
 
 def test_only_what_goes_to_slurm_is_checked():
-    check_submission(workflow("seed=1", slurm_extra="--requeue"))
-    check_submission(workflow(f"seed={RUN}", partition="mem_mb"))
+    check_submission(workflow("seed=1", slurm_extra="--requeue"), ["a b.jsonl", "it's[1]*.jsonl"])
+    check_submission(workflow(f"seed={RUN}", partition="mem_mb"), [RUN])
     with pytest.raises(ConfigError) as error:
-        check_submission(workflow(f"seed={RUN}", slurm_extra=f"--comment={RUN}"))
+        check_submission(workflow(f"seed={RUN}", slurm_extra=f"--comment={RUN}"), [f"raw/{RUN}.jsonl"])
     assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
         "set-resources sft",
         f"--config 'seed={RUN}'",
+        f"the path 'raw/{RUN}.jsonl'",
     ]
