@@ -256,9 +256,8 @@ def read_packs(chats: Conversations, plans: Sequence[Plan]) -> Iterator[packs.Pa
     """
     indices = np.concatenate([made.indices for made in plans])
     sizes = np.concatenate([np.diff(made.offsets) for made in plans])
-    bounds = np.concatenate(
-        [np.zeros(1, np.int64), np.cumsum(sizes)]
-    )  # pack i has the conversations from bounds[i] to bounds[i + 1]
+    # Pack i has the conversations from bounds[i] to bounds[i + 1].
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(chats.lengths[indices], dtype=np.int64)])
     begins = starts[bounds]  # the first token of each pack
     first = 0
