@@ -3,10 +3,13 @@
     python tests/benchmarks/gpu_training.py                       # all variants for the GPUs that are there
     python tests/benchmarks/gpu_training.py baseline graphs       # some
 
-Each variant trains the model of `MODEL` on random tokens with `Trainer`, in processes of its own that start
-(import) while another one measures. Lines of JSON come on standard output and a table at the end; with
---profile NAME also what took the time, and a trace for chrome://tracing. The estimate is that of
-`sizes.memory_of_process`, the peak that of the fullest GPU.
+Each variant trains a model with `Trainer`, in processes of its own that start (import) while another one
+measures: that of `MODEL`, or a slice of Nemotron 3 Super or Nano at its own widths, as one GPU of a training
+with expert parallelism holds it, without the exchange between GPUs. Tokens are random, or those of a text
+(`text_tokens`) with the routing that follows from it. Lines of JSON come on standard output and a table at
+the end; with --profile NAME also what took the time, by kind of kernel, and a trace for chrome://tracing.
+The estimate is that of `sizes.memory_of_process`, the peak that of the fullest GPU. "Load" is the tokens of
+the fullest expert over the mean in the last step: of the worst layer, and the mean over layers.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +47,51 @@ MODEL = {
     "moe_shared_expert_intermediate_size": 2688,
     "precision": "bf16",
 }
+# 11 of 88 layers and 64 of 512 experts.
+SUPER = {
+    "hybrid_layer_pattern": "MEMEMEM*EME",
+    "mtp_hybrid_layer_pattern": "*E",
+    "mtp_num_layers": 1,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_query_groups": 2,
+    "kv_channels": 128,
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 64,
+    "mamba_num_groups": 8,
+    "mamba_state_dim": 128,
+    "num_moe_experts": 64,
+    "moe_router_topk": 22,
+    "moe_ffn_hidden_size": 2688,
+    "moe_latent_size": 1024,
+    "moe_shared_expert_intermediate_size": 5376,
+    "precision": "bf16",
+}
+# All 52 layers, and 16 of 128 experts.
+NANO = {
+    "hybrid_layer_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    "mtp_num_layers": 0,
+    "hidden_size": 2688,
+    "num_attention_heads": 32,
+    "num_query_groups": 2,
+    "kv_channels": 128,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "mamba_num_groups": 8,
+    "mamba_state_dim": 128,
+    "num_moe_experts": 16,
+    "moe_router_topk": 6,
+    "moe_ffn_hidden_size": 1856,
+    "moe_latent_size": None,
+    "moe_shared_expert_intermediate_size": 3712,
+    "precision": "bf16",
+}
+BF16_STATE = {"gradient_precision": "bf16", "moment_precision": "bf16"}
+SLICE = {"micro_batch_size": 1, "optimizer": BF16_STATE}
+SUPER_8K = SLICE | {"of": SUPER, "length": 8192, "micro_batches": 2}
+SUPER_4K = SLICE | {"of": SUPER, "length": 4096, "micro_batches": 4}
+NANO_8K = SLICE | {"of": NANO, "length": 8192, "micro_batches": 4}
+NANO_4K = SLICE | {"of": NANO, "length": 4096, "micro_batches": 8}
 # megatron-core's own defaults, with the switches that the first attempt had.
 PLAIN = {
     "moe_router_fusion": False,
@@ -71,7 +121,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "graphs_mbs8": {"run": GRAPHS, "micro_batch_size": 8},
     "recompute_moe": {"run": {"recompute": ["moe"]}},
     "recompute_layer": {"run": {"recompute": ["layer"]}},
-    "bf16_state": {"optimizer": {"gradient_precision": "bf16", "moment_precision": "bf16"}},
+    "bf16_state": {"optimizer": BF16_STATE},
     "offload": {"run": {"offload_optimizer": 0.5}},
     "fp8_delayed_x4": {"model": {"precision": "fp8_delayed"}, "micro_batches": 4},
     "fp8_current_x4": {"model": {"precision": "fp8_current"}, "micro_batches": 4},
@@ -81,6 +131,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "micro_batches": 4,
         "environment": THEIRS,
     },
+    "super_8k": SUPER_8K,
+    "super_8k_text": SUPER_8K | {"text": True},
+    "super_8k_fp8_current": SUPER_8K | {"model": {"precision": "fp8_current"}},
+    "super_8k_fp8_blockwise": SUPER_8K | {"model": {"precision": "fp8_blockwise"}},
+    "super_4k": SUPER_4K,
+    "nano_8k": NANO_8K,
+    "nano_8k_text": NANO_8K | {"text": True},
+    "nano_8k_fp8_current": NANO_8K | {"model": {"precision": "fp8_current"}},
+    "nano_8k_fp8_blockwise": NANO_8K | {"model": {"precision": "fp8_blockwise"}},
+    "nano_4k": NANO_4K,
+    "nano_4k_layers": NANO_4K | {"run": GRAPHS},
     "dp2": {"parallel": {"data_parallel_size": 2}},
     "dp2_overlap": {"parallel": {"data_parallel_size": 2}, "ddp": {"overlap_grad_reduce": True}},
     "dp2_x4": {"parallel": {"data_parallel_size": 2}, "micro_batches": 4},
@@ -97,6 +158,51 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def gpus(name: str) -> int:
     return max([1, *VARIANTS[name].get("parallel", {}).values()])  # each of ours is of two GPUs in all
+
+
+def text_tokens(count: int) -> list[int]:
+    """The first tokens of the sources of Python's standard library: a word, a space or a sign is one.
+
+    A token's number is the order of its first appearance, so that frequent ones have small numbers. Their
+    frequencies fall as in any text whose tokens are words; what comes after 131,072 others is one of them.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    known: dict[str, int] = {}
+    tokens: list[int] = []
+    for path in sorted(library.rglob("*.py")):
+        if "site-packages" in path.parts or "dist-packages" in path.parts:
+            continue
+        for piece in re.findall(r"\w+|\s+|[^\w\s]", path.read_text("utf-8", "replace")):
+            tokens.append(known.setdefault(piece, len(known)) % VOCABULARY)
+        if len(tokens) >= count:
+            return tokens[:count]
+    raise ValueError(f"{library} has {len(tokens)} tokens, and {count} are wanted")
+
+
+# Kinds of kernels by what their names contain; the first that fits.
+KINDS = {
+    "experts' products": r"GroupProblemShape|grouped|Grouped|^_product|^_activate|^_round_rows|^_transpose",
+    "matrix products": r"nvjet|gemm|Gemm|cutlass|cublas",
+    "Mamba": r"_chunk_|_state_passing|_bmm_chunk|causal_conv1d|_dstates|ddt|_layer_norm",
+    "attention": r"fmha|flash|sdpa|cudnn",
+    "cross entropy": r"cross_entropy",
+    "permutation": r"permute|row_id|sort_chunks|_make_chunk",
+    "router": r"topk|router|aux_loss|score_function",
+    "norms": r"rmsnorm|layernorm|ln_fwd|ln_bwd",
+    "rounding to fp8": r"fp8|quantize|amax|transpose",
+    "optimizer": r"adam|Adam|multi_tensor|l2norm|lpnorm",
+    "element by element": r"elementwise|triton_|Memcpy|Memset|CatArray|reduce|index|embedding",
+}
+
+
+def kinds(rows: list[Any]) -> dict[str, float]:
+    """Milliseconds on the GPU by kind of kernel, of the rows of a profile."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if not row.cpu_time_total:
+            kind = next((k for k, names in KINDS.items() if re.search(names, row.key)), "others")
+            found[kind] = found.get(kind, 0.0) + row.self_device_time_total / 1e3
+    return {k: round(v, 1) for k, v in sorted(found.items(), key=lambda item: -item[1])}
 
 
 def measure(name: str, profile: bool) -> dict[str, Any]:
@@ -120,7 +226,7 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     os.read(sys.stdin.fileno(), len(GO))  # wait for the variants before; one for each process
     began = time.monotonic()
     micro_batch_size, micro_batches = variant.get("micro_batch_size", 4), variant.get("micro_batches", 1)
-    length, parallel = 4096, variant.get("parallel", {})
+    length, parallel = variant.get("length", 4096), variant.get("parallel", {})
     batch = micro_batch_size * micro_batches * parallel.get("data_parallel_size", 1)
     phase = {"name": "one", "tokens": 100 * batch * length, "blend": [{"corpus": "docs", "weight": 1}]}
     pretrain = {"seq_length": length, "global_batch_size": batch, "micro_batch_size": micro_batch_size}
@@ -128,7 +234,9 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     pretrain |= variant.get("run", {}) | {"parallel": parallel}
     optimizer = {"learning_rate": 1e-4, "min_learning_rate": 1e-5} | variant.get("optimizer", {})
     pretrain["optimizer"] = optimizer
-    keys = MODEL | variant.get("model", {})
+    keys = variant.get("of", MODEL) | variant.get("model", {})
+    steps = variant.get("steps", 12)
+    text = torch.tensor(text_tokens(steps * batch * length + 1)) if variant.get("text") else None
     config = load({"model": keys, "pretrain": pretrain}, {})
     settings, run = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
 
@@ -138,9 +246,13 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
         def collate(self, split, indices):
             generator = torch.Generator(device).manual_seed(indices[0])
             shape = (len(indices), length + 1)
-            # Half of the tokens are one of few, so that there is something to learn.
-            ids = torch.randint(0, VOCABULARY, shape, generator=generator, device=device)
-            ids = torch.where(ids % 2 == 0, ids, ids % 97)
+            if text is not None:
+                rows = torch.tensor(indices)[:, None] * length + torch.arange(length + 1)
+                ids = text[rows].to(device)
+            else:
+                # Half of the tokens are one of few, so that there is something to learn.
+                ids = torch.randint(0, VOCABULARY, shape, generator=generator, device=device)
+                ids = torch.where(ids % 2 == 0, ids, ids % 97)
             positions = torch.arange(length, device=device).expand(len(indices), -1).contiguous()
             depths = settings.model.mtp_num_layers
             return sequences(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, depths)
@@ -159,7 +271,16 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
         result["build_s"] = time.monotonic() - began
         batches, seconds, losses, norms = RandomBatches(micro_batch_size), [], [], []
         trainer.parallel_model.train()
-        for step in range(variant.get("steps", 12)):
+        routers = [m for m in trainer.model.modules() if hasattr(m, "local_tokens_per_expert")]
+        loads: list[torch.Tensor] = []
+        finalize = trainer.built.config.finalize_model_grads_func
+
+        def with_loads(*args: Any, **kwargs: Any) -> None:
+            loads[:] = [router.local_tokens_per_expert.clone() for router in routers]
+            finalize(*args, **kwargs)
+
+        trainer.built.config.finalize_model_grads_func = with_loads
+        for step in range(steps):
             torch.cuda.synchronize()
             began = time.monotonic()
             if profile and step == 9:
@@ -197,8 +318,12 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
             "losses": [round(x, 4) for x in losses],
             "norms": [round(float(x), 4) for x in norms],
         }
+        uneven = [float(load.max() / load.double().mean()) for load in loads] or [1.0]
+        result |= {"load_worst": max(uneven), "load_mean": sum(uneven) / len(uneven)}
     if profile:
         rows = profiler.key_averages()
+        result["kinds_ms"] = kinds(rows)
+        result["busy_ms"] = round(sum(result["kinds_ms"].values()), 1)
         for kind, key in (("GPU", "self_device_time_total"), ("CPU", "self_cpu_time_total")):
             top = sorted(rows, key=lambda row: -getattr(row, key))
             total = sum(getattr(row, key) for row in top if kind == "CPU" or not row.cpu_time_total)
@@ -273,13 +398,16 @@ def main() -> None:
         if process.poll() is None:
             process.kill()
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print("| variant | GPUs | tokens/s/GPU | TFLOP/s/GPU | step ms | first s | peak GiB | estimate | loss |")
-    print("|---|" + "--:|" * 8)
+    print(
+        "| variant | GPUs | tokens/s/GPU | TFLOP/s/GPU | step ms | first s | peak GiB | reserved | "
+        "estimate | loss | load, worst, mean |"
+    )
+    print("|---|" + "--:|" * 10)
     for r in results:
         print(
             f"| {r['name']} | {r['gpus']} | {r['tokens_per_second']:,.0f} | {r['tflops']:.0f} | "
-            f"{r['step_ms']:.0f} | {r['first_step_s']:.0f} | {r['peak_gib']:.1f} | {r['estimate_gib']:.1f} | "
-            f"{r['losses'][-1]:.4f} |"
+            f"{r['step_ms']:.0f} | {r['first_step_s']:.0f} | {r['peak_gib']:.1f} | {r['reserved_gib']:.1f} | "
+            f"{r['estimate_gib']:.1f} | {r['losses'][-1]:.4f} | {r['load_worst']:.2f}, {r['load_mean']:.2f} |"
         )
 
 
