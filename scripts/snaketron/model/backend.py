@@ -86,6 +86,19 @@ def cuda_graph_options(run: RunSettings) -> dict[str, Any]:
     return dict(gpu.CUDA_GRAPHS) if run.cuda_graphs else {}
 
 
+def fuses_step(model: Model, optimizer: Optimizer, run: RunSettings) -> bool:
+    """Whether `adam.FusedStep` takes the optimizer's step: with gradients and moments in bf16, on a GPU."""
+    in_bf16 = optimizer.gradient_precision == optimizer.moment_precision == "bf16"
+    return HAS_GPU and in_bf16 and model.precision != "fp32" and not run.offload_optimizer
+
+
+def fuse_step(model: Any, optimizer: Any, clip_grad: float) -> None:
+    """Give the step of this optimizer to `adam.FusedStep`; its own configuration must not clip."""
+    from snaketron.model.megatron.adam import FusedStep
+
+    FusedStep(model, optimizer, clip_grad)
+
+
 def data_parallel_options(run: RunSettings) -> dict[str, Any]:
     """DistributedDataParallelConfig fields: whether gradients are summed while others are still computed.
 

@@ -156,7 +156,8 @@ def build_training(settings: TrainSettings, run: RunSettings, vocab_size: int) -
 
 def _build_optimizer(built: BuiltModel, parallel_model: DistributedDataParallel) -> MegatronOptimizer:
     values = built.settings.optimizer
-    return get_megatron_optimizer(
+    fused = backend.fuses_step(built.settings.model, values, built.run)
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=values.learning_rate,
@@ -165,7 +166,7 @@ def _build_optimizer(built: BuiltModel, parallel_model: DistributedDataParallel)
             adam_beta1=values.adam_beta1,
             adam_beta2=values.adam_beta2,
             adam_eps=values.adam_eps,
-            clip_grad=values.clip_grad,
+            clip_grad=0.0 if fused else values.clip_grad,
             bf16=built.config.bf16,
             params_dtype=built.config.params_dtype,
             use_distributed_optimizer=True,
@@ -173,6 +174,9 @@ def _build_optimizer(built: BuiltModel, parallel_model: DistributedDataParallel)
         ),
         [parallel_model],
     )
+    if fused:
+        backend.fuse_step(parallel_model, optimizer, values.clip_grad)
+    return optimizer
 
 
 def optimizer_options(optimizer: Optimizer, run: RunSettings) -> dict[str, Any]:

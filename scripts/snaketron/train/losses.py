@@ -90,7 +90,7 @@ class Report:
         sums["loss"][self.source] = loss
         sums["sample_loss"][self.source] = sample_loss
         for name, count in self.counts._asdict().items():
-            sums[name][self.source] = count  # one by one: a tensor of them would make the host wait
+            sums[name][self.source].fill_(count)  # a copy from the host would wait for the GPU
         return sums
 
 

@@ -9,6 +9,7 @@ are looked up once. The kernels, and so the results, are the same.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from snaketron.model.megatron.originals import original
@@ -17,6 +18,9 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
+
+if torch.cuda.is_available():
+    from snaketron.model.megatron import kernels
 
 COPY_GRADIENTS = (
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_model_grads_to_main_grads"
@@ -101,3 +105,63 @@ def _gradient_norm(self: ChainedOptimizer) -> float | Tensor:
         return original(GRADIENT_NORM)(self)
     norms = [torch.as_tensor(part.get_grad_norm()).reshape(1) for part in self.chained_optimizers]
     return torch.cat(norms).norm(keepdim=True)
+
+
+class FusedStep:
+    """Division by the tokens, clipping and AdamW in one pass, of bf16 gradients and moments on a GPU.
+
+    megatron-core divides the gradients by the tokens of the step and scales them again to clip them, and
+    Transformer Engine's AdamW moves 1.7 TB/s: on an H200 66 ms of a step with 4.1 billion parameters. Here
+    both factors are part of the update, which moves 18 bytes a parameter. Gradients stay as they were summed.
+    """
+
+    def __init__(self, model: Any, optimizer: ChainedOptimizer, clip_grad: float) -> None:
+        """Take over the parts of the step; the optimizer's own configuration does not clip."""
+        self.optimizer, self.clip_grad = optimizer, clip_grad
+        self.scaling: Tensor | float = 1.0
+        self.scale: Tensor | None = None
+        self.tables: dict[Any, tuple[list[tuple[int, ...]], Tensor]] = {}
+        model.scale_gradients = self._note_scaling
+        optimizer.get_grad_norm = self._norm  # type: ignore[method-assign]
+        for part in optimizer.chained_optimizers:
+            if not getattr(part, "is_stub_optimizer", False):
+                part.optimizer.step = functools.partial(self._adam, part.optimizer)
+
+    def _note_scaling(self, scaling: Tensor) -> None:
+        self.scaling = scaling
+
+    def _norm(self) -> Tensor:
+        """The norm of the gradient, and from it the factor of the gradients."""
+        norm = torch.as_tensor(_gradient_norm(self.optimizer)).reshape(1) * self.scaling
+        clip = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) if self.clip_grad else 1.0
+        self.scale = torch.ones_like(norm) * self.scaling * clip
+        return norm
+
+    def _adam(self, adam: Any) -> None:
+        """Update the weights of a Transformer Engine FusedAdam, with its state as it keeps it."""
+        assert self.scale is not None and adam.adam_w_mode and adam.store_param_remainders
+        for number, group in enumerate(adam.param_groups):
+            group["step"] = int(group.get("step", 0)) + 1
+            beta1, beta2 = group["betas"]
+            values = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+            table = self._table(adam, number, group["params"])
+            kernels.adam(table, self.scale, values | {"beta1": beta1, "beta2": beta2}, group["step"])
+
+    def _table(self, adam: Any, number: int, parameters: list[Any]) -> Tensor:
+        """Where gradients, weights and state are, anew when one of them has another place."""
+        assert self.scale is not None
+        places = []
+        for p in parameters:
+            state = adam.state[p]
+            if not state:
+                adam.initialize_state(p, True)
+            tensors = (p.decoupled_grad, p, state["exp_avg"], state["exp_avg_sq"], state["master_param"])
+            assert all(t.element_size() == 2 and t.is_contiguous() for t in tensors)
+            places.append((*(t.data_ptr() for t in tensors), p.numel()))
+        known = self.tables.get((id(adam), number))
+        if known is None or known[0] != places:
+            known = self.tables[id(adam), number] = (
+                places,
+                kernels.adam_table(places).to(self.scale.device),
+            )
+        return known[1]

@@ -65,7 +65,7 @@ def test_each_row_has_a_test():
 def test_rows_have_names_of_their_own_and_say_why():
     assert len(ROWS) == len(TABLE)
     for row in TABLE:
-        assert row.why and row.upstream and row.until and (row.pieces or row.modules)
+        assert row.why and row.upstream and row.until and (row.pieces or row.modules or row.in_objects)
 
 
 @pytest.mark.parametrize("row", replacements.rows(backend.MACHINE), ids=lambda row: row.what)
@@ -74,6 +74,12 @@ def test_what_the_table_says_is_in_its_place(row: Replacement):
         assert originals.current(name) is replacements.stand_in(by), name
     for module, by in row.modules.items():
         assert module in sys.modules and (by is not None or sys.modules[module] is None)
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.in_objects], ids=lambda row: row.what)
+def test_what_is_replaced_in_objects_is_there(row: Replacement):
+    for name, by in row.in_objects.items():
+        assert callable(original(name)) and callable(replacements.stand_in(by)), name
 
 
 @pytest.mark.parametrize("module", [adam, gpu, packed, padding], ids=lambda module: module.__name__)
@@ -281,6 +287,17 @@ def test_the_original_norm_is_a_number_of_the_host():
         SimpleNamespace(chained_optimizers=parts, grads_states_parallel_group_is_shared=lambda: False)
     )
     assert isinstance(found, float) and found == 5.0, CAN_GO
+
+
+@covers("the optimizer's step in bf16")
+def test_the_original_division_and_clipping_are_passes_over_the_gradients():
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    scale = inspect.getsource(buffers._ParamAndGradBuffer.scale_gradients)
+    clip = inspect.getsource(
+        importlib.import_module("megatron.core.optimizer.clip_grads").clip_grad_by_total_norm_fp32
+    )
+    assert "self.grad_data *= scaling_factor" in scale, CAN_GO
+    assert "multi_tensor_scale_impl, dummy_overflow_buf, [grads, grads]" in clip, CAN_GO
 
 
 @covers("the acceptance of predicted tokens")

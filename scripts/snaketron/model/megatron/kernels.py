@@ -1,0 +1,103 @@
+"""Kernels for a GPU, in Triton: AdamW.
+
+Computed in fp32 and rounded once.
+"""
+
+# Triton gives the parameters of a kernel their types when it compiles it.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+# Numbers of a tensor that one program of `_adam` updates, and what its table has of them: the addresses of
+# gradient, weight, both moments and remainder, and how many numbers there are.
+ADAM_BLOCK = 4096
+ADAM_TABLE = 6
+
+
+@triton.jit
+def _update(
+    gradient, weight, mean, square, remainder, at, mask, scale, lr, beta1, beta2, eps, decay, bias1, bias2
+):
+    g = tl.load(gradient + at, mask=mask).to(tl.float32) * scale
+    high, low = tl.load(weight + at, mask=mask).to(tl.int32), tl.load(remainder + at, mask=mask).to(tl.int32)
+    w = (((high - (low < 0).to(tl.int32)) << 16) | (low & 0xFFFF)).to(tl.float32, bitcast=True)
+    m = beta1 * tl.load(mean + at, mask=mask).to(tl.float32) + (1 - beta1) * g
+    v = beta2 * tl.load(square + at, mask=mask).to(tl.float32) + (1 - beta2) * g * g
+    w -= lr * (m / bias1 / (tl.sqrt(v / bias2) + eps) + decay * w)
+    bits = w.to(tl.int32, bitcast=True)
+    low = (bits << 16) >> 16
+    tl.store(weight + at, ((bits >> 16) + (low < 0).to(tl.int32)).to(tl.int16), mask=mask)
+    tl.store(remainder + at, low.to(tl.int16), mask=mask)
+    tl.store(mean + at, m.to(tl.bfloat16), mask=mask)
+    tl.store(square + at, v.to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def _adam(table, scale, lr, beta1, beta2, eps, decay, bias1, bias2, BLOCK: tl.constexpr):
+    row = table + tl.program_id(0).to(tl.int64) * 6
+    gradient = tl.load(row).to(tl.pointer_type(tl.bfloat16))
+    weight = tl.load(row + 1).to(tl.pointer_type(tl.int16))
+    mean = tl.load(row + 2).to(tl.pointer_type(tl.bfloat16))
+    square = tl.load(row + 3).to(tl.pointer_type(tl.bfloat16))
+    remainder = tl.load(row + 4).to(tl.pointer_type(tl.int16))
+    count = tl.load(row + 5)
+    s, at = tl.load(scale), tl.arange(0, BLOCK)
+    if count == BLOCK:  # of tensors that begin at a multiple of 16 bytes: they are read 16 bytes at a time
+        gradient, weight = tl.multiple_of(gradient, 16), tl.multiple_of(weight, 16)
+        mean, square = tl.multiple_of(mean, 16), tl.multiple_of(square, 16)
+        remainder = tl.multiple_of(remainder, 16)
+        _update(
+            gradient, weight, mean, square, remainder, at, None, s, lr, beta1, beta2, eps, decay, bias1, bias2
+        )
+    else:
+        mask = at < count
+        _update(
+            gradient, weight, mean, square, remainder, at, mask, s, lr, beta1, beta2, eps, decay, bias1, bias2
+        )
+
+
+def adam_table(tensors: list[tuple[int, ...]]) -> Tensor:
+    """What `adam` goes through, on the host: a row for each block of numbers of each tensor.
+
+    Args:
+        tensors: of each its five addresses (bytes; two a number) and how many numbers it has.
+    """
+    rows = []
+    for *addresses, count in tensors:
+        # A block of that size is taken to begin at a multiple of 16 bytes.
+        size = ADAM_BLOCK if all(address % 16 == 0 for address in addresses) else ADAM_BLOCK // 2
+        starts = torch.arange(0, count, size, dtype=torch.int64)
+        table = starts[:, None] * 2 + torch.tensor([*addresses, 0], dtype=torch.int64)
+        table[:, -1] = (count - starts).clamp(max=size)
+        rows.append(table)
+    return torch.cat(rows) if rows else torch.zeros(0, ADAM_TABLE, dtype=torch.int64)
+
+
+def adam(table: Tensor, scale: Tensor, group: dict[str, float], step: int) -> None:
+    """AdamW of bf16 gradients times `scale`, and bf16 moments. An fp32 weight is a bf16 one and 16 bits more.
+
+    Args:
+        table: of `adam_table`, on the GPU.
+        scale: (1,), fp32, on the GPU.
+        group: `lr`, `beta1`, `beta2`, `eps` and `weight_decay`.
+        step: the number of this step, from 1.
+    """
+    if len(table):
+        _adam[(len(table),)](
+            table,
+            scale,
+            group["lr"],
+            group["beta1"],
+            group["beta2"],
+            group["eps"],
+            group["weight_decay"],
+            1 - group["beta1"] ** step,
+            1 - group["beta2"] ** step,
+            ADAM_BLOCK,
+            num_warps=8,
+        )
