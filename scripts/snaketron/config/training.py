@@ -55,8 +55,8 @@ class Model(Section):
     precision: Precision = key(
         "fp32",
         "precision of matrix products; all but fp32 keep bf16 weights and fp32 main weights. fp8_delayed, "
-        "fp8_current (one scale a tensor) and fp8_blockwise need a Hopper GPU, and leave routed experts in "
-        "bf16; nvfp4 needs a Blackwell",
+        "fp8_current (one scale a tensor) and fp8_blockwise need a Hopper GPU, and compute routed experts "
+        "with a scale for each token; nvfp4 needs a Blackwell",
     )
     bf16_layers_at_end: Count = key(
         0, "layers at the end that stay in bf16 under fp8 and nvfp4; Nemotron 3 Super's recipe: 14"

@@ -57,9 +57,11 @@ def static_memory(
         held = stage.of_process(parallel) + (tuned.of_process(parallel) if adapters else 0)
         dense, expert = tuned.dense_of_process(parallel), tuned.expert_of_process(parallel)
         here = (dense / copies + expert / expert_copies) * (1 - offload_optimizer)
+        # Under fp8 the routed experts lie there rounded too, plainly and transposed.
+        rounded = 2 * expert if model.precision.startswith("fp8") and not adapters else 0
         found.append(
             StaticMemory(
-                weights=(2 if in_bf16 else 4) * held,
+                weights=(2 if in_bf16 else 4) * held + rounded,
                 gradients=(2 if optimizer.gradient_precision == "bf16" else 4) * (dense + expert),
                 main_weights=(2 if short else 4) * here if in_bf16 else 0,
                 moments=(4 if short else 8) * here,

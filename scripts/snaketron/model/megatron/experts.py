@@ -20,6 +20,9 @@ from megatron.core.fusions.fused_weighted_squared_relu import (
 )
 from torch import Tensor
 
+if torch.cuda.is_available():
+    from snaketron.model.megatron import experts8, kernels
+
 
 def stacked(parts: Sequence[Tensor]) -> Tensor | None:
     """Tensors of one shape that follow each other in memory as one (count, ...); None if they do not."""
@@ -52,6 +55,7 @@ class Experts(torch.autograd.Function):
         fc2: Tensor,
         weights: tuple[Tensor, Tensor],
         grads: tuple[Tensor, Tensor] | None,
+        rounded: tuple[Any, Any] | None = None,
     ) -> Tensor:
         """
         Args:
@@ -61,27 +65,47 @@ class Experts(torch.autograd.Function):
             fc1, fc2: the first experts' parameters.
             weights: (experts, inner, input) and (experts, output, inner).
             grads: `main_grad` of the weights, of the same shapes; None: nothing to train.
+            rounded: the weights as `experts8.Rounded`, in whose precision the products with them are then
+                computed, forwards and backwards.
 
         Returns:
             (tokens, output).
         """
-        hidden = torch._grouped_mm(x, weights[0].mT, offs=ends)
+        ctx.weights, ctx.grads, ctx.first, ctx.rounded = weights, grads, (fc1, fc2), rounded
+        if rounded is None:
+            hidden = torch._grouped_mm(x, weights[0].mT, offs=ends)
+            out = torch._grouped_mm(_activate(hidden, probs), weights[1].mT, offs=ends)
+            ctx.tiles = None
+        else:
+            ctx.tiles = tiles = experts8.tile_ends(ends)
+            inner, outer = rounded
+            hidden = experts8.product(experts8.round_rows(x), inner.weights, inner.scales, ends, tiles)
+            activated = experts8.activate(hidden, probs)
+            out = experts8.product(activated, outer.weights, outer.scales, ends, tiles)
         ctx.save_for_backward(x, probs, ends, hidden)
-        ctx.weights, ctx.grads, ctx.first = weights, grads, (fc1, fc2)
-        return torch._grouped_mm(weighted_squared_relu(hidden, probs), weights[1].mT, offs=ends)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, probs, ends, hidden = ctx.saved_tensors
         grad = grad.contiguous()
-        activated = weighted_squared_relu(hidden, probs)
+        if ctx.rounded is None:
+            grad_activated = torch._grouped_mm(grad, ctx.weights[1], offs=ends)
+            activated, grad_hidden, grad_probs = _activate_back(hidden, probs, grad_activated)
+            grad_x = torch._grouped_mm(grad_hidden, ctx.weights[0], offs=ends)
+        else:
+            tiles, (inner, outer) = ctx.tiles, ctx.rounded
+            grad_activated = experts8.product(
+                experts8.round_rows(grad), outer.transposed, outer.transposed_scales, ends, tiles
+            )
+            (activated, grad_hidden, grad_probs), short = experts8.activate_back(
+                hidden, probs, grad_activated
+            )
+            grad_x = experts8.product(short, inner.transposed, inner.transposed_scales, ends, tiles)
         _accumulate(ctx.grads[1], grad, activated, ends)
-        grad_activated = torch._grouped_mm(grad, ctx.weights[1], offs=ends)
-        grad_hidden, grad_probs = weighted_squared_relu_back(grad_activated, hidden, probs)
-        del activated, grad_activated
+        del activated
         _accumulate(ctx.grads[0], grad_hidden, x, ends)
-        grad_x = torch._grouped_mm(grad_hidden, ctx.weights[0], offs=ends)
-        return grad_x, grad_probs, None, *(_added(first) for first in ctx.first), None, None
+        return grad_x, grad_probs, None, *(_added(first) for first in ctx.first), None, None, None
 
 
 def frozen_experts(
@@ -102,6 +126,17 @@ def frozen_experts(
         return y if adapter is None else y + adapter(x, ends)
 
     return product(weighted_squared_relu_impl(product(x, 0), probs), 1)
+
+
+def _activate(hidden: Tensor, probs: Tensor) -> Tensor:
+    return kernels.activate(hidden, probs) if hidden.is_cuda else weighted_squared_relu(hidden, probs)
+
+
+def _activate_back(hidden: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of `_activate`, and the gradients of what it got; `grad` may be overwritten."""
+    if hidden.is_cuda:
+        return kernels.activate_back(hidden, probs, grad)
+    return weighted_squared_relu(hidden, probs), *weighted_squared_relu_back(grad, hidden, probs)
 
 
 def _accumulate(total: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tensor) -> None:

@@ -174,8 +174,9 @@ def _our_experts(
     """The output of the experts, or None where Transformer Engine must compute it: in nvfp4, in fp32, or
     before the weights are in one buffer.
 
-    Under fp8 too the experts compute in bf16: on an H200 (docs/measurements.md) Transformer Engine's fp8 ones
-    made the whole step take 2.2 times as long.
+    Under fp8 they compute in e4m3 with a scale for each token and output, whatever the recipe of the other
+    layers: on an H200 (docs/measurements.md) Transformer Engine's fp8 ones made the whole step take 2.2 times
+    as long.
     """
     from snaketron.model.megatron.experts import Experts, frozen_experts, stacked
 
@@ -198,7 +199,29 @@ def _our_experts(
         adapters = [getattr(layer, "lora", None) for layer in layers]
         return frozen_experts(x, probs.unsqueeze(-1), ends, module._stacked[0], adapters)
     first = (layers[0].weight0, layers[1].weight0)
-    return Experts.apply(x, probs.unsqueeze(-1), ends, *first, *module._stacked)
+    return Experts.apply(x, probs.unsqueeze(-1), ends, *first, *module._stacked, _rounded(module))
+
+
+def _rounded(module: Any) -> tuple[Any, Any] | None:
+    """The weights of a layer of experts in fp8, rounded in the first micro-batch of a step; None in bf16.
+
+    In bf16 too where the layer is one of those that stay in it, or the width is none that fp8 takes.
+    """
+    from snaketron.model.megatron import experts8
+
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    stacks = module._stacked[0]
+    if not FP8GlobalStateManager.is_fp8_enabled() or not all(experts8.fits(w) for w in stacks):
+        return None
+    if not hasattr(module, "_in_fp8"):
+        module._in_fp8 = tuple(experts8.empty(w) for w in stacks)
+        module.linear_fc1.is_first_microbatch = True
+    if module.linear_fc1.is_first_microbatch:
+        for weights, rounded in zip(stacks, module._in_fp8, strict=True):
+            experts8.round_weights(weights, rounded)
+    module.linear_fc1.is_first_microbatch = False
+    return module._in_fp8
 
 
 def _weights(layer: Any) -> list[Any]:

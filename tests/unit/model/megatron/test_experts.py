@@ -9,7 +9,7 @@ import torch
 COUNTS, INPUTS, INNER = [70, 0, 1, 129], 64, 96  # of tokens for each expert, and widths
 
 
-def errors(dtype: torch.dtype) -> list[float]:
+def errors(dtype: torch.dtype, *, in_fp8: bool = False) -> list[float]:
     """Relative errors of the output, and of the gradients of input, probabilities and both weights."""
     torch.manual_seed(0)
     tokens, device = sum(COUNTS), backend.device()
@@ -32,7 +32,14 @@ def errors(dtype: torch.dtype) -> list[float]:
     grads = tuple(torch.ones_like(buffer) for buffer in buffers)  # of micro-batches before
     a, p = x.to(dtype).requires_grad_(), probs.clone().requires_grad_()
     ends = torch.tensor(COUNTS, device=device).cumsum(0).int()
-    out = Experts.apply(a, p, ends, weights[0][0], weights[1][0], stacks, grads)
+    rounded = None
+    if in_fp8:
+        from snaketron.model.megatron import experts8
+
+        rounded = tuple(experts8.empty(m) for m in memory)
+        for full, short in zip(memory, rounded, strict=True):
+            experts8.round_weights(full, short)
+    out = Experts.apply(a, p, ends, weights[0][0], weights[1][0], stacks, grads, rounded)
     (out * weight).sum().backward()
     assert all(w[0].grad_added_to_main_grad for w in weights)
     found = [out, a.grad, p.grad, grads[0] - 1, grads[1] - 1]
