@@ -80,6 +80,79 @@ def test_experts_are_those_of_a_loop_over_them():
     assert max(found) < TOLERANCE[torch.bfloat16]
 
 
+def test_experts_in_fp8_are_those_of_a_loop_over_them():
+    """e4m3 has 4 bits: about 2.6e-2 of a value, of which a product has two and the whole layer four."""
+    out, *gradients = errors(torch.bfloat16, in_fp8=True)
+    print(f"{out:.1e}", [f"{e:.1e}" for e in gradients])
+    assert max(out, *gradients) < 8e-2
+
+
+def test_each_row_in_fp8_has_its_own_scale():
+    """A row of small values is as precise as one that is a million times as large."""
+    from snaketron.model.megatron import experts8
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, device="cuda") * torch.tensor([[1e-3], [1e3]], device="cuda")
+    values, scales = experts8.round_rows(x.bfloat16())
+    found = values.double() * scales[:, None]
+    for row in range(2):
+        assert relative(found[row], x[row].double()) < 4e-2
+
+
+def test_adam_is_the_formula_in_double_precision():
+    """Two tensors, of which one begins at no multiple of 16 bytes, over three steps."""
+    from snaketron.model.megatron import kernels
+
+    torch.manual_seed(0)
+    group = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    scale = torch.tensor([0.5], device="cuda")
+    for count, start in ((10_000, 0), (5_003, 3)):
+        exact = torch.randn(count + start, device="cuda")[start:].clone()
+        memory = torch.zeros(5, (count + start + 7) // 8 * 8, dtype=torch.bfloat16, device="cuda")
+        grad, weight, mean, square, rest = (row[start : start + count] for row in memory.unbind())
+        low = exact.view(torch.int32) << 16 >> 16
+        rest.view(torch.int16).copy_(low)
+        weight.view(torch.int16).copy_((exact.view(torch.int32) >> 16) + (low < 0).int())
+        assert relative(weight, exact.double()) < 3e-3
+        exact, m, v = exact.double(), mean.double(), square.double()
+        places = (*(t.data_ptr() for t in (grad, weight, mean, square, rest)), count)
+        for step in range(1, 4):
+            grad.copy_(torch.randn(count, device="cuda"))
+            kernels.adam(kernels.adam_table([places]).cuda(), scale, group, step)
+            g = grad.double() / 2
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+            update = m / (1 - 0.9**step) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+            exact -= 1e-2 * (update + 0.1 * exact)
+            m, v = m.bfloat16().double(), v.bfloat16().double()
+            high, low = weight.view(torch.int16).int(), rest.view(torch.int16).int()
+            found = ((high - (low < 0).int()) << 16 | low & 0xFFFF).view(torch.float32)
+            assert relative(found, exact) < 1e-4  # moments are rounded to bf16 at other values
+            assert relative(mean, m) < 4e-3 and relative(square, v) < 4e-3  # a last bit of bf16
+
+
+@pytest.mark.parametrize("deviation", [0.1, 1.0, 10.0, 40.0])
+def test_the_cross_entropy_of_transformer_engine_is_exact(deviation: float):
+    """megatron-core warns of earlier versions, which rounded the gradient in between."""
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    torch.manual_seed(0)
+    rows, classes = 64, 131_072
+    logits = (deviation * torch.randn(rows, 1, classes, device="cuda")).bfloat16()
+    labels = torch.randint(0, classes, (rows, 1), device="cuda")
+    labels[::7] = -100  # ignored
+    weights = torch.rand(rows, 1, device="cuda")
+    exact = logits[:, 0].double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, labels[:, 0], ignore_index=-100, reduction="none")
+    (expected * weights[:, 0]).sum().backward()
+    leaf = logits.clone().requires_grad_()
+    loss = parallel_cross_entropy(leaf * 1, labels, overwrite_input=True)
+    (loss * weights).sum().backward()
+    found = relative(loss[:, 0], expected), relative(leaf.grad[:, 0], exact.grad)
+    print(f"deviation {deviation}: loss {found[0]:.1e}, gradient {found[1]:.1e}")
+    assert found[0] < 1e-5 and found[1] < 3e-3  # bf16 rounds to 1.6e-3
+    assert not leaf.grad[::7].any()
+
+
 def test_gradient_accumulation_is_a_product_added_to_fp32():
     import fused_weight_gradient_mlp_cuda
 
