@@ -54,10 +54,14 @@ def check_words(where: str, words: Iterable[str]) -> list[str]:
             why = "mixes quotes"
         elif not word.isprintable():
             why = "holds a line break or another control character"
+        elif (
+            word != word.strip()
+        ):  # a job reads more than 20 inputs from a file, line by line, and strips each
+            why = "begins or ends with a space"
         else:
             continue
         fix = "write it in a file for --configfile" if where == "--config" else "rename it"
-        problems.append(f"{where} {word!r}: {why}, and a shell would read it on the way to Slurm; {fix}")
+        problems.append(f"{where} {word!r}: {why}, and would not reach a job on Slurm as it is; {fix}")
     return problems
 
 

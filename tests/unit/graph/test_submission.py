@@ -34,12 +34,13 @@ def workflow(*config: str, partition: str = "slurm_partition", **sft: Any) -> Si
         ("filters=[a\\d]", "holds '\\\\'"),
         ("""tokenizer={path: "it's"}""", "mixes quotes"),
         ("seed=1\nid", "holds a line break or another control character"),
+        (" seed=1", "begins or ends with a space"),
     ],
 )
 def test_a_word_that_a_shell_would_change_is_refused(word: str, why: str):
     (problem,) = check_words("--config", [word])
     assert problem == (
-        f"--config {word!r}: {why}, and a shell would read it on the way to Slurm; "
+        f"--config {word!r}: {why}, and would not reach a job on Slurm as it is; "
         "write it in a file for --configfile"
     )
 
@@ -93,7 +94,7 @@ def test_a_working_directory_that_a_shell_would_read_is_refused(
     monkeypatch.chdir(tmp_path / RUN)
     with pytest.raises(ConfigError) as error:
         check_submission(workflow(), [])
-    assert str(error.value).startswith(f"the working directory '{tmp_path}/{RUN}': holds '$', and a shell ")
+    assert str(error.value).startswith(f"the working directory '{tmp_path}/{RUN}': holds '$', and would ")
 
 
 def test_only_what_goes_to_slurm_is_checked():
