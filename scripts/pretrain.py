@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
             eval_samples=stage.run.eval_samples,
         )
 
-    return run_stage(args, lambda stage: stage.train(make_batches, with_optimizer=True))
+    return run_stage(args, lambda stage: stage.train(make_batches, optimizer_of_base=True))
 
 
 if __name__ == "__main__":

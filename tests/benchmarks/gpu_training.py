@@ -8,8 +8,8 @@ measures: that of `MODEL`, or a slice of Nemotron 3 Super or Nano at its own wid
 with expert parallelism holds it, without the exchange between GPUs. Tokens are random, or those of a text
 (`text_tokens`) with the routing that follows from it. Lines of JSON come on standard output and a table at
 the end; with --profile NAME also what took the time, by kind of kernel, and a trace for chrome://tracing.
-The estimate is that of `sizes.memory_of_process`, the peak that of the fullest GPU. "Load" is the tokens of
-the fullest expert over the mean in the last step: of the worst layer, and the mean over layers.
+The estimate is that of `sizes.memory.memory_of_process`, the peak that of the fullest GPU. "Load" is the
+tokens of the fullest expert over the mean in the last step: of the worst layer, and the mean over layers.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
         trainer = loop.Trainer(build_training(settings, run_as, VOCABULARY))
         trainer.seconds = 1.0
         if base:
-            trainer.start_from(Path(base), with_optimizer=False)
+            trainer.start_from(Path(base), optimizer_of_base=False)
         resumed = trainer.resume(Path(directory))
         batches = make_batches()
         trainer.sources = batches.sources

@@ -185,7 +185,7 @@ class Run(Section):
 
 
 class Phase(Section):
-    """One part of the pretraining curriculum, from the previous phase's last step on its own blend."""
+    """One part of the curriculum: it continues the previous phase, on a blend of its own."""
 
     name: Name = Field(description="directory name below ckpt/pretrain")
     tokens: Positive = Field(description="tokens to train on; rounded up to whole steps")

@@ -171,8 +171,10 @@ class Encoder:
 
 
 def _is_failure(error: BaseException) -> bool:
-    """Whether an encoder failed, say at a limit of its regular expressions in 20 MB of spaces. A panic of
-    Rust code is no `Exception`."""
+    """Whether an encoder failed, for example at a limit of its regular expressions, on 20 MB of spaces.
+
+    A panic of Rust code is no `Exception`.
+    """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

@@ -37,7 +37,7 @@ _BUFFER = 1 << 20  # bytes
 _BATCH_BYTES = 4 << 20  # of Parquet to read at a time, by the average size of its rows
 _BATCH_ROWS = 1024
 _REPLACE = "replace the file with a complete copy and run again"
-_SURROGATE = re.compile("[\ud800-\udfff]")  # a str has no pairs: each that matches is invalid
+_SURROGATE = re.compile("[\ud800-\udfff]")  # a str has no surrogate pairs, so each surrogate is invalid
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 

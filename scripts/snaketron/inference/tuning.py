@@ -39,7 +39,7 @@ def make_batches(stage: Stage) -> SftBatches:
 def train(stage: Stage) -> int:
     from snaketron.inference.answers import write_answers
 
-    def sample(built: BuiltModel, iteration: int, batches: SftBatches) -> None:
+    def answer(built: BuiltModel, iteration: int, batches: SftBatches) -> None:
         write_answers(stage, built, iteration, batches)
 
-    return stage.train(make_batches, with_optimizer=False, sample=sample)
+    return stage.train(make_batches, optimizer_of_base=False, answer=answer)

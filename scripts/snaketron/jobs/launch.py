@@ -114,7 +114,7 @@ def first_failure(failures: Path) -> dict[str, Any] | None:
 
 
 def environment(run: RunSettings) -> dict[str, str]:
-    """Variables that the processes get beside those of the supervisor, of which defaults change none."""
+    """Variables added for the processes; a default never replaces one that the supervisor has."""
     cache = Path(run.cluster.cache_dir or tempfile.gettempdir()) / f"snaketron-{os.getuid()}"
     defaults = {
         "OMP_NUM_THREADS": str(run.cpus_per_task),

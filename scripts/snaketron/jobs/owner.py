@@ -46,7 +46,7 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it is certainly dead, though some of its processes may not be."""
+        """Whether the supervisor is certainly dead; its processes may still live."""
         if self.job:
             # The same job again: Slurm runs it once at a time.
             return self.job == os.environ.get("SLURM_JOB_ID") or slurm.is_over(self.job)

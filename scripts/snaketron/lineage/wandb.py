@@ -54,7 +54,7 @@ class Group:
 
 
 def groups(inputs: Iterable[Entry], consumer: str) -> list[Group]:
-    """The groups that `inputs`, which the records of `consumer` list, belong to."""
+    """The groups of the artifacts that `consumer` lists as its inputs."""
     found: dict[tuple[str, str], Group] = {}
     raw: dict[str, Any] = {}
     for entry in inputs:

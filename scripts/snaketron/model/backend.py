@@ -48,8 +48,8 @@ def hybrid_stack_spec() -> ModuleSpec:
     return _stack_spec
 
 
-def check(model: Model, optimizer: Optimizer, run: RunSettings) -> None:
-    """Refuse what this machine cannot do; `UserError`."""
+def check(model: Model, run: RunSettings, optimizer: Optimizer | None = None) -> None:
+    """Refuse what this machine cannot do; `UserError`. Without an optimizer the model is not trained."""
     problems = []
     if HAS_GPU:
         major, minor = torch.cuda.get_device_capability()
@@ -69,9 +69,11 @@ def check(model: Model, optimizer: Optimizer, run: RunSettings) -> None:
     else:
         keys = {
             "model.precision": model.precision if model.precision not in ("fp32", "bf16") else "",
-            "optimizer.moment_precision": "bf16" if optimizer.moment_precision == "bf16" else "",
+            "optimizer.moment_precision": "bf16"
+            if optimizer and optimizer.moment_precision == "bf16"
+            else "",
             "cuda_graphs": run.cuda_graphs or "",
-            "offload_optimizer": run.offload_optimizer or "",
+            "offload_optimizer": (optimizer and run.offload_optimizer) or "",
             "recompute": "layernorm" if "layernorm" in run.recompute else "",  # by Transformer Engine
         }
         problems += [
@@ -82,7 +84,7 @@ def check(model: Model, optimizer: Optimizer, run: RunSettings) -> None:
 
 
 def cuda_graph_options(run: RunSettings) -> dict[str, Any]:
-    """TransformerConfig fields of recorded layers."""
+    """TransformerConfig fields that record layers as CUDA graphs."""
     return dict(gpu.CUDA_GRAPHS) if run.cuda_graphs else {}
 
 

@@ -192,7 +192,7 @@ def weights_of(linear: Any) -> list[Tensor]:
 
 
 def canonical(name: str) -> str:
-    """The name of a module without the numbers of layers and experts: that of `config.targets`.
+    """The name of a module without the numbers of layers and experts: as `config.linears` writes it.
 
     >>> canonical("decoder.layers.3.mlp.experts.local_experts.5.linear_fc1")
     'decoder.layers.mlp.experts.linear_fc1'
@@ -209,7 +209,7 @@ def add_adapters(model: HybridModel, settings: Adapters, seed: int) -> None:
     fp32 main weights of them.
 
     Args:
-        settings: rank, scale, dropout and targets, which `config.targets.check_targets` has checked.
+        settings: rank, scale, dropout and targets, which `config.linears.check_targets` has checked.
         seed: of A, which depends on it and on the name, and not on how processes share the model.
     """
     model.requires_grad_(False)

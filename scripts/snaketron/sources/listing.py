@@ -149,7 +149,7 @@ def _changes(old: dict[str, Any] | None, new: dict[str, Any]) -> str:
 
 
 def list_address(address: str, at: str) -> tuple[str | None, list[Found]]:
-    """The commit, where there is one, and the files of a file's, directory's or glob's address.
+    """List an address (a file, directory or glob): its commit, if there is one, and its files.
 
     `at` is its place in the configuration. Raises `UserError`.
     """

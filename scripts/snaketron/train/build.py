@@ -91,7 +91,7 @@ class BuiltModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Trainable:
     """A model with what changes its weights."""
 
     built: BuiltModel
@@ -105,7 +105,7 @@ def build_model(settings: TrainSettings, run: RunSettings, vocab_size: int) -> B
 
     `distributed` must have been entered. Raises `UserError` where this machine cannot compute it.
     """
-    backend.check(settings.model, settings.optimizer, run)
+    backend.check(settings.model, run)
     config = spec.transformer_config(
         settings.model,
         run.parallel,
@@ -125,7 +125,7 @@ def build_model(settings: TrainSettings, run: RunSettings, vocab_size: int) -> B
     )
 
 
-def with_optimizer(built: BuiltModel) -> Training:
+def with_optimizer(built: BuiltModel) -> Trainable:
     """Add gradient buffers, the optimizer and its schedule to a model; from then on it can be trained."""
     settings, config = built.settings, built.config
     parallel_model = DistributedDataParallel(
@@ -146,11 +146,12 @@ def with_optimizer(built: BuiltModel) -> Training:
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     schedule = build_schedule(optimizer, settings.optimizer, settings.schedule)
-    return Training(built=built, parallel_model=parallel_model, optimizer=optimizer, schedule=schedule)
+    return Trainable(built=built, parallel_model=parallel_model, optimizer=optimizer, schedule=schedule)
 
 
-def build_training(settings: TrainSettings, run: RunSettings, vocab_size: int) -> Training:
-    """A new model with its optimizer."""
+def build_training(settings: TrainSettings, run: RunSettings, vocab_size: int) -> Trainable:
+    """A new model with its optimizer. Raises `UserError` where this machine cannot train it."""
+    backend.check(settings.model, run, settings.optimizer)
     return with_optimizer(build_model(settings, run, vocab_size))
 
 

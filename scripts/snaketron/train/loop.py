@@ -19,7 +19,7 @@ from snaketron.model import backend, lora
 from snaketron.model.megatron import internals
 from snaketron.sizes.flops import training_flops
 from snaketron.train.batches import Batches
-from snaketron.train.build import Training
+from snaketron.train.build import Trainable
 from snaketron.train.checkpoint import Saver
 from snaketron.train.evaluate import evaluate
 from snaketron.train.losses import Sums, Totals, compute, sum_over_ranks
@@ -42,7 +42,7 @@ class Trainer:
     Every rank makes one and calls the same methods. `iteration` counts the steps of this stage.
     """
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Trainable) -> None:
         self.built, self.optimizer, self.schedule = training.built, training.optimizer, training.schedule
         self.model, self.parallel_model = self.built.model, training.parallel_model
         self.settings, self.run = self.built.settings, self.built.run
@@ -74,10 +74,10 @@ class Trainer:
         self.iteration, self.totals = progress["iteration"], Totals.of_saved(progress)
         return True
 
-    def start_from(self, base: Path, *, with_optimizer: bool) -> None:
+    def start_from(self, base: Path, *, optimizer_of_base: bool) -> None:
         """Take the weights, and the optimizer's state if the curriculum goes on, of a finished checkpoint."""
-        self.built.load_base(base, self.optimizer if with_optimizer else None)
-        if not with_optimizer:
+        self.built.load_base(base, self.optimizer if optimizer_of_base else None)
+        if not optimizer_of_base:
             self.optimizer.reload_model_params()  # the optimizer's own copy of the weights
 
     # ----------------------------------------------------------------------------------------- steps
@@ -86,12 +86,12 @@ class Trainer:
         self,
         batches: Batches,
         directory: Path,
-        sample: Callable[[], None] = lambda: None,
+        answer: Callable[[], None] = lambda: None,
         observe: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> None:
         """Train to the end of the stage, with metrics, validation and checkpoints on the way.
 
-        `sample` runs on every rank before the first step, after every `sample_interval` steps and after the
+        `answer` runs on every rank before the first step, after every `sample_interval` steps and after the
         last; `observe` gets each line of metrics on the rank that writes them. Raises `Stopped` on a signal.
         """
         self.sources = batches.sources
@@ -104,7 +104,7 @@ class Trainer:
         heartbeat.beat(self.iteration)
         with self._signals(), long_lived():
             if self.iteration == 0:
-                sample()
+                answer()
                 self._validate(batches, metrics)
             while self.iteration < self.settings.train_iters:
                 before = self.clock.spent["step"]
@@ -115,7 +115,7 @@ class Trainer:
                     loss = self._mean_loss()
                     progress.show(self.iteration, loss)
                     heartbeat.beat(self.iteration, loss=loss, tokens_per_second=progress.speed)
-                self._after_step(batches, metrics, directory, grad_norm, sample)
+                self._after_step(batches, metrics, directory, grad_norm, answer)
                 heartbeat.beat(self.iteration)  # a validation or a checkpoint may have taken its time
             if batches.has("test"):
                 metrics.write(iteration=self.iteration, **evaluate(self.built, batches, "test"))
@@ -126,7 +126,7 @@ class Trainer:
         metrics: Metrics,
         directory: Path,
         grad_norm: float,
-        sample: Callable[[], None],
+        answer: Callable[[], None],
     ) -> None:
         check_owner(Version(directory))
         at_end = self.iteration == self.settings.train_iters
@@ -137,7 +137,7 @@ class Trainer:
             self._validate(batches, metrics)
         interval = self.run.sample_interval
         if at_end or (interval and self.iteration % interval == 0):
-            sample()
+            answer()
         if self.iteration % self.run.save_interval == 0 or at_end or self.stop_signal:
             with self.clock.spend("checkpoint"):
                 self.save(directory)

@@ -104,7 +104,7 @@ class Clock:
     """
 
     def __init__(self, flops_per_token: float, processes: int) -> None:
-        """`flops_per_token` of training (`sizes.training_flops`), on `processes` together."""
+        """`flops_per_token` of training (`sizes.flops.training_flops`), on `processes` together."""
         self.flops_per_token, self.processes = flops_per_token, processes
         self.spent = {"step": 0.0, "data": 0.0, "checkpoint": 0.0}
         self.last, self.tokens = dict(self.spent), 0

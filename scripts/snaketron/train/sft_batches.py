@@ -291,7 +291,7 @@ def _rows(
 
 
 def _counts(pack: Pack, rows: dict[str, torch.Tensor]) -> Counts:
-    """What this rank's part of a pack counts."""
+    """Counts of this rank's part of a pack: packs, conversations, tokens."""
     ranks = parallel_state.get_context_parallel_world_size()
     (conversations,) = loss_weights(pack, 0, "sample")[1]
     return Counts(

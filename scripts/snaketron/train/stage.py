@@ -139,13 +139,13 @@ class Stage:
         self,
         make_batches: Callable[[Stage], Any],
         *,
-        with_optimizer: bool,
-        sample: Callable[[BuiltModel, int, Any], None] = lambda built, iteration, batches: None,
+        optimizer_of_base: bool,
+        answer: Callable[[BuiltModel, int, Any], None] = lambda built, iteration, batches: None,
     ) -> int:
         """Train to the end, and return the exit status of this process.
 
-        `with_optimizer` takes the optimizer's state from the base checkpoint as well. `sample` gets the model
-        and its iteration before the first step, on the way and after the last step, on every rank.
+        `optimizer_of_base` takes the optimizer's state from the base checkpoint as well. `answer` gets the
+        model and its iteration before the first step, on the way and after the last step, on every rank.
         """
         from snaketron.model.distributed import distributed
         from snaketron.train.build import build_training
@@ -162,14 +162,14 @@ class Stage:
         )
         with distributed(self.settings.seed, self.run):
             trainer = Trainer(build_training(self.settings, self.run, self.tokenizer.vocab_size))
-            self._begin(trainer, with_optimizer=with_optimizer)
+            self._begin(trainer, optimizer_of_base=optimizer_of_base)
             try:
                 batches = make_batches(self)
 
-                def answer() -> None:
-                    sample(trainer.built, trainer.iteration, batches)
+                def answer_now() -> None:
+                    answer(trainer.built, trainer.iteration, batches)
 
-                trainer.train(batches, self.version.directory, answer, tracker.log)
+                trainer.train(batches, self.version.directory, answer_now, tracker.log)
             except Stopped:
                 return launch.SAVED
             seconds = trainer.seconds
@@ -178,18 +178,18 @@ class Stage:
         tracker.finish()
         return 0
 
-    def _begin(self, trainer: Trainer, *, with_optimizer: bool) -> None:
+    def _begin(self, trainer: Trainer, *, optimizer_of_base: bool) -> None:
         """Load the newest checkpoint of this version, or else the base, and say so."""
         stage, directory = self.settings.stage, self.version.directory
         parameters = sum(p.numel() for p in trainer.model.parameters())
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         adapters = trainer.built.adapters
         if adapters and self.base:  # their checkpoints do not hold the frozen weights
-            trainer.start_from(self.base, with_optimizer=False)
+            trainer.start_from(self.base, optimizer_of_base=False)
         if trainer.resume(directory):
             logger.info("%s: continues after step %d", stage, trainer.iteration)
         elif self.base and not adapters:
-            trainer.start_from(self.base, with_optimizer=with_optimizer)
+            trainer.start_from(self.base, optimizer_of_base=optimizer_of_base)
         logger.info(
             "%s: %s parameters on this rank%s, in %s",
             stage,

@@ -34,7 +34,7 @@ def test_what_needs_a_gpu_is_refused_without_one():
     model = Model(precision="nvfp4")
     run = RunSettings(tracking="off", offload_optimizer=0.5, recompute=["layernorm"], cuda_graphs=True)
     with pytest.raises(UserError) as refused:
-        backend.check(model, Optimizer(moment_precision="bf16"), run)
+        backend.check(model, run, Optimizer(moment_precision="bf16"))
     assert str(refused.value).splitlines() == [
         f"{key} needs a GPU, and this machine has none"
         for key in (
@@ -45,4 +45,5 @@ def test_what_needs_a_gpu_is_refused_without_one():
             "recompute: layernorm",
         )
     ]
-    backend.check(Model(precision="bf16"), Optimizer(gradient_precision="bf16"), RunSettings(tracking="off"))
+    backend.check(Model(precision="bf16"), RunSettings(tracking="off"), Optimizer(gradient_precision="bf16"))
+    backend.check(Model(), RunSettings(tracking="off", offload_optimizer=0.5))  # a model that is not trained

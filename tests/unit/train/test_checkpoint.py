@@ -206,7 +206,7 @@ def test_a_base_gives_its_weights_and_not_its_optimizer(trainer, tmp_path: Path)
     one = trainer(steps=1)
     one.save(tmp_path)
     two = trainer(seed=2)
-    two.start_from(tmp_path, with_optimizer=False)
+    two.start_from(tmp_path, optimizer_of_base=False)
     assert same(list(two.model.parameters()), list(one.model.parameters()))
     assert two.iteration == 0 and not same(state(two), state(one))
     # The optimizer steps from those weights, not from the random ones: a step of rate 0 keeps them.
@@ -220,7 +220,7 @@ def test_the_configuration_decides_the_rates_of_a_loaded_optimizer(trainer, tmp_
     one = trainer(steps=1, optimizer={"weight_decay": 0.3, "adam_beta1": 0.8})
     one.save(tmp_path)
     two = trainer(optimizer={"weight_decay": 0.2, "adam_beta1": 0.7})
-    two.start_from(tmp_path, with_optimizer=True)
+    two.start_from(tmp_path, optimizer_of_base=True)
     groups = two.optimizer.param_groups
     assert {g["betas"] for g in groups} == {(0.7, 0.95)}
     assert {g["weight_decay"] for g in groups} == {0.0, 0.2}
@@ -230,7 +230,7 @@ def test_a_directory_that_is_no_checkpoint_is_no_base(trainer, tmp_path: Path):
     with pytest.raises(
         UserError, match=r"no latest_checkpointed_iteration.txt there; it is not a checkpoint"
     ):
-        trainer().start_from(tmp_path, with_optimizer=True)
+        trainer().start_from(tmp_path, optimizer_of_base=True)
 
 
 def test_a_checkpoint_written_in_the_background_is_that_of_the_step_it_was_saved_at(trainer, tmp_path: Path):

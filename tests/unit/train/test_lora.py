@@ -144,20 +144,20 @@ def test_a_resumed_training_ends_with_the_same_bits(trainer, tmp_path: Path, pre
     base = trainer(rank=None, model=keys["model"], steps=1)
     base.save(tmp_path / "base")
     whole = trainer(**keys)
-    whole.start_from(tmp_path / "base", with_optimizer=False)
+    whole.start_from(tmp_path / "base", optimizer_of_base=False)
     for _ in range(4):
         whole._step(Random(2))
         if whole.iteration == 2:
             whole.save(tmp_path / "lora")
     torch.manual_seed(99)
     resumed = trainer(**keys)
-    resumed.start_from(tmp_path / "base", with_optimizer=False)
+    resumed.start_from(tmp_path / "base", optimizer_of_base=False)
     assert resumed.resume(tmp_path / "lora") and resumed.iteration == 2
     for _ in range(2):
         resumed._step(Random(2))
     assert same(state(resumed), state(whole))
     without = trainer(model=keys["model"])
-    without.start_from(tmp_path / "base", with_optimizer=False)
+    without.start_from(tmp_path / "base", optimizer_of_base=False)
     for _ in range(4):
         without._step(Random(2))
     assert not same(state(without), state(whole))
@@ -177,7 +177,7 @@ def test_the_merged_checkpoint_is_a_base_with_the_same_loss(trainer, tmp_path: P
     one.saver.save(tmp_path, 4, lora.Part(one.model, adapters=False), None, {"iteration": 4})
     full = trainer(rank=None, model=model)
     initial = loss(full)
-    full.start_from(tmp_path, with_optimizer=False)
+    full.start_from(tmp_path, optimizer_of_base=False)
     print(f"{precision}: base {initial:.6f}, with adapters {before:.6f}, merged {after:.6f}")
     assert abs(before - initial) > 10 * TOLERANCE[precision]
     assert abs(after - before) < TOLERANCE[precision]

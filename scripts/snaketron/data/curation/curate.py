@@ -24,7 +24,7 @@ PII = "pii"
 
 
 class Pii(PIIFormatter):
-    """datatrove's formatter, but each document begins with the first of the replacements.
+    """datatrove's formatter, which begins its cycle of replacements anew for each document.
 
     datatrove goes on to the next replacement, so a document would depend on the documents before it.
     """

@@ -89,7 +89,7 @@ def experts_forward(
 
 
 def make_backward_post_hook(self: Any, first: Any) -> Any:
-    """When our experts have added the gradients of a layer, autograd tells it of the first one alone."""
+    """Autograd reports only the first weight of a layer of experts; this hook reports the others."""
     hook = original(MAKE_HOOK)(self, first)
 
     def all_of_layer(*args: Any) -> None:

@@ -36,7 +36,7 @@ class Place(NamedTuple):
         return range(self.start // self.length, (self.end - 1) // self.length + 1)
 
     def part(self, rank: int) -> slice:
-        """What of the flattened parameter a holder has."""
+        """The slice of the flattened parameter that a rank holds."""
         begin, end = rank * self.length, (rank + 1) * self.length
         return slice(max(begin - self.start, 0), min(end, self.end) - self.start)
 
@@ -94,7 +94,7 @@ def shards(
                 values[parameter] = [torch.zeros(parameter.numel()) for _ in _keys(self)]
             if parameter in values:
                 replica = replicas[number]
-                if owners[parameter] != rank:  # of those who read it
+                if owners[parameter] != rank:  # this rank reads the parameter, and another one writes it
                     replica = (*replica[:-1], 1)
                 shards[number] = {
                     key: _as(described[parameter], f"optimizer.state.{key}.", value, replica)
