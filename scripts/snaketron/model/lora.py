@@ -6,15 +6,15 @@ Source: Hu et al., "LoRA: low-rank adaptation of large language models" (arXiv 2
 uniform within 1 / sqrt(inputs), as in the authors' code, and B zero, so the first step starts from the base.
 
 An adapter is a child module `lora` of its linear layer and works in a forward hook, so that no other name of
-the model changes, whether megatron-core's layers or Transformer Engine's are under it. Of the factors, one is
-divided as W is and the other one is on every rank:
+the model changes, with megatron-core's layers as with Transformer Engine's. One factor is divided as W is,
+the other one is whole on every rank:
 
 - column parallel (A whole, B divided): x holds this rank's tokens. A x is gathered over the sequence.
 - row parallel (A divided, B whole): x holds all tokens and this rank's inputs. A x is summed, and scattered
   over the sequence.
 - replicated (both whole): x holds this rank's tokens.
-- routed experts: as they do themselves, adapters leave it to the dispatcher to bring all tokens to each rank
-  of expert tensor parallelism and to sum what they give. Only the gradient of the whole factor needs a sum.
+- routed experts: the dispatcher brings all tokens to each rank of expert tensor parallelism and sums the
+  outputs, for experts and adapters alike. Only the gradient of the whole factor needs a sum.
 
 The gradient of a whole factor outside the experts is that of this rank's tokens; megatron-core sums it over
 tensor parallelism for parameters marked `sequence_parallel`.
@@ -49,9 +49,9 @@ REPLICATED = ("fc1_latent_proj", "fc2_latent_proj", "router")
 
 
 class Adapter(torch.nn.Module):
-    """The adapter of a linear layer, or of those of all routed experts here where they are one module.
+    """The adapter of a linear layer. Routed experts that are one module have one adapter together.
 
-    `a` is (rank, inputs) and `b` (outputs, rank), with the experts as a first axis where they are one module.
+    `a` is (rank, inputs) and `b` (outputs, rank); the experts of one module are a first axis of both.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Adapter(torch.nn.Module):
             divided.tensor_model_parallel = True
             divided.partition_dim, divided.partition_stride = divided.dim() + axis, 1
         for parameter in (whole, divided):
-            parameter.allreduce = not expert  # by megatron-core's word for "not an expert"
+            parameter.allreduce = not expert  # how megatron-core marks what is not an expert
 
     def added_to(self, linear: Any, arguments: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the linear layer: its output (and bias) with that of the adapter."""
+        """Forward hook of the linear layer: the output of the adapter is added to its own; a bias stays."""
         x, *counts = arguments
         norm = getattr(linear, "layer_norm_weight", None)
         if norm is not None:  # RMSNorm and linear layer in one module
@@ -124,7 +124,7 @@ class Adapter(torch.nn.Module):
     def _dropped(self, x: Tensor) -> Tensor:
         if not self.training or not self.dropout:
             return x
-        # Ranks hold other tokens or other inputs, but for experts' first layers: the same on all of them.
+        # Each rank drops other tokens or inputs; only the experts' first layer has one input on all ranks.
         same = self.expert and not self.row
         with tensor_parallel.get_cuda_rng_tracker().fork(
             "data-parallel-rng" if same else "model-parallel-rng"
@@ -142,7 +142,7 @@ class Adapter(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """The shards of both factors; those of an expert have the same key with and without grouping."""
+        """The shards of both factors. An expert's shard has the same key whether experts are grouped or not."""
         axes = {} if self.replicated else {"a": 1} if self.row else {"b": 0}
         if not self.experts:
             return make_sharded_tensors_for_checkpoint(
@@ -169,10 +169,10 @@ class Adapter(torch.nn.Module):
 
 
 def _product(x: Tensor, weight: Tensor, ends: Tensor | None) -> Tensor:
-    """x (..., inputs) times weight (outputs, inputs), or times that of each token's expert."""
+    """x (..., inputs) times weight (outputs, inputs), or times the weight of each token's expert."""
     if ends is None:
         return F.linear(x, weight)
-    # Rows of multiples of 16 bytes are what the kernel takes.
+    # The kernel takes rows of a multiple of 16 bytes.
     if x.dtype == torch.bfloat16 and len(x) and not any(width % 8 for width in weight.shape[1:]):
         return torch._grouped_mm(x, weight.mT, offs=ends)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
@@ -247,8 +247,10 @@ def _draw_a(_key: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
 
 @torch.no_grad()
 def _stack(weights: list[Tensor]) -> None:
-    """Put the weights of experts one after the other in memory, where our grouped product wants them; those
-    that are trained are in such a buffer of DistributedDataParallel."""
+    """Put the weights of frozen experts one after the other in memory, as the grouped product wants them.
+
+    Trained ones lie so in the buffer of DistributedDataParallel.
+    """
     for weight, place in zip(weights, torch.stack(weights), strict=True):
         weight.data = place
 
@@ -274,7 +276,7 @@ def _sharded_state_dict(
     sharded_offsets: tuple = (),
     metadata: dict | None = None,
 ) -> dict[str, Any]:
-    """The shards of a linear layer, which would call the adapter's replicated, with those of its adapter."""
+    """The shards of a linear layer, and of its adapter, which the layer itself would take for replicated."""
     shards = plain(prefix, sharded_offsets, metadata)
     own = linear.lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata)
     sizes = getattr(weights_of(linear)[0], "partition_sizes", None)
@@ -285,20 +287,20 @@ def _sharded_state_dict(
 
 
 def adapted(model: torch.nn.Module) -> Iterator[tuple[Any, Adapter]]:
-    """The linear layers that have an adapter, with it."""
+    """Each linear layer that has an adapter, and the adapter."""
     for module in model.modules():
         if isinstance(adapter := getattr(module, "lora", None), Adapter):
             yield module, adapter
 
 
 def merge(model: torch.nn.Module) -> None:
-    """Add every adapter to its weight, in place, and empty it: each rank its own parts."""
+    """Add every adapter to its weight in place, and empty it. Each rank adds its own parts."""
     for linear, adapter in adapted(model):
         adapter.merge_into(linear)
 
 
 def seed_dropout(seed: int, iteration: int) -> None:
-    """Have a step's dropout depend on its number alone, so that a resumed training draws the same."""
+    """Let the dropout of a step depend on its number alone, so that a resumed training draws the same."""
     tensor_parallel.model_parallel_cuda_manual_seed(
         (seed + 1_000_003 * (iteration + 1)) % 2**31, force_reset_rng=True
     )

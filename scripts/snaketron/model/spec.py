@@ -50,7 +50,7 @@ _QUANTIZATION = {
 
 
 def quantization_recipe() -> RecipeConfig:
-    """Which modules are quantized how under nvfp4, by the first pattern that fits their name."""
+    """How each module is quantized under nvfp4: by the first pattern that fits its name."""
     return RecipeConfig(
         [GlobMatcher(pattern, kind) for pattern, kind in (NVFP4_EXCEPTIONS | {"*": "nvfp4"}).items()],
         _QUANTIZATION,
@@ -58,7 +58,7 @@ def quantization_recipe() -> RecipeConfig:
 
 
 def low_precision(model: Model) -> dict[str, Any]:
-    """TransformerConfig fields for what is below bf16; none for fp32 and bf16."""
+    """TransformerConfig fields of a precision below bf16; none for fp32 and bf16."""
     fields = dict(LOW_PRECISION.get(model.precision, {}))
     if fields and model.bf16_layers_at_end:
         fields |= {
@@ -72,7 +72,7 @@ def low_precision(model: Model) -> dict[str, Any]:
 
 
 def recomputation(modules: Sequence[str]) -> dict[str, Any]:
-    """TransformerConfig fields for what the backward pass computes again."""
+    """TransformerConfig fields that say what the backward pass computes again."""
     if not modules:
         return {}
     if "layer" in modules:
@@ -81,7 +81,7 @@ def recomputation(modules: Sequence[str]) -> dict[str, Any]:
 
 
 def dtype_of(model: Model) -> torch.dtype:
-    """Of weights and of what is between products."""
+    """The type of weights, and of activations between products."""
     return torch.float32 if model.precision == "fp32" else torch.bfloat16
 
 

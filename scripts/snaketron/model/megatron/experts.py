@@ -28,7 +28,9 @@ def stacked(parts: Sequence[Tensor]) -> Tensor | None:
     """Tensors of one shape that follow each other in memory as one (count, ...); None if they do not."""
     first = parts[0]
     step, start = first.numel() * first.element_size(), first.data_ptr()
-    memory = first.untyped_storage().data_ptr()  # of parameters on their own too, that happen to follow
+    memory = (
+        first.untyped_storage().data_ptr()
+    )  # tensors with memory of their own may follow each other by chance
     for i, part in enumerate(parts):
         if part.untyped_storage().data_ptr() != memory:
             return None
@@ -42,7 +44,7 @@ class Experts(torch.autograd.Function):
     """fc2(squared_relu(fc1(x)) * probability), each token by its own expert.
 
     Gradients of the weights are added to `main_grad`, as megatron-core's fused accumulation does. The first
-    weight of each kind is an input to let autograd call what waits for them.
+    weight of each kind is an input, so that autograd calls the hooks that wait for the weights.
     """
 
     @staticmethod
@@ -115,9 +117,9 @@ def frozen_experts(
     weights: tuple[Tensor, Tensor],
     adapters: Sequence[Callable[[Tensor, Tensor], Tensor] | None] = (None, None),
 ) -> Tensor:
-    """What `Experts` computes, of weights that are not trained, with the adapters of both products if any.
+    """Like `Experts`, for weights that are not trained, with the adapters of both products if there are any.
 
-    Arguments and result as there; an adapter gets the input of its product and `ends`.
+    Arguments and result are those of `Experts`; an adapter gets the input of its product and `ends`.
     """
 
     def product(x: Tensor, i: int) -> Tensor:
@@ -133,7 +135,7 @@ def _activate(hidden: Tensor, probs: Tensor) -> Tensor:
 
 
 def _activate_back(hidden: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The output of `_activate`, and the gradients of what it got; `grad` may be overwritten."""
+    """The output of `_activate`, and the gradients of `hidden` and `probs`; `grad` may be overwritten."""
     if hidden.is_cuda:
         return kernels.activate_back(hidden, probs, grad)
     return weighted_squared_relu(hidden, probs), *weighted_squared_relu_back(grad, hidden, probs)
@@ -145,7 +147,7 @@ def _accumulate(total: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tensor
 
 
 def _added(parameter: Tensor) -> Tensor:
-    """What autograd gets for a gradient that is in main_grad already."""
+    """A placeholder for autograd: the gradient is in main_grad already."""
     parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    parameter.others_added = True  # type: ignore[attr-defined]  # which `gpu` tells what waits for them
+    parameter.others_added = True  # type: ignore[attr-defined]  # `gpu.make_backward_post_hook` reports them
     return torch.empty_like(parameter)
