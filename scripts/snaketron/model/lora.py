@@ -142,7 +142,7 @@ class Adapter(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """The shards of both factors. An expert's shard has the same key whether experts are grouped or not."""
+        """The shards of both factors. An expert's shard has the same key with and without grouping."""
         axes = {} if self.replicated else {"a": 1} if self.row else {"b": 0}
         if not self.experts:
             return make_sharded_tensors_for_checkpoint(
