@@ -79,7 +79,7 @@ def test_every_record_tells_the_truth(finished: Workspace, monkeypatch: pytest.M
         assert content_hash(Path(path)) == digest, path
     used = [i for record in records for i in record.inputs if i.path in made]
     assert len(used) > 10
-    assert all(made[i["path"]] == i["sha256"] for i in used)
+    assert all(made[i.path] == i.sha256 for i in used)
 
 
 def content_hash(path: Path) -> str:
