@@ -22,7 +22,7 @@ def workflow(*config: str, partition: str = "slurm_partition", **sft: Any) -> Si
         ),
         config_settings=SimpleNamespace(config_args=list(config)),
         overwrite_configfiles=[Path("my config.yaml")],
-        main_snakefile="/work/it's here/Snakefile",
+        main_snakefile="/data/it's here/Snakefile",
     )
 
 
