@@ -48,7 +48,7 @@ class Holder:
     def is_gone(self) -> bool:
         """Whether the supervisor is certainly dead; its processes may still live."""
         if self.job:
-            # The same job again: Slurm runs it once at a time.
+            # Slurm runs a job once at a time, so an earlier run of this job is over.
             return self.job == os.environ.get("SLURM_JOB_ID") or slurm.is_over(self.job)
         return self.host == platform.node() and not Path(f"/proc/{self.process}").exists()
 

@@ -2,7 +2,7 @@
 
 megatron-core reads the norm of the gradient on the host in the middle of the step, and handles each parameter
 in Python several times; a layer of 64 experts has 128 of them. On an H200 the model of docs/measurements.md
-spent 145 ms of each step there, of which the GPU worked for 35. Here the norm stays on the GPU, so that
+spent 145 ms of each step there, and the GPU worked for 35 of them. Here the norm stays on the GPU, so that
 the host prepares the step while the GPU still computes gradients, and tensors that stay where they are
 are looked up once. The kernels, and so the results, are the same.
 """
