@@ -123,6 +123,14 @@ def check_model(model: Model) -> list[str]:
             f"model.moe_router_topk {model.moe_router_topk} is more than "
             f"model.num_moe_experts {model.num_moe_experts}"
         )
+    # megatron-core has a number for each layer and each depth, and one of the block's layers takes its own.
+    places = len(model.hybrid_layer_pattern) + model.mtp_num_layers
+    if model.mtp_num_layers and (at := model.mtp_hybrid_layer_pattern.rfind("E") + 1) > places:
+        problems.append(
+            f"model.mtp_hybrid_layer_pattern: its layer {at} is an E, and megatron-core records the load of "
+            f"{places} layers: those of model.hybrid_layer_pattern, and model.mtp_num_layers "
+            f"{model.mtp_num_layers}"
+        )
     return [p for p in problems if p]
 
 
@@ -265,6 +273,11 @@ def check_steps(training: Training) -> list[str]:
     if least > most:
         problems.append(
             f"{training.at('optimizer')}.min_learning_rate {least} is more than learning_rate {most}"
+        )
+    if run.optimizer.gradient_precision == "bf16" and training.model.precision == "fp32":
+        problems.append(
+            f"{training.at('optimizer')}.gradient_precision bf16 has no effect under model.precision fp32, "
+            "whose gradients are fp32; leave it out"
         )
     return problems
 

@@ -62,6 +62,12 @@ class Model(Section):
         0, "layers at the end that stay in bf16 under fp8 and nvfp4; Nemotron 3 Super's recipe: 14"
     )
 
+    @property
+    def routed_layers(self) -> int:
+        """Layers with routed experts that a token passes; those of multi-token prediction at each depth."""
+        at_each_depth = self.mtp_hybrid_layer_pattern.count("E")
+        return self.hybrid_layer_pattern.count("E") + self.mtp_num_layers * at_each_depth
+
 
 class Parallel(Section):
     """How many processes share a model. Changing it continues the same training."""

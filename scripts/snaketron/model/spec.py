@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
+from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -186,6 +187,8 @@ def build_model(config: TransformerConfig, model: Model, vocab_size: int, seq_le
         if isinstance(module, TopKRouter):
             # Float16Module would make the count bf16, which is exact only up to 256.
             module.local_tokens_per_expert = module.local_tokens_per_expert.long()
+        if isinstance(module, MambaMixer):
+            module.norm.eps = config.layernorm_epsilon  # megatron-core writes 1e-5, whatever the model has
     for name, parameter in built.named_parameters():
         if ".experts." in name:
             # Gives the experts an optimizer of their own with EP = 1 too, as megatron-core does with EP > 1;

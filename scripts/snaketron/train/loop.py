@@ -201,7 +201,7 @@ class Trainer:
         model = self.settings.model
         mtp = internals.take_mtp_losses(model.mtp_num_layers)
         sums, mtp = sum_over_ranks(outputs, len(self.sources), mtp)
-        router = internals.take_router_loss(self.built.config, model.hybrid_layer_pattern) / micro_batches
+        router = internals.take_router_loss(self.built.config, model.routed_layers) / micro_batches
         # Signals reach ranks at other steps.
         signals = torch.tensor(self.stop_signal, device=backend.device())
         torch.distributed.all_reduce(signals, op=torch.distributed.ReduceOp.MAX)

@@ -300,6 +300,22 @@ PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight"
             "model.mamba_num_heads 8 is not divisible by model.mamba_num_groups 3",
         ),
         (
+            {
+                "model": {
+                    "hybrid_layer_pattern": "M",
+                    "mtp_hybrid_layer_pattern": "****E",
+                    "mtp_num_layers": 1,
+                }
+            },
+            "model.mtp_hybrid_layer_pattern: its layer 5 is an E, and megatron-core records the load of 2 "
+            "layers: those of model.hybrid_layer_pattern, and model.mtp_num_layers 1",
+        ),
+        (
+            {"sft": {"optimizer": {"gradient_precision": "bf16"}}},
+            "sft.optimizer.gradient_precision bf16 has no effect under model.precision fp32, whose gradients "
+            "are fp32; leave it out",
+        ),
+        (
             {"model": {"moe_router_topk": 9}},
             "model.moe_router_topk 9 is more than model.num_moe_experts 8",
         ),

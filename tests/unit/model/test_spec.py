@@ -47,6 +47,15 @@ def test_configuration_is_that_of_nemotron_3_super():
     assert spec.transformer_config(Model(mtp_num_layers=0), Parallel()).mtp_num_layers is None
 
 
+def test_every_norm_has_the_epsilon_of_the_configuration(build):
+    """The gated norm of Mamba-2 too, for which megatron-core writes 1e-5."""
+    model = build(hybrid_layer_pattern="ME*-", mtp_hybrid_layer_pattern="ME", layernorm_epsilon=1e-3)
+    epsilons = {name: m.eps for name, m in model.named_modules() if hasattr(m, "eps")}
+    assert epsilons and set(epsilons.values()) == {1e-3}
+    gated = [name for name in epsilons if name.endswith(".mixer.norm")]
+    assert gated == ["decoder.layers.0.mixer.norm", "mtp.layers.0.mtp_model_layer.layers.0.mixer.norm"]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_expert_bias_moves_towards_experts_with_few_tokens(build, precision):
     model = build(precision=precision, moe_router_bias_update_rate=1e-3)

@@ -16,22 +16,25 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 
-def take_router_loss(config: TransformerConfig, pattern: str) -> float:
+def take_router_loss(config: TransformerConfig, routed_layers: int) -> float:
     """The load balancing loss of the step, summed over micro-batches: the mean over the routed layers.
 
-    `pattern` is that of the layers. The tracker is emptied; every rank must call this.
+    `routed_layers` counts those of multi-token prediction once for each depth, as their losses are recorded.
+    megatron-core would count one such layer a depth, whatever the pattern. The tracker is emptied; every rank
+    must call this.
     """
+    if not routed_layers:
+        return 0.0
     name = "seq_load_balancing_loss"
     losses: dict[str, torch.Tensor] = {}
     get_moe_metrics_tracker().report(
         loss_scale=1.0,
         iteration=0,
-        # A pipeline stage without routed layers must take part in the reduction.
+        # A pipeline stage without routed layers must take part in the reduction, with as many numbers.
         force_initialize=True,
         track_names=name,
-        num_layers=config.num_layers,
-        moe_layer_freq=[int(layer == "E") for layer in pattern],
-        mtp_num_layers=config.mtp_num_layers,
+        num_layers=config.num_layers + (config.mtp_num_layers or 0),
+        moe_layer_freq=[routed_layers],
         total_loss_dict=losses,
     )
     return float(losses[name])
