@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from snaketron.config.base import ConfigError, Count, Section, key, suggest
 from snaketron.config.checks import (
     SECRET,
+    check_blends,
     check_curriculum,
     check_environment,
     check_model,
@@ -127,6 +128,7 @@ class Config(Section):
             *duplicates("chats", [c.name for c in self.chats]),
             *duplicates("pretrain.phases", [p.name for p in self.pretrain.phases]),
             *check_references(self),
+            *check_blends(self),
             *check_sources(self),
             *check_reasoning(self),
             *check_tokenizer(self.tokenizer),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from snaketron.config.base import suggest
@@ -34,6 +35,24 @@ def check_references(config: Config) -> list[str]:
         for path, name, known in used
         if name not in known
     ]
+
+
+def check_blends(config: Config) -> list[str]:
+    """Each name stands once in a blend, because a mix has one weight for it."""
+    blends = [
+        (f"pretrain.phases[{i}].blend", [(entry.corpus, entry.weight) for entry in phase.blend])
+        for i, phase in enumerate(config.pretrain.phases)
+    ]
+    blends.append(("sft.blend", [(entry.source, entry.weight) for entry in config.sft.blend]))
+    problems = []
+    for at, entries in blends:
+        for name, number in Counter(name for name, _ in entries).items():
+            if number > 1:
+                total = sum(weight for other, weight in entries if other == name)
+                problems.append(
+                    f"{at}: {name!r} stands there {number} times; leave one, with the weight {total:g} of all"
+                )
+    return problems
 
 
 RESERVED = (  # columns that the workflow adds to the data

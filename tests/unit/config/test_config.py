@@ -274,6 +274,18 @@ PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight"
             "sft.blend[1].source: 'zzz' is not defined; known: questions, tools",
         ),
         (
+            {
+                "pretrain": {
+                    "phases": [PHASE, PHASE | {"name": "b", "blend": 2 * [{"corpus": "docs", "weight": 1}]}]
+                }
+            },
+            "pretrain.phases[1].blend: 'docs' stands there 2 times; leave one, with the weight 2 of all",
+        ),
+        (
+            {"sft": {"blend": [{"source": "tools", "weight": 0.5}, {"source": "tools", "weight": 0.25}]}},
+            "sft.blend: 'tools' stands there 2 times; leave one, with the weight 0.75 of all",
+        ),
+        (
             {"sft_data": {"template_arguments": {"tools": []}}},
             "sft_data.template_arguments.tools: not an argument, it comes from the conversation; "
             "leave it out",
