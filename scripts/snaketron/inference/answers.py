@@ -9,7 +9,7 @@ from snaketron.data.tokenizer import load_tokenizer
 from snaketron.files import write_json
 from snaketron.inference.generate import generate
 from snaketron.jobs.launch import rank
-from snaketron.train.build import BuiltModel
+from snaketron.model.build import BuiltModel
 from snaketron.train.sft_batches import SftBatches
 from snaketron.train.stage import Stage
 

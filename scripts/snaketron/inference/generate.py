@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from snaketron.model import backend
+from snaketron.model.build import BuiltModel
 from snaketron.model.megatron import internals
-from snaketron.train.build import BuiltModel
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func

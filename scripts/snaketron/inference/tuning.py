@@ -15,7 +15,7 @@ from snaketron.settings.training import TrainSettings
 from snaketron.train.stage import Stage, run_stage, training_parser
 
 if TYPE_CHECKING:  # they import megatron-core (5 s), which a finished version does not need
-    from snaketron.train.build import BuiltModel
+    from snaketron.model.build import BuiltModel
     from snaketron.train.sft_batches import SftBatches
 
 

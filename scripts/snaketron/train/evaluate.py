@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from snaketron.model.build import BuiltModel
 from snaketron.model.megatron import internals
 from snaketron.train.batches import Batches, Split
-from snaketron.train.build import BuiltModel
 from snaketron.train.losses import compute, sum_over_ranks
 
 

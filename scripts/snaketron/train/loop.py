@@ -16,11 +16,11 @@ from snaketron.jobs.owner import check_owner
 from snaketron.jobs.version import Version
 from snaketron.log import logger
 from snaketron.model import backend, lora
+from snaketron.model.checkpoint import Saver
 from snaketron.model.megatron import internals
 from snaketron.sizes.flops import training_flops
 from snaketron.train.batches import Batches
 from snaketron.train.build import Trainable
-from snaketron.train.checkpoint import Saver
 from snaketron.train.evaluate import evaluate
 from snaketron.train.losses import Sums, Totals, compute, sum_over_ranks
 from snaketron.train.metrics import Clock, Metrics, Progress

@@ -15,8 +15,8 @@ from snaketron.train.stage import Stage
 import yaml
 
 if TYPE_CHECKING:  # imports megatron-core (5 s)
+    from snaketron.model.build import BuiltModel
     from snaketron.train.batches import Batches
-    from snaketron.train.build import BuiltModel
 
 
 def check_adapters(stage: Stage, adapters: Path) -> None:
@@ -43,9 +43,9 @@ def merge(stage: Stage, adapters: Path, make_batches: Callable[[Stage], Any]) ->
     trainings, and what reads a checkpoint's weights finds those of ckpt/sft.
     """
     from snaketron.model import lora
+    from snaketron.model.build import build_model
+    from snaketron.model.checkpoint import Saver
     from snaketron.model.distributed import distributed
-    from snaketron.train.build import build_model
-    from snaketron.train.checkpoint import Saver
 
     check_adapters(stage, adapters)
     assert stage.base is not None

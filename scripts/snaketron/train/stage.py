@@ -27,8 +27,8 @@ import yaml
 from pydantic import ValidationError
 
 if TYPE_CHECKING:  # imports megatron-core (5 s), which a finished version does not need
+    from snaketron.model.build import BuiltModel
     from snaketron.train.batches import Batches
-    from snaketron.train.build import BuiltModel
     from snaketron.train.loop import Trainer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

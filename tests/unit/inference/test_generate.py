@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.inference.generate import generate
-from snaketron.train.build import build_model
+from snaketron.model.build import build_model
 
 import pytest
 import torch

@@ -6,8 +6,9 @@ import gc
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.train.build import BuiltModel, build_model, build_training, with_optimizer
-from snaketron.train.checkpoint import Saver
+from snaketron.model.build import BuiltModel, build_model
+from snaketron.model.checkpoint import Saver
+from snaketron.train.build import build_training, with_optimizer
 from snaketron.train.evaluate import evaluate
 from snaketron.train.loop import Trainer
 from tests.unit.train.test_checkpoint import Random

@@ -1,0 +1,63 @@
+"""The model of a checkpoint, without the training that made it: to have it answer, and to evaluate it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from snaketron.data.tokenizer import tokenizer_info
+from snaketron.jobs.version import Version
+from snaketron.lineage.record import read
+from snaketron.log import UserError
+from snaketron.model.build import BuiltModel, build_model
+from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
+
+import yaml
+from pydantic import ValidationError
+
+
+def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
+    """The model of a finished checkpoint such as ckpt/sft, with its weights and no optimizer.
+
+    The weights of a checkpoint of adapters (ckpt/lora) are those of its base, with the adapters beside them.
+
+    Args:
+        path: a version, or the link to one.
+        run: the layout, which need not be that of the training; None: this process alone. `distributed` must
+            have been entered with it.
+
+    Raises:
+        UserError: no finished checkpoint is there, its base is gone, or this machine cannot compute it.
+    """
+    version = Version(path)
+    if not version.is_finished:
+        raise UserError(f"{path}: not a finished checkpoint of this workflow (no {version.record.name})")
+    settings = settings_of(version)
+    vocab_size = tokenizer_info(version.tokenizer).vocab_size
+    built = build_model(settings, run or RunSettings(tracking="off"), vocab_size, draw=False)
+    built.load_base(base_of(version) if built.adapters else path)
+    if built.adapters:
+        built.load_trained(path)
+    return built
+
+
+def settings_of(version: Version) -> TrainSettings:
+    """The settings of a checkpoint: `LoraSettings` where it holds adapters, not where they are merged."""
+    values: dict[str, Any] = yaml.safe_load(version.config.read_text())["settings"]
+    try:
+        if values["stage"] == "lora":
+            return LoraSettings.model_validate(values)
+        return TrainSettings.model_validate({key: values[key] for key in values if key != "lora"})
+    except (ValidationError, KeyError) as error:
+        raise UserError(
+            f"{version.config}: not settings that this version of Snaketron knows: {error}"
+        ) from None
+
+
+def base_of(version: Version) -> Path:
+    """The directory of the checkpoint that adapters were trained on, beside their own."""
+    (entry,) = read(version.record).inputs_named("base")
+    base = version.directory.resolve().with_name(entry.version.replace("/", "_"))
+    if not base.is_dir():
+        raise UserError(f"{version.directory} holds adapters of {base}, which is not there any more")
+    return base
