@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -31,8 +33,33 @@ class _Terminal(logging.StreamHandler):
     def stream(self, _: TextIO) -> None:
         pass
 
+    def emit(self, record: logging.LogRecord) -> None:
+        end_progress()
+        super().emit(record)
+
 
 _terminal = _Terminal()
+
+
+_in_progress = False  # whether the last line of the terminal waits to be replaced
+
+
+def show_progress(text: str) -> None:
+    """Show a line on the terminal in the place of the last one of this function; anywhere else a new line."""
+    global _in_progress
+    if sys.stderr.isatty():
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+        _in_progress = True
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def end_progress() -> None:
+    """Let what is written next begin on a line of its own."""
+    global _in_progress
+    if _in_progress:
+        print(file=sys.stderr)
+    _in_progress = False
 
 
 class UserError(Exception):
@@ -80,14 +107,26 @@ class _LogFile(argparse.Action):
 
     def __call__(self, _parser: Any, namespace: argparse.Namespace, value: Any, _option: Any = None) -> None:
         setattr(namespace, self.dest, value)
-        log_to(value, "w")
+        begin_log(value)
+        log_to(value)
         _terminal.setLevel(logging.WARNING)
 
 
-def log_to(path: Path, mode: str) -> None:
-    """Let this process write its log to `path` as well, replacing it ("w") or at its end ("a")."""
+def begin_log(path: Path) -> None:
+    """Empty a log, and write to it which command writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, mode)
+    with contextlib.suppress(OSError):  # a full disk; `log_to` says what else is wrong with the file
+        path.write_text(f"$ {shlex.join(['python', *sys.argv])}\n")
+
+
+def log_to(path: Path) -> None:
+    """Let this process write its log to `path` as well, always at its end.
+
+    A supervisor and the processes of its training write to one log. A process that kept a position of its
+    own would write over the lines of the others.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, "a")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
 

@@ -94,6 +94,10 @@ def test_the_terminal_shows_progress_and_the_summary(finished: Workspace):
     said = (finished.path / "transcript.txt").read_text()
     line = r"pretrain/broad  step \d+/12  loss \d+\.\d{4}  [\d,]+ tokens/s  00:\d\d:\d\d left"
     assert re.search(line, said)
+    # What takes its time is announced.
+    announced = ("sft: starts after step 0", "sft: validating after step 0", "sft: validation loss")
+    places = [said.index(text) for text in announced]
+    assert places == sorted(places)
     summary = (finished.path / "ckpt/sft/summary.md").read_text()
     assert summary.strip() in said
     parts = ("| pretrain/broad ", "| sft ", "packing efficiency", "base model:", "tuned model:", "Dropped:")

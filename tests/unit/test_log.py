@@ -83,7 +83,7 @@ def test_a_file_that_the_disk_has_no_room_for_is_one_line_and_leaves_nothing(tmp
 
 
 def test_a_log_that_the_disk_has_no_room_for_does_not_stop_a_script():
-    body = "log_to(pathlib.Path('/dev/full'), 'w'); logger.info('3 documents'); return 0"
+    body = "log_to(pathlib.Path('/dev/full')); logger.info('3 documents'); return 0"
     done = script(body)
     assert (done.returncode, done.stderr) == (0, "3 documents\n")
 
@@ -96,8 +96,10 @@ def test_a_log_file_takes_what_is_said_and_the_terminal_only_warnings(tmp_path: 
     )
     done = script(body, log)
     assert (done.returncode, done.stderr) == (1, "one is empty\nerror: a.jsonl: line 3\n")
+    command, *lines = log.read_text().splitlines()
+    assert command == f"$ python -c {log}"
     # After the date and the time of each line.
-    assert [line.split(" ", 2)[2] for line in log.read_text().splitlines()] == [
+    assert [line.split(" ", 2)[2] for line in lines] == [
         "3 documents",
         "one is empty",
         "error: a.jsonl: line 3",
@@ -105,7 +107,23 @@ def test_a_log_file_takes_what_is_said_and_the_terminal_only_warnings(tmp_path: 
     assert (
         script("argument_parser('x').parse_args(['--log-file', sys.argv[1]]); return 0", log).returncode == 0
     )
-    assert log.read_text() == ""  # of the last attempt
+    assert log.read_text() == f"{command}\n"  # of the last attempt
+
+
+def test_processes_that_write_to_one_log_do_not_write_over_each_other(tmp_path: Path):
+    """A supervisor begins the log, its processes write to it, and the supervisor has the last word."""
+    log, process = tmp_path / "a.log", tmp_path / "process.py"
+    process.write_text(
+        f"{DOOR}logger.setLevel('INFO'); log_to(pathlib.Path(sys.argv[1])); logger.info('of a process')"
+    )
+    body = (
+        "begin_log(pathlib.Path(sys.argv[1])); log_to(pathlib.Path(sys.argv[1])); logger.info('first'); "
+        "import subprocess; subprocess.run([sys.executable, sys.argv[2], sys.argv[1]], check=True); "
+        "logger.info('last'); return 0"
+    )
+    script(body, log, process)
+    said = [line.split(" ", 2)[2] for line in log.read_text().splitlines()[1:]]
+    assert said == ["first", "of a process", "last"]
 
 
 def test_an_ended_script_removes_what_it_was_writing(tmp_path: Path):

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from snaketron.data.tokenizer import load_tokenizer
 from snaketron.files import write_json
 from snaketron.inference.generate import generate
-from snaketron.jobs.launch import rank
+from snaketron.jobs.launch import is_writer, rank
+from snaketron.log import logger
 from snaketron.model.build import BuiltModel
 from snaketron.train.sft_batches import SftBatches
 from snaketron.train.stage import Stage
+from snaketron.wording import plural
 
 import numpy as np
 
@@ -44,6 +46,9 @@ def write_answers(stage: Stage, built: BuiltModel, iteration: int, batches: SftB
     """Write the answers of the model as it is now to the version, in a file of its own for each step."""
     text = load_tokenizer(stage.tokenizer_directory)
     answers: list[dict[str, str]] = []
+    if stage.run.num_samples and is_writer():
+        what = plural(stage.run.num_samples, "prompt")
+        logger.info("%s: answering %s after step %d", stage.settings.stage, what, iteration)
     for prompt in held_out_prompts(batches, stage.run.num_samples):
         ids = answer(built, prompt, stage.run.sample_tokens)
         entry = {"prompt": prompt.input_ids, "reference": prompt.reference, "answer": ids}

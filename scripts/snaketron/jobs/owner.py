@@ -89,6 +89,8 @@ def own(version: Version) -> Owner:
     me = Holder(owner.token, os.getpid(), platform.node(), os.environ.get("SLURM_JOB_ID"))
     files.write_json(version.owner, asdict(me))
     deadline = time.monotonic() + (PATIENCE_S if locked or not holder or not holder.job else OVER_S)
+    if not locked:
+        logger.info("%s: waiting for the processes of %s to save and end", version.directory, holder)
     while not locked and time.monotonic() < deadline:
         time.sleep(0.2)
         locked = _lock(file)

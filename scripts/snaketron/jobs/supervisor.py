@@ -95,6 +95,7 @@ def watch(ranks: Ranks, beats: Path, signals: Signals, limit: Limit, step_timeou
                 ranks.kill()  # asked twice
             elif why == "exit":
                 why = "signal"
+                logger.info("the step is finished and saved; a second signal stops at once and saves nothing")
                 ranks.stop()
         if why == "exit" and limit.is_near():
             why = "time limit"
@@ -167,7 +168,7 @@ class Supervisor:
                 ranks = Ranks([sys.executable, *sys.argv], self.run, owner, self.job)
                 attempts.begin(before, self.job.id if self.job else None)
                 ranks.start()
-                logger.info("%s: %s, after step %d", self.name, ranks, before)
+                logger.info("%s: starts after step %d (%s)", self.name, before, ranks)
                 ended = watch(ranks, version.heartbeat, self.signals, limit, self.run.step_timeout)
                 status = self.judge(ended, attempts)
                 if status is not None:

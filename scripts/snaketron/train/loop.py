@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from snaketron.train.metrics import Clock, Metrics, Progress
 from snaketron.train.schedule import seek
 
 import torch
+
+SILENCE_S = 5.0  # nothing takes longer without a line that says what it is
 
 
 class Stopped(Exception):
@@ -55,6 +58,7 @@ class Trainer:
         self.totals = Totals()  # since the last line of metrics
         self.sources: tuple[str, ...] = ()
         self.stop_signal = 0
+        self.quick: set[str] = set()  # what took less than `SILENCE_S` the last time
 
     # ------------------------------------------------------------------------------------ checkpoints
 
@@ -64,7 +68,8 @@ class Trainer:
             "consumed_train_samples": self.iteration * self.settings.global_batch_size,
             **self.totals.saved(),
         }
-        self.saver.save(directory, self.iteration, self.built.trained, self.optimizer, progress)
+        with self._announced("saving"):
+            self.saver.save(directory, self.iteration, self.built.trained, self.optimizer, progress)
 
     def resume(self, directory: Path) -> bool:
         """Continue from the newest checkpoint of this version; False when there is none."""
@@ -106,6 +111,9 @@ class Trainer:
             if self.iteration == 0:
                 answer()
                 self._validate(batches, metrics)
+            if self.iteration < self.settings.train_iters and is_writer():
+                first, last = self.iteration + 1, self.settings.train_iters
+                logger.info("%s: training, steps %d to %d", self.settings.stage, first, last)
             while self.iteration < self.settings.train_iters:
                 before = self.clock.spent["step"]
                 with self.clock.spend("step"):
@@ -118,7 +126,9 @@ class Trainer:
                 self._after_step(batches, metrics, directory, grad_norm, answer)
                 heartbeat.beat(self.iteration)  # a validation or a checkpoint may have taken its time
             if batches.has("test"):
-                metrics.write(iteration=self.iteration, **evaluate(self.built, batches, "test"))
+                with self._announced("testing"):
+                    found = evaluate(self.built, batches, "test")
+                metrics.write(iteration=self.iteration, **found)
 
     def _after_step(
         self,
@@ -182,7 +192,8 @@ class Trainer:
     def _validate(self, batches: Batches, metrics: Metrics) -> None:
         if not batches.has("valid"):
             return
-        found = evaluate(self.built, batches, "valid")
+        with self._announced("validating"):
+            found = evaluate(self.built, batches, "valid")
         metrics.write(iteration=self.iteration, **found)
         if is_writer():
             by_source = ", ".join(f"{n} {loss:.4f}" for n, loss in found.get("valid_sources", {}).items())
@@ -240,6 +251,18 @@ class Trainer:
                 if sums["packs"][source]
             }
         return line
+
+    @contextlib.contextmanager
+    def _announced(self, what: str) -> Iterator[None]:
+        """Say what is done now, unless it took no time worth a line when it was done before."""
+        if what not in self.quick and is_writer():
+            logger.info("%s: %s after step %d", self.settings.stage, what, self.iteration)
+        began = time.monotonic()
+        yield
+        if time.monotonic() - began < SILENCE_S:
+            self.quick.add(what)
+        else:
+            self.quick.discard(what)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

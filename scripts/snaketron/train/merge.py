@@ -50,10 +50,13 @@ def merge(stage: Stage, adapters: Path, make_batches: Callable[[Stage], Any]) ->
     check_adapters(stage, adapters)
     assert stage.base is not None
     steps = stage.settings.train_iters
+    name = stage.settings.stage
+    logger.info("%s: building the model and loading %s and %s", name, stage.base, adapters)
     with distributed(stage.settings.seed, stage.run):
         built = build_model(stage.settings, stage.run, stage.tokenizer.vocab_size)
         _load(built, stage.base, adapters)
         batches = make_batches(stage)
+        logger.info("%s: computing the validation loss with adapters, and merged", name)
         before = _valid_losses(built, batches)
         lora.merge(built.model)
         after = _valid_losses(built, batches)

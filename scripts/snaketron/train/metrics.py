@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import writing
+from snaketron.log import end_progress, show_progress
 from snaketron.wording import duration
 
 import orjson
@@ -170,5 +171,6 @@ class Progress:
         left = duration(seconds * (self.total - done))
         speed = self.tokens_per_step / seconds
         text = f"{self.stage}  step {done}/{self.total}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left"
-        end = "\n" if done == self.total or not self.terminal else ""
-        print(f"\r{text}\x1b[K" if self.terminal else text, end=end, file=sys.stderr, flush=True)
+        show_progress(text)
+        if done == self.total:
+            end_progress()

@@ -19,9 +19,10 @@ from snaketron.jobs import launch, supervisor
 from snaketron.jobs.version import Version, version_key
 from snaketron.lineage.record import Entry, making, of_file
 from snaketron.lineage.wandb import Tracker
-from snaketron.log import UserError, log_to, logger
+from snaketron.log import UserError, begin_log, log_to, logger
 from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
 from snaketron.train.metrics import Metrics, mix, performance
+from snaketron.wording import size_text
 
 import yaml
 from pydantic import ValidationError
@@ -131,9 +132,11 @@ class Stage:
         if not launch.is_writer():
             logger.setLevel(logging.WARNING)
             return
-        log_to(self.version.log, "a")
+        log_to(self.version.log)
         if log_file:
-            log_to(log_file, "a" if launch.is_rank() else "w")
+            if not launch.is_rank():
+                begin_log(log_file)
+            log_to(log_file)
 
     def train(
         self,
@@ -160,6 +163,7 @@ class Stage:
             self.inputs,
             {"settings": self.settings.model_dump(), "run": self.run.model_dump()},
         )
+        logger.info("%s: building the model", self.settings.stage)
         with distributed(self.settings.seed, self.run):
             trainer = Trainer(build_training(self.settings, self.run, self.tokenizer.vocab_size))
             self._begin(trainer, optimizer_of_base=optimizer_of_base)
@@ -184,6 +188,8 @@ class Stage:
         parameters = sum(p.numel() for p in trainer.model.parameters())
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         adapters = trainer.built.adapters
+        if self.base:
+            logger.info("%s: loading %s", stage, self.base)
         if adapters and self.base:  # their checkpoints do not hold the frozen weights
             trainer.start_from(self.base, optimizer_of_base=False)
         if trainer.resume(directory):
@@ -241,6 +247,8 @@ class Stage:
         stage, record = self.settings.stage, self.version.record
         with making("checkpoint", stage, outputs={}, record=record, started=self.started) as job:
             written = sorted(p for p in final.rglob("*") if p.is_file())
+            size = sum(path.stat().st_size for path in written)
+            logger.info("%s: hashing the last checkpoint (%s)", stage, size_text(size))
             job.present = [of_file(str(p.relative_to(final)), p) for p in written]
             job.inputs = {entry.name: entry for entry in self.inputs}
             job.settings, job.counts, job.key = self.settings.model_dump(), counts, self.key
