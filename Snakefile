@@ -21,6 +21,7 @@ from snaketron.graph import dry_run, single_run
 from snaketron.graph.graph import Graph
 from snaketron.graph.submission import check_submission
 from snaketron.jobs import status
+from snaketron.sources.models import MODEL_FILE
 from snaketron.sources.shards import DOWNLOADED
 
 SPLITS = ("train", "valid", "test")

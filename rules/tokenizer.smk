@@ -1,10 +1,11 @@
 rule build_tokenizer:
-    """Train a byte-level BPE tokenizer, or take one from a path or the hub.
+    """Train a byte-level BPE tokenizer, or take one from a directory or the hub.
 
     The text is `ancient`, because a changed raw file must not change the ids of all text.
     """
     input:
         text=ancient(graph.tokenizer_text),
+        hub=graph.hub_tokenizer,
     output:
         tokenizer="<data>/tokenizer/tokenizer.json",
         config="<data>/tokenizer/tokenizer_config.json",

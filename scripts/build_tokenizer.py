@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on text, or take one from Hugging Face; both give the same files."""
+"""Train a byte-level BPE tokenizer on text, or take a Hugging Face one; both give the same files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from snaketron.log import argument_parser, logger, run
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--path", help="directory or hub id of a fast tokenizer; without it one is trained")
+    parser.add_argument("--path", help="directory of a fast tokenizer; without it one is trained")
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="files to train on")
     parser.add_argument("--text-field", default="text", help="column or JSON key that holds the document")
     parser.add_argument("--vocab-size", type=int, help="tokens of a trained tokenizer, special ones included")

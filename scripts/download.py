@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from snaketron.log import argument_parser, logger, run
-from snaketron.sources.download import Patience, download
+from snaketron.sources.download import download
+from snaketron.sources.patience import Patience
 from snaketron.wording import size_text
 
 

@@ -12,7 +12,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--template", type=Path, help="Jinja file")
-    source.add_argument("--tokenizer", help="directory or hub id of a tokenizer that comes with a template")
+    source.add_argument("--tokenizer", help="directory of a tokenizer that comes with a template")
     parser.add_argument("--output", type=Path, required=True, help="chat_template.jinja")
     parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
     return parser.parse_args(argv)

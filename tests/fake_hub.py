@@ -1,4 +1,4 @@
-"""The part of the Hugging Face hub's interface that its clients use to list and fetch data sets."""
+"""The part of the Hugging Face hub's interface by which its clients list and fetch data sets and models."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.faulty_server import FaultyServer, _Handler
 
-LARGE = (".parquet", ".gz", ".zst", ".arrow")  # files that are kept in LFS, where the hub knows the SHA-256
+LARGE = (
+    ".parquet",
+    ".gz",
+    ".zst",
+    ".arrow",
+    ".safetensors",
+)  # files that are kept in LFS, where the hub knows the SHA-256
 
 
 class FakeHub(FaultyServer):
-    """Data sets by name, and of each the files of its commits; branches point to commits."""
+    """Data sets and models by name, and of each the files of its commits; branches point to commits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,9 +71,11 @@ class _HubHandler(_Handler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path):
+        if found := re.fullmatch(
+            r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path
+        ):
             self.api(*found.groups())
-        elif found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.resolve(*found.groups())
         else:
             super().do_GET()
@@ -75,7 +83,7 @@ class _HubHandler(_Handler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         path = unquote(urlsplit(self.path).path)
-        found = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/([^/]+)", path)
+        found = re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/paths-info/([^/]+)", path)
         if not found:
             return self.answer(404)
         files = self.files_of(*found.groups())
@@ -89,7 +97,7 @@ class _HubHandler(_Handler):
         if repository not in hub.commits:
             return self.error(401, "RepoNotFound", "Repository Not Found")
         if repository in hub.gated and not self.headers.get("Authorization"):
-            return self.error(401, "GatedRepo", "Access to this data set is restricted")
+            return self.error(401, "GatedRepo", "Access to it is restricted")
         revision = revision or "main"
         commit = hub.branches[repository].get(revision, revision)
         if commit not in hub.commits[repository]:

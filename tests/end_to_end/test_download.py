@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import json
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+from snaketron.data import tokenizer
 from snaketron.files import partial
+from snaketron.lineage.record import read
+from snaketron.lineage.walk import record_of
 from snaketron.wording import size_text
 from tests.conftest import Workspace
 from tests.end_to_end.processes import run_until
@@ -99,3 +104,32 @@ def test_of_another_commit_only_what_changed_is_fetched(web: Workspace, hub: Fak
     assert web.snakemake(*FILES).jobs == {"download": 1}
     assert (web.path / FILES[1]).read_bytes() == b"other"
     assert [r.path for r in hub.requests if r.path.startswith("/store/")] == [hub.store(b"other")]
+
+
+def test_a_tokenizer_of_the_hub_is_fetched_by_rules_and_needs_no_network_after_them(
+    web: Workspace, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+):
+    """The downloads may run where there is a network, and what uses them where there is none."""
+    small = tokenizer.train(["some text again and again"], 270)
+    template = (web.path / "config/chat_template.jinja").read_text()
+    config = tokenizer.trained_config() | {"chat_template": template}
+    files = {"tokenizer.json": small.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
+    commit = hub.commit("lab/tiny", files | {"model.safetensors": b"weights"})
+    web.write("corpora.yaml", CORPORA + "tokenizer: {path: lab/tiny, chat_template: null}\n")
+    targets = ["data/tokenizer/chat_template.jinja", "data/tokenizer/tokenizer.json"]
+    lock(web, "--source", "web")
+    refused = web.snakemake("-n", *targets)
+    assert refused.status == 1 and "tokenizer.path: lab/tiny is no directory here" in refused.output
+    lock(web)
+    assert web.snakemake(*targets, "--until", "download_model").jobs == {"download_model": 2}
+
+    hub.commits.clear()
+    hub.requests.clear()
+    assert web.snakemake(*targets).jobs == {"build_tokenizer": 1, "install_chat_template": 1}
+    assert hub.requests == []
+    assert tokenizer.tokenizer_info(web.path / "data/tokenizer").vocab_size == 270
+    assert (web.path / targets[0]).read_text() == template
+    monkeypatch.chdir(web.path)
+    for entry in read(Path("data/tokenizer/record.json")).inputs:
+        found = record_of(entry)
+        assert found and found[1].inputs[0].path == f"hf://lab/tiny@{commit}/{entry.file.name}"

@@ -223,7 +223,9 @@ def sample_chats() -> list[ChatSource]:
 
 class Tokenizer(Section):
     path: str | None = key(
-        None, "directory or hub id of a Hugging Face tokenizer to use; null trains one from `text`"
+        None,
+        "Hugging Face tokenizer to use: a directory, or OWNER/NAME or OWNER/NAME@REVISION of the hub, whose "
+        "files scripts/lock_sources.py lists; null trains one from `text`",
     )
     chat_template: str | None = key(
         "config/chat_template.jinja",

@@ -1,12 +1,10 @@
-"""The tokenizer of a run: trained from text or taken from Hugging Face, always the same two files.
+"""The tokenizer of a run: trained from text or taken from a directory, always the same two files.
 
 Its identity is the sha256 of tokenizer.json. Using it imports `tokenizers`, and not transformers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -225,42 +223,27 @@ def convert(path: str) -> tuple[Tokenizer, dict[str, Any], list[Path | Entry]]:
 
 
 def origin(path: str) -> list[Path | Entry]:
-    """The files of a local tokenizer, or the revision of one from the hub, for the record."""
-    if Path(path).is_dir():
-        names = ("tokenizer.json", "tokenizer_config.json")
-        return [file for name in names if (file := Path(path) / name).is_file()]
-    from huggingface_hub import try_to_load_from_cache
+    """The files of a tokenizer's directory that its ids come from, for the record.
 
-    cached = try_to_load_from_cache(path, "tokenizer_config.json")
-    return [Entry("origin", path, revision=Path(cached).parent.name if isinstance(cached, str) else "")]
+    The record beside each downloaded file says where on the hub it was, with the commit.
+    """
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return [file for name in names if (file := Path(path) / name).is_file()]
 
 
 def from_hugging_face(path: str) -> Any:
-    """The `transformers` tokenizer of a directory or a hub id; the local cache comes before the network."""
+    """The `transformers` tokenizer of a directory; rule download_model has fetched one of the hub."""
     from transformers import AutoTokenizer
 
-    if Path(path).is_dir():
-        try:
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"tokenizer.path {path}: no tokenizer in this directory ({_brief(error)})"
-            ) from None
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise UserError(f"tokenizer.path {path}: no such directory")
-    with contextlib.suppress(OSError, ValueError):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    try:
-        from huggingface_hub import HfApi
-
-        HfApi().model_info(path, timeout=10)  # fails at once where transformers would try for 45 s
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # what the HTTP libraries raise changes with their versions
+    if not Path(path).is_dir():
         raise UserError(
-            f"tokenizer.path {path}: not a directory, not in the local Hugging Face cache, and the hub does "
-            f"not give it ({_brief(error)}); run `hf download {path} --local-dir DIR` where there is a "
-            "network, and give DIR"
-        ) from None
+            f"tokenizer.path {path}: no such directory (a tokenizer of the hub is named as OWNER/NAME or "
+            "OWNER/NAME@REVISION)"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer.path {path}: no tokenizer in this directory ({_brief(error)})") from None
 
 
 def _brief(error: Exception) -> str:

@@ -16,6 +16,7 @@ from snaketron.settings.chats import padding_multiple, render_settings
 from snaketron.settings.text import read_settings, tokenize_settings
 from snaketron.sizes.checks import check_trainings
 from snaketron.sources.lockfile import LockedFile, read_lock
+from snaketron.sources.models import tokenizer_model
 from snaketron.sources.shards import shards, to_download
 
 
@@ -44,6 +45,9 @@ class Graph:
             c.name: shards(c, f"chats[{i}]", self.lock, config.sft_data.shard_size)
             for i, c in enumerate(config.chats)
         }
+        # The tokenizer of the hub that is used, and the files that it is fetched as.
+        self.tokenizer_model = tokenizer_model(config)
+        self.tokenizer_files = self.tokenizer_model.files(self.lock) if self.tokenizer_model else []
         self.curation = CurationGraph(config, self.text)
         self.training = TrainingGraph(config)
 
@@ -83,8 +87,13 @@ class Graph:
         """Files that a tokenizer is trained on; none when it is taken from elsewhere."""
         return [] if self.config.tokenizer.path else self.config.tokenizer.text
 
+    def hub_tokenizer(self, _wildcards: Any) -> list[str]:
+        """The downloaded files of a tokenizer of the hub; none for another."""
+        return self.tokenizer_files
+
     def chat_template(self, _wildcards: Any) -> list[str]:
-        return [t] if (t := self.config.tokenizer.chat_template) else []
+        """The file of the chat template, or those of the hub tokenizer that it comes with."""
+        return [t] if (t := self.config.tokenizer.chat_template) else self.tokenizer_files
 
     def source_template(self, wildcards: Any) -> str:
         """The template that renders a source: its own, or that of the tokenizer."""
@@ -116,7 +125,7 @@ class Graph:
         """Options of build_tokenizer that say where the tokenizer comes from."""
         tokenizer = self.config.tokenizer
         if tokenizer.path:
-            return f"--path {shlex.quote(tokenizer.path)}"
+            return f"--path {shlex.quote(self.tokenizer_directory())}"
         field = tokenizer.text_field
         between = "=" if field.startswith("-") else " "  # else it would be taken for an option
         return f"--vocab-size {tokenizer.vocab_size} --text-field{between}{shlex.quote(field)}"
@@ -126,7 +135,12 @@ class Graph:
         tokenizer = self.config.tokenizer
         if tokenizer.chat_template:
             return f"--template {shlex.quote(tokenizer.chat_template)}"
-        return f"--tokenizer {shlex.quote(tokenizer.path or '')}"
+        return f"--tokenizer {shlex.quote(self.tokenizer_directory())}"
+
+    def tokenizer_directory(self) -> str:
+        """The directory of a tokenizer that is not trained: the configured one, or that of its downloads."""
+        model = self.tokenizer_model
+        return model.directory(self.config) if model else self.config.tokenizer.path or ""
 
     def tokenize_settings(self, wildcards: Any) -> str:
         return tokenize_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()
@@ -180,4 +194,6 @@ class Graph:
         return math.ceil(self._locked_file(wildcards).size / 1e6)
 
     def _locked_file(self, wildcards: Any) -> LockedFile:
-        return self.lock.file(wildcards.source, wildcards.file)
+        """A file of a source, or of a hub model: its wildcards are owner and model."""
+        model = getattr(wildcards, "model", None)
+        return self.lock.file(f"{wildcards.owner}/{model}" if model else wildcards.source, wildcards.file)

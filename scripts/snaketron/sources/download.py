@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -20,23 +18,11 @@ from snaketron import files
 from snaketron.files import partial
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import NO_SPACE, UserError, logger
+from snaketron.sources.patience import Patience
 from snaketron.sources.streams import BLOCK, Broken, Changed, OtherSize, open_stream
 from snaketron.wording import size_text
 
-_LONGEST_PAUSE = 60.0  # seconds
 _REPORT = 10.0  # seconds between two lines of progress
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a transfer is tried."""
-
-    retries: int = 8  # attempts in a row, after the first, that bring no byte
-    stall_timeout: float = 60  # seconds without a byte after which a connection is given up
-    first_pause: float = 1.0  # seconds before a retry; doubled each time, up to a minute
-
-
-# -------------------------------------------------------------------------------------------- download
 
 
 def download(
@@ -173,17 +159,7 @@ def fetch(
                     f"{address}: {error}; {failures} attempts brought nothing after byte {at}. "
                     "Run again to go on from there"
                 ) from None
-            _wait(address, error, failures, patience)
-
-
-def _wait(address: str, error: Broken, failures: int, patience: Patience) -> None:
-    """Say what broke, and sleep as long as the server asked for, or longer with each failure."""
-    pause = min(_LONGEST_PAUSE, patience.first_pause * 2 ** (failures - 1))
-    pause = error.pause or pause * random.uniform(0.5, 1)  # many downloads must not return at once
-    logger.warning(
-        "%s: %s; trying again in %.1f s (%d of %d)", *(address, error, pause, failures, patience.retries)
-    )
-    time.sleep(pause)
+            patience.wait(address, error, failures)
 
 
 class _Progress:

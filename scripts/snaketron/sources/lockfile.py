@@ -1,4 +1,4 @@
-"""The lock file: the files of each source that lies elsewhere, as scripts/lock_sources.py listed them.
+"""The lock file: the files of each source and hub model, as scripts/lock_sources.py listed them.
 
 Every job reads it: nothing but the standard library, and nothing that asks the network.
 """
@@ -31,27 +31,40 @@ class LockedFile(NamedTuple):
 
 
 class Lock:
-    """What scripts/lock_sources.py wrote: the files of each source that lies elsewhere."""
+    """What scripts/lock_sources.py wrote: the files of each source that lies elsewhere and of each hub model.
 
-    def __init__(self, path: Path, sources: dict[str, Any], command: str = "") -> None:
+    An entry is {"request": what was asked for, "revision": the commit or null, "files": [{"name",
+    "address", "size", "sha256"}]}. Sources are found by their names, models by OWNER/NAME[@REVISION].
+    """
+
+    def __init__(
+        self, path: Path, sources: dict[str, Any], command: str = "", models: dict[str, Any] | None = None
+    ) -> None:
         self.path = path
         self.sources = sources
+        self.models = {} if models is None else models
         self.command = command  # lists the sources; messages tell the user to run it
         self._files: dict[str, dict[str, LockedFile]] = {}
 
     def files(self, source: str) -> dict[str, LockedFile]:
         """The files of a source by their names, in the order of the source. Raises `KeyError`."""
-        if source not in self._files:
-            listed = self.sources[source]["files"]
-            self._files[source] = {file["name"]: LockedFile(**file) for file in listed}
-        return self._files[source]
+        return self._listed(source, self.sources)
 
-    def file(self, source: str, name: str) -> LockedFile:
-        """One file, or `ConfigError`."""
+    def model_files(self, model: str) -> dict[str, LockedFile]:
+        """The files of a hub model by their names. Raises `KeyError`."""
+        return self._listed(model, self.models)  # a model has a slash in its name, a source has none
+
+    def _listed(self, name: str, entries: dict[str, Any]) -> dict[str, LockedFile]:
+        if name not in self._files:
+            self._files[name] = {file["name"]: LockedFile(**file) for file in entries[name]["files"]}
+        return self._files[name]
+
+    def file(self, owner: str, name: str) -> LockedFile:
+        """One file of a source or a hub model, or `ConfigError`."""
         try:
-            return self.files(source)[name]
+            return self._listed(owner, self.models if "/" in owner else self.sources)[name]
         except KeyError:
-            raise ConfigError(f"{self.path} lists no file {name!r} of a source {source!r}") from None
+            raise ConfigError(f"{self.path} lists no file {name!r} of {owner!r}") from None
 
     def check(self, source: Corpus | ChatSource, where: str) -> None:
         """Raise `ConfigError` unless the source was listed as it is configured now."""
@@ -64,6 +77,15 @@ class Lock:
         else:
             return
         raise ConfigError(f"{where} ({source.name}): {problem}. List them, and commit it:\n  {self.command}")
+
+    def check_model(self, model: str, asked: dict[str, str], where: str) -> None:
+        """Raise `ConfigError` unless a hub model was listed as it is configured now."""
+        entry = self.models.get(model)
+        if entry is None or entry["request"] != asked:
+            raise ConfigError(
+                f"{where}: {model} is no directory here, and as a model of the hub it is not listed in "
+                f"{self.path} yet. Correct it, or list it, and commit the file:\n  {self.command}"
+            )
 
 
 def read_lock(path: str | Path, configfiles: Iterable[str | Path] = ()) -> Lock:
@@ -84,9 +106,10 @@ def read_lock(path: str | Path, configfiles: Iterable[str | Path] = ()) -> Lock:
         content = json.loads(text)
         if content["version"] != LOCK_VERSION:
             raise ValueError(f"its version is {content['version']}, this program reads {LOCK_VERSION}")
-        lock = Lock(path, content["sources"], command)
-        for name, entry in lock.sources.items():
-            entry["request"], entry["revision"], lock.files(name)
+        lock = Lock(path, content["sources"], command, content.get("models", {}))
+        for entries in (lock.sources, lock.models):
+            for name, entry in entries.items():
+                entry["request"], entry["revision"], lock._listed(name, entries)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"sources_lock: {path} is not a lock file ({type(error).__name__}: {error}). "
@@ -101,11 +124,17 @@ def _shown(path: str | Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def lock_text(sources: dict[str, Any]) -> str:
-    """The text of a lock file: sources by name, a line a file, so that a diff shows what changed."""
+def lock_text(lock: Lock) -> str:
+    """The text of a lock file: entries by name, a line a file, so that a diff shows what changed."""
+    parts = [f'  "sources": {_block(lock.sources)}']
+    if lock.models:
+        parts.append(f'  "models": {_block(lock.models)}')
+    return f'{{\n  "version": {LOCK_VERSION},\n' + ",\n".join(parts) + "\n}\n"
+
+
+def _block(entries: dict[str, Any]) -> str:
     blocks = []
-    for name in sorted(sources):
-        entry = sources[name]
+    for name, entry in sorted(entries.items()):
         files = ",\n".join(f"        {json.dumps(file, sort_keys=True)}" for file in entry["files"])
         blocks.append(
             f"    {json.dumps(name)}: {{\n"
@@ -114,8 +143,7 @@ def lock_text(sources: dict[str, Any]) -> str:
             f'      "files": [\n{files}\n      ]\n'
             "    }"
         )
-    body = ",\n".join(blocks)
-    return f'{{\n  "version": {LOCK_VERSION},\n  "sources": {{\n{body}\n  }}\n}}\n'
+    return "{\n" + ",\n".join(blocks) + "\n  }"
 
 
 def request(source: Corpus | ChatSource) -> dict[str, Any] | None:

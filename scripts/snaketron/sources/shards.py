@@ -12,7 +12,8 @@ from pathlib import Path
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
 from snaketron.config.names import unusable
-from snaketron.sources.lockfile import Lock, check_addresses, remote, request
+from snaketron.sources.lockfile import Lock, LockedFile, check_addresses, remote, request
+from snaketron.sources.models import hub_models
 from snaketron.wording import plural, size_text
 
 SUFFIXES = (
@@ -141,12 +142,16 @@ def _missing(message: str) -> list[str]:
 
 def to_download(config: Config, lock: Lock) -> str | None:
     """A line that counts the listed files that are not here yet, by source; None when all are here."""
-    root = Path(config.pathvars.get("data", "data")) / "raw"
-    missing = []
+    root = Path(config.pathvars.get("data", "data"))
+    used: dict[str, tuple[Path, list[LockedFile]]] = {}
     for name, (_, source) in remote(config).items():
-        used = itertools.islice(lock.files(name).values(), source.max_files)
-        here = {path.name for path in (root / name).iterdir()} if (root / name).is_dir() else set()
-        files = [file for file in used if file.name not in here]
+        used[name] = root / "raw" / name, list(itertools.islice(lock.files(name).values(), source.max_files))
+    for model in hub_models(config):
+        used[model.path] = root / "hub" / model.path, model.listed(lock)
+    missing = []
+    for name, (directory, listed) in used.items():
+        here = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+        files = [file for file in listed if file.name not in here]
         if files:
             count = plural(len(files), "file")
             missing.append(f"{name} {count}, {size_text(sum(file.size for file in files))}")

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import httpx2
 
 BLOCK = 1 << 20  # bytes of a read at most
-_TEMPORARY = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}  # HTTP answers worth a retry
+TEMPORARY = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}  # HTTP answers worth a retry
 _LONGEST_WISH = 600.0  # seconds that a server may ask us to wait
-_HUB = re.compile(r"hf://datasets/(?P<repository>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)")
+_HUB = re.compile(r"hf://(?P<kind>datasets/|)(?P<repository>[^@/]+/[^@/]+)@(?P<revision>[^/]+)/(?P<path>.+)")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
@@ -61,8 +61,8 @@ def open_stream(address: str, start: int, stall_timeout: float) -> Stream:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers
 
-        repository, revision, path = hub.group("repository", "revision", "path")
-        url = hf_hub_url(repository, path, repo_type="dataset", revision=revision)
+        kind, repository, revision, path = hub.group("kind", "repository", "revision", "path")
+        url = hf_hub_url(repository, path, repo_type="dataset" if kind else "model", revision=revision)
         blocks = _read_http(address, url, build_hf_headers(library_name="snaketron"), start, stall_timeout)
     elif address.startswith(("http://", "https://")):
         agent = {"User-Agent": f"snaketron/{importlib.metadata.version('snaketron')}"}
@@ -145,7 +145,7 @@ def _refused(address: str, response: httpx2.Response) -> NoReturn:
     answer = f"the server answered {code} {response.reason_phrase}"
     if code == 416:
         raise OtherSize("the file is shorter than the lock file says")
-    if code in _TEMPORARY:
+    if code in TEMPORARY:
         raise Broken(answer, _wish(response.headers.get("Retry-After")))
     if code in (401, 403):
         token = "set HF_TOKEN to the token of an account that was given access"

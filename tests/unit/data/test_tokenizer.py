@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from snaketron import files
@@ -15,7 +12,6 @@ from snaketron.log import UserError
 import pytest
 from transformers import AutoTokenizer
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
 STRANGE = "Tabs\t  and   spaces, 1234.5 numbers; é, 漢字, 🐍\r\n\n\tdef f(x): don't </think>x<|im_end|>"
 
 
@@ -134,21 +130,6 @@ def test_a_local_tokenizer_is_taken_over(run_script, tmp_path, tokenizer_dir, ou
     ]
 
 
-def test_a_hub_id_is_taken_from_the_local_cache_without_a_network(tmp_path, tokenizer_dir, outputs):
-    revision = "0123456789" * 4
-    repository = tmp_path / "home" / "hub" / "models--acme--tiny"
-    copy_of(tokenizer_dir, repository / "snapshots" / revision)
-    (repository / "snapshots" / revision / "config.json").write_text('{"model_type": "nemotron_h"}')
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(revision)
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, SCRIPTS / "build_tokenizer.py", "--path", "acme/tiny", *outputs]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    record = files.read_json(tmp_path / "out" / "record.json")
-    assert record["inputs"] == [{"name": "origin", "path": "acme/tiny", "revision": revision}]
-    assert tokenizer.tokenizer_info(tmp_path / "out").vocab_size == 300
-
-
 def no_tokenizer(tmp_path: Path, _: Path) -> Path:
     (tmp_path / "hf").mkdir()
     return tmp_path / "hf"
@@ -173,16 +154,10 @@ def no_end(tmp_path: Path, tokenizer_dir: Path) -> Path:
         (no_tokenizer, "no tokenizer in this directory"),
         (slow_tokenizer, "CTRLTokenizer has no fast version"),
         (no_end, "no eos_token"),
-        (
-            lambda *_: "acme/none",
-            "acme/none: not a directory, not in the local Hugging Face cache, and the hub does",
-        ),
+        (lambda *_: "gpt2", "gpt2: no such directory (a tokenizer of the hub is named as OWNER/NAME or "),
     ],
 )
-def test_a_tokenizer_that_cannot_be_used(
-    run_script, tmp_path, tokenizer_dir, outputs, monkeypatch, make, message
-):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_a_tokenizer_that_cannot_be_used(run_script, tmp_path, tokenizer_dir, outputs, make, message):
     status, stderr = run_script("build_tokenizer", "--path", make(tmp_path, tokenizer_dir), *outputs)
     assert (status, message in stderr, stderr.count("\n")) == (1, True, 1), stderr
     assert files_in(tmp_path / "out") == []

@@ -14,7 +14,8 @@ from typing import Any
 
 from snaketron.files import partial
 from snaketron.log import UserError
-from snaketron.sources.download import Patience, download, fetch
+from snaketron.sources.download import download, fetch
+from snaketron.sources.patience import Patience
 from tests.faulty_server import Fault, FaultyServer
 
 import fsspec

@@ -14,9 +14,11 @@ from typing import Any
 from snaketron.config import Config, Corpus, Hub
 from snaketron.files import write_json
 from snaketron.log import UserError
-from snaketron.sources.download import Patience
-from snaketron.sources.listing import Found, file_names, list_address, lock_sources
+from snaketron.sources.addresses import Found, list_address
+from snaketron.sources.hub import list_hub_address
+from snaketron.sources.listing import file_names, lock_sources
 from snaketron.sources.lockfile import lock_text, read_lock
+from snaketron.sources.patience import Patience
 from snaketron.sources.shards import shards
 from tests.fake_hub import FakeHub
 from tests.faulty_server import Fault, FaultyServer
@@ -24,6 +26,7 @@ from tests.faulty_server import Fault, FaultyServer
 import fsspec
 import pytest
 
+PATIENCE = Patience(retries=1, stall_timeout=60, first_pause=0.01)
 REPOSITORY = Path(__file__).parents[3]
 
 
@@ -85,12 +88,13 @@ CASES = {
 ASK = """
 import json, sys
 from snaketron.config import Hub
-from snaketron.sources.listing import list_hub
+from snaketron.sources.hub import list_hub
+from snaketron.sources.patience import Patience
 from snaketron.log import UserError
 answers = {}
 for name, hub in json.load(sys.stdin).items():
     try:
-        commit, found = list_hub(Hub(**hub), "corpora[0].hub")
+        commit, found = list_hub(Hub(**hub), "corpora[0].hub", Patience(0, 60))
         answers[name] = [commit, [[f.address, f.path, f.size, f.sha256] for f in found]]
     except UserError as error:
         answers[name] = str(error)
@@ -186,8 +190,16 @@ def test_a_revision_is_pinned_to_its_commit(answers: dict[str, Any], hub: FakeHu
         ("no_revision", "corpora[0].hub: lab/plain at v2: RevisionNotFoundError"),
         ("program", "corpora[0].hub: lab/program: a program makes this data set, which is not run"),
         ("table", "corpora[0].hub: hf://datasets/lab/table@"),
-        ("gated", "corpora[0].hub: lab/gated at main: GatedRepoError"),
-        ("missing", "corpora[0].hub: lab/missing at main: RepositoryNotFoundError"),
+        (
+            "gated",
+            "corpora[0].hub: lab/gated at main: the hub gives it only to accounts that were given access. "
+            "Ask for access on its page, and set HF_TOKEN to a token of that account",
+        ),
+        (
+            "missing",
+            "corpora[0].hub: lab/missing at main: the hub has no repository of this name, or it is private. "
+            "Correct the name, or set HF_TOKEN",
+        ),
         ("no_owner", "corpora[0].hub.repository: 'parquet' is not of the form OWNER/NAME"),
     ],
 )
@@ -308,7 +320,7 @@ def web(*paths: str) -> Corpus:
 
 
 def addresses(pattern: str) -> list[str]:
-    return [found.address for found in list_address(pattern, "corpora[0].paths[0]")[1]]
+    return [found.address for found in list_address(pattern, "corpora[0].paths[0]", PATIENCE)]
 
 
 @pytest.fixture
@@ -344,7 +356,9 @@ def test_files_of_this_machine_have_an_address_too(tmp_path: Path):
 )
 def test_an_address_without_a_file_that_can_be_read_is_refused(address: str, message: str, store: None):
     with pytest.raises(UserError) as error:
-        list_address(address, "corpora[0].paths[0]")
+        (list_hub_address if address.startswith("hf:") else list_address)(
+            address, "corpora[0].paths[0]", PATIENCE
+        )
     assert str(error.value).startswith(message)
 
 
@@ -378,7 +392,7 @@ def test_the_lock_is_the_same_however_often_and_in_which_order_it_is_made(work: 
     assert Path("sources.lock.json").read_bytes() == first
     lock_sources(config(b, a), update=True)
     assert Path("sources.lock.json").read_bytes() == first
-    assert json.loads(first) == json.loads(lock_text(json.loads(first)["sources"]))
+    assert first == lock_text(read_lock("sources.lock.json")).encode()
 
 
 def test_another_request_is_listed_again_and_other_entries_stay(work: Path, store: None):
@@ -396,7 +410,7 @@ def test_another_request_is_listed_again_and_other_entries_stay(work: Path, stor
 
 
 def test_only_sources_that_lie_elsewhere_can_be_named(work: Path):
-    with pytest.raises(UserError, match=r"--source wbe: no source of that name .* those that do: web"):
+    with pytest.raises(UserError, match=r"--source wbe: nothing of that name lies elsewhere; what does: web"):
         lock_sources(config(web("memory://raw")), names=["wbe"])
 
 
