@@ -10,13 +10,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.faulty_server import FaultyServer, _Handler
 
-LARGE = (
-    ".parquet",
-    ".gz",
-    ".zst",
-    ".arrow",
-    ".safetensors",
-)  # files that are kept in LFS, where the hub knows the SHA-256
+LARGE = (".parquet", ".gz", ".zst", ".arrow", ".safetensors")  # in LFS, where the hub knows the SHA-256
 
 
 class FakeHub(FaultyServer):
