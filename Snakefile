@@ -17,8 +17,10 @@ sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from snaketron import credentials
 from snaketron.config import ConfigError, load
-from snaketron.graph import dry_run, single_run
+from snaketron.graph import dry_run, notes, single_run
+from snaketron.graph.checks import check_files
 from snaketron.graph.graph import Graph
+from snaketron.graph.requests import check_requests
 from snaketron.graph.submission import check_submission
 from snaketron.jobs import status
 from snaketron.sources.models import MODEL_FILE
@@ -45,20 +47,28 @@ wildcard_constraints:
     shard=r"[a-z0-9_.]+",
 
 
+notes.find_python()
 try:
     graph = Graph(load(config), workflow.overwrite_configfiles)
     if workflow.is_main_process:
         check_submission(workflow, graph.paths())
+        check_files(graph.config, graph.text, graph.conversations, graph.lock)
 except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 
 
 logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
-    if to_download := graph.to_download():
-        logger.info(to_download)
+    for note in (
+        graph.to_download(),
+        notes.from_sample(graph.config),
+        *notes.unmeasured(graph.config),
+    ):
+        if note:
+            logger.info(note)
     # Snakemake has no hook for the end of a dry-run.
     atexit.register(dry_run.explain, workflow, graph.config)
+    atexit.register(notes.explain, workflow, graph.config)
 
 
 # Before the first job; a dry-run does not come here.
@@ -67,6 +77,8 @@ onstart:
         raise WorkflowError(
             "Another Snakemake is running in this directory; wait for it or stop it."
         )
+    if replaced := notes.replaced_by(workflow):
+        logger.warning(replaced)
     if workflow.executor_plugin.name == "slurm":
         status.report_every(
             60, Path.cwd(), Path(graph.config.pathvars["ckpt"]), logger.info
@@ -89,3 +101,10 @@ include: "rules/sft_data.smk"
 include: "rules/sft.smk"
 include: "rules/lora.smk"
 include: "rules/report.smk"
+
+
+if workflow.is_main_process:
+    try:
+        graph.training.limits = check_requests(workflow, graph.config)
+    except ConfigError as error:
+        raise WorkflowError(f"The configuration is wrong.\n{error}") from None

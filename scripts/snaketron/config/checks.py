@@ -7,7 +7,15 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from snaketron.config.base import suggest
-from snaketron.config.data import FILTERS, Curation, PretrainData, Reasoning, SftData, Tokenizer
+from snaketron.config.data import (
+    FILTERS,
+    SPECIAL_TOKENS,
+    Curation,
+    PretrainData,
+    Reasoning,
+    SftData,
+    Tokenizer,
+)
 from snaketron.config.linears import check_names
 from snaketron.config.training import Adapters, Cluster, Model, Parallel, Pretrain, Tuning
 from snaketron.config.trainings import Training
@@ -128,7 +136,18 @@ def check_tokenizer(tokenizer: Tokenizer) -> list[str]:
         return ["tokenizer.chat_template: null needs tokenizer.path, which the template would come from"]
     if not tokenizer.path and not tokenizer.text:
         return ["tokenizer.text: name the files to train a tokenizer on, or give tokenizer.path"]
-    return []
+    return [] if tokenizer.path else check_vocab_size(tokenizer.vocab_size)
+
+
+def check_vocab_size(vocab_size: int) -> list[str]:
+    """A trained tokenizer has a token for each byte, so that it can write any text."""
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size >= smallest:
+        return []
+    return [
+        f"tokenizer.vocab_size {vocab_size} has no room for 256 bytes and {len(SPECIAL_TOKENS)} special "
+        f"tokens; give at least {smallest}"
+    ]
 
 
 def check_model(model: Model) -> list[str]:
@@ -238,8 +257,11 @@ def _check_experts(at: str, section: str, model: Model, parallel: Parallel) -> l
 def check_nodes(training: Training, cluster: Cluster) -> list[str]:
     """The processes of a training must fill its nodes."""
     gpus, tasks = cluster.gpus_per_node, cluster.tasks_per_node
-    if gpus and tasks and tasks > gpus:
-        return [f"cluster.tasks_per_node {tasks} is more than cluster.gpus_per_node {gpus}: each needs a GPU"]
+    if gpus and tasks:
+        return [
+            f"cluster.tasks_per_node {tasks} beside cluster.gpus_per_node {gpus}: each GPU has one process, "
+            "so leave out tasks_per_node; to use fewer GPUs of a node, lower gpus_per_node"
+        ]
     by = "tasks_per_node" if tasks else "gpus_per_node"
     per_node, processes = tasks or gpus, training.run.parallel.world_size
     if not per_node or processes <= per_node or processes % per_node == 0:

@@ -221,6 +221,23 @@ def sample_chats() -> list[ChatSource]:
     ]
 
 
+# Tokens of every trained tokenizer beside the 256 bytes.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|pad|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<tools>",
+    "</tools>",
+)
+
+
 class Tokenizer(Section):
     path: str | None = key(
         None,

@@ -103,7 +103,7 @@ class Cluster(Section):
     gpus_per_node: Count = key(0, "GPUs of a node, one process each; 0: trainings run on CPUs")
     tasks_per_node: Positive | None = key(
         None,
-        "processes of a training on a node; null: one for each GPU, or all on one node where there are none",
+        "processes of a training on a node without GPUs; null: all on one node. On GPUs each has one process",
     )
     gpu_memory_gb: Annotated[float, Field(gt=0)] | None = key(
         None,

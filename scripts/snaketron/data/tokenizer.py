@@ -12,28 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from snaketron import files
+from snaketron.config.checks import check_vocab_size
+from snaketron.config.data import SPECIAL_TOKENS
 from snaketron.data.rows import read_texts
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import UserError, logger
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-END_OF_DOCUMENT = "<|endoftext|>"
-PAD = "<|pad|>"
-SPECIAL_TOKENS = (
-    END_OF_DOCUMENT,
-    PAD,
-    "<|im_start|>",
-    "<|im_end|>",
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-    "<tools>",
-    "</tools>",
-)
+END_OF_DOCUMENT, PAD = SPECIAL_TOKENS[:2]
 # Splits text as Nemotron's own tokenizers do: into words with the space before them, the words in camelCase,
 # single digits (so that a number has one spelling), punctuation, line ends and spaces. For exactly this
 # pattern fastokens has a scanner, which is six times as fast as its regular expressions
@@ -150,12 +137,8 @@ def build(
 
 def train(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE of at most `vocab_size` tokens; only the documents and their order matter."""
-    smallest = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise UserError(
-            f"tokenizer.vocab_size {vocab_size} has no room for 256 bytes and {len(SPECIAL_TOKENS)} special "
-            f"tokens; give at least {smallest}"
-        )
+    if problems := check_vocab_size(vocab_size):
+        raise UserError("\n".join(problems))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

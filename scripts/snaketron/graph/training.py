@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from snaketron.config import Config, Training
 from snaketron.settings.training import run_settings, train_settings
 from snaketron.sizes.checks import check_requested
 from snaketron.sizes.layout import layout, resources
+from snaketron.sizes.limits import Limits
 
 
 class TrainingGraph:
@@ -17,6 +18,7 @@ class TrainingGraph:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.phases = [phase.name for phase in config.pretrain.phases]
+        self.limits: Mapping[str, Limits] = {}  # of the jobs of each rule, once all rules are defined
 
     # Input functions get the wildcards of the job.
 
@@ -38,7 +40,7 @@ class TrainingGraph:
             phase = getattr(wildcards, "phase", "")
             training = self.config.training(f"{rule}/{phase}" if phase else rule)
             if training.on_request:
-                check_requested(self.config, training)
+                check_requested(self.config, training, self.limits.get(rule, Limits()))
             found = train_settings(self.config, training.name)
             return found.model_copy(update={"stage": stage or training.name}).model_dump_json()
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from snaketron.config import Config, ConfigError, Training
 from snaketron.config.linears import check_targets
+from snaketron.sizes.limits import Limits, check_limits
 from snaketron.sizes.parameters import pipeline_pattern
 from snaketron.sizes.plan import Estimate, estimate
 
@@ -15,9 +16,9 @@ def check_trainings(config: Config) -> None:
     check_memory(config, [training for training in config.trainings() if not training.on_request])
 
 
-def check_requested(config: Config, training: Training) -> None:
-    """`ConfigError` when a training that was asked for does not fit the model or the GPUs."""
-    if problems := missing_targets(training):
+def check_requested(config: Config, training: Training, limits: Limits) -> None:
+    """`ConfigError` when a training that was asked for does not fit the model, its jobs or the GPUs."""
+    if problems := missing_targets(training) or check_limits(config, training, limits):
         raise ConfigError("\n".join(problems))
     check_memory(config, [training])
 

@@ -31,6 +31,11 @@ def layout(run: Run, cluster: Cluster) -> Layout:
     return Layout(processes // per_node, per_node, min(per_node, cluster.gpus_per_node))
 
 
+def node_memory_mb(run: Run, tasks_per_node: int) -> int:
+    """The memory of a node that a training asks for."""
+    return math.ceil(run.mem_gb_per_task * 1000) * tasks_per_node
+
+
 def resources(run: Run, cluster: Cluster) -> dict[str, Any]:
     """The Snakemake resources of a training rule, which the executor plugin turns into an sbatch request.
 
@@ -42,7 +47,7 @@ def resources(run: Run, cluster: Cluster) -> dict[str, Any]:
     asked: dict[str, Any] = {
         "nodes": nodes,
         "cpus_per_task": run.cpus_per_task * (per_node if nodes == 1 else 1),
-        "mem_mb": math.ceil(run.mem_gb_per_task * 1000) * per_node,  # of a node
+        "mem_mb": node_memory_mb(run, per_node),
         # Slurm itself requeues the job when a node fails or it is pre-empted, and its log is continued.
         "slurm_extra": "--requeue --open-mode=append",
     }

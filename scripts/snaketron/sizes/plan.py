@@ -20,6 +20,7 @@ class Estimate:
     tokens: int
     static_bytes: float  # weights, gradients and optimizer
     peak_bytes: float  # with activations
+    host_bytes: float  # of the memory of a process' node: everything without GPUs, else what is offloaded
     hours: float | None  # at the stated throughput; None where none is stated
     process_hours: float | None  # of all processes together: GPU hours on GPUs
 
@@ -39,6 +40,10 @@ def estimate(config: Config, training: Training) -> Estimate:
     model, run, vocab_size = training.model, training.run, config.tokenizer.vocab_size
     adapters, speed, processes = training.adapters, run.tokens_per_second_per_gpu, run.parallel.world_size
     hours = training.tokens / (speed * processes) / 3600 if speed else None
+    static = max(kept.total for kept in static_of_run(model, vocab_size, run, run.optimizer))
+    peak = memory_of_process(model, vocab_size, training.seq_length, run, run.optimizer)
+    without = run.model_copy(update={"offload_optimizer": 0.0})
+    whole = max(kept.total for kept in static_of_run(model, vocab_size, without, run.optimizer))
     return Estimate(
         num_parameters=num_parameters(model, vocab_size).total,
         num_active_parameters=num_active_parameters(model, vocab_size),
@@ -48,8 +53,9 @@ def estimate(config: Config, training: Training) -> Estimate:
             else None
         ),
         tokens=training.tokens,
-        static_bytes=max(kept.total for kept in static_of_run(model, vocab_size, run, run.optimizer)),
-        peak_bytes=memory_of_process(model, vocab_size, training.seq_length, run, run.optimizer),
+        static_bytes=static,
+        peak_bytes=peak,
+        host_bytes=whole - static if config.cluster.gpus_per_node else peak,
         hours=hours,
         process_hours=hours * processes if hours else None,
     )

@@ -328,7 +328,7 @@ def test_an_attempt_that_ended_without_a_word_counts(tmp_path: Path):
         ({"data_parallel_size": 2}, {}, (1, 2, 0)),
         ({}, {"gpus_per_node": 8}, (1, 1, 1)),
         ({"tensor_model_parallel_size": 4, "data_parallel_size": 8}, {"gpus_per_node": 8}, (4, 8, 8)),
-        ({"data_parallel_size": 4}, {"gpus_per_node": 8, "tasks_per_node": 2}, (2, 2, 2)),
+        ({"data_parallel_size": 4}, {"gpus_per_node": 2}, (2, 2, 2)),
         ({"data_parallel_size": 2}, {"tasks_per_node": 1}, (2, 1, 0)),
     ],
 )

@@ -2,6 +2,7 @@
 
 from snaketron.config import ConfigError, load
 from snaketron.sizes.checks import check_requested, check_trainings
+from snaketron.sizes.limits import Limits
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_a_training_that_no_gpu_holds_is_refused_with_both_numbers():
 def test_lora_that_cannot_be_is_an_error_when_it_is_asked_for(values: dict, message: str):
     config = load(values, {})
     with pytest.raises(ConfigError) as error:
-        check_requested(config, config.training("lora"))
+        check_requested(config, config.training("lora"), Limits())
     assert str(error.value).startswith(message)
 
 
@@ -52,7 +53,7 @@ def test_what_lora_cannot_adapt_does_not_concern_the_others():
     config = load({"model": {"hybrid_layer_pattern": "MEME", "mtp_num_layers": 0}}, {})
     check_trainings(config)
     with pytest.raises(ConfigError, match=r"target_modules\[0\]: 'linear_qkv' is no linear layer"):
-        check_requested(config, config.training("lora"))
+        check_requested(config, config.training("lora"), Limits())
 
 
 def test_phases_that_share_their_parallel_sizes_are_one_problem_of_the_largest():

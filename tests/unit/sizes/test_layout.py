@@ -92,9 +92,10 @@ def test_memory_and_cpus_are_of_the_processes_of_a_node():
             "pretrain.parallel: 4 processes do not fill nodes of cluster.tasks_per_node 3; 3 or 6 would",
         ),
         (
-            {"gpus_per_node": 2, "tasks_per_node": 4},
+            {"gpus_per_node": 8, "tasks_per_node": 4},
             {},
-            "cluster.tasks_per_node 4 is more than cluster.gpus_per_node 2: each needs a GPU",
+            "cluster.tasks_per_node 4 beside cluster.gpus_per_node 8: each GPU has one process, so leave out "
+            "tasks_per_node; to use fewer GPUs of a node, lower gpus_per_node",
         ),
     ],
 )

@@ -301,7 +301,12 @@ def _report_empty(corpus: str, split: str, num_empty: int, num_shards: int) -> N
             f"corpus {corpus!r} has no tokens in train; give it more text or take it out of the blend"
         )
     if num_empty == num_shards:
-        logger.info("corpus %s has no tokens in %s: left out there", corpus, split)
+        logger.warning(
+            "%s: corpus %s has no tokens and is left out: raise pretrain_data.%s_fraction to see its loss",
+            split,
+            corpus,
+            split,
+        )
     elif num_empty:
         message = "corpus %s: %d of its %d shards have no tokens in %s: left out there"
         logger.info(message, corpus, num_empty, num_shards, split)

@@ -115,7 +115,7 @@ def test_megatron_gets_none_for_a_split_without_tokens(build, records, tmp_path,
     train, valid, test = loaded.blend_per_split
     assert train == (loaded.train.prefixes, loaded.train.weights)
     assert (valid, test) == (None, None)
-    assert "corpus docs has no tokens in valid: left out there" in caplog.text
+    assert "valid: corpus docs has no tokens and is left out: raise pretrain_data." in caplog.text
 
 
 def test_a_corpus_or_shard_without_tokens_in_a_split_is_left_out_there(

@@ -1,0 +1,85 @@
+"""What of the raw files is wrong before the first job, though each source by itself is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from snaketron.config import ChatSource, Config, ConfigError, Corpus
+from snaketron.sources.lockfile import Lock
+
+type Sources = Mapping[str, tuple[str, Corpus | ChatSource]]  # by name, with the key of each
+
+# What does not say which rows of a file are read, nor what becomes of them.
+_OTHER = {"name", "paths", "hub", "max_files", "max_documents", "max_tokens", "metadata_fields", "curation"}
+
+
+def check_files(
+    config: Config,
+    text: Mapping[str, Mapping[str, Sequence[str]]],
+    conversations: Mapping[str, Mapping[str, Sequence[str]]],
+    lock: Lock,
+) -> None:
+    """`ConfigError` where a blend would train on the rows of a file twice.
+
+    Two sources may share a file if they choose other rows of it (`where`), or make something else of them.
+
+    Args:
+        text: the raw files of each shard of each corpus.
+        conversations: those of each source of conversations.
+    """
+    identity = _Identity(lock)
+    corpora: Sources = {c.name: (f"corpora[{i}]", c) for i, c in enumerate(config.corpora)}
+    chats: Sources = {c.name: (f"chats[{i}]", c) for i, c in enumerate(config.chats)}
+    problems = [
+        problem
+        for phase in config.pretrain.phases
+        for problem in _shared((entry.corpus for entry in phase.blend), corpora, text, identity)
+    ]
+    problems += _shared((entry.source for entry in config.sft.blend), chats, conversations, identity)
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+class _Identity:
+    """What tells two files apart: the content of one that lies elsewhere, the place of one that lies here."""
+
+    def __init__(self, lock: Lock) -> None:
+        self.lock = lock
+
+    def __call__(self, source: str, path: str) -> object:
+        if path.startswith("<data>/raw/"):
+            return self.lock.file(source, path.rpartition("/")[2]).sha256
+        try:
+            found = Path(path).stat()
+        except FileNotFoundError:  # a file of the sample
+            return path
+        return found.st_dev, found.st_ino
+
+
+def _shared(
+    names: Iterable[str],
+    sources: Sources,
+    files: Mapping[str, Mapping[str, Sequence[str]]],
+    identity: Callable[[str, str], object],
+) -> list[str]:
+    """A problem for each pair of sources that read the same rows of a file, or one that reads it twice."""
+    problems: dict[tuple[str, str], str] = {}
+    seen: dict[tuple[object, str], tuple[str, str]] = {}
+    for name in names:
+        at, source = sources[name]
+        reading = source.model_dump_json(exclude=_OTHER)
+        for path in (path for shard in files[name].values() for path in shard):
+            other_at, other = seen.setdefault((identity(name, path), reading), (at, path))
+            if (other_at, other) == (at, path):
+                continue
+            if other_at == at:
+                problem = f"{path} and {other} are one file; name it once"
+            else:
+                problem = f"reads {path}, which {other_at} reads too" + (f" as {other}" * (other != path))
+                problem += (
+                    ", so a blend of both would train on it twice; take it out of one, or choose other rows "
+                    "of it with `where`"
+                )
+            problems.setdefault((other_at, at), f"{at} ({name}): {problem}")
+    return list(problems.values())

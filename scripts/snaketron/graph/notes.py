@@ -1,0 +1,125 @@
+"""What a user is told beside the plan: what is the sample's, what is replaced, what a target is called."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from snaketron.config import ChatSource, Config, Corpus
+from snaketron.config.data import PretrainData, SftData
+from snaketron.sources.shards import SAMPLE
+from snaketron.wording import counted
+
+COSTLY = ("build_tokenizer", "tokenize_shard", "filter_shard", "curate_shard")  # rules
+
+
+def find_python() -> None:
+    """Let the commands of rules find the programs of this environment, activated or not."""
+    here = Path(sys.executable).parent
+    found = shutil.which("python")
+    if found is None or Path(found).parent != here:
+        os.environ["PATH"] = f"{here}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+def from_sample(config: Config) -> str | None:
+    """What the trainings take from the sample beside sources of the user's; None where either is nothing."""
+    corpora = {entry.corpus for phase in config.pretrain.phases for entry in phase.blend}
+    sources = {entry.source for entry in config.sft.blend}
+    text = [corpus for corpus in config.corpora if corpus.name in corpora]
+    chats = [source for source in config.chats if source.name in sources]
+    if all(map(_of_sample, text)) and all(map(_of_sample, chats)):
+        return None
+    left = [
+        f"{key} {', '.join(names)}"
+        for key, found in (("corpora", text), ("chats", chats))
+        if (names := [source.name for source in found if _of_sample(source)])
+    ]
+    tokenizer = config.tokenizer
+    if not tokenizer.path and any(SAMPLE.fullmatch(path) for path in tokenizer.text):
+        left.append("the text of the tokenizer (tokenizer.text)")
+    return f"Still from the sample beside your own sources: {'; '.join(left)}" if left else None
+
+
+def unmeasured(config: Config) -> list[str]:
+    """Sources whose loss nobody will see, because hardly a document of them is held out for validation."""
+    parts: list[tuple[str, PretrainData | SftData, Sequence[Corpus | ChatSource]]] = [
+        ("corpora", config.pretrain_data, config.corpora),
+        ("chats", config.sft_data, config.chats),
+    ]
+    lines = []
+    for key, data, sources in parts:
+        section = "pretrain_data" if key == "corpora" else "sft_data"
+        if not data.valid_fraction:
+            lines.append(f"{section}.valid_fraction is 0, so no validation loss is measured on {key}")
+            continue
+        for i, source in enumerate(sources):
+            if source.max_documents and (expected := source.max_documents * data.valid_fraction) < 1:
+                lines.append(
+                    f"{key}[{i}] ({source.name}): of max_documents {source.max_documents} about "
+                    f"{expected:.2g} are held out ({section}.valid_fraction {data.valid_fraction:g}), so it "
+                    "may have no validation loss"
+                )
+    return lines
+
+
+def _of_sample(source: Corpus | ChatSource) -> bool:
+    return any(SAMPLE.fullmatch(path) for path in source.paths)
+
+
+def moved_targets(config: Config, targets: Iterable[str]) -> list[str]:
+    """What targets are called in this configuration, for those named as they are where no root is moved."""
+    roots: dict[str, str] = {str(name): root for name, root in config.pathvars.items()}
+    lines = []
+    for target in targets:
+        name, _, rest = os.path.normpath(target).partition("/")
+        root = roots.get(name, name)
+        sample = name == "data" and rest.startswith("sample/")  # not below a root that is moved
+        if rest and name and not sample and os.path.normpath(root) != name:
+            lines.append(f"{target}: pathvars.{name} is {root}, so ask for {root.rstrip('/')}/{rest}")
+    return lines
+
+
+def explain(workflow: Any, config: Config) -> None:
+    """Print at the end what targets are called, and in a dry-run what would be replaced.
+
+    The targets are known only after the Snakefile was read, and a wrong one is an error before any job.
+    """
+    settings, dag = workflow.dag_settings, getattr(workflow, "dag", None)
+    lines = moved_targets(config, sorted(settings.targets)) if settings else []
+    if workflow.dryrun and dag and (warning := replaced_by(workflow)):
+        lines.append(warning)
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def replaced_by(workflow: Any) -> str | None:
+    """`replaced` of the jobs that a workflow will run, or would."""
+    return replaced(workflow.dag.needrun_jobs(exclude_finished=False), workflow.dag.reason)
+
+
+def replaced(jobs: Iterable[Any], reason: Callable[[Any], Any]) -> str | None:
+    """A warning about a tokenizer or tokens that other settings made and a run makes anew; None without any.
+
+    Args:
+        jobs: those that would run.
+        reason: of a job, why it would.
+    """
+    found = Counter(
+        job.rule.name
+        for job in jobs
+        if job.rule.name in COSTLY
+        and not reason(job).missing_output
+        # A shard that gets a further raw file is no other configuration; another text of the tokenizer is.
+        and (reason(job).params_changed or (reason(job).input_changed and job.rule.name == COSTLY[0]))
+    )
+    if not found:
+        return None
+    return (
+        f"Made here with other settings, and replaced by this run: {counted(found)}, and what is made from "
+        "them. To keep the results of another configuration, give this one directories of its own in pathvars"
+    )

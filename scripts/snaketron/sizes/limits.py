@@ -1,0 +1,50 @@
+"""Whether the jobs of trainings get the time and the memory that the trainings need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from snaketron.config import Config, Training
+from snaketron.sizes.layout import layout, node_memory_mb
+from snaketron.sizes.plan import estimate
+from snaketron.wording import BYTES, large
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What Slurm is asked for each job of a rule; None where it is not known before the job."""
+
+    minutes: float | None = None
+    mem_mb: float | None = None  # of a node, in units of 2^20 bytes, as sbatch counts
+
+
+def check_limits(config: Config, training: Training, limits: Limits) -> list[str]:
+    """Problems of the time limit and of the memory; none where they are not known."""
+    return [*_check_time(training, limits.minutes), *_check_memory(config, training, limits.mem_mb)]
+
+
+def _check_time(training: Training, minutes: float | None) -> list[str]:
+    stop = training.run.stop_before_limit
+    if minutes is None or stop < minutes * 60:
+        return []
+    return [
+        f"{training.at('stop_before_limit')} {stop} (seconds) is not less than the time limit of its job, "
+        f"runtime {minutes:g} (minutes), so {training.section} would stop before its first step; lower it, "
+        f"or raise runtime of {training.section} in set-resources of the profile"
+    ]
+
+
+def _check_memory(config: Config, training: Training, mem_mb: float | None) -> list[str]:
+    run, per_node = training.run, layout(training.run, config.cluster).tasks_per_node
+    needed = estimate(config, training).host_bytes
+    if mem_mb is None or needed * per_node <= mem_mb * 2**20:
+        return []
+    if mem_mb == node_memory_mb(run, per_node):
+        asked = f"{training.at('mem_gb_per_task')} {run.mem_gb_per_task:g}"
+    else:
+        asked = f"set-resources {training.section}: mem_mb {mem_mb:g} of a node with {per_node} processes"
+    what = "the optimizer's offloaded state" if config.cluster.gpus_per_node else "tensors"
+    return [
+        f"{asked}: a process of {training.section} needs {large(needed, BYTES)} for {what} by the estimate "
+        "of the dry-run, and about 1 GB for programs; give more"
+    ]

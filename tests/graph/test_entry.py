@@ -1,0 +1,50 @@
+"""What a user meets before the first job: names of targets, the sample, the environment of commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import Workspace
+
+CONFIG = "pathvars={data: store, ckpt: /lustre/ckpt}"
+
+
+def test_a_target_that_moved_is_named(workspace: Workspace):
+    result = workspace.snakemake("-n", "ckpt/sft", config=(CONFIG,))
+    assert result.status == 1
+    assert "\nckpt/sft: pathvars.ckpt is /lustre/ckpt, so ask for /lustre/ckpt/sft\n" in result.output
+
+
+def test_a_target_that_moved_is_named_though_an_old_file_is_there(workspace: Workspace):
+    """Else Snakemake would say that there is nothing to be done."""
+    workspace.write("data/report/report.md", "of another configuration")
+    result = workspace.snakemake("-n", "data/report/report.md", config=(CONFIG,))
+    assert (
+        "\ndata/report/report.md: pathvars.data is store, so ask for store/report/report.md\n"
+        in result.output
+    )
+
+
+def test_what_stays_from_the_sample_is_one_line_of_a_dry_run(workspace: Workspace):
+    workspace.write("raw/a.jsonl", '{"text": "mine"}\n')
+    corpora = "corpora=[{name: docs, paths: [raw]}, {name: code, paths: [data/sample/code/part_0.jsonl]}]"
+    lines = workspace.snakemake("-n", "ckpt/sft", config=(corpora,)).output.splitlines()
+    (said,) = (line for line in lines if line.startswith("Still from the sample"))
+    assert said.endswith(": corpora code; chats questions, tools; the text of the tokenizer (tokenizer.text)")
+
+
+def test_snakemake_runs_without_an_activated_environment(workspace: Workspace):
+    program = Path(sys.executable).parent / "snakemake"
+    done = subprocess.run(
+        [program, *workspace.command("data/sample/questions/record.json")[1:]],
+        cwd=workspace.path,
+        env={"HOME": os.environ["HOME"], "PATH": "/usr/bin:/bin"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout

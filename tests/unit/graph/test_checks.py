@@ -1,0 +1,97 @@
+"""Raw files that a blend would train on twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from snaketron.config import ConfigError, load
+from snaketron.graph.checks import check_files
+from snaketron.graph.graph import Graph
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "raw" / name).touch()
+    (tmp_path / "link.jsonl").symlink_to("raw/a.jsonl")
+
+
+def check(phases: dict[str, str], *corpora: dict[str, Any], **values: Any) -> str:
+    """What is said of corpora in phases, each given as the names of its corpora."""
+    blends = [
+        {"name": name, "tokens": 300_000, "blend": [{"corpus": c, "weight": 1} for c in names.split()]}
+        for name, names in phases.items()
+    ]
+    config = load({"corpora": list(corpora), "pretrain": {"phases": blends}} | values, {})
+    graph = Graph(config)
+    try:
+        check_files(config, graph.text, graph.conversations, graph.lock)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+ONE = {"name": "one", "paths": ["raw/a.jsonl"]}
+ADVICE = (
+    "so a blend of both would train on it twice; take it out of one, or choose other rows of it with `where`"
+)
+
+
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        (["raw/a.jsonl"], "reads raw/a.jsonl, which corpora[0] reads too, "),
+        (["raw/*.jsonl"], "reads raw/a.jsonl, which corpora[0] reads too, "),
+        (["link.jsonl"], "reads link.jsonl, which corpora[0] reads too as raw/a.jsonl, "),
+        (["raw/b.jsonl"], None),
+    ],
+)
+def test_a_file_in_two_corpora_of_a_blend_is_refused_whatever_it_is_called(
+    paths: list[str], said: str | None
+):
+    found = check({"all": "one two"}, ONE, {"name": "two", "paths": paths})
+    assert found.splitlines()[:1] == ([f"corpora[1] (two): {said}{ADVICE}"] if said else [])
+
+
+def test_a_corpus_may_not_read_a_file_twice():
+    found = check({"all": "one"}, {"name": "one", "paths": ["raw/a.jsonl", "link.jsonl"]})
+    assert found == "corpora[0] (one): link.jsonl and raw/a.jsonl are one file; name it once"
+
+
+def test_other_rows_of_a_file_are_other_text():
+    rows = [{**ONE, "where": {"lang": ["en"]}}, {**ONE, "name": "two", "where": {"lang": ["fr"]}}]
+    assert check({"all": "one two"}, *rows) == ""
+
+
+def test_what_two_phases_read_is_no_blend_of_both():
+    assert check({"first": "one", "second": "two"}, ONE, {"name": "two", "paths": ["raw"]}) == ""
+
+
+def test_a_file_of_conversations_may_be_rendered_in_two_ways():
+    chats = [{"name": "one", "paths": ["raw/a.jsonl"]}, {"name": "two", "paths": ["raw/a.jsonl"]}]
+    sft = {"blend": [{"source": name, "weight": 1} for name in ("one", "two")]}
+    found = check({"all": "one"}, {"name": "one", "paths": ["raw/b.jsonl"]}, chats=chats, sft=sft)
+    assert found == f"chats[1] (two): reads raw/a.jsonl, which chats[0] reads too, {ADVICE}"
+    chats[1]["reasoning"] = {"stripped": 1}  # type: ignore[assignment]
+    assert check({"all": "one"}, {"name": "one", "paths": ["raw/b.jsonl"]}, chats=chats, sft=sft) == ""
+
+
+def test_a_file_that_lies_elsewhere_is_known_by_its_content(tmp_path: Path):
+    addresses = {"one": "https://a.example/x.jsonl", "two": "https://b.example/y.jsonl"}
+    listed = {
+        name: {
+            "request": {"paths": [address]},
+            "revision": None,
+            "files": [{"name": "x.jsonl", "address": address, "size": 9, "sha256": "ab"}],
+        }
+        for name, address in addresses.items()
+    }
+    Path("sources.lock.json").write_text(json.dumps({"version": 1, "sources": listed}))
+    found = check({"all": "one two"}, *({"name": name, "paths": [a]} for name, a in addresses.items()))
+    assert found.startswith("corpora[1] (two): reads <data>/raw/two/x.jsonl, which corpora[0] reads too as ")

@@ -1,0 +1,112 @@
+"""What a user is told beside the plan."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from snaketron.config import load
+from snaketron.graph.notes import find_python, from_sample, moved_targets, replaced, unmeasured
+
+import pytest
+
+
+def test_the_commands_of_rules_find_the_python_of_snakemake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As `.venv/bin/snakemake` is called: PATH is of a shell that knows nothing of the environment."""
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    for path in ("/usr/bin:/bin", f"{tmp_path}:/bin"):
+        monkeypatch.setenv("PATH", path)
+        find_python()
+        assert shutil.which("python") == str(Path(sys.executable).parent / "python")
+        assert os.environ["PATH"].endswith(f":{path}")
+    found = os.environ["PATH"]
+    find_python()
+    assert os.environ["PATH"] == found  # there already
+
+
+MINE = {
+    "corpora": [
+        {"name": "mine", "paths": ["raw/a.jsonl"]},
+        {"name": "docs", "paths": ["data/sample/docs/part_0.jsonl"]},
+    ]
+}
+
+
+def phases(*names: str) -> dict[str, Any]:
+    blend = [{"corpus": name, "weight": 1} for name in names]
+    return {"phases": [{"name": "one", "tokens": 300_000, "blend": blend}]}
+
+
+def test_what_stays_from_the_sample_is_told():
+    assert from_sample(load({}, {})) is None  # the sample alone is what was asked for
+    said = from_sample(load(MINE | {"pretrain": phases("mine", "docs")}, {}))
+    assert said == (
+        "Still from the sample beside your own sources: corpora docs; chats questions, tools; "
+        "the text of the tokenizer (tokenizer.text)"
+    )
+
+
+def test_what_no_training_reads_is_not_told():
+    taken = {"tokenizer": {"path": "my/tokenizer"}, "chats": [{"name": "talk", "paths": ["raw/c.jsonl"]}]}
+    taken["sft"] = {"blend": [{"source": "talk", "weight": 1}]}
+    assert from_sample(load(MINE | taken | {"pretrain": phases("mine")}, {})) is None
+
+
+def test_a_target_below_a_moved_root_has_another_name():
+    config = load({"pathvars": {"data": "data", "ckpt": "/lustre/me/ckpt/"}}, {})
+    targets = ["ckpt/sft", "./ckpt/pretrain/broad", "data/report/report.md", "sft", "/lustre/me/ckpt/sft"]
+    assert moved_targets(config, targets) == [
+        "ckpt/sft: pathvars.ckpt is /lustre/me/ckpt/, so ask for /lustre/me/ckpt/sft",
+        "./ckpt/pretrain/broad: pathvars.ckpt is /lustre/me/ckpt/, so ask for /lustre/me/ckpt/pretrain/broad",
+    ]
+    moved = load({"pathvars": {"data": "store"}}, {})
+    assert moved_targets(moved, ["data/sample/docs/record.json", "data/tokenizer/record.json"]) == [
+        "data/tokenizer/record.json: pathvars.data is store, so ask for store/tokenizer/record.json"
+    ]
+
+
+def test_a_source_that_is_not_validated_is_told():
+    assert unmeasured(load({}, {})) == []
+    few = load(
+        {"corpora": [{**MINE["corpora"][0], "max_documents": 20}, *MINE["corpora"][1:]]}
+        | {"pretrain": phases("mine"), "sft_data": {"valid_fraction": 0}},
+        {},
+    )
+    assert unmeasured(few) == [
+        "corpora[0] (mine): of max_documents 20 about 0.2 are held out (pretrain_data.valid_fraction 0.01), "
+        "so it may have no validation loss",
+        "sft_data.valid_fraction is 0, so no validation loss is measured on chats",
+    ]
+
+
+def job(rule: str, **why: Any) -> SimpleNamespace:
+    reason = {"missing_output": set(), "params_changed": None, "input_changed": False} | why
+    return SimpleNamespace(rule=SimpleNamespace(name=rule), why=SimpleNamespace(**reason))
+
+
+@pytest.mark.parametrize(
+    ("jobs", "counted"),
+    [
+        ([job("build_tokenizer", params_changed="vocab_size")], "1 x build_tokenizer"),
+        ([job("build_tokenizer", input_changed=True)], "1 x build_tokenizer"),
+        ([job("tokenize_shard", params_changed="text_field")] * 3, "3 x tokenize_shard"),
+        ([job("tokenize_shard", input_changed=True)], None),  # a shard that gets a further file
+        ([job("tokenize_shard", params_changed="text_field", missing_output={"a"})], None),
+        ([job("pack_sft", params_changed="pack_size")], None),  # cheap, and a size that one tries out
+        ([job("build_tokenizer")], None),
+    ],
+)
+def test_tokens_of_other_settings_are_not_replaced_in_silence(jobs: list[Any], counted: str | None):
+    said = replaced(jobs, lambda job: job.why)
+    if counted is None:
+        assert said is None
+    else:
+        assert said and said.startswith(
+            f"Made here with other settings, and replaced by this run: {counted}, and what is made from "
+        )

@@ -1,0 +1,45 @@
+"""What Slurm is asked for trainings, by rule, profile or user, is enough for them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from snaketron.config import ConfigError, load
+from snaketron.graph.requests import check_requests
+from snaketron.sizes.limits import Limits
+
+import pytest
+from snakemake.resources import Resources
+
+
+def workflow(partition: str = "slurm_partition", **resources: dict) -> SimpleNamespace:
+    """A workflow whose rules have these resources beside a partition."""
+    rules = {
+        name: SimpleNamespace(resources=Resources.from_mapping({partition: "gpu"} | resources.get(name, {})))
+        for name in ("pretrain", "sft", "lora")
+    }
+    return SimpleNamespace(get_rule=rules.__getitem__)
+
+
+def test_limits_are_numbers_or_not_known():
+    asked = workflow(pretrain={"runtime": "4h", "mem": "3GB"}, sft={"runtime": lambda wildcards: 1})
+    assert check_requests(asked, load({}, {})) == {
+        "pretrain": Limits(240, 3000),
+        "sft": Limits(),
+        "lora": Limits(),
+    }
+
+
+def test_two_phases_of_one_problem_are_told_once():
+    with pytest.raises(ConfigError) as error:
+        check_requests(workflow(pretrain={"runtime": 1}, sft={"mem_mb": 1}), load({}, {}))
+    starts = [line.split(" ")[0] for line in str(error.value).splitlines()]
+    assert starts == ["pretrain.stop_before_limit", "set-resources"]
+
+
+def test_what_is_trained_on_request_is_checked_then():
+    assert check_requests(workflow(lora={"runtime": 1}), load({}, {}))["lora"] == Limits(1)
+
+
+def test_what_slurm_does_not_run_has_no_limits():
+    assert check_requests(workflow("queue", sft={"runtime": 1}), load({}, {})) == {}

@@ -1,0 +1,53 @@
+"""Time limits and memory that a training needs more of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from snaketron.config import load
+from snaketron.sizes.limits import Limits, check_limits
+
+import pytest
+
+
+def problems(limits: Limits, name: str = "sft", **values: Any) -> list[str]:
+    config = load(values, {})
+    return check_limits(config, config.training(name), limits)
+
+
+def test_what_is_not_known_is_not_checked():
+    assert problems(Limits(), sft={"mem_gb_per_task": 0.001, "stop_before_limit": 1_000_000}) == []
+
+
+@pytest.mark.parametrize(("minutes", "fits"), [(1, False), (2, False), (3, True)])
+def test_a_job_lasts_longer_than_what_it_keeps_for_saving(minutes: int, fits: bool):
+    """120 s are two minutes: a job of two would stop when it begins."""
+    found = problems(Limits(minutes=minutes))
+    message = (
+        f"sft.stop_before_limit 120 (seconds) is not less than the time limit of its job, runtime {minutes} "
+        "(minutes), so sft would stop before its first step; lower it, or raise runtime of sft in "
+        "set-resources of the profile"
+    )
+    assert found == ([] if fits else [message])
+
+
+def test_without_gpus_everything_lies_in_the_memory_of_the_node():
+    """The estimate of the default SFT is 106.4 MB a process in two; both share a node."""
+    sft = {"parallel": {"data_parallel_size": 2}, "mem_gb_per_task": 0.1}
+    (asked,) = problems(Limits(mem_mb=200), sft=sft)
+    end = (
+        ": a process of sft needs 106.4 MB for tensors by the estimate of the dry-run, and about 1 GB for "
+        "programs; give more"
+    )
+    assert asked == f"sft.mem_gb_per_task 0.1{end}"
+    (overwritten,) = problems(Limits(mem_mb=202), sft=sft)  # of 2^20 bytes: 211.8 MB, less than 212.8
+    assert overwritten == f"set-resources sft: mem_mb 202 of a node with 2 processes{end}"
+    assert problems(Limits(mem_mb=203), sft=sft) == []
+
+
+def test_on_gpus_the_node_keeps_what_is_offloaded():
+    """All moments and main weights of 1.5 million parameters in fp32: 8 bytes each."""
+    gpu = {"gpus_per_node": 1}
+    assert problems(Limits(mem_mb=1), cluster=gpu) == []
+    (problem,) = problems(Limits(mem_mb=10), cluster=gpu, sft={"offload_optimizer": 1.0})
+    assert "needs 14.6 MB for the optimizer's offloaded state" in problem
