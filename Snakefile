@@ -23,8 +23,8 @@ from snaketron.graph.graph import Graph
 from snaketron.graph.requests import check_requests
 from snaketron.graph.submission import check_submission
 from snaketron.jobs import status
+from snaketron.sources.formats import DOWNLOADED
 from snaketron.sources.models import MODEL_FILE
-from snaketron.sources.shards import DOWNLOADED
 
 SPLITS = ("train", "valid", "test")
 
@@ -60,6 +60,7 @@ except ConfigError as error:
 logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     for note in (
+        *graph.unread(),
         graph.to_download(),
         notes.from_sample(graph.config),
         *notes.unmeasured(graph.config),

@@ -26,8 +26,8 @@ class Source(Section):
     name: Name = Field(description="directory name of what is made from it")
     paths: list[str] = key(
         list,
-        "files, directories or globs: .jsonl or .json (also .gz, .zst), .parquet, .arrow; or addresses "
-        "(s3://, gs://, hf://, https://), which scripts/lock_sources.py lists",
+        "files, directories or globs: .jsonl, .ndjson or .json (also .gz, .zst, .bz2, .xz), .parquet, "
+        ".arrow; or addresses (s3://, gs://, hf://, https://), which scripts/lock_sources.py lists",
     )
     hub: Hub | None = key(None, "a data set of the Hugging Face hub, in place of `paths`")
     where: dict[str, list[str | int | bool]] = key(

@@ -15,6 +15,7 @@ from snaketron.graph.training import TrainingGraph
 from snaketron.settings.chats import padding_multiple, render_settings
 from snaketron.settings.text import read_settings, tokenize_settings
 from snaketron.sizes.checks import check_trainings
+from snaketron.sources.local import unread
 from snaketron.sources.lockfile import LockedFile, read_lock
 from snaketron.sources.models import tokenizer_model
 from snaketron.sources.shards import shards, to_download
@@ -72,6 +73,10 @@ class Graph:
     def raw_chats(self, wildcards: Any) -> list[str]:
         """The raw files of a shard of conversations."""
         return self.conversations[wildcards.source][wildcards.shard]
+
+    def unread(self) -> list[str]:
+        """What lies in the sources and is not read, a line for each path of the configuration."""
+        return unread(self.config)
 
     def to_download(self) -> str | None:
         """The files of the lock that are not here yet, in one line; None when all are."""

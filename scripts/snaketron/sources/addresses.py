@@ -8,8 +8,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from snaketron.log import UserError
+from snaketron.sources.formats import READABLE, suffix_of
 from snaketron.sources.patience import Patience, ask
-from snaketron.sources.shards import SUFFIXES, suffix_of
 from snaketron.sources.streams import filesystem
 
 
@@ -43,7 +43,7 @@ def list_address(address: str, at: str, patience: Patience) -> list[Found]:
         for name, info in sorted(found.items())
     ]
     if not listed:
-        raise UserError(f"{at}: no {', '.join(SUFFIXES)} file at {address}")
+        raise UserError(f"{at}: no {READABLE} file at {address}")
     return readable(listed, at)
 
 
@@ -86,5 +86,5 @@ def readable(files: list[Found], at: str) -> list[Found]:
     other = [file.address for file in files if not suffix_of(file.path)]
     if other:
         count = f" and {len(other) - 1} more" if len(other) > 1 else ""
-        raise UserError(f"{at}: {other[0]}{count} is none of {', '.join(SUFFIXES)}")
+        raise UserError(f"{at}: {other[0]}{count} is none of {READABLE}")
     return files

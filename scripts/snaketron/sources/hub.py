@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from snaketron.config import Hub
 from snaketron.log import UserError
 from snaketron.sources.addresses import Found, list_files, readable
+from snaketron.sources.formats import READABLE
 from snaketron.sources.models import MODEL_FILE, HubModel
 from snaketron.sources.patience import Patience, ask
-from snaketron.sources.shards import SUFFIXES
 
 _AT_A_TIME = 100  # paths of one question to the hub
 
@@ -83,7 +83,7 @@ def list_hub_address(
     system = HfFileSystem()
     found = list_files(system, posixpath.join(root, parsed.path_in_repo), at, address, patience)
     if not found:
-        raise UserError(f"{at}: no {', '.join(SUFFIXES)} file at {address}")
+        raise UserError(f"{at}: no {READABLE} file at {address}")
     # Some versions of the client put the revision into the paths that they return, some do not.
     paths = {re.sub(rf"^datasets/{re.escape(parsed.id)}(@[^/]+)?/", "", name) for name in found}
     files = _described(parsed.id, commit, sorted(paths)[:max_files], at, patience)

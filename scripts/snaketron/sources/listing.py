@@ -15,11 +15,11 @@ from snaketron.files import write_text
 from snaketron.log import UserError, logger
 from snaketron.sources.addresses import Found, list_address
 from snaketron.sources.download import fetch
+from snaketron.sources.formats import suffix_of, without_suffix
 from snaketron.sources.hub import list_hub, list_hub_address, list_model
 from snaketron.sources.lockfile import Lock, lock_text, read_lock, remote, request
 from snaketron.sources.models import HubModel, hub_models
 from snaketron.sources.patience import Patience
-from snaketron.sources.shards import suffix_of
 from snaketron.wording import plural, size_text
 
 _LONGEST_NAME = 150  # letters of a file's name; file systems take 255
@@ -140,7 +140,7 @@ def file_names(files: list[Found], known: dict[str, str]) -> list[str]:
 
 
 def _stem(path: str) -> str:
-    return re.sub(r"[^a-z0-9_]", "_", path.removesuffix(suffix_of(path)).lower()) or "_"
+    return re.sub(r"[^a-z0-9_]", "_", without_suffix(path).lower()) or "_"
 
 
 def _summary(entry: dict[str, Any]) -> str:

@@ -5,30 +5,30 @@ Every job lists them: nothing but the standard library, and nothing that asks th
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
 from snaketron.config.names import unusable
+from snaketron.sources.formats import READABLE, suffix_of, without_suffix
+from snaketron.sources.local import SAMPLE, list_files
 from snaketron.sources.lockfile import Lock, LockedFile, check_addresses, remote, request
 from snaketron.sources.models import hub_models
 from snaketron.wording import plural, size_text
 
-SUFFIXES = (
-    ".jsonl",
-    ".jsonl.gz",
-    ".jsonl.zst",
-    ".json",
-    ".json.gz",
-    ".json.zst",
-    ".parquet",
-    ".arrow",
-)
-SAMPLE = re.compile(r"data/sample/([a-z0-9_]+)/part_\d+\.jsonl")
-# Names of downloaded files. A name has no point before its suffix, so FILE.json, a record, never matches.
-DOWNLOADED = r"[a-z0-9_]+\.(?:jsonl?(?:\.gz|\.zst)?|parquet|arrow)"
+_LONGEST_NAME = 238  # bytes: a file system takes 255, and the job writes .NAME.parquet.partial
+
+
+class _File(NamedTuple):
+    """A raw file."""
+
+    path: str
+    size: int | None = None  # bytes; None for a file of this machine, which is asked for it if need be
+    later: bool = False  # an earlier file has its name, so it comes after the files that have one
 
 
 def shards(
@@ -36,7 +36,8 @@ def shards(
 ) -> dict[str, list[str]]:
     """Map each shard's name to its raw files, in the order in which they are read.
 
-    A shard is called after its first file, without path and suffix. With `shard_size`, files are put
+    A shard is called after its first file, without path and suffix; where another file of the source has that
+    name already, with the names of directories before it. With `shard_size`, files are put
     together by name until a shard has so many bytes. A limited source has one shard, `sample`: all its
     files in the order of the configuration. Files after the first `max_files` are left out.
     A file of the sample may not exist yet; anything else must. Raises `ConfigError`.
@@ -44,10 +45,11 @@ def shards(
     files = _remote(source, where, lock) if request(source) else _local(source, where)
     files = dict(itertools.islice(files.items(), source.max_files))
     if source.limited:
-        return {"sample": [path for path, _ in files.values()]}
+        return {"sample": [file.path for file in files.values()]}
     found: dict[str, list[str]] = {}
     room = 0  # bytes that the shard of the last file may still take
-    for name, (path, size) in sorted(files.items()):
+    # Later files of a name come last, so that they regroup nothing that was made before they were there.
+    for name, (path, size, _) in sorted(files.items(), key=lambda item: (item[1].later, item[0])):
         if shard_size and size is None and not SAMPLE.fullmatch(path):
             size = Path(path).stat().st_size
         if room > 0 and size is not None:
@@ -59,85 +61,78 @@ def shards(
     return found
 
 
-def _remote(source: Corpus | ChatSource, where: str, lock: Lock) -> dict[str, tuple[str, int | None]]:
+def _remote(source: Corpus | ChatSource, where: str, lock: Lock) -> dict[str, _File]:
     """Map the shard name of each file that lies elsewhere to where it is downloaded to, and its size."""
     check_addresses(source, where)
     lock.check(source, where)
-    found: dict[str, tuple[str, int | None]] = {}
+    found: dict[str, _File] = {}
     for name, file in lock.files(source.name).items():
         shard, path = name.split(".")[0], f"<data>/raw/{source.name}/{name}"
         if shard in found:
-            other = Path(found[shard][0]).name
+            other = Path(found[shard].path).name
             raise ConfigError(
                 f"{where}: in {lock.path}, {name} and {other} would both be shard {shard!r}; list them again"
             )
-        found[shard] = path, file.size
+        found[shard] = _File(path, file.size)
     return found
 
 
-def _local(source: Corpus | ChatSource, where: str) -> dict[str, tuple[str, int | None]]:
-    """Map the shard name of each file of this machine to its path; its size is asked for only if needed."""
-    found: dict[str, str] = {}
+def _local(source: Corpus | ChatSource, where: str) -> dict[str, _File]:
+    """Map the shard name of each file of this machine to the file."""
+    paths: dict[str, str] = {}  # to the key that named each
     for i, pattern in enumerate(source.paths):
         at = f"{where}.paths[{i}]"
-        for path in _files(pattern, at):
+        for path in list_files(pattern, at).files:
             if problem := unusable(path):
                 raise ConfigError(f"{at}: {problem}")
             if path.startswith("-"):  # programs would take it for an option
                 path = str(Path(path).absolute())
-            name = _shard_name(path, at)
-            if found.setdefault(name, path) != path:
-                raise ConfigError(f"{at}: {path} and {found[name]} would both be shard {name!r}; rename one")
-    return {name: (path, None) for name, path in found.items()}
+            paths.setdefault(path, at)
+    first: dict[str, str] = {}  # the file that a shard is called after
+    for path, at in paths.items():
+        first.setdefault(_shard_name(path, at), path)
+    taken = set(first)
+    found: dict[str, _File] = {}
+    for path, at in paths.items():
+        name = _shard_name(path, at)
+        other = first[name]
+        if path == other:
+            found[name] = _File(path)
+        elif os.path.realpath(path) != os.path.realpath(other):
+            if without_suffix(path) == without_suffix(other):
+                raise ConfigError(f"{at}: {path} and {other} would both be shard {name!r}; rename one")
+            name = _another_name(path, other, name, taken)
+            taken.add(name)
+            found[name] = _File(path, later=True)
+    return found
 
 
-def suffix_of(path: str) -> str:
-    """The one of `SUFFIXES` that a path ends in; "" for a file that cannot be read."""
-    return max((s for s in SUFFIXES if path.endswith(s)), key=len, default="")
+def _another_name(path: str, other: str, name: str, taken: set[str]) -> str:
+    """A name for a file whose name `other` has: with directories before it until nothing is called so."""
+    directories = [part for part in Path(path).parts[:-1] if part.strip("./")]
+    for number in range(1, len(directories) + 1 if Path(path).parent != Path(other).parent else 1):
+        longer = _plain(".".join([*directories[-number:], name]))
+        if longer not in taken and len(longer) <= _LONGEST_NAME:
+            return longer
+    return _with_hash(name, path)
 
 
 def _shard_name(path: str, at: str) -> str:
     suffix = suffix_of(path)
     if not suffix:
-        raise ConfigError(f"{at}: {path} is none of {', '.join(SUFFIXES)}")
-    name = re.sub(r"[^a-z0-9_.]", "_", Path(path).name.removesuffix(suffix).lower())
+        raise ConfigError(f"{at}: {path} is none of {READABLE}")
+    name = _plain(without_suffix(Path(path).name))
     if not name:
         raise ConfigError(f"{at}: {path} has no name before {suffix}; rename it")
-    return name
+    return name if len(name) <= _LONGEST_NAME else _with_hash(name, path)
 
 
-def _files(pattern: str, at: str) -> list[str]:
-    if SAMPLE.fullmatch(pattern):
-        return [pattern]
-    path = Path(pattern)
-    if path.is_dir():
-        files = sorted(_below(path))
-        return files or _missing(f"{at}: no {', '.join(SUFFIXES)} file in the directory {pattern}")
-    if path.is_file():
-        return [str(path)]
-    if not any(c in pattern for c in "*?["):
-        return _missing(f"{at}: {pattern} does not exist (relative paths start at {Path.cwd()})")
-    root = Path(path.anchor)
-    matched = (p for p in root.glob(str(path.relative_to(root))) if p.is_file())
-    files = sorted(str(p) for p in matched if not _hidden(p.name) or _hidden(path.name))
-    return files or _missing(f"{at}: no file matches {pattern}")
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9_.]", "_", name.lower())
 
 
-def _below(directory: Path) -> Iterator[str]:
-    """The raw files of a directory. A hidden file belongs to a program that still downloads or edits it."""
-    for here, directories, names in directory.walk():
-        directories[:] = [name for name in directories if not _hidden(name)]
-        for name in names:
-            if name.endswith(SUFFIXES) and not _hidden(name) and (here / name).is_file():
-                yield str(here / name)
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
-def _missing(message: str) -> list[str]:
-    raise ConfigError(message)
+def _with_hash(name: str, path: str) -> str:
+    return f"{name[: _LONGEST_NAME - 9]}.{hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
 def to_download(config: Config, lock: Lock) -> str | None:

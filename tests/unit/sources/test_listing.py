@@ -209,7 +209,7 @@ def test_what_cannot_be_listed_says_why(case: str, message: str, answers: dict[s
 
 def test_a_table_says_what_can_be_read(answers: dict[str, Any]):
     assert answers["table"].endswith(
-        "/train.csv is none of .jsonl, .jsonl.gz, .jsonl.zst, .json, .json.gz, .json.zst, .parquet, .arrow"
+        "/train.csv is none of .jsonl, .ndjson or .json (also .gz, .zst, .bz2 or .xz), .parquet or .arrow"
     )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from snaketron.config import ConfigError, Corpus
+from snaketron.sources.formats import DOWNLOADED
+from snaketron.sources.local import unread
 from snaketron.sources.lockfile import read_lock
-from snaketron.sources.shards import DOWNLOADED, shards, to_download
+from snaketron.sources.shards import shards, to_download
 from tests.unit.sources.locked import HUB, WEB, config, entry, listed, write_lock
 
 import pytest
@@ -24,6 +28,10 @@ def touch(*names: str) -> None:
     for name in names:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def grouped(*paths: str, shard_size: int | None = None, **source: Any) -> dict[str, list[str]]:
@@ -86,6 +94,70 @@ def test_a_file_named_twice_is_one_shard():
     assert found("raw/a.jsonl", "./raw/a.jsonl") == {"a": "raw/a.jsonl"}
 
 
+def test_a_file_that_two_spellings_name_is_read_once(here: Path):
+    touch("raw/a.jsonl")
+    assert found("raw/a.jsonl", f"{here}/raw/a.jsonl") == {"a": "raw/a.jsonl"}
+
+
+def test_links_to_directories_are_followed_and_each_directory_is_read_once():
+    touch("raw/a.jsonl", "raw/deep/b.jsonl", "other/c.jsonl", "other/deeper/d.jsonl")
+    for link, target in {"raw/link": "../other", "raw/again": "deep", "other/loop": "../raw"}.items():
+        Path(link).symlink_to(target)
+    expected = {
+        "a": "raw/a.jsonl",
+        "b": "raw/deep/b.jsonl",  # and not raw/again/b.jsonl
+        "c": "raw/link/c.jsonl",
+        "d": "raw/link/deeper/d.jsonl",
+    }
+    assert found("raw") == found("raw/**/*.jsonl") == found("raw/**") == expected
+
+
+def test_a_link_to_a_file_that_is_gone_is_refused():
+    touch("raw/a.jsonl")
+    Path("raw/b.jsonl").symlink_to("/gone/b.jsonl")
+    for path in ("raw", "raw/*", "raw/b.jsonl"):
+        problem = "raw/b.jsonl is a link to /gone/b.jsonl, which does not exist"
+        assert refusal(path).startswith(f"corpora[2].paths[0]: {problem}")
+
+
+def test_what_is_not_read_is_named():
+    touch("raw/a.jsonl", "raw/README.md", "raw/.b.jsonl", "raw/.cache/c.jsonl", "raw/d\udcff.txt")
+    Path("raw/more").symlink_to("/gone/more")
+    os.mkfifo("raw/e.jsonl")
+    corpora = [Corpus(name="docs", paths=["raw", "raw/a.jsonl", "raw/*"])]
+    assert unread(config(corpora=corpora)) == [
+        "corpora[0].paths[0]: not read: raw/.b.jsonl, raw/.cache/, raw/README.md, 'raw/d\\udcff.txt', "
+        "raw/e.jsonl and 1 more",
+        "corpora[0].paths[2]: not read: raw/.b.jsonl, raw/.cache/, raw/e.jsonl, raw/more",
+    ]
+    assert unread(config(corpora=[*corpora, WEB])) == unread(config(corpora=corpora))
+
+
+def test_a_data_set_of_datasets_is_its_data_files():
+    """As `save_to_disk` writes it; what `map` left beside it is no data."""
+    touch("set/data-00000-of-00001.arrow", "set/cache-1f.arrow", "set/dataset_info.json")
+    Path("set/state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    assert found("set") == {"data_00000_of_00001": "set/data-00000-of-00001.arrow"}
+    assert unread(config(corpora=[Corpus(name="docs", paths=["set"])])) == [
+        "corpora[0].paths[0]: not read: set/cache-1f.arrow"
+    ]
+    Path("set/data-00000-of-00001.arrow").unlink()
+    assert refusal("set") == (
+        "corpora[2].paths[0]: set is a data set whose file data-00000-of-00001.arrow is missing"
+    )
+
+
+def test_a_data_set_of_several_splits_is_refused_with_the_splits():
+    touch("all/train/data-0.arrow", "all/test/data-0.arrow")
+    Path("all/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert refusal("all") == (
+        "corpora[2].paths[0]: all is a data set with the splits train, test (save_to_disk of `datasets`); "
+        "name the one to read: all/train"
+    )
+    Path("all/dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert found("all/train") == {"data_0": "all/train/data-0.arrow"}
+
+
 def test_a_file_of_the_sample_need_not_exist_yet():
     assert found("data/sample/docs/part_0.jsonl") == {"part_0": "data/sample/docs/part_0.jsonl"}
 
@@ -97,6 +169,10 @@ def test_a_file_of_the_sample_need_not_exist_yet():
         ("UPPER.parquet", "upper"),
         ("naïve.jsonl", "na_ve"),
         ("a+b=c.jsonl.zst", "a_b_c"),
+        ("UP.JSONL", "up"),
+        ("a.ndjson", "a"),
+        ("a.NDJSON.BZ2", "a"),
+        ("a.json.xz", "a"),
         ("a[1].jsonl", "a_1_"),
     ],
 )
@@ -105,10 +181,46 @@ def test_an_odd_file_name_becomes_a_plain_shard_name(name: str, shard: str):
     assert found(f"raw/{name}") == found("raw") == {shard: f"raw/{name}"}
 
 
-def test_two_files_of_one_shard_name_are_refused():
-    touch("x/a.jsonl", "y/A.parquet")
-    assert refusal("x", "y") == (
-        "corpora[2].paths[1]: y/A.parquet and x/a.jsonl would both be shard 'a'; rename one"
+def test_a_later_file_of_the_same_name_is_called_after_its_directory():
+    touch("en/part_0.jsonl", "fr/part_0.jsonl", "fr/b.jsonl")
+    assert found("en") == {"part_0": "en/part_0.jsonl"}
+    added = {"b": "fr/b.jsonl", "part_0": "en/part_0.jsonl", "fr.part_0": "fr/part_0.jsonl"}
+    assert found("en", "fr") == added  # and what was made of the first file stays
+    assert list(found("en", "fr")) == list(added)
+    # Groups by size stay as well: later files of a name come after the files that have it.
+    assert grouped("en", "fr", shard_size=9**9) == {"b": [added[name] for name in added]}
+
+
+def test_directories_are_taken_in_until_a_name_is_free(here: Path):
+    touch("h/date=1/x/part-0.parquet", "h/date=2/x/part-0.parquet", "h/date=3/x/part-0.parquet")
+    assert found("h") == {
+        "part_0": "h/date=1/x/part-0.parquet",
+        "x.part_0": "h/date=2/x/part-0.parquet",
+        "date_3.x.part_0": "h/date=3/x/part-0.parquet",
+    }
+    touch("x.part-0.parquet")  # a file that is called so keeps its name, whoever comes first
+    assert found("h", "x.part-0.parquet") == {
+        "part_0": "h/date=1/x/part-0.parquet",
+        "x.part_0": "x.part-0.parquet",
+        "date_2.x.part_0": "h/date=2/x/part-0.parquet",
+        "date_3.x.part_0": "h/date=3/x/part-0.parquet",
+    }
+
+
+def test_names_of_one_directory_that_differ_only_in_odd_letters_get_a_hash():
+    long = "a" * 240
+    touch("raw/文.jsonl", "raw/語.jsonl", f"raw/{long}.jsonl")
+    assert found("raw") == {
+        "_": "raw/文.jsonl",
+        f"_.{sha256('raw/語.jsonl')}": "raw/語.jsonl",
+        f"{'a' * 229}.{sha256(f'raw/{long}.jsonl')}": f"raw/{long}.jsonl",  # .NAME.parquet.partial has room
+    }
+
+
+def test_two_files_that_differ_only_in_their_format_are_refused():
+    touch("x/a.jsonl", "x/a.jsonl.gz")
+    assert refusal("x") == (
+        "corpora[2].paths[0]: x/a.jsonl.gz and x/a.jsonl would both be shard 'a'; rename one"
     )
     lock = listed(("a.jsonl", 5), ("a.parquet", 7))  # edited by hand; lock_sources never writes this
     with pytest.raises(ConfigError, match="would both be shard 'a'; list them again"):
@@ -161,7 +273,7 @@ def test_another_kind_of_file_is_refused_with_those_that_are_read():
     touch("raw/a.jsonl", "raw/b.csv")
     assert refusal("raw/*") == (
         "corpora[2].paths[0]: raw/b.csv is none of "
-        ".jsonl, .jsonl.gz, .jsonl.zst, .json, .json.gz, .json.zst, .parquet, .arrow"
+        ".jsonl, .ndjson or .json (also .gz, .zst, .bz2 or .xz), .parquet or .arrow"
     )
 
 
@@ -242,6 +354,15 @@ def test_a_dry_run_knows_what_is_not_here_yet():
 
 
 def test_the_record_of_a_downloaded_file_is_never_taken_for_a_download():
-    downloads = ["a_1.jsonl", "a.json", "a.json.zst", "a.jsonl.gz", "a.arrow", "a.parquet"]
+    downloads = [
+        "a_1.jsonl",
+        "a.json",
+        "a.ndjson.bz2",
+        "a.jsonl.xz",
+        "a.json.zst",
+        "a.jsonl.gz",
+        "a.arrow",
+        "a.parquet",
+    ]
     others = ["a.parquet.json", "a.jsonl.json", "a.json.json", "A.json", ".a.json", "a/b.json", "a.gz"]
     assert [name for name in downloads + others if re.fullmatch(DOWNLOADED, name)] == downloads
