@@ -39,7 +39,8 @@ def held_out_prompts(batches: SftBatches, count: int) -> Iterator[Prompt]:
 
 def answer(built: BuiltModel, prompt: Prompt, max_tokens: int) -> list[int]:
     """The most likely answer, up to the token that ended the reference; every rank must call this."""
-    return generate(built, prompt.input_ids, stop=prompt.reference[-1], max_tokens=max_tokens)
+    [ids] = generate(built, [prompt.input_ids], stop=prompt.reference[-1:], max_tokens=max_tokens)
+    return ids
 
 
 def write_answers(stage: Stage, built: BuiltModel, iteration: int, batches: SftBatches) -> None:

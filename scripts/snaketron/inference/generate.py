@@ -1,64 +1,131 @@
-"""The most likely continuation of a text, token by token, by a model in any parallel layout."""
+"""Continuations of texts, token by token, by a model in any parallel layout."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
+from snaketron.inference.decoder import Decoder, decoding
 from snaketron.model import backend
 from snaketron.model.build import BuiltModel
-from snaketron.model.megatron import internals
 
+import numpy as np
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
-
-MULTIPLE = 64  # lengths are rounded up to it, so that few shapes occur; any tensor parallel size divides it
+from torch import Tensor
 
 
-def generate(built: BuiltModel, prompt: list[int], *, stop: int, max_tokens: int) -> list[int]:
-    """The ids that follow the prompt, up to the first `stop` or `max_tokens` of them.
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is chosen among those that the model holds possible.
 
-    Every rank must call this; all get the same ids. It computes the whole sequence for each token, so it is
-    meant for a few short answers.
+    temperature: divides the logits; 0 takes the most likely token.
+    top_p: draws among the fewest tokens whose probabilities add up to it (Holtzman et al., arXiv 1904.09751).
+    seed: of the draws. Each text of a call has draws of its own, whatever grows beside it.
     """
-    ids, limit = list(prompt), min(len(prompt) + max_tokens, built.settings.seq_length)
-    with built.evaluating(), internals.without_mtp(built.model):
-        while len(ids) < limit:
-            ids.append(next_token(built, ids))
-            if ids[-1] == stop:
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def draws(self, text: int) -> torch.Generator:
+        """The random numbers of the text with this number."""
+        return torch.Generator().manual_seed(
+            int(np.random.SeedSequence([self.seed, text]).generate_state(1, np.uint64)[0] >> 1)
+        )
+
+
+GREEDY = Sampling()
+
+
+def generate(
+    built: BuiltModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: Collection[int],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    batch_size: int = 8,
+) -> list[list[int]]:
+    """The ids that follow each prompt, up to the first one of `stop` (included) or `max_tokens` of them.
+
+    A text also ends at the model's seq_length. Up to `batch_size` texts grow at the same time, and one that
+    ends makes room for the next. Every rank must call this; all get the same ids.
+    """
+    limits = [min(max_tokens, built.settings.seq_length - len(prompt)) for prompt in prompts]
+    waiting = [number for number, limit in enumerate(limits) if limit > 0][::-1]
+    answers: list[list[int]] = [[] for _ in prompts]
+    if not waiting:
+        return answers
+    draws = [sampling.draws(number) for number in range(len(prompts))]
+
+    def goes_on(number: int, token: int) -> bool:
+        answers[number].append(token)
+        return token not in stop and len(answers[number]) < limits[number]
+
+    longest = max(len(prompts[number]) + limits[number] for number in waiting)
+    with decoding(built, min(batch_size, len(waiting)), longest) as decoder:
+        busy: dict[int, int] = {}  # the text that each row holds
+        last = [0] * len(decoder.lengths)  # the last token of each row, which it has not read yet
+        while busy or waiting:
+            for row in range(len(last)):
+                while row not in busy and waiting:
+                    number = waiting.pop()
+                    decoder.forget(row)
+                    [last[row]] = choose(decoder.read(row, prompts[number]), sampling, [draws[number]])
+                    if goes_on(number, last[row]):
+                        busy[row] = number
+            if not busy:
                 break
-    return ids[len(prompt) :]
+            rows = [draws[busy[row]] if row in busy else None for row in range(len(last))]
+            last = choose(decoder.step(torch.tensor(last)), sampling, rows)
+            for row, number in list(busy.items()):
+                if not goes_on(number, last[row]):
+                    del busy[row]
+                    decoder.forget(row)
+    return answers
 
 
-def next_token(built: BuiltModel, ids: list[int]) -> int:
-    """The id with the highest logit after `ids`, the same on all ranks."""
-    device = backend.device()
-    outputs = _logits(built, ids, device)
-    # Only the last pipeline stage has logits; the last rank is in it.
-    best = torch.zeros(1, dtype=torch.int64, device=device)
-    if outputs:
-        best[0] = outputs[0][0, len(ids) - 1, : built.vocab_size].argmax()
-    torch.distributed.broadcast(best, src=torch.distributed.get_world_size() - 1)
-    return int(best)
+def continuation(
+    decoder: Decoder,
+    ids: Sequence[int],
+    *,
+    stop: Collection[int],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+) -> Iterator[int]:
+    """Read `ids` into the first row and give what follows, token by token, as `generate` does.
+
+    The decoder has then read all tokens but the last one that was given.
+    """
+    draws, unread = [sampling.draws(0)], list(ids)
+    for number in range(max_tokens):
+        if number and (unread[0] in stop or int(decoder.lengths[0]) == decoder.max_length):
+            return
+        unread = choose(decoder.read(0, unread), sampling, draws)
+        yield unread[0]
 
 
-def _logits(built: BuiltModel, ids: list[int], device: torch.device) -> list[torch.Tensor]:
-    """One tensor (1, length, padded vocabulary) on the last pipeline stage, none on the others."""
-    length = -(-len(ids) // MULTIPLE) * MULTIPLE
-    tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
-    tokens[0, : len(ids)] = torch.tensor(ids, device=device)
-    positions = torch.arange(length, device=device)[None]
+def choose(logits: Tensor | None, sampling: Sampling, draws: Sequence[torch.Generator | None]) -> list[int]:
+    """A token for each row of logits (rows, vocabulary), the same on all ranks; None for rows without draws.
 
-    def forward(_batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
-        logits = model(tokens, positions, None, runtime_gather_output=True)
-        return logits, lambda output, non_loss_data=False: output
+    The logits are those of the last pipeline stage; other ranks have none. The last rank is in that stage.
+    """
+    tokens = torch.zeros(len(draws), dtype=torch.int64)
+    if logits is not None:
+        tokens = _drawn(logits, sampling, draws) if sampling.temperature > 0 else logits.argmax(-1)
+    if torch.distributed.get_world_size() > 1:
+        tokens = tokens.to(backend.device())
+        torch.distributed.broadcast(tokens, src=torch.distributed.get_world_size() - 1)
+    return tokens.tolist()
 
-    return get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=None,
-        model=[built.module],
-        num_microbatches=1,
-        seq_length=length,
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
+
+def _drawn(logits: Tensor, sampling: Sampling, draws: Sequence[torch.Generator | None]) -> Tensor:
+    probabilities, ids = (logits.double().cpu() / sampling.temperature).softmax(-1).sort(-1, descending=True)
+    # A token stays if those before it do not reach top_p yet; so the first one always stays.
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    places = [
+        0 if random is None else int(torch.multinomial(row, 1, generator=random))
+        for row, random in zip(probabilities, draws, strict=True)
+    ]
+    return ids[torch.arange(len(places)), places]

@@ -1,47 +1,126 @@
-"""The most likely continuation, of a model that was never trained and has no optimizer."""
+"""Continuations of a model that was never trained and has no optimizer, against its whole forward pass."""
 
 from __future__ import annotations
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.inference.generate import generate
-from snaketron.model.build import build_model
+from snaketron.inference.decoder import decoding
+from snaketron.inference.generate import Sampling, choose, continuation, generate
+from snaketron.model.build import BuiltModel, build_model
+from snaketron.model.distributed import distributed
+from snaketron.settings.training import RunSettings, TrainSettings
+from tests.ranks import on_two_ranks
 
 import pytest
 import torch
 
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6], [200, 100]]
+
 
 @pytest.fixture
-def built(settings):
+def built(settings) -> BuiltModel:
     return build_model(*settings(), 256)
 
 
-def by_hand(built, ids: list[int], steps: int) -> list[int]:
+def logits(built: BuiltModel, ids: list[int]) -> torch.Tensor:
+    """Of the whole text at once, (length, vocabulary)."""
+    with built.evaluating():
+        return built.model(torch.tensor([ids]), torch.arange(len(ids))[None], None)[0, :, :256]
+
+
+def by_hand(built: BuiltModel, ids: list[int], steps: int) -> list[int]:
     """The argmax of the logits after the whole text, again and again."""
     text = list(ids)
     for _ in range(steps):
-        with torch.no_grad():
-            logits = built.model(torch.tensor([text]), torch.arange(len(text))[None], None)
-        text.append(int(logits[0, -1, :256].argmax()))
+        text.append(int(logits(built, text)[-1].argmax()))
     return text[len(ids) :]
 
 
 def test_each_token_is_the_most_likely_after_all_before_it(built):
-    built.model.eval()
-    assert generate(built, [5, 6, 7], stop=-1, max_tokens=4) == by_hand(built, [5, 6, 7], 4)
+    """Five texts in three rows: a text that ends makes room for the next."""
+    answers = generate(built, PROMPTS, stop=[], max_tokens=4, batch_size=3)
+    assert answers == [by_hand(built, prompt, 4) for prompt in PROMPTS]
+
+
+def test_reading_in_parts_gives_the_logits_of_reading_at_once(built):
+    """A row reads 1, 7 and 1 tokens, beside a row that has read 3 and begins anew."""
+    text = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+    whole = logits(built, text)
+    with decoding(built, 2, 16) as decoder:
+        torch.testing.assert_close(decoder.read(1, text[:1]), whole[0:1])
+        decoder.read(0, [50, 51, 52])
+        torch.testing.assert_close(decoder.read(1, text[1:8]), whole[7:8])
+        torch.testing.assert_close(decoder.step(torch.tensor([53, text[8]]))[1:], whole[8:9])
+        decoder.forget(0)
+        torch.testing.assert_close(decoder.read(0, text), whole[8:9])
 
 
 def test_it_ends_with_the_token_that_ends_an_answer(built):
-    whole = generate(built, [5, 6, 7], stop=-1, max_tokens=4)
+    [whole] = generate(built, [[5, 6, 7]], stop=[], max_tokens=4)
     last = next(i for i, token in enumerate(whole) if token == whole[1])  # where it comes first
-    assert generate(built, [5, 6, 7], stop=whole[1], max_tokens=4) == whole[: last + 1]
+    assert generate(built, [[5, 6, 7]], stop=[whole[1]], max_tokens=4) == [whole[: last + 1]]
 
 
 def test_it_ends_with_the_longest_sequence_of_the_model(built):
-    """16 tokens, of which the prompt has 14."""
-    assert len(generate(built, list(range(3, 17)), stop=-1, max_tokens=9)) == 2
+    """16 tokens, of which the prompts have 14, 16 and 17."""
+    prompts = [list(range(3, 3 + length)) for length in (14, 16, 17)]
+    assert [len(answer) for answer in generate(built, prompts, stop=[], max_tokens=9)] == [2, 0, 0]
 
 
-def test_multi_token_prediction_is_back_afterwards(built):
+def test_a_stream_gives_what_a_batch_gives(built):
+    expected = by_hand(built, [8], 5)
+    with decoding(built, 1, 16) as decoder:
+        assert list(continuation(decoder, [8], stop=[], max_tokens=5)) == expected
+        assert int(decoder.lengths[0]) == 1 + 4  # the last token is not read before it is needed
+
+
+def test_draws_depend_on_the_seed_and_the_text_alone(built):
+    def drawn(seed: int, batch_size: int) -> list[list[int]]:
+        sampling = Sampling(temperature=1.5, seed=seed)
+        return generate(built, PROMPTS, stop=[], max_tokens=6, sampling=sampling, batch_size=batch_size)
+
+    assert drawn(1, batch_size=1) == drawn(1, batch_size=4)
+    assert drawn(1, batch_size=4) != drawn(2, batch_size=4)
+
+
+def test_top_p_leaves_the_fewest_tokens_that_reach_it():
+    """Probabilities 0.5, 0.3 and 0.2: 0.6 of them are reached by the first two, 0.5 by the first."""
+    row = torch.tensor([[0.2, 0.5, 0.3]]).log()
+
+    def seen(top_p: float) -> list[int]:
+        sampling = Sampling(temperature=1.0, top_p=top_p)
+        return sorted({choose(row, sampling, [sampling.draws(n)])[0] for n in range(60)})
+
+    assert [seen(p) for p in (0.5, 0.6, 1.0)] == [[1], [1, 2], [0, 1, 2]]
+
+
+def test_a_low_temperature_is_the_most_likely_token():
+    row = torch.tensor([[1.0, 2.0, 1.5]])
+    sampling = Sampling(temperature=0.01)
+    assert {choose(row, sampling, [sampling.draws(n)])[0] for n in range(20)} == {1}
+
+
+def test_the_model_is_as_before_afterwards(built):
+    before = logits(built, PROMPTS[2])
+    generate(built, PROMPTS[:1], stop=[], max_tokens=1)
     assert built.model.mtp_process
-    generate(built, [5], stop=-1, max_tokens=1)
-    assert built.model.mtp_process
+    assert torch.equal(logits(built, PROMPTS[2]), before)
+
+
+def _answers(settings: TrainSettings, run: RunSettings) -> list[list[int]]:
+    with distributed(1, run):
+        return generate(build_model(settings, run, 256), PROMPTS, stop=[], max_tokens=4, batch_size=3)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_model_parallel_size": 2},
+        {"expert_model_parallel_size": 2, "data_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2},
+        {"context_parallel_size": 2},
+    ],
+    ids=["tp", "ep", "pp", "cp"],
+)
+def test_two_processes_generate_what_one_does(built, settings, layout):
+    expected = generate(built, PROMPTS, stop=[], max_tokens=4)
+    assert on_two_ranks(_answers, *settings(parallel=layout)) == [expected, expected]

@@ -11,9 +11,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from snaketron.model.megatron import packed
+from snaketron.model.megatron import originals, packed
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -96,6 +97,40 @@ def check_sequence_packing(**_: Any) -> tuple[bool, str | None]:
 
 def is_te_min_version(*_: Any) -> bool:
     return True
+
+
+_LINEAR = "megatron.core.tensor_parallel.layers:ColumnParallelLinear._forward_impl"
+_REDUCE = "megatron.core.tensor_parallel.layers:reduce_from_tensor_model_parallel_region"
+_EXPERTS = "megatron.core.transformer.moe.experts:SequentialMLP.forward"
+
+
+def linear(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """A linear layer as one product, where no other rank waits for a part of its gradients."""
+    if options["allreduce_dgrad"] or options["sequence_parallel"]:
+        return originals.original(_LINEAR)(self, input, weight, bias, **options)
+    return F.linear(input, weight, bias)
+
+
+def reduce_over_ranks(input_: Tensor, group: Any = None) -> Tensor:
+    """The sum over the ranks of tensor parallelism; with a single rank what is given."""
+    if group is not None and group.size() == 1:
+        return input_
+    return originals.original(_REDUCE)(input_, group)
+
+
+def experts_forward(
+    self: Any, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The routed experts; without gradients only those that have tokens, which are few for few tokens.
+
+    In a training each expert takes part, so that each has gradients.
+    """
+    if torch.is_grad_enabled():
+        return originals.original(_EXPERTS)(self, hidden, tokens_per_expert, probs)
+    counts = tokens_per_expert.tolist()
+    parts = zip(self.local_experts, hidden.split(counts), probs.split(counts), strict=True)
+    out = [expert(tokens, weights)[0] for expert, tokens, weights in parts if len(tokens)]
+    return torch.cat(out) if out else hidden, None
 
 
 transformer_engine_torch = types.SimpleNamespace(thd_get_partitioned_indices=packed.partition)

@@ -65,3 +65,22 @@ def without_mtp(model: HybridModel) -> Iterator[None]:
         yield
     finally:
         model.mtp_process = process
+
+
+@contextlib.contextmanager
+def without_sequence_parallel(model: HybridModel) -> Iterator[None]:
+    """Let every rank have all tokens: the ranks of tensor parallelism cannot share a single one."""
+    names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+    changed = [
+        (owner, name)
+        for owner in (model.config, *model.modules())
+        for name in names
+        if getattr(owner, name, False) is True
+    ]
+    for owner, name in changed:
+        setattr(owner, name, False)
+    try:
+        yield
+    finally:
+        for owner, name in changed:
+            setattr(owner, name, True)

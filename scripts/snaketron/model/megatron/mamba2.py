@@ -77,7 +77,8 @@ def ssd_scan(
     C: Tensor,
     seq_idx: Tensor | None,
     chunk_size: int = CHUNK_SIZE,
-) -> Tensor:
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The recurrence above, without D, as matrix products over chunks of tokens.
 
     State-space duality: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6 and listing 1.
@@ -89,9 +90,10 @@ def ssd_scan(
         A: (heads,), negative decay rates.
         B, C: (batch, length, groups, state_dim); heads / groups consecutive heads share a group.
         seq_idx: (batch, length).
+        initial_state: (batch, heads, state_dim, head_dim), before the first token; None: zero.
 
     Returns:
-        y, shaped as x.
+        y, shaped as x, and the state after the last token, shaped as `initial_state`.
     """
     batch, length, heads, head_dim = x.shape
     groups, state_dim = B.shape[2:]
@@ -122,7 +124,7 @@ def ssd_scan(
         (total - log_decay + to_end).exp()
     ).unsqueeze(-1)
     added = (b_decayed.reshape(-1, chunk_size, state_dim).mT @ x).view(batch, chunks, heads, -1)
-    state, states = torch.zeros_like(added[:, 0]), []
+    state, states = torch.zeros_like(added[:, 0]) if initial_state is None else initial_state.flatten(2), []
     # Unbound: the gradient of `added[:, chunk]` has the size of all of `added`, for each chunk.
     for new, kept in zip(added.unbind(1), (total + keep).exp().unbind(1), strict=True):
         states.append(state)
@@ -134,7 +136,27 @@ def ssd_scan(
         (log_decay + from_start).exp()
     ).unsqueeze(-1)
     y = torch.baddbmm(y, c_decayed.reshape(-1, chunk_size, state_dim), state_at_start)
-    return y.view(batch, chunks, heads, chunk_size, head_dim).transpose(2, 3).flatten(1, 2)[:, :length]
+    y = y.view(batch, chunks, heads, chunk_size, head_dim).transpose(2, 3).flatten(1, 2)[:, :length]
+    return y, state.unflatten(2, (state_dim, head_dim))
+
+
+def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence above, without D: what `ssd_scan` gives for a length of one.
+
+    Args:
+        x: (batch, heads, head_dim).
+        dt: (batch, heads), positive step sizes.
+        A: (heads,), negative decay rates.
+        B, C: (batch, groups, state_dim); heads / groups consecutive heads share a group.
+        state: (batch, heads, state_dim, head_dim), before the token.
+
+    Returns:
+        y, shaped as x, and the state after the token.
+    """
+    each = x.shape[1] // B.shape[1]
+    B, C = (t.repeat_interleave(each, 1) for t in (B, C))
+    state = state * (dt * A).exp()[..., None, None] + B.unsqueeze(-1) * (x * dt.unsqueeze(-1)).unsqueeze(-2)
+    return (C.unsqueeze(-2) @ state).squeeze(-2), state
 
 
 def _same_sequence(
@@ -200,7 +222,8 @@ def mamba_split_conv1d_scan_combined(
     x, B, C = xbc.split([inner, bc, bc], -1)
     x = x.view(batch, length, heads, headdim)
     B, C = (t.view(batch, length, ngroups, bc // ngroups) for t in (B, C))
-    y = ssd_scan(x, F.softplus(dt + dt_bias), A, B, C, seq_idx) + x * D.to(work).view(heads, -1)
+    y, _ = ssd_scan(x, F.softplus(dt + dt_bias), A, B, C, seq_idx)
+    y = y + x * D.to(work).view(heads, -1)
     return (y.reshape(batch, length, inner) * F.silu(z)).to(zxbcdt.dtype)
 
 

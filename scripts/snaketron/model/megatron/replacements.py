@@ -241,6 +241,22 @@ TABLE = (
             _MAMBA_CONTEXT + "is_te_min_version": "cpu.is_te_min_version",
         },
     ),
+    Replacement(
+        "linear layers and experts of one rank",
+        "CPU",
+        why="for a single rank too, the originals are autograd functions in Python, and experts without a "
+        "token are called: more than half of the 15 ms that a small model took to generate a token",
+        upstream=NONE_FOUND,
+        until="a linear layer of one rank is one product",
+        pieces={
+            "megatron.core.tensor_parallel.layers:ColumnParallelLinear._forward_impl": "cpu.linear",
+            "megatron.core.tensor_parallel.layers:RowParallelLinear._forward_impl": "cpu.linear",
+            "megatron.core.tensor_parallel.layers:reduce_from_tensor_model_parallel_region": (
+                "cpu.reduce_over_ranks"
+            ),
+            "megatron.core.transformer.moe.experts:SequentialMLP.forward": "cpu.experts_forward",
+        },
+    ),
     # ------------------------------------------------------------------------------------------- GPU
     Replacement(
         "APEX's sum of gradients",

@@ -108,3 +108,19 @@ def test_gated_norm_gates_then_normalizes_each_group():
     expected = torch.tensor([3 / 12.5**0.5, 4 / 12.5**0.5, -1.0, -10.0])
     torch.testing.assert_close(norm(x, z), expected)
     torch.testing.assert_close(norm(x), expected.abs())
+
+
+def test_a_scan_goes_on_from_a_state_and_a_step_is_a_scan_of_one_token():
+    """70 tokens at once, and 40, 29 and 1 of them: the chunks of the scan begin elsewhere."""
+    heads, groups, width, state_dim = 4, 2, 3, 5
+    x, dt = torch.randn(2, 70, heads, width), torch.rand(2, 70, heads)
+    B, C = torch.randn(2, 70, groups, state_dim), torch.randn(2, 70, groups, state_dim)
+    A = -torch.rand(heads)
+    whole, end = mamba2.ssd_scan(x, dt, A, B, C, None)
+    first, state = mamba2.ssd_scan(*(t[:, :40] for t in (x, dt)), A, B[:, :40], C[:, :40], None)
+    then, state = mamba2.ssd_scan(
+        *(t[:, 40:69] for t in (x, dt)), A, B[:, 40:69], C[:, 40:69], None, initial_state=state
+    )
+    last, state = mamba2.ssd_step(x[:, 69], dt[:, 69], A, B[:, 69], C[:, 69], state)
+    torch.testing.assert_close(torch.cat([first, then, last[:, None]], 1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, end, rtol=1e-4, atol=1e-5)

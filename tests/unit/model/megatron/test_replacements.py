@@ -15,7 +15,7 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.model import backend
-from snaketron.model.megatron import adam, gpu, originals, packed, padding, replacements
+from snaketron.model.megatron import adam, cpu, gpu, originals, packed, padding, replacements
 from snaketron.model.megatron.originals import MISSING, original
 from snaketron.model.megatron.replacements import TABLE, Replacement
 
@@ -82,7 +82,7 @@ def test_what_is_replaced_in_objects_is_there(row: Replacement):
         assert callable(original(name)) and callable(replacements.stand_in(by)), name
 
 
-@pytest.mark.parametrize("module", [adam, gpu, packed, padding], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [adam, cpu, gpu, packed, padding], ids=lambda module: module.__name__)
 def test_what_calls_an_original_names_a_piece_of_the_table(module: ModuleType):
     """Another name would stand for what is there now: the replacement would call itself."""
     named = {v for v in vars(module).values() if isinstance(v, str) and v.startswith("megatron.core.")}
@@ -270,6 +270,22 @@ def test_the_original_asks_transformer_engine_for_the_positions():
 
 def source(name: str) -> str:
     return inspect.getsource(original(name))
+
+
+@covers("linear layers and experts of one rank")
+def test_the_original_layers_of_one_rank_are_functions_in_python():
+    """The product and its gradients are the same numbers."""
+    of = originals_of("linear layers and experts of one rank")
+    weight, x = torch.randn(6, 8, requires_grad=True), torch.randn(5, 2, 8, requires_grad=True)
+    options = {"gradient_accumulation_fusion": False, "allreduce_dgrad": False, "sequence_parallel": False}
+    results = []
+    for function in (of["_forward_impl"], cpu.linear):
+        out = function(None, x, weight, None, **options)
+        gradients = torch.autograd.grad(out.square().sum(), (x, weight))
+        results.append((out.grad_fn.name(), out, *gradients))
+    (name, *numbers), (_, *own) = results
+    assert name == "LinearWithGradAccumulationAndAsyncCommunicationBackward", CAN_GO
+    assert all(torch.equal(a, b) for a, b in zip(numbers, own, strict=True))
 
 
 @covers("APEX's sum of gradients")

@@ -1,0 +1,54 @@
+"""Two processes that share a model, for tests that need no training.
+
+They are forked from a process that has imported megatron-core once and done nothing else: a process of a test
+cannot fork them, because it has a process group of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["snaketron.train.build", "snaketron.inference.generate"])
+
+
+def on_two_ranks(function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(*args)` returns in two processes; it must enter `distributed` itself.
+
+    The function and its arguments are pickled, so the function must be one of a module.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    results = _server.Queue()
+    processes = [
+        _server.Process(target=_run, args=(rank, port, function, args, results), daemon=True)
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=600) for _ in processes)
+    for process in processes:
+        process.join()
+    assert not (failed := [trace for ok, trace in found.values() if not ok]), failed[0]
+    return [found[rank][1] for rank in (0, 1)]
+
+
+def _run(rank: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        results.put((rank, (True, function(*args))))
+    except BaseException:
+        results.put((rank, (False, traceback.format_exc())))
+        raise
