@@ -35,6 +35,7 @@ configfile: "config/config.yaml"
 pathvars:
     data="data",
     ckpt="ckpt",
+    hf="hf",
 
 
 container: "envs/snaketron.sif"
@@ -101,6 +102,7 @@ include: "rules/pretrain.smk"
 include: "rules/sft_data.smk"
 include: "rules/sft.smk"
 include: "rules/lora.smk"
+include: "rules/model.smk"
 include: "rules/report.smk"
 
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -47,6 +48,36 @@ def writing(*paths: Path) -> Iterator[list[Path]]:
             for path in temporary:
                 path.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def writing_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `path`, and give it that name when the block succeeds.
+
+    When the block fails, it is removed and what was at `path` stays. What a killed process left is removed
+    first; where another process is still writing it, this waits.
+    """
+    aside = partial(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with owned(aside.with_suffix(".lock")):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            yield aside
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+            if path.exists():
+                shutil.rmtree(path)
+            aside.replace(path)
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE and not error.filename:
+                error.filename = str(path)
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        finally:
+            aside.with_suffix(".lock").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

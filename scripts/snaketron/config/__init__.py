@@ -96,8 +96,8 @@ def _off(value: Any) -> Any:
 
 
 class Config(Section):
-    pathvars: dict[Literal["data", "ckpt", "logs", "benchmarks"], str] = key(
-        lambda: {"data": "data", "ckpt": "ckpt"},
+    pathvars: dict[Literal["data", "ckpt", "hf", "logs", "benchmarks"], str] = key(
+        lambda: {"data": "data", "ckpt": "ckpt", "hf": "hf"},
         "roots of the outputs; move them to a parallel file system here",
     )
     seed: Count = key(1234, "seed of initial weights, shuffling and sampling")

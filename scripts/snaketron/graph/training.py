@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from snaketron.settings.training import run_settings, train_settings
 from snaketron.sizes.checks import check_requested
 from snaketron.sizes.layout import layout, resources
 from snaketron.sizes.limits import Limits
+from snaketron.sizes.memory import conversion_memory
 
 
 class TrainingGraph:
@@ -61,6 +63,11 @@ class TrainingGraph:
         """What a training asks Slurm for, and what else its command needs that does not define its result."""
         asked = resources(self._any(rule).run, self.config.cluster)
         return asked | {"run": self.run(rule), "attempt": attempt}
+
+    @property
+    def conversion_mb(self) -> int:
+        """Memory of a job that exports or imports the model."""
+        return math.ceil(conversion_memory(self.config.model, self.config.tokenizer.vocab_size) / 1e6)
 
     def _any(self, rule: str) -> Training:
         """A training of a rule: all phases of pretraining are run in the same way."""

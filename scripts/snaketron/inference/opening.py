@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from snaketron.data.tokenizer import tokenizer_info
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.model.build import BuiltModel, build_model
-from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
+from snaketron.settings.training import RunSettings, settings_of_checkpoint
 
 import yaml
-from pydantic import ValidationError
 
 
 def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
@@ -32,26 +30,13 @@ def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
     version = Version(path)
     if not version.is_finished:
         raise UserError(f"{path}: not a finished checkpoint of this workflow (no {version.record.name})")
-    settings = settings_of(version)
+    settings = settings_of_checkpoint(yaml.safe_load(version.config.read_text())["settings"])
     vocab_size = tokenizer_info(version.tokenizer).vocab_size
     built = build_model(settings, run or RunSettings(tracking="off"), vocab_size, draw=False)
     built.load_base(base_of(version) if built.adapters else path)
     if built.adapters:
         built.load_trained(path)
     return built
-
-
-def settings_of(version: Version) -> TrainSettings:
-    """The settings of a checkpoint: `LoraSettings` where it holds adapters, not where they are merged."""
-    values: dict[str, Any] = yaml.safe_load(version.config.read_text())["settings"]
-    try:
-        if values["stage"] == "lora":
-            return LoraSettings.model_validate(values)
-        return TrainSettings.model_validate({key: values[key] for key in values if key != "lora"})
-    except (ValidationError, KeyError) as error:
-        raise UserError(
-            f"{version.config}: not settings that this version of Snaketron knows: {error}"
-        ) from None
 
 
 def base_of(version: Version) -> Path:

@@ -57,6 +57,17 @@ class LoraSettings(TrainSettings):
     lora: Adapters
 
 
+def settings_of_checkpoint(values: dict[str, Any]) -> TrainSettings:
+    """The settings that a checkpoint was trained with, as its config.yaml has them.
+
+    They are `LoraSettings` where it holds adapters, and not where these are merged. Raises `ValidationError`
+    where another version of Snaketron wrote them.
+    """
+    if values["stage"] == "lora":
+        return LoraSettings.model_validate(values)
+    return TrainSettings.model_validate({key: values[key] for key in values if key != "lora"})
+
+
 class RunSettings(Run):
     """How a training is run; none of it changes the result."""
 

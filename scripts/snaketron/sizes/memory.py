@@ -138,3 +138,13 @@ def memory_of_process(
     static = static_of_run(model, vocab_size, run, optimizer)
     activations = activation_memory(model, vocab_size, seq_length, run)
     return max(kept.total + peak for kept, peak in zip(static, activations, strict=True))
+
+
+def conversion_memory(model: Model, vocab_size: int) -> float:
+    """Bytes of host memory that an export or an import needs: its programs, and twice the largest tensor.
+
+    That is the one of all routed experts of a layer, or the embedding.
+    """
+    experts = model.num_moe_experts * model.moe_ffn_hidden_size * expert_width(model)
+    largest = max(experts, padded_vocab_size(model, vocab_size, 1) * model.hidden_size)
+    return 1.5e9 + 2 * largest * (4 if model.precision == "fp32" else 2)

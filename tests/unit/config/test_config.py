@@ -42,7 +42,11 @@ def refusal(values: dict, **environment: str) -> str:
 def test_nothing_given_is_the_defaults():
     config = load({}, {})
     assert config == Config()
-    assert (config.seed, config.tracking, config.pathvars) == (1234, "off", {"data": "data", "ckpt": "ckpt"})
+    assert (config.seed, config.tracking, config.pathvars) == (
+        1234,
+        "off",
+        {"data": "data", "ckpt": "ckpt", "hf": "hf"},
+    )
 
 
 def test_the_files_in_config_are_those_that_the_classes_generate():
@@ -130,7 +134,11 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
         ("sft", None, "sft: input should be a valid dictionary or instance of Sft (it is None)"),
         ("sft.micro_batch_size", 2, "sft.micro_batch_size: input should be 1 (it is 2)"),
         ("tracking", True, "tracking: input should be 'off', 'offline' or 'online' (it is True)"),
-        ("pathvars.dta", "x", "pathvars.dta.[key]: input should be 'data', 'ckpt', 'logs' or 'benchmarks'"),
+        (
+            "pathvars.dta",
+            "x",
+            "pathvars.dta.[key]: input should be 'data', 'ckpt', 'hf', 'logs' or 'benchmarks'",
+        ),
         (
             "pathvars.data",
             "a{b}",

@@ -109,7 +109,7 @@ OTHER: dict[str, Any] = {
     "tracking": "offline",
     "model.hybrid_layer_pattern": "MEM*EM-",
     "model.mtp_hybrid_layer_pattern": "*-",
-    "model.precision": "bf16",
+    "model.precision": "fp8_current",
     "model.bf16_layers_at_end": 2,
     "pretrain.cuda_graphs": True,
     **{f"{s}.save_in_background": True for s in ("pretrain", "sft", "lora")},
@@ -224,8 +224,9 @@ def expected(path: str) -> set[str]:
 
 
 def roomy() -> dict[str, Any]:
-    """The defaults with batches that divide by two processes."""
+    """The defaults with batches that divide by two processes, in bf16, which has more precisions of state."""
     values = Config().model_dump(mode="json")
+    values["model"]["precision"] = "bf16"
     values["pretrain"] |= {"global_batch_size": 16, "micro_batch_size": 4}
     values["sft"]["global_batch_size"] = values["lora"]["global_batch_size"] = 4
     return values

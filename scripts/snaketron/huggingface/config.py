@@ -1,0 +1,196 @@
+"""config.json of a published checkpoint: what it says about a model, and how it differs from a configuration.
+
+The keys are those of transformers' NemotronHConfig and of the published files; vLLM reads the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from snaketron.config import Model
+from snaketron.sizes.parameters import CONV_WIDTH
+
+LETTERS = {
+    "M": "linear_attention",
+    "E": "moe",
+    "*": "full_attention",
+    "-": "mlp",
+}
+# Names that older files give the layers.
+_KINDS = {kind: letter for letter, kind in LETTERS.items()} | {"mamba": "M", "attention": "*"}
+
+# Sizes by their published key; and the letters of the layers that have them.
+_SIZES: dict[str, tuple[str, str]] = {
+    "hidden_size": ("hidden_size", "ME*-"),
+    "layer_norm_epsilon": ("layernorm_epsilon", "ME*-"),
+    "intermediate_size": ("ffn_hidden_size", "-"),
+    "num_attention_heads": ("num_attention_heads", "*"),
+    "num_key_value_heads": ("num_query_groups", "*"),
+    "head_dim": ("kv_channels", "*"),
+    "mamba_num_heads": ("mamba_num_heads", "M"),
+    "mamba_head_dim": ("mamba_head_dim", "M"),
+    "ssm_state_size": ("mamba_state_dim", "M"),
+    "n_groups": ("mamba_num_groups", "M"),
+    "n_routed_experts": ("num_moe_experts", "E"),
+    "num_experts_per_tok": ("moe_router_topk", "E"),
+    "moe_intermediate_size": ("moe_ffn_hidden_size", "E"),
+    "moe_latent_size": ("moe_latent_size", "E"),
+    "moe_shared_expert_intermediate_size": ("moe_shared_expert_intermediate_size", "E"),
+    "routed_scaling_factor": ("moe_router_topk_scaling_factor", "E"),
+}
+_OTHER_NAMES = {"head_dim": "attention_head_dim"}
+_OPTIONAL = {"moe_latent_size"}  # a file without it has no latent space
+
+# What this architecture always is. A file may leave these out; it must not say otherwise.
+_FIXED: dict[str, tuple[Any, str]] = {
+    "use_conv_bias": (True, "M"),
+    "conv_kernel": (CONV_WIDTH, "M"),
+    "use_bias": (False, "M"),
+    "mamba_proj_bias": (False, "M"),
+    "mamba_hidden_act": ("silu", "M"),
+    "attention_bias": (False, "*"),
+    "sliding_window": (None, "*"),
+    "mlp_bias": (False, "E-"),
+    "mlp_hidden_act": ("relu2", "E-"),
+    "n_group": (1, "E"),
+    "topk_group": (1, "E"),
+    "n_shared_experts": (1, "E"),
+    "tie_word_embeddings": (False, "ME*-"),
+    "residual_in_fp32": (False, "ME*-"),
+}
+
+
+def published(
+    model: Model,
+    *,
+    vocab_size: int,
+    seq_length: int,
+    dtype: str,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> dict[str, Any]:
+    """config.json of a model, as transformers and vLLM read it.
+
+    Args:
+        vocab_size: tokens, without padding.
+        seq_length: tokens of the longest sequence that it was trained on. There is no position embedding, so
+            it is no limit.
+        dtype: float32 or bfloat16.
+    """
+    values: dict[str, Any] = {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "vocab_size": vocab_size,
+        "hybrid_override_pattern": model.hybrid_layer_pattern,
+        "num_hidden_layers": len(model.hybrid_layer_pattern),
+        **{name: getattr(model, key) for name, (key, _) in _SIZES.items()},
+        **{name: value for name, (value, _) in _FIXED.items()},
+        # megatron-core takes the score of a single expert as it is.
+        "norm_topk_prob": model.moe_router_topk > 1,
+        "num_nextn_predict_layers": min(1, model.mtp_num_layers),  # its depths share one block
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "chunk_size": 128,
+        "expand": 2,
+        "initializer_range": model.init_method_std,
+        "rescale_prenorm_residual": True,
+        "mamba_ssm_cache_dtype": "float32",
+        "max_position_embeddings": seq_length,
+        "num_logits_to_keep": 1,
+        # transformers clamps the time step of Mamba-2 at this value, which was meant for first weights, and
+        # megatron-core does not clamp it. After a training many steps are below the usual 0.001.
+        "time_step_min": 1e-12,
+        "time_step_max": 0.1,
+        "time_step_floor": 1e-4,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+        "torch_dtype": dtype,
+    }
+    if model.mtp_num_layers:
+        values["mtp_hybrid_override_pattern"] = model.mtp_hybrid_layer_pattern
+    return values
+
+
+def differences(config: Mapping[str, Any], model: Model, vocab_size: int | None) -> list[str]:
+    """Everything in which a config.json is not of this model, a line each; none where they agree.
+
+    `vocab_size` counts the tokenizer's tokens, where it is known: the checkpoint needs a row for each.
+    """
+    if (kind := config.get("model_type")) != "nemotron_h":
+        return [f"model_type: {kind!r} in the checkpoint; only nemotron_h has this architecture"]
+    problems = _patterns(config, model)
+    letters = set(model.hybrid_layer_pattern)
+    if model.mtp_num_layers:
+        letters |= set(model.mtp_hybrid_layer_pattern)
+    for name, (key, where) in _SIZES.items():
+        if letters & set(where):
+            problems += _size(config, name, key, getattr(model, key))
+    fixed = {name: value for name, (value, where) in _FIXED.items() if letters & set(where)}
+    if "E" in letters:
+        fixed["norm_topk_prob"] = model.moe_router_topk > 1
+        if not fixed["norm_topk_prob"] and "norm_topk_prob" not in config:
+            problems.append("norm_topk_prob: missing in the checkpoint, and with one expert it must be false")
+    problems += [
+        f"{name}: {config[name]!r} in the checkpoint; only {value!r} is supported"
+        for name, value in fixed.items()
+        if name in config and config[name] != value
+    ]
+    if "vocab_size" not in config:
+        problems.append("vocab_size: missing in the checkpoint")
+    elif vocab_size is not None and config["vocab_size"] < vocab_size:
+        problems.append(
+            f"vocab_size: {config['vocab_size']} in the checkpoint, fewer than the {vocab_size} tokens of "
+            "the tokenizer"
+        )
+    return problems
+
+
+def _patterns(config: Mapping[str, Any], model: Model) -> list[str]:
+    there, problems = pattern(config), []
+    if there is None:
+        problems.append("hybrid_override_pattern: missing in the checkpoint (layers_block_type too)")
+    elif there != model.hybrid_layer_pattern:
+        problems.append(_differ("hybrid_layer_pattern", there, model.hybrid_layer_pattern))
+    depths = config.get("num_nextn_predict_layers", 0)
+    if depths > 1:
+        problems.append(
+            f"num_nextn_predict_layers: {depths} in the checkpoint; only 1, a block that all depths share, "
+            "is supported"
+        )
+    elif bool(depths) != bool(model.mtp_num_layers):
+        has, fix = ("no", "set it to 0") if model.mtp_num_layers else ("a", "set it to 1 or more")
+        problems.append(
+            f"model.mtp_num_layers: {model.mtp_num_layers} in the configuration, and the checkpoint has "
+            f"{has} block of multi-token prediction; {fix}"
+        )
+    elif depths and (block := _pattern(config, "mtp_") or "*E") != model.mtp_hybrid_layer_pattern:
+        problems.append(_differ("mtp_hybrid_layer_pattern", block, model.mtp_hybrid_layer_pattern))
+    return problems
+
+
+def pattern(config: Mapping[str, Any]) -> str | None:
+    """The letters of the layers; None where the file has none."""
+    return _pattern(config, "")
+
+
+def _pattern(config: Mapping[str, Any], prefix: str) -> str | None:
+    written = config.get(f"{prefix}hybrid_override_pattern")
+    kinds = config.get(f"{prefix}layers_block_type")
+    if written is None and kinds:
+        return "".join(_KINDS.get(kind, "?") for kind in kinds)
+    return written
+
+
+def _size(config: Mapping[str, Any], name: str, key: str, here: Any) -> list[str]:
+    name = name if name in config else _OTHER_NAMES.get(name, name)
+    if name not in config and name not in _OPTIONAL:
+        return [f"{name}: missing in the checkpoint"]
+    there = config.get(name)
+    return [] if there == here else [_differ(key, there, here)]
+
+
+def _differ(key: str, there: Any, here: Any) -> str:
+    return f"model.{key}: {there} in the checkpoint, {here} in the configuration"

@@ -1,0 +1,201 @@
+"""Export a checkpoint: from Megatron's tensors to a directory that transformers and vLLM read."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from snaketron.config import Model
+from snaketron.files import sha256, to_json, writing_directory
+from snaketron.huggingface import config, shards
+from snaketron.huggingface.names import VOCABULARY, Tensor, tensors
+from snaketron.huggingface.torch_dist import Reader
+from snaketron.lineage.record import Entry, Record, making
+from snaketron.log import UserError, logger
+
+import torch
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_SHOWN = 20  # lines of a list of problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What is exported."""
+
+    tensors: Path  # a directory such as iter_0000100
+    tokenizer: Path
+    model: Model
+    seq_length: int  # of its training
+    vocab_size: int  # tokens, without padding
+    eos_token_ids: list[int]  # the tokenizer's own first, then what ends an answer
+    pad_token_id: int
+
+
+def export(
+    checkpoint: Checkpoint, output: Path, *, source: Entry, card: str, shard_bytes: int = shards.SHARD_BYTES
+) -> Record:
+    """Write the directory `output`, complete or not at all; returns its record.
+
+    Only one of Megatron's tensors, at most all experts of a layer, is in memory at a time. The bytes of all
+    files but the record depend on the checkpoint alone.
+
+    Args:
+        source: the checkpoint, for the record.
+        card: text of README.md.
+
+    Raises:
+        UserError: the checkpoint does not hold this model, or cannot be read; all differences at once.
+    """
+    reader = _open(checkpoint.tensors)
+    wanted = tensors(checkpoint.model, checkpoint.vocab_size)
+    if problems := _compare(wanted, reader):
+        raise UserError(listed(f"{checkpoint.tensors} does not hold the model of its settings:", problems))
+    files = shards.plan(_described(wanted, reader), shard_bytes)
+    parts = {tensor.name: tensor for tensor in wanted}
+    begun = time.monotonic()
+    with writing_directory(output) as aside:
+        written = [_small_files(checkpoint, aside, reader, card)]
+        rows = _Rows(reader)
+        for name, shard in files.items():
+            written.append([shards.write_shard(aside / name, shard, lambda name: rows.of(parts[name]))])
+        shards.write_index(aside / shards.INDEX, files)
+        written.append([_entry(aside / shards.INDEX)])
+        with making("export", output.name, outputs={}, record=aside / "record.json") as job:
+            entries = [entry for group in written for entry in group]
+            job.present = [
+                Entry(e.name, str(output / e.name), e.sha256, e.bytes)
+                for e in sorted(entries, key=lambda e: e.name)
+            ]
+            job.inputs = {"checkpoint": source}
+            job.settings = {"model": checkpoint.model.model_dump()}
+            job.counts = _counts(wanted, files, time.monotonic() - begun)
+    logger.info(
+        "%s: %d tensors, %.3f GB in %d files, %.0f MB/s",
+        output,
+        job.record.counts["tensors"],
+        job.record.counts["bytes"] / 1e9,
+        len(files),
+        job.record.counts["bytes_per_second"] / 1e6,
+    )
+    return job.record
+
+
+def listed(title: str, problems: list[str]) -> str:
+    """A title and the problems, of which a long list is cut."""
+    more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    return "\n".join([title, *problems[:_SHOWN], *more])
+
+
+def _open(directory: Path) -> Reader:
+    try:
+        return Reader(directory)
+    except Exception as error:  # a damaged pickle fails in many ways
+        raise UserError(
+            f"{directory}: not a torch_dist checkpoint, or damaged ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _compare(wanted: Iterable[Tensor], reader: Reader) -> list[str]:
+    """Everything that the checkpoint lacks, or has in another shape; and what it has beside the model."""
+    problems: list[str] = []
+    rows: dict[str, tuple[int, tuple[int, ...], int]] = {}
+    for tensor in wanted:
+        for part in tensor.parts:
+            columns = tensor.shape[1:]
+            before = rows.get(part.key, (0, columns, 0))
+            experts = 0 if part.expert is None else part.expert + 1
+            rows[part.key] = (max(before[0], part.stop), columns, max(before[2], experts))
+    for key, (least, columns, experts) in rows.items():
+        if key not in reader.tensors:
+            problems.append(f"{key}: missing")
+            continue
+        shape = reader.tensors[key][0]
+        wanted_shape = (experts, least, *columns) if experts else (least, *columns)
+        padded = key in VOCABULARY and shape[0] >= least and shape[1:] == columns
+        if shape != wanted_shape and not padded:
+            problems.append(f"{key}: {list(shape)}, and the model wants {list(wanted_shape)}")
+        if reader.tensors[key][1] not in shards.DTYPES.values():
+            problems.append(f"{key}: {reader.tensors[key][1]}; only float32 and bfloat16 are exported")
+    problems += [f"{key}: not of this model" for key in reader.tensors if key not in rows]
+    return problems
+
+
+def _described(wanted: Iterable[Tensor], reader: Reader) -> Iterator[shards.Described]:
+    for tensor in wanted:
+        dtype = torch.float32 if tensor.fp32 else reader.tensors[tensor.parts[0].key][1]
+        yield shards.Described(tensor.name, tensor.shape, dtype)
+
+
+class _Rows:
+    """Published tensors, made of the tensor that was read last and perhaps the next one."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
+
+    def of(self, tensor: Tensor) -> torch.Tensor:
+        pieces = []
+        for part in tensor.parts:
+            whole = self._read(part.key)
+            pieces.append((whole if part.expert is None else whole[part.expert])[part.start : part.stop])
+        made = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        made = made.float() if tensor.fp32 else made
+        if not made.isfinite().all():
+            raise UserError(f"{self.reader.directory}: {tensor.name} holds numbers that are not finite")
+        return made
+
+    def _read(self, key: str) -> torch.Tensor:
+        if self._last[0] != key:
+            self._last = ("", torch.empty(0))  # before the next one is there
+            try:
+                self._last = key, self.reader.read(key)
+            except (OSError, RuntimeError, EOFError) as error:
+                raise UserError(
+                    f"{self.reader.directory}: {key} cannot be read ({type(error).__name__}: {error}); the "
+                    "checkpoint is damaged"
+                ) from error
+        return self._last[1]
+
+
+def _small_files(checkpoint: Checkpoint, aside: Path, reader: Reader, card: str) -> list[Entry]:
+    """config.json, generation_config.json, the tokenizer with its template, and README.md."""
+    eos = checkpoint.eos_token_ids
+    dtype = reader.tensors["output_layer.weight"][1]
+    values = config.published(
+        checkpoint.model,
+        vocab_size=checkpoint.vocab_size,
+        seq_length=checkpoint.seq_length,
+        dtype=str(dtype).removeprefix("torch."),
+        eos_token_id=eos[0],
+        pad_token_id=checkpoint.pad_token_id,
+    )
+    generation: dict[str, Any] = {"eos_token_id": eos, "pad_token_id": checkpoint.pad_token_id}
+    (aside / "config.json").write_bytes(to_json(values))
+    (aside / "generation_config.json").write_bytes(to_json(generation))
+    (aside / "README.md").write_text(card)
+    names = ["config.json", "generation_config.json", "README.md"]
+    for name in TOKENIZER_FILES:
+        if (checkpoint.tokenizer / name).exists():
+            shutil.copyfile(checkpoint.tokenizer / name, aside / name)
+            names.append(name)
+    return [_entry(aside / name) for name in names]
+
+
+def _entry(path: Path) -> Entry:
+    return Entry(path.name, str(path), sha256(path), path.stat().st_size)
+
+
+def _counts(wanted: list[Tensor], files: dict[str, list[shards.Described]], seconds: float) -> dict[str, Any]:
+    size = sum(tensor.bytes for shard in files.values() for tensor in shard)
+    return {
+        "tensors": len(wanted),
+        "parameters": sum(tensor.numbers for tensor in wanted),
+        "bytes": size,
+        "files": len(files),
+        "bytes_per_second": round(size / max(seconds, 1e-9)),
+    }
