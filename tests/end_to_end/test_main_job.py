@@ -127,3 +127,13 @@ def test_the_data_report_reaches_the_report_of_snakemake(copy: Workspace):
     assert result.status == 0, result.output
     report = (copy.path / "report.html").read_text()
     assert all(f"{name}.svg" in report for name in ("tokens", "lengths", "mix", "removed", "packing"))
+
+
+def test_a_prompt_from_standard_input_is_answered(finished: Workspace):
+    """Ten steps teach no English; the answer has a few tokens of the vocabulary."""
+    line = "echo 'What is a list?' | python scripts/chat.py ckpt/sft --max-tokens 8"
+    result = finished.run("bash", "-c", line)
+    assert result.status == 0 and result.output.strip(), result.output
+    refused = finished.run("bash", "-c", "echo hello | python scripts/chat.py data")
+    assert (refused.status, refused.output.count("\n")) == (1, 1)
+    assert "data: not a finished checkpoint" in refused.output

@@ -1,0 +1,119 @@
+"""A conversation with a model: its template writes the prompts, a decoder answers them and remembers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from snaketron.data.chats.conversation import control_tokens
+from snaketron.data.chats.template import Template
+from snaketron.inference.decoder import Decoder
+from snaketron.inference.generate import Sampling, continuation
+from snaketron.log import UserError
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+_CALL = re.compile(r'<tool_call>\s*{\s*"name":\s*"([^"]*)"')
+_THOUGHT = re.compile(r"\A\s*(?:<think>)?(.*?)</think>(.*)\Z", re.DOTALL)
+
+
+def end_of_turn(template: Template, tokenizer: Tokenizer) -> int:
+    """The token that ends an answer: the last one that a tuning on this template trains."""
+    text, spans, _ = template.render([_message("user", "a"), _message("assistant", "b")])
+    return int(tokenizer.encode(text[: spans[-1][1]], add_special_tokens=False).ids[-1])
+
+
+def _message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+@dataclass(kw_only=True)
+class Chat:
+    """What was said so far. The decoder has one row.
+
+    stop: ids that end an answer.
+    system: the first message, if not empty.
+    tools: JSON schemas of the functions that the model may call.
+    arguments: of the template, such as {"enable_thinking": true}.
+    """
+
+    decoder: Decoder
+    template: Template
+    tokenizer: Tokenizer
+    stop: Sequence[int]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    system: str = ""
+    tools: Sequence[Any] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    messages: list[dict[str, Any]] = field(init=False)
+    _known: list[int] = field(init=False, default_factory=list)  # what the decoder has read
+
+    def __post_init__(self) -> None:
+        self._control = control_tokens(self.tokenizer)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all but the system's message."""
+        self.messages = [_message("system", self.system)] if self.system else []
+
+    @property
+    def calls(self) -> list[str]:
+        """The names of the functions that the last message calls."""
+        return _CALL.findall(self.messages[-1]["content"]) if self.messages else []
+
+    def say(self, *texts: str, role: str = "user") -> Iterator[str]:
+        """Add messages, and give the answer in the pieces in which it comes.
+
+        What was said is kept when the caller stops in the middle of an answer. Raises `UserError`, and keeps
+        nothing, when a text holds a control token or the conversation has become too long.
+        """
+        for text in texts:
+            if self._control and (found := self._control.search(text)):
+                raise UserError(
+                    f"{found.group()} is a control token of this tokenizer; write it in another way"
+                )
+        messages = [*self.messages, *(_message(role, text) for text in texts)]
+        prompt = self.template.prompt(messages, list(self.tools) or None, self.arguments)
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        if len(ids) >= self.decoder.max_length:
+            raise UserError(
+                f"the conversation has {len(ids):,} tokens, and the model was trained on up to "
+                f"{self.decoder.max_length:,}; /reset begins anew"
+            )
+        self.messages = messages
+        answer = ""
+        try:
+            for piece in self._pieces(ids):
+                answer += piece
+                yield piece
+        finally:
+            self.messages.append(self._answer(answer, thinking=prompt.rstrip().endswith("<think>")))
+
+    def _pieces(self, ids: list[int]) -> Iterator[str]:
+        if not self._known or ids[: len(self._known)] != self._known or len(ids) == len(self._known):
+            self.decoder.forget(0)
+            self._known = []
+        unread, self._known = ids[len(self._known) :], ids
+        stream = DecodeStream(skip_special_tokens=False)
+        before: list[int] = []
+        tokens = continuation(
+            self.decoder, unread, stop=self.stop, max_tokens=self.max_tokens, sampling=self.sampling
+        )
+        for token in tokens:
+            self._known = [*self._known, *before]
+            before = [token]
+            if token not in self.stop and (text := stream.step(self.tokenizer, token)):
+                yield text
+
+    @staticmethod
+    def _answer(text: str, *, thinking: bool) -> dict[str, Any]:
+        """The message of an answer; what it thought is apart, so that the template may leave it out later."""
+        found = _THOUGHT.match(text) if thinking or text.lstrip().startswith("<think>") else None
+        if not found:
+            return _message("assistant", text)
+        thought, rest = found.groups()
+        return _message("assistant", rest.strip()) | {"reasoning_content": thought.strip()}
