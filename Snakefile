@@ -17,7 +17,7 @@ sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from snaketron import credentials
 from snaketron.config import ConfigError, load
-from snaketron.graph import dry_run, notes, single_run
+from snaketron.graph import dry_run, notes, published, single_run
 from snaketron.graph.checks import check_files
 from snaketron.graph.graph import Graph
 from snaketron.graph.requests import check_requests
@@ -58,6 +58,7 @@ except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 
 
+published.keep_links()
 logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     for note in (

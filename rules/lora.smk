@@ -9,7 +9,7 @@ rule lora:
         template="<data>/tokenizer/chat_template.jinja",
         base=f"<ckpt>/pretrain/{graph.training.last_phase}",
     output:
-        directory("<ckpt>/lora"),
+        update(directory("<ckpt>/lora")),
     log:
         "<logs>/lora.log",
     benchmark:
@@ -38,7 +38,7 @@ rule merge_lora:
         base=f"<ckpt>/pretrain/{graph.training.last_phase}",
         adapters="<ckpt>/lora",
     output:
-        directory("<ckpt>/lora_merged"),
+        update(directory("<ckpt>/lora_merged")),
     log:
         "<logs>/merge_lora.log",
     benchmark:

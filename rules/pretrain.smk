@@ -2,7 +2,8 @@ rule pretrain:
     """Train one phase of pretraining, from the end of the phase before it.
 
     The output is a link to a directory below <ckpt>/versions. Snakemake does not know that directory, so
-    a killed training finds its checkpoints there. `params` define the result, `resources` how it is made.
+    a killed training finds its checkpoints there. `update` keeps the link until the next version is complete.
+    `params` define the result, `resources` how it is made.
     """
     input:
         blend="<data>/pretrain/{phase}/blend.json",
@@ -10,7 +11,7 @@ rule pretrain:
         tokenizer="<data>/tokenizer/tokenizer.json",
         base=graph.training.previous_phase,
     output:
-        directory("<ckpt>/pretrain/{phase}"),
+        update(directory("<ckpt>/pretrain/{phase}")),
     log:
         "<logs>/pretrain/{phase}.log",
     benchmark:

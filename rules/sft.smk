@@ -9,7 +9,7 @@ rule sft:
         template="<data>/tokenizer/chat_template.jinja",
         base=f"<ckpt>/pretrain/{graph.training.last_phase}",
     output:
-        directory("<ckpt>/sft"),
+        update(directory("<ckpt>/sft")),
     log:
         "<logs>/sft.log",
     benchmark:

@@ -1,4 +1,7 @@
-"""Delete the versions of checkpoints that no published link leads to, oldest first."""
+"""List the versions of checkpoints, and delete those that nothing needs any more, oldest first.
+
+What is published, what it was built on, and trainings that run or can be continued stay.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--ckpt", type=Path, default=Path("ckpt"), help="root of the checkpoints")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    parser.add_argument("--stopped", action="store_true", help="delete interrupted trainings as well")
+    parser.add_argument(
+        "--bases", action="store_true", help="delete what others were built on, unless published itself"
+    )
     args = parser.parse_args(argv)
 
-    from snaketron.jobs.owner import remove
-    from snaketron.jobs.version import unpublished
+    from snaketron.jobs import inventory
+    from snaketron.wording import plural, size_text
 
+    stopped = {"keep_stopped": not args.stopped}
+    items = inventory.inventory(args.ckpt, keep_bases=not args.bases, **stopped)
+    loose = inventory.superseded(items, **stopped)
     verb = "would delete" if args.dry_run else "delete"
-    for version in unpublished(args.ckpt):
-        size = sum(path.stat().st_size for path in version.directory.rglob("*") if path.is_file())
-        logger.info("%s %s (%.1f MB)", verb, version.directory, size / 1e6)
-        if not args.dry_run:
-            remove(version)
+    for item in items:
+        logger.info("%-12s %s", verb if item in loose else "keep", item)
+    size = size_text(sum(item.size for item in loose))
+    logger.info("%s %s of %s, %s", verb, len(loose), plural(len(items), "version"), size)
+    if not args.dry_run:
+        inventory.remove_leftovers(args.ckpt)
+        for item in loose:
+            if not inventory.remove(item.version, args.ckpt):
+                logger.warning("%s has been published again, and stays", item.name)
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import platform
 import secrets
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,10 +107,13 @@ def check_owner(version: Version) -> None:
         raise UserError(f"{version.directory}: taken over by {holder}; this training stops")
 
 
-def remove(version: Version) -> None:
-    """Delete a version; `UserError` when a process is training in it."""
-    with own(version):
-        shutil.rmtree(version.directory)
+def is_owned(version: Version) -> bool:
+    """Whether a process owns a version now."""
+    try:
+        with version.lock.open() as file:
+            return not _lock(file)
+    except FileNotFoundError:
+        return False
 
 
 def _lock(file: TextIO) -> bool:

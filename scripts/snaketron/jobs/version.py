@@ -1,16 +1,15 @@
 """Where a training keeps its state: a directory that Snakemake does not know, and a link to it.
 
-Snakemake deletes a declared output before a job starts and after it fails. So a training works in
-`<ckpt>/versions/<stage>-<key>/`, where the key hashes what defines its result: a killed run finds its
-checkpoints again, other settings get another directory, and settings that were trained before are found
-finished. `<ckpt>/<stage>`, the declared output, is a link to it, made last.
+A training works in `<ckpt>/versions/<stage>-<key>/`, where the key hashes what defines its result: a killed
+run finds its checkpoints again, other settings get another directory, and settings that were trained before
+are found finished. `<ckpt>/<stage>`, the output that Snakemake knows, is a link to it, made last. Until then
+the link names the version that was published before.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -106,8 +105,7 @@ class Version:
 
     def publish(self, output: Path) -> None:
         """Make `output` a link to this version, in one step; `UserError` where a directory is in the way."""
-        if output.is_dir() and not output.is_symlink():
-            raise UserError(f"{output} is a directory, not a link to a version; move it away and run again")
+        check_place(output)
         self.remove_partial()
         # Snakemake takes the time of a directory from this file. An old version is as new as its link.
         (self.directory / ".snakemake_timestamp").touch()
@@ -118,18 +116,13 @@ class Version:
         link.replace(output)
 
 
+def check_place(output: Path) -> None:
+    """`UserError` where a directory is in the way of a link that is to be published."""
+    if output.is_dir() and not output.is_symlink():
+        raise UserError(f"{output} is a directory, not a link to a version; move it away and run again")
+
+
 def versions(root: Path) -> list[Version]:
     """All versions below `<root>/versions`."""
-    found = (root / "versions").glob("*")
+    found = (root / "versions").glob("[!.]*")  # a hidden one is being deleted
     return [Version(path) for path in found if path.is_dir() and not path.is_symlink()]
-
-
-def unpublished(root: Path) -> Iterator[Version]:
-    """Versions below `<root>/versions` that no link below `root` leads to, oldest first."""
-    used = {
-        path.resolve()
-        for path in root.rglob("*")
-        if path.is_symlink() and "versions" not in path.relative_to(root).parts
-    }
-    loose = [version for version in versions(root) if version.directory.resolve() not in used]
-    yield from sorted(loose, key=lambda version: version.directory.stat().st_mtime)

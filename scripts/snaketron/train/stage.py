@@ -16,7 +16,7 @@ from snaketron.config import Model, Section
 from snaketron.data.tokenizer import Info, tokenizer_info
 from snaketron.files import sha256, writing
 from snaketron.jobs import launch, supervisor
-from snaketron.jobs.version import Version, version_key
+from snaketron.jobs.version import Version, check_place, version_key
 from snaketron.lineage.record import Entry, making, of_file
 from snaketron.lineage.wandb import Tracker
 from snaketron.log import UserError, begin_log, log_to, logger
@@ -78,6 +78,7 @@ def run_stage(
     if launch.is_rank():
         with launch.telling(stage.version.failures):
             return train(stage)
+    check_place(stage.output)
     status = supervisor.supervise(stage.settings.stage, stage.version, stage.run, attempt=args.attempt)
     if status == 0:
         stage.publish()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from snaketron import files
 from snaketron.jobs import owner as owners
-from snaketron.jobs.owner import TOKEN, check_owner, own, remove
+from snaketron.jobs.inventory import remove
+from snaketron.jobs.owner import TOKEN, check_owner, is_owned, own
 from snaketron.jobs.version import Version
 from snaketron.log import UserError
 
@@ -52,13 +53,14 @@ def test_a_version_has_one_owner_until_that_is_killed(tmp_path: Path, owner: sub
 
 def test_a_version_in_use_is_not_removed(tmp_path: Path, owner: subprocess.Popen):
     version = Version(tmp_path / "version")
+    assert is_owned(version)
     with pytest.raises(UserError, match=f"process {owner.pid}"):
-        remove(version)
+        remove(version, tmp_path)
     assert version.owner.exists()
     owner.kill()
     owner.wait()
-    remove(version)
-    assert not version.directory.exists()
+    assert not is_owned(version)
+    assert remove(version, tmp_path) and not version.directory.exists()
 
 
 def test_a_child_that_inherits_the_file_owns_the_version_after_its_parent(tmp_path: Path):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from snaketron import files
-from snaketron.jobs.version import Version, unpublished, version_key
+from snaketron.jobs.version import Version, version_key
 from snaketron.log import UserError
 
 import pytest
@@ -104,20 +104,6 @@ def test_publish_does_not_touch_a_real_directory(tmp_path: Path):
     with pytest.raises(UserError, match="sft is a directory, not a link to a version; move it away"):
         make(tmp_path, "sft-0a").publish(tmp_path / "sft")
     assert (tmp_path / "sft/mine.txt").read_text() == "mine"
-
-
-def test_unpublished_are_the_versions_without_a_link_oldest_first(tmp_path: Path):
-    for name, age in (("sft-new", 10), ("sft-old", 30), ("sft-used", 40), ("pretrain_broad-used", 20)):
-        make(tmp_path, name, age=age)
-    Version(tmp_path / "versions/sft-used").publish(tmp_path / "sft")
-    Version(tmp_path / "versions/pretrain_broad-used").publish(tmp_path / "pretrain/broad")
-    (tmp_path / "versions/latest").symlink_to("sft-new")  # a person's, and not a publication
-    (tmp_path / "versions/notes.txt").write_text("")
-    assert [version.directory.name for version in unpublished(tmp_path)] == ["sft-old", "sft-new"]
-
-
-def test_without_versions_none_is_unpublished(tmp_path: Path):
-    assert list(unpublished(tmp_path)) == []
 
 
 def test_the_identity_of_a_checkpoint_is_its_stage_and_key(tmp_path: Path):

@@ -115,6 +115,12 @@ def test_a_finished_version_is_published_without_training(args, stage, tmp_path:
     assert (tmp_path / "ckpt/pretrain/one").resolve() == version.directory
 
 
+def test_a_directory_in_the_place_of_the_link_is_refused_before_the_training(args, tmp_path: Path):
+    (tmp_path / "ckpt/pretrain/one").mkdir(parents=True)
+    with pytest.raises(UserError, match="one is a directory, not a link to a version; move it away"):
+        run_stage(args(), lambda stage: pytest.fail("it trained"))
+
+
 def test_a_stage_that_is_only_identified_changes_nothing(stage, tmp_path: Path):
     handlers, level = logger.handlers[:], logger.level
     environment = dict(os.environ)

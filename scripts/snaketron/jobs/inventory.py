@@ -1,0 +1,159 @@
+"""What lies below `<ckpt>/versions`: the state of each version, and whether anything still needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from snaketron import files
+from snaketron.jobs.owner import Holder, is_owned, own
+from snaketron.jobs.version import Version, versions
+from snaketron.wording import hours, size_text
+
+import yaml
+
+OUTCOMES = {"failed": "failed", "hung": "hung", "stopped": "stopped", "time limit": "stopped"}
+
+
+@dataclass
+class Item:
+    """A version as a person wants to know it."""
+
+    version: Version
+    state: str  # in words: finished, running (process 12 on vm), stopped at step 30 of 59
+    is_running: bool
+    links: list[Path]  # that publish it
+    built_on: list[str]  # names of the versions that it was made from
+    size: int  # bytes
+    changed: float  # time of its last change
+    needed_by: list[str] = field(default_factory=list)  # names of kept versions that were made from it
+
+    @property
+    def name(self) -> str:
+        return self.version.directory.name
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether running the same command again would continue it."""
+        return not self.is_running and not self.version.is_finished
+
+    @property
+    def why(self) -> str:
+        """What it is to the others: published, the base of another one, or superseded."""
+        if self.links:
+            return f"published as {', '.join(map(str, self.links))}"
+        if self.needed_by:
+            return f"{', '.join(self.needed_by)} was built on it"
+        return "" if self.is_running or self.is_stopped else "superseded"
+
+    def __str__(self) -> str:
+        age = hours((time.time() - self.changed) / 3600)
+        words = ", ".join(filter(None, (self.state, self.why)))
+        return f"{self.name:32} {size_text(self.size):>9} {age:>9}  {words}"
+
+
+def inventory(root: Path, *, keep_stopped: bool = True, keep_bases: bool = True) -> list[Item]:
+    """The versions below `<root>/versions` by name, each with what needs it.
+
+    A version is needed by those that are kept themselves: the published and the running ones, interrupted
+    ones with `keep_stopped`, and with `keep_bases` whatever they were built on.
+    """
+    links = _links(root)
+    items = sorted((_item(version, links) for version in versions(root)), key=lambda item: item.name)
+    by_name = {item.name: item for item in items}
+    kept = [i for i in items if i.links or i.is_running or (keep_stopped and i.is_stopped)]
+    for item in kept if keep_bases else ():  # the list grows
+        for base in filter(None, map(by_name.get, item.built_on)):
+            base.needed_by.append(item.name)
+            if base not in kept:
+                kept.append(base)
+    return items
+
+
+def superseded(items: Iterable[Item], *, keep_stopped: bool = True) -> list[Item]:
+    """Those that nothing needs, oldest first."""
+    loose = [
+        item
+        for item in items
+        if not (item.links or item.needed_by or item.is_running or (keep_stopped and item.is_stopped))
+    ]
+    return sorted(loose, key=lambda item: item.changed)
+
+
+def remove(version: Version, root: Path) -> bool:
+    """Delete a version below `root`, or what is left of it; False when a link leads to it by now.
+
+    It is absent at once, so a killed deletion leaves no version of which a part is gone. Raises `UserError`
+    when a process is training in it.
+    """
+    with own(version):
+        if version.directory.resolve() in _links(root):
+            return False
+        condemned = files.partial(version.directory)
+        shutil.rmtree(condemned, ignore_errors=True)
+        version.directory.rename(condemned)
+        shutil.rmtree(condemned)
+    return True
+
+
+def remove_leftovers(root: Path) -> None:
+    """Delete what killed deletions left."""
+    for leftover in (root / "versions").glob(".*.partial"):
+        shutil.rmtree(leftover)
+
+
+def _links(root: Path) -> dict[Path, list[Path]]:
+    """The links below `root` that publish something, by the directory that they lead to."""
+    found: dict[Path, list[Path]] = {}
+    for directory, below, _ in os.walk(root):
+        if Path(directory) == root and "versions" in below:
+            below.remove("versions")
+        for name in below:
+            if (path := Path(directory, name)).is_symlink():
+                found.setdefault(path.resolve(), []).append(path)
+    return found
+
+
+def _item(version: Version, links: dict[Path, list[Path]]) -> Item:
+    config = _config(version)
+    size, changed = 0, version.directory.stat().st_mtime
+    for path in _files(version.directory):
+        with contextlib.suppress(FileNotFoundError):  # a training replaces its checkpoints
+            size += path.stat().st_size
+            changed = max(changed, path.stat().st_mtime)
+    is_running = is_owned(version)
+    return Item(
+        version,
+        f"running ({Holder.of(version)})" if is_running else state_of(version, config),
+        is_running,
+        links.get(version.directory.resolve(), []),
+        [entry["version"].replace("/", "_") for entry in config.get("inputs", []) if "version" in entry],
+        size,
+        changed,
+    )
+
+
+def state_of(version: Version, config: dict[str, Any] | None = None) -> str:
+    """Finished, or how the last attempt ended and the step from which the next one would continue."""
+    if version.is_finished:
+        return "finished"
+    config = _config(version) if config is None else config
+    attempts = files.read_json(version.attempts) if version.attempts.exists() else []
+    outcome = OUTCOMES.get(attempts[-1]["outcome"], "killed") if attempts else "stopped"
+    total = config.get("settings", {}).get("train_iters")
+    return f"{outcome} at step {version.latest_iteration() or 0}" + (f" of {total}" if total else "")
+
+
+def _config(version: Version) -> dict[str, Any]:
+    return yaml.safe_load(version.config.read_text()) if version.config.exists() else {}
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(directory):
+        yield from (Path(parent, name) for name in names if not Path(parent, name).is_symlink())

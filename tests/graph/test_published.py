@@ -1,0 +1,66 @@
+"""A published link names the last good version until the next one is complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.conftest import REPOSITORY, Workspace
+
+import pytest
+
+# A training of a second, as the rules of the workflow declare theirs.
+SNAKEFILE = f"""
+import sys
+sys.path.insert(0, "{REPOSITORY}/scripts")
+from snaketron.graph import published
+if config["kept"]:
+    published.keep_links()
+
+rule train:
+    output: update(directory("ckpt/sft"))
+    params: steps=config["steps"]
+    shell:
+        "mkdir -p ckpt/versions/{{params.steps}} && cd ckpt && {{config[fate]}}"
+        " && touch versions/{{params.steps}}/.snakemake_timestamp && ln -sfn versions/{{params.steps}} sft"
+"""
+
+
+class Toy:
+    def __init__(self, path: Path) -> None:
+        self.workspace = Workspace(path)
+        self.workspace.write("Snakefile", SNAKEFILE)
+
+    def run(self, steps: int, fate: str = "true", *options: str, kept: bool = True) -> str:
+        config = [f"steps={steps}", f"fate={fate}", f"kept={kept}"]
+        command = ["snakemake", "--cores", "1", "--nolock", "--rerun-incomplete", *options]
+        return self.workspace.run(*command, "--config", *config).output
+
+    @property
+    def published(self) -> str:
+        return str((self.workspace.path / "ckpt/sft").readlink())
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    """A finished training of 30 steps."""
+    toy = Toy(tmp_path)
+    toy.run(30)
+    assert toy.published == "versions/30"
+    return toy
+
+
+def test_a_failed_training_leaves_the_link_and_is_run_again(toy: Toy):
+    output = toy.run(60, "test $(readlink sft) = versions/30 && false")  # it is there while it trains
+    assert "Error in rule train" in output and toy.published == "versions/30"
+    assert "rule train" in toy.run(60, "true", "-n")
+    toy.run(60)
+    assert toy.published == "versions/60"
+    assert "Nothing to be done" in toy.run(60, "true", "-n")
+    assert not (toy.workspace.path / ".snakemake/backups").exists()
+
+
+def test_snakemake_alone_copies_the_checkpoint(toy: Toy):
+    """Why `keep_links` is there. When this fails, look whether it is still needed."""
+    (toy.workspace.path / "ckpt/sft/weights").write_text("terabytes")
+    toy.run(60, "cp -r ../.snakemake/backups ../seen", kept=False)
+    assert (toy.workspace.path / "seen/ckpt/sft/weights").read_text() == "terabytes"

@@ -1,0 +1,153 @@
+"""Which versions there are, in which state, and which of them nothing needs any more."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import prune_versions
+from snaketron import files
+from snaketron.jobs import inventory
+from snaketron.jobs.owner import own
+from snaketron.jobs.version import Version
+
+import pytest
+import yaml
+
+
+def make(
+    root: Path, name: str, *, base: str = "", finished: bool = True, age: float = 0, **attempt: Any
+) -> Version:
+    """A version of 59 steps, `age` seconds old; `attempt` is its last one, saved after its `iteration`."""
+    version = Version(root / "versions" / name)
+    inputs = [
+        {"path": "data/blend.json", "sha256": "b"},
+        *([{"path": "base", "version": base}] if base else []),
+    ]
+    files.write_text(
+        version.config, yaml.safe_dump({"settings": {"train_iters": 59}, "inputs": inputs}).encode()
+    )
+    if finished:
+        files.write_json(version.record, {})
+    if attempt:
+        files.write_json(version.attempts, [attempt])
+        version.iteration_directory(attempt["iteration"]).mkdir()
+        version.latest.write_text(str(attempt["iteration"]))
+    for path in [*version.directory.iterdir(), version.directory]:
+        os.utime(path, (time.time() - age,) * 2)
+    return version
+
+
+@pytest.fixture
+def ckpt(tmp_path: Path) -> Path:
+    """A published SFT on a phase that was trained again since, a stopped one, and two that were replaced."""
+    make(tmp_path, "pretrain_broad-1")
+    make(tmp_path, "pretrain_broad-2").publish(tmp_path / "pretrain/broad")
+    make(tmp_path, "pretrain_broad-0", age=3 * 3600)
+    make(tmp_path, "sft-1", base="pretrain/broad-1").publish(tmp_path / "sft")
+    make(tmp_path, "sft-0", base="pretrain/broad-0", age=72 * 3600)
+    make(tmp_path, "sft-3", base="pretrain/broad-2", finished=False, iteration=30, outcome="stopped")
+    (tmp_path / "versions/latest").symlink_to("sft-0")  # a person's, and not a publication
+    (tmp_path / "versions/notes.txt").write_text("")
+    return tmp_path
+
+
+def deleted(ckpt: Path, *options: str) -> list[str]:
+    before = {path.name for path in (ckpt / "versions").iterdir()}
+    assert prune_versions.main(["--ckpt", str(ckpt), *options]) == 0
+    return sorted(before - {path.name for path in (ckpt / "versions").iterdir()})
+
+
+def test_each_version_has_its_state_size_and_age(ckpt: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "snaketron"):
+        assert deleted(ckpt, "--dry-run") == []
+    said = [message.split(maxsplit=2) for message in caplog.messages]
+    lines = {words[1]: " ".join([words[0], *words[2].split()]) for words in said if words[0] == "keep"}
+    assert {name: line.partition(" min ")[2] for name, line in lines.items()} == {
+        "pretrain_broad-1": "finished, sft-1 was built on it",
+        "pretrain_broad-2": f"finished, published as {ckpt}/pretrain/broad",
+        "sft-1": f"finished, published as {ckpt}/sft",
+        "sft-3": "stopped at step 30 of 59",
+    }
+    size = sum(path.stat().st_size for path in (ckpt / "versions/sft-0").rglob("*"))
+    assert f"would delete sft-0 {size} bytes 3.0 days finished, superseded" in [
+        " ".join(message.split()) for message in caplog.messages
+    ]
+    assert caplog.messages[-1].startswith("would delete 2 of 6 versions")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ["pretrain_broad-0", "sft-0"]),
+        (["--stopped"], ["pretrain_broad-0", "sft-0", "sft-3"]),
+        (["--bases"], ["pretrain_broad-0", "pretrain_broad-1", "sft-0"]),
+    ],
+)
+def test_what_is_published_interrupted_or_a_base_stays_unless_told(
+    ckpt: Path, options: list[str], expected: list[str]
+):
+    assert deleted(ckpt, *options) == expected
+    assert Version(ckpt / "sft").is_finished and Version(ckpt / "pretrain/broad").is_finished
+
+
+def test_the_base_of_an_interrupted_training_stays_with_it(tmp_path: Path):
+    """Without the base it could not be continued; without the interrupted training nobody needs the base."""
+    make(tmp_path, "pretrain_broad-1")
+    make(tmp_path, "pretrain_focused-1", base="pretrain/broad-1")
+    make(tmp_path, "sft-1", base="pretrain/focused-1", finished=False, iteration=4, outcome="stopped")
+    assert deleted(tmp_path) == []
+    assert deleted(tmp_path, "--stopped") == ["pretrain_broad-1", "pretrain_focused-1", "sft-1"]
+
+
+def test_a_running_training_and_its_base_stay_whatever_is_told(tmp_path: Path):
+    make(tmp_path, "pretrain_broad-1")
+    running = make(tmp_path, "sft-1", base="pretrain/broad-1", finished=False)
+    with own(running):
+        (_, item) = inventory.inventory(tmp_path)
+        assert item.state.startswith(f"running (process {os.getpid()} on ")
+        assert deleted(tmp_path, "--stopped") == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state"),
+    [
+        ("stopped", "stopped at step 30 of 59"),
+        ("time limit", "stopped at step 30 of 59"),
+        ("failed", "failed at step 30 of 59"),
+        ("hung", "hung at step 30 of 59"),
+        (None, "killed at step 30 of 59"),  # it could not say anything
+    ],
+)
+def test_the_state_says_how_it_ended_and_where_it_would_continue(tmp_path: Path, outcome, state: str):
+    version = make(tmp_path, "sft-1", finished=False, iteration=30, outcome=outcome)
+    assert inventory.state_of(version) == state
+
+
+def test_a_version_that_was_killed_at_its_start_has_a_state_too(tmp_path: Path):
+    version = Version(tmp_path / "versions/sft-1")
+    version.directory.mkdir(parents=True)
+    assert inventory.state_of(version) == "stopped at step 0"
+    assert deleted(tmp_path) == []
+
+
+def test_a_version_that_was_published_since_it_was_listed_stays(ckpt: Path):
+    version = Version(ckpt / "versions/sft-0")
+    version.publish(ckpt / "sft")
+    assert not inventory.remove(version, ckpt) and version.is_finished
+
+
+def test_what_a_killed_deletion_left_is_no_version_and_is_deleted(ckpt: Path):
+    left = files.partial(ckpt / "versions/sft-9")
+    left.mkdir()
+    assert "sft-9" not in [item.name for item in inventory.inventory(ckpt)]
+    assert left.name in deleted(ckpt)
+
+
+def test_without_versions_nothing_is_deleted(tmp_path: Path):
+    (tmp_path / "versions").mkdir()
+    assert deleted(tmp_path) == []
+    assert inventory.inventory(tmp_path / "nowhere") == []
