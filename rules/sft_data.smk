@@ -33,10 +33,14 @@ rule pack_sft:
         "<logs>/pack_sft/{source}/{shard}.log",
     benchmark:
         "<benchmarks>/pack_sft/{source}/{shard}.tsv"
+    resources:
+        # It decides whether there are packs and not what is in them, so it is no parameter.
+        max_dropped_fraction=str(graph.config.sft_data.max_dropped_fraction),
     params:
         packing=graph.packing(),
     shell:
         "python scripts/pack_sft.py --chats {input:q} {params.packing}"
+        " --max-dropped-fraction {resources.max_dropped_fraction:q}"
         " --train {output.train:q} --valid {output.valid:q} --test {output.test:q}"
         " --record {output.record:q} --log-file {log:q}"
 

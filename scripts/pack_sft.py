@@ -32,6 +32,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="drop",
         help="what becomes of conversations with more tokens than a pack",
     )
+    add(
+        "--max-dropped-fraction",
+        type=float,
+        default=1.0,
+        help="share of the conversations that may be left out; more is an error",
+    )
     add("--algorithm", choices=ALGORITHMS, required=True)
     add("--seed", type=int, help="seed of first_fit_shuffle; other algorithms take none")
     add("--train", type=Path, required=True, help="Parquet file to write")
@@ -64,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
         padding_multiple=args.padding_multiple,
         long_conversations=args.long_conversations,
+        max_dropped_fraction=args.max_dropped_fraction,
         outputs=outputs,
         record=args.record,
     )

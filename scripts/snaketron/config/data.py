@@ -332,6 +332,11 @@ class PretrainData(Rows):
 
 
 class SftData(Rows):
+    max_dropped_fraction: Fraction = key(
+        0.01,
+        "share of a shard above which it fails: of rows that are bad, invalid or cannot be rendered, and of "
+        "conversations that no pack takes, since they are too long or nothing of them is trained",
+    )
     valid_fraction: Fraction = key(
         0.04, "share of the conversations held out for validation, by a hash of the text"
     )

@@ -66,7 +66,19 @@ class ChatSource:
     tokens: int = 0
     trained: int = 0
     cut: int = 0  # conversations that were longer than a pack
-    lengths: Counter[int] = field(default_factory=Counter)
+    left_out: int = 0  # conversations that no pack took
+    pack_sizes: set[int] = field(default_factory=set)  # of its shards
+    # All conversations, those left out too, by the smallest power of two that holds them.
+    needed: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def lengths(self) -> Counter[int]:
+        """All conversations by the power of two below their tokens."""
+        return Counter({max(1, size // 2): number for size, number in self.needed.items()})
+
+    def kept(self, pack_size: int) -> float:
+        """Share of the conversations that packs of a power of two would hold whole."""
+        return sum(n for size, n in self.needed.items() if size <= pack_size) / self.needed.total()
 
     @property
     def efficiency(self) -> float:
@@ -260,6 +272,8 @@ def _add_packed(data: Data, record: Record) -> None:
     source = record.settings["source"]
     chats = data.chats.setdefault(source, ChatSource())
     chats.shards += 1
+    chats.pack_sizes.add(record.settings["pack_size"])
+    chats.needed.update({int(size): n for size, n in record.counts.get("needed_pack_size", {}).items()})
     counts: PackedCounts
     for counts in record.counts["splits"].values():
         chats.conversations += counts["packed"]
@@ -268,7 +282,9 @@ def _add_packed(data: Data, record: Record) -> None:
         chats.tokens += counts["tokens"]
         chats.trained += counts["trained_tokens"]
         chats.cut += counts["cut"]
-        chats.lengths.update(_histogram(counts))
+        chats.left_out += sum(counts["dropped"].values())
+        if "needed_pack_size" not in record.counts:  # before it was counted: those in packs alone
+            chats.needed.update({2 * length: n for length, n in _histogram(counts).items()})
         for reason, number in counts["dropped"].items():
             data.remove(source, "pack", reason, number)
 

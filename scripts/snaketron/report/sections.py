@@ -50,6 +50,7 @@ def sections(data: Data) -> list[Section]:
         _mix_section(data),
         _removed_section(data),
         _chat_section(data),
+        _pack_size_section(data),
         _time_section(data),
     ]
     return [part for part in parts if part.rows]
@@ -196,6 +197,30 @@ def _chat_section(data: Data) -> Section:
     ]
     header += ["trained", "packing efficiency"]
     return Section("Conversations", "All splits together.", header, rows, "packing")
+
+
+def _pack_size_section(data: Data) -> Section:
+    """Which share of the conversations packs of other sizes would hold, to choose a size by."""
+    found = {name: chats for name, chats in sorted(data.chats.items()) if chats.needed}
+    largest = max((max(chats.needed) for chats in found.values()), default=1)
+    # From the size that holds half of some source to the one that holds all of every source.
+    sizes = [
+        1 << k for k in range(largest.bit_length()) if any(c.kept(1 << k) >= 0.5 for c in found.values())
+    ]
+    rows, details = [], []
+    for name, chats in found.items():
+        rows.append([name, *(f"{chats.kept(size):.1%}" for size in sizes)])
+        if chats.left_out:
+            total, used = chats.needed.total(), ", ".join(f"{size:,}" for size in sorted(chats.pack_sizes))
+            details.append(
+                f"{name}: packs of {used} tokens leave out {chats.left_out:,} of {total:,} conversations "
+                f"({chats.left_out / total:.1%})"
+            )
+    text = (
+        "Share of all conversations that packs of so many tokens (sft_data.pack_size) hold whole, "
+        "those that were left out or cut included."
+    )
+    return Section("Pack sizes", text, ["chat source", *map(str, sizes)], rows, details=details)
 
 
 def _time_section(data: Data) -> Section:

@@ -131,6 +131,7 @@ def records(make, tmp_path: Path) -> list[Path]:
     make("chat/tools/a.json", "render_chat", counts=counts, settings=tools, outputs=[output])
     splits = {"train": packs(4, 300, 90, 20, **{"longer than a pack": 1}), "valid": packs(1, 20, 6, 5)}
     splits["test"] = packs(0, 0, 0, 0)
-    packed = make("sft/tools/a.json", "pack_sft", output, counts={"splits": splits}, settings=tools)
+    counts = {"splits": splits, "needed_pack_size": {"8": 5, "16": 20, "128": 1}}
+    packed = make("sft/tools/a.json", "pack_sft", output, counts=counts, settings=tools)
     make("sft/record.json", "blend_sft", packed, counts={}, name="sft")
     return [*last, tmp_path / "sft/record.json"]

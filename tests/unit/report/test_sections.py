@@ -39,6 +39,7 @@ def test_the_text_has_every_table(records):
         "Mix",
         "Removed",
         "Conversations",
+        "Pack sizes",
         "Time",
     ]
     part = section(text, "Text")
@@ -60,6 +61,11 @@ def test_the_text_has_every_table(records):
     assert cells(section(text, "Conversations"), "tools") == [
         *("1", "30", "25", "5", "320", "96", "30.0%", "64.0%")
     ]
+    part = section(text, "Pack sizes")  # 5 of 26 need 8 tokens, 20 more 16, and the one left out 128
+    assert cells(part, "chat source") == ["16", "32", "64", "128"]
+    assert cells(part, "tools") == ["96.2%", "96.2%", "96.2%", "100.0%"]
+    assert "- `tools: packs of 100 tokens leave out 1 of 26 conversations (3.8%)`" in part
+    assert cells(section(text, "Lengths"), "tools") == ["26", "16", "16", "128", "128"]
     assert cells(section(text, "Time"), "tokenize") == ["3", "4.5", "2.5"]
 
 
@@ -68,5 +74,5 @@ def test_what_no_record_is_about_is_left_out(records):
     parts = sections(collect(records[:1]))
     assert [part.title for part in parts] == ["Text", "Curation", "Lengths", "Mix", "Removed", "Time"]
     parts = sections(collect(records[-1:]))
-    assert [part.title for part in parts] == ["Lengths", "Removed", "Conversations", "Time"]
+    assert [part.title for part in parts] == ["Lengths", "Removed", "Conversations", "Pack sizes", "Time"]
     assert sections(Data()) == []

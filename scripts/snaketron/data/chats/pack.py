@@ -7,7 +7,8 @@ the files collects as many packs as fit.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,8 @@ from snaketron.data.chats import packing, packs
 from snaketron.data.chats.sequences import SCHEMA
 from snaketron.data.split import SPLITS
 from snaketron.lineage.record import Record, making
-from snaketron.log import UserError
+from snaketron.log import UserError, logger
+from snaketron.wording import counted
 
 import numpy as np
 import pyarrow as pa
@@ -36,10 +38,14 @@ def pack_chats(
     seed: int | None,
     padding_multiple: int,
     long_conversations: LongConversations,
+    max_dropped_fraction: float,
     outputs: Mapping[str, Path],
     record: Path,
 ) -> Record:
-    """Pack the rendered `chats` of a source, each split into its file of `outputs`; then write `record`."""
+    """Pack the rendered `chats` of a source, each split into its file of `outputs`; then write `record`.
+
+    Raises `UserError` when more than `max_dropped_fraction` of the conversations would be left out.
+    """
     source = f"{read_footer(chats[0], SCHEMA.names)[1]['source']}/{record.stem}"
     with making("pack_sft", source, outputs=outputs, record=record) as job:
         found = Conversations.read(chats, pack_size, long_conversations)
@@ -52,9 +58,14 @@ def pack_chats(
             "padding_multiple": padding_multiple,
             "long_conversations": long_conversations,
         }
+        needed = smallest_packs(found.lengths + found.cut)
+        check_dropped(source, plans.values(), needed, pack_size, max_dropped_fraction)
         write(found, plans, job.aside, job.settings)
         job.inputs = {"chats": chats}
-        job.counts = {"splits": {split: made.counts for split, made in plans.items()}}
+        job.counts = {
+            "splits": {split: made.counts for split, made in plans.items()},
+            "needed_pack_size": needed,
+        }
     return job.record
 
 
@@ -234,6 +245,45 @@ def length_histogram(lengths: np.ndarray) -> dict[str, int]:
     """How many lengths lie in [2^k, 2^(k + 1)), by 2^k; powers without any are left out."""
     powers = np.bincount(np.frexp(lengths)[1] - 1)
     return {str(2**k): int(number) for k, number in enumerate(powers) if number}
+
+
+def smallest_packs(lengths: np.ndarray) -> dict[str, int]:
+    """How many conversations need packs of 2^k tokens, by 2^k, the smallest that holds them whole.
+
+    >>> smallest_packs(np.array([3, 4, 5, 1024]))
+    {'4': 2, '8': 1, '1024': 1}
+    """
+    powers = np.bincount(np.frexp(lengths - 1)[1])
+    return {str(2**k): int(number) for k, number in enumerate(powers) if number}
+
+
+def check_dropped(
+    source: str, plans: Iterable[Plan], needed: Mapping[str, int], pack_size: int, max_dropped_fraction: float
+) -> None:
+    """Warn of conversations that no pack takes; `UserError` where they are more than allowed.
+
+    Args:
+        needed: what `smallest_packs` says of all conversations, so that one can choose a size.
+    """
+    counts = [made.counts for made in plans]
+    reasons = sum((Counter(of_split["dropped"]) for of_split in counts), Counter[str]())
+    number, dropped = sum(of_split["conversations"] for of_split in counts), reasons.total()
+    if not dropped:
+        return
+    said = f"{source}: {dropped} of {number} conversations are left out ({counted(reasons, sign=' ')})"
+    larger = [size for size in map(int, needed) if size > pack_size]
+    if larger:
+        kept = (
+            f"{size} tokens keep {sum(n for at, n in needed.items() if int(at) <= size) / number:.1%}"
+            for size in larger[:4]
+        )
+        said += f"; packs of {', '.join(kept)}"
+    if dropped > max_dropped_fraction * number:
+        raise UserError(
+            f"{said}. That is more than sft_data.max_dropped_fraction {max_dropped_fraction:g} allows: raise "
+            "sft_data.pack_size, let sft_data.long_conversations cut them, or allow more"
+        )
+    logger.warning("%s", said)
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -136,6 +136,39 @@ LONG = [
 ]
 
 
+def test_the_sizes_that_all_conversations_need_are_counted(tmp_path):
+    """Of 3, 6, 2, 3, 9 and 2 tokens, those of all splits and those left out too."""
+    assert pack(tmp_path, CHATS).counts["needed_pack_size"] == {"2": 2, "4": 2, "8": 1, "16": 1}
+    numbers = np.array([1, 2, 3, 4, 5, 8, 1024, 1025])
+    assert pack_module.smallest_packs(numbers) == {"1": 1, "2": 1, "4": 2, "8": 2, "1024": 1, "2048": 1}
+
+
+def test_what_no_pack_takes_is_said_and_too_much_of_it_refused(tmp_path, caplog):
+    """2 of 6 are left out, one of them because it is too long: 33 %."""
+    said = (
+        "questions/part_0: 2 of 6 conversations are left out (1 longer than a pack, 1 nothing to train on); "
+        "packs of 16 tokens keep 100.0%"
+    )
+    pack(tmp_path, CHATS, max_dropped_fraction=0.34)
+    assert [(line.levelname, line.message) for line in caplog.records if "left out" in line.message] == [
+        ("WARNING", said)
+    ]
+    for path in (tmp_path / "sft").rglob("*.*"):
+        path.unlink()
+    with pytest.raises(UserError) as error:
+        pack(tmp_path, CHATS, max_dropped_fraction=0.33)
+    assert str(error.value) == (
+        f"{said}. That is more than sft_data.max_dropped_fraction 0.33 allows: raise sft_data.pack_size, let "
+        "sft_data.long_conversations cut them, or allow more"
+    )
+    assert [path for path in (tmp_path / "sft").rglob("*") if path.is_file()] == []
+
+
+def test_nothing_is_said_where_all_are_packed(tmp_path, caplog):
+    pack(tmp_path, CHATS[:4], max_dropped_fraction=0.0)
+    assert "left out" not in caplog.text
+
+
 def test_a_long_conversation_is_dropped(tmp_path):
     assert pack(tmp_path, LONG).counts["splits"]["train"]["dropped"] == {"longer than a pack": 3}
     assert packs(tmp_path) == []
