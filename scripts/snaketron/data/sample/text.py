@@ -1,6 +1,6 @@
 """Sample text: the real prose and code that every Python installation carries, read without importing it.
 
-It depends only on the versions of Python and of the installed packages. No path of this machine is in it.
+It depends only on the versions of Python and of the packages in `PACKAGES`. No path of this machine is in it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,32 @@ Row = dict[str, Any]
 
 CODE_BYTES = 8_000_000  # of source in the corpus `code`
 GROUP_BYTES = 10_000  # longer modules become several documents, cut between their classes and functions
-PACKAGE_BYTES = 80_000  # of docstrings a package, so that a large one does not drown the others
+PACKAGE_BYTES = 200_000  # of docstrings a package, so that a large one does not drown the others
 SHORTEST = 20  # characters of a docstring worth keeping
+
+# Direct dependencies, whose versions are pinned: the text stays when others are installed beside them.
+PACKAGES = (
+    "aiohttp",
+    "datasets",
+    "datatrove",
+    "einops",
+    "fsspec",
+    "huggingface-hub",
+    "jinja2",
+    "matplotlib",
+    "megatron-core",
+    "nltk",
+    "numpy",
+    "orjson",
+    "pyarrow",
+    "pydantic",
+    "snakemake",
+    "spacy",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "wandb",
+)
 
 _SKIPPED = {
     "test",
@@ -85,8 +109,9 @@ def code() -> Iterator[Row]:
 
 
 def packages() -> Iterator[Row]:
-    """The descriptions and docstrings of the installed packages."""
-    for name, distribution in _distributions():
+    """The descriptions and docstrings of `PACKAGES`."""
+    for name in PACKAGES:
+        distribution = importlib.metadata.distribution(name)
         description = distribution.metadata.get_payload()  # type: ignore[attr-defined]
         if isinstance(description, str) and len(description) >= SHORTEST:
             yield _row(f"packages/{name}/description", description)
@@ -145,11 +170,6 @@ def _wanted(relative: Path) -> bool:
 
 def _module(relative: Path) -> str:
     return ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-
-
-def _distributions() -> Iterator[tuple[str, importlib.metadata.Distribution]]:
-    found = {d.metadata["Name"].lower().replace("-", "_"): d for d in importlib.metadata.distributions()}
-    yield from ((name, found[name]) for name in sorted(found) if name != "snaketron")
 
 
 def _sources(distribution: importlib.metadata.Distribution) -> Iterator[tuple[str, Path]]:
