@@ -134,7 +134,9 @@ class Curation(Section):
 class Corpus(Source):
     """One pretraining corpus: raw files of one kind, tokenized once and shared by every phase."""
 
-    text_field: str = key("text", "column or JSON key that holds the document")
+    text_field: str = key(
+        "text", "column or JSON key that holds the document; `a.b`: the field b of the object a"
+    )
     curation: Curation | None = key(None, "what is removed before it is tokenized; null: nothing")
 
 

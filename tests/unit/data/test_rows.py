@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 from pathlib import Path
 
-from snaketron.data.rows import Drops, read_documents, read_rows, read_texts
+from snaketron.data.drops import Drops
+from snaketron.data.rows import read_documents, read_rows, read_texts
 from snaketron.log import UserError
 from snaketron.settings.text import ReadSettings
 
@@ -19,6 +22,7 @@ import zstandard
 TEXTS = ["first", "zwei — 二", "line\nbreaks\u2028stay", "", "  ", "x" * 100_000]
 LINES = [json.dumps({"id": i, "text": text}).encode() + b"\n" for i, text in enumerate(TEXTS)]
 JSONL = b"".join(LINES)
+MARK = b"\xef\xbb\xbf"  # of UTF-8
 
 
 def zstd(data: bytes) -> bytes:
@@ -54,6 +58,10 @@ def texts(path: Path, field: str = "text") -> list[str]:
         ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)),
         ("two.jsonl.gz", gzip.compress(JSONL[:50], mtime=0) + gzip.compress(JSONL[50:], mtime=0)),
         ("a.jsonl.zst", zstd(JSONL)),
+        ("two.JSONL.BZ2", bz2.compress(JSONL[:50]) + bz2.compress(JSONL[50:])),
+        ("two.ndjson.xz", lzma.compress(JSONL[:50]) + bytes(8) + lzma.compress(JSONL[50:]) + bytes(4)),
+        ("mark.jsonl", MARK + JSONL + MARK + b"\n"),
+        ("marks.jsonl", b"".join(MARK + line for line in LINES)),
         ("file.arrow", arrow([TEXTS[:2], [], TEXTS[2:]], file=True)),
         ("stream.arrow", arrow([TEXTS[:2], [], TEXTS[2:]])),
         ("two.jsonl.zst", zstd(JSONL[:50]) + b"\x50\x2a\x4d\x18\x02\0\0\0hi" + zstd(JSONL[50:])),
@@ -64,10 +72,61 @@ def test_every_format_gives_the_same_texts(tmp_path: Path, name: str, data: byte
     assert texts(tmp_path / name) == TEXTS
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+KINDS = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *(pa.dictionary(pa.int32(), kind) for kind in KINDS[::2])])
 def test_parquet_gives_the_same_texts(tmp_path: Path, kind: pa.DataType):
     table = pa.table({"text": pa.array(TEXTS).cast(kind), "text.length": [len(text) for text in TEXTS]})
     assert texts(parquet(tmp_path / "a.parquet", table)) == TEXTS
+
+
+def test_a_byte_order_mark_inside_a_text_is_text(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(MARK + b'{"text": "' + MARK + b'"}\n')
+    assert texts(tmp_path / "a.jsonl") == ["\ufeff"]
+
+
+def test_a_row_after_a_mark_is_as_long_as_it_may_be(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(MARK + GOOD.replace(b"\n", b"\r\n") + GOOD)
+    settings = ReadSettings(max_line_bytes=len(GOOD) - 1)
+    assert len(list(read_rows(tmp_path / "a.jsonl", required=["text"], settings=settings))) == 2
+
+
+NESTED = [
+    {"doc": {"text": "a", "lang": "en", "by": {"name": "x"}}, "doc.id": 1},
+    {"doc": {"text": "b", "lang": "de", "by": None}, "doc.id": 2},
+    {"doc": {"text": "c", "lang": "en", "by": {"name": "y"}}, "doc.id": 3},
+]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.arrow"])
+def test_a_field_of_an_object_is_named_with_a_point(tmp_path: Path, name: str):
+    path, table = tmp_path / name, pa.Table.from_pylist(NESTED)
+    if name == "a.jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in NESTED))
+    elif name == "a.parquet":
+        parquet(path, table)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    assert texts(path, "doc.text") == ["a", "b", "c"]
+    settings = ReadSettings(where={"doc.lang": ["en"]})
+    rows = read_documents(path, "doc.text", optional=["doc.by.name", "doc.id", "doc.no"], settings=settings)
+    assert [(text, row["doc.by.name"], row["doc.id"], "doc.no" in row) for _, text, row in rows] == [
+        ("a", "x", 1, False),
+        ("c", "y", 3, False),
+    ]
+    with pytest.raises(UserError, match=r"no field 'doc\.none'; the fields are 'doc', 'doc\.id'"):
+        texts(path, "doc.none")
+
+
+def test_messages_of_bytes_are_text(tmp_path: Path):
+    kind = pa.list_(pa.struct([("role", pa.binary()), ("content", pa.binary())]))
+    message = {"role": b"user", "content": "wörld".encode()}
+    table = pa.table({"messages": pa.array([[message], [{"role": b"user", "content": b"\xff"}]], kind)})
+    path = parquet(tmp_path / "a.parquet", table)
+    rows = read_rows(path, required=["messages"], settings=ReadSettings(invalid_text="replace"))
+    assert [row["messages"][0]["content"] for _, row in rows] == ["wörld", "\ufffd"]
 
 
 def test_a_large_window_is_read(tmp_path: Path):
@@ -111,7 +170,19 @@ UTF8_COLUMN = pa.Array.from_buffers(
         ("a.jsonl", GOOD + b'{"text": "cut\n' + GOOD, ["a.jsonl:2: invalid JSON"]),
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', ["a.jsonl:2: a lone surrogate"]),
         ("a.jsonl", GOOD + b'{"text": "\0"}\n', ["a.jsonl:2: invalid JSON"]),
-        ("a.jsonl", GOOD + b'{"text": NaN}\n', ["a.jsonl:2: invalid JSON"]),
+        ("a.jsonl", GOOD + b'{"id": NaN}\n', ["a.jsonl:2: invalid JSON (NaN, column 8, is no JSON number)"]),
+        (
+            "a.jsonl",
+            b'{"id": -Infinity}\n',
+            ["a.jsonl:1: invalid JSON (-Infinity, column 8, is no "],
+        ),
+        (
+            "a.json",
+            b'[\n  {"text": "a"}\n]\n',
+            ["a.json: is one JSON document over several", "jq -c '.[]'"],
+        ),
+        ("a.json", b'{"rows": [\n"a"]}\n', ["a.json: is one JSON document over several", "jq -c ."]),
+        ("a.jsonl", GOOD.decode().encode("utf-16"), ["a.jsonl: is UTF-16 or UTF-32; convert it to UTF-8"]),
         ("a.jsonl", GOOD + GOOD + b'["text"]\n', ["a.jsonl:3: a JSON list, not an object"]),
         ("a.jsonl", GOOD + b'{"id": 1, "body": "b"}\n', ["a.jsonl:2: no field 'text'", "'id', 'body'"]),
         ("a.jsonl", GOOD + b"{}\n", ["a.jsonl:2: no field 'text'", "none"]),
@@ -124,6 +195,10 @@ UTF8_COLUMN = pa.Array.from_buffers(
         ("a.jsonl.zst", zstd(GOOD * 5)[:-3], ["a.jsonl.zst:", "cut off or damaged"]),
         ("a.jsonl.zst", zstd(GOOD) + zstd(GOOD)[:-3], ["a.jsonl.zst:2: cut off or damaged"]),
         ("a.jsonl.zst", GOOD, ["a.jsonl.zst:1: cut off or damaged"]),
+        ("a.jsonl.bz2", bz2.compress(GOOD)[:-3], ["a.jsonl.bz2:", "cut off or damaged"]),
+        ("a.jsonl.bz2", bz2.compress(GOOD) + GOOD, ["a.jsonl.bz2:", "cut off or damaged"]),
+        ("a.jsonl.xz", lzma.compress(GOOD)[:-3], ["a.jsonl.xz:", "cut off or damaged"]),
+        ("a.jsonl.xz", lzma.compress(GOOD) + GOOD, ["a.jsonl.xz:", "cut off or damaged"]),
         ("a.parquet", b"", ["a.parquet: not a complete Parquet file"]),
         ("a.parquet", b"PAR1" + bytes(50), ["a.parquet: not a complete Parquet file"]),
         ("a.parquet", pa.table({"text": pa.array([], pa.string())}), ["a.parquet: holds no documents"]),
@@ -134,7 +209,15 @@ UTF8_COLUMN = pa.Array.from_buffers(
         ("a.arrow", arrow([["a"], [None]]), ["a.arrow: row 2: field 'text' is null"]),
         ("a.parquet", pa.table({"text": ["a", None]}), ["a.parquet: row 2: field 'text' is null"]),
         ("a.parquet", pa.table({"text": [1, 2]}), ["a.parquet: row 1: field 'text' is int"]),
-        ("a.parquet", pa.table({"text": [b"a"]}), ["a.parquet: row 1: field 'text' is bytes"]),
+        (
+            "a.parquet",
+            pa.table({"text": [b"a", b"\xff"]}),
+            ["a.parquet: row 2: invalid UTF-8 in field 'text'"],
+        ),
+        (
+            *("a.parquet", pa.table([["a"], ["b"]], names=["text", "text"])),
+            ["a.parquet: several columns are called 'text'; leave one of them"],
+        ),
         ("a.parquet", pa.table({"text": UTF8_COLUMN}), ["a.parquet: row 2: invalid UTF-8 in field 'text'"]),
     ],
 )

@@ -27,8 +27,9 @@ from snaketron.data.chats.conversation import (
 from snaketron.data.chats.mask import Masker
 from snaketron.data.chats.sequences import SCHEMA, Sequence, num_tokens, table
 from snaketron.data.chats.template import PROBE, Template, load_template, special_tokens
+from snaketron.data.drops import FILTERED, Bad, Drops, place, reject
 from snaketron.data.encode import Mismatch, Unencodable
-from snaketron.data.rows import FILTERED, Bad, Drops, place, read_rows, reject
+from snaketron.data.rows import read_rows
 from snaketron.data.split import SPLITS, split_of
 from snaketron.files import sha256
 from snaketron.lineage.record import Record, making

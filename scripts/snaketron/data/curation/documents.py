@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.data.arrow import KEY, text_of
+from snaketron.data.drops import Drops, place
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
-from snaketron.data.rows import Drops, place, read_documents
+from snaketron.data.rows import read_documents
 from snaketron.log import UserError, logger
 from snaketron.settings.curation import FilterSettings
 from snaketron.wording import counted

@@ -11,7 +11,7 @@ from snaketron.config import FILTERS, Filter
 from snaketron.data import curation
 from snaketron.data.curation import documents
 from snaketron.data.curation.words import learn
-from snaketron.data.rows import Drops
+from snaketron.data.drops import Drops
 from snaketron.lineage.record import Record, making
 from snaketron.log import UserError, logger
 from snaketron.settings.curation import FilterSettings

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from snaketron.data.arrow import KEY, text_of
-from snaketron.data.rows import Drops, read_documents
+from snaketron.data.drops import Drops
+from snaketron.data.rows import read_documents
 from snaketron.data.split import SPLITS, split_of
 from snaketron.log import UserError
 from snaketron.settings.text import TokenizeSettings

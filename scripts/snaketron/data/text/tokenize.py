@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from snaketron.data.drops import FILTERED, Bad, Drops, place, reject
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
-from snaketron.data.rows import FILTERED, Bad, Drops, place, reject
 from snaketron.data.split import SPLITS
 from snaketron.data.text import binidx, origins
 from snaketron.data.text.reading import Document, Reader, ahead

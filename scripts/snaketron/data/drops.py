@@ -1,0 +1,104 @@
+"""Rows that cannot be used: an error that names the place, or dropped and counted, as the settings say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from snaketron.log import UserError
+from snaketron.settings.text import ReadSettings
+from snaketron.sources.formats import suffix_of
+
+BAD_ROW = "bad row"
+INVALID_TEXT = "invalid text"
+FILTERED = "filtered by where"
+MAX_LISTED = 100  # dropped rows that a record names, for each reason
+MAX_DETAIL = 200  # characters
+MAX_EXAMPLES = 5  # dropped rows in an error
+BUFFER = 1 << 20  # bytes
+REPLACE = "replace the file with a complete copy and run again"
+ARROW = (".parquet", ".arrow")
+
+
+@dataclass
+class Drops:
+    """Rows that are not used: how many for each reason, and which."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    listed: list[dict[str, Any]] = field(default_factory=list)
+    num_rows: int = 0  # rows that were read, used or not
+    num_replaced: int = 0  # rows in whose text U+FFFD replaced invalid characters
+    advice: Mapping[str, str] = field(default_factory=dict)  # what to do, by reason
+
+    def add(self, path: Path | str, row: int, reason: str, detail: str = "") -> None:
+        """Count row `row` of the file `path`."""
+        self.reasons[reason] += 1
+        if self.reasons[reason] <= MAX_LISTED:
+            entry = {"file": str(path), "row": row, "reason": reason, "detail": detail[:MAX_DETAIL]}
+            self.listed.append(entry)
+
+    def check(self, settings: ReadSettings, reasons: Iterable[str] = (BAD_ROW, INVALID_TEXT)) -> None:
+        """Raise `UserError` when more rows were dropped for `reasons` than the settings allow; it shows an
+        example of each reason. Call this after the last file."""
+        counted = {reason: self.reasons[reason] for reason in reasons if self.reasons[reason]}
+        dropped = sum(counted.values())
+        if not dropped or dropped <= settings.max_dropped_fraction * self.num_rows:
+            return
+        first = {row["reason"]: row for row in reversed(self.listed) if row["reason"] in counted}
+        examples = sorted(first.values(), key=self.listed.index)[:MAX_EXAMPLES]
+        others = "".join(f"; another: {self._explain(row)}" for row in examples[1:])
+        raise UserError(
+            f"{dropped} of {self.num_rows} rows are bad or invalid, more than max_dropped_fraction "
+            f"{settings.max_dropped_fraction} allows; the first is {self._explain(examples[0])}{others}; "
+            "correct the files, or raise max_dropped_fraction"
+        )
+
+    def _explain(self, row: Mapping[str, Any]) -> str:
+        """A dropped row in a line: where, why and what to do."""
+        reason, where = row["reason"], place(Path(row["file"]), row["row"])
+        named = "" if reason in (BAD_ROW, INVALID_TEXT) else reason  # the detail names the problem
+        advice = f"({self.advice[reason]})" if reason in self.advice else ""
+        why = ": ".join(part for part in (named, row["detail"]) if part)
+        return f"{where}: {why} {advice}".rstrip()
+
+
+@dataclass
+class Bad(Exception):
+    """Why a row cannot be used."""
+
+    detail: str
+    fix: str
+    reason: str = BAD_ROW
+
+
+def place(path: Path, number: int) -> str:
+    """How errors name row `number` (from 1) of a file: FILE:LINE, or a row of Parquet or Arrow."""
+    return f"{path}: row {number}" if suffix_of(path.name) in ARROW else f"{path}:{number}"
+
+
+def reject(bad: Bad, path: Path, number: int, settings: ReadSettings, drops: Drops) -> None:
+    """Stop at a row, or drop and count it, as the settings say."""
+    policy = settings.invalid_text if bad.reason == INVALID_TEXT else settings.bad_rows
+    if policy != "drop":
+        raise UserError(f"{place(path, number)}: {bad.detail}; {bad.fix}") from None
+    drops.add(path, number, bad.reason, bad.detail)
+
+
+def missing(where: str, name: str, present: Iterable[str]) -> str:
+    return f"{where}: {no_field(name, present)}; name one of them in the configuration"
+
+
+def no_field(name: str, present: Iterable[str]) -> str:
+    return f"no field {name!r}; the fields are {', '.join(map(repr, present)) or 'none'}"
+
+
+def open_raw(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb", buffering=BUFFER)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
