@@ -337,6 +337,7 @@ def check_curriculum(pretrain: Pretrain) -> list[str]:
     return [
         f"pretrain.warmup_tokens {pretrain.warmup_tokens} + decay_tokens {pretrain.decay_tokens} "
         f"are more than the {total} tokens of all phases"
+        + (" without a learning_rate of their own" if any(p.learning_rate for p in pretrain.phases) else "")
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from snaketron.config.base import Count, Fraction, Module, Name, Positive, Precision, Section, key
+from snaketron.config.base import Count, Fraction, Module, Name, Positive, Precision, Section, Share, key
 from snaketron.config.data import CorpusWeight, SourceWeight, sample_chats
 
 from pydantic import Field
@@ -198,6 +198,25 @@ class Phase(Section):
     blend: list[CorpusWeight] = Field(min_length=1, description="corpora and their weights")
     seq_length: Positive | None = key(None, "tokens of a sequence; null: pretrain.seq_length")
     global_batch_size: Positive | None = key(None, "sequences of a step; null: pretrain.global_batch_size")
+    # What follows, and is null, is as in `pretrain`, or `model` for the precision.
+    learning_rate: Annotated[float, Field(gt=0)] | None = key(
+        None,
+        "a constant rate; null: that of the curriculum, whose warm-up and decay pass over phases with a rate",
+    )
+    precision: Precision | None = key(None, "precision of matrix products; null: model.precision")
+    parallel: Parallel | None = key(None, "parallel sizes; those that are not given are of pretrain.parallel")
+    micro_batch_size: Positive | None = key(None, "sequences that one process computes at a time")
+    recompute: list[Module] | None = key(None, "what the backward pass computes again")
+    offload_optimizer: Share | None = key(None, "share of the optimizer's state in host memory")
+    cuda_graphs: bool | None = key(None, "whether kernels are recorded")
+    save_interval: Positive | None = key(None, "steps between two checkpoints")
+    eval_interval: Positive | None = key(None, "steps between two validations")
+    eval_samples: Positive | None = key(None, "sequences of a validation")
+    log_interval: Positive | None = key(None, "steps between two lines of metrics")
+    mem_gb_per_task: Annotated[float, Field(gt=0)] | None = key(
+        None, "memory of the node for a process, in GB"
+    )
+    tokens_per_second_per_gpu: Annotated[float, Field(gt=0)] | None = key(None, "throughput, for estimates")
 
 
 def sample_phases() -> list[Phase]:
@@ -220,7 +239,7 @@ class Pretrain(Run):
     global_batch_size: Positive = key(4, "sequences of a step, over all processes")
     warmup_tokens: Count = key(20_000, "tokens over which the learning rate rises from 0")
     decay_tokens: Count = key(
-        80_000, "tokens at the end of the last phase over which it falls by 1 - sqrt (the D of WSD)"
+        80_000, "tokens at the end of all phases over which it falls by 1 - sqrt (the D of WSD)"
     )
     optimizer: Optimizer = key(Optimizer, "AdamW and its learning rate")
     phases: list[Phase] = Field(
@@ -234,11 +253,15 @@ class Pretrain(Run):
         return math.ceil(phase.tokens / (batch * length)), batch, length
 
     def spans(self) -> list[tuple[int, int]]:
-        """First token and end of each phase, counted over the whole curriculum."""
+        """First token and end of each phase, counted over the phases that follow the schedule.
+
+        A phase with a constant learning rate has no length there.
+        """
         spans, start = [], 0
         for phase in self.phases:
-            spans.append((start, start + math.prod(self.steps(phase))))
-            start = spans[-1][1]
+            length = 0 if phase.learning_rate else math.prod(self.steps(phase))
+            spans.append((start, start + length))
+            start += length
         return spans
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from snaketron.config.training import Adapters, Model, Phase, Pretrain, Tuning
 
@@ -32,6 +32,7 @@ class Training:
     global_batch_size: int
     train_iters: int
     elsewhere: Mapping[str, str]  # paths of the keys that do not stand in `section` itself
+    constant_rate: bool = False  # whether the schedule of pretraining passes over this phase
     on_request: bool = False  # checked against the model and the GPUs only when its rule is to run
 
     @property
@@ -83,18 +84,27 @@ def trainings(config: Config) -> list[Training]:
 
 
 def _phase(config: Config, index: int) -> Training:
-    """A phase of pretraining: a key that it shares with `pretrain` and that is not null is its own."""
+    """A phase of pretraining: a key of `pretrain` or `model` that it has and that is not null is its own."""
     pretrain, phase = config.pretrain, config.pretrain.phases[index]
-    own = {key: getattr(phase, key) for key in Phase.model_fields if key in Pretrain.model_fields}
-    own = {key: value for key, value in own.items() if value is not None}
+    given = {key: getattr(phase, key) for key in Phase.model_fields if getattr(phase, key) is not None}
+    own: dict[str, Any] = {key: value for key, value in given.items() if key in Pretrain.model_fields}
+    if phase.parallel:
+        sizes = {key: getattr(phase.parallel, key) for key in phase.parallel.model_fields_set}
+        own["parallel"] = pretrain.parallel.model_copy(update=sizes)
+    if rate := phase.learning_rate:
+        constant = {"learning_rate": rate, "min_learning_rate": rate}
+        own["optimizer"] = pretrain.optimizer.model_copy(update=constant)
+    of_model = {key: value for key, value in given.items() if key in Model.model_fields}
     train_iters, global_batch_size, seq_length = pretrain.steps(phase)
+    at = f"pretrain.phases[{index}]"
     return Training(
         section="pretrain",
         phase=phase.name,
-        model=config.model,
+        model=config.model.model_copy(update=of_model) if of_model else config.model,
         run=pretrain.model_copy(update=own),
         seq_length=seq_length,
         global_batch_size=global_batch_size,
         train_iters=train_iters,
-        elsewhere={key: f"pretrain.phases[{index}].{key}" for key in own},
+        constant_rate=phase.learning_rate is not None,
+        elsewhere={key: f"{at}.{key}" for key in given},
     )

@@ -20,7 +20,7 @@ class TrainingGraph:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.phases = [phase.name for phase in config.pretrain.phases]
-        self.limits: Mapping[str, Limits] = {}  # of the jobs of each rule, once all rules are defined
+        self.limits: Mapping[str, Limits] = {}  # by training, once all rules are defined
 
     # Input functions get the wildcards of the job.
 
@@ -42,7 +42,7 @@ class TrainingGraph:
             phase = getattr(wildcards, "phase", "")
             training = self.config.training(f"{rule}/{phase}" if phase else rule)
             if training.on_request:
-                check_requested(self.config, training, self.limits.get(rule, Limits()))
+                check_requested(self.config, training, self.limits.get(training.name, Limits()))
             found = train_settings(self.config, training.name)
             return found.model_copy(update={"stage": stage or training.name}).model_dump_json()
 
@@ -50,28 +50,54 @@ class TrainingGraph:
 
     # Resources: a change runs nothing again.
 
-    def run(self, rule: str) -> str:
-        """How the trainings of a rule are run."""
-        return run_settings(self.config, self._any(rule).name).model_dump_json(exclude_defaults=True)
-
-    def threads(self, rule: str) -> int:
+    def threads(self, rule: str) -> Any:
         """CPUs of a training on a node, for `profiles/local`, which caps them at those of the machine."""
-        run = self._any(rule).run
-        return run.cpus_per_task * layout(run, self.config.cluster).tasks_per_node
+        return _shared(
+            {
+                training.phase: training.run.cpus_per_task
+                * layout(training.run, self.config.cluster).tasks_per_node
+                for training in self._of(rule)
+            }
+        )
 
     def resources(self, rule: str) -> dict[str, Any]:
         """What a training asks Slurm for, and what else its command needs that does not define its result."""
-        asked = resources(self._any(rule).run, self.config.cluster)
-        return asked | {"run": self.run(rule), "attempt": attempt}
+        asked = {
+            training.phase: resources(training.run, self.config.cluster)
+            | {"run": run_settings(self.config, training.name).model_dump_json(exclude_defaults=True)}
+            for training in self._of(rule)
+        }
+        # Snakemake leaves out a resource that is None: a phase on one node has no `mpi`.
+        names = dict.fromkeys(name for of_phase in asked.values() for name in of_phase)
+        shared = {
+            name: _shared({phase: of_phase.get(name) for phase, of_phase in asked.items()}) for name in names
+        }
+        return shared | {"attempt": attempt}
 
     @property
     def conversion_mb(self) -> int:
         """Memory of a job that exports or imports the model."""
         return math.ceil(conversion_memory(self.config.model, self.config.tokenizer.vocab_size) / 1e6)
 
-    def _any(self, rule: str) -> Training:
-        """A training of a rule: all phases of pretraining are run in the same way."""
-        return next(training for training in self.config.trainings() if training.section == rule)
+    def _of(self, rule: str) -> list[Training]:
+        """The trainings of a rule: all phases of pretraining, else one."""
+        return [training for training in self.config.trainings() if training.section == rule]
+
+
+class OfPhase:
+    """A resource that has another value in each phase; Snakemake calls it with the wildcards of a job."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    def __call__(self, wildcards: Any) -> Any:
+        return self.values.get(wildcards.phase)
+
+
+def _shared(values: Mapping[str, Any]) -> Any:
+    """The value that all trainings of a rule have, or a function of the phase."""
+    first, *others = values.values()
+    return first if all(other == first for other in others) else OfPhase(values)
 
 
 def attempt(_wildcards: Any, attempt: int) -> int:

@@ -24,10 +24,10 @@ class Schedule(Section):
     """The learning rate over tokens in pretraining and over steps in SFT; a step counts `increment` of them.
 
     It rises linearly over the first `warmup` units. WSD then stays and falls over the last `decay` units
-    before `end` by 1 - sqrt; cosine falls from the warm-up to `end`.
+    before `end` by 1 - sqrt; cosine falls from the warm-up to `end`; constant stays.
     """
 
-    style: Literal["WSD", "cosine"]
+    style: Literal["WSD", "cosine", "constant"]
     start: int
     warmup: int
     end: int
@@ -111,6 +111,11 @@ def _wsd(pretrain: Pretrain, training: Training) -> Schedule:
     A phase that ends before the decay begins does not depend on how long the curriculum is, so a longer
     curriculum does not train it again.
     """
+    increment = training.global_batch_size * training.seq_length
+    if training.constant_rate:
+        return Schedule(
+            style="constant", start=0, warmup=0, end=training.tokens, decay=0, increment=increment
+        )
     spans = pretrain.spans()
     start, end = spans[[phase.name for phase in pretrain.phases].index(training.phase)]
     total = spans[-1][1]
@@ -121,7 +126,7 @@ def _wsd(pretrain: Pretrain, training: Training) -> Schedule:
         warmup=pretrain.warmup_tokens,
         end=total if decays else max(end, pretrain.warmup_tokens + 1),
         decay=pretrain.decay_tokens if decays else 0,
-        increment=training.global_batch_size * training.seq_length,
+        increment=increment,
     )
 
 

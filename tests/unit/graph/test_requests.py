@@ -24,7 +24,8 @@ def workflow(partition: str = "slurm_partition", **resources: dict) -> SimpleNam
 def test_limits_are_numbers_or_not_known():
     asked = workflow(pretrain={"runtime": "4h", "mem": "3GB"}, sft={"runtime": lambda wildcards: 1})
     assert check_requests(asked, load({}, {})) == {
-        "pretrain": Limits(240, 3000),
+        "pretrain/broad": Limits(240, 3000),
+        "pretrain/focused": Limits(240, 3000),
         "sft": Limits(),
         "lora": Limits(),
     }

@@ -33,7 +33,7 @@ def test_a_phase_starts_from_the_one_before_it():
 def test_settings_are_json_of_one_stage():
     assert json.loads(training().settings("pretrain")(job(phase="two")))["stage"] == "pretrain/two"
     assert json.loads(training().settings("sft")(job()))["stage"] == "sft"
-    assert json.loads(training().run("sft"))["micro_batch_size"] == 1
+    assert json.loads(training().resources("sft")["run"])["micro_batch_size"] == 1
 
 
 def test_a_training_has_the_threads_of_its_processes_on_a_node():
@@ -42,6 +42,31 @@ def test_a_training_has_the_threads_of_its_processes_on_a_node():
     assert training().threads("pretrain") == 2
     assert training(sft=sft).threads("sft") == 4 * 3
     assert training(sft=sft, cluster={"tasks_per_node": 2}).threads("sft") == 2 * 3
+
+
+def test_phases_of_one_layout_ask_for_the_same():
+    """As before phases could have sizes of their own: Snakemake gets numbers."""
+    asked = training(cluster={"gpus_per_node": 8}).resources("pretrain")
+    assert (asked["nodes"], asked["mem_mb"], asked["gres"]) == (1, 4000, "gpu:1")
+    assert "mpi" not in asked and isinstance(asked["run"], str)
+
+
+def test_a_phase_of_another_layout_asks_for_its_own():
+    """The second phase needs two nodes of two GPUs, and the other ones a single GPU."""
+    parallel = {"tensor_model_parallel_size": 2, "data_parallel_size": 2}
+    own = {"parallel": parallel, "mem_gb_per_task": 5, "save_interval": 20, "micro_batch_size": 2}
+    phases = [PHASES[0], PHASES[1] | own, PHASES[2]]
+    made = training(pretrain={"phases": phases}, cluster={"gpus_per_node": 2})
+    asked = made.resources("pretrain")
+
+    def of(name: str) -> list[Any]:
+        return [asked[name](job(phase=phase)) for phase in ("one", "two", "three")]
+
+    assert (of("nodes"), of("mem_mb")) == ([1, 2, 1], [4000, 10_000, 4000])
+    assert of("gres") == ["gpu:1", "gpu:2", "gpu:1"]
+    assert of("mpi") == [None, "srun", None] and of("tasks_per_node") == [None, 2, None]
+    assert [json.loads(run).get("save_interval") for run in of("run")] == [None, 20, None]
+    assert [made.threads("pretrain")(job(phase=phase)) for phase in ("one", "two")] == [2, 4]
 
 
 def test_a_retry_of_snakemake_is_told_to_the_training():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from snaketron.config import Optimizer, load
+from snaketron.config import load
 from snaketron.settings.training import TrainSettings, train_settings
 from snaketron.train.schedule import build_schedule, seek
 
@@ -36,7 +36,7 @@ def phases(decay_tokens: int) -> dict[str, TrainSettings]:
 def rates(settings: TrainSettings, *iterations: int) -> list[float]:
     """The learning rate of the step after each of `iterations` steps; in the order that they are given."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
-    scheduler = build_schedule(optimizer, Optimizer(**RATES), settings.schedule)
+    scheduler = build_schedule(optimizer, settings.optimizer, settings.schedule)
     found = []
     for iteration in iterations:
         seek(scheduler, settings.schedule, iteration)
@@ -63,6 +63,14 @@ def test_a_phase_begins_where_the_one_before_it_ended(decay_tokens):
 def test_a_stable_phase_stays_at_the_maximum():
     assert rates(phases(decay_tokens=1200)["a"], 4, 7, 9) == [1, 1, 1]
     assert rates(phases(decay_tokens=0)["b"], 0, 12, 23) == [1, 1, 1]
+
+
+def test_a_phase_with_a_rate_of_its_own_keeps_it_at_every_step():
+    own = {"name": "long", "tokens": 1000, "blend": MIX, "seq_length": 50, "learning_rate": 0.01}
+    first = {"name": "a", "tokens": 1000, "blend": MIX}
+    keys = {"seq_length": 10, "global_batch_size": 10, "micro_batch_size": 5, "optimizer": RATES}
+    config = load({"pretrain": keys | {"warmup_tokens": 400, "decay_tokens": 0, "phases": [first, own]}}, {})
+    assert rates(train_settings(config, "pretrain/long"), 0, 1, 2) == [0.01, 0.01, 0.01]
 
 
 def test_every_step_of_the_curriculum_by_the_formula():
