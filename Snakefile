@@ -52,6 +52,7 @@ notes.find_python()
 try:
     graph = Graph(load(config), workflow.overwrite_configfiles)
     if workflow.is_main_process:
+        graph.watch(workflow)
         check_submission(workflow, graph.paths())
         check_files(graph.config, graph.text, graph.conversations, graph.lock)
 except ConfigError as error:

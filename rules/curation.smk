@@ -5,7 +5,7 @@ rule filter_shard:
     """
     input:
         text=graph.raw_text,
-        models=graph.curation.language_models,
+        models=graph.language_models,
         tokenizer=ancient("<data>/tokenizer/tokenizer.json"),
     output:
         filtered="<data>/curation/filtered/{corpus}/{shard}.parquet",
@@ -135,7 +135,7 @@ rule minhash_cluster:
 rule decontamination_index:
     """Write the hashes of the n-grams (of words) of the evaluation texts."""
     input:
-        graph.config.curation.evaluation,
+        graph.evaluation_texts,
     output:
         index="<data>/curation/evaluation/index.parquet",
         record="<data>/curation/evaluation/index.json",

@@ -22,11 +22,6 @@ class CurationGraph:
 
     # Input functions get the wildcards of the job.
 
-    def language_models(self, wildcards: Any) -> list[str]:
-        """The model files that the filters of a corpus read."""
-        filters = self._curation(wildcards).filters
-        return [entry.options["model"] for entry in filters if entry.name == "language"]
-
     def exact_signatures(self, wildcards: Any) -> list[str]:
         """The signatures of all shards of a group, in the order that decides which document stays."""
         return self._shards("exact_dedup", wildcards.group, "<data>/curation/exact_signatures/{}.sig")

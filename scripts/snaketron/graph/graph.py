@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from snaketron.config import ChatSource, Config, Corpus
+from snaketron.config import ChatSource, Config, Corpus, Curation
 from snaketron.config.names import named_paths
 from snaketron.graph.curation import CurationGraph
+from snaketron.graph.raw_files import RawFiles
 from snaketron.graph.training import TrainingGraph
 from snaketron.settings.chats import padding_multiple, render_settings
 from snaketron.settings.text import read_settings, tokenize_settings
@@ -51,6 +52,14 @@ class Graph:
         self.tokenizer_files = self.tokenizer_model.files(self.lock) if self.tokenizer_model else []
         self.curation = CurationGraph(config, self.text)
         self.training = TrainingGraph(config)
+        self._raw_files: RawFiles | None = None
+
+    def watch(self, workflow: Any) -> None:
+        """Let records decide which files of the user were changed. Only the main process asks that."""
+        self._raw_files = RawFiles(workflow, Path(self.config.pathvars.get("data", "data")))
+
+    def _seen_by(self, record: str, files: list[str]) -> list[str]:
+        return self._raw_files.seen_by(record, files) if self._raw_files else files
 
     def paths(self) -> list[str]:
         """The files and roots that the user named, raw files included."""
@@ -62,7 +71,9 @@ class Graph:
 
     def raw_text(self, wildcards: Any) -> list[str]:
         """The raw files of a shard."""
-        return self.text[wildcards.corpus][wildcards.shard]
+        made = "curation/filtered" if self.corpora[wildcards.corpus].curation else "tokens"
+        record = f"{made}/{wildcards.corpus}/{wildcards.shard}.json"
+        return self._seen_by(record, self.text[wildcards.corpus][wildcards.shard])
 
     def text_to_tokenize(self, wildcards: Any) -> list[str]:
         """The raw files of a shard, or what curation left of them."""
@@ -72,7 +83,11 @@ class Graph:
 
     def raw_chats(self, wildcards: Any) -> list[str]:
         """The raw files of a shard of conversations."""
-        return self.conversations[wildcards.source][wildcards.shard]
+        files = self.conversations[wildcards.source][wildcards.shard]
+        return self._seen_by(self._rendered(wildcards), files)
+
+    def _rendered(self, wildcards: Any) -> str:
+        return f"chat/{wildcards.source}/{wildcards.shard}.json"
 
     def unread(self) -> list[str]:
         """What lies in the sources and is not read, a line for each path of the configuration."""
@@ -98,11 +113,25 @@ class Graph:
 
     def chat_template(self, _wildcards: Any) -> list[str]:
         """The file of the chat template, or those of the hub tokenizer that it comes with."""
-        return [t] if (t := self.config.tokenizer.chat_template) else self.tokenizer_files
+        if template := self.config.tokenizer.chat_template:
+            return self._seen_by("tokenizer/chat_template.json", [template])
+        return self.tokenizer_files
 
     def source_template(self, wildcards: Any) -> str:
         """The template that renders a source: its own, or that of the tokenizer."""
-        return self.chats[wildcards.source].chat_template or "<data>/tokenizer/chat_template.jinja"
+        if template := self.chats[wildcards.source].chat_template:
+            return self._seen_by(self._rendered(wildcards), [template])[0]
+        return "<data>/tokenizer/chat_template.jinja"
+
+    def evaluation_texts(self, _wildcards: Any) -> list[str]:
+        """The texts that no corpus may share an n-gram with."""
+        return self._seen_by("curation/evaluation/index.json", self.config.curation.evaluation)
+
+    def language_models(self, wildcards: Any) -> list[str]:
+        """The model files that the filters of a corpus read."""
+        filters = (self.corpora[wildcards.corpus].curation or Curation()).filters
+        models = [str(entry.options["model"]) for entry in filters if entry.name == "language"]
+        return self._seen_by(f"curation/filtered/{wildcards.corpus}/{wildcards.shard}.json", models)
 
     def phase_shards(self, pattern: str) -> Callable[[Any], list[str]]:
         """The files of a phase, one or more a shard: `pattern` with {corpus} and {shard} filled in."""

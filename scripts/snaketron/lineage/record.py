@@ -19,6 +19,7 @@ from typing import Any
 from snaketron.files import read_json, sha256, to_json, writing
 from snaketron.log import UserError
 
+REFERENCE = ("path", "sha256", "bytes", "modified", "version", "revision")
 PACKAGES = ("snaketron", "datatrove", "tokenizers", "fastokens", "pyarrow", "torch", "megatron-core")
 
 
@@ -32,7 +33,8 @@ class Entry:
     name: str
     path: str
     sha256: str = ""
-    bytes: int = 0  # of outputs
+    bytes: int = 0  # of outputs and of files of the user
+    modified: int = 0  # time of a file of the user when it was read, in nanoseconds since 1970
     version: str = ""
     revision: str = ""
 
@@ -43,7 +45,7 @@ class Entry:
     @property
     def reference(self) -> dict[str, Any]:
         """The entry without its name, as config.yaml and W&B list what a training was made from."""
-        values = {key: getattr(self, key) for key in ("path", "sha256", "bytes", "version", "revision")}
+        values = {key: getattr(self, key) for key in REFERENCE}
         return {key: value for key, value in values.items() if value}
 
     def renamed(self, name: str) -> Entry:
@@ -227,6 +229,15 @@ def making(
 def of_file(name: str, path: Path) -> Entry:
     """A file that lies at its place, read for its hash."""
     return Entry(name, str(path), sha256(path), path.stat().st_size)
+
+
+def of_user(path: Path) -> Entry:
+    """A file of the user, read for its hash, with what tells cheaply whether it was changed since.
+
+    The time is taken before the file is read: one that is written meanwhile is another file later.
+    """
+    state = path.stat()
+    return Entry("", str(path), sha256(path), state.st_size, state.st_mtime_ns)
 
 
 def _named(inputs: Mapping[str, Given]) -> Iterator[Entry]:

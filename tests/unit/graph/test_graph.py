@@ -123,7 +123,7 @@ def test_a_source_is_rendered_as_it_says_and_else_as_all():
     assert (first["reasoning"]["stripped"], first["seed"]) == (0.0, None)  # it chooses nothing
     assert (second["reasoning"]["stripped"], second["seed"]) == (0.1, 1234)
     assert first["bad_rows"] == second["bad_rows"] == "drop"
-    assert made.source_template(job(source="help")) == "t.jinja"
+    assert made.source_template(job(source="help", shard="a")) == "t.jinja"
     assert made.source_template(job(source="spare")) == "<data>/tokenizer/chat_template.jinja"
 
 

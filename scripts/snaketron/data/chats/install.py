@@ -7,7 +7,7 @@ from pathlib import Path
 from snaketron.data.chats.conversation import Unusable
 from snaketron.data.chats.template import PROBE, compile_template
 from snaketron.data.tokenizer import from_hugging_face, origin
-from snaketron.lineage.record import Record, making
+from snaketron.lineage.record import Record, making, of_user
 from snaketron.log import UserError
 
 # What stands for the special tokens while a template is tried.
@@ -19,7 +19,7 @@ def install_template(*, template: Path | None, source: str | None, output: Path,
     with making("chat_template", output.name, outputs={"template": output}, record=record) as job:
         if template is not None:
             text, name = _read_template(template), str(template)
-            job.inputs = {"template": template}
+            job.inputs = {"template": of_user(template)}
         else:
             assert source is not None
             text, name = template_of(source), source

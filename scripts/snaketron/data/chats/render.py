@@ -32,7 +32,7 @@ from snaketron.data.encode import Mismatch, Unencodable
 from snaketron.data.rows import read_rows
 from snaketron.data.split import SPLITS, split_of
 from snaketron.files import sha256
-from snaketron.lineage.record import Record, making
+from snaketron.lineage.record import Record, making, of_user
 from snaketron.log import UserError, logger
 from snaketron.settings.chats import RenderSettings
 from snaketron.wording import counted
@@ -75,8 +75,11 @@ def render_chats(
         }
         job.counts = renderer.write(job.aside[output.name], chats, made_with)
         job.settings = made_with | settings.model_dump()
-        identity = tokenizer / "tokenizer.json"
-        job.inputs = {"chats": renderer.read, "tokenizer": identity, "template": template}
+        job.inputs = {
+            "chats": map(of_user, renderer.read),
+            "tokenizer": tokenizer / "tokenizer.json",
+            "template": of_user(template),
+        }
     return job.record
 
 

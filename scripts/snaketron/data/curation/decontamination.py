@@ -12,7 +12,7 @@ from snaketron.data.curation.documents import Removed
 from snaketron.data.curation.folder import Folder
 from snaketron.data.curation.words import learn, simplify_text
 from snaketron.data.rows import read_texts
-from snaketron.lineage.record import Record, making
+from snaketron.lineage.record import Record, making, of_user
 from snaketron.log import UserError, logger
 
 import numpy as np
@@ -62,7 +62,7 @@ def decontamination_index(
             counts[str(path)] = {"texts": num_texts, "too_short": too_short, "n_grams": len(found)}
         about = {"kind": "decontamination_index", "n": n}
         lists.write(job.aside["index"], index, np.uint64, about)
-        job.inputs, job.counts = {"text": texts}, counts
+        job.inputs, job.counts = {"text": map(of_user, texts)}, counts
         job.settings = {"n": n, "text_field": text_field}
     return job.record
 

@@ -12,7 +12,7 @@ from snaketron.data import curation
 from snaketron.data.curation import documents
 from snaketron.data.curation.words import learn
 from snaketron.data.drops import Drops
-from snaketron.lineage.record import Record, making
+from snaketron.lineage.record import Record, making, of_user
 from snaketron.log import UserError, logger
 from snaketron.settings.curation import FilterSettings
 
@@ -112,7 +112,7 @@ def filter_shard(
             logger.warning(
                 "%s: NOTHING IS LEFT of %d rows: %s", name, drops.num_rows, documents.describe(tally.removed)
             )
-        job.inputs = {"text": opened, "model": models(settings)}
+        job.inputs = {"text": map(of_user, opened), "model": map(of_user, models(settings))}
         job.settings = settings.model_dump()
         job.counts = tally.counts() | {
             "rows": drops.num_rows,

@@ -1,0 +1,116 @@
+"""Whether the files of the user are still those that a finished job was made from, by the record of the job.
+
+Snakemake compares times. So it would not see a file that an older one has replaced (`cp -p`, `rsync -a`, a
+backup that was restored), and would run a job again for a large file that was only touched. The record knows
+better: it has the size and time of each file, and where one of them is another now, its hash decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from snaketron.files import sha256
+from snaketron.lineage.record import Entry, Record, read
+from snaketron.log import UserError, logger
+from snaketron.sources.local import SAMPLE
+from snaketron.wording import size_text
+
+import orjson
+
+_LARGE = 1_000_000_000  # bytes that take seconds to hash
+
+
+class RawFiles:
+    """Tells Snakemake which files a job has to be run again for.
+
+    Args:
+        workflow: Snakemake's, in its main process; a job that it starts runs in any case.
+        data: the root of the data, with the records.
+        hashes: where the hashes of files are kept, so that each state of a file is read once.
+    """
+
+    def __init__(self, workflow: Any, data: Path, hashes: Path = Path(".snakemake/snaketron.hashes")) -> None:
+        self._workflow, self._data = workflow, data
+        self._hashes = _Hashes(hashes)
+        self._records: dict[str, tuple[Record, os.stat_result] | None] = {}
+
+    def seen_by(self, record: str, files: Iterable[str]) -> list[str]:
+        """The input files of the job that writes `record` (below the root), marked for Snakemake.
+
+        What is as it was is `ancient`. What is not gets the time of now, in Snakemake's own list of times.
+        Files that rules make stay as they are, because Snakemake knows the jobs that make them.
+        """
+        from snakemake.io import ancient
+        from snakemake_interface_storage_plugins.io import Mtime
+
+        made = self._read(record)
+        inputs = {entry.path: entry for entry in made[0].inputs} if made else {}
+        marked = []
+        for file in files:
+            entry = None if SAMPLE.fullmatch(file) else inputs.get(str(Path(file)))
+            if made and entry:
+                if self.unchanged(entry, made[1]):
+                    file = ancient(file)
+                else:
+                    self._workflow.iocache.mtime[file] = Mtime(local=time.time(), local_target=time.time())
+            marked.append(file)
+        return marked
+
+    def unchanged(self, entry: Entry, record: os.stat_result) -> bool:
+        """Whether a file is as an entry of a record says. The record has its own state, as it was written."""
+        try:
+            now = entry.file.stat()
+        except OSError:
+            return False
+        if entry.modified:
+            if now.st_size != entry.bytes:
+                return False
+            if now.st_mtime_ns == entry.modified:
+                return True
+        elif now.st_mtime <= record.st_mtime and now.st_ctime <= max(record.st_mtime, record.st_ctime):
+            return (
+                True  # the record has no times, and nothing came after it: not even a file with an older time
+            )
+        return self._hashes.of(entry.file, now) == entry.sha256
+
+    def _read(self, record: str) -> tuple[Record, os.stat_result] | None:
+        if record not in self._records:
+            path, self._records[record] = self._data / record, None
+            with contextlib.suppress(UserError, OSError):
+                self._records[record] = read(path), path.stat()
+        return self._records[record]
+
+
+class _Hashes:
+    """The hashes of files by path, size and time, kept in a file of JSON lines; a later line counts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[tuple[str, int, int], str] | None = None
+
+    def of(self, path: Path, state: os.stat_result) -> str:
+        key = str(path), state.st_size, state.st_mtime_ns
+        if self._known is None:
+            self._known = self._load()
+        if key not in self._known:
+            if state.st_size >= _LARGE:
+                logger.info("reading %s (%s), to see if it was changed", path, size_text(state.st_size))
+            self._known[key] = sha256(path)
+            # Without it, the file is only read again the next time.
+            with contextlib.suppress(OSError), self._path.open("ab") as file:
+                file.write(orjson.dumps([*key, self._known[key]]) + b"\n")
+        return self._known[key]
+
+    def _load(self) -> dict[tuple[str, int, int], str]:
+        known: dict[tuple[str, int, int], str] = {}
+        with contextlib.suppress(OSError):
+            for line in self._path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, TypeError):  # a line that was cut off
+                    path, size, modified, found = orjson.loads(line)
+                    known[path, size, modified] = found
+        return known

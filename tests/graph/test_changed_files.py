@@ -1,0 +1,73 @@
+"""Files of the user that were replaced or touched, on finished shards: content decides and not times."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from tests.conftest import Workspace, make_workspace
+
+import yaml
+
+LONG_AGO = 1_000_000_000  # seconds since 1970
+TARGETS = ("data/tokens/docs/large.json", "data/chat/help/small.json")
+CONFIG = {
+    "tokenizer": {"text": ["raw/large.jsonl"], "vocab_size": 300, "chat_template": "raw/template.jinja"},
+    "corpora": [{"name": "docs", "paths": ["raw/large.jsonl"]}],
+    "pretrain_data": {"valid_fraction": 0.1, "test_fraction": 0.1},
+    "pretrain": {"phases": [{"name": "one", "tokens": 999, "blend": [{"corpus": "docs", "weight": 1}]}]}
+    | {"seq_length": 64, "global_batch_size": 4, "warmup_tokens": 128, "decay_tokens": 128},
+    "chats": [{"name": "help", "paths": ["raw/small.jsonl"]}],
+    "sft": {"blend": [{"source": "help", "weight": 1}]},
+}
+
+
+def replace(path: Path, text: str) -> None:
+    """As `cp -p` and `rsync -a` do it: with an older time."""
+    other = path.with_name("other")
+    other.write_text(text)
+    os.utime(other, (LONG_AGO, LONG_AGO))
+    other.rename(path)
+
+
+def jobs(workspace: Workspace) -> dict[str, int]:
+    result = workspace.snakemake("-n", *TARGETS)
+    assert result.status == 0, result.output
+    return result.jobs
+
+
+def test_content_decides_what_runs_again(tmp_path: Path):
+    workspace = make_workspace(tmp_path / "work")
+    workspace.overlays = (workspace.write("mine.yaml", yaml.safe_dump(CONFIG)).name,)
+    texts = [json.dumps({"text": f"document {i} " + "of many words " * 400}) for i in range(200)]
+    large = workspace.write("raw/large.jsonl", "\n".join(texts))
+    assert large.stat().st_size > 1_000_000  # up to there Snakemake knows by itself that a file is the same
+    messages = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "Two."}]
+    small = workspace.write("raw/small.jsonl", json.dumps({"messages": messages}) + "\n")
+    template = (workspace.path / "config/chat_template.jinja").read_text()
+    raw_template = workspace.write("raw/template.jinja", template)
+    result = workspace.snakemake(*TARGETS)
+    assert result.status == 0, result.output[-5000:]
+
+    for path in (large, small, raw_template):
+        path.touch()
+    assert jobs(workspace) == {}
+    replace(large, "\n".join(reversed(texts)))
+    assert jobs(workspace) == {"tokenize_shard": 1}
+    replace(raw_template, template + "\n")
+    assert jobs(workspace) == {"tokenize_shard": 1, "install_chat_template": 1, "render_chat": 1}
+    result = workspace.snakemake(*TARGETS)
+    assert result.status == 0, result.output[-5000:]
+    assert jobs(workspace) == {}
+    # What records of before say: no times, so what has come to the directory since they were written.
+    for name in TARGETS:
+        record = workspace.path / name
+        value, state = json.loads(record.read_text()), record.stat()
+        for entry in value["inputs"]:
+            entry.pop("bytes", None), entry.pop("modified", None)
+        record.write_text(json.dumps(value))
+        os.utime(record, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert jobs(workspace) == {}
+    replace(small, json.dumps({"messages": [*messages, *messages]}) + "\n")
+    assert jobs(workspace) == {"render_chat": 1}

@@ -1,0 +1,119 @@
+"""Which files of the user a finished job has to be run again for."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from snaketron.graph import raw_files
+from snaketron.graph.raw_files import RawFiles
+from snaketron.lineage.record import making, of_user
+
+import pytest
+
+LONG_AGO = 1_000_000_000  # seconds since 1970
+
+
+@pytest.fixture(autouse=True)
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job that read a.jsonl and b.jsonl of the user; its record."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(f"{name}.jsonl").write_text(name)
+        os.utime(f"{name}.jsonl", (LONG_AGO, LONG_AGO))
+    return write_record()
+
+
+def write_record() -> Path:
+    record = Path("data/tokens/docs/a.json")
+    with making("tokens", "docs/a", outputs={}, record=record) as job:
+        job.inputs = {"text": [of_user(Path("a.jsonl")), of_user(Path("b.jsonl"))]}
+    return record
+
+
+def without_times(record: Path) -> None:
+    """The record as it was written before records had times."""
+    value = json.loads(record.read_text())
+    for entry in value["inputs"]:
+        del entry["bytes"], entry["modified"]
+    record.write_text(json.dumps(value))
+
+
+def changed(*files: str) -> list[str]:
+    """Those of the files that a new start of Snakemake would run the job again for."""
+    files = files or ("a.jsonl", "b.jsonl")
+    workflow = SimpleNamespace(iocache=SimpleNamespace(mtime={}))
+    marked = RawFiles(workflow, Path("data"), Path("hashes")).seen_by("tokens/docs/a.json", files)
+    assert marked == list(files)
+    old = {file for file in marked if getattr(file, "flags", {}).get("ancient")}
+    new = workflow.iocache.mtime
+    assert not old & new.keys()
+    assert all(time.time() - 60 < state.local_or_storage(follow_symlinks=True) for state in new.values())
+    return [file for file in files if file not in old]
+
+
+def replace(name: str, text: str, seconds: float = LONG_AGO) -> None:
+    """As `cp -p` and `rsync -a` do it: with the time of the other file."""
+    Path(f"{name}.other").write_text(text)
+    os.utime(f"{name}.other", (seconds, seconds))
+    Path(f"{name}.other").rename(name)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were read for their hash."""
+    found: list[str] = []
+    sha256 = raw_files.sha256
+    monkeypatch.setattr(raw_files, "sha256", lambda path: found.append(str(path)) or sha256(path))
+    return found
+
+
+def test_nothing_is_read_where_size_and_time_are_those_of_the_record(hashed: list[str]):
+    assert changed() == [] and hashed == []
+
+
+def test_a_file_with_an_older_time_and_other_content_is_changed(hashed: list[str]):
+    replace("a.jsonl", "x", LONG_AGO - 1000)
+    assert changed() == ["a.jsonl"] and hashed == ["a.jsonl"]
+    replace("b.jsonl", "longer", LONG_AGO)  # of another size: need not be read
+    assert changed() == ["a.jsonl", "b.jsonl"] and hashed == ["a.jsonl"]
+    write_record()
+    assert changed() == []
+
+
+def test_a_touched_file_is_read_once_and_not_changed(hashed: list[str]):
+    Path("a.jsonl").touch()
+    assert changed() == [] and hashed == ["a.jsonl"]
+    assert changed() == [] and hashed == ["a.jsonl"]
+    replace("a.jsonl", "x", Path("a.jsonl").stat().st_mtime + 1)
+    assert changed() == ["a.jsonl"] == changed() and hashed == ["a.jsonl"] * 2
+
+
+def test_a_damaged_list_of_hashes_is_left(hashed: list[str]):
+    Path("hashes").write_bytes(b'["a.jsonl", 1\n\xff\n3\n')
+    Path("a.jsonl").touch()
+    assert changed() == [] and hashed == ["a.jsonl"]
+
+
+def test_a_record_of_before_times_sees_what_came_after_it(finished: Path, hashed: list[str]):
+    without_times(finished)
+    assert changed() == [] and hashed == []
+    replace("a.jsonl", "x", LONG_AGO - 1000)  # the time of its inode is of now
+    Path("b.jsonl").touch()
+    assert changed() == ["a.jsonl"] and hashed == ["a.jsonl", "b.jsonl"]
+
+
+def test_without_a_record_and_for_other_files_snakemake_decides(finished: Path):
+    workflow = SimpleNamespace(iocache=SimpleNamespace(mtime={}))
+    raw = RawFiles(workflow, Path("data"), Path("hashes"))
+    files = ["c.jsonl", "<data>/raw/web/a.parquet", "data/sample/docs/part_0.jsonl"]
+    assert raw.seen_by("tokens/docs/a.json", files) == files
+    assert raw.seen_by("tokens/docs/none.json", ["a.jsonl"]) == ["a.jsonl"]
+    finished.write_text("{")
+    raw = RawFiles(workflow, Path("data"), Path("hashes"))
+    assert raw.seen_by("tokens/docs/a.json", ["a.jsonl"]) == ["a.jsonl"]
+    assert workflow.iocache.mtime == {}
+    assert not any(hasattr(file, "flags") for file in files)
