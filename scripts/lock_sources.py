@@ -11,6 +11,7 @@ from typing import Any
 
 from snaketron.config import ConfigError, load
 from snaketron.log import UserError, argument_parser, run
+from snaketron.sources.patience import Patience
 
 DEFAULT_CONFIG = Path("config/config.yaml")
 
@@ -28,6 +29,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--update", action="store_true", help="list listed sources again, at their newest revision"
     )
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=4,
+        help="attempts in a row that bring nothing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stall-timeout",
+        type=float,
+        default=30,
+        metavar="SECONDS",
+        help="ask again when nothing comes for so long; a long listing may take ten times as long "
+        "(default: %(default)g)",
+    )
     return parser.parse_args(argv)
 
 
@@ -39,19 +54,13 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"the configuration is wrong.\n{error}") from None
     from snaketron.sources.listing import lock_sources
 
-    silence_libraries()
-    lock_sources(config, names=args.source, update=args.update)
+    lock_sources(
+        config,
+        names=args.source,
+        update=args.update,
+        patience=Patience(args.retries, args.stall_timeout),
+    )
     return 0
-
-
-def silence_libraries() -> None:
-    """No progress bars and no hints that belong to other programs."""
-    import datasets
-    from huggingface_hub.utils import logging
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    logging.set_verbosity_error()
 
 
 def merged(configfiles: list[Path]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             start += 1
         body = content[start:]
         length = fault.after if fault.kind == "short" else len(body)
-        headers = {"Content-Length": str(length)}
+        headers = {"Content-Length": str(length), "ETag": f'"{hashlib.md5(content).hexdigest()}"'}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self.send_response(206 if start else 200)

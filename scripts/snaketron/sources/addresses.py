@@ -44,6 +44,15 @@ def list_address(address: str, at: str, patience: Patience) -> list[Found]:
     ]
     if not listed:
         raise UserError(f"{at}: no {READABLE} file at {address}")
+    for name, info in found.items():
+        # The client of GCS, which tells the encoding in a listing, decompresses on the way, and then neither
+        # sizes nor bytes to go on from are those that are stored. The client of S3 gives what is stored.
+        if info.get("contentEncoding") == "gzip":
+            raise UserError(
+                f"{at}: {system.unstrip_protocol(name)} is stored with Content-Encoding: gzip, which GCS may "
+                "decompress on the way. Clear it (gcloud storage objects update --clear-content-encoding), "
+                "and give the object a name that ends in .gz"
+            )
     return readable(listed, at)
 
 

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from snaketron import files
 from snaketron.files import partial
@@ -120,6 +120,13 @@ def _partial(output: Path) -> Iterator[IO[bytes]]:
                     path.unlink()
 
 
+class Fetched(NamedTuple):
+    """A file that has come."""
+
+    size: int
+    etag: str | None
+
+
 def fetch(
     address: str,
     write: Callable[[bytes], object],
@@ -127,11 +134,13 @@ def fetch(
     start: int = 0,
     size: int | None = None,
     patience: Patience,
-) -> int:
-    """Give `write` the bytes of a file from `start` on, each once and in order; return the file's size.
+    quiet: bool = False,
+) -> Fetched:
+    """Give `write` the bytes of a file from `start` on, each once and in order; return what it is then.
 
-    A connection that breaks is opened again where it ended. Raises `Changed` when the file is not `size`
-    bytes long, and `UserError` when it is not there or `patience` ends.
+    A connection that breaks is opened again where it ended. A `quiet` transfer does not say that it has
+    ended. Raises `Changed` when the file is not `size` bytes long, and `UserError` when it is not there or
+    `patience` ends.
     """
     at, failures, progress = start, 0, _Progress(address, start)
     while True:
@@ -149,8 +158,9 @@ def fetch(
                     progress.report(at, size or stream.size)
             expected = stream.size if size is None else size
             if expected in (None, at):
-                progress.end(at)
-                return at
+                if not quiet:
+                    progress.end(at)
+                return Fetched(at, stream.etag)
             raise Broken(f"the connection ended after {at} of {expected} bytes")
         except Broken as error:
             failures = 1 if at > before else failures + 1

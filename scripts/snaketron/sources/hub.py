@@ -41,8 +41,11 @@ def list_hub(hub: Hub, at: str, patience: Patience, max_files: int | None = None
 
 
 def _files_of_split(hub: Hub, commit: str, at: str) -> list[str]:
+    import datasets
     from datasets.load import dataset_module_factory, get_dataset_builder_class, load_dataset_builder
 
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()  # its hints belong to other programs
     path = f"hf://datasets/{hub.repository}"  # a bare name might be a directory here
     with tempfile.TemporaryDirectory() as cache:
         # An empty cache: from the user's own, the library would answer when the hub fails.
@@ -112,6 +115,9 @@ def list_model(model: HubModel, patience: Patience) -> tuple[str, list[Found]]:
 def _commit(repository: str, revision: str, at: str, patience: Patience, kind: str = "dataset") -> str:
     """The commit that a branch, a tag or a commit is now."""
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # no hints on tokens and limits
 
     def answer() -> str:
         return str(HfApi().repo_info(repository, revision=revision, repo_type=kind).sha)

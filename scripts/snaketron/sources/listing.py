@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
 from snaketron.files import write_text
 from snaketron.log import UserError, logger
 from snaketron.sources.addresses import Found, list_address
-from snaketron.sources.download import fetch
 from snaketron.sources.formats import suffix_of, without_suffix
+from snaketron.sources.hashes import Known, hash_files
 from snaketron.sources.hub import list_hub, list_hub_address, list_model
-from snaketron.sources.lockfile import Lock, lock_text, read_lock, remote, request
+from snaketron.sources.lockfile import Lock, enough, lock_text, read_lock, remote, request
 from snaketron.sources.models import HubModel, hub_models
 from snaketron.sources.patience import Patience
 from snaketron.wording import plural, size_text
 
 _LONGEST_NAME = 150  # letters of a file's name; file systems take 255
+
+
+class Task(NamedTuple):
+    """A source or a model to list."""
+
+    entries: dict[str, Any]  # of the lock file, where its entry lies under its name
+    request: dict[str, Any] | None
+    make: Callable[[dict[str, Any] | None], dict[str, Any]]  # its new entry, from the old one
+    enough: Callable[[dict[str, Any]], bool]  # whether an entry lists as many files as are used
 
 
 def lock_sources(
@@ -31,98 +40,118 @@ def lock_sources(
     """List the sources and hub models that lie elsewhere into the lock file; return it.
 
     What was listed for the same request stays as it is unless `update`. With `names`, only these are
-    listed; the entries of others stay. Each entry is written as soon as it is listed.
+    listed; the entries of others stay. Each entry is written as soon as it is listed, and hashes are kept as
+    soon as they are known, so an interrupted run goes on from there.
     """
-    patience = patience or Patience()
     try:
-        lock, sources, models = read_lock(config.sources_lock), remote(config), hub_models(config)
+        lock = read_lock(config.sources_lock)
+        tasks = _tasks(config, lock, update, patience or Patience())
     except ConfigError as error:
         raise UserError(str(error)) from None
-    todo: dict[str, tuple[dict[str, Any], Any, Callable[[dict[str, Any] | None], dict[str, Any]]]] = {}
-    for name, (where, source) in sources.items():
-        todo[name] = lock.sources, request(source), _lister(_source_entry, source, where, patience)
-    for model in models:
-        todo[model.path] = lock.models, model.request, _lister(_model_entry, model, patience)
     for name in names:
-        if name not in todo:
-            known = ", ".join(todo) or "none"
+        if name not in tasks:
+            known = ", ".join(tasks) or "none"
             raise UserError(f"--source {name}: nothing of that name lies elsewhere; what does: {known}")
-    for name, (entries, asked, make) in todo.items():
+    for name, task in tasks.items():
         if names and name not in names:
             continue
-        old = entries.get(name)
-        if old and old["request"] == asked and not update:
+        old = task.entries.get(name)
+        if old and old["request"] == task.request and task.enough(old) and not update:
             logger.info("%s: listed already, %s; --update lists it again", name, _summary(old))
             continue
-        entries[name] = entry = {"request": asked} | make(old)
+        task.entries[name] = entry = {"request": task.request} | task.make(old)
         write_text(lock.path, lock_text(lock))
         logger.info("%s: %s%s", name, _summary(entry), _changes(old, entry))
-    if not todo:
+    if not tasks:
         logger.info("no source of this configuration lies elsewhere")
+    if not names:
+        Known(lock).forget()
     return lock
 
 
-def _lister(make: Callable[..., dict[str, Any]], *arguments: Any) -> Callable[[Any], dict[str, Any]]:
-    return lambda old: make(*arguments, old)
+def _tasks(config: Config, lock: Lock, update: bool, patience: Patience) -> dict[str, Task]:
+    """What to list, by name."""
+    known, tasks = Known(lock), {}
+    for name, (where, source) in remote(config).items():
+        make = functools.partial(_source_entry, source, where, known, update, patience)
+        tasks[name] = Task(lock.sources, request(source), make, functools.partial(_enough, source))
+    for model in hub_models(config):
+        make = functools.partial(_model_entry, model, known, patience)
+        tasks[model.path] = Task(lock.models, model.request, make, lambda _: True)
+    return tasks
+
+
+def _enough(source: Corpus | ChatSource, entry: dict[str, Any]) -> bool:
+    return enough(entry, source)
 
 
 def _source_entry(
-    source: Corpus | ChatSource, where: str, patience: Patience, old: dict[str, Any] | None
+    source: Corpus | ChatSource,
+    where: str,
+    known: Known,
+    update: bool,
+    patience: Patience,
+    old: dict[str, Any] | None,
 ) -> dict[str, Any]:
+    more = old and old["request"] == request(source) and not update  # of the files at the pinned commit
+    if source.hub and old and more:
+        pinned = source.hub.model_copy(update={"revision": old["revision"]})
+        source = source.model_copy(update={"hub": pinned})
     revision, found = _list_source(source, where, patience)
-    whole = [_hashed(source.name, file, patience) for file in found]
-    known = {Found(f["address"], "").location: f["name"] for f in old["files"]} if old else {}
-    return {"revision": revision, "files": _listed(file_names(whole, known), whole)}
+    whole = hash_files(source.name, found, known, patience)
+    names = {Found(f["address"], "").location: f["name"] for f in old["files"]} if old else {}
+    limit = {"max_files": source.max_files} if source.max_files else {}
+    return {"revision": revision, **limit, "files": _listed(file_names(whole, names), whole)}
 
 
 def _list_source(
     source: Corpus | ChatSource, where: str, patience: Patience
 ) -> tuple[str | None, list[Found]]:
+    """The commit of a source, where it has one, and its first `max_files` files."""
+    limit = source.max_files
     if source.hub:
-        return list_hub(source.hub, f"{where}.hub", patience)
+        return list_hub(source.hub, f"{where}.hub", patience, limit)
     commits: set[str | None] = set()
-    found: list[Found] = []
+    found: dict[Found, None] = {}  # in the order of the addresses; what two of them name is one file
     for i, path in enumerate(source.paths):
+        if limit and len(found) >= limit:
+            break
         at = f"{where}.paths[{i}]"
         if path.startswith("hf://"):
-            commit, files = list_hub_address(path, at, patience)
+            commit, files = list_hub_address(path, at, patience, limit)
         else:
             commit, files = None, list_address(path, at, patience)
         commits.add(commit)
-        found += files
+        found |= dict.fromkeys(files)
     # Addresses of several commits have no common one: each file's address has its own.
-    return commits.pop() if len(commits) == 1 else None, list(dict.fromkeys(found))
+    return commits.pop() if len(commits) == 1 else None, list(found)[:limit]
 
 
-def _model_entry(model: HubModel, patience: Patience, _old: Any) -> dict[str, Any]:
+def _model_entry(model: HubModel, known: Known, patience: Patience, _old: Any) -> dict[str, Any]:
     commit, found = list_model(model, patience)
-    whole = [_hashed(model.path, file, patience) for file in found]
-    return {"revision": commit, "files": _listed([file.path for file in whole], whole)}
+    whole = hash_files(model.path, found, known, patience)
+    return {"revision": commit, "files": _listed([file.path for file in found], whole)}
 
 
 def _listed(names: list[str], files: list[Found]) -> list[dict[str, Any]]:
     return [
         {"name": name, "address": file.address, "size": file.size, "sha256": file.sha256}
+        | ({"etag": file.etag} if file.etag else {})
         for name, file in zip(names, files, strict=True)
     ]
-
-
-def _hashed(name: str, file: Found, patience: Patience) -> Found:
-    """The file with size and hash; where the service gives no hash, the file is read for it."""
-    if file.sha256 is not None and file.size is not None:
-        return file
-    size = size_text(file.size) if file.size is not None else "of unknown size"
-    logger.info("%s: reading %s (%s) for its hash, which its service does not tell", name, file.address, size)
-    digest = hashlib.sha256()
-    read = fetch(file.address, digest.update, size=file.size, patience=patience)
-    return replace(file, size=read, sha256=digest.hexdigest())
 
 
 def file_names(files: list[Found], known: dict[str, str]) -> list[str]:
     """A name for each file, made from its path below the directory that all share.
 
-    `known` maps locations to names that files keep. No two names are equal before their suffix.
+    `known` maps locations to names that files keep, if they are still of that kind. No two names are equal
+    before their suffix.
     """
+    known = {
+        file.location: name
+        for file in files
+        if (name := known.get(file.location)) and suffix_of(name) == suffix_of(file.path)
+    }
     paths = {file: file.path.lstrip("/") for file in files}
     root = posixpath.commonpath([posixpath.dirname(path) for path in paths.values()]) if files else ""
     taken = {known[file.location].split(".")[0] for file in files if file.location in known}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
+from snaketron.wording import plural
 
 LOCK_VERSION = 1
 
@@ -28,13 +29,15 @@ class LockedFile(NamedTuple):
     address: str
     size: int  # bytes
     sha256: str
+    etag: str | None = None  # of its service, where that tells no hash
 
 
 class Lock:
     """What scripts/lock_sources.py wrote: the files of each source that lies elsewhere and of each hub model.
 
     An entry is {"request": what was asked for, "revision": the commit or null, "files": [{"name",
-    "address", "size", "sha256"}]}. Sources are found by their names, models by OWNER/NAME[@REVISION].
+    "address", "size", "sha256"}]}. Files whose service tells no hash have an "etag", too. "max_files" says
+    that only so many files were listed. Sources are found by their names, models by OWNER/NAME[@REVISION].
     """
 
     def __init__(
@@ -74,6 +77,9 @@ class Lock:
         elif entry["request"] != request(source):
             was, now = json.dumps(entry["request"]), json.dumps(request(source))
             problem = f"{self.path} lists what {was} asked for, and now it is {now}"
+        elif not enough(entry, source):
+            now = f"max_files is {source.max_files}" if source.max_files else "all are asked for (max_files)"
+            problem = f"{self.path} lists the first {plural(entry['max_files'], 'file')}, and now {now}"
         else:
             return
         raise ConfigError(f"{where} ({source.name}): {problem}. List them, and commit it:\n  {self.command}")
@@ -140,7 +146,8 @@ def _block(entries: dict[str, Any]) -> str:
             f"    {json.dumps(name)}: {{\n"
             f'      "request": {json.dumps(entry["request"], sort_keys=True)},\n'
             f'      "revision": {json.dumps(entry["revision"])},\n'
-            f'      "files": [\n{files}\n      ]\n'
+            + (f'      "max_files": {entry["max_files"]},\n' if "max_files" in entry else "")
+            + f'      "files": [\n{files}\n      ]\n'
             "    }"
         )
     return "{\n" + ",\n".join(blocks) + "\n  }"
@@ -153,6 +160,12 @@ def request(source: Corpus | ChatSource) -> dict[str, Any] | None:
     if any(_ADDRESS.match(path) for path in source.paths):
         return {"paths": source.paths}
     return None
+
+
+def enough(entry: dict[str, Any], source: Corpus | ChatSource) -> bool:
+    """Whether an entry lists as many files as a source uses."""
+    listed = entry.get("max_files")
+    return listed is None or (source.max_files is not None and source.max_files <= listed)
 
 
 def remote(config: Config) -> dict[str, tuple[str, Corpus | ChatSource]]:

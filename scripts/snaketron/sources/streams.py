@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from urllib.parse import urlsplit
 
 from snaketron.log import UserError, logger
 
@@ -25,6 +26,7 @@ BLOCK = 1 << 20  # bytes of a read at most
 TEMPORARY = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}  # HTTP answers worth a retry
 _LONGEST_WISH = 600.0  # seconds that a server may ask us to wait
 _HUB = re.compile(r"hf://(?P<kind>datasets/|)(?P<repository>[^@/]+/[^@/]+)@(?P<revision>[^/]+)/(?P<path>.+)")
+_shared: dict[tuple[str, str], Any] = {}  # file systems, by scheme and host or bucket
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
@@ -49,6 +51,14 @@ class Stream(NamedTuple):
 
     size: int | None  # bytes of the whole file; None: the server does not tell
     blocks: Iterator[bytes]
+    etag: str | None = None  # stays as long as the content; None: the server does not tell
+
+
+class _Head(NamedTuple):
+    """What is known of a file before its blocks come."""
+
+    size: int | None
+    etag: str | None = None
 
 
 def open_stream(address: str, start: int, stall_timeout: float) -> Stream:
@@ -70,7 +80,8 @@ def open_stream(address: str, start: int, stall_timeout: float) -> Stream:
     else:
         blocks = watched(functools.partial(_read_fsspec, address, start), stall_timeout)
     try:
-        return Stream(next(blocks), blocks)
+        head: _Head = next(blocks)
+        return Stream(head.size, blocks, head.etag)
     except StopIteration:
         raise Broken("nothing came") from None
 
@@ -81,7 +92,7 @@ def open_stream(address: str, start: int, stall_timeout: float) -> Stream:
 def _read_http(
     address: str, url: str, headers: dict[str, str], start: int, stall_timeout: float
 ) -> Iterator[Any]:
-    """The size of a file, then its blocks from `start` on, as they are: nothing is decompressed."""
+    """The head of a file, then its blocks from `start` on, as they are: nothing is decompressed."""
     import httpx2
 
     asked = headers | {"Accept-Encoding": "identity", "Connection": "close"}  # no second request comes on it
@@ -92,7 +103,7 @@ def _read_http(
     try:
         with httpx2.stream("GET", url, headers=asked, **options) as response:
             begin, size = _place(address, response, start)
-            yield size
+            yield _Head(size, _etag(response))
             skip = start - begin
             for block in response.iter_raw():
                 if skip < len(block):
@@ -139,6 +150,14 @@ def _place(address: str, response: httpx2.Response, start: int) -> tuple[int, in
     return begin, size
 
 
+def _etag(response: httpx2.Response) -> str | None:
+    """What changes with the content: a strong entity tag, or the time of the last change."""
+    tag = response.headers.get("ETag", "")
+    if tag and not tag.startswith("W/"):
+        return str(tag).strip('"')
+    return response.headers.get("Last-Modified")
+
+
 def _refused(address: str, response: httpx2.Response) -> NoReturn:
     """Say what a server's refusal means."""
     code = response.status_code
@@ -172,13 +191,20 @@ def _wish(retry_after: str | None) -> float | None:
 
 
 def filesystem(address: str) -> tuple[Any, str]:
-    """The fsspec file system of an address, and the path there."""
+    """The fsspec file system of an address, and the path there.
+
+    Threads share a file system that has a loop of its own (S3, GCS, Azure): another would cost a client and a
+    new connection for each file.
+    """
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations
 
     scheme = address.partition("://")[0]
+    host = urlsplit(address)[:2]
+    if host in _shared:
+        return _shared[host], _shared[host]._strip_protocol(address)
     try:
-        return url_to_fs(address)
+        system, path = url_to_fs(address)
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
         what = f"install the extra with `uv sync --extra {extra}`" if extra else "install it"
@@ -191,14 +217,17 @@ def filesystem(address: str) -> tuple[Any, str]:
         raise UserError(
             f"{address}: {scheme}:// is unknown; known are s3, gs, hf, https and others of fsspec"
         ) from None
+    if getattr(system, "async_impl", False):
+        _shared[host] = system
+    return system, path
 
 
 def _read_fsspec(address: str, start: int) -> Iterator[Any]:
-    """The size of a file, then its blocks from `start` on."""
+    """The head of a file, then its blocks from `start` on."""
     try:
         system, path = filesystem(address)
         with system.open(path, "rb", block_size=8 * BLOCK) as file:
-            yield file.size if getattr(file, "size", None) is not None else system.size(path)
+            yield _Head(file.size if getattr(file, "size", None) is not None else system.size(path))
             file.seek(start)
             while block := file.read(8 * BLOCK):
                 yield block
