@@ -17,12 +17,12 @@ sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from snaketron import credentials
 from snaketron.config import ConfigError, load
-from snaketron.graph import dry_run, notes, published, single_run
+from snaketron.graph import dry_run, notes, published, reasons, single_run
 from snaketron.graph.checks import check_files
 from snaketron.graph.graph import Graph
 from snaketron.graph.requests import check_requests
 from snaketron.graph.submission import check_submission
-from snaketron.jobs import status
+from snaketron.jobs import inventory, status
 from snaketron.sources.formats import DOWNLOADED
 from snaketron.sources.models import MODEL_FILE
 
@@ -60,6 +60,7 @@ except ConfigError as error:
 
 
 published.keep_links()
+reasons.tell_changes(graph.config)
 logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     for note in (
@@ -71,7 +72,7 @@ if workflow.is_main_process:
         if note:
             logger.info(note)
     # Snakemake has no hook for the end of a dry-run.
-    atexit.register(dry_run.explain, workflow, graph.config)
+    atexit.register(dry_run.explain, workflow, graph.config, inventory.look)
     atexit.register(notes.explain, workflow, graph.config)
 
 

@@ -31,7 +31,7 @@ def made_from(workspace: Workspace, boxes: dict[str, str]) -> set[tuple[str, str
         return {box for box, pattern in patterns.items() if re.search(rf"(^|, ){pattern}(/|,|$)", files)}
 
     jobs = workspace.snakemake("-n", "ckpt/sft").output
-    files = re.findall(r"^    input: (.*)\n    output: (.*)$", jobs, re.MULTILINE)
+    files = re.findall(r"^    input: (.*)\n    output: (.*?)(?: \(update\))?$", jobs, re.MULTILINE)
     pairs = {(a, b) for read, written in files for a in boxes_of(read) for b in boxes_of(written)}
     return {(a, b) for a, b in pairs if a != b}
 

@@ -81,6 +81,23 @@ def test_a_changed_key_rebuilds_what_depends_on_it(copy: Workspace, change: str,
     assert result.jobs == expected
 
 
+def test_a_dry_run_names_the_changed_key_and_what_each_training_will_do(copy: Workspace):
+    """A changed second phase trains, and what follows from it. With the old settings nothing would train."""
+    before, after = "pretrain.optimizer.learning_rate: 0.003", 0.002
+    optimizer = f"pretrain={{optimizer: {{learning_rate: {after}}}}}"
+    said = copy.snakemake("-n", "ckpt/sft", config=(optimizer, "sft={train_iters: 13}")).output
+    assert f"{before} -> {after}" in said and len(max(said.splitlines(), key=len)) < 1000
+    plan = said[said.index("Trainings:") :].splitlines()[1:4]
+    assert [line.split(", about")[0] for line in plan] == [
+        "  pretrain/broad     trains 12 steps, 12.3 k tokens",
+        "  pretrain/focused   trains 8 steps, 8.2 k tokens",
+        "  sft                trains 13 steps, 13.3 k tokens",
+    ]
+    (copy.path / "ckpt/sft").unlink()
+    plan = copy.snakemake("-n", "ckpt/sft").output
+    assert "sft                was trained before and is only published" in plan
+
+
 def test_more_tokens_in_the_last_phase_leave_a_stable_first_phase_alone(copy: Workspace):
     """The decay of WSD lies in the last phase; a longer curriculum does not change the first one."""
     phases = yaml.safe_load((copy.path / "tests/config/micro.yaml").read_text())["pretrain"]["phases"]

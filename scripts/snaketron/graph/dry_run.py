@@ -1,4 +1,4 @@
-"""What a dry-run prints for Slurm: the requests, what trainings need, and how long they take."""
+"""What a dry-run prints at its end: what trainings will do, and for Slurm the requests, sizes and times."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from snaketron.config import Config, Training
+from snaketron.graph.outlook import Look, trainings
 from snaketron.sizes.plan import Estimate, estimate
 from snaketron.wording import BYTES, hours, large, plural
 
 Request = Callable[[Any], str]  # from a job to options of sbatch
 
 
-def explain(workflow: Any, config: Config) -> None:
-    """Print the plan at the end of a dry-run, when the graph is known; nothing after another run."""
+def explain(workflow: Any, config: Config, look: Look) -> None:
+    """Print the plan at the end of a dry-run, when the graph is known; nothing after another run.
+
+    `look` says how far a training is.
+    """
     if workflow.dryrun and (dag := getattr(workflow, "dag", None)):
+        if lines := trainings(config, dag, look):
+            print("\n  ".join(("\nTrainings:", *lines)), file=sys.stderr)
         # The executor's own functions, so that what is shown is what would be sent.
         from snakemake_executor_plugin_slurm.submit_string import get_submit_command
         from snakemake_executor_plugin_slurm.utils import set_gres_string

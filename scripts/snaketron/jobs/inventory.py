@@ -13,7 +13,9 @@ from typing import Any
 
 from snaketron import files
 from snaketron.jobs.owner import Holder, is_owned, own
-from snaketron.jobs.version import Version, versions
+from snaketron.jobs.version import Version, version_key, versions
+from snaketron.lineage.record import read
+from snaketron.sizes.outlook import Progress
 from snaketron.wording import hours, size_text
 
 import yaml
@@ -84,6 +86,35 @@ def superseded(items: Iterable[Item], *, keep_stopped: bool = True) -> list[Item
         if not (item.links or item.needed_by or item.is_running or (keep_stopped and item.is_stopped))
     ]
     return sorted(loose, key=lambda item: item.changed)
+
+
+def look(output: Path, settings: dict[str, Any], identities: list[str] | None) -> Progress:
+    """How far the training is that would be published as `output`.
+
+    Args:
+        output: its link, `<ckpt>/<stage>`.
+        settings: what defines its result, as the training gets it.
+        identities: of its inputs; None where one of them is still to be made.
+    """
+    stage = settings["stage"]
+    others = versions(output.parents[stage.count("/")])
+    speed = _speed([version for version in others if version.is_of(stage)])
+    if identities is None:
+        return Progress(tokens_per_second=speed)
+    key = version_key(settings, identities)
+    version = Version.of(output, stage, key)
+    done = version.latest_iteration() or 0
+    return Progress(f"{stage}-{key}", done, version.is_finished, speed)
+
+
+def _speed(of_stage: list[Version]) -> float | None:
+    """Tokens a second of the version that was finished last; None where there is none."""
+    records = [version.record for version in of_stage if version.is_finished]
+    for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
+        counts = read(path).counts
+        if counts.get("tokens") and counts.get("train_seconds"):
+            return float(counts["tokens"] / counts["train_seconds"])
+    return None
 
 
 def remove(version: Version, root: Path) -> bool:

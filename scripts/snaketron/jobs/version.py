@@ -52,6 +52,9 @@ class Version:
             root = root.parent
         return cls(root / "versions" / f"{stage.replace('/', '_')}-{key}")
 
+    def is_of(self, stage: str) -> bool:
+        return self.directory.name.rpartition("-")[0] == stage.replace("/", "_")
+
     def answers_after(self, iteration: int) -> Path:
         return self.answers / f"step_{iteration:07d}.json"
 

@@ -12,7 +12,8 @@ import prune_versions
 from snaketron import files
 from snaketron.jobs import inventory
 from snaketron.jobs.owner import own
-from snaketron.jobs.version import Version
+from snaketron.jobs.version import Version, version_key
+from snaketron.sizes.outlook import Progress
 
 import pytest
 import yaml
@@ -151,3 +152,17 @@ def test_without_versions_nothing_is_deleted(tmp_path: Path):
     (tmp_path / "versions").mkdir()
     assert deleted(tmp_path) == []
     assert inventory.inventory(tmp_path / "nowhere") == []
+
+
+def test_a_training_is_found_by_its_settings_and_inputs_with_the_speed_of_the_last_one(tmp_path: Path):
+    settings, identities = {"stage": "pretrain/broad", "train_iters": 59}, ["blend", "tokenizer"]
+    output, key = tmp_path / "pretrain/broad", version_key(settings, identities)
+    last = make(tmp_path, "pretrain_broad-1")
+    counts = {"tokens": 12_000, "train_seconds": 60.0}
+    files.write_json(last.record, {"kind": "checkpoint", "outputs": [], "counts": counts})
+    make(tmp_path, f"pretrain_broad-{key}", finished=False, iteration=30, outcome="stopped")
+    identity = f"pretrain/broad-{key}"
+    assert inventory.look(output, settings, identities) == Progress(identity, 30, False, 200.0)
+    assert inventory.look(output, settings, ["blend", "other"]).done == 0
+    assert inventory.look(output, settings, None) == Progress(None, 0, False, 200.0)  # data is made first
+    assert inventory.look(tmp_path / "sft", {"stage": "sft"}, []).tokens_per_second is None

@@ -1,0 +1,176 @@
+"""Why a job runs again when its parameters have changed: keys of the configuration, as they stand there.
+
+Snakemake's reason is all parameters of before and of now. The settings of a training are 1,200 characters, of
+which one number may differ.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+from snaketron.config import Config, Section, Training
+
+ABSENT = "nothing"
+LONGEST = 60  # characters of a value
+
+type Flat = dict[str, Any]  # values by their path, such as optimizer.learning_rate
+
+
+def tell_changes(config: Config) -> None:
+    """Have Snakemake give these reasons, in this process."""
+    from snakemake.persistence import ParamsChange, PersistenceBase
+
+    original = PersistenceBase.params_changed
+    if original.__module__ == __name__:
+        return
+
+    class Told(ParamsChange):
+        def __init__(self, change: ParamsChange, words: str) -> None:
+            super().__init__(change.only_old, change.only_new, change.files)
+            self.words = words
+
+        def __str__(self) -> str:
+            return self.words
+
+    def params_changed(persistence: Any, job: Any, file: Any = None) -> Any:
+        change = original(persistence, job, file=file)
+        if not change:
+            return change
+        names = {repr(value): name for name, value in job.params.items()}
+        lines = changes(config, job.rule.name, job.wildcards, change.only_old, change.only_new, names)
+        return Told(change, ", ".join(lines)) if lines else change
+
+    PersistenceBase.params_changed = params_changed
+
+
+def changes(
+    config: Config,
+    rule: str,
+    wildcards: Mapping[str, str],
+    before: Iterable[str],
+    now: Iterable[str],
+    names: Mapping[str, str],
+) -> list[str]:
+    """What differs between the parameters of a job then and now, as `sft.train_iters: 30 -> 60`.
+
+    Args:
+        before: parameters that only the last run had, as Snakemake records them: Python literals.
+        now: those that only this run has.
+        names: what the parameters of now are called in the rule.
+    """
+    lines = []
+    old = [_flat(_value(text)) for text in sorted(before)]
+    for text in sorted(now):
+        new = _flat(_value(text))
+        # Parameters are recorded without names: the one of before is that with the most paths in common.
+        same = max(old, key=lambda flat: len(flat.keys() & new.keys()), default={})
+        if same in old:
+            old.remove(same)
+        paths = list(dict.fromkeys((*new, *same)))
+        differ = [path for path in paths if same.get(path, ABSENT) != new.get(path, ABSENT)]
+        for path in _told(differ, new):
+            place = _place(config, rule, wildcards, path) or names.get(text, rule)
+            lines.append(f"{place}: {_short(same.get(path, ABSENT))} -> {_short(new.get(path, ABSENT))}")
+    return lines
+
+
+def _value(text: str) -> Any:
+    """The parameter of which Snakemake has recorded `text`, its `repr`."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):  # of a set, say
+        return text
+
+
+def _flat(value: Any) -> Flat:
+    """The values of a parameter by their path; a text of options or of JSON is taken apart."""
+    if isinstance(value, str):
+        if value.startswith('{"'):
+            return _flat(json.loads(value))
+        if value.startswith("--"):
+            pairs = pairwise(shlex.split(value))
+            return {a.removeprefix("--").replace("-", "_"): b for a, b in pairs if a.startswith("--")}
+    if isinstance(value, Mapping) and value:
+        return {
+            ".".join(filter(None, (str(key), path))): leaf
+            for key, inner in value.items()
+            for path, leaf in _flat(inner).items()
+        }
+    return {"": value}
+
+
+def _told(paths: list[str], now: Flat) -> Iterator[str]:
+    """The paths without those that follow from others."""
+    told = set(paths)
+    cosine = now.get("schedule.style") == "cosine"
+    for path in paths:
+        follows = {
+            "schedule.end": "train_iters" in told or not cosine,
+            "schedule.start": True,
+            "schedule.style": True,
+            "schedule.increment": bool(told & {"global_batch_size", "seq_length"}),
+        }
+        # Where another phase has changed, the span of this one is all that is left.
+        if not follows.get(path) or told <= {"schedule.end", "schedule.start"}:
+            yield path
+
+
+def _place(config: Config, rule: str, wildcards: Mapping[str, str], path: str) -> str | None:
+    """Where the configuration has the value at `path` of a parameter of a job; None where it has no path."""
+    first, _, rest = path.partition(".")
+    if not path:
+        return None
+    phase = wildcards.get("phase", "")
+    for training in config.trainings():
+        if (training.section, training.phase) == ("lora" if rule == "merge_lora" else rule, phase):
+            return _of_training(config, training, path)
+    for prefix, section in _sections(config, wildcards):
+        if getattr(section, first, None) is not None:
+            return ".".join(filter(None, (prefix, first, rest)))
+    return path
+
+
+def _of_training(config: Config, training: Training, path: str) -> str:
+    first, dot, rest = path.partition(".")
+    tuning = training.section if training.packed else ""
+    if first == "train_iters" and not tuning:
+        index = [phase.name for phase in config.pretrain.phases].index(training.phase)
+        return f"pretrain.phases[{index}].tokens (steps)"
+    if first == "schedule":
+        keys = {"warmup": "warmup_iters", "end": "train_iters"}
+        if tuning:
+            return f"{tuning}.{keys.get(rest, path)}"
+        keys = {"warmup": "pretrain.warmup_tokens", "decay": "pretrain.decay_tokens"}
+        return keys.get(rest, f"pretrain.phases ({path})")
+    if first in ("seed", "model", "lora"):
+        return path
+    return training.at(first) + dot + rest
+
+
+def _sections(config: Config, wildcards: Mapping[str, str]) -> Iterator[tuple[str, Section]]:
+    """Where keys of a job that is no training may stand, the nearest first."""
+    for i, corpus in enumerate(config.corpora):
+        if corpus.name == wildcards.get("corpus"):
+            yield f"corpora[{i}]", corpus
+            yield "pretrain_data", config.pretrain_data
+    for i, source in enumerate(config.chats):
+        if source.name == wildcards.get("source"):
+            yield f"chats[{i}]", source
+    for i, phase in enumerate(config.pretrain.phases):
+        if phase.name == wildcards.get("phase"):
+            yield f"pretrain.phases[{i}]", phase
+            yield "pretrain", config.pretrain
+    yield "sft_data", config.sft_data
+    yield "tokenizer", config.tokenizer
+    yield "curation", config.curation
+    yield "", config
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

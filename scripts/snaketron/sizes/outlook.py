@@ -1,0 +1,41 @@
+"""What a training that a run is asked for will do: train, continue, or only be published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from snaketron.wording import hours, large
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is that was or was not begun."""
+
+    identity: str | None = None  # its stage and version key; None where its inputs are still to be made
+    done: int = 0  # steps that its last checkpoint holds
+    finished: bool = False
+    tokens_per_second: float | None = None  # of all processes, measured when the stage was trained last
+
+
+def outlook(progress: Progress, steps: int, tokens_per_step: int, stated: float | None) -> str:
+    """What a training will do, in words.
+
+    Args:
+        progress: how far it is.
+        steps: of the whole training.
+        tokens_per_step: over all processes.
+        stated: tokens a second of all processes, from the configuration; None where that says nothing.
+
+    >>> outlook(Progress(done=20), 80, 1000, 100.0)
+    'continues after step 20 of 80, about 10.0 min'
+    """
+    if progress.finished:
+        return "was trained before and is only published"
+    left = (steps - progress.done) * tokens_per_step
+    text = f"trains {steps:,} steps, {large(left)} tokens"
+    if progress.done:
+        text = f"continues after step {progress.done:,} of {steps:,}"
+    if speed := stated or progress.tokens_per_second:
+        text += f", about {hours(left / speed / 3600)}"
+        text += "" if stated else " at the speed of the last time"
+    return text if progress.identity or progress.done else f"{text}, once what it is made from is there"

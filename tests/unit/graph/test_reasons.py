@@ -1,0 +1,131 @@
+"""The reason for a changed parameter names the keys of the configuration, with their values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from snaketron.config import Config, load
+from snaketron.graph.reasons import changes
+from snaketron.settings.chats import render_settings
+from snaketron.settings.text import tokenize_settings
+from snaketron.settings.training import train_settings
+
+import pytest
+
+BASE: dict[str, Any] = {"tokenizer": {"vocab_size": 2048}}
+PHASES = [
+    {"name": "broad", "tokens": 12288, "blend": [{"corpus": "docs", "weight": 1}]},
+    {"name": "focused", "tokens": 8192, "blend": [{"corpus": "docs", "weight": 1}]},
+]
+
+
+def with_keys(**keys: Any) -> Config:
+    return load(BASE | keys, {})
+
+
+def of_training(name: str, before: Config, now: Config) -> list[str]:
+    section, _, phase = name.partition("/")
+    old, new = (repr(train_settings(config, name).model_dump_json()) for config in (before, now))
+    return changes(now, section, {"phase": phase} if phase else {}, [old], [new], {new: "settings"})
+
+
+def test_a_changed_key_is_named_as_in_the_configuration():
+    """The schedule ends with the steps, so its end is not told."""
+    before, now = with_keys(sft={"train_iters": 30}), with_keys(sft={"train_iters": 60})
+    assert of_training("sft", before, now) == ["sft.train_iters: 30 -> 60"]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "now", "expected"),
+    [
+        ("sft", {}, {"seed": 5}, ["seed: 1234 -> 5"]),
+        ("sft", {}, {"sft_data": {"pack_size": 768}}, ["sft_data.pack_size: 1024 -> 768"]),
+        (
+            "sft",
+            {},
+            {"sft": {"optimizer": {"learning_rate": 0.5, "min_learning_rate": 1e-4}, "warmup_iters": 7}},
+            ["sft.optimizer.learning_rate: 0.001 -> 0.5", "sft.warmup_iters: 10 -> 7"],
+        ),
+        ("pretrain/broad", {}, {"model": {"moe_router_topk": 3}}, ["model.moe_router_topk: 2 -> 3"]),
+        ("lora", {}, {"lora": {"rank": 4}}, ["lora.rank: 8 -> 4"]),
+        (
+            "pretrain/broad",
+            {"pretrain": {"phases": PHASES, "warmup_tokens": 1024, "decay_tokens": 0}},
+            {"pretrain": {"phases": PHASES, "warmup_tokens": 2048, "decay_tokens": 0}},
+            ["pretrain.warmup_tokens: 1024 -> 2048"],
+        ),
+        (
+            "pretrain/focused",
+            {"pretrain": {"phases": PHASES, "warmup_tokens": 1024, "decay_tokens": 0}},
+            {
+                "pretrain": {
+                    "phases": [PHASES[0], PHASES[1] | {"tokens": 16384}],
+                    "warmup_tokens": 1024,
+                    "decay_tokens": 0,
+                }
+            },
+            ["pretrain.phases[1].tokens (steps): 8 -> 16"],
+        ),
+        (
+            "pretrain/focused",
+            {"pretrain": {"phases": PHASES, "warmup_tokens": 1024, "decay_tokens": 0}},
+            {
+                "pretrain": {
+                    "phases": [PHASES[0] | {"tokens": 16384}, PHASES[1]],
+                    "warmup_tokens": 1024,
+                    "decay_tokens": 0,
+                }
+            },
+            [
+                "pretrain.phases (schedule.start): 12288 -> 16384",
+                "pretrain.phases (schedule.end): 20480 -> 24576",
+            ],
+        ),
+    ],
+)
+def test_keys_of_trainings(name: str, before: dict, now: dict, expected: list[str]):
+    assert of_training(name, with_keys(**before), with_keys(**now)) == expected
+
+
+def test_keys_of_text_are_those_of_the_corpus_or_of_all_text():
+    before = with_keys()
+    now = with_keys(pretrain_data={"document_order": "shuffled"})
+    old, new = (
+        repr(tokenize_settings(config, config.corpora[1]).model_dump_json()) for config in (before, now)
+    )
+    wildcards = {"corpus": before.corpora[1].name, "shard": "part_0"}
+    assert changes(now, "tokenize_shard", wildcards, [old], [new], {new: "settings"}) == [
+        "pretrain_data.document_order: kept -> shuffled",
+        "seed: null -> 1234",
+    ]
+    corpora = [corpus.model_dump() for corpus in before.corpora]
+    corpora[1]["max_tokens"] = 1000
+    now = with_keys(corpora=corpora)
+    new = repr(tokenize_settings(now, now.corpora[1]).model_dump_json())
+    assert changes(now, "tokenize_shard", wildcards, [old], [new], {new: "settings"}) == [
+        "corpora[1].max_tokens: null -> 1000"
+    ]
+
+
+def test_keys_of_chats():
+    before, now = with_keys(), with_keys(sft_data={"reasoning": {"stripped": 0.5}})
+    old, new = (repr(render_settings(config, config.chats[0]).model_dump_json()) for config in (before, now))
+    found = changes(now, "render_chat", {"source": before.chats[0].name}, [old], [new], {new: "settings"})
+    assert found == ["sft_data.reasoning.stripped: 0.0 -> 0.5", "seed: null -> 1234"]
+
+
+def test_options_and_lists_are_told_apart_too():
+    config = with_keys()
+    old, new = "'--pack-size 512 --algorithm first_fit'", "'--pack-size 768 --algorithm first_fit'"
+    assert changes(config, "pack_sft", {}, [old], [new], {}) == ["sft_data.pack_size: 512 -> 768"]
+    old, new = repr(["docs=0.6", "code=0.4"]), repr(["docs=1.0"])
+    assert changes(config, "blend_sft", {}, [old], [new], {new: "weights"}) == [
+        'weights: ["docs=0.6", "code=0.4"] -> ["docs=1.0"]'
+    ]
+
+
+def test_a_parameter_that_is_new_or_gone_is_told():
+    config = with_keys()
+    assert changes(config, "download", {}, [], ["5"], {"5": "size"}) == ["size: nothing -> 5"]
+    long = changes(config, "download", {}, ["'a'"], [repr("b" * 100)], {})
+    assert long == [f"download: a -> {'b' * 60}..."]
