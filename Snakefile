@@ -17,6 +17,7 @@ sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from snaketron import credentials
 from snaketron.config import ConfigError, load
+from snaketron.config.doubled import check_doubled
 from snaketron.graph import dry_run, notes, published, reasons, single_run
 from snaketron.graph.checks import check_files
 from snaketron.graph.graph import Graph
@@ -50,6 +51,12 @@ wildcard_constraints:
 
 notes.find_python()
 try:
+    if workflow.is_main_process:
+        check_doubled(
+            ["config/config.yaml", *workflow.overwrite_configfiles],
+            workflow.config_settings.config_args or (),
+            sys.argv,
+        )
     graph = Graph(load(config), workflow.overwrite_configfiles)
     if workflow.is_main_process:
         graph.watch(workflow)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import ConfigError, load
+from snaketron.config.doubled import check_doubled
 from snaketron.log import UserError, argument_parser, run
 from snaketron.sources.patience import Patience
 
@@ -69,6 +70,7 @@ def merged(configfiles: list[Path]) -> dict[str, Any]:
     from snakemake.exceptions import WorkflowError
     from snakemake.utils import update_config
 
+    check_doubled([DEFAULT_CONFIG, *configfiles])
     config: dict[str, Any] = {}
     for path in [DEFAULT_CONFIG, *configfiles]:
         try:

@@ -43,6 +43,7 @@ from snaketron.config.data import (
     sample_chats,
     sample_corpora,
 )
+from snaketron.config.doubled import doubled
 from snaketron.config.names import check_paths
 from snaketron.config.training import (
     Adapters,
@@ -191,6 +192,8 @@ def _set(values: dict[str, Any], variable: str, text: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"environment variable {variable}: {text!r} is not YAML") from None
+    if problems := doubled(text, f"environment variable {variable}", lines=False):
+        raise ConfigError("\n".join(problems))
     for name in path[:-1]:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
