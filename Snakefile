@@ -29,6 +29,9 @@ from snaketron.sources.models import MODEL_FILE
 
 SPLITS = ("train", "valid", "test")
 
+if elsewhere := single_run.elsewhere(Path(workflow.basedir)):
+    raise WorkflowError(elsewhere)
+
 
 configfile: "config/config.yaml"
 

@@ -1,7 +1,11 @@
-"""One Snakemake at a time in a working directory, by a lock that a killed one does not leave behind."""
+"""Where a Snakemake may run: in the directory of the workflow, and one at a time.
+
+The lock of a directory is one that a killed Snakemake does not leave behind.
+"""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TextIO
 
@@ -23,3 +27,19 @@ def hold(path: Path) -> bool:
         return False
     _held.append(file)
     return True
+
+
+def elsewhere(repository: Path) -> str | None:
+    """What to do where the working directory is not that of the workflow; None where it is.
+
+    Rules call scripts/, and the configuration names its files, from the working directory. A directory with
+    links to both is one as well.
+    """
+    if Path("scripts/snaketron").is_dir() and Path("config/config.yaml").is_file():
+        return None
+    repository = repository.resolve()
+    return (
+        f"Run the workflow in its own directory, and without --directory: cd {shlex.quote(str(repository))}. "
+        f"`pathvars` puts results elsewhere. To run in {Path.cwd()}, link the workflow into it: "
+        f"ln -s {shlex.quote(str(repository))}/{{config,scripts}} ."
+    )

@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from snaketron.graph import single_run
+from tests.conftest import REPOSITORY
+
+import pytest
+
 CODE = """
 import pathlib, sys, time
 from snaketron.graph import single_run
@@ -52,3 +57,16 @@ def test_two_directories_are_two_locks(tmp_path: Path):
     for process in (first, second):
         assert process.stdout is not None
         process.stdout.close()
+
+
+def test_another_directory_is_told_where_to_run_or_what_to_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(REPOSITORY)
+    assert single_run.elsewhere(REPOSITORY) is None
+    monkeypatch.chdir(tmp_path)
+    message = single_run.elsewhere(Path("/a b"))
+    assert message and "cd '/a b'. " in message and "ln -s '/a b'/{config,scripts} ." in message
+    for name in ("config", "scripts"):
+        Path(name).symlink_to(REPOSITORY / name)
+    assert single_run.elsewhere(REPOSITORY) is None
