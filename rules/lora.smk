@@ -7,7 +7,7 @@ rule lora:
         blend="<data>/sft/blend.json",
         tokenizer="<data>/tokenizer/tokenizer.json",
         template="<data>/tokenizer/chat_template.jinja",
-        base=f"<ckpt>/pretrain/{graph.training.last_phase}",
+        base=graph.training.base("lora"),
     output:
         update(directory("<ckpt>/lora")),
     log:
@@ -35,7 +35,7 @@ rule merge_lora:
         blend="<data>/sft/blend.json",
         tokenizer="<data>/tokenizer/tokenizer.json",
         template="<data>/tokenizer/chat_template.jinja",
-        base=f"<ckpt>/pretrain/{graph.training.last_phase}",
+        base=graph.training.base("lora"),
         adapters="<ckpt>/lora",
     output:
         update(directory("<ckpt>/lora_merged")),

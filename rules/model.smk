@@ -1,3 +1,33 @@
+rule import_base:
+    """Make a checkpoint to begin with of one from elsewhere, and verify it.
+
+    The output is a link, like the output of rule pretrain. The template is `ancient`, because no weight depends on it.
+    """
+    input:
+        weights=graph.bases.files,
+        tokenizer="<data>/tokenizer/tokenizer.json",
+        template=ancient("<data>/tokenizer/chat_template.jinja"),
+    output:
+        directory("<ckpt>/base/{base}"),
+    log:
+        "<logs>/import_base/{base}.log",
+    benchmark:
+        "<benchmarks>/import_base/{base}.tsv"
+    wildcard_constraints:
+        base=r"[a-z0-9_]+",
+    resources:
+        mem_mb=graph.training.conversion_mb,
+        seq_length=graph.bases.seq_length,
+    params:
+        source=graph.bases.directory,
+        model=graph.bases.model,
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "python scripts/import_base.py --source {params.source:q} --stage base/{wildcards.base:q}"
+        " --model {params.model:q} --tokenizer {params.tokenizer:q} --seq-length {resources.seq_length:q}"
+        " --output {output:q} --log-file {log:q}"
+
+
 rule export_hf:
     """Write a checkpoint as transformers and vLLM read it: safetensors, tokenizer and model card.
 

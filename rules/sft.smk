@@ -7,7 +7,7 @@ rule sft:
         blend="<data>/sft/blend.json",
         tokenizer="<data>/tokenizer/tokenizer.json",
         template="<data>/tokenizer/chat_template.jinja",
-        base=f"<ckpt>/pretrain/{graph.training.last_phase}",
+        base=graph.training.base("sft"),
     output:
         update(directory("<ckpt>/sft")),
     log:

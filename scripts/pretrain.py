@@ -1,4 +1,4 @@
-"""Train one pretraining phase, from random weights or from the end of the phase before it."""
+"""Train one pretraining phase, from random weights, a checkpoint, or the end of the phase before it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ def main(argv: list[str] | None = None) -> int:
             eval_samples=stage.run.eval_samples,
         )
 
-    return run_stage(args, lambda stage: stage.train(make_batches, optimizer_of_base=True))
+    def train(stage: Stage) -> int:
+        # The first phase of a curriculum takes the weights of its base alone, if it has one.
+        return stage.train(make_batches, optimizer_of_base=stage.settings.schedule.start > 0)
+
+    return run_stage(args, train)
 
 
 if __name__ == "__main__":

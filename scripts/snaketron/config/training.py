@@ -230,6 +230,12 @@ def sample_phases() -> list[Phase]:
 
 
 class Pretrain(Run):
+    base: str | None = key(
+        None,
+        "checkpoint whose weights the first phase starts from: a published one (a directory, or OWNER/NAME "
+        "of the hub, pinned by scripts/lock_sources.py), one of Megatron (torch_dist) or of this workflow; "
+        "null: random weights",
+    )
     cuda_graphs: bool = key(
         False,
         "record the kernels of attention and Mamba layers once and start them together: a third faster on an "
@@ -268,6 +274,12 @@ class Pretrain(Run):
 class Tuning(Run):
     """What full fine-tuning and LoRA share."""
 
+    base: str | None = key(
+        None,
+        "checkpoint to tune: a published one (a directory, or OWNER/NAME of the hub, pinned by "
+        "scripts/lock_sources.py), one of Megatron (torch_dist) or of this workflow; null: that of the last "
+        "phase of pretraining",
+    )
     micro_batch_size: Literal[1] = key(
         1, "packs that one process computes at a time: packed sequences need 1"
     )

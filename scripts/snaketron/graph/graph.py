@@ -10,6 +10,7 @@ from typing import Any
 
 from snaketron.config import ChatSource, Config, Corpus, Curation
 from snaketron.config.names import named_paths
+from snaketron.graph.base import BaseGraph
 from snaketron.graph.curation import CurationGraph
 from snaketron.graph.raw_files import RawFiles
 from snaketron.graph.training import TrainingGraph
@@ -51,7 +52,8 @@ class Graph:
         self.tokenizer_model = tokenizer_model(config)
         self.tokenizer_files = self.tokenizer_model.files(self.lock) if self.tokenizer_model else []
         self.curation = CurationGraph(config, self.text)
-        self.training = TrainingGraph(config)
+        self.bases = BaseGraph(config, self.lock)
+        self.training = TrainingGraph(config, self.bases)
         self._raw_files: RawFiles | None = None
 
     def watch(self, workflow: Any) -> None:

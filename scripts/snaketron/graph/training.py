@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from snaketron.config import Config, Training
+from snaketron.graph.base import BaseGraph
 from snaketron.settings.training import run_settings, train_settings
 from snaketron.sizes.checks import check_requested
 from snaketron.sizes.layout import layout, resources
@@ -17,17 +18,22 @@ from snaketron.sizes.memory import conversion_memory
 class TrainingGraph:
     """Answers about trainings. One is known by its rule and, in pretraining, by the wildcard `phase`."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, bases: BaseGraph) -> None:
+        self.config, self.bases = config, bases
         self.phases = [phase.name for phase in config.pretrain.phases]
         self.limits: Mapping[str, Limits] = {}  # by training, once all rules are defined
 
     # Input functions get the wildcards of the job.
 
     def previous_phase(self, wildcards: Any) -> list[str]:
-        """The checkpoint that a phase starts from; none for the first."""
-        index = self.phases.index(wildcards.phase)
-        return [f"<ckpt>/pretrain/{self.phases[index - 1]}"] if index else []
+        """The checkpoint that a phase starts from; none for the first one that has no base."""
+        if index := self.phases.index(wildcards.phase):
+            return [f"<ckpt>/pretrain/{self.phases[index - 1]}"]
+        return [base] if (base := self.bases.start("pretrain")) else []
+
+    def base(self, section: str) -> str:
+        """The checkpoint that SFT or LoRA starts from."""
+        return self.bases.start(section) or f"<ckpt>/pretrain/{self.last_phase}"
 
     @property
     def last_phase(self) -> str:

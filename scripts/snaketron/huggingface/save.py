@@ -51,7 +51,7 @@ def export(
     Raises:
         UserError: the checkpoint does not hold this model, or cannot be read; all differences at once.
     """
-    reader = _open(checkpoint.tensors)
+    reader = open_tensors(checkpoint.tensors)
     wanted = tensors(checkpoint.model, checkpoint.vocab_size)
     if problems := _compare(wanted, reader):
         raise UserError(listed(f"{checkpoint.tensors} does not hold the model of its settings:", problems))
@@ -91,7 +91,8 @@ def listed(title: str, problems: list[str]) -> str:
     return "\n".join([title, *problems[:_SHOWN], *more])
 
 
-def _open(directory: Path) -> Reader:
+def open_tensors(directory: Path) -> Reader:
+    """The tensors of a checkpoint of Megatron; `UserError` where there are none."""
     try:
         return Reader(directory)
     except Exception as error:  # a damaged pickle fails in many ways
@@ -135,8 +136,8 @@ class _Rows:
     """Published tensors, made of the tensor that was read last and perhaps the next one."""
 
     def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
+        self.directory = reader.directory
+        self._read = TensorReader(reader)
 
     def of(self, tensor: Tensor) -> torch.Tensor:
         pieces = []
@@ -146,10 +147,18 @@ class _Rows:
         made = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         made = made.float() if tensor.fp32 else made
         if not made.isfinite().all():
-            raise UserError(f"{self.reader.directory}: {tensor.name} holds numbers that are not finite")
+            raise UserError(f"{self.directory}: {tensor.name} holds numbers that are not finite")
         return made
 
-    def _read(self, key: str) -> torch.Tensor:
+
+class TensorReader:
+    """Reads tensors of Megatron, and remembers the last one: all its experts are asked for in a row."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
+
+    def __call__(self, key: str) -> torch.Tensor:
         if self._last[0] != key:
             self._last = ("", torch.empty(0))  # before the next one is there
             try:

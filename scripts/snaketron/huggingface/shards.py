@@ -104,7 +104,8 @@ class Shards:
         here = {path.name for path in directory.glob("*.safetensors")}
         for name in sorted(here | set(index.values())):
             self._open(name, index)
-        lost = [tensor for tensor, name in index.items() if name in here and tensor not in self.described]
+        read = {path.name for path in self.paths}
+        lost = [tensor for tensor, name in index.items() if name in read and tensor not in self.described]
         self.problems += [f"{tensor}: listed in {INDEX}, and not in {index[tensor]}" for tensor in lost]
 
     def _index(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from snaketron.data.chats.conversation import Unusable
@@ -50,7 +51,8 @@ def export_checkpoint(path: Path, output: Path) -> Record:
     return export(
         checkpoint,
         output,
-        source=Entry("checkpoint", str(path), version=identity),
+        # The version itself: the link may lead to another one when somebody follows the record.
+        source=Entry("checkpoint", os.path.relpath(path.resolve()), version=identity),
         card=card(record, settings.model, tokenizer.vocab_size, before),
     )
 

@@ -43,6 +43,9 @@ def base_of(version: Version) -> Path:
     """The directory of the checkpoint that adapters were trained on, beside their own."""
     (entry,) = read(version.record).inputs_named("base")
     base = version.directory.resolve().with_name(entry.version.replace("/", "_"))
+    elsewhere = Version(entry.file)
+    if not base.is_dir() and elsewhere.is_finished and elsewhere.identity == entry.version:
+        return elsewhere.directory  # below another root of checkpoints
     if not base.is_dir():
         raise UserError(f"{version.directory} holds adapters of {base}, which is not there any more")
     return base

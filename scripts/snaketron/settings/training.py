@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from snaketron.config import (
@@ -55,6 +56,28 @@ class LoraSettings(TrainSettings):
     """`TrainSettings` for LoRA: the base is frozen, and its adapters are trained."""
 
     lora: Adapters
+
+
+# Keys of the model that may differ between a training and the checkpoint it starts from: no weight depends
+# on them.
+FREE = {
+    "moe_aux_loss_coeff",
+    "moe_router_bias_update_rate",
+    "mtp_loss_scaling_factor",
+    "init_method_std",
+    "precision",
+    "bf16_layers_at_end",
+}
+
+
+def model_differences(there: Mapping[str, Any], model: Model) -> list[str]:
+    """What keeps a training of `model` from starting from a checkpoint of the model `there`."""
+    here = model.model_dump()
+    return [
+        f"model.{key}: {there.get(key)} in the checkpoint, {here[key]} in the configuration"
+        for key in here
+        if key not in FREE and there.get(key) != here[key]
+    ]
 
 
 def settings_of_checkpoint(values: dict[str, Any]) -> TrainSettings:

@@ -23,7 +23,7 @@ TOKENIZER = re.compile(  # config.json tells the class of a tokenizer that does 
     r"(?:config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
     r"|(?:vocab|merges)\.txt|chat_template\.jinja|.*\.(?:model|tiktoken)"
 )
-CHECKPOINT = re.compile(r"(?:config|generation_config)\.json|.*\.safetensors(?:\.index\.json)?")
+CHECKPOINT = re.compile(r"(?:config|generation_config|tokenizer)\.json|.*\.safetensors(?:\.index\.json)?")
 
 
 class HubModel(NamedTuple):
@@ -64,7 +64,14 @@ def hub_model(path: str | None, where: str, wanted: re.Pattern[str]) -> HubModel
 
 def hub_models(config: Config) -> list[HubModel]:
     """All models of the hub that a configuration names."""
-    return [m for m in [tokenizer_model(config)] if m is not None]
+    named = {"pretrain": config.pretrain.base, "sft": config.sft.base, "lora": config.lora.base}
+    bases = [base_model(path, f"{section}.base") for section, path in named.items()]
+    return [m for m in [tokenizer_model(config), *bases] if m is not None]
+
+
+def base_model(path: str | None, where: str) -> HubModel | None:
+    """The model of the hub that trainings begin with; None for random weights, or a directory."""
+    return hub_model(path, where, CHECKPOINT)
 
 
 def tokenizer_model(config: Config) -> HubModel | None:

@@ -20,7 +20,7 @@ from snaketron.jobs.version import Version, check_place, version_key
 from snaketron.lineage.record import Entry, making, of_file
 from snaketron.lineage.wandb import Tracker
 from snaketron.log import UserError, begin_log, log_to, logger
-from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
+from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings, model_differences
 from snaketron.train.metrics import Metrics, mix, performance
 from snaketron.wording import size_text
 
@@ -33,16 +33,6 @@ if TYPE_CHECKING:  # imports megatron-core (5 s), which a finished version does 
     from snaketron.train.loop import Trainer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-# Keys of the model that may differ between a training and the checkpoint it starts from: no weight depends
-# on them.
-FREE = {
-    "moe_aux_loss_coeff",
-    "moe_router_bias_update_rate",
-    "mtp_loss_scaling_factor",
-    "init_method_std",
-    "precision",
-    "bf16_layers_at_end",
-}
 
 
 def training_parser(description: str | None) -> argparse.ArgumentParser:
@@ -263,12 +253,7 @@ def check_base(base: Path, model: Model, tokenizer_sha256: str) -> None:
             f"{base} holds adapters and not the model: merge them (`snakemake ckpt/lora_merged`), "
             "and start from that"
         )
-    there, here = config["settings"]["model"], model.model_dump()
-    differ = [
-        f"model.{key}: {there.get(key)} in the checkpoint, {here[key]} in the configuration"
-        for key in here
-        if key not in FREE and there.get(key) != here[key]
-    ]
+    differ = model_differences(config["settings"]["model"], model)
     if config["tokenizer_sha256"] != tokenizer_sha256:
         differ.append(
             f"the tokenizer: sha256 {config['tokenizer_sha256'][:12]} in the checkpoint, "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from snaketron.config import ConfigError, load
+from snaketron.graph.base import BaseGraph
 from snaketron.graph.training import TrainingGraph
+from snaketron.sources.lockfile import Lock
 
 import pytest
 
@@ -16,7 +19,8 @@ PHASES = [{"name": name, "tokens": 100_000, "blend": MIX} for name in ("one", "t
 
 
 def training(**changes: Any) -> TrainingGraph:
-    return TrainingGraph(load({"pretrain": {"phases": PHASES}} | changes, {}))
+    config = load({"pretrain": {"phases": PHASES}} | changes, {})
+    return TrainingGraph(config, BaseGraph(config, Lock(Path("sources.lock.json"), {})))
 
 
 def job(**wildcards: str) -> SimpleNamespace:

@@ -4,6 +4,7 @@ from tests.unit.train.conftest import (  # noqa: F401
     log_handlers,
     one_process,
     packed_blend,
+    publish,
     seed,
     settings,
     sft_settings,

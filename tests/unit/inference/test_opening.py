@@ -7,48 +7,16 @@ from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Adapters
-from snaketron.data.tokenizer import tokenizer_info
 from snaketron.inference.opening import open_checkpoint
-from snaketron.jobs.version import Version
-from snaketron.lineage.record import Entry, making
 from snaketron.log import UserError
-from snaketron.model import lora
-from snaketron.model.build import BuiltModel, build_model
-from snaketron.model.checkpoint import Saver
-from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
+from snaketron.model.build import BuiltModel
+from snaketron.settings.training import LoraSettings
 
 import pytest
 import torch
 import yaml
 
 IDS = torch.arange(3, 15)[None]
-
-
-@pytest.fixture
-def publish(tmp_path: Path, tokenizer_dir: Path, settings):
-    """publish(stage, key, settings=None, base=None) saves a new model as a finished version below ckpt."""
-    run: RunSettings = settings()[1]
-
-    def make(
-        stage: str, key: str, values: TrainSettings | None = None, base: Path | None = None
-    ) -> BuiltModel:
-        values = (values or settings(seed=int(key, 16))[0]).model_copy(update={"stage": stage})
-        built = build_model(values, run, tokenizer_info(tokenizer_dir).vocab_size)
-        for _, adapter in lora.adapted(built.model):
-            torch.nn.init.normal_(adapter.b, std=0.1)
-        version = Version.of(tmp_path / "ckpt" / stage, stage, key)
-        saver = Saver.configured(run)
-        saver.save(version.directory, 1, built.trained, None, {"iteration": 1})
-        saver.finish()
-        version.config.write_text(yaml.safe_dump({"settings": values.model_dump()}))
-        shutil.copytree(tokenizer_dir, version.tokenizer)
-        with making("checkpoint", stage, outputs={}, record=version.record) as job:
-            job.key = key
-            job.inputs = {"base": Entry("base", str(base), version=Version(base).identity)} if base else {}
-        version.publish(tmp_path / "ckpt" / stage)
-        return built
-
-    return make
 
 
 def logits(built: BuiltModel) -> torch.Tensor:

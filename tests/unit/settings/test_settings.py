@@ -170,6 +170,9 @@ DATA = (
     "sft_data",
     "pretrain.phases",
     "sft.blend",
+    "pretrain.base",
+    "sft.base",
+    "lora.base",
 )
 
 

@@ -95,6 +95,7 @@ def test_each_use_of_a_model_needs_its_own_files(hub: FakeHub):
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
+        "tokenizer.json",
     ]
 
 

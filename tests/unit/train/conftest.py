@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,12 @@ from snaketron.data.chats.packs import join, write
 from snaketron.data.text import blend
 from snaketron.data.text.tokenize import tokenize_shard
 from snaketron.files import write_json
+from snaketron.jobs.version import Version
+from snaketron.lineage.record import Entry, making
 from snaketron.log import logger
+from snaketron.model import lora
+from snaketron.model.build import BuiltModel, build_model
+from snaketron.model.checkpoint import Saver
 from snaketron.settings.text import TokenizeSettings
 from snaketron.settings.training import RunSettings, TrainSettings, run_settings, train_settings
 from tests.unit.model.conftest import one_process  # noqa: F401
@@ -21,6 +27,7 @@ from tests.unit.model.conftest import one_process  # noqa: F401
 import numpy as np
 import pytest
 import torch
+import yaml
 from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -171,3 +178,30 @@ def blend_path(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) ->
         record=root / "record.json",
     )
     return root / "blend.json"
+
+
+@pytest.fixture
+def publish(tmp_path: Path, tokenizer_dir: Path, settings):
+    """publish(stage, key, settings=None, base=None) saves a new model as a finished version below ckpt."""
+    run: RunSettings = settings()[1]
+
+    def make(
+        stage: str, key: str, values: TrainSettings | None = None, base: Path | None = None
+    ) -> BuiltModel:
+        values = (values or settings(seed=int(key, 16))[0]).model_copy(update={"stage": stage})
+        built = build_model(values, run, tokenizer.tokenizer_info(tokenizer_dir).vocab_size)
+        for _, adapter in lora.adapted(built.model):
+            torch.nn.init.normal_(adapter.b, std=0.1)
+        version = Version.of(tmp_path / "ckpt" / stage, stage, key)
+        saver = Saver.configured(run)
+        saver.save(version.directory, 1, built.trained, None, {"iteration": 1})
+        saver.finish()
+        version.config.write_text(yaml.safe_dump({"settings": values.model_dump()}))
+        shutil.copytree(tokenizer_dir, version.tokenizer)
+        with making("checkpoint", stage, outputs={}, record=version.record) as job:
+            job.key = key
+            job.inputs = {"base": Entry("base", str(base), version=Version(base).identity)} if base else {}
+        version.publish(tmp_path / "ckpt" / stage)
+        return built
+
+    return make

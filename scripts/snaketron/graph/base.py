@@ -1,0 +1,165 @@
+"""The checkpoints from elsewhere that trainings begin with, and what differs from the configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from snaketron.config import Config, ConfigError
+from snaketron.huggingface.config import differences
+from snaketron.settings.training import FREE, model_differences
+from snaketron.sources.lockfile import Lock
+from snaketron.sources.models import HubModel, base_model
+
+import yaml
+
+SECTIONS = ("pretrain", "sft", "lora")
+
+
+class Base(NamedTuple):
+    """A checkpoint that `<section>.base` names, and the sections that do."""
+
+    path: str  # as it is configured
+    sections: tuple[str, ...]
+    hub: HubModel | None
+
+    @property
+    def name(self) -> str:
+        """The directory below <ckpt>/base that it is imported to: of its name, and a hash of its path."""
+        words = re.sub(r"[^a-z0-9]+", "_", self.path.rstrip("/").rpartition("/")[2].lower()).strip("_")
+        return f"{words[:40] or 'base'}_{hashlib.sha256(self.path.encode()).hexdigest()[:6]}"
+
+    def directory(self, config: Config) -> Path:
+        """Where its files lie, or will lie when they are downloaded."""
+        return Path(self.hub.directory(config) if self.hub else self.path)
+
+    def is_of_this_workflow(self, config: Config) -> bool:
+        """Whether it is a finished checkpoint of a training, which needs no import."""
+        directory = self.directory(config)
+        return (directory / "record.json").exists() and (directory / "config.yaml").exists()
+
+
+class BaseGraph:
+    """Answers about the bases. Raises `ConfigError` with everything in which they differ."""
+
+    def __init__(self, config: Config, lock: Lock) -> None:
+        self.config, self.lock = config, lock
+        if problems := list(self._problems()):
+            raise ConfigError("\n".join(problems))
+
+    @cached_property
+    def bases(self) -> dict[str, Base]:
+        """By name."""
+        sections: dict[str, list[str]] = {}
+        for section in SECTIONS:
+            if path := getattr(self.config, section).base:
+                sections.setdefault(path, []).append(section)
+        found = [
+            Base(path, tuple(names), base_model(path, f"{names[0]}.base")) for path, names in sections.items()
+        ]
+        return {base.name: base for base in found}
+
+    def start(self, section: str) -> str | None:
+        """The base that the first training of a section starts from; None where it has none."""
+        for base in self.bases.values():
+            if section in base.sections:
+                if base.is_of_this_workflow(self.config):
+                    return base.path
+                return f"<ckpt>/base/{base.name}"
+        return None
+
+    # Input functions get the wildcards of the job.
+
+    def files(self, wildcards: Any) -> list[str]:
+        """The files of a checkpoint that is imported."""
+        base = self.bases[wildcards.base]
+        if base.hub:
+            return base.hub.files(self.lock)
+        directory = Path(base.path)
+        patterns = ("config.json", "*.safetensors*", ".metadata", "*.distcp", "common.pt", "tokenizer.json")
+        nested = [directory, *sorted(directory.glob("iter_*"))[-1:]]
+        return [str(path) for one in nested for pattern in patterns for path in sorted(one.glob(pattern))]
+
+    # Params: a change runs the job again.
+
+    def directory(self, wildcards: Any) -> str:
+        return str(self.bases[wildcards.base].directory(self.config))
+
+    def model(self, _wildcards: Any) -> str:
+        """What the checkpoint must agree with: keys on which no weight depends have their defaults."""
+        return self.config.model.model_copy(
+            update={key: type(self.config.model).model_fields[key].default for key in FREE}
+        ).model_dump_json()
+
+    # Resources: a change runs nothing again.
+
+    def seq_length(self, wildcards: Any) -> int:
+        """The longest sequences of the trainings that begin with it."""
+        sections = self.bases[wildcards.base].sections
+        return max(t.seq_length for t in self.config.trainings() if t.section in sections)
+
+    # ------------------------------------------------------------------------------------- differences
+
+    def _problems(self) -> Iterator[str]:
+        for base in self.bases.values():
+            where = " and ".join(f"{section}.base" for section in base.sections)
+            directory = base.directory(self.config)
+            if not base.hub and not directory.is_dir():
+                yield f"{where}: {base.path!r} is no directory, and no OWNER/NAME of the Hugging Face hub"
+                continue
+            for problem in self._differences(base, directory):
+                yield f"{where}: {problem}"
+
+    def _differences(self, base: Base, directory: Path) -> Iterator[str]:
+        model, vocabulary = self.config.model, self.config.tokenizer.vocab_size
+        if base.is_of_this_workflow(self.config):
+            settings = yaml.safe_load((directory / "config.yaml").read_text())["settings"]
+            if settings["stage"] == "lora":
+                yield f"{base.path} holds adapters and not the model; name its lora_merged"
+            yield from model_differences(settings["model"], model)
+        elif (path := directory / "config.json").is_file():
+            try:
+                values = json.loads(path.read_bytes())
+            except ValueError as error:
+                yield f"{path}: not JSON ({error})"
+                return
+            yield from differences(values, model, vocabulary)
+            yield from self._tokenizer(base, directory)
+        elif base.hub:  # not downloaded yet; the import compares
+            yield from self._tokenizer(base, directory)
+        elif not list(directory.glob("iter_*")) and not (directory / ".metadata").exists():
+            yield f"{base.path} is no checkpoint: neither config.json nor .metadata nor iter_* is there"
+
+    def _tokenizer(self, base: Base, directory: Path) -> Iterator[str]:
+        """What can be said before the tokenizer of the trainings is made."""
+        path, there = self.config.tokenizer.path, directory / "tokenizer.json"
+        if path is None:
+            made = Path(self.config.pathvars["data"]) / "tokenizer/tokenizer.json"
+            if there.exists() and made.exists() and _vocabulary(there) == _vocabulary(made):
+                return
+            if there.exists() or base.hub:
+                of_hub = " (a model of the hub: there is no such directory here)" if base.hub else ""
+                yield (
+                    f"the configuration trains a tokenizer (tokenizer.path: null), and {base.path}{of_hub} "
+                    f"comes with another; set tokenizer.path: {base.path}"
+                )
+        elif path != base.path and there.exists() and (own := Path(path) / "tokenizer.json").exists():
+            here, wanted = _vocabulary(own), _vocabulary(there)
+            if count := sum(here.get(token) != number for token, number in wanted.items()):
+                yield (
+                    f"tokenizer.path {path}: {count} of the {len(wanted)} tokens of the checkpoint have "
+                    f"another id there; set tokenizer.path: {base.path}"
+                )
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    """The ids of all tokens in a tokenizer.json; empty for a kind that has no such table."""
+    values = json.loads(path.read_bytes())
+    found = values.get("model", {}).get("vocab", {})
+    ids = dict(found) if isinstance(found, dict) else {entry[0]: i for i, entry in enumerate(found)}
+    return ids | {token["content"]: token["id"] for token in values.get("added_tokens", [])}

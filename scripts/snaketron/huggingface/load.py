@@ -1,0 +1,176 @@
+"""Read a checkpoint that was made elsewhere: published tensors, or those of Megatron without a record.
+
+Both give the tensors of a checkpoint of Megatron one by one, to be written as one that trainings read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from snaketron.config import Model
+from snaketron.huggingface import config
+from snaketron.huggingface.names import VOCABULARY, Megatron, Source, megatron_tensors, tensors
+from snaketron.huggingface.save import TensorReader, listed, open_tensors
+from snaketron.huggingface.shards import DTYPES, INDEX, Shards
+from snaketron.huggingface.torch_dist import Chunk, Reader
+from snaketron.log import UserError
+from snaketron.sizes.parameters import padded_vocab_size
+
+import torch
+
+
+class Weights(NamedTuple):
+    """A checkpoint whose names, shapes and types were found to be those of a model."""
+
+    chunks: list[Chunk]
+    files: list[Path]  # that it is read from
+    precision: str  # of the model: fp32 or bf16
+    not_finite: list[str]  # names of tensors, filled while they are made
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a published checkpoint; `UserError` where there is none."""
+    path = directory / "config.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a published checkpoint has one") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a configuration of a model")
+    return found
+
+
+def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
+    """The tensors of a published checkpoint as Megatron has them; only headers are read here.
+
+    Rows of the vocabulary beyond the tokenizer's with their padding are left out; those that only Megatron
+    has are zero.
+
+    Raises:
+        UserError: it is of another model, incomplete or damaged; all differences at once.
+    """
+    values = read_config(directory)
+    problems = config.differences(values, model, vocab_size)
+    shards = Shards(directory)
+    rows = values.get("vocab_size", vocab_size)
+    if not problems:  # else there would be a line for each tensor
+        problems = _tensor_problems(shards, model, rows)
+    if problems := problems + shards.problems:
+        raise UserError(listed(f"{directory} cannot be imported:", problems))
+    padded = padded_vocab_size(model, vocab_size, 1)
+    kept = tensors(model, min(rows, padded))
+    bad: list[str] = []
+    chunks = [
+        _published_chunk(tensor, shards, bad)
+        for tensor in megatron_tensors(kept, dict.fromkeys(VOCABULARY, padded))
+    ]
+    files = [directory / "config.json", *shards.paths]
+    if (directory / INDEX).exists():
+        files.append(directory / INDEX)
+    main = DTYPES[shards.described["lm_head.weight"][1]]
+    return Weights(chunks, files, "fp32" if main is torch.float32 else "bf16", bad)
+
+
+def _tensor_problems(shards: Shards, model: Model, rows: int) -> list[str]:
+    wanted = {tensor.name: tensor for tensor in tensors(model, rows)}
+    lost = {problem.partition(":")[0] for problem in shards.problems}
+    files_lost = any(name.endswith(".safetensors") for name in lost)
+    problems = []
+    for name, tensor in wanted.items():
+        if name not in shards.described:
+            if not files_lost and name not in lost:  # else the files say why
+                problems.append(f"{name}: missing")
+            continue
+        shape, code = shards.described[name]
+        if shape != tensor.shape:
+            problems.append(f"{name}: {list(shape)}, and the model wants {list(tensor.shape)}")
+        if code not in DTYPES:
+            problems.append(f"{name}: of type {code}; only {' and '.join(DTYPES)} are read")
+    return problems + [f"{name}: not of this model" for name in shards.described if name not in wanted]
+
+
+def _published_chunk(tensor: Megatron, shards: Shards, bad: list[str]) -> Chunk:
+    shape = tensor.shape if tensor.expert is None else tensor.shape[1:]
+    codes = {shards.described[source.name][1] for source in tensor.sources}
+    # Queries, keys and values of different types become one tensor, of the wider type.
+    dtype = torch.float32 if tensor.fp32 or "F32" in codes else torch.bfloat16
+
+    def make() -> torch.Tensor:
+        if len(tensor.sources) == 1 and tensor.sources[0].stop == shape[0]:
+            whole = _rows(shards, tensor.sources[0], bad).to(dtype)
+        else:
+            whole = torch.zeros(shape, dtype=dtype)
+            for source in tensor.sources:
+                last = source.row + source.stop - source.start
+                whole[source.row : last] = _rows(shards, source, bad)
+        return whole
+
+    return Chunk(tensor.key, tensor.shape, dtype, tensor.expert, make)
+
+
+def _rows(shards: Shards, source: Source, bad: list[str]) -> torch.Tensor:
+    found = shards.rows(source.name, source.start, source.stop)
+    if not found.isfinite().all() and source.name not in bad:
+        bad.append(source.name)
+    return found
+
+
+# ------------------------------------------------------------------------------------------ of Megatron
+
+
+def megatron_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
+    """The tensors of a checkpoint of Megatron, such as iter_0000100; its optimizer is left out.
+
+    Raises:
+        UserError: it is of another model, incomplete or damaged; all differences at once.
+    """
+    reader = open_tensors(directory)
+    padded = padded_vocab_size(model, vocab_size, 1)
+    wanted = megatron_tensors(tensors(model, vocab_size), dict.fromkeys(VOCABULARY, padded))
+    if problems := _megatron_problems(reader, wanted, vocab_size):
+        raise UserError(listed(f"{directory} cannot be imported:", problems))
+    bad: list[str] = []
+    read = TensorReader(reader)
+    chunks = [_megatron_chunk(tensor, reader, read, bad) for tensor in wanted]
+    main = reader.tensors["output_layer.weight"][1]
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return Weights(chunks, files, "fp32" if main is torch.float32 else "bf16", bad)
+
+
+def _megatron_problems(reader: Reader, wanted: list[Megatron], vocab_size: int) -> list[str]:
+    shapes: Mapping[str, tuple[int, ...]] = {tensor.key: tensor.shape for tensor in wanted}
+    problems = []
+    for key, shape in shapes.items():
+        if key not in reader.tensors:
+            problems.append(f"{key}: missing")
+            continue
+        there, dtype = reader.tensors[key]
+        fits = there[0] >= vocab_size and there[1:] == shape[1:] if key in VOCABULARY else there == shape
+        if not fits:
+            problems.append(f"{key}: {list(there)}, and the model wants {list(shape)}")
+        if dtype not in DTYPES.values():
+            problems.append(f"{key}: of type {dtype}; only float32 and bfloat16 are read")
+    return problems + [f"{key}: not of this model" for key in reader.tensors if key not in shapes]
+
+
+def _megatron_chunk(tensor: Megatron, reader: Reader, read: TensorReader, bad: list[str]) -> Chunk:
+    dtype = torch.float32 if tensor.fp32 else reader.tensors[tensor.key][1]
+
+    def make() -> torch.Tensor:
+        whole = read(tensor.key).to(dtype)
+        found = whole if tensor.expert is None else whole[tensor.expert]
+        if tensor.key in VOCABULARY and len(found) != tensor.shape[0]:
+            padded = torch.zeros(tensor.shape, dtype=dtype)
+            rows = min(len(found), len(padded))
+            padded[:rows] = found[:rows]
+            found = padded
+        if not found.isfinite().all() and tensor.key not in bad:
+            bad.append(tensor.key)
+        return found
+
+    return Chunk(tensor.key, tensor.shape, dtype, tensor.expert, make)

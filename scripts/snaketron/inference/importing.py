@@ -1,0 +1,153 @@
+"""Import a checkpoint that was made elsewhere, to begin a training with: verified, recorded and published."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from snaketron.config import Model, Optimizer
+from snaketron.data.tokenizer import Info, load_tokenizer, tokenizer_info
+from snaketron.files import owned, sha256, writing, writing_directory
+from snaketron.huggingface.load import Weights, megatron_weights, published_weights
+from snaketron.huggingface.save import TOKENIZER_FILES, listed
+from snaketron.huggingface.torch_dist import write
+from snaketron.jobs.version import Version, version_key
+from snaketron.lineage.record import Entry, making, of_file
+from snaketron.log import NO_SPACE, UserError, logger
+from snaketron.settings.training import Schedule, TrainSettings
+
+import yaml
+
+
+def import_base(
+    source: Path, output: Path, *, stage: str, model: Model, tokenizer: Path, seq_length: int
+) -> None:
+    """Write a checkpoint that trainings start from, in a version of its own, and link `output` to it.
+
+    Args:
+        source: directory of a published checkpoint, or of one of Megatron in the torch_dist format.
+        stage: its name below <ckpt>, base/....
+        model: what it must be a checkpoint of.
+        tokenizer: directory of the tokenizer of the trainings.
+        seq_length: tokens that answers of it may have.
+
+    Raises:
+        UserError: it is of another model, incomplete or damaged, or there is no room; nothing is published.
+    """
+    started = time.monotonic()
+    info = tokenizer_info(tokenizer)
+    check_tokenizer(source, tokenizer)
+    weights = _weights(source, model, info)
+    logger.info("%s: hashing %d files", source, len(weights.files))
+    inputs = [Entry("weights", str(path), sha256=sha256(path)) for path in weights.files]
+    identities = [entry.sha256 for entry in inputs]
+    key = version_key({"stage": stage, "model": model.model_dump()}, [*identities, info.sha256])
+    version = Version.of(output, stage, key)
+    version.directory.mkdir(parents=True, exist_ok=True)
+    with owned(version.lock):
+        if not version.is_finished:
+            settings = _settings(stage, model, weights.precision, seq_length)
+            _write(version, weights, settings, tokenizer, info, inputs, started)
+    version.publish(output)
+    logger.info("%s: %s is %s", stage, output, version.directory)
+
+
+def _weights(source: Path, model: Model, info: Info) -> Weights:
+    if (source / "config.json").exists():
+        return published_weights(source, model, info.vocab_size)
+    tensors = source
+    if not (source / ".metadata").exists():
+        iteration = Version(source).latest_iteration()
+        if iteration is None:
+            raise UserError(
+                f"{source}: neither a published checkpoint (config.json) nor one of Megatron "
+                "(latest_checkpointed_iteration.txt, or the .metadata of one iteration)"
+            )
+        tensors = Version(source).iteration_directory(iteration)
+    return megatron_weights(tensors, model, info.vocab_size)
+
+
+def _settings(stage: str, model: Model, precision: str, seq_length: int) -> TrainSettings:
+    """Settings as a training's checkpoint has them, so that it is opened and exported like one."""
+    return TrainSettings(
+        stage=stage,
+        seed=0,
+        model=Model.model_validate(model.model_dump() | {"precision": precision}),
+        optimizer=Optimizer(),
+        seq_length=seq_length,
+        global_batch_size=1,
+        train_iters=0,
+        schedule=Schedule(style="cosine", start=0, warmup=0, end=0, decay=0, increment=1),
+    )
+
+
+def _write(
+    version: Version,
+    weights: Weights,
+    settings: TrainSettings,
+    tokenizer: Path,
+    info: Info,
+    inputs: list[Entry],
+    started: float,
+) -> None:
+    """Write the tensors, then what says that they are complete."""
+    target = version.iteration_directory(0)
+    begun = time.monotonic()
+    try:
+        with writing_directory(target) as aside:
+            write(aside, weights.chunks, {"iteration": 0})
+            if weights.not_finite:
+                title = "the checkpoint holds numbers that are not finite:"
+                raise UserError(listed(title, weights.not_finite))
+    except RuntimeError as error:  # torch's writer keeps the reason of the system as its cause, or not at all
+        free = shutil.disk_usage(version.directory).free
+        raise UserError(
+            f"{target}: cannot be written ({error}); {free / 1e9:.1f} GB are free there; free some "
+            f"({', '.join(NO_SPACE.values())}?) and run the same command again"
+        ) from error
+    size = sum(path.stat().st_size for path in target.iterdir())
+    seconds = time.monotonic() - begun
+    version.tokenizer.mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, version.tokenizer / name)
+    with writing(version.config) as (temporary,):
+        values: dict[str, Any] = {
+            "settings": settings.model_dump(),
+            "inputs": [entry.reference for entry in inputs],
+            "tokenizer_sha256": info.sha256,
+        }
+        temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+    with writing(version.latest) as (temporary,):
+        temporary.write_text("0")
+    losses = dict.fromkeys(("valid_loss_before", "valid_loss_after", "test_loss"))
+    with making("checkpoint", settings.stage, outputs={}, record=version.record, started=started) as job:
+        job.present = [of_file(path.name, path) for path in sorted(target.iterdir())]
+        job.inputs = {"weights": inputs}
+        job.settings, job.key = settings.model_dump(), version.directory.name.rpartition("-")[2]
+        job.counts = {
+            "iterations": 0,
+            "tokens": 0,
+            "train_seconds": 0.0,
+            **losses,
+            "bytes": size,
+            "bytes_per_second": round(size / max(seconds, 1e-9)),
+        }
+    logger.info("%s: %.3f GB, %.0f MB/s", target, size / 1e9, size / 1e6 / max(seconds, 1e-9))
+
+
+def check_tokenizer(source: Path, tokenizer: Path) -> None:
+    """`UserError` unless each token of the checkpoint has the same id in the tokenizer of the trainings."""
+    path = source / "tokenizer.json"
+    if not path.exists():
+        logger.warning("%s: no tokenizer.json there, so the vocabulary is compared by its size alone", source)
+        return
+    there, here = load_tokenizer(source).get_vocab(), load_tokenizer(tokenizer).get_vocab()
+    if differ := sorted(token for token in there if here.get(token) != there[token]):
+        shown = ", ".join(f"{token!r} {there[token]} and {here.get(token, 'none')}" for token in differ[:3])
+        raise UserError(
+            f"{path} is another tokenizer than {tokenizer}: {len(differ)} of {len(there)} tokens have "
+            f"another id ({shown}); set tokenizer.path to {source}"
+        )

@@ -1,0 +1,128 @@
+"""The checkpoints that trainings begin with: what a dry-run says of them from their configurations alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from snaketron.config import Config, ConfigError, load
+from snaketron.graph.base import BaseGraph
+from snaketron.huggingface.config import published
+from snaketron.settings.training import train_settings
+from snaketron.sources.lockfile import Lock
+
+import pytest
+import yaml
+
+
+def graph(**sections: dict) -> BaseGraph:
+    return BaseGraph(load(sections, {}), Lock(Path("sources.lock.json"), {}))
+
+
+def vocabulary(**ids: int) -> str:
+    return json.dumps({"model": {"vocab": ids}, "added_tokens": [{"content": "<e>", "id": 0}]})
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A published checkpoint of the default model: its configuration, and files that nobody reads here."""
+    directory = tmp_path / "published"
+    directory.mkdir()
+    values = published(
+        Config().model, vocab_size=2048, seq_length=64, dtype="float32", eos_token_id=0, pad_token_id=1
+    )
+    (directory / "config.json").write_text(json.dumps(values))
+    (directory / "tokenizer.json").write_text(vocabulary(a=1, b=2))
+    (directory / "model-00001-of-00001.safetensors").write_text("")
+    return directory
+
+
+def test_without_bases_trainings_start_as_before():
+    bases = graph()
+    assert [bases.start(section) for section in ("pretrain", "sft", "lora")] == [None] * 3
+
+
+def test_a_published_checkpoint_is_imported_once_for_all_that_begin_with_it(checkpoint: Path):
+    path = str(checkpoint)
+    bases = graph(tokenizer={"path": path}, sft={"base": path}, lora={"base": path})
+    (name,) = bases.bases
+    assert bases.start("sft") == bases.start("lora") == f"<ckpt>/base/{name}"
+    assert name.startswith("published_") and bases.start("pretrain") is None
+    job = SimpleNamespace(base=name)
+    assert [Path(file).name for file in bases.files(job)] == [
+        "config.json",
+        "model-00001-of-00001.safetensors",
+        "tokenizer.json",
+    ]
+    assert (bases.directory(job), bases.seq_length(job)) == (path, 1024)
+
+
+def test_keys_on_which_no_weight_depends_import_nothing_again(checkpoint: Path):
+    path = str(checkpoint)
+    models = [
+        graph(tokenizer={"path": path}, sft={"base": path}, model=model).model(None)
+        for model in ({}, {"precision": "bf16", "moe_aux_loss_coeff": 0.5}, {"moe_router_topk": 2})
+    ]
+    assert len(set(models)) == 1
+
+
+def test_everything_that_differs_is_said_at_once(checkpoint: Path, tmp_path: Path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "tokenizer.json").write_text(vocabulary(a=1, b=3))
+    with pytest.raises(ConfigError) as refused:
+        graph(
+            tokenizer={"path": str(own), "vocab_size": 4096},
+            sft={"base": str(checkpoint)},
+            lora={"base": str(tmp_path / "nowhere")},
+            model={"hidden_size": 64, "mtp_num_layers": 0},
+        )
+    assert str(refused.value).splitlines() == [
+        "sft.base: model.mtp_num_layers: 0 in the configuration, and the checkpoint has a block of "
+        "multi-token prediction; set it to 1 or more",
+        "sft.base: model.hidden_size: 128 in the checkpoint, 64 in the configuration",
+        "sft.base: vocab_size: 2048 in the checkpoint, fewer than the 4096 tokens of the tokenizer",
+        f"sft.base: tokenizer.path {own}: 1 of the 3 tokens of the checkpoint have another id there; set "
+        f"tokenizer.path: {checkpoint}",
+        f"lora.base: '{tmp_path}/nowhere' is no directory, and no OWNER/NAME of the Hugging Face hub",
+    ]
+
+
+def test_a_tokenizer_of_ones_own_does_not_fit_a_published_checkpoint(checkpoint: Path, tmp_path: Path):
+    """Unless it is the one that the checkpoint was exported with."""
+    roots = {"data": str(tmp_path / "data")}
+    with pytest.raises(ConfigError, match=rf"trains a tokenizer .* set tokenizer\.path: {checkpoint}"):
+        graph(pathvars=roots | {"ckpt": "ckpt"}, sft={"base": str(checkpoint)})
+    (tmp_path / "data/tokenizer").mkdir(parents=True)
+    (tmp_path / "data/tokenizer/tokenizer.json").write_text(vocabulary(b=2, a=1))
+    assert graph(pathvars=roots | {"ckpt": "ckpt"}, sft={"base": str(checkpoint)}).start("sft")
+
+
+def test_a_checkpoint_of_this_workflow_is_taken_as_it_is(tmp_path: Path):
+    settings = train_settings(load({"model": {"hidden_size": 64}}, {}), "sft").model_dump()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"settings": settings}))
+    (tmp_path / "record.json").write_text("{}")
+    same = {"base": str(tmp_path)}
+    assert graph(pretrain=same, model={"hidden_size": 64}).start("pretrain") == str(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        graph(pretrain=same, lora=same)
+    assert str(refused.value) == (
+        "pretrain.base and lora.base: model.hidden_size: 64 in the checkpoint, 128 in the configuration"
+    )
+
+
+def test_a_model_of_the_hub_is_downloaded_first(tmp_path: Path):
+    """Its configuration is compared when it is here; its tokenizer must be that of the trainings."""
+    name = "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16"
+    file = {"name": "config.json", "address": "https://x", "size": 1, "sha256": "0" * 64}
+    request = {"model": name, "revision": "main"}
+    lock = Lock(Path("lock.json"), {}, models={name: {"request": request, "files": [file]}})
+    config = load({"tokenizer": {"path": name}, "sft": {"base": name}}, {})
+    bases = BaseGraph(config, lock)
+    (base,) = bases.bases
+    job = SimpleNamespace(base=base)
+    assert bases.files(job) == [f"<data>/hub/{name}/config.json"]
+    assert bases.directory(job) == f"data/hub/{name}"
+    with pytest.raises(ConfigError, match="a model of the hub: there is no such directory here"):
+        graph(sft={"base": name})

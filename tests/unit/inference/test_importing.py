@@ -1,0 +1,111 @@
+"""An imported base: a version like that of a training, which opens, exports and starts trainings."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.config import Model
+from snaketron.files import sha256
+from snaketron.inference.exporting import export_checkpoint
+from snaketron.inference.importing import import_base
+from snaketron.inference.opening import open_checkpoint
+from snaketron.jobs.version import Version
+from snaketron.lineage.record import read
+from snaketron.log import UserError
+from snaketron.train.stage import check_base
+from tests.unit.huggingface.checkpoints import files
+from tests.unit.train.conftest import MODEL
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def exported(publish, tmp_path: Path) -> Path:
+    """What the workflow exports of a new checkpoint."""
+    publish("pretrain/one", "0a")
+    export_checkpoint(tmp_path / "ckpt/pretrain/one", tmp_path / "hf/one")
+    return tmp_path / "hf/one"
+
+
+@pytest.fixture
+def bring(tmp_path: Path, tokenizer_dir: Path):
+    """bring(source, **keys of the model) imports a checkpoint as ckpt/base/one."""
+
+    def make(source: Path, **keys) -> Path:
+        output = tmp_path / "ckpt/base/one"
+        model = Model(**(MODEL | keys))
+        import_base(source, output, stage="base/one", model=model, tokenizer=tokenizer_dir, seq_length=32)
+        return output
+
+    return make
+
+
+def test_an_import_computes_what_was_exported_and_is_exported_to_the_same_bytes(
+    publish, bring, exported: Path, tmp_path: Path, tokenizer_dir: Path
+):
+    first = open_checkpoint(tmp_path / "ckpt/pretrain/one")
+    base = bring(exported)
+    opened = open_checkpoint(base)
+    ids = torch.arange(3, 19)[None]
+    with first.evaluating(), opened.evaluating():
+        here, there = (built.module(ids, ids, None)[..., : built.vocab_size] for built in (opened, first))
+    assert torch.equal(here, there)
+    check_base(base, Model(**MODEL), sha256(tokenizer_dir / "tokenizer.json"))  # a training may start
+    record = read(Version(base).record)
+    assert record.name == "base/one" and Version(base).identity == f"base/one-{record.key}"
+    assert {Path(entry.path).parent for entry in record.inputs} == {exported}
+    export_checkpoint(base, tmp_path / "hf/again")
+    weights = [
+        {n: data for n, data in files(d).items() if "model" in n} for d in (exported, tmp_path / "hf/again")
+    ]
+    assert weights[0] == weights[1] and len(weights[0]) == 2
+
+
+def test_an_import_is_made_once_and_found_finished(bring, exported: Path):
+    base = bring(exported)
+    before = (base / "record.json").read_bytes(), (base / "iter_0000000/.metadata").stat().st_mtime_ns
+    assert bring(exported).resolve() == base.resolve()
+    assert before == (
+        (base / "record.json").read_bytes(),
+        (base / "iter_0000000/.metadata").stat().st_mtime_ns,
+    )
+
+
+def test_a_checkpoint_of_megatron_without_a_record_is_imported(bring, exported: Path, tmp_path: Path):
+    """As Megatron-LM leaves it: a directory with iter_* and the number of the latest."""
+    version = (tmp_path / "ckpt/pretrain/one").resolve()
+    for name in ("record.json", "config.yaml"):
+        (version / name).unlink()
+    base = open_checkpoint(bring(version))
+    assert torch.isfinite(base.model.output_layer.weight).all()
+
+
+def test_what_cannot_be_imported_leaves_nothing(bring, exported: Path, tmp_path: Path, tokenizer_dir: Path):
+    other = json.loads((exported / "tokenizer.json").read_text())
+    ids = other["model"]["vocab"]
+    ids["t"], ids["h"] = ids["h"], ids["t"]
+    plain = (exported / "tokenizer.json").read_text()
+    (exported / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"2 of \d+ tokens have another id .* set tokenizer\.path"):
+        bring(exported)
+    (exported / "tokenizer.json").write_text(plain)
+    with pytest.raises(UserError, match=r"hidden_size: 32 in the checkpoint, 64 in the configuration"):
+        bring(exported, hidden_size=64)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
+    try:
+        with pytest.raises((UserError, OSError)):
+            bring(exported)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not (tmp_path / "ckpt/base").exists()
+    assert not list((tmp_path / "ckpt/versions").glob("base*/*iter*"))
+    with pytest.raises(UserError, match="neither a published checkpoint"):
+        bring(tokenizer_dir)
+    shutil.rmtree(tmp_path / "ckpt")
+    assert bring(exported).is_dir()
