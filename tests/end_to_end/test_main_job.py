@@ -94,6 +94,10 @@ def test_the_terminal_shows_progress_and_the_summary(finished: Workspace):
     said = (finished.path / "transcript.txt").read_text()
     line = r"pretrain/broad  step \d+/12  loss \d+\.\d{4}  [\d,]+ tokens/s  00:\d\d:\d\d left"
     assert re.search(line, said)
+    # A job that starts or ends is a line, and so is the end.
+    assert said.count(" starts\n") == 21 and said.count(" is done after ") == 21 and "(21 of 21)" in said
+    assert "\nAll jobs are done, after " in said
+    assert not re.search("rule sft:|Select jobs|jobid|resources:", said)
     # What takes its time is announced.
     announced = ("sft: starts after step 0", "sft: validating after step 0", "sft: validation loss")
     places = [said.index(text) for text in announced]

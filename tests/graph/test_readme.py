@@ -30,7 +30,7 @@ def made_from(workspace: Workspace, boxes: dict[str, str]) -> set[tuple[str, str
     def boxes_of(files: str) -> set[str]:
         return {box for box, pattern in patterns.items() if re.search(rf"(^|, ){pattern}(/|,|$)", files)}
 
-    jobs = workspace.snakemake("-n", "ckpt/sft").output
+    jobs = workspace.snakemake("-np", "ckpt/sft").output
     files = re.findall(r"^    input: (.*)\n    output: (.*?)(?: \(update\))?$", jobs, re.MULTILINE)
     pairs = {(a, b) for read, written in files for a in boxes_of(read) for b in boxes_of(written)}
     return {(a, b) for a, b in pairs if a != b}
@@ -73,8 +73,8 @@ def test_your_own_data_as_the_readme_shows_it(mine: Workspace):
     (command,) = [c for c in commands("README.md") if "mine.yaml" in c and " -n " in c]
     result = mine.run(*command.split())
     assert result.status == 0, result.output
-    assert "tokens/notes" in result.output and "sft/train/support" in result.output
-    assert "rule sample_corpus" not in result.output
+    assert "tokenize_shard notes" in result.output and "pack_sft support" in result.output
+    assert "sample_corpus" not in result.output
 
 
 SHOWN = [

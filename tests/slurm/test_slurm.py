@@ -106,7 +106,7 @@ def test_a_dry_run_needs_no_slurm(workspace: Workspace, tmp_path: Path):
             (commands / command.name).symlink_to(command)
     virtual_environment = Path(sys.executable).parent
     result = workspace.run(
-        *("snakemake", "--profile", "profiles/slurm", "-n", "ckpt/sft"),
+        *("snakemake", "--profile", "profiles/slurm", "-np", "ckpt/sft"),
         environment={"PATH": f"{virtual_environment}:{commands}"},
     )
     assert result.status == 0, result.output

@@ -10,6 +10,7 @@ from typing import Any
 from snaketron.config import Config
 from snaketron.files import sha256
 from snaketron.lineage.record import read
+from snaketron.log import UserError
 from snaketron.sizes.outlook import Progress, outlook
 
 RULES = ("pretrain", "sft", "lora", "merge_lora")
@@ -64,7 +65,10 @@ def _identities(job: Any, known: dict[str, str | None]) -> list[str] | None:
     found = [sha256(Path(file)) for file in files]
     for checkpoint in _checkpoints(job):
         if checkpoint not in known:
-            record = read(Path(checkpoint) / "record.json")
+            try:
+                record = read(Path(checkpoint) / "record.json")
+            except UserError:  # the training will say so
+                return None
             found.append(f"{record.name}-{record.key}")
         elif identity := known[checkpoint]:
             found.append(identity)

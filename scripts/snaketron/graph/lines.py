@@ -1,0 +1,212 @@
+"""What a run says: a line for each job that starts or ends, and for a failed one the end of its log.
+
+Snakemake gives each job ten lines, with its parameters twice when it fails. They stay in the log below
+.snakemake/log, and a rule's own log begins with its command.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from logging import LogRecord
+from pathlib import Path
+from typing import Any
+
+from snaketron.wording import duration
+
+from snakemake_interface_logger_plugins.common import LogEvent
+
+END_OF_LOG = 15  # lines that are shown of the log of a failed job
+LONGEST = 160  # characters of a reason
+STOPS = {"130", "143", "SIGINT", "SIGTERM"}  # how a command ends that was asked to stop
+UNSAID = {
+    LogEvent.WORKFLOW_STARTED,
+    LogEvent.RESOURCES_INFO,
+    LogEvent.JOB_STARTED,
+    LogEvent.SHELLCMD,
+    LogEvent.PROGRESS,
+    LogEvent.DEBUG_DAG,
+    LogEvent.RULEGRAPH,
+}
+# Beginnings of messages that tell a user of this workflow nothing.
+CHATTER = (
+    *("Config file ", "Assuming unrestricted shared", "Building DAG", "Using shell", "Select jobs to"),
+    *("Singularity containers: ignored", "Conda environments: ignored", "Group jobs: inactive"),
+    *("Shutting down", "Exiting because a job execution failed", "Will exit after finishing"),
+    *("Removing output files of", "This was a dry-run", "Some jobs were triggered by provenance"),
+    *("Rules with provenance triggered", "Reasons:\n", "SLURM run ID", "Job rate limit reached"),
+)
+FAILED = "At least one job did not complete successfully."
+STATUS = re.compile(r"returned non-zero exit status (\d+)|died with <Signals\.(\w+)")
+SUBMITTED = re.compile(r"Job (\S+) has been submitted with SLURM jobid (\S+) \(log: (.*)\)\.")
+
+
+@dataclass
+class Job:
+    """A job as the lines call it."""
+
+    title: str
+    began: float
+
+
+@dataclass
+class Lines:
+    """The words for each message of Snakemake; None where there is nothing to say."""
+
+    dryrun: bool = False
+    jobs: dict[Any, Job] = field(default_factory=dict)  # by number
+    statuses: list[tuple[str, str]] = field(default_factory=list)  # messages on failed commands; exit status
+    failed: list[str] = field(default_factory=list)
+    total: int = 0
+    done: int = 0
+    stopping: bool = False
+    full_log: str = ""
+
+    def of(self, record: LogRecord) -> str | None:
+        event = getattr(record, "event", None)
+        if event in UNSAID:
+            return None
+        match event:
+            case LogEvent.RUN_INFO:
+                return self._run(record)
+            case LogEvent.GROUP_INFO:
+                return self._group(record)
+            case LogEvent.JOB_INFO:
+                return self._begins(record)
+            case LogEvent.JOB_FINISHED:
+                return self._finished(record)
+            case LogEvent.JOB_ERROR:
+                return self._fails(record)
+            case LogEvent.GROUP_ERROR:
+                return self._group_fails(record)
+            case _:
+                return self._message(record.getMessage())
+
+    # --------------------------------------------------------------------------------------------- jobs
+
+    def _run(self, record: LogRecord) -> str | None:
+        """The table of jobs, once."""
+        first, self.total = not self.total, record.__dict__["stats"].get("total", 0)
+        return record.getMessage().rstrip() if first else None
+
+    def _begins(self, record: LogRecord) -> str | None:
+        said = record.__dict__
+        job = Job(" ".join([said["rule_name"], *map(str, said["wildcards"].values())]), time.monotonic())
+        self.jobs[said["jobid"]] = job
+        if self.dryrun:
+            return f"{job.title}: {_cut(said['reason'])}"
+        # Elsewhere the line comes when the job is submitted, with its number there; a group has one line.
+        return _at(f"{job.title} starts") if said["local"] and not said["indent"] else None
+
+    def _group(self, record: LogRecord) -> str | None:
+        return f"{_group(job.rule.name for job in record.__dict__['jobs'])}:" if self.dryrun else None
+
+    def _finished(self, record: LogRecord) -> str:
+        job = self._job(record.__dict__["job_id"])
+        self.done += 1
+        took = duration(time.monotonic() - job.began)
+        return _at(f"{job.title} is done after {took} ({self.done} of {self.total})")
+
+    def _fails(self, record: LogRecord) -> str | None:
+        """A stop in one line; else the reason, the end of the log, and where to read on."""
+        said = record.__dict__
+        job, logs = self._job(said["jobid"], said["rule_name"]), said["log"]
+        status = self._status(said["shellcmd"])
+        last = _end_of(logs, 1)
+        asked = status in STOPS or (self.stopping and status is None)  # Slurm gives no status
+        if asked or (last and "stopped by SIG" in last[0]):
+            return _at(f"{job.title} has stopped")
+        if said["indent"] and not any(_complains(line) for line in _end_of(logs)):
+            return None  # a member of a failed group that did not fail itself
+        self.failed.append(job.title)
+        why = f", {_cut(str(said['rule_msg']))}" if said["rule_msg"] else ""
+        lines = [_at(f"{job.title} has failed{f' (exit status {status})' if status else ''}{why}")]
+        lines += [f"  | {line}" for line in _end_of(logs)]
+        lines += [f"  Its log, which begins with its command: {log}" for log in logs[:1]]
+        lines += [f"  {name}: {value}" for name, value in said["aux"].items()]
+        return "\n".join((*lines, *(f"  Log of its Slurm job: {log}" for log in logs[1:])))
+
+    def _group_fails(self, record: LogRecord) -> str:
+        """The line of the group; lines of the members that failed follow."""
+        said = record.__dict__
+        title = _group(member["rule_name"] for member in said["job_error_info"])
+        if self.stopping:
+            return _at(f"{title} has stopped")
+        self.failed.append(title)
+        logs = [f"  Log of its Slurm job: {log}" for log in said["aux_logs"]]
+        return "\n".join((_at(f"{title} has failed"), *logs))
+
+    def _job(self, number: Any, rule: str = "a job") -> Job:
+        return self.jobs.get(number) or Job(rule, time.monotonic())
+
+    def _status(self, command: str | None) -> str | None:
+        """The exit status of a failed command, which Snakemake has told in a message before."""
+        return next((s for message, s in reversed(self.statuses) if command and command in message), None)
+
+    # ----------------------------------------------------------------------------------------- messages
+
+    def _message(self, text: str) -> str | None:
+        if text.startswith(CHATTER) or "have missing provenance/metadata" in text:
+            return None
+        if "CalledProcessError" in text and (found := STATUS.search(text)):
+            self.statuses.append((text, found[1] or found[2]))
+            return None
+        if text.startswith("Terminating processes on user request"):
+            self.stopping = True
+            return _at("Stopping, as asked. A training finishes its step and saves.")
+        if text.startswith("Complete log(s): "):
+            self.full_log = text.removeprefix("Complete log(s): ")
+            return None
+        if text.startswith("Elapsed time: "):
+            took = text.removeprefix("Elapsed time: ").partition(".")[0]
+            return f"All jobs are done, after {took}." if self.done == self.total else None
+        if text.rstrip().endswith(FAILED):
+            return self._ending()
+        if found := SUBMITTED.fullmatch(text):
+            title = self._job(_number(found[1]), "a group").title
+            return _at(f"{title} is submitted as Slurm job {found[2]}")
+        return text
+
+    def _ending(self) -> str:
+        done = f"{self.done} of {self.total} jobs are done"
+        if not self.failed:
+            return f"Stopped; {done}. Run the same command again to continue."
+        failed = ", ".join(dict.fromkeys(self.failed))
+        return f"Failed: {failed}; {done}. All that Snakemake said: {self.full_log}"
+
+
+def _group(rules: Iterable[str]) -> str:
+    return "a group of " + ", ".join(f"{count} {rule}" for rule, count in sorted(Counter(rules).items()))
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _at(text: str) -> str:
+    return f"[{time.strftime('%H:%M:%S')}] {text}"
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def _complains(line: str) -> bool:
+    return "error" in line.lower() or line.startswith("Traceback")
+
+
+def _end_of(logs: Iterable[str], count: int = END_OF_LOG) -> list[str]:
+    """The last lines of the first log that says something beside its command."""
+    return next(filter(None, (list(_last(Path(log), count)) for log in logs)), [])
+
+
+def _last(path: Path, count: int) -> Iterator[str]:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:  # the job has not come as far as its log
+        return
+    yield from [line for line in lines if line.strip() and not line.startswith("$ ")][-count:]

@@ -1,0 +1,156 @@
+"""What a run says on the terminal: a line for a job that starts or ends, and why one failed."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from snaketron.graph.lines import Lines
+
+import pytest
+from snakemake_interface_logger_plugins.common import LogEvent
+
+COMMAND = """python scripts/sft.py --settings '{"stage":"sft","train_iters":60}' --log-file logs/sft.log"""
+
+
+def record(text: str = "", event: LogEvent | None = None, **extra: Any) -> logging.LogRecord:
+    """A message as Snakemake sends it to its loggers."""
+    made = logging.LogRecord("snakemake", logging.INFO, "", 0, text, None, None)
+    made.__dict__.update(extra, event=event)
+    return made
+
+
+def starts(lines: Lines, number: int, rule: str, *, local: bool = True, reason: str = "", **wildcards: str):
+    extra = {"jobid": number, "rule_name": rule, "wildcards": wildcards, "reason": reason}
+    return lines.of(record(event=LogEvent.JOB_INFO, local=local, indent=False, **extra))
+
+
+def fails(lines: Lines, number: int, log: Path | str, *, indent: bool = False, why: str | None = None, **aux):
+    extra = {"jobid": number, "rule_name": "sft", "log": [str(log)], "shellcmd": COMMAND, "rule_msg": why}
+    return lines.of(record(event=LogEvent.JOB_ERROR, indent=indent, aux=aux, **extra))
+
+
+def exits(lines: Lines, status: int) -> None:
+    """The message in which Snakemake tells the whole command and its status."""
+    text = f"RuleException:\nCalledProcessError in file sft.smk, line 26:\nCommand 'set -euo; {COMMAND}'"
+    assert lines.of(record(f"{text} returned non-zero exit status {status}.", LogEvent.ERROR)) is None
+
+
+def ends(lines: Lines) -> str | None:
+    assert lines.of(record("Complete log(s): .snakemake/log/all.log")) is None
+    return lines.of(record("WorkflowError:\nAt least one job did not complete successfully.", LogEvent.ERROR))
+
+
+@pytest.fixture
+def lines() -> Lines:
+    """The lines of a run of two jobs, after its table of jobs."""
+    lines = Lines()
+    assert lines.of(record("job count\nsft 1\ntotal 2", LogEvent.RUN_INFO, stats={"sft": 1, "total": 2}))
+    return lines
+
+
+def without_time(text: str | None) -> str:
+    assert text
+    return re.sub(r"\[\d\d:\d\d:\d\d\] |(?<=after )\d\d:\d\d:\d\d", "", text)
+
+
+def test_a_job_that_starts_or_ends_is_a_line(lines: Lines):
+    assert without_time(starts(lines, 7, "tokenize_shard", corpus="docs", shard="part_0")) == (
+        "tokenize_shard docs part_0 starts"
+    )
+    done = lines.of(record("Finished jobid: 7", LogEvent.JOB_FINISHED, job_id=7))
+    assert without_time(done) == "tokenize_shard docs part_0 is done after  (1 of 2)"
+    for chatter in (
+        record("Select jobs to execute..."),
+        record("Execute 1 jobs...", LogEvent.JOB_STARTED),
+        record("1 of 2 steps (50%) done", LogEvent.PROGRESS),
+        record(f"Shell command: {COMMAND}", LogEvent.SHELLCMD),
+    ):
+        assert lines.of(chatter) is None
+
+
+def test_on_slurm_the_line_comes_with_the_number_of_the_job(lines: Lines):
+    assert starts(lines, 7, "sft", local=False) is None
+    submitted = record("Job 7 has been submitted with SLURM jobid 42 (log: logs/slurm/42.log).")
+    assert without_time(lines.of(submitted)) == "sft is submitted as Slurm job 42"
+
+
+def test_a_dry_run_gives_the_reason_of_each_job():
+    lines = Lines(dryrun=True)
+    missing = "Missing output files: ckpt/sft"
+    assert starts(lines, 0, "sft", reason=missing) == f"sft: {missing}"
+    long = starts(lines, 1, "blend", reason=f"Updated input files: {'a.json, ' * 100}")
+    assert long and len(long) < 200 and long.endswith("...")
+
+
+def test_a_stop_is_a_stop_and_no_error(lines: Lines, tmp_path: Path):
+    starts(lines, 0, "sft")
+    stopping = lines.of(record("Terminating processes on user request, this might take some time."))
+    assert without_time(stopping) == "Stopping, as asked. A training finishes its step and saves."
+    exits(lines, 130)
+    assert without_time(fails(lines, 0, tmp_path / "sft.log")) == "sft has stopped"
+    assert ends(lines) == "Stopped; 0 of 2 jobs are done. Run the same command again to continue."
+
+
+def test_a_training_that_was_stopped_elsewhere_is_no_error_either(lines: Lines, tmp_path: Path):
+    """As by scancel, of which this Snakemake was not told."""
+    log = tmp_path / "sft.log"
+    log.write_text(
+        "$ python\n2026-11-28 15:37:35,309 sft: stopped by SIGTERM after step 21; run the same ...\n"
+    )
+    starts(lines, 0, "sft")
+    assert without_time(fails(lines, 0, log)) == "sft has stopped"
+
+
+def test_a_failed_job_shows_its_status_and_the_end_of_its_log(lines: Lines, tmp_path: Path):
+    log = tmp_path / "sft.log"
+    log.write_text("\n".join([f"$ {COMMAND}", *(f"line {i}" for i in range(30)), "error: no space left"]))
+    starts(lines, 0, "sft")
+    exits(lines, 1)
+    said = without_time(fails(lines, 0, log)).splitlines()
+    assert said[0] == "sft has failed (exit status 1)"
+    assert said[1:-1] == [*(f"  | line {i}" for i in range(16, 30)), "  | error: no space left"]
+    assert said[-1] == f"  Its log, which begins with its command: {log}"
+    assert ends(lines) == (
+        "Failed: sft; 0 of 2 jobs are done. All that Snakemake said: .snakemake/log/all.log"
+    )
+
+
+def test_what_the_executor_knows_about_a_failure_is_told(lines: Lines, tmp_path: Path):
+    said = fails(lines, 3, tmp_path / "absent.log", why="Slurm job 42 failed: OUT_OF_MEMORY", slurm_jobid=42)
+    assert without_time(said).splitlines() == [
+        "sft has failed, Slurm job 42 failed: OUT_OF_MEMORY",
+        f"  Its log, which begins with its command: {tmp_path}/absent.log",
+        "  slurm_jobid: 42",
+    ]
+
+
+def test_of_a_failed_group_only_the_members_that_failed_are_shown(lines: Lines, tmp_path: Path):
+    good, bad = tmp_path / "good.log", tmp_path / "bad.log"
+    good.write_text("$ python\n3 documents\n")
+    bad.write_text("$ python\nerror: a.jsonl: line 3\n")
+    members = [{"rule_name": "render_chat"}, {"rule_name": "render_chat"}]
+    group = record("Error in group a", LogEvent.GROUP_ERROR, job_error_info=members, aux_logs=["42.log"])
+    assert without_time(lines.of(group)).splitlines() == [
+        "a group of 2 render_chat has failed",
+        "  Log of its Slurm job: 42.log",
+    ]
+    assert fails(lines, 1, good, indent=True) is None
+    assert "  | error: a.jsonl: line 3" in without_time(fails(lines, 2, bad, indent=True))
+
+
+def test_a_finished_run_says_so(lines: Lines):
+    for number in (0, 1):
+        starts(lines, number, "sft")
+        lines.of(record(event=LogEvent.JOB_FINISHED, job_id=number))
+    assert lines.of(record("Elapsed time: 0:07:55.38")) == "All jobs are done, after 0:07:55."
+
+
+def test_other_messages_are_passed_on(lines: Lines):
+    for text in (
+        "Nothing to be done (all requested files are present and up to date).",
+        "To download: 3 files",
+    ):
+        assert lines.of(record(text)) == text
