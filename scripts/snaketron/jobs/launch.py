@@ -32,7 +32,9 @@ from snaketron.log import UserError
 from snaketron.settings.training import RunSettings
 from snaketron.sizes.layout import layout
 
-SAVED = 75  # exit status of a process that saved and stopped as it was asked to (EX_TEMPFAIL)
+# Exit status of a process that saved and stopped as it was asked to: that of success, because srun kills the
+# processes that are still ending when one of them ends with another status.
+SAVED = 0
 STOP = signal.SIGUSR1  # asks for that; unlike SIGTERM and SIGINT, nobody else sends it
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, STOP)  # all that ask a training to save and stop
 FAREWELL_S = 3.0  # for the other processes to say why they fail as well, once one has ended
@@ -237,14 +239,14 @@ class Ranks:
         """The exit status of the attempt; None while a process runs.
 
         A process killed by a signal wins: the others fail because it is gone. Then comes the first failure,
-        then `SAVED`, else 0.
+        else 0.
         """
         statuses = [process.poll() for process in self.processes]
         failed = [status for status in statuses if status]
         if None not in statuses:
             died = [] if self.killed else [status for status in failed if status < 0]
-            return next((s for s in died + failed if s != SAVED), failed[0] if failed else 0)
-        if any(status != SAVED for status in failed):
+            return next(iter(died + failed), 0)
+        if failed:
             self.failed_at = self.failed_at or time.monotonic()
             if time.monotonic() - self.failed_at > FAREWELL_S:
                 self.kill()  # the others wait for the one that is gone

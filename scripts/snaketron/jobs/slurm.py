@@ -32,6 +32,15 @@ def seconds_left(job: Job) -> float | None:
     return parse_time(_squeue(job.id, "%L") or "")
 
 
+def is_preempted(job: Job) -> bool:
+    """Whether Slurm has told a job to make room for another one, and ends it when its grace time is over."""
+    try:
+        said = _run("squeue", "--noheader", f"--jobs={job.id}", "--Format=PreemptTime").stdout
+    except OSError:
+        return False
+    return bool(re.match(r"\d{4}-", said.strip()))
+
+
 def parse_time(text: str) -> float | None:
     """Seconds of a time as squeue writes it, such as 1-02:03:04 or 03:04; None for UNLIMITED and the like.
 

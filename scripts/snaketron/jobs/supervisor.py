@@ -26,6 +26,7 @@ from snaketron.log import UserError, logger
 from snaketron.settings.training import RunSettings
 
 POLL_S = 0.2
+TO_BE_CONTINUED = 75  # exit status of a training that saved before the time limit (EX_TEMPFAIL)
 HANDOVER_S = 600.0  # for Slurm to end a job that was requeued or told to go
 
 
@@ -181,9 +182,8 @@ class Supervisor:
         if ended.status == 0 and self.version.is_finished:
             attempts.end("finished", done)
             return 0
-        if ended.why == "signal" or (ended.why == "exit" and ended.status == SAVED):
+        if ended.why == "signal" or (ended.why == "exit" and self.was_told_alone(ended)):
             attempts.end("stopped", done)
-            # Slurm may have told the processes alone.
             return self.stopped(self.signals.received[0] if self.signals.received else signal.SIGTERM, saved)
         failure = first_failure(self.version.failures)
         error = self.explain(ended, failure["error"] if failure else None)
@@ -199,6 +199,14 @@ class Supervisor:
             raise UserError(error)
         logger.warning("%s: %s after step %d; starting again from step %d", self.name, error, done, saved)
         return None
+
+    def was_told_alone(self, ended: Ended) -> bool:
+        """Whether Slurm told the processes to stop and not the supervisor, as it does to pre-empt a job.
+
+        Then they have saved, or died because they had not begun to train, or srun could not start them:
+        Slurm refuses that from then on.
+        """
+        return ended.status == SAVED or (self.job is not None and slurm.is_preempted(self.job))
 
     def explain(self, ended: Ended, said: str | None) -> str:
         """Why an attempt failed; `said` is what the first process to fail said, if it could."""
@@ -228,7 +236,7 @@ class Supervisor:
             self.to_be_ended = True
         else:
             logger.warning("%s; run the same command again to continue", what)
-        return SAVED
+        return TO_BE_CONTINUED
 
 
 def _wait_to_be_ended(signals: Signals) -> None:

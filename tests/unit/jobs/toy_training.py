@@ -16,7 +16,7 @@ from pathlib import Path
 from snaketron.files import write_text
 from snaketron.jobs import launch, supervisor
 from snaketron.jobs.heartbeat import Heartbeat
-from snaketron.jobs.owner import check_owner
+from snaketron.jobs.owner import TOKEN, Holder, check_owner
 from snaketron.jobs.version import Version
 from snaketron.log import UserError, run
 from snaketron.settings.training import RunSettings
@@ -44,7 +44,7 @@ def train(version: Version, plan: dict[str, str]) -> int:
         signal.signal(number, lambda n, _: stop.append(n))
     heartbeat = Heartbeat(version.heartbeat, STEPS, writer=launch.is_writer())
     for step in range((version.latest_iteration() or 0) + 1, STEPS + 1):
-        go_wrong(plan.get(f"{attempt}:{rank}:{step}"), stop)
+        go_wrong(plan.get(f"{attempt}:{rank}:{step}"), stop, version)
         time.sleep(0.02)
         asked = bool(stop)
         write_text(directory / f"steps/{attempt}_{step}_{rank}", str(int(asked)))
@@ -65,7 +65,7 @@ def train(version: Version, plan: dict[str, str]) -> int:
     return 0
 
 
-def go_wrong(how: str | None, stop: list[int]) -> None:
+def go_wrong(how: str | None, stop: list[int], version: Version) -> None:
     match how:
         case None:
             return
@@ -79,8 +79,9 @@ def go_wrong(how: str | None, stop: list[int]) -> None:
         case "wait":
             while not stop:
                 time.sleep(0.002)
-        case "pause":
-            time.sleep(2)
+        case "pause":  # until another supervisor owns the version
+            while (holder := Holder.of(version)) is None or holder.token == os.environ[TOKEN]:
+                time.sleep(0.02)
         case "hang":
             signal.pthread_sigmask(signal.SIG_BLOCK, launch.STOP_SIGNALS)
             time.sleep(600)
