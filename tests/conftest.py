@@ -6,14 +6,16 @@ import gc
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from snaketron import files
-from tests.warm_snakemake import WarmSnakemake
+from tests.warm import Warm
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -26,8 +28,15 @@ if sys.dont_write_bytecode:  # else some 700 processes would each compile torch 
 # Tests that share a run of the workflow, or a cluster, which each worker of pytest would make for itself, and
 # in which order. The longest are first, so that no worker is left alone with them at the end.
 TOGETHER = {
+    "tests/slurm/test_faults.py": "cluster for faults",
+    "tests/slurm/test_cluster_faults.py": "cluster for faults of its own",
     "tests/slurm/": "cluster",
     "tests/end_to_end/test_lora.py": "adapters",
+    # They fork from one process with megatron-core.
+    "tests/end_to_end/test_layouts.py": "layouts",
+    "tests/unit/model/megatron/test_optimizer_state.py": "layouts",
+    "tests/unit/sizes/test_parameters.py": "layouts",
+    "tests/unit/train/test_lora.py": "layouts",
     "tests/end_to_end/test_curation.py": "curation",
     "tests/end_to_end/test_main_job.py": "main job",
     "tests/graph/test_rebuild.py": "main job",
@@ -40,7 +49,7 @@ SLOW = (
 )
 BUT = "tests/end_to_end/test_main_job.py"  # the workflow from raw text to its end, once
 TWICE = "test_every_printed_command_runs_by_itself"
-SNAKEMAKE = WarmSnakemake()
+SNAKEMAKE, MEGATRON = Warm("snakemake"), Warm("megatron")
 PARTS = ("Snakefile", "rules", "scripts", "profiles", "config", "tests", "envs")
 
 
@@ -87,22 +96,23 @@ class Result:
     status: int
     output: str
     jobs: dict[str, int] = field(default_factory=dict)  # of Snakemake's table of jobs, by rule
-    errors: str = ""  # where they are apart from the output
 
 
 def run_module(module: str, *arguments: str, processes: int = 1) -> Result:
-    """A program of the tests, in one process or in several that torchrun starts; it must succeed."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), "-m", module, *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return Result(done.returncode, done.stdout, errors=done.stderr)
+    """A program of the tests, in one process or in several, as torchrun would start them; it must succeed."""
+    shared = os.environ | {"OMP_NUM_THREADS": "1"}
+    environments = [shared]
+    if processes > 1:
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+        environments = [shared | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(processes)]
+    statuses, output = MEGATRON.run(["-m", module, *arguments], REPOSITORY, environments, 900)
+    assert not any(statuses), output[-3000:]
+    return Result(0, output)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 @dataclass
@@ -112,10 +122,11 @@ class Workspace:
     path: Path
     overlays: tuple[str, ...] = ("tests/config/micro.yaml",)
 
-    def run(self, *command: str, environment: dict[str, str] | None = None, timeout: int = 600) -> Result:
+    def run(self, *command: str, environment: dict[str, str] | None = None, timeout: int = 1800) -> Result:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {})
         if command[0] == "snakemake":
-            return Result(*SNAKEMAKE.run(list(command[1:]), self.path, environment, timeout))
+            (status,), output = SNAKEMAKE.run(list(command[1:]), self.path, [environment], timeout)
+            return Result(status, output)
         done = subprocess.run(
             command,
             cwd=self.path,
@@ -174,20 +185,27 @@ def workspace(tmp_path: Path) -> Workspace:
     return make_workspace(tmp_path / "work")
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The main job, run once to its end by whichever test process comes first. Tests work on copies."""
-    root = tmp_path_factory.getbasetemp()
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Workspace]) -> Path:
+    """The directory of what `make` makes of the main job, once for all test processes, whichever comes first.
+
+    What Snakemake printed is its `transcript.txt`.
+    """
+    root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # which the processes share
-    transcript = root / "finished/work/transcript.txt"
-    with files.owned(root / "finished.lock"):
-        if not transcript.exists():
-            workspace = make_workspace(root / "finished/work")
-            result = workspace.snakemake("ckpt/sft")
+    path = root / name / "work"
+    with files.owned(root / f"{name}.lock"):
+        if not (path / "transcript.txt").exists():
+            result = make(path).snakemake("ckpt/sft")
             assert result.status == 0, result.output[-5000:]
-            transcript.write_text(result.output)
-    return Workspace(root / "finished/work")
+            (path / "transcript.txt").write_text(result.output)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The main job, run once to its end. Tests work on copies."""
+    return Workspace(made_once(tmp_path_factory, "finished", make_workspace))
 
 
 @pytest.fixture

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.conftest import Workspace
+from snaketron.jobs.launch import Ranks
+from snaketron.jobs.owner import own
+from snaketron.settings.training import LoraSettings, TrainSettings
+from snaketron.train.stage import Stage, training_parser
+from tests.conftest import MEGATRON, Result, Workspace
 
 import psutil
 
@@ -21,6 +26,28 @@ def shell_lines(workspace: Workspace, target: str, *config: str) -> list[str]:
     assert result.status == 0, result.output
     prefix = "Shell command: "
     return [line.removeprefix(prefix) for line in result.output.splitlines() if line.startswith(prefix)]
+
+
+def run_forked(workspace: Workspace, line: str) -> Result:
+    """Run a training that a dry-run printed, with processes that need not import megatron-core any more.
+
+    They are those of the command's supervisor, with the environment that it would give them. Then the command
+    itself finds the training finished, and publishes it.
+    """
+    script, *words = shlex.split(line)[1:]
+    parser = training_parser(None)
+    parser.add_argument("--adapters", type=Path)
+    kind = LoraSettings if "lora.py" in script else TrainSettings
+    with contextlib.chdir(workspace.path):
+        stage = Stage.from_args(parser.parse_known_args(words)[0], kind)
+        with own(stage.version) as owner:
+            environments = Ranks([script], stage.run, owner, None).environments
+            statuses, output = MEGATRON.run([script, *words], workspace.path, environments, 1200)
+    if any(statuses):
+        return Result(max(statuses, key=abs), output)
+    result = workspace.run("bash", "-c", line)
+    assert "these settings were trained before" in result.output, result.output[-3000:]
+    return result
 
 
 def run_until(
@@ -36,7 +63,7 @@ def run_until(
             command, cwd=workspace.path, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + 900
             while not reached():
                 assert process.poll() is None, f"ended before the moment came:\n{log.read_text()[-3000:]}"
                 assert time.monotonic() < deadline, f"the moment never came:\n{log.read_text()[-3000:]}"
@@ -46,8 +73,8 @@ def run_until(
             for one in everyone:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.send_signal(number)
-            process.wait(timeout=120)
-            psutil.wait_procs(everyone, timeout=60)
+            process.wait(timeout=600)
+            psutil.wait_procs(everyone, timeout=600)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

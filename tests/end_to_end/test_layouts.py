@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 from tests.conftest import Workspace
-from tests.end_to_end.processes import run_until, saved, shell_lines
+from tests.end_to_end.processes import run_forked, run_until, saved, shell_lines
 
 import pytest
 
@@ -42,16 +42,20 @@ def fresh(copy: Workspace) -> Workspace:
     return copy
 
 
-def command(workspace: Workspace, layout: str) -> list[str]:
+def line(workspace: Workspace, layout: str) -> str:
     config = f"pretrain={{cpus_per_task: 1, parallel: {{{LAYOUTS[layout]}}}}}"
-    (line,) = shell_lines(workspace, TARGET, config)
-    assert line.startswith("python scripts/pretrain.py ")
-    return ["bash", "-c", line]
+    (found,) = shell_lines(workspace, TARGET, config)
+    assert found.startswith("python scripts/pretrain.py ")
+    return found
+
+
+def command(workspace: Workspace, layout: str) -> list[str]:
+    return ["bash", "-c", line(workspace, layout)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_give_the_losses_of_one(fresh: Workspace, layout: str):
-    result = fresh.run(*command(fresh, layout))
+    result = run_forked(fresh, line(fresh, layout))
     assert result.status == 0, result.output[-3000:]
     expected = losses(fresh.path / "single/pretrain/broad")
     assert len(expected["loss"]) == 6
@@ -84,7 +88,11 @@ def test_packs_are_tuned_on_alike_in_every_layout(copy: Workspace):
         for old in [copy.path / "ckpt/sft", *copy.path.glob("ckpt/versions/sft-*")]:
             old.unlink() if old.is_symlink() else shutil.rmtree(old)
         config = [f"sft={{{steps}, parallel: {{{sizes}}}}}", "sft_data={padding_multiple: 4}"]
-        result = copy.snakemake("ckpt/sft", config=config)
+        if layout == "one":  # and the packs
+            result = copy.snakemake("ckpt/sft", config=tuple(config))
+        else:
+            (training,) = shell_lines(copy, "ckpt/sft", *config)
+            result = run_forked(copy, training)
         assert result.status == 0, result.output[-3000:]
         lines = [json.loads(line) for line in (copy.path / "ckpt/sft/metrics.jsonl").read_text().splitlines()]
         keys = ("loss", "sample_loss", "mtp_1_loss", "mtp_2_loss", "valid_loss", "grad_norm")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from snaketron.lineage.record import read
 from tests.conftest import Workspace, copy_of
-from tests.end_to_end.processes import exists, run_until, saved, shell_lines
+from tests.end_to_end.processes import exists, run_forked, run_until, saved, shell_lines
 from tests.end_to_end.test_kill import half_written, metrics, weights
 from tests.end_to_end.test_layouts import losses, worst
 
@@ -106,8 +106,8 @@ def test_merging_keeps_the_loss(tuned: Workspace):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_give_the_adapters_and_the_merged_model_of_one(again: Workspace, layout: str):
-    for command in commands(again, LAYOUTS[layout]):
-        result = again.run(*command)
+    for _, _, line in commands(again, LAYOUTS[layout]):
+        result = run_forked(again, line)
         assert result.status == 0, result.output[-3000:]
     single, ckpt = again.path / "single", again.path / "ckpt"
     difference = worst(losses(ckpt / "lora"), losses(single / "lora"))

@@ -43,7 +43,7 @@ GPUS = 2
 PARTITION = "tests"
 ACCOUNT = "tests"
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
-SECONDS_TO_WAIT = 30
+SECONDS_TO_WAIT = 180
 
 # CPUs, memory and GPUs are declared, whatever the machine has. There is no default partition, and none of
 # the name in profiles/slurm: a job runs only if it asks for the one that the tests name.
@@ -91,7 +91,7 @@ KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName={partition} Nodes=ALL MaxTime=INFINITE PriorityTier=5 PreemptMode=OFF
-PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=3
+PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=15
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF
 """
 NODE_CONF = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.conftest import REPOSITORY, Result, Workspace, copy_of, make_workspace
+from tests.conftest import REPOSITORY, Result, Workspace, copy_of, made_once, make_workspace
 from tests.slurm import cluster
 
 import pytest
@@ -22,7 +23,7 @@ import yaml
 if TYPE_CHECKING:
     from tests.slurm.disturbed import Disturbed
 
-MINUTES = 5  # time limit of every job
+MINUTES = 10  # time limit of every job
 TWO_NODES = ("tests/config/micro.yaml", "tests/slurm/two_nodes.yaml")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
@@ -60,7 +61,7 @@ class Running:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def result(self, seconds: float = 300) -> Result:
+    def result(self, seconds: float = 900) -> Result:
         """What it did, once it has ended."""
         return Result(self.process.wait(timeout=seconds), self.log.read_text())
 
@@ -175,7 +176,7 @@ class Slurm:
             pytest.fail(f"Slurm failed to {request}: {said}{self.process.stdout.read()}")
 
 
-def wait_for[T](condition: Callable[[], T], seconds: float = 60, every: float = 0.2) -> T:
+def wait_for[T](condition: Callable[[], T], seconds: float = 300, every: float = 0.2) -> T:
     """What `condition` returns, as soon as it is true."""
     deadline = time.monotonic() + seconds
     while not (reached := condition()):
@@ -250,8 +251,25 @@ def two_nodes(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Workspa
     return workspace
 
 
+@pytest.fixture(scope="session")
+def two_processes(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The main job, its last training done by two processes of this machine, once for all test processes."""
+
+    def make(path: Path) -> Workspace:
+        workspace = copy_of(finished, path)
+        (path / "transcript.txt").unlink()
+        published = path / "ckpt/sft"
+        shutil.rmtree(published.resolve())
+        published.unlink()
+        workspace.overlays = (*TWO_NODES, "tests/slurm/one_node.yaml")
+        return workspace
+
+    return Workspace(made_once(tmp_path_factory, "two_processes", make), TWO_NODES)
+
+
 @pytest.fixture
-def disturbed(slurm: Slurm, two_nodes: Workspace, tmp_path: Path) -> Disturbed:
+def disturbed(slurm: Slurm, two_processes: Workspace, tmp_path: Path) -> Disturbed:
+    """A copy of the main job whose last training is to be done again, on two nodes."""
     from tests.slurm.disturbed import Disturbed
 
-    return Disturbed(slurm, copy_of(two_nodes, tmp_path / "work"))
+    return Disturbed(slurm, copy_of(two_processes, tmp_path / "work"))

@@ -1,4 +1,4 @@
-"""The main job on two nodes, its last training undone, for something to go wrong when it is done again."""
+"""The main job, its last training undone, for something to go wrong when two nodes do it again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import psutil
 
 
 class Disturbed:
-    """A copy of the main job on two nodes that tunes its model again."""
+    """A copy of the main job that tunes its model again, on two nodes."""
 
     def __init__(self, slurm: Slurm, workspace: Workspace) -> None:
         self.slurm, self.workspace = slurm, workspace
@@ -28,10 +28,11 @@ class Disturbed:
         self.version.rename(self.undisturbed)
         self.published.unlink()
 
-    def start(
-        self, config: tuple[str, ...] = (), *arguments: str
-    ) -> contextlib.AbstractContextManager[Running]:
-        return self.slurm.start(self.workspace, "ckpt/sft", *arguments, config=config)
+    @contextlib.contextmanager
+    def start(self, config: tuple[str, ...] = (), *arguments: str) -> Iterator[Running]:
+        """Begin to tune; at the end nothing of it is left."""
+        with self.slurm.start(self.workspace, "ckpt/sft", *arguments, config=config) as self.running:
+            yield self.running
 
     def has_done(self, step: int) -> bool:
         with contextlib.suppress(OSError, ValueError):
@@ -39,7 +40,21 @@ class Disturbed:
         return False
 
     def wait_for(self, step: int) -> None:
-        wait_for(lambda: self.has_done(step), 120)
+        """Wait until a step is done, which must come before Snakemake ends."""
+
+        def done() -> bool:
+            assert self.running.process.poll() is None, self.running.log.read_text()[-3000:]
+            return self.has_done(step)
+
+        wait_for(done, 600)
+
+    def pre_empt(self) -> None:
+        """Have a job of another partition ask for both nodes, for 2 s; it need not wait for jobs of `low`."""
+        self.slurm.call(
+            *("sbatch", "--parsable", "-phigh", "-Atests", "-N2", "--exclusive", "--wrap=sleep 2"),
+            f"--chdir={self.workspace.path.parent}",
+            "--output=/dev/null",
+        )
 
     @property
     def jobs(self) -> list[Job]:
