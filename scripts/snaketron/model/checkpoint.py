@@ -202,11 +202,34 @@ def load(
             {k: v for k, v in group.items() if k not in ("params", "step")}
             for group in optimizer.param_groups
         ]
+        _configure_rates(state["optimizer"], optimizer)
         optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(optimizer.param_groups, before, strict=True):
             # Keep values that only this machine's optimizer has, and configured ones.
             group.update({k: v for k, v in values.items() if k in _CONFIGURED or k not in group})
     return state["progress"]
+
+
+def _configure_rates(state: Any, optimizer: MegatronOptimizer) -> None:
+    """Put the configured rates into the groups of a saved optimizer.
+
+    megatron-core finds the saved group of a parameter by its rates among other values, and a phase with a
+    rate of its own starts from the optimizer of a phase without.
+    """
+    for name in ("max_lr", "min_lr"):
+        rates = {group.get(name) for group in optimizer.param_groups}
+        for group in _groups(state) if len(rates) == 1 else ():
+            if name in group:
+                group[name] = next(iter(rates))
+
+
+def _groups(state: Any) -> Iterator[dict[str, Any]]:
+    """The groups of a saved optimizer, or of the several ones that a chained optimizer has."""
+    for key, value in state.items() if isinstance(state, dict) else ():
+        if key == "param_groups":
+            yield from value
+        else:
+            yield from _groups(value)
 
 
 # What Transformer Engine's modules keep beside their weights: nothing, or the scales of fp8.

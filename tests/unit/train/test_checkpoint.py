@@ -219,9 +219,12 @@ def test_a_base_gives_its_weights_and_not_its_optimizer(trainer, tmp_path: Path)
 def test_the_configuration_decides_the_rates_of_a_loaded_optimizer(trainer, tmp_path: Path):
     one = trainer(steps=1, optimizer={"weight_decay": 0.3, "adam_beta1": 0.8})
     one.save(tmp_path)
-    two = trainer(optimizer={"weight_decay": 0.2, "adam_beta1": 0.7})
+    rates = {"learning_rate": 1e-4, "min_learning_rate": 1e-5}  # as of a phase with a rate of its own
+    two = trainer(optimizer={"weight_decay": 0.2, "adam_beta1": 0.7} | rates)
     two.start_from(tmp_path, optimizer_of_base=True)
     groups = two.optimizer.param_groups
+    assert {(g["max_lr"], g["min_lr"]) for g in groups} == {(1e-4, 1e-5)}
+    assert same(state(two), state(one))  # its moments too
     assert {g["betas"] for g in groups} == {(0.7, 0.95)}
     assert {g["weight_decay"] for g in groups} == {0.0, 0.2}
 
