@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from snaketron.config import ConfigError, load
-from snaketron.config.doubled import check_doubled
+from snaketron.graph.configfiles import merged
 from snaketron.log import UserError, argument_parser, run
 from snaketron.sources.patience import Patience
-
-DEFAULT_CONFIG = Path("config/config.yaml")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -62,22 +59,6 @@ def main(argv: list[str] | None = None) -> int:
         patience=Patience(args.retries, args.stall_timeout),
     )
     return 0
-
-
-def merged(configfiles: list[Path]) -> dict[str, Any]:
-    """The configuration as Snakemake merges it: the defaults, and over them the files in their order."""
-    from snakemake.common.configfile import load_configfile
-    from snakemake.exceptions import WorkflowError
-    from snakemake.utils import update_config
-
-    check_doubled([DEFAULT_CONFIG, *configfiles])
-    config: dict[str, Any] = {}
-    for path in [DEFAULT_CONFIG, *configfiles]:
-        try:
-            update_config(config, load_configfile(path))
-        except (WorkflowError, OSError) as error:
-            raise UserError(f"--configfile {path}: {error}") from None
-    return config
 
 
 if __name__ == "__main__":

@@ -105,6 +105,11 @@ class Cluster(Section):
         None,
         "processes of a training on a node without GPUs; null: all on one node. On GPUs each has one process",
     )
+    gpu: Literal["h100", "h200", "b200", "gb200", "gb300"] | None = key(
+        None,
+        "the GPU: times are estimated from what was measured on it, unless tokens_per_second_per_gpu is "
+        "stated; null: not known",
+    )
     gpu_memory_gb: Annotated[float, Field(gt=0)] | None = key(
         None,
         "memory of a GPU (10^9 bytes); a training that needs more, by the estimate of the dry-run, is an "

@@ -97,7 +97,7 @@ def describe(config: Config, jobs: Iterable[Any], request: Request) -> str | Non
             cpu_hours += len(same) * minutes / 60 * cpus
     total = f"At most {cpu_hours:,.0f} CPU hours for data, by the time limits"
     if gpu_hours:
-        total += f"; {gpu_hours:,.1f} GPU hours for trainings, by the stated throughput"
+        total += f"; {gpu_hours:,.1f} GPU hours for trainings, by the stated or measured throughput"
     return "\n".join([*lines, "", f"{total}."])
 
 
@@ -140,7 +140,9 @@ def time_line(training: Training, needs: Estimate, limit_minutes: float) -> str:
     """The time of a training, and in how many jobs its time limit cuts it."""
     run, tokens = training.run, f"{large(needs.tokens)} tokens"
     if needs.hours is None:
-        return f"{tokens}; state tokens_per_second_per_gpu for an estimate of the time"
-    text = f"{tokens} at {run.tokens_per_second_per_gpu:,.0f} tokens/s on each: {hours(needs.hours)}"
+        return f"{tokens}; name cluster.gpu or state tokens_per_second_per_gpu for an estimate of the time"
+    assert needs.speed is not None
+    text = f"{tokens} at {needs.speed.tokens_per_second:,.0f} tokens/s on each"
+    text += ("" if needs.speed.source == "stated" else f" ({needs.speed.source})") + f": {hours(needs.hours)}"
     jobs = needs.num_jobs(limit_minutes / 60, run.stop_before_limit) or 1
     return text + (f", in {jobs:,} jobs of {hours(limit_minutes / 60)}" if jobs > 1 else "")

@@ -12,6 +12,7 @@ from snaketron.files import sha256
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.sizes.outlook import Progress, outlook
+from snaketron.sizes.speed import speed
 
 RULES = ("pretrain", "sft", "lora", "merge_lora")
 # From the output of a training, its settings and the identities of its inputs to how far it is. Where an
@@ -42,13 +43,13 @@ def _words(config: Config, job: Any, settings: dict[str, Any], progress: Progres
     if job.rule.name == "merge_lora":
         merged = "was merged before and is only published"
         return merged if progress.finished else "adds the adapters to their base"
-    run = config.training(settings["stage"]).run
-    speed = run.tokens_per_second_per_gpu
+    training = config.training(settings["stage"])
+    found = speed(config, training)
     return outlook(
         progress,
         settings["train_iters"],
         settings["global_batch_size"] * settings["seq_length"],
-        speed * run.parallel.world_size if speed else None,
+        found.tokens_per_second * training.run.parallel.world_size if found else None,
     )
 
 

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 from snaketron.config import Config, Parallel, Training
-from snaketron.sizes.memory import memory_of_process, static_of_run
+from snaketron.sizes.memory import activation_memory, memory_of_process, static_of_run
 from snaketron.sizes.parameters import adapter_parameters, num_active_parameters, num_parameters
+from snaketron.sizes.speed import Speed, flops_per_token, speed
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,10 @@ class Estimate:
     static_bytes: float  # weights, gradients and optimizer
     peak_bytes: float  # with activations
     host_bytes: float  # of the memory of a process' node: everything without GPUs, else what is offloaded
-    hours: float | None  # at the stated throughput; None where none is stated
+    flops: float  # model FLOPs of all tokens
+    checkpoint_bytes: float
+    speed: Speed | None  # stated or measured; None where it is not known
+    hours: float | None  # at that speed
     process_hours: float | None  # of all processes together: GPU hours on GPUs
 
     def num_jobs(self, limit_hours: float, stop_before_limit: float) -> int | None:
@@ -38,8 +42,9 @@ class Estimate:
 def estimate(config: Config, training: Training) -> Estimate:
     """The size of a training of the configuration."""
     model, run, vocab_size = training.model, training.run, config.tokenizer.vocab_size
-    adapters, speed, processes = training.adapters, run.tokens_per_second_per_gpu, run.parallel.world_size
-    hours = training.tokens / (speed * processes) / 3600 if speed else None
+    adapters, processes = training.adapters, run.parallel.world_size
+    found = speed(config, training)
+    hours = training.tokens / (found.tokens_per_second * processes) / 3600 if found else None
     static = max(kept.total for kept in static_of_run(model, vocab_size, run, run.optimizer))
     peak = memory_of_process(model, vocab_size, training.seq_length, run, run.optimizer)
     without = run.model_copy(update={"offload_optimizer": 0.0})
@@ -56,6 +61,50 @@ def estimate(config: Config, training: Training) -> Estimate:
         static_bytes=static,
         peak_bytes=peak,
         host_bytes=whole - static if config.cluster.gpus_per_node else peak,
+        flops=training.tokens * flops_per_token(config, training),
+        checkpoint_bytes=checkpoint_bytes(config, training),
+        speed=found,
         hours=hours,
         process_hours=hours * processes if hours else None,
     )
+
+
+@dataclass(frozen=True)
+class Components:
+    """Bytes on the GPU of the fullest process, by what they are."""
+
+    weights: float
+    gradients: float
+    main_weights: float
+    moments: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.main_weights + self.moments + self.activations
+
+
+def components(config: Config, training: Training) -> Components:
+    """What the memory of the fullest process holds at its peak."""
+    model, run, vocab_size = training.model, training.run, config.tokenizer.vocab_size
+    static = static_of_run(model, vocab_size, run, run.optimizer)
+    activations = activation_memory(model, vocab_size, training.seq_length, run)
+    stages = [
+        Components(kept.weights, kept.gradients, kept.main_weights, kept.moments, peak)
+        for kept, peak in zip(static, activations, strict=True)
+    ]
+    return max(stages, key=lambda stage: stage.total)
+
+
+def checkpoint_bytes(config: Config, training: Training) -> float:
+    """Bytes of a checkpoint, from which the training can continue: weights, main weights and both moments.
+
+    That of adapters holds them alone. Not counted: what describes the tensors, 4 % at 2 million parameters.
+    """
+    model, vocab_size, optimizer = training.model, config.tokenizer.vocab_size, training.run.optimizer
+    if training.adapters:
+        trained = sum(stage.total for stage in adapter_parameters(model, Parallel(), training.adapters))
+    else:
+        trained = num_parameters(model, vocab_size).total
+    weights, moments = 4 if model.precision == "fp32" else 2, 4 if optimizer.moment_precision == "bf16" else 8
+    return trained * (weights + 4 + moments)

@@ -44,7 +44,7 @@ def test_a_time_limit_cuts_it_into_jobs():
 
 def test_without_a_throughput_there_is_no_estimate():
     config, one = training(10_500, None, {})
-    text = "11.0 k tokens; state tokens_per_second_per_gpu for an estimate of the time"
+    text = "11.0 k tokens; name cluster.gpu or state tokens_per_second_per_gpu for an estimate of the time"
     assert time_line(one, estimate(config, one), 60) == text
 
 

@@ -150,6 +150,7 @@ OTHER: dict[str, Any] = {
     "lora.tokens_per_second_per_gpu": 100.0,
     "cluster.gpus_per_node": 8,
     "cluster.tasks_per_node": 8,
+    "cluster.gpu": "h100",
     "cluster.gpu_memory_gb": 80.0,
     "cluster.container": "a.sif",
     "cluster.container_runtime": "pyxis",

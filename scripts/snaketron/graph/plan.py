@@ -1,0 +1,214 @@
+"""The plan of a configuration, without data and without Snakemake's graph: jobs, data, trainings, disk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from snaketron.config import ChatSource, Config, ConfigError, Corpus, Training
+from snaketron.lineage.record import read
+from snaketron.log import UserError
+from snaketron.sizes.fitting import smallest_change
+from snaketron.sizes.layout import layout
+from snaketron.sizes.plan import Estimate, components, estimate
+from snaketron.sizes.speed import flops_per_token
+from snaketron.sources.lockfile import Lock, read_lock
+from snaketron.sources.shards import SAMPLE, shards
+
+type Shards = Mapping[str, Mapping[str, Sequence[str]] | None]  # by source; None where no file is known
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """The plan as JSON takes it. Bytes, tokens, hours and counts are numbers; what is not known is None."""
+    lock = read_lock(config.sources_lock)
+    text = {c.name: _shards(c, f"corpora[{i}]", lock, config) for i, c in enumerate(config.corpora)}
+    chats = {c.name: _shards(c, f"chats[{i}]", lock, config) for i, c in enumerate(config.chats)}
+    corpora = {c.name: _corpus(config, c, text[c.name], lock) for c in _used_corpora(config)}
+    trainings = [_training(config, training, corpora) for training in config.trainings()]
+    unknown = [name for name, found in (*text.items(), *chats.items()) if found is None]
+    return {
+        "jobs": jobs(config, text, chats),
+        "not_listed": unknown,  # sources of which one shard is assumed
+        "corpora": corpora,
+        "trainings": trainings,
+        "disk": _disk(corpora, trainings),
+    }
+
+
+def _shards(
+    source: Corpus | ChatSource, where: str, lock: Lock, config: Config
+) -> dict[str, list[str]] | None:
+    """The raw files of each shard of a source; None where they are neither here nor in the lock file."""
+    data = config.pretrain_data if isinstance(source, Corpus) else config.sft_data
+    try:
+        return shards(source, where, lock, data.shard_size)
+    except ConfigError:
+        return None
+
+
+def _used_corpora(config: Config) -> list[Corpus]:
+    used = {entry.corpus for phase in config.pretrain.phases for entry in phase.blend}
+    return [corpus for corpus in config.corpora if corpus.name in used]
+
+
+# --------------------------------------------------------------------------------------------------- jobs
+
+
+def jobs(config: Config, text: Shards, chats: Shards) -> dict[str, int]:
+    """The jobs of `ckpt/sft` from nothing, by rule; a source of unknown files counts as one shard."""
+    counts: Counter[str] = Counter(build_tokenizer=1, install_chat_template=1, blend_sft=1, sft=1)
+    phases = len(config.pretrain.phases)
+    counts.update(blend_pretrain=phases, index_pretrain=phases, pretrain=phases)
+    sources = {entry.source for entry in config.sft.blend}
+    used: list[tuple[str, Mapping[str, Sequence[str]]]] = []
+    for corpus in _used_corpora(config):
+        found = text[corpus.name] or {"?": []}
+        used.append(("sample_corpus", found))
+        counts["tokenize_shard"] += len(found)
+        if corpus.curation:
+            counts.update(filter_shard=len(found), curate_shard=len(found))
+            counts["exact_signature"] += len(found) if corpus.curation.exact_dedup else 0
+            counts["minhash_signature"] += len(found) if corpus.curation.minhash_dedup else 0
+    counts.update(_curation_of_groups(config))
+    for source in sorted(sources):
+        found = chats[source] or {"?": []}
+        used.append(("sample_chat", found))
+        counts["render_chat"] += len(found)
+        counts["pack_sft"] += 1 if config.sft_data.pack_across_shards else len(found)
+    of_tokenizer = {"?": [] if config.tokenizer.path else config.tokenizer.text}
+    counts.update(_made_raw_files([*used, ("sample_corpus", of_tokenizer)]))
+    return {rule: number for rule, number in sorted(counts.items()) if number}
+
+
+def _curation_of_groups(config: Config) -> Counter[str]:
+    """Jobs of the groups of corpora that are compared with each other."""
+    curations = [corpus.curation for corpus in _used_corpora(config) if corpus.curation]
+    exact = {c.exact_dedup for c in curations if c.exact_dedup}
+    near = {c.minhash_dedup for c in curations if c.minhash_dedup}
+    buckets = config.curation.minhash.num_buckets
+    return Counter(
+        exact_find=len(exact),
+        minhash_buckets=buckets * len(near),
+        minhash_cluster=len(near),
+        decontamination_index=int(any(c.decontaminate for c in curations)),
+    )
+
+
+def _made_raw_files(used: Sequence[tuple[str, Mapping[str, Sequence[str]]]]) -> Counter[str]:
+    """Jobs that make raw files: a job writes a whole source of the sample, and one downloads a file."""
+    samples, downloads = set(), set()
+    for rule, found in used:
+        for path in (path for files in found.values() for path in files):
+            if sample := SAMPLE.fullmatch(path):
+                if not Path(path).exists():
+                    samples.add((rule, sample[1]))
+            elif path.startswith("<data>/"):
+                downloads.add(path)
+    return Counter(rule for rule, _ in samples) + Counter(download=len(downloads))
+
+
+# --------------------------------------------------------------------------------------------------- data
+
+
+def _corpus(
+    config: Config, corpus: Corpus, found: Mapping[str, Sequence[str]] | None, lock: Lock
+) -> dict[str, Any]:
+    """Shards and bytes of the raw files as far as they are known, and tokens once they are counted."""
+    files = [path for of_shard in (found or {}).values() for path in of_shard]
+    sizes = [_size(corpus.name, path, lock) for path in files]
+    known = [size for size in sizes if size is not None]
+    return {
+        "shards": len(found) if found is not None else None,
+        "raw_bytes": sum(known) if found is not None and len(known) == len(sizes) else None,
+        "train_tokens": _tokens(config, corpus.name, found) if found else None,
+    }
+
+
+def _size(source: str, path: str, lock: Lock) -> int | None:
+    if path.startswith("<data>/raw/"):
+        return lock.file(source, path.rpartition("/")[2]).size
+    return Path(path).stat().st_size if Path(path).is_file() else None
+
+
+def _tokens(config: Config, corpus: str, found: Mapping[str, Sequence[str]]) -> int | None:
+    """The training tokens of a corpus by the records of its shards; None unless all are tokenized."""
+    root = Path(dict(config.pathvars).get("data", "data")) / "tokens" / corpus
+    try:
+        return sum(read(root / f"{shard}.json").counts["train"]["tokens"] for shard in found)
+    except (UserError, OSError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------- trainings
+
+
+def _training(config: Config, training: Training, corpora: Mapping[str, Any]) -> dict[str, Any]:
+    needs, parts, limit = (
+        estimate(config, training),
+        components(config, training),
+        config.cluster.gpu_memory_gb,
+    )
+    parallel, lies = training.run.parallel, layout(training.run, config.cluster)
+    fits = None if limit is None else needs.peak_bytes <= limit * 1e9
+    change = smallest_change(config, training) if fits is False else None
+    return {
+        "name": training.name,
+        "on_request": training.on_request,
+        "steps": training.train_iters,
+        "tokens": training.tokens,
+        "seq_length": training.seq_length,
+        "global_batch_size": training.global_batch_size,
+        "processes": parallel.world_size,
+        "nodes": lies.nodes,
+        "parallel": parallel.model_dump(),
+        "parameters": needs.num_parameters,
+        "active_parameters": needs.num_active_parameters,
+        "adapter_parameters": needs.num_adapter_parameters,
+        "flops_per_token": flops_per_token(config, training),
+        "flops": needs.flops,
+        **_time(needs),
+        "memory": asdict(parts) | {"total": parts.total, "limit": limit and limit * 1e9, "fits": fits},
+        "change_that_fits": change and change[0],
+        "checkpoint_bytes": needs.checkpoint_bytes,
+        "checkpoints_kept": training.run.keep_checkpoints,
+        "corpora": _mix(config, training, corpora),
+    }
+
+
+def _time(needs: Estimate) -> dict[str, Any]:
+    return {
+        "tokens_per_second_per_process": needs.speed and needs.speed.tokens_per_second,
+        "speed_source": needs.speed and needs.speed.source,
+        "hours": needs.hours,
+        "process_hours": needs.process_hours,
+    }
+
+
+def _mix(config: Config, training: Training, corpora: Mapping[str, Any]) -> dict[str, Any]:
+    """What a phase takes of each corpus, and how often it goes through one whose tokens are counted."""
+    blend = next((phase.blend for phase in config.pretrain.phases if phase.name == training.phase), [])
+    total = sum(entry.weight for entry in blend)
+    mix = {}
+    for entry in blend:
+        tokens, there = training.tokens * entry.weight / total, corpora[entry.corpus]["train_tokens"]
+        mix[entry.corpus] = {
+            "share": entry.weight / total,
+            "tokens": tokens,
+            "epochs": tokens / there if there else None,
+        }
+    return mix
+
+
+def _disk(corpora: Mapping[str, Any], trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Bytes on disk. While a training saves, it has one checkpoint more than it keeps."""
+    raw = [corpus["raw_bytes"] for corpus in corpora.values()]
+    trained = [one for one in trainings if not one["on_request"]]
+    kept = [one["checkpoint_bytes"] * min(one["checkpoints_kept"], one["steps"]) for one in trained]
+    return {
+        "raw_text": None if None in raw else sum(raw),
+        "checkpoints": sum(kept),
+        "checkpoints_while_saving": sum(kept) + max(one["checkpoint_bytes"] for one in trained),
+    }

@@ -1,0 +1,151 @@
+"""The plan of a configuration as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from snaketron.report.page import table
+from snaketron.sizes.published import Compared
+from snaketron.wording import BYTES, hours, large
+
+MEMORY = ("weights", "gradients", "main_weights", "moments", "activations", "total")
+SIZES = {
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "CP": "context_parallel_size",
+    "EP": "expert_model_parallel_size",
+    "ETP": "expert_tensor_parallel_size",
+    "DP": "data_parallel_size",
+}
+
+
+def markdown(plan: Mapping[str, Any]) -> str:
+    """The plan that `graph.plan` makes, in tables."""
+    trainings = plan["trainings"]
+    parts = [
+        "# Plan",
+        "## Jobs\n\n" + table(["rule", "jobs"], [[rule, f"{n:,}"] for rule, n in _with_total(plan["jobs"])]),
+        *_not_listed(plan["not_listed"]),
+        "## Trainings\n\n" + _trainings(trainings),
+        "## Time\n\n" + _time(trainings),
+        "## Memory of a process\n\n" + _memory(trainings),
+        "## Text\n\n" + _text(plan),
+        "## Disk\n\n" + _disk(plan["disk"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _with_total(jobs: Mapping[str, int]) -> list[tuple[str, int]]:
+    return [*jobs.items(), ("total", sum(jobs.values()))]
+
+
+def _not_listed(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"The files of {', '.join(names)} are not known yet; each counts as one shard."]
+
+
+def _number(number: float | None) -> str:
+    return "-" if number is None else large(number)
+
+
+def _bytes(number: float | None) -> str:
+    return "-" if number is None else large(number, BYTES)
+
+
+def _trainings(trainings: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            one["name"] + (" (on request)" if one["on_request"] else ""),
+            f"{one['steps']:,}",
+            large(one["tokens"]),
+            f"{one['seq_length']:,}",
+            f"{one['global_batch_size']:,}",
+            large(one["parameters"]),
+            large(one["active_parameters"]),
+            _number(one["adapter_parameters"]),
+            f"{one['flops_per_token'] / 1e9:,.4g}",
+            f"{one['flops']:.3g}",
+        ]
+        for one in trainings
+    ]
+    header = ["training", "steps", "tokens", "length", "batch", "parameters", "active", "adapters"]
+    return table([*header, "GFLOP a token", "FLOP"], rows)
+
+
+def _time(trainings: Sequence[Mapping[str, Any]]) -> str:
+    rows, sources = [], []
+    for one in trainings:
+        sizes = {name: one["parallel"][key] for name, key in SIZES.items()}
+        lies = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "-"
+        known = one["hours"] is not None
+        speed = one["tokens_per_second_per_process"]
+        rows.append(
+            [
+                one["name"],
+                f"{one['nodes']:,}",
+                f"{one['processes']:,}",
+                lies,
+                f"{speed:,.0f}" if known else "-",
+                hours(one["hours"]) if known else "-",
+                f"{one['process_hours']:,.1f}" if known else "-",
+            ]
+        )
+        if known:
+            sources.append(f"- {one['name']}: {one['speed_source']}")
+    header = ["training", "nodes", "processes", "layout", "tokens/s of each", "time", "hours of all"]
+    return "\n\n".join([table(header, rows), *(["\n".join(sources)] if sources else [])])
+
+
+def _memory(trainings: Sequence[Mapping[str, Any]]) -> str:
+    rows, lines = [], []
+    for one in trainings:
+        memory = one["memory"]
+        fits = {None: "not checked", True: "yes", False: "no"}[memory["fits"]]
+        rows.append([one["name"], *(_bytes(memory[part]) for part in MEMORY), _bytes(memory["limit"]), fits])
+        if memory["fits"] is False:
+            change = one["change_that_fits"] or "no change of layout was found"
+            lines.append(f"- {one['name']} does not fit. What would: {change}")
+    header = ["training", *(part.replace("_", " ") for part in MEMORY), "limit", "fits"]
+    return "\n\n".join([table(header, rows), *(["\n".join(lines)] if lines else [])])
+
+
+def _text(plan: Mapping[str, Any]) -> str:
+    rows = []
+    for one in plan["trainings"]:
+        for corpus, part in one["corpora"].items():
+            there = plan["corpora"][corpus]
+            rows.append(
+                [
+                    f"{one['name']}: {corpus}",
+                    f"{part['share']:.1%}",
+                    large(part["tokens"]),
+                    _number(there["train_tokens"]),
+                    "-" if part["epochs"] is None else f"{part['epochs']:.2f}",
+                    "-" if there["shards"] is None else f"{there['shards']:,}",
+                    _bytes(there["raw_bytes"]),
+                ]
+            )
+    header = ["phase: corpus", "share", "tokens taken", "tokens there", "epochs", "shards", "raw files"]
+    return table(header, rows)
+
+
+def _disk(disk: Mapping[str, Any]) -> str:
+    return table(["what", "size"], [[what.replace("_", " "), _bytes(size)] for what, size in disk.items()])
+
+
+def comparison(numbers: Sequence[Compared]) -> str:
+    """Published numbers beside the estimates."""
+    rows = [
+        [
+            one.what,
+            *(f"{n:,.6g}" if n < 1e6 else large(n) for n in (one.published, one.estimate)),
+            one.unit,
+            f"{one.estimate / one.published - 1:+.2%}",
+            one.source,
+        ]
+        for one in numbers
+    ]
+    header = ["Nemotron 3 Super", "published", "estimate", "unit", "difference", "source"]
+    return table(header, rows) + "\n"

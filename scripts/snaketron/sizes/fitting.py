@@ -1,0 +1,79 @@
+"""The smallest change of a layout with which a training fits its GPUs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from snaketron.config import Config, Parallel, Training
+from snaketron.config.checks import check_training
+from snaketron.sizes.plan import Estimate, estimate
+
+MAX_DOUBLINGS = 4
+
+
+def smallest_change(config: Config, training: Training) -> tuple[str, Estimate] | None:
+    """The change that lets a training fit `cluster.gpu_memory_gb`, and its size then; None where none does.
+
+    Changes that need no further GPU come first, then those that recompute nothing, then those of fewer keys.
+    """
+    limit = config.cluster.gpu_memory_gb
+    if limit is None:
+        return None
+    for update in _updates(training):
+        changed = replace(training, run=training.run.model_copy(update=update))
+        if changed.run.parallel.tensor_model_parallel_size > max(1, config.cluster.gpus_per_node):
+            continue  # it exchanges activations in every layer: too much between nodes
+        if check_training(changed, config):
+            continue
+        found = estimate(config, changed)
+        if found.peak_bytes <= limit * 1e9:
+            return _said(training, update), found
+    return None
+
+
+def _updates(training: Training) -> Iterator[dict[str, Any]]:
+    """Layouts by twice, four times, ... the GPUs, each with and without recomputation."""
+    whole = [] if "layer" in training.run.recompute else [{"recompute": ["layer"]}]
+    for more in range(MAX_DOUBLINGS + 1):
+        for recompute in ({}, *whole):
+            for parallel in _layouts(training.run.parallel, more):
+                changed: dict[str, Any] = {} if parallel == training.run.parallel else {"parallel": parallel}
+                if changed or recompute:
+                    yield changed | recompute
+
+
+def _layouts(parallel: Parallel, more: int) -> Iterator[Parallel]:
+    """Layouts of 2^`more` times as many GPUs: few changes first, and expert parallelism before the others."""
+    free = ("expert_model_parallel_size",)  # divides the processes that there are
+    taking = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    powers = range(MAX_DOUBLINGS + 1)
+    choices = sorted(itertools.product(powers, repeat=4), key=lambda choice: (sum(choice), choice[::-1]))
+    for expert, *others in choices:
+        copies = parallel.data_parallel_size * 2**more
+        if copies % 2 ** sum(others):
+            continue
+        sizes: Mapping[str, int] = {
+            free[0]: parallel.expert_model_parallel_size * 2**expert,
+            **{name: getattr(parallel, name) * 2**n for name, n in zip(taking, others, strict=True)},
+            "data_parallel_size": copies // 2 ** sum(others),
+        }
+        yield parallel.model_copy(update=sizes)
+
+
+def _said(training: Training, update: Mapping[str, Any]) -> str:
+    """A change in the words of the configuration."""
+    parts = []
+    if parallel := update.get("parallel"):
+        before = training.run.parallel
+        parts += [
+            f"{key} {getattr(before, key)} -> {getattr(parallel, key)}"
+            for key in Parallel.model_fields
+            if getattr(before, key) != getattr(parallel, key)
+        ]
+        parts = [f"{training.at('parallel')}: {', '.join(parts)}"]
+    if "recompute" in update:
+        parts.append(f"{training.at('recompute')}: [layer]")
+    return "; ".join(parts)

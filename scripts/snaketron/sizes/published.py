@@ -1,0 +1,99 @@
+"""Numbers that were published about Nemotron 3 Super, and what this package works out for the same.
+
+They show how far an estimate can be trusted; a test holds each to its tolerance.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from snaketron.config import Config, Parallel, Pretrain
+from snaketron.sizes.flops import training_flops
+from snaketron.sizes.memory import memory_of_process
+from snaketron.sizes.parameters import num_active_parameters, num_parameters
+from snaketron.sizes.speed import MEASURED
+
+_REPORT = "NVIDIA's report"
+_CARD = "Megatron Bridge's verification card"
+
+
+class Compared(NamedTuple):
+    """A published number beside the estimate."""
+
+    what: str
+    unit: str
+    published: float
+    estimate: float
+    source: str
+    tolerance: float  # relative; the number as it was published has as many digits
+
+
+def compare(config: Config) -> list[Compared]:
+    """The comparison; `config` is that of config/super.yaml."""
+    return [*_sizes(config), *_steps(config.pretrain), *_on_64_h100(config)]
+
+
+def _sizes(config: Config) -> list[Compared]:
+    model, vocab_size = config.model, config.tokenizer.vocab_size
+    alone = model.model_copy(update={"mtp_num_layers": 0})
+    biases = 41 * model.num_moe_experts  # of routers, one of multi-token prediction's; they are not trained
+    return [
+        Compared(
+            *("tensors of the checkpoint, without biases of routers", "parameters", 123_611_033_088 - biases),
+            *(num_parameters(model, vocab_size).total, _CARD, 0.0),
+        ),
+        Compared(
+            "parameters without multi-token prediction",
+            "parameters",
+            120.6e9,
+            num_parameters(alone, vocab_size).total,
+            _REPORT,
+            1e-3,
+        ),
+        Compared(
+            "active parameters",
+            "parameters",
+            12.7e9,
+            num_active_parameters(model, vocab_size),
+            _REPORT,
+            6e-3,
+        ),
+    ]
+
+
+def _steps(pretrain: Pretrain) -> list[Compared]:
+    batch, length = pretrain.global_batch_size, pretrain.seq_length
+    tokens = batch * length
+    counts = {
+        "steps of 25 T tokens": (993_404, 25e12 / tokens),
+        "step at 20 T tokens": (794_723, 20e12 / tokens),
+        "steps of warm-up": (7_949, pretrain.warmup_tokens / tokens),
+        "steps of decay": (198_682, pretrain.decay_tokens / tokens),
+        "steps of 34 B tokens at 1M, 16 sequences": (2_027, 34e9 / (16 * 2**20)),
+        "steps of 17 B tokens at 1M, 16 sequences": (1_014, 17e9 / (16 * 2**20)),
+    }
+    return [Compared(what, "steps", *both, "the recipe", 1e-3) for what, both in counts.items()]
+
+
+def _on_64_h100(config: Config) -> list[Compared]:
+    """The run of 100 steps that was verified: TP 1, PP 2, EP 32, 4,096 tokens, 1,280 sequences."""
+    model, vocab_size = config.model, config.tokenizer.vocab_size
+    parallel = Parallel(pipeline_model_parallel_size=2, expert_model_parallel_size=32, data_parallel_size=32)
+    short = config.pretrain.optimizer.model_copy(
+        update={"gradient_precision": "bf16", "moment_precision": "bf16"}
+    )
+    run = config.pretrain.model_copy(
+        update={"parallel": parallel, "recompute": ["layernorm", "moe", "core_attn"], "micro_batch_size": 1}
+    )
+    flops = training_flops(model, vocab_size, 4096)
+    seconds = 1280 * 4096 * flops / (64 * MEASURED["h100"].tflops * 1e12)
+    memory = memory_of_process(model, vocab_size, 4096, run, short)
+    return [
+        Compared("FLOP a token at 4K", "FLOP", 236.33e12 / 2789, flops, _CARD, 2e-3),
+        Compared(
+            *("FLOP a token at 8K", "FLOP", 248.6e12 / 2969),
+            *(training_flops(model, vocab_size, 8192), "Megatron Bridge's performance table", 0.03),
+        ),
+        Compared("seconds a step at the measured TFLOP/s", "s", 29.369, seconds, _CARD, 2e-3),
+        Compared("memory of an H100 there (58.1 of 70.3 GiB)", "bytes", 58.1 * 2**30, memory, _CARD, 0.2),
+    ]

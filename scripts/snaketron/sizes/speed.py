@@ -1,0 +1,57 @@
+"""How fast trainings are on a GPU: what was measured on GPUs of that name, and nothing of another one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from snaketron.config import Config, Training
+from snaketron.sizes.flops import training_flops
+
+
+class Measured(NamedTuple):
+    """A measured speed of a training of hybrid experts, without recomputation of whole layers."""
+
+    tflops: float  # model FLOPs of a GPU in a second, 10^12
+    where: str
+
+
+# Megatron Bridge's own measurements, but for the H200, of which no training on several nodes is published.
+MEASURED = {
+    "h100": Measured(236.3, "Super in bf16 on 64 H100, TP 1 PP 2 EP 32, 4K, real data and routing"),
+    "h200": Measured(447.0, "a slice of Super in bf16 on one H200, 4K, no exchange: an upper bound"),
+    "b200": Measured(542.0, "Super in MXFP8 on 64 B200, balanced routing"),
+    "gb200": Measured(600.0, "Super in MXFP8 on 64 GB200, TP 2 EP 64, balanced routing"),
+    "gb300": Measured(864.0, "Super in NVFP4 on 64 GB300, EP 64, balanced routing"),
+}
+
+
+class Speed(NamedTuple):
+    """Tokens that a process trains on in a second, and where the number is from."""
+
+    tokens_per_second: float
+    source: str
+
+
+def flops_per_token(config: Config, training: Training) -> float:
+    """Model FLOPs of training on one token.
+
+    Frozen weights have no gradient, which is one of the three products of each layer.
+    """
+    whole = training_flops(training.model, config.tokenizer.vocab_size, training.seq_length)
+    return whole * 2 / 3 if training.adapters else whole
+
+
+def speed(config: Config, training: Training) -> Speed | None:
+    """The stated throughput of a training, else what was measured on its GPU; None where neither is known.
+
+    Layers that are computed again cost a forward pass more, a third of the model FLOPs of a full training.
+    """
+    if stated := training.run.tokens_per_second_per_gpu:
+        return Speed(stated, "stated")
+    if config.cluster.gpu is None or not config.cluster.gpus_per_node:
+        return None
+    measured, work = MEASURED[config.cluster.gpu], flops_per_token(config, training)
+    if "layer" in training.run.recompute:
+        work += training_flops(training.model, config.tokenizer.vocab_size, training.seq_length) / 3
+    tokens = measured.tflops * 1e12 / work
+    return Speed(tokens, f"{measured.tflops:g} TFLOP/s as {measured.where}")

@@ -1,0 +1,90 @@
+"""The plan of a configuration, against Snakemake's own dry-run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import plan
+from snaketron import files
+from tests.conftest import Workspace
+
+import pytest
+
+
+def of(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, *configfiles: str) -> dict:
+    monkeypatch.chdir(workspace.path)
+    written = workspace.path / "plan.json"
+    assert plan.main(["--configfile", *configfiles, "--json", str(written)]) == 0
+    return files.read_json(written)
+
+
+CURATED = """
+corpora:
+  - {name: docs, paths: [raw], curation: {exact_dedup: all, minhash_dedup: all, decontaminate: true}}
+  - {name: code, paths: [data/sample/code/part_0.jsonl], curation: {exact_dedup: all}}
+curation: {evaluation: [raw/a.jsonl], minhash: {num_buckets: 3}}
+sft_data: {pack_across_shards: true}
+"""
+
+
+@pytest.mark.parametrize("more", ["", CURATED], ids=["sample", "curated"])
+def test_the_jobs_are_those_of_a_dry_run(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, more: str):
+    for name in "ab":
+        workspace.write(f"raw/{name}.jsonl", '{"text": "mine"}\n')
+    workspace.write("more.yaml", more or "{}")
+    workspace.overlays = (*workspace.overlays, "more.yaml")
+    asked = workspace.snakemake("-n", "ckpt/sft")
+    assert asked.status == 0, asked.output
+    assert of(workspace, monkeypatch, *workspace.overlays)["jobs"] == asked.jobs
+
+
+def test_the_plan_says_what_is_taken_and_what_it_needs(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """12 steps of 1,024 tokens, half of each corpus; epochs are not known before tokens are counted."""
+    found = of(workspace, monkeypatch, "tests/config/micro.yaml")
+    broad, focused, sft, lora = found["trainings"]
+    assert (broad["steps"], broad["tokens"], broad["processes"]) == (12, 12_288, 1)
+    assert broad["corpora"] == {
+        name: {"share": 0.5, "tokens": 6144, "epochs": None} for name in ("docs", "code")
+    }
+    assert lora["on_request"] and not sft["on_request"]
+    assert focused["memory"]["fits"] is None and focused["hours"] is None
+    kept = sum(2 * one["checkpoint_bytes"] for one in (broad, focused, sft))
+    assert found["disk"]["checkpoints"] == kept
+    text = capsys.readouterr().out
+    assert re.search(r"\| pretrain/broad: docs +\| +50.0% \| +6.1 k \| +- \|", text)
+
+
+def test_what_does_not_fit_is_named_with_a_change_that_does(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Sources that nobody listed yet are told, and count as one shard."""
+    workspace.write(
+        "more.yaml",
+        "cluster: {gpu: h100, gpus_per_node: 8, gpu_memory_gb: 78}\n"
+        "chats: [{name: questions, paths: ['s3://bucket/a.jsonl']}, {name: tools, paths: [nowhere]}]\n",
+    )
+    found = of(workspace, monkeypatch, "config/super.yaml", "more.yaml")
+    assert found["not_listed"] == ["questions", "tools"] and found["jobs"]["render_chat"] == 2
+    broad, *_, lora = found["trainings"]
+    assert broad["memory"]["fits"] is False and broad["change_that_fits"].startswith("pretrain.parallel: ")
+    assert lora["memory"]["fits"] is True and lora["change_that_fits"] is None
+    assert 2_700 < broad["tokens_per_second_per_process"] < 2_800  # 2,789 were published
+    assert "- pretrain/broad does not fit. What would: pretrain.parallel: " in capsys.readouterr().out
+
+
+def test_published_numbers_are_shown_beside_the_estimates(capsys: pytest.CaptureFixture[str]):
+    assert plan.main(["--published"]) == 0
+    assert "| parameters without multi-token prediction " in capsys.readouterr().out
+
+
+def test_epochs_follow_from_what_was_tokenized(copy: Workspace, monkeypatch: pytest.MonkeyPatch):
+    found = of(copy, monkeypatch, *copy.overlays)
+    there = sum(
+        files.read_json(path)["counts"]["train"]["tokens"]
+        for path in Path("data/tokens/docs").glob("part_?.json")
+    )
+    assert found["corpora"]["docs"]["train_tokens"] == there
+    assert found["trainings"][1]["corpora"]["docs"]["epochs"] == 8192 / there

@@ -1,0 +1,46 @@
+"""The smallest change with which a training fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from snaketron.config import load
+from snaketron.sizes.fitting import smallest_change
+from snaketron.sizes.plan import estimate
+
+import pytest
+
+
+def change(limit_gb: float | None, **sft: Any):
+    config = load({"cluster": {"gpus_per_node": 2, "gpu_memory_gb": limit_gb}, "sft": sft}, {})
+    return config, smallest_change(config, config.training("sft"))
+
+
+def test_the_layout_changes_before_more_gpus_are_asked_for():
+    """Two copies take 106.4 MB each, 104.3 where they share the experts, 59.5 where they share each layer."""
+    config, found = change(0.105, parallel={"data_parallel_size": 2})
+    assert estimate(config, config.training("sft")).peak_bytes == pytest.approx(0.1064e9, rel=1e-3)
+    assert found is not None
+    said, needs = found
+    assert said == "sft.parallel: expert_model_parallel_size 1 -> 2"
+    assert needs.peak_bytes == pytest.approx(0.1043e9, rel=1e-3)
+    _, found = change(0.1, parallel={"data_parallel_size": 2})
+    assert found and found[0] == (
+        "sft.parallel: tensor_model_parallel_size 1 -> 2, data_parallel_size 2 -> 1"
+    )
+
+
+def test_activations_are_computed_again_where_no_layout_helps():
+    _, found = change(0.1)
+    assert found is not None and found[0] == "sft.recompute: [layer]"
+
+
+def test_nothing_is_found_for_what_cannot_fit_or_is_not_limited():
+    assert change(0.0001)[1] is None
+    assert change(None)[1] is None
+
+
+def test_tensor_parallelism_stays_within_a_node():
+    """Two GPUs a node: eight processes are found by other sizes."""
+    _, found = change(0.02, parallel={"data_parallel_size": 2}, recompute=["layer"])
+    assert found is None or "tensor_model_parallel_size 1 -> 4" not in found[0]
