@@ -63,6 +63,7 @@ class Lines:
     total: int = 0
     done: int = 0
     stopping: bool = False
+    group: str = ""  # the group of jobs that is being submitted
     full_log: str = ""
 
     def of(self, record: LogRecord) -> str | None:
@@ -102,7 +103,8 @@ class Lines:
         return _at(f"{job.title} starts") if said["local"] and not said["indent"] else None
 
     def _group(self, record: LogRecord) -> str | None:
-        return f"{_group(job.rule.name for job in record.__dict__['jobs'])}:" if self.dryrun else None
+        self.group = _group(job.rule.name for job in record.__dict__["jobs"])
+        return f"{self.group}:" if self.dryrun else None
 
     def _finished(self, record: LogRecord) -> str:
         job = self._job(record.__dict__["job_id"])
@@ -166,7 +168,7 @@ class Lines:
         if text.rstrip().endswith(FAILED):
             return self._ending()
         if found := SUBMITTED.fullmatch(text):
-            title = self._job(_number(found[1]), "a group").title
+            title = self._job(_number(found[1]), self.group).title
             return _at(f"{title} is submitted as Slurm job {found[2]}")
         return text
 

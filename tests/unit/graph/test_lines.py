@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from snaketron.graph.lines import Lines
@@ -75,6 +76,13 @@ def test_on_slurm_the_line_comes_with_the_number_of_the_job(lines: Lines):
     assert starts(lines, 7, "sft", local=False) is None
     submitted = record("Job 7 has been submitted with SLURM jobid 42 (log: logs/slurm/42.log).")
     assert without_time(lines.of(submitted)) == "sft is submitted as Slurm job 42"
+
+
+def test_a_group_of_jobs_is_one_line_when_it_is_submitted(lines: Lines):
+    members = [SimpleNamespace(rule=SimpleNamespace(name="render_chat")) for _ in range(8)]
+    assert lines.of(record("Group job chats", LogEvent.GROUP_INFO, group_id="chats", jobs=members)) is None
+    submitted = record("Job 0b7c-12 has been submitted with SLURM jobid 42 (log: logs/slurm/42.log).")
+    assert without_time(lines.of(submitted)) == "a group of 8 render_chat is submitted as Slurm job 42"
 
 
 def test_a_dry_run_gives_the_reason_of_each_job():
