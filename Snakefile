@@ -18,7 +18,14 @@ sys.path.insert(0, f"{workflow.basedir}/scripts")
 from snaketron import credentials
 from snaketron.config import ConfigError, load
 from snaketron.config.doubled import check_doubled
-from snaketron.graph import dry_run, notes, published, reasons, single_run
+from snaketron.graph import (
+    dry_run,
+    notes,
+    outlook,
+    published,
+    reasons,
+    single_run,
+)
 from snaketron.graph.checks import check_files
 from snaketron.graph.graph import Graph
 from snaketron.graph.requests import check_requests
@@ -94,6 +101,8 @@ onstart:
         )
     if replaced := notes.replaced_by(workflow):
         logger.warning(replaced)
+    for line in outlook.trainings(graph.config, workflow.dag, inventory.look):
+        logger.info(line)
     if workflow.executor_plugin.name == "slurm":
         status.report_every(
             60, Path.cwd(), Path(graph.config.pathvars["ckpt"]), logger.info

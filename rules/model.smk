@@ -8,7 +8,7 @@ rule import_base:
         tokenizer="<data>/tokenizer/tokenizer.json",
         template=ancient("<data>/tokenizer/chat_template.jinja"),
     output:
-        directory("<ckpt>/base/{base}"),
+        update(directory("<ckpt>/base/{base}")),
     log:
         "<logs>/import_base/{base}.log",
     benchmark:

@@ -33,7 +33,7 @@ UNSAID = {
 }
 # Beginnings of messages that tell a user of this workflow nothing.
 CHATTER = (
-    *("Config file ", "Assuming unrestricted shared", "Building DAG", "Using shell", "Select jobs to"),
+    *("Config file ", "Assuming unrestricted shared", "Using shell", "Select jobs to"),
     *("Singularity containers: ignored", "Conda environments: ignored", "Group jobs: inactive"),
     *("Shutting down", "Exiting because a job execution failed", "Will exit after finishing"),
     *("Removing output files of", "This was a dry-run", "Some jobs were triggered by provenance"),

@@ -15,6 +15,7 @@ from snaketron import files
 from snaketron.jobs.owner import Holder, is_owned, own
 from snaketron.jobs.version import Version, version_key, versions
 from snaketron.lineage.record import read
+from snaketron.log import UserError
 from snaketron.sizes.outlook import Progress
 from snaketron.wording import hours, size_text
 
@@ -111,7 +112,10 @@ def _speed(of_stage: list[Version]) -> float | None:
     """Tokens a second of the version that was finished last; None where there is none."""
     records = [version.record for version in of_stage if version.is_finished]
     for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
-        counts = read(path).counts
+        try:
+            counts = read(path).counts
+        except UserError:  # of another time
+            continue
         if counts.get("tokens") and counts.get("train_seconds"):
             return float(counts["tokens"] / counts["train_seconds"])
     return None
