@@ -9,7 +9,14 @@ from snaketron.graph.lines import Lines
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 
-RED, YELLOW, RESET = "\x1b[31m", "\x1b[33m", "\x1b[0m"
+RED, YELLOW, RESET, CLEAR = "\x1b[31m", "\x1b[33m", "\x1b[0m", "\r\x1b[K"
+FAULTS = (
+    AttributeError,
+    KeyError,
+    OSError,
+    TypeError,
+    ValueError,
+)  # an event of another shape, a closed pipe
 
 
 class LogHandler(LogHandlerBase):
@@ -29,16 +36,19 @@ class LogHandler(LogHandlerBase):
         self.in_full = settings.verbose or (settings.dryrun and settings.printshellcmds)
         self.own_words = DefaultFormatter(settings.quiet, settings.show_failed_logs)
         self.lines = Lines(dryrun=settings.dryrun)
-        self.colors = self.stream.isatty() and not settings.nocolor
+        self.terminal = self.stream.isatty()
+        self.colors = self.terminal and not settings.nocolor
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             text = self.own_words.format(record) if self.in_full else self.lines.of(record)
             if text:
-                self.stream.write(f"{self._colored(text, record.levelno)}\n")
+                # A training may be writing its progress over one line, without a line break.
+                clear = CLEAR if self.terminal else ""
+                self.stream.write(f"{clear}{self._colored(text, record.levelno)}\n")
                 self.stream.flush()
-        except Exception:  # a logging handler reports its own faults so
-            self.handleError(record)
+        except FAULTS:
+            self.handleError(record)  # and the thread that writes goes on
 
     def _colored(self, text: str, level: int) -> str:
         if not self.colors or level < logging.WARNING:
