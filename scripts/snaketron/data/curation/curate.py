@@ -9,6 +9,7 @@ from typing import Any
 from snaketron.data import curation
 from snaketron.data.curation import decontamination, documents, lists
 from snaketron.data.curation.folder import shard_name
+from snaketron.data.curation.personal import Pii
 from snaketron.lineage.record import Record, making
 from snaketron.lineage.walk import known, record_about
 from snaketron.log import UserError, logger
@@ -16,22 +17,10 @@ from snaketron.settings.curation import CurateSettings
 
 import numpy as np
 from datatrove.data import Document
-from datatrove.pipeline.formatters import PIIFormatter
 
 EXACT = "exact duplicate"
 NEAR = "near duplicate"
 PII = "pii"
-
-
-class Pii(PIIFormatter):
-    """datatrove's formatter, which begins its cycle of replacements anew for each document.
-
-    datatrove goes on to the next replacement, so a document would depend on the documents before it.
-    """
-
-    def format(self, text: str) -> str:
-        self.emails_replacer._replace_i = self.ip_replacer._replace_i = 0
-        return super().format(text)
 
 
 def curate_shard(

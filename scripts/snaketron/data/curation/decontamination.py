@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from snaketron.data import curation
 from snaketron.data.curation import lists
@@ -14,32 +14,61 @@ from snaketron.data.curation.words import learn, simplify_text
 from snaketron.data.rows import read_texts
 from snaketron.lineage.record import Record, making, of_user
 from snaketron.log import UserError, logger
+from snaketron.wording import plural
 
 import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.decont import n_grams
 from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter, NGramsDecontIndexer
+from datatrove.utils.text import ngrams
 from datatrove.utils.typeshelper import Languages
 
 REASON = "contaminated"
+NUMBER = "0"  # what datatrove's normalization writes for every number
 
 
-def hashes(texts: Iterable[str], n: int) -> tuple[np.ndarray, int, int]:
-    """datatrove's hashes of the n-grams of texts, sorted; the number of texts and of those too short for one.
+class Index(NamedTuple):
+    """The n-grams of the texts of an evaluation."""
+
+    hashes: np.ndarray  # datatrove's, sorted
+    num_texts: int
+    too_short: int  # texts of fewer words than an n-gram
+    unprotected: int  # texts that are long enough, and have no n-gram that counts
+    ignored: int  # different n-grams that do not count
+
+
+def telling(n_gram: Sequence[str]) -> bool:
+    """Whether an n-gram is of one text rather than of any: half of its words must be different words.
+
+    datatrove writes each number as 0, so twelve numbers in a row are the same n-gram in every table.
+    Published decontamination has the same trouble: GPT-3 (Brown et al. 2020, appendix C), and NeMo Curator
+    after it, ignore n-grams that are in more than ten documents of the training data. Our shards are jobs
+    that do not know one another, so the n-gram itself decides, and numbers are no words.
+    """
+    return 2 * len(set(n_gram) - {NUMBER}) >= len(n_gram)
+
+
+def index_of(texts: Iterable[str], n: int) -> Index:
+    """The hashes of the n-grams of texts that count.
 
     datatrove's step asks for `lighteval`, which it needs for lists of tasks only. So the step is made without
-    that check, and only its function is called.
+    that check, and its word tokenizer and hash function are used.
     """
     indexer = object.__new__(NGramsDecontIndexer)
     NGramsDecontIndexer.__init__(indexer, Folder(), config=NGramsDecontConfig(n_grams=n))
     found: set[int] = set()
-    num_texts = too_short = 0
+    ignored: set[tuple[str, ...]] = set()
+    num_texts = too_short = unprotected = 0
     for text in texts:
-        hashed = indexer.compute_hashes(text)
+        words = indexer.tokenizer.word_tokenize(simplify_text(text, indexer.config.norm_config))
+        n_grams = set(ngrams(words, n))
+        counting = {n_gram for n_gram in n_grams if telling(n_gram)}
+        found.update(indexer.hash_func(" ".join(n_gram)) for n_gram in counting)
+        ignored |= n_grams - counting
         num_texts += 1
-        too_short += not hashed
-        found.update(hashed)
-    return np.array(sorted(found), dtype=np.uint64), num_texts, too_short
+        too_short += not n_grams
+        unprotected += bool(n_grams) and not counting
+    return Index(np.array(sorted(found), dtype=np.uint64), num_texts, too_short, unprotected, len(ignored))
 
 
 def decontamination_index(
@@ -51,20 +80,42 @@ def decontamination_index(
     outputs = {"index": output}
     with making("decontamination_index", output.stem, outputs=outputs, record=record) as job:
         index: dict[str, np.ndarray] = {}
-        counts: dict[str, Any] = {}
+        counted: dict[str, Any] = {}
         for path in texts:
-            found, num_texts, too_short = hashes((text for _, text in read_texts(path, text_field)), n)
-            if not len(found):
-                raise UserError(f"{path}: no text of {n} words to protect; correct curation.evaluation")
-            if too_short:
-                logger.warning("%s: %d of %d texts are shorter than %d words", path, too_short, num_texts, n)
-            index[str(path)] = found
-            counts[str(path)] = {"texts": num_texts, "too_short": too_short, "n_grams": len(found)}
+            made = index_of((text for _, text in read_texts(path, text_field)), n)
+            if not len(made.hashes):
+                raise UserError(
+                    f"{path}: no text of {n} words to protect (half of them must be different words, and no "
+                    "numbers); correct curation.evaluation"
+                )
+            index[str(path)] = made.hashes
+            counted[str(path)] = _say(path, made, n)
         about = {"kind": "decontamination_index", "n": n}
         lists.write(job.aside["index"], index, np.uint64, about)
-        job.inputs, job.counts = {"text": map(of_user, texts)}, counts
+        job.inputs, job.counts = {"text": map(of_user, texts)}, counted
         job.settings = {"n": n, "text_field": text_field}
     return job.record
+
+
+def _say(path: Path, made: Index, n: int) -> dict[str, int]:
+    """Warn of what an index does not protect; its counts for the record."""
+    if made.too_short:
+        logger.warning(
+            "%s: %d of %d texts are shorter than %d words", path, made.too_short, made.num_texts, n
+        )
+    if made.ignored:
+        logger.warning(
+            "%s: %s of numbers and few different words, which many documents share, are ignored; "
+            "%d of %d texts have no others and are not protected",
+            *(path, plural(made.ignored, "n-gram"), made.unprotected, made.num_texts),
+        )
+    return {
+        "texts": made.num_texts,
+        "too_short": made.too_short,
+        "unprotected": made.unprotected,
+        "n_grams": len(made.hashes),
+        "ignored": made.ignored,
+    }
 
 
 class Contaminated(Removed):

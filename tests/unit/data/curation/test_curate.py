@@ -8,7 +8,6 @@ from pathlib import Path
 
 from snaketron import files
 from snaketron.data.curation import decontamination
-from snaketron.data.curation.curate import Pii
 from snaketron.log import UserError
 from tests.unit.data.curation.curated import Steps, words
 
@@ -80,8 +79,8 @@ def test_the_index_does_not_need_lighteval(steps: Steps):
     assert len(QUESTION.split()) == 18
     record = index(steps, {"swans": [QUESTION, "too short"], "other": [words("o")]})
     assert {Path(p).stem: c for p, c in record.counts.items()} == {
-        "swans": {"texts": 2, "too_short": 1, "n_grams": 7},
-        "other": {"texts": 1, "too_short": 0, "n_grams": 49},
+        "swans": {"texts": 2, "too_short": 1, "unprotected": 0, "n_grams": 7, "ignored": 0},
+        "other": {"texts": 1, "too_short": 0, "unprotected": 0, "n_grams": 49, "ignored": 0},
     }
 
 
@@ -91,6 +90,44 @@ def test_texts_that_are_too_short_are_said(steps: Steps, caplog: pytest.LogCaptu
     assert "swans.jsonl: 1 of 2 texts are shorter than 12 words" in caplog.text
     with pytest.raises(UserError, match="no text of 30 words to protect"):
         index(steps, {"swans": [QUESTION]}, n=30)
+
+
+def test_numbers_and_few_words_do_not_make_a_document_contaminated(
+    steps: Steps, caplog: pytest.LogCaptureFixture
+):
+    """All numbers are one word to datatrove, so any table would share an n-gram with any other."""
+    numbers = " ".join(str(i * i) for i in range(20))  # 9 n-grams, all of them "0 0 ... 0"
+    table = "apples pears plums " + numbers
+    chorus = "la di da " * 8  # 3 n-grams, of three words
+    with caplog.at_level(logging.WARNING):
+        record = index(steps, {"swans": [QUESTION, table, chorus, numbers]})
+    # Of the table, those that begin with its three words; of the others, "0 ... 0" and three of the chorus.
+    assert record.counts[f"{steps.root}/swans.jsonl"] == {
+        "texts": 4,
+        "too_short": 0,
+        "unprotected": 3,
+        "n_grams": 7,
+        "ignored": 3 + 1 + 3,
+    }
+    assert (
+        "swans.jsonl: 7 n-grams of numbers and few different words, which many documents share, are ignored; "
+        "3 of 4 texts have no others and are not protected" in caplog.text
+    )
+    prices = "In the year " + ", ".join(str(1900 + i) for i in range(30))
+    mixed = f"{B} {QUESTION.replace('seven', '7').replace('noon', '12')}"
+    steps.filtered("web/one", [prices, table, "la di da " * 20, QUESTION, mixed])
+    counts = steps.curate("web/one", n=12)
+    assert [row["row"] for row in steps.rows("curated/web/one")] == [1, 2, 3, 5]
+    assert counts["removed"][f"contaminated: {steps.root}/swans.jsonl"]["documents"] == 1
+
+
+def test_a_question_with_numbers_is_found_with_other_numbers(steps: Steps):
+    """Half of the twelve words must be different words, so a problem of arithmetic still counts."""
+    problem = "Ann has {} apples and gives {} of them to Bob and {} to Eve. How many are left?"
+    index(steps, {"swans": [problem.format(12, 3, 4)]})
+    steps.filtered("web/one", [problem.format(20, 5, 7.5), A])
+    counts = steps.curate("web/one", n=12)
+    assert counts["kept"]["documents"] == 1
 
 
 def test_an_index_of_other_n_grams_is_noticed(steps: Steps):
@@ -121,12 +158,6 @@ def test_addresses_are_replaced_and_counted(steps: Steps):
     assert counts["changed"]["pii"]["documents"] == 3
     assert counts["tokens"] + counts["changed"]["pii"]["tokens"] == counts["kept"]["tokens"]
     assert counts["removed"] == {}
-
-
-def test_what_becomes_of_a_text_does_not_depend_on_others():
-    formatter = Pii()
-    first = formatter.format("a@b.com")
-    assert formatter.format("a@b.com") == first == "email@example.com"
 
 
 # ------------------------------------------------------------------------------------------- the whole of it
