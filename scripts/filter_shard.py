@@ -39,11 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     counts = record.counts
     logger.info(
-        "%s: %d documents, %d kept; removed %s; %.1f s",
+        "%s: %d documents, %d kept; removed %s; rewritten %s; %.1f s",
         record.name,
         counts["documents"],
         counts["kept"]["documents"],
         describe(counts["removed"]),
+        describe(counts["changed"]),
         record.seconds,
     )
     return 0

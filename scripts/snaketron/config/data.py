@@ -107,7 +107,10 @@ class Filter(Section):
 
     name: Literal[
         "gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality", "language", "regex"
-    ] = Field(description="which filter; `regex` removes documents in which `pattern` is found")
+    ] = Field(
+        description="which filter; `c4_quality` removes lines, too; `regex` removes documents with a "
+        "match of `pattern`"
+    )
     options: dict[str, Any] = key(
         dict,
         "arguments of datatrove's filter, those not given as it has them; `language` needs `model`, the path "
@@ -128,7 +131,7 @@ class Curation(Section):
         None, "name of a group of corpora: of documents with nearly the same text, one stays"
     )
     decontaminate: bool = key(False, "remove documents that share an n-gram with `curation.evaluation`")
-    pii: bool = key(False, "replace e-mail and public IP addresses")
+    pii: bool = key(False, "replace e-mail and public IP addresses; docs/data.md says which ones")
 
 
 class Corpus(Source):
@@ -279,7 +282,11 @@ class CurationData(Section):
         list, "files with the texts of evaluations, for `decontaminate`: the same formats as a corpus"
     )
     evaluation_field: str = key("text", "column or JSON key of those files that holds the text")
-    decontamination_n_grams: Positive = key(12, "words of an n-gram that must not be shared")
+    decontamination_n_grams: Positive = key(
+        12,
+        "words of an n-gram that must not be shared; n-grams of numbers or of few different words do not "
+        "count",
+    )
     num_examples: Count = key(3, "examples of removed documents to keep for each reason and file")
 
 
