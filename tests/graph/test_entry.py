@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tests.conftest import Workspace
 
+import pytest
+
 CONFIG = "pathvars={data: store, ckpt: /lustre/ckpt}"
 
 
@@ -25,6 +27,20 @@ def test_a_target_that_moved_is_named_though_an_old_file_is_there(workspace: Wor
     assert (
         "\ndata/report/report.md: pathvars.data is store, so ask for store/report/report.md\n"
         in result.output
+    )
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "ckpt/sft"])
+def test_a_configuration_that_is_missing_is_named_in_a_line(workspace: Workspace, name: str):
+    """A target after --configfile is taken for another file, and may be a directory."""
+    (workspace.path / "ckpt/sft").mkdir(parents=True)
+    workspace.overlays = ("tests/config/micro.yaml", name)
+    result = workspace.snakemake("-n")
+    assert result.status == 1 and "Traceback" not in result.output
+    (said,) = (line for line in result.output.splitlines() if name in line)
+    assert said == (
+        f"--configfile {name}: no such file. The option takes every word up to the next option, so targets "
+        "stand before it, or after `--`"
     )
 
 

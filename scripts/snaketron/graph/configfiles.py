@@ -1,4 +1,4 @@
-"""The configuration as Snakemake merges it, for the programs that run beside it."""
+"""The files of --configfile: merged as Snakemake does, for the programs beside it, and named when missing."""
 
 from __future__ import annotations
 
@@ -26,3 +26,25 @@ def merged(configfiles: Sequence[Path]) -> dict[str, Any]:
         except (WorkflowError, OSError) as error:
             raise UserError(f"--configfile {path}: {error}") from None
     return config
+
+
+def name_what_is_missing() -> None:
+    """Let Snakemake name in a line a file of --configfile that is not there.
+
+    Snakemake 9.27.1 opens it outside of the block that would turn the error into a message, before it reads
+    the Snakefile, and ends with a traceback.
+    """
+    from snakemake.exceptions import WorkflowError
+    from snakemake.settings import types
+
+    read = types.load_configfile
+
+    def load(path: Path) -> Any:
+        if Path(path).is_file():
+            return read(path)
+        raise WorkflowError(
+            f"--configfile {path}: no such file. The option takes every word up to the next option, so "
+            "targets stand before it, or after `--`"
+        )
+
+    types.load_configfile = load
