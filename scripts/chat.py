@@ -70,7 +70,8 @@ def _tools(path: Path) -> list[Any]:
 
 @contextlib.contextmanager
 def _chat(args: argparse.Namespace, tools: list[Any]) -> Iterator[Chat]:
-    from snaketron.data.chats.template import load_template, special_tokens
+    from snaketron.data.chats.environment import special_tokens
+    from snaketron.data.chats.template import load_template
     from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
     from snaketron.inference.chat import Chat, end_of_turn
     from snaketron.inference.decoder import decoding

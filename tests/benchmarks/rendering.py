@@ -121,7 +121,7 @@ def turns_by_prefixes(render: Any, encode: Any, rows: list[dict[str, Any]]) -> i
     parts = []
     for row in rows:
         found = conversation.Conversation(row["messages"], row["tools"])
-        parts += [{"messages": row["messages"][:end], "tools": row["tools"]} for _, end in found.turns]
+        parts += [{"messages": row["messages"][:end], "tools": row["tools"]} for _, _, end in found.turns]
     return by_prefixes(render, encode, parts, each_prefix=False)
 
 

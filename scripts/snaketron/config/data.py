@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from snaketron.config.base import Count, Fraction, Name, Positive, Section, Share, key
@@ -143,6 +144,9 @@ class Corpus(Source):
     curation: Curation | None = key(None, "what is removed before it is tokenized; null: nothing")
 
 
+Tags = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)]
+
+
 class Reasoning(Section):
     """What becomes of reasoning, for shares of the conversations that have some; the others stay as they are.
 
@@ -178,6 +182,20 @@ class ChatSource(Source):
     messages_field: str = key("messages", "column or JSON key that holds the list of messages")
     tools_field: str = key(
         "tools", "column or JSON key that holds the tool definitions; may be absent in a row"
+    )
+    system_field: str | None = key(
+        "system",
+        "column or JSON key that holds the text of a system message; may be absent in a row; null: not read",
+    )
+    role_key: str = key("role", "key of a message that says who speaks; from: ShareGPT")
+    content_key: str = key("content", "key of a message that holds its text; value: ShareGPT")
+    roles: dict[str, Literal["system", "developer", "user", "assistant", "tool"]] = key(
+        dict, "roles of other names: {human: user, gpt: assistant} and the like"
+    )
+    thinking_tags: Tags | None = key(
+        lambda: ["<think>", "</think>"],
+        "what lies between these tags at the beginning of an answer's text is taken for its reasoning, and "
+        "counted; null: it stays text",
     )
     chat_template: str | None = key(
         None, "Jinja file that renders this source; null: the one of `tokenizer`, which inference uses"
@@ -356,6 +374,10 @@ class SftData(Rows):
         dict,
         "arguments of the chat templates of all sources, as inference will give them: "
         "{enable_thinking: true, truncate_history_thinking: false} and the like",
+    )
+    template_date: date = key(
+        date(2026, 1, 1),
+        "the date that templates are told which ask for today's: another day must not give other tokens",
     )
     reasoning: Reasoning = key(Reasoning, "reasoning modes: without, of low effort, cut to a budget")
     pack_size: Positive = key(

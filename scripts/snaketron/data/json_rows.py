@@ -22,13 +22,19 @@ import orjson
 
 _CHUNK = 1 << 14  # compressed bytes at a time: a few may become megabytes
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a str has no surrogate pairs, so each surrogate is invalid
+_LONG_NUMBER = re.compile(rb"[:,\[\s]-?[0-9]{19}")
 _MARK = b"\xef\xbb\xbf"  # the byte order mark that some programs put before UTF-8; it is no text
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the mark of UTF-16 and UTF-32
 _ABSENT = object()
 
 
 def json_rows(
-    path: Path, required: Sequence[str], optional: Sequence[str], settings: ReadSettings, drops: Drops
+    path: Path,
+    required: Sequence[str],
+    optional: Sequence[str],
+    settings: ReadSettings,
+    drops: Drops,
+    exact: bool = False,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a file, as `snaketron.data.rows.read_rows` gives them, without `where`."""
     limit = settings.max_line_bytes
@@ -39,7 +45,7 @@ def json_rows(
         try:
             if too_long:
                 raise Bad(f"a line of more than {limit} bytes", "correct it, or raise max_line_bytes")
-            row = _parse(line, settings, drops)
+            row = _parse(line, settings, drops, exact)
             for name in dotted:
                 if (value := _nested(row, name)) is not _ABSENT:
                     row[name] = value
@@ -91,9 +97,11 @@ def _check_kind(path: Path, line: bytes) -> None:
         )
 
 
-def _parse(line: bytes, settings: ReadSettings, drops: Drops) -> dict[str, Any]:
+def _parse(line: bytes, settings: ReadSettings, drops: Drops, exact: bool) -> dict[str, Any]:
     try:
         row = orjson.loads(line)
+        if exact and _LONG_NUMBER.search(line):
+            row = json.loads(line)  # orjson makes floating-point numbers of them
     except orjson.JSONDecodeError as error:
         row = _repaired(line, error, settings)
         drops.num_replaced += 1
@@ -134,7 +142,7 @@ def _repaired(line: bytes, error: orjson.JSONDecodeError, settings: ReadSettings
         raise Bad(detail, "write null or a number in its place") from None
     except (ValueError, RecursionError):
         value = None
-    repaired = _replaced(value)
+    repaired = replaced(value)
     if problem == "a lone surrogate" and repaired == value:  # no surrogate was found: something else is wrong
         detail = f"invalid JSON ({error.msg}, column {error.colno})"
         raise Bad(detail, "each line must be a JSON object")
@@ -149,14 +157,14 @@ def _refuse(constant: str) -> None:
     raise _NotJson(constant)
 
 
-def _replaced(value: Any) -> Any:
+def replaced(value: Any) -> Any:
     """A value with U+FFFD for each lone surrogate."""
     if isinstance(value, str):
         return _SURROGATE.sub("\ufffd", value)
     if isinstance(value, list):
-        return [_replaced(item) for item in value]
+        return [replaced(item) for item in value]
     if isinstance(value, dict):
-        return {_replaced(key): _replaced(item) for key, item in value.items()}
+        return {replaced(key): replaced(item) for key, item in value.items()}
     return value
 
 

@@ -54,6 +54,7 @@ def read_rows(
     optional: Sequence[str] = (),
     settings: ReadSettings | None = None,
     drops: Drops | None = None,
+    exact: bool = False,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The number (from 1) and the fields of each row that the settings let pass.
 
@@ -62,6 +63,7 @@ def read_rows(
     that are in the file. `a.b` is the field b of the object a, where no field is called so. A line of only
     white space is not a row. Memory does not grow with the file.
 
+    Integers of more than 64 bits lose digits in rows of JSON unless they are wanted `exact`.
     `drops` counts all rows, and by reason those that do not pass. The caller stops at
     `settings.max_documents`, and calls `drops.check` after the last file.
     """
@@ -74,7 +76,7 @@ def read_rows(
 
         rows = arrow_rows(path, required, optional, settings, drops)
     else:
-        rows = json_rows(path, required, optional, settings, drops)
+        rows = json_rows(path, required, optional, settings, drops, exact)
     if settings.where:
         rows = _filtered(rows, path, settings.where, drops)
     return rows

@@ -22,8 +22,8 @@ _THOUGHT = re.compile(r"\A\s*(?:<think>)?(.*?)</think>(.*)\Z", re.DOTALL)
 
 def end_of_turn(template: Template, tokenizer: Tokenizer) -> int:
     """The token that ends an answer: the last one that a tuning on this template trains."""
-    text, spans, _ = template.render([_message("user", "a"), _message("assistant", "b")])
-    return int(tokenizer.encode(text[: spans[-1][1]], add_special_tokens=False).ids[-1])
+    text, spans, *_ = template.render([_message("user", "a"), _message("assistant", "b")])
+    return int(tokenizer.encode(text[: spans[-1][1]].rstrip(), add_special_tokens=False).ids[-1])
 
 
 def _message(role: str, content: str) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from snaketron.data.chats.conversation import Unusable
-from snaketron.data.chats.template import PROBE, load_template, special_tokens
+from snaketron.data.chats.environment import special_tokens
+from snaketron.data.chats.probes import PROBE
+from snaketron.data.chats.template import load_template
+from snaketron.data.chats.unusable import Unusable
 from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
 from snaketron.huggingface.card import card
 from snaketron.huggingface.save import Checkpoint, export

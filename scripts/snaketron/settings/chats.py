@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from datetime import date
 from typing import Any, Literal
 
 from snaketron.config import ChatSource, Config, Reasoning
 from snaketron.settings.text import ReadSettings
 
 from pydantic import Field
+
+
+def _unless(default: Any) -> Any:
+    """A field that is left out of the JSON where it has its default, so that older records still fit."""
+    return Field(default, exclude_if=lambda value: value == default)
 
 
 class RenderSettings(ReadSettings):
@@ -25,6 +31,13 @@ class RenderSettings(ReadSettings):
     sequences: Literal["conversation", "turn"] = "conversation"
     reasoning: Reasoning = Field(default_factory=Reasoning)
     seed: int | None = None  # None unless reasoning modes are chosen by it
+    # These are left out of the JSON as long as they are what they are here.
+    system_field: str | None = _unless("system")
+    role_key: str = _unless("role")
+    content_key: str = _unless("content")
+    roles: dict[str, str] = _unless({})
+    thinking_tags: list[str] | None = _unless(["<think>", "</think>"])
+    template_date: date = _unless(date(2026, 1, 1))
 
 
 def render_settings(config: Config, source: ChatSource) -> RenderSettings:
@@ -48,6 +61,12 @@ def render_settings(config: Config, source: ChatSource) -> RenderSettings:
         test_fraction=data.test_fraction,
         template_arguments=data.template_arguments | source.template_arguments,
         sequences=source.sequences,
+        system_field=source.system_field,
+        role_key=source.role_key,
+        content_key=source.content_key,
+        roles=dict(source.roles),
+        thinking_tags=source.thinking_tags,
+        template_date=data.template_date,
         reasoning=reasoning,
         seed=config.seed if chosen else None,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from snaketron.config import Adapters, Config, load
+from snaketron.settings.chats import RenderSettings, render_settings
 from snaketron.settings.training import (
     LoraSettings,
     RunSettings,
@@ -292,3 +293,30 @@ def test_lora_is_sft_with_adapters_and_values_of_its_own():
     assert set(type(config.lora).model_fields) == (
         set(type(config.sft).model_fields) - {"blend"} | set(Adapters.model_fields)
     )
+
+
+# ----------------------------------------------------------------------------------------- conversations
+
+
+def test_keys_that_came_later_are_in_the_settings_of_chats_only_where_they_are_given():
+    """So conversations that were rendered before are found finished."""
+    later = {
+        "system_field": None,
+        "role_key": "from",
+        "content_key": "value",
+        "roles": {"human": "user"},
+        "thinking_tags": ["[THINK]", "[/THINK]"],
+        "template_date": "2025-02-03",
+    }
+    source = {"name": "a", "paths": ["a.jsonl"]}
+    given = {name: value for name, value in later.items() if name != "template_date"}
+    blend = {"sft": {"blend": [{"source": "a", "weight": 1}]}}
+    plain = load(blend | {"chats": [source]}, {})
+    changed = load(
+        blend | {"chats": [source | given], "sft_data": {"template_date": later["template_date"]}}, {}
+    )
+    before = render_settings(plain, plain.chats[0]).model_dump_json()
+    assert not later.keys() & json.loads(before).keys()
+    after = json.loads(render_settings(changed, changed.chats[0]).model_dump_json())
+    assert after == json.loads(before) | later
+    assert RenderSettings.model_validate(after).model_dump(mode="json") == after

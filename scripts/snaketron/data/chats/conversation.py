@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+from snaketron.data.chats.messages import Form, Message, Reader, from_json
+from snaketron.data.chats.unusable import NOT_UNICODE, Unusable
 
 import orjson
 
@@ -15,50 +19,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Span = tuple[int, int]
-Message = dict[str, Any]
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # keys in use, the usual one first
 # `marks` marks places in a text with these Unicode noncharacters, so no text may hold them.
 NONCHARACTERS = ("\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3")
-
-NOT_UNICODE = "not Unicode text"
-REFUSED = "the template refuses it"
-LEFT_OUT = "the template leaves out a message"
-NO_PROMPT = "an answer that does not begin with its prompt"
-NO_END = "an answer without the token that ends it"
-
-# What to do about dropped rows, by the reason for which they were dropped.
-ADVICE = {
-    "no messages": "remove the row, or name the field that holds them in messages_field",
-    "messages are not a list": "give a list of objects with role and content",
-    "tools are not a list of objects": "give a list of JSON schemas, or name their field in tools_field",
-    "no assistant message": "there is nothing to train on; remove the row",
-    "a message without a role": "rename its keys to role and content",
-    "unknown role": "rename it",
-    "content that is not text": "give text, or a list of text parts; images are not trained",
-    "malformed tool call": 'give {"function": {"name": ..., "arguments": {...}}}',
-    "an empty answer": "remove the message, or the row",
-    "a control token in the text": "remove it from the text: the template writes these tokens",
-    NOT_UNICODE: "correct the text",
-    REFUSED: "give what the template wants, or another template (chat_template of the source)",
-    LEFT_OUT: "use a template that writes it (chat_template of the source)",
-    NO_PROMPT: "use a template with generation blocks (chat_template of the source)",
-    NO_END: "use a template with generation blocks (chat_template of the source)",
-    "nothing to train on": "remove the row, or correct the template",
-}
-
-
-class Unusable(ValueError):
-    """A conversation that is dropped: the reason, which is counted, and details of this one."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
-
-
-# ----------------------------------------------------------------------------------------- messages
 
 
 @dataclass(frozen=True)
@@ -67,6 +30,9 @@ class Conversation:
 
     messages: list[Message]
     tools: list[Any] | None
+    untrained: frozenset[int] = frozenset()  # the numbers of answers that are not trained
+    num_thoughts: int = field(default=0, compare=False)  # answers whose thinking lay in the content
+    unread: frozenset[str] = field(default=frozenset(), compare=False)  # keys that only a template could read
 
     @cached_property
     def json(self) -> bytes:
@@ -76,8 +42,8 @@ class Conversation:
         except TypeError:  # numbers of more than 64 bits, or lone surrogates
             try:
                 return json.dumps([self.messages, self.tools], ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                raise Unusable(NOT_UNICODE, str(error)) from None
+            except UnicodeEncodeError:
+                raise Unusable(NOT_UNICODE, "a lone surrogate in a text that is JSON") from None
 
     @property
     def reasons(self) -> bool:
@@ -85,109 +51,72 @@ class Conversation:
         return any("reasoning_content" in message for message in self.messages)
 
     @property
-    def turns(self) -> list[tuple[int, int]]:
-        """For each answered turn of the user: its first message, and the message after its last answer."""
+    def turns(self) -> list[tuple[int, int, int]]:
+        """For each turn of the user with a trained answer: its number, its first message, and the message
+        after that answer. Turns with any answer are numbered, from 1."""
         roles = [message["role"] for message in self.messages]
         firsts = [i for i, role in enumerate(roles) if role == "user" and (i == 0 or roles[i - 1] != "user")]
-        bounds = [0, *firsts[1:], len(roles)]
-        found = []
-        for first, end in pairwise(bounds):
-            if answers := [i for i in range(first, end) if roles[i] == "assistant"]:
-                found.append((first, answers[-1] + 1))
+        found, number = [], 0
+        for first, end in pairwise([0, *firsts[1:], len(roles)]):
+            answers = [i for i in range(first, end) if roles[i] == "assistant"]
+            trained = [i for i in answers if i not in self.untrained]
+            number += bool(answers)
+            if trained:
+                found.append((number, first, trained[-1] + 1))
         return found
 
 
-def conversation(messages: Any, tools: Any = None) -> Conversation:
+def conversation(
+    messages: Any, tools: Any = None, *, system: Any = None, functions: Any = None, form: Form | None = None
+) -> Conversation:
     """A checked conversation in the OpenAI format; `Unusable` says why it is none.
 
-    Both arguments may be JSON text: Parquet cannot hold tools of different shapes otherwise. Whatever form it
-    has, a conversation comes out in one: content is a string, reasoning lies in `reasoning_content`, the
-    arguments of a call are an object, and keys without a value (null in Parquet) are left out.
+    All arguments may be JSON text, and so may messages, tools and calls one by one: Parquet cannot hold tools
+    of different shapes otherwise. Whatever form it has, a conversation comes out in one: content is a string,
+    reasoning lies in `reasoning_content`, the arguments of a call are an object, and keys without a value
+    are left out. `system` is the text of a system message, `functions` are tools in OpenAI's older form.
     """
-    messages, tools = _from_json(messages), _from_json(tools)
+    messages = from_json(messages)
     if not messages:
         raise Unusable("no messages")
     if not isinstance(messages, list):
         raise Unusable("messages are not a list", type(messages).__name__)
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise Unusable("tools are not a list of objects", type(tools).__name__)
-    checked = [_checked(message, number) for number, message in enumerate(messages)]
-    if not any(message["role"] == "assistant" for message in checked):
+    reader = Reader(form or Form())
+    checked = [reader.read(message, number) for number, message in enumerate(messages)]
+    untrained = reader.untrained
+    if system:
+        first = Reader(Form()).read({"role": "system", "content": system}, 0)
+        if checked[0]["role"] != "system":
+            checked, untrained = [first, *checked], {number + 1 for number in untrained}
+        elif checked[0]["content"].strip() != first["content"].strip():
+            raise Unusable("two system messages", "the first message, and the field of the row")
+    answers = {number for number, message in enumerate(checked) if message["role"] == "assistant"}
+    if not answers:
         raise Unusable("no assistant message")
-    return Conversation(checked, tools or None)
+    if answers <= untrained:
+        raise Unusable("nothing to train on", "the file gives every answer the weight 0")
+    return Conversation(
+        checked, _tools(tools, functions), frozenset(untrained), reader.num_thoughts, frozenset(reader.unread)
+    )
 
 
-def _from_json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+def _tools(tools: Any, functions: Any) -> list[Any] | None:
+    tools, functions = from_json(tools), from_json(functions)
+    found = tools or functions or []
+    if not isinstance(found, list):
+        raise Unusable("tools are not a list of objects", type(found).__name__)
+    found = [from_json(tool) for tool in found]
+    if not all(isinstance(tool, dict) for tool in found):
+        raise Unusable("tools are not a list of objects", "list")
+    if not found:
+        return None
+    return found if tools else [{"type": "function", "function": tool} for tool in found]
 
 
-def _checked(message: Any, number: int) -> Message:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        has = ", ".join(map(str, message)) if isinstance(message, dict) else type(message).__name__
-        raise Unusable("a message without a role", f"message {number} has {has or 'nothing'}")
-    role = message["role"]
-    if role not in ROLES:
-        raise Unusable("unknown role", f"message {number} is by {role!r}; known: {', '.join(ROLES)}")
-    texts = {}
-    for name in ("content", *_REASONING):
-        try:
-            texts[name] = _text_of(message.get(name))
-        except TypeError:
-            raise Unusable("content that is not text", f"{name} of message {number}") from None
-    known = ("role", "content", "tool_calls", *_REASONING)
-    rest = {name: value for name, value in message.items() if value is not None and name not in known}
-    checked = {"role": role, "content": texts["content"], **rest}
-    if role == "assistant":
-        if reasoning := next((texts[name] for name in _REASONING if texts[name].strip()), ""):
-            checked["reasoning_content"] = reasoning
-        calls = message.get("tool_calls") or []
-        if not isinstance(calls, list):
-            raise Unusable("malformed tool call", f"tool_calls of message {number} is not a list")
-        if calls:
-            checked["tool_calls"] = [_call(call, number) for call in calls]
-        elif not reasoning and not texts["content"].strip():
-            raise Unusable("an empty answer", f"message {number}")
-    return checked
-
-
-def _text_of(content: Any) -> str:
-    """The text of a string, of null, or of a list of text parts; TypeError when it is anything else."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise TypeError
-    return "".join(part["text"] if isinstance(part, dict) and "text" in part else part for part in content)
-
-
-def _call(call: Any, number: int) -> Message:
-    """A call as `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with its id."""
-    function = (call.get("function") or call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise Unusable("malformed tool call", f"message {number} calls a function without a name")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str) and arguments:
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise Unusable("malformed tool call", f"arguments in message {number} are not JSON") from None
-    if arguments and not isinstance(arguments, dict):
-        raise Unusable("malformed tool call", f"arguments in message {number} are not an object")
-    named = {"id": call["id"]} if call.get("id") is not None else {}
-    return named | {
-        "type": "function",
-        "function": {"name": function["name"], "arguments": arguments or {}},
-    }
-
-
-def control_tokens(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Matches the tokens that steer a conversation, such as <|im_end|>; None when the tokenizer has none."""
+def control_tokens(tokenizer: Tokenizer, allowed: Collection[str] = ()) -> re.Pattern[str] | None:
+    """Matches the special tokens of a tokenizer, but for those `allowed`; None when it has none."""
     added = tokenizer.get_added_tokens_decoder().values()
-    names = [t.content for t in added if t.special and t.content.startswith("<|")]
+    names = [t.content for t in added if t.special and t.content.strip() and t.content not in allowed]
     return re.compile("|".join(map(re.escape, names))) if names else None
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from snaketron.data.chats.conversation import Unusable
-from snaketron.data.chats.template import PROBE, compile_template
+from snaketron.data.chats.probes import ANSWER, PROBE
+from snaketron.data.chats.template import compile_template
+from snaketron.data.chats.unusable import Unusable
 from snaketron.data.tokenizer import from_hugging_face, origin
 from snaketron.lineage.record import Record, making, of_user
-from snaketron.log import UserError
+from snaketron.log import UserError, logger
 
 # What stands for the special tokens while a template is tried.
 _VARIABLES = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -43,6 +44,13 @@ def template_of(source: str) -> str:
     """The chat template that comes with a Hugging Face tokenizer."""
     template = from_hugging_face(source).chat_template
     if isinstance(template, dict):
+        if others := sorted(template.keys() - {"default"}):
+            logger.warning(
+                "%s: the chat template `default` is taken, and not %s; name another one in "
+                "tokenizer.chat_template",
+                source,
+                ", ".join(others),
+            )
         template = template.get("default")
     if not template:
         raise UserError(
@@ -54,14 +62,14 @@ def template_of(source: str) -> str:
 def check_template(text: str, name: str) -> None:
     """Check that a template renders a conversation and marks what the assistant says; `UserError` if not."""
     template = compile_template(text, name=name, variables=_VARIABLES)
+    before, tools, arguments = next(template.probes())
     try:
-        rendered, spans, _ = template.render(PROBE)
+        rendered, spans, *_ = template.render([*before, PROBE[1]], tools, arguments)
     except Unusable as error:
         raise UserError(f"{name}: cannot render a question and an answer: {error}") from None
-    for message in PROBE:
-        if message["content"] not in rendered:
-            raise UserError(f"{name}: leaves out what the {message['role']} says ({message['content']!r})")
-    if not any("It is 4." in rendered[start:end] for start, end in spans):
+    if not any(ANSWER in rendered[start:end] for start, end in spans):
         raise UserError(
             f"{name}: the assistant's answer is outside {{% generation %}} ... {{% endgeneration %}}"
         )
+    if template.marked:
+        template.check_marks()

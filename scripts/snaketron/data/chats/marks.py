@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from snaketron.data.chats.conversation import LEFT_OUT, NONCHARACTERS, REFUSED, Span, Unusable
+from snaketron.data.chats.conversation import NONCHARACTERS, Span
+from snaketron.data.chats.unusable import LEFT_OUT, REFUSED, Unusable
 from snaketron.log import UserError
 
 import jinja2
@@ -29,11 +30,15 @@ MARK_IT = (
 
 
 class Rendered(NamedTuple):
-    """A text, the spans that the assistant wrote, and the message of each span (None: not known)."""
+    """A text, the spans that the assistant wrote, and the message of each span (None: not known).
+
+    The reasoning of the messages `unwritten` is not in the text.
+    """
 
     text: str
     spans: list[Span]
     owners: list[int | None]
+    unwritten: tuple[int, ...] = ()
 
 
 class Generation(jinja2.ext.Extension):
@@ -73,11 +78,26 @@ def show_owners(body: list[nodes.Node], depth: int = 0) -> list[nodes.Node]:
         elif isinstance(node, nodes.For) and node.find(nodes.Output) and not node.recursive:
             node.body = show_owners(node.body, depth + 1)
             if isinstance(node.target, nodes.Name):
-                target = nodes.Name(node.target.name, "load")
+                target = _message(node)
                 call = nodes.Call(nodes.Name(OWNS, "load"), [target, nodes.Const(depth)], [], None, None)
                 node.body.insert(0, nodes.Output([call]))
                 shown.append(nodes.Output([nodes.TemplateData(f"{_OWNER}{depth}{_OWNER_END}")]))
     return shown
+
+
+def _message(loop: nodes.For) -> nodes.Expr:
+    """What a loop is at: its variable, or `messages[i]` in a loop over `i in range(...)`."""
+    assert isinstance(loop.target, nodes.Name)
+    called = loop.iter.node if isinstance(loop.iter, nodes.Call) else None
+    if isinstance(called, nodes.Name) and called.name == "range":
+        made = {name.name for name in loop.find_all(nodes.Name) if name.ctx == "store"}
+        for item in loop.find_all(nodes.Getitem):
+            of, index = item.node, item.arg
+            if not (isinstance(of, nodes.Name) and isinstance(index, nodes.Name)):
+                continue
+            if index.name == loop.target.name and of.name not in made:
+                return nodes.Getitem(nodes.Name(of.name, "load"), nodes.Name(index.name, "load"), "load")
+    return nodes.Name(loop.target.name, "load")
 
 
 def owner_mark(depth: int, number: int) -> str:
@@ -130,7 +150,7 @@ class _Path:
 
 
 def pieces_of(marked: str) -> tuple[str, dict[int, list[tuple[int, str]]]]:
-    """The text, and by message its pieces, from the output of a template without generation blocks.
+    """The text, and by message its pieces, from the output of a template.
 
     A piece is a position in the text and what was written there while the loop was at the message.
     """
@@ -140,7 +160,7 @@ def pieces_of(marked: str) -> tuple[str, dict[int, list[tuple[int, str]]]]:
     for part in _MARKS.split(marked):
         if part.startswith(_OWNER):
             path.move(part)
-        elif part:
+        elif part and part not in (_START, _END):
             if (owner := path.owner) is not None:
                 pieces.setdefault(owner, []).append((position, part))
             text.append(part)

@@ -42,7 +42,7 @@ class Masker:
     def encode(
         self, texts: Sequence[str], spans: Sequence[Iterable[Span]]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids (int32) of each text, and which of them lie wholly inside one of its spans (uint8)."""
+        """Ids (int32) of each text, and which of them hold any of one of its spans (uint8)."""
         if self._encoder is None or self._lengths is None:
             encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
             return [masked(encoding, marks) for encoding, marks in zip(encodings, spans, strict=True)]
@@ -59,7 +59,7 @@ class Masker:
             loss_mask = np.zeros(len(ends), dtype=np.uint8)
             begins = ends - lengths[first:last]
             for start, end in marks if size == len(text) else in_bytes(text, marks):
-                loss_mask[np.searchsorted(begins, start) : np.searchsorted(ends, end, side="right")] = 1
+                loss_mask[np.searchsorted(ends, start, side="right") : np.searchsorted(begins, end)] = 1
             made.append((ids[first:last], loss_mask))
         return made
 
@@ -94,7 +94,11 @@ def in_bytes(text: str, spans: Iterable[Span]) -> list[Span]:
 
 
 def tokenize(tokenizer: Tokenizer, text: str, spans: Iterable[Span]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (int32) of the text, and which of them lie wholly inside a span (uint8)."""
+    """Ids (int32) of the text, and which of them hold any of a span (uint8).
+
+    A space before an answer is one token with the answer's first word in many tokenizers. That token is
+    trained, although it also holds some of the prompt.
+    """
     return masked(tokenizer.encode(text, add_special_tokens=False), spans)
 
 
@@ -105,7 +109,9 @@ def masked(encoding: Encoding, spans: Iterable[Span]) -> tuple[np.ndarray, np.nd
     loss_mask = np.zeros(len(input_ids), dtype=np.uint8)
     starts, ends = offsets[:, 0], offsets[:, 1]
     for start, end in spans:
-        here = slice(np.searchsorted(starts, start), np.searchsorted(ends, end, side="right"))
+        first = np.searchsorted(ends, start, side="right")
+        here = slice(first, np.searchsorted(starts, end, side="right"))
         # Some tokenizers cut spaces off the offsets: a token of spaces only is empty, and lies at its end.
-        loss_mask[here] = (starts[here] < ends[here]) | (starts[here] > start)
+        empty = starts[here] == ends[here]
+        loss_mask[here] |= np.where(empty, starts[here] > start, starts[here] < end).astype(np.uint8)
     return input_ids, loss_mask

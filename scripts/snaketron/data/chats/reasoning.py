@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from snaketron.data.chats.conversation import Conversation, Message
+from snaketron.data.chats.conversation import Conversation
+from snaketron.data.chats.messages import Message
 from snaketron.settings.chats import RenderSettings
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def without(conversation: Conversation) -> Conversation:
         {name: value for name, value in message.items() if name != "reasoning_content"}
         for message in conversation.messages
     ]
-    return Conversation(messages, conversation.tools)
+    return replace(conversation, messages=messages)
 
 
 @dataclass(frozen=True)

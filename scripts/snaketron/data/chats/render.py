@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,20 +13,21 @@ from typing import Any, NamedTuple
 from snaketron.data.arrow import KEY, text_of
 from snaketron.data.chats import reasoning
 from snaketron.data.chats.conversation import (
-    ADVICE,
-    LEFT_OUT,
-    NO_END,
     Conversation,
-    Message,
     Span,
-    Unusable,
     check_text,
     control_tokens,
-    conversation,
 )
+from snaketron.data.chats.environment import special_tokens
+from snaketron.data.chats.marks import Rendered
 from snaketron.data.chats.mask import Masker
+from snaketron.data.chats.messages import Message
+from snaketron.data.chats.notes import Notes
+from snaketron.data.chats.probes import PROBE
+from snaketron.data.chats.reading import optional_fields, read_conversation
 from snaketron.data.chats.sequences import SCHEMA, Sequence, num_tokens, table
-from snaketron.data.chats.template import PROBE, Template, load_template, special_tokens
+from snaketron.data.chats.template import Template, load_template
+from snaketron.data.chats.unusable import ADVICE, LEFT_OUT, NO_END, Unusable
 from snaketron.data.drops import FILTERED, Bad, Drops, place, reject
 from snaketron.data.encode import Mismatch, Unencodable
 from snaketron.data.rows import read_rows
@@ -35,7 +36,6 @@ from snaketron.files import sha256
 from snaketron.lineage.record import Record, making, of_user
 from snaketron.log import UserError, logger
 from snaketron.settings.chats import RenderSettings
-from snaketron.wording import counted
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +64,7 @@ def render_chats(
                 variables=special_tokens(tokenizer),
                 arguments=settings.template_arguments,
                 off_arguments=settings.reasoning.off_arguments,
+                day=settings.template_date,
             ),
             masker=Masker(tokenizer),
             settings=settings,
@@ -74,7 +75,7 @@ def render_chats(
             "template_sha256": sha256(template),
         }
         job.counts = renderer.write(job.aside[output.name], chats, made_with)
-        job.settings = made_with | settings.model_dump()
+        job.settings = made_with | settings.model_dump(mode="json")
         job.inputs = {
             "chats": map(of_user, renderer.read),
             "tokenizer": tokenizer / "tokenizer.json",
@@ -114,13 +115,16 @@ class Renderer:
     masker: Masker
     settings: RenderSettings
     read: list[Path] = field(default_factory=list)  # the files that were opened
-    found: set[str] = field(default_factory=set)  # the metadata fields that a row had
     _checked: Counter[tuple[Any, ...]] = field(default_factory=Counter)
-    _added: list[int] = field(init=False)
-    _num_unwritten: int = 0  # conversations whose reasoning the template leaves out
+    noted: Counter[str] = field(default_factory=Counter)  # what is trained in another way than it is written
+    unread: Counter[str] = field(default_factory=Counter)  # conversations with keys that nobody reads
+    _added: dict[int, str] = field(init=False)
+    notes: Notes = field(init=False)
 
     def __post_init__(self) -> None:
-        self._added = list(self.masker.tokenizer.get_added_tokens_decoder())
+        added = self.masker.tokenizer.get_added_tokens_decoder()
+        self.notes = Notes(self.settings, self.template, self.read)
+        self._added = {number: token.content for number, token in added.items()}
 
     def write(self, path: Path, chats: list[Path], metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Write the conversations of the files `chats` to `path`; returns the counts for the record."""
@@ -141,8 +145,7 @@ class Renderer:
                 f"metadata_fields: {taken[0]!r} is a column of rendered chats itself; leave it out of "
                 "metadata_fields, or rename it in the raw files"
             )
-        if not self.template.marked:
-            self.check_ends()
+        self.check_ends()
         schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in fields)])
         schema = schema.with_metadata({KEY: json.dumps(metadata).encode()})
         texts = [name for name in schema.names if name not in ("input_ids", "loss_mask", "row", "turn")]
@@ -163,14 +166,14 @@ class Renderer:
                     count["trained_tokens"] += sum(int(np.count_nonzero(item.loss_mask)) for item in items)
                     modes.update(item.mode for item in items)
         totals = {name: sum(counts[name] for counts in kept.values()) for name in names}
-        self.complain(drops, totals["conversations"])
+        self.notes.tell(drops, totals["conversations"])
         drops.check(self.settings, [reason for reason in drops.reasons if reason != FILTERED])
         return {
             "rows": drops.num_rows,
             **totals,
             "splits": {split: dict(counts) for split, counts in kept.items()},
             "reasoning_modes": {mode: modes[mode] for mode in reasoning.MODES if modes[mode]},
-            "reasoning_not_written": self._num_unwritten,
+            **self.notes.counts(),
             "dropped": {reason: count for reason, count in drops.reasons.most_common() if count},
             "dropped_rows": drops.listed,
             "replaced": drops.num_replaced,
@@ -179,49 +182,50 @@ class Renderer:
 
     def check_ends(self) -> None:
         """Raise `UserError` when no added token ends an answer: a model could not learn to stop there."""
-        rendered = self.template.render(PROBE)
-        for start, end in rendered.spans:
+        template = self.template
+        if template.marked:
+            template.check_marks()
+        before, tools, arguments = next(template.probes())
+        rendered = template.render([*before, PROBE[1]], tools, arguments)
+        for start, end in rendered.spans[-1:]:
             encoding = self.masker.tokenizer.encode(rendered.text, add_special_tokens=False)
+            trained = rendered.text[start:end]
+            last = start + len(trained.rstrip())
             places = zip(encoding.ids, encoding.offsets, strict=True)
-            if not any(stop == end and number in self._added for number, (_, stop) in places):
-                raise UserError(
-                    f"{self.template.name}: an answer ends with {rendered.text[start:end][-30:]!r}, and the "
-                    "tokenizer has no added token for that; use the template of this tokenizer, or add the "
-                    "token to it"
-                )
-
-    def complain(self, drops: Drops, num_kept: int) -> None:
-        """`UserError` when no row can be used; a warning when no row is wanted."""
-        names = ", ".join(map(str, self.read))
-        if not num_kept and drops.num_rows:
-            message = f"{names}: none of {drops.num_rows} rows can be used: {explain(drops)}"
-            if drops.num_rows > drops.reasons[FILTERED]:
-                raise UserError(message)
-            logger.warning("%s", message)
-        for name in self.settings.metadata_fields:
-            if num_kept and name not in self.found:
-                logger.warning("%s: no row has the metadata field %r", names, name)
-        if self._num_unwritten:
-            logger.warning(
-                "%s: the template writes no reasoning; %d conversations are trained without theirs",
-                self.template.name,
-                self._num_unwritten,
+            if any(begin < last <= stop and number in self._added for number, (begin, stop) in places):
+                continue
+            follows = rendered.text[end:].strip()
+            outside = (
+                f", and {follows[:30]!r} after it lies outside of the generation block" if follows else ""
+            )
+            raise UserError(
+                f"{template.name}: an answer ends with {trained[-30:]!r}{outside}, and the tokenizer has no "
+                "added token for that; use the template of this tokenizer, add the token to it, or put the "
+                "token into the generation block"
             )
 
     def render(self, chats: Iterable[Path], drops: Drops) -> Iterator[Texts]:
         """The rows of all files as text, one after the other."""
         settings = self.settings
-        control = control_tokens(self.masker.tokenizer)
-        optional = [settings.tools_field, *settings.metadata_fields]
+        # Where thinking stays in the text, its tokens must be allowed there.
+        allowed = () if settings.thinking_tags else ("<think>", "</think>")
+        control = control_tokens(self.masker.tokenizer, allowed)
+        optional = [*optional_fields(settings), *settings.metadata_fields]
         for path in chats:
             self.read.append(path)
-            required = [settings.messages_field]
-            rows = read_rows(path, required=required, optional=optional, settings=settings, drops=drops)
+            rows = read_rows(
+                path,
+                required=[settings.messages_field],
+                optional=optional,
+                settings=settings,
+                drops=drops,
+                exact=True,
+            )
             for number, row in rows:
-                self.found.update(name for name in settings.metadata_fields if name in row)
+                self.notes.fields.update(row.keys())
                 try:
-                    check_field(row, settings.messages_field)
-                    found = conversation(row[settings.messages_field], row.get(settings.tools_field))
+                    found = read_conversation(row, path, settings, drops)
+                    self.notes.add(found)
                     check_text(found, control)
                     texts, whole = self.texts(found)
                 except Unusable as error:
@@ -236,19 +240,19 @@ class Renderer:
     def texts(self, found: Conversation) -> tuple[list[Text], str]:
         """The sequences of a conversation, and the text that decides its split.
 
-        That text is the conversation with all its reasoning. Messages after the last answer are left out:
-        they train nothing, and would make the answer a part of the history, which templates shorten.
+        That text is the conversation with all its reasoning. Messages after the last trained answer are left
+        out: they train nothing, and would make the answer a part of the history, which templates shorten.
         """
-        found = Conversation(found.messages[: found.turns[-1][1]], found.tools)
+        found = replace(found, messages=found.messages[: found.turns[-1][2]])
         if found.reasons and not self.template.writes_reasoning:
             if reasoning.only_reasons(found):
                 raise Unusable(LEFT_OUT, "an answer that is only reasoning")
             found = reasoning.without(found)
-            self._num_unwritten += 1
+            self.notes.num_unwritten += 1
         mode = reasoning.choose(self.settings, found)
         used = reasoning.without(found) if mode == reasoning.STRIPPED else found
         if self.settings.sequences == "turn" and used.reasons:
-            parts = [(turn, *bounds) for turn, bounds in enumerate(used.turns, 1)]
+            parts = used.turns
         else:
             parts = [(0, 0, len(used.messages))]
         made = [self._text(used, mode, *part) for part in parts]
@@ -272,21 +276,33 @@ class Renderer:
                 messages = cut.messages
                 arguments = {modes.budget_argument: cut.budget} if modes.budget_argument else {}
         rendered = self.template.render(messages, found.tools, arguments)
-        if not self.template.marked:
-            kind = _kind(found, messages, mode)
-            self._checked[kind] += 1
-            if self._checked[kind] <= CHECKED:
-                self.template.check(messages, found.tools, arguments, rendered)
+        kind = _kind(found, messages, mode)
+        self._checked[kind] += 1
+        if self._checked[kind] <= CHECKED:
+            self.template.check(messages, found.tools, arguments, rendered)
         spans = rendered.spans
-        if turn:
+        self._check_end(rendered)
+        if turn or found.untrained:
             if None in rendered.owners:
+                what = "`sequences: turn`" if turn else "an answer of weight 0"
                 raise UserError(
-                    f"{self.template.name}: `sequences: turn` needs a template that loops over `messages` "
-                    "outside of macros, to know whose each generation block is; set sequences to conversation"
+                    f"{self.template.name}: {what} needs a template that loops over `messages` "
+                    "outside of macros, to know whose each generation block is; set sequences to "
+                    "conversation, or change the template"
                 )
             owned = zip(spans, rendered.owners, strict=True)
-            spans = [span for span, owner in owned if owner is not None and owner >= first]
+            spans = [span for span, n in owned if n is not None and n >= first and n not in found.untrained]
+        trained = [n for n in rendered.unwritten if n >= first and n not in found.untrained]
+        self.notes.noted["reasoning_left_out"] += len(trained)
         return Text(rendered.text, spans, turn, mode)
+
+    def _check_end(self, rendered: Rendered) -> None:
+        """Raise `Unusable` where an answer does not end with an added token; one may have several spans."""
+        owners = rendered.owners
+        for (_, end), owner, following in zip(rendered.spans, owners, [*owners, -1][1:], strict=True):
+            written = rendered.text[:end].rstrip()
+            if (owner is None or owner != following) and not written.endswith(tuple(self._added.values())):
+                raise Unusable(NO_END, "" if owner is None else f"message {owner}: {written[-30:]!r}")
 
     def encode(self, rendered: Iterable[Texts], drops: Drops) -> Iterator[list[Sequence]]:
         """Encode conversations, and drop those with nothing to train on; with a limit, none is read ahead."""
@@ -317,15 +333,8 @@ class Renderer:
                     made.append(item)
                 if not all(item.loss_mask.any() for item in made):
                     drops.add(source.file, source.row, "nothing to train on")
-                elif not (self.template.marked or all(self.ends(item) for item in made)):
-                    drops.add(source.file, source.row, NO_END)
                 else:
                     yield made
-
-    def ends(self, item: Sequence) -> bool:
-        """Whether each answer ends with an added token, and not with a token of its text."""
-        last = item.loss_mask > np.append(item.loss_mask[1:], 0)
-        return bool(np.isin(item.input_ids[last], self._added).all())
 
     def limited(self, conversations: Iterable[list[Sequence]], drops: Drops) -> Iterator[list[Sequence]]:
         """The first conversations, exactly as many as the limits of the settings allow."""
@@ -355,21 +364,6 @@ def _kind(found: Conversation, messages: list[Message], mode: str) -> tuple[Any,
     return (mode, bool(found.tools), messages[0]["role"], frozenset(steps))
 
 
-def check_field(row: Mapping[str, Any], messages_field: str) -> None:
-    """Raise `Bad` when the field holds no messages; then `messages_field` is mostly wrong."""
-    messages = row[messages_field]
-    if messages is None or isinstance(messages, list):
-        return
-    if isinstance(messages, str) and messages.lstrip().startswith("["):
-        return  # JSON text
-    fields = ", ".join(repr(name) for name in row)
-    raise Bad(
-        f"field {messages_field!r} holds a {type(messages).__name__}, not a list of messages; "
-        f"the fields are {fields}",
-        "set messages_field of this source to the right one",
-    )
-
-
 def batches[Item](items: Iterable[Item], most: int, size: Callable[[Item], int]) -> Iterator[list[Item]]:
     """Items in their order, in lists; a list ends when its sizes add up to `most` or more."""
     batch: list[Item] = []
@@ -382,12 +376,3 @@ def batches[Item](items: Iterable[Item], most: int, size: Callable[[Item], int])
             batch, total = [], 0
     if batch:
         yield batch
-
-
-def explain(drops: Drops) -> str:
-    """Reasons and numbers in one line, with an example of the first."""
-    reasons = counted(dict(drops.reasons.most_common()), empty="")
-    if not drops.listed:
-        return reasons
-    first = drops.listed[0]
-    return f"{reasons}; {place(Path(first['file']), first['row'])}: {first['detail'] or first['reason']}"

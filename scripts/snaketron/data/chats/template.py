@@ -7,58 +7,39 @@ A template is rendered once, whole, and the text is tokenized once, whole, so tr
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.chats.conversation import (
-    LEFT_OUT,
-    NO_PROMPT,
-    REFUSED,
-    ROLES,
-    Message,
-    Span,
-    Unusable,
-)
+from snaketron.data.chats.conversation import Span
+from snaketron.data.chats.environment import compile_source, tojson
 from snaketron.data.chats.marks import (
     MARK_IT,
     OWNS,
-    Generation,
     Rendered,
     marked_spans,
     owner_mark,
     piece_of,
     pieces_of,
-    show_owners,
     unmarked,
 )
-from snaketron.files import read_json
+from snaketron.data.chats.messages import ROLES, Message
+from snaketron.data.chats.probes import ANSWER, CALL, CALLED, PROBE, RESULT, TOOLS, TWO_CALLS
+from snaketron.data.chats.unusable import LEFT_OUT, NO_PROMPT, REFUSED, Unusable
+from snaketron.data.chats.written import check_written, writes_reasoning
 from snaketron.log import UserError
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 
-_QUESTION, _ANSWER, _RESULT = "What is 2 + 2?", "It is 4.", "42 apples"  # to try templates with
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without the HTML escapes of jinja2's own filter, like the filter of transformers."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+_DAY = date(2026, 1, 1)
+# What only opens or closes thinking, with a tag for it. A prompt may end with it where the text of an answer
+# without thinking has nothing of the kind.
+_TAG = r"(?:<[^<>]*(?:think|thought|channel|reason)[^<>]*>|\[/?THINK\])"
+_THINKING = re.compile(rf"\s*(?:{_TAG}(?:\s|thought\b)*)+", re.IGNORECASE)
+_UNIT = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|\s+|.", re.DOTALL)  # a tag, a word, white space, a sign
 
 
 class Template:
@@ -78,27 +59,15 @@ class Template:
         variables: Mapping[str, str] | None = None,
         arguments: Mapping[str, Any] | None = None,
         off_arguments: Mapping[str, Any] | None = None,
+        day: date = _DAY,
     ) -> None:
         self.name = name
         self.arguments = dict(arguments or {})
         self.off_arguments = dict(off_arguments or {})
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        try:
-            parsed = environment.parse(source)
-            parsed.body = show_owners(parsed.body)
-            parsed.set_environment(environment)
-            code = environment.compile(parsed)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(
-                f"{name}:{error.lineno}: the chat template does not parse: {error.message}"
-            ) from None
-        self.marked = environment.num_generation_blocks > 0  # type: ignore[attr-defined]
-        made = jinja2.Template.from_code(environment, code, environment.make_globals(dict(variables or {})))
-        self._template = made
+        made = compile_source(source, name, variables or {}, day)
+        self._template, self.marked, self.names = made.template, made.marked, made.names
+        self.opened: set[str] = set()  # what inference puts before an answer, and the text does not
+        self._asks = False  # whether only a text that asks for another answer ends the last one
         if not self.marked:
             self._probe()
 
@@ -111,23 +80,37 @@ class Template:
         arguments: Mapping[str, Any] | None = None,
     ) -> Rendered:
         """The text of a conversation, and the spans that the assistant wrote. Takes linear time."""
-        marked = self._write(messages, tools, arguments, False)
-        if self.marked:
-            return marked_spans(marked)
+        marked = self._write(messages, tools, arguments, self._asks)
         text, pieces = pieces_of(marked)
+        rendered = marked_spans(marked) if self.marked else self._found(text, pieces, messages)
+        unwritten = []
+        for number, message in enumerate(messages):
+            written = "".join(part for _, part in pieces.get(number, [])) or text
+            check_written(message, written, number)
+            if len(message.get("tool_calls", ())) > 1 and not self.writes_two_calls:
+                raise Unusable(LEFT_OUT, f"all calls of message {number} but the first")
+            if not writes_reasoning(message, written):
+                unwritten.append(number)
+        return rendered._replace(unwritten=tuple(unwritten))
+
+    def _found(
+        self,
+        text: str,
+        pieces: Mapping[int, list[tuple[int, str]]],
+        messages: Sequence[Mapping[str, Any]],
+    ) -> Rendered:
+        """Text and spans, from the output of a template without generation blocks."""
         spans: list[Span] = []
         owners: list[int | None] = []
         for number, message in enumerate(messages):
-            if message["role"] not in (
-                "assistant",
-                "tool",
-            ):  # a template may write the others before its loop
-                continue
+            if message["role"] not in ("assistant", "tool"):
+                continue  # a template may write the others before its loop
             piece = piece_of(pieces, number, self.name)
             if message["role"] == "assistant":
-                _check_written(message, piece[1], number)
                 spans.append(self._span(piece, number, messages))
                 owners.append(number)
+            if self._asks and number == len(messages) - 1:
+                text = text[: piece[0] + len(piece[1])]  # without the prompt for another answer
         return Rendered(text, spans, owners)
 
     def prompt(
@@ -181,7 +164,7 @@ class Template:
             given.setdefault("thinking", reasoning)  # some templates read this name, transformers gives both
         if given.get("tool_calls") and self.arguments_as_text:
             given["tool_calls"] = [
-                {**call, "function": call["function"] | {"arguments": _tojson(call["function"]["arguments"])}}
+                {**call, "function": call["function"] | {"arguments": tojson(call["function"]["arguments"])}}
                 for call in given["tool_calls"]
             ]
         return given
@@ -190,31 +173,77 @@ class Template:
     def roles(self) -> set[str]:
         """The roles whose messages the template writes; it leaves out those of other roles in silence."""
         self.__dict__["roles"] = set(ROLES)  # while they are tried
-        tried = {role: [{"role": role, "content": _RESULT}, *PROBE] for role in ("system", "developer")}
-        tried["tool"] = [*_CALLED, PROBE[1]]
-        return {"user", "assistant"} | {role for role, chat in tried.items() if self._writes(chat, _RESULT)}
+        tried = {role: [{"role": role, "content": RESULT}, *PROBE] for role in ("system", "developer")}
+        tried["tool"] = [*CALLED, PROBE[1]]
+        return {"user", "assistant"} | {role for role, chat in tried.items() if self._writes(chat, RESULT)}
 
     @cached_property
     def writes_reasoning(self) -> bool:
-        return self._writes([PROBE[0], PROBE[1] | {"reasoning_content": _RESULT}], _RESULT)
+        """Whether the template writes the reasoning of an answer, or of a call."""
+        thought = {"reasoning_content": RESULT}
+        return any(self._writes([chat[0], chat[1] | thought], RESULT) for chat in (PROBE, CALL))
+
+    @cached_property
+    def writes_two_calls(self) -> bool:
+        return self._writes(TWO_CALLS, "Oslo", "Bergen")
 
     @cached_property
     def arguments_as_text(self) -> bool:
         """Whether the template takes the arguments of a call as JSON text only; most take the object."""
         self.__dict__["arguments_as_text"] = False  # while it is tried
-        if self._writes(_CALL, "Oslo") and not self._writes(_CALL, "{'city': 'Oslo'}"):
+        if self._writes(CALL, "Oslo") and not self._writes(CALL, "{'city': 'Oslo'}"):
             return False
         self.__dict__["arguments_as_text"] = True
-        return self._writes(_CALL, '"Oslo"')
+        return self._writes(CALL, '"Oslo"')
 
-    def _writes(self, messages: Sequence[Message], text: str) -> bool:
-        for tools in (None, _TOOLS):
+    def _writes(self, messages: Sequence[Message], *texts: str) -> bool:
+        for tools in (None, TOOLS):
             try:
-                if text in self._write(messages, tools, None, False):
-                    return True
+                written = self._write(messages, tools, None, False)
             except Unusable:
                 continue
+            if all(text in written for text in texts):
+                return True
         return False
+
+    def probes(self) -> Iterator[tuple[list[Message], list[Any] | None, Mapping[str, Any]]]:
+        """Messages before an answer, tools and arguments that the template takes; most take no tools, too."""
+        for before in ([PROBE[0]], [*PROBE, PROBE[0]], CALLED):
+            for arguments in ({}, self.off_arguments):
+                for tools in (None, TOOLS):
+                    try:
+                        self._write([*before, PROBE[1]], tools, arguments, False)
+                    except Unusable as error:
+                        problem = error
+                        continue
+                    yield before, tools, arguments
+                    break
+                else:
+                    if len(before) == 1 and not arguments:
+                        fix = f"; {MARK_IT}" if problem.reason == LEFT_OUT else ""
+                        problem_of = f"cannot render a question and an answer: {problem}{fix}"
+                        raise UserError(f"{self.name}: {problem_of}") from None
+
+    # ----------------------------------------------------------- templates that mark what is generated
+
+    def check_marks(self) -> None:
+        """Raise `UserError` when the marks enclose what inference gives the model, such as a role header."""
+        for before, tools, arguments in self.probes():
+            made = marked_spans(self._write([*before, PROBE[1]], tools, arguments, False))
+            own = [span for span, owner in zip(made.spans, made.owners, strict=True) if owner == len(before)]
+            if not own and len(before) > 1:
+                continue  # whose each block is is not known
+            start = (own or made.spans or [(len(made.text), 0)])[0][0]
+            try:
+                given = self.prompt(before, tools, arguments)
+            except Unusable:
+                continue  # it takes no conversation without an answer
+            trained = made.text[start : _shared(made.text, given)]
+            if trained.strip() and not _opens(trained):
+                raise UserError(
+                    f"{self.name}: {trained!r} lies in the generation block of an answer, but inference "
+                    "gives it to the model before the answer; begin the block after it"
+                )
 
     # ------------------------------------------------- templates that do not mark what is generated
 
@@ -222,54 +251,52 @@ class Template:
         """Find the prompts of an answer after a user's message, and after a tool's result."""
         self._prompts: dict[str, set[str]] = {"user": set(), "tool": set()}
         self._headers: set[str] = set()  # stand before answers that no prompt fits, as in a shortened history
-        tried = {
-            "user": [[PROBE[0]], [*PROBE, PROBE[0]]],
-            "tool": [_CALLED],
-        }
-        for role, chats in tried.items():
-            for before in chats:
-                for arguments in ({}, self.off_arguments):
-                    try:
-                        self._try(role, before, arguments)
-                    except Unusable as error:
-                        if role == "user" and not arguments:
-                            fix = f"; {MARK_IT}" if error.reason == LEFT_OUT else ""
-                            problem = f"cannot render a question and an answer: {error}{fix}"
-                            raise UserError(f"{self.name}: {problem}") from None
+        for before, tools, arguments in self.probes():
+            try:
+                self._try(before, tools, arguments)
+            except Unusable as error:
+                if len(before) == 1 and not arguments:
+                    fix = f"; {MARK_IT}" if error.reason == LEFT_OUT else ""
+                    problem = f"cannot render a question and an answer: {error}{fix}"
+                    raise UserError(f"{self.name}: {problem}") from None
         self._prompts["tool"] = self._prompts["tool"] or self._prompts["user"]
 
-    def _try(self, role: str, before: list[Message], arguments: Mapping[str, Any]) -> None:
-        text, pieces = pieces_of(self._write([*before, PROBE[1]], None, arguments, False))
+    def _try(self, before: list[Message], tools: list[Any] | None, arguments: Mapping[str, Any]) -> None:
+        text, pieces = pieces_of(self._write([*before, PROBE[1]], tools, arguments, self._asks))
         for number, message in enumerate([*before, PROBE[1]]):
             if message is not PROBE[1]:
                 continue
             start, written = piece_of(pieces, number, self.name)
-            header, found, rest = written.partition(_ANSWER)
+            header, found, rest = written.partition(ANSWER)
+            if found and not rest.strip() and not self._asks:
+                self._asks = True
+                return self._try(before, tools, arguments)
             if not found or not rest.strip():
+                what = (
+                    "ends the assistant's turn with nothing" if found else "changes what the assistant says"
+                )
                 raise UserError(
-                    f"{self.name}: the chat template has no generation blocks, and "
-                    + (
-                        "ends the assistant's turn with nothing"
-                        if found
-                        else "changes what the assistant says"
-                    )
-                    + f"; {MARK_IT}"
+                    f"{self.name}: the chat template has no generation blocks, and {what}; {MARK_IT}"
                 )
             self._headers.add(header)
-            prompt = self.prompt(before, None, arguments)
+            prompt = self.prompt(before, tools, arguments)
             if number == len(before) and prompt.startswith(text[:start]):
-                self._prompts[role].add(prompt[start:])
+                self._prompts[before[-1]["role"]].add(prompt[start:])
 
     def _span(self, piece: tuple[int, str], number: int, messages: Sequence[Mapping[str, Any]]) -> Span:
+        """What the assistant wrote of a piece: that after the prompt, or what the prompt shares with it."""
         start, written = piece
         after = messages[number - 1]["role"] if number else ""
         prompts = self._prompts["tool" if after == "tool" else "user"]
-        for known in (prompts, self._headers):
-            if fitting := [prompt for prompt in known if written.startswith(prompt)]:
-                begin, end = start + len(max(fitting, key=len)), start + len(written.rstrip())
-                if begin < end:
-                    return begin, end
-        raise Unusable(NO_PROMPT, f"message {number} is written as {written[:60]!r}")
+        fitting = [len(prompt) for prompt in prompts if written.startswith(prompt)]
+        if not fitting:
+            shared = [(_shared(written, prompt), prompt) for prompt in prompts]
+            fitting = [length for length, prompt in shared if length and _opens(prompt[length:])]
+        fitting = fitting or [len(header) for header in self._headers if written.startswith(header)]
+        begin, end = start + max(fitting, default=len(written)), start + len(written.rstrip())
+        if begin >= end:
+            raise Unusable(NO_PROMPT, f"message {number} is written as {written[:60]!r}")
+        return begin, end
 
     def check(
         self,
@@ -280,64 +307,47 @@ class Template:
     ) -> None:
         """Raise `UserError` where inference would not be given the text that stands before an answer.
 
-        Compared are the first two answers and the last one of the last turn. For templates without generation
-        blocks, whose prompts were found by trying.
+        Compared are the first two answers and the last one of the last turn. A template with generation
+        blocks may write the history in another way at inference; but what stands between the prompt and the
+        block of an answer would neither be trained nor given.
         """
         last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-        asked = [
-            (start, owner)
-            for (start, _), owner in zip(rendered.spans, rendered.owners, strict=True)
+        asked = {
+            owner: start
+            for (start, _), owner in reversed(list(zip(rendered.spans, rendered.owners, strict=True)))
             if owner and owner > last and messages[owner - 1]["role"] != "assistant"
-        ]
-        for start, owner in dict.fromkeys([*asked[:2], *asked[-1:]]):  # a turn may have hundreds of calls
-            before = rendered.text[:start]
-            given = self.prompt(messages[:owner], tools, arguments)
-            if before == given:
+        }
+        owners = sorted(asked)
+        for owner in dict.fromkeys([*owners[:2], *owners[-1:]]):  # a turn may have hundreds of calls
+            before = rendered.text[: asked[owner]]
+            try:
+                given = self.prompt(messages[:owner], tools, arguments)
+            except Unusable:
+                if self.marked:
+                    continue
+                raise
+            if before == given or self._agrees(before, given, rendered.text, messages[owner - 1]["role"]):
                 continue
-            known = self._prompts["tool" if messages[owner - 1]["role"] == "tool" else "user"]
-            if _without(before, known) & _without(
-                given, known
-            ):  # they differ in the prompt only, as with and without reasoning
-                continue
+            at = max(0, _common(before, given) - 20)
             raise UserError(
                 f"{self.name}: message {owner} of a conversation is not written as inference asks for it: "
-                f"before it stands {before[-60:]!r}, but inference gives the model {given[-60:]!r}; set "
-                f"template_arguments so that they agree, or {MARK_IT}"
+                f"before it stands {before[at : at + 60]!r}, but inference gives the model "
+                f"{given[at : at + 60]!r}; set template_arguments so that they agree, or {MARK_IT}"
             )
 
-
-PROBE: list[Message] = [
-    {"role": "user", "content": _QUESTION},
-    {"role": "assistant", "content": _ANSWER},
-]
-_CALL: list[Message] = [
-    PROBE[0],
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            {
-                "id": "call00001",
-                "type": "function",
-                "function": {"name": "weather", "arguments": {"city": "Oslo"}},
-            }
-        ],
-    },
-]
-_TOOLS: list[Any] = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "The weather of a city.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-        },
-    }
-]
-_CALLED: list[Message] = [
-    *_CALL,
-    {"role": "tool", "tool_call_id": "call00001", "name": "weather", "content": _RESULT},
-]
+    def _agrees(self, before: str, given: str, text: str, after: str) -> bool:
+        """Whether the text before an answer may differ from what inference is given."""
+        if self.marked:
+            gap = before[len(given) :] if before.startswith(given) else ""
+            return not gap.strip() or "add_generation_prompt" not in self.names or _opens(gap)
+        known = self._prompts["tool" if after == "tool" else "user"]
+        if _without(before, known) & _without(given, known):
+            return True  # they differ in the prompt only, as with and without reasoning
+        tail = given[len(before) :] if given.startswith(before) else ""
+        if not _opens(tail) or text.startswith(tail.strip(), len(before)):
+            return False
+        self.opened.add(tail)
+        return True
 
 
 def compile_template(
@@ -347,14 +357,17 @@ def compile_template(
     variables: Mapping[str, str] | None = None,
     arguments: Mapping[str, Any] | None = None,
     off_arguments: Mapping[str, Any] | None = None,
+    day: date = _DAY,
 ) -> Template:
     """Compile a chat template; `UserError` when it does not parse, or does not show what is generated.
 
     `variables` are the special tokens (`bos_token`, ...) that some templates use. `arguments` come from the
-    configuration; a conversation without reasoning also gets `off_arguments`. There is no `strftime_now`: a
-    template that asks for the date would render other text every day.
+    configuration; a conversation without reasoning also gets `off_arguments`. A template that asks for the
+    date is told `day`: another day must not give another text.
     """
-    return Template(source, name=name, variables=variables, arguments=arguments, off_arguments=off_arguments)
+    return Template(
+        source, name=name, variables=variables, arguments=arguments, off_arguments=off_arguments, day=day
+    )
 
 
 def load_template(path: Path, variables: Mapping[str, str] | None = None, **arguments: Any) -> Template:
@@ -368,24 +381,27 @@ def load_template(path: Path, variables: Mapping[str, str] | None = None, **argu
     return compile_template(source, name=str(path), variables=variables, **arguments)
 
 
+def _opens(text: str) -> bool:
+    """Whether a text only opens or closes thinking."""
+    return _THINKING.fullmatch(text) is not None
+
+
 def _without(text: str, endings: Iterable[str]) -> set[str]:
     return {text.removesuffix(ending) for ending in endings if text.endswith(ending)}
 
 
-def _check_written(message: Mapping[str, Any], written: str, number: int) -> None:
-    """Raise `Unusable` when the assistant's content, or a call, is not in the text `written` for it."""
-    content = message["content"].strip()
-    if content not in written and "</think>" not in content:  # templates take reasoning out of the content
-        raise Unusable(LEFT_OUT, f"the content of message {number}")
-    for call in message.get("tool_calls", ()):
-        if call["function"]["name"] not in written:
-            raise Unusable(LEFT_OUT, f"a tool call of message {number}")
+def _common(text: str, other: str) -> int:
+    """How many characters two texts share at their beginnings."""
+    different = (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b)
+    return next(different, min(len(text), len(other)))
 
 
-def special_tokens(directory: Path) -> dict[str, str]:
-    """The special tokens that templates may use, by name (`bos_token`, ...); from tokenizer_config.json."""
-    path = directory / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
-    named = {name: value for name, value in config.items() if name.endswith("_token")}
-    contents = {n: v.get("content") if isinstance(v, dict) else v for n, v in named.items()}
-    return {name: content for name, content in contents.items() if isinstance(content, str)}
+def _shared(text: str, other: str) -> int:
+    """How many characters two texts share at their beginnings, without a part of a tag or a word."""
+    length = 0
+    same = _common(text, other)
+    for unit in _UNIT.finditer(other):
+        if unit.end() > same:
+            break
+        length = unit.end()
+    return length

@@ -265,7 +265,7 @@ def table() -> str:
         lines += [f"{case.name}: {'; '.join(map(_said, case.messages))}", *_lines(case.shipped)]
     found = conversation.conversation(shown[-1].messages)
     template = compiled("shipped", truncate_history_thinking=True)
-    for turn, (first, end) in enumerate(found.turns, 1):
+    for turn, first, end in found.turns:
         made = template.render(found.messages[:end])
         spans = [span for span, owner in zip(made.spans, made.owners, strict=True) if (owner or 0) >= first]
         lines += [f"reasoning in two turns, turn {turn}, with truncate_history_thinking"]

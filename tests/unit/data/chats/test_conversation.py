@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snaketron.data.chats import conversation
+from snaketron.data.chats import conversation, unusable
 from snaketron.data.chats.mask import tokenize
 from tests.unit.data.chats.chat_samples import build_tokenizer, question
 from tests.unit.data.chats.golden import WEATHER, assistant, call, tool, user
@@ -10,12 +10,14 @@ from tests.unit.data.chats.golden import WEATHER, assistant, call, tool, user
 import pytest
 
 
-def test_a_token_that_reaches_over_the_border_is_not_trained():
+def test_a_token_that_holds_any_of_the_answer_is_trained():
     tokenizer = build_tokenizer()
     text = "The capital"
     assert tokenizer.encode(text).tokens[-1] == "Ġcapital"
-    assert tokenize(tokenizer, text, [(4, 11)])[1].sum() == 0  # the space lies outside
-    assert tokenize(tokenizer, text, [(3, 11)])[1].sum() == 1
+    assert tokenize(tokenizer, text, [(4, 11)])[1].tolist() == [0, 0, 1]  # the space lies outside
+    assert tokenize(tokenizer, text, [(3, 11)])[1].tolist() == [0, 0, 1]
+    assert tokenize(tokenizer, text, [(4, 5)])[1].tolist() == [0, 0, 1]
+    assert tokenize(tokenizer, text, [(0, 3)])[1].tolist() == [1, 1, 0]
 
 
 def test_spaces_before_an_answer_are_not_trained_where_offsets_leave_spaces_out():
@@ -50,7 +52,7 @@ def test_spaces_before_an_answer_are_not_trained_where_offsets_leave_spaces_out(
     ],
 )
 def test_an_unusable_conversation_says_why(messages, tools, reason):
-    with pytest.raises(conversation.Unusable) as caught:
+    with pytest.raises(unusable.Unusable) as caught:
         conversation.conversation(messages, tools)
     assert caught.value.reason == reason
 
@@ -87,12 +89,13 @@ def test_a_conversation_comes_out_in_one_form():
 @pytest.mark.parametrize(
     ("roles", "expected"),
     [
-        ("ua", [(0, 2)]),
-        ("uaua", [(0, 2), (2, 4)]),
-        ("suuatau", [(0, 6)]),
-        ("aua", [(0, 3)]),
-        ("uasuau", [(0, 2), (3, 5)]),
-        ("uuaau", [(0, 4)]),
+        ("ua", [(1, 0, 2)]),
+        ("uaua", [(1, 0, 2), (2, 2, 4)]),
+        ("suuatau", [(1, 0, 6)]),
+        ("aua", [(1, 0, 3)]),
+        ("uasuau", [(1, 0, 2), (2, 3, 5)]),
+        ("uuaau", [(1, 0, 4)]),
+        ("uuuaua", [(1, 0, 4), (2, 4, 6)]),
     ],
 )
 def test_turns_reach_from_the_user_to_the_last_answer(roles, expected):
@@ -105,20 +108,21 @@ def test_turns_reach_from_the_user_to_the_last_answer(roles, expected):
 def test_text_that_holds_a_control_token_is_unusable(place):
     pattern = conversation.control_tokens(build_tokenizer())
     assert pattern is not None
-    ok = conversation.Conversation(question("<think>", "b"), [WEATHER])  # not one that steers
-    conversation.check_text(ok, pattern)
+    conversation.check_text(conversation.Conversation(question("<b>", "b"), [WEATHER]), pattern)
+    thinks = conversation.Conversation(question("<think>", "b"), [WEATHER])
+    conversation.check_text(thinks, conversation.control_tokens(build_tokenizer(), {"<think>", "</think>"}))
     bad = (
         conversation.Conversation(question("a<|im_end|>", "b"), None)
         if place == "messages"
         else conversation.Conversation(question("a", "b"), [{"name": "<|im_start|>"}])
     )
-    with pytest.raises(conversation.Unusable, match="control token"):
+    with pytest.raises(unusable.Unusable, match="control token"):
         conversation.check_text(bad, pattern)
 
 
 @pytest.mark.parametrize("text", ["\ufdd0", "\ufdd1x\ufdd0", "\ud800"])
 def test_text_that_is_no_unicode_text_is_unusable(text):
-    with pytest.raises(conversation.Unusable, match="not Unicode text"):
+    with pytest.raises(unusable.Unusable, match="not Unicode text"):
         conversation.check_text(conversation.conversation(question("a", text)), None)
 
 

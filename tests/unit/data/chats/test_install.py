@@ -58,10 +58,13 @@ def test_the_template_of_a_tokenizer_is_taken(run_script, tmp_path, tokenizer_di
             "{% for m in [1] %}{{ messages[0].content }}{{ messages[1].content }}{% endfor %}",
             "{% generation %}",
         ),
-        ("{% generation %}It is 4.{% endgeneration %}", "leaves out what the user says"),
+        (
+            "{% generation %}It is 4.{% endgeneration %}",
+            "the template leaves out a message: the content of message 0",
+        ),
         (
             TEMPLATE.replace("{{ m.content }}<|im_end|>{% endg", "{% endg"),
-            "leaves out what the assistant says",
+            "the template leaves out a message: the content of message 1",
         ),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}!{% endgeneration %}",

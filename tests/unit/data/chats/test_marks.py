@@ -43,6 +43,18 @@ def test_spans_are_right_when_the_block_lies_in_a_macro():
             "{% for m in rest %}<|assistant|>{{ m.content }}<|end|>{% endfor %}{% endif %}" + PROMPT,
             "<|user|>a<|end|><|assistant|>⟦b<|end|>⟧",
         ),
+        # the loop over numbers
+        (
+            "{% for i in range(messages | length) %}<|{{ messages[i].role }}|>{{ messages[i].content }}"
+            "<|end|>{% endfor %}" + PROMPT,
+            "<|user|>a<|end|><|assistant|>⟦b<|end|>⟧",
+        ),
+        # the last answer ends only where another one is asked for
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+            "{{ '<|end|>' if not loop.last or add_generation_prompt }}{% endfor %}" + PROMPT,
+            "<|user|>a<|end|><|assistant|>⟦b<|end|>⟧",
+        ),
     ],
 )
 def test_what_the_assistant_writes_is_found(source, expected):
@@ -53,7 +65,10 @@ def test_what_the_assistant_writes_is_found(source, expected):
     ("source", "message"),
     [
         ("{{ messages[1].content }}<|end|>", "leaves out a message"),
-        ("{% for i in range(2) %}{{ messages[i].content }}<|end|>{% endfor %}", "leaves out a message"),
+        (
+            "{% for i in range(2) %}{{ (messages | list)[i].content }}<|end|>{% endfor %}",
+            "leaves out a message",
+        ),
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
             "ends the assistant's turn with nothing",

@@ -10,6 +10,7 @@ import render_chat
 from snaketron import files
 from snaketron.data import arrow
 from snaketron.data.chats import render as render_module
+from snaketron.data.chats.unusable import THOUGHTS
 from snaketron.data.split import split_of
 from snaketron.lineage.record import Record, read
 from snaketron.log import UserError
@@ -160,7 +161,9 @@ def test_at_most_a_hundred_dropped_rows_of_a_reason_are_listed(tmp_path, tokeniz
 def test_a_template_that_trains_nothing_in_a_row_drops_it(tmp_path, tokenizer):
     template = tmp_path / "short.jinja"
     template.write_text(
-        "{{ messages[0].content }}{% generation %}{{ messages[1].content[3:] }}{% endgeneration %}"
+        "{{ messages[0].content }}: {% set said = messages[1].content if messages[1:] else '' %}"
+        "{% if said | length > 3 %}{% generation %}{{ said }}<|im_end|>{% endgeneration %}{% else %}"
+        "{{ said }}{% endif %}"
     )
     _, record = render(
         tmp_path,
@@ -323,7 +326,8 @@ def test_a_file_of_which_no_row_can_be_used_is_an_error(tmp_path, tokenizer):
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [{"from": "human", "value": "a"}]}] * 3)
     assert refused(tmp_path, chats) == (
         "chats.jsonl: none of 3 rows can be used: 3 x a message without a role; "
-        "chats.jsonl:1: message 0 has from, value"
+        "chats.jsonl:1: message 0 has from, value "
+        "(name its keys in role_key and content_key of the source (from, value: ShareGPT))"
     )
 
 
@@ -446,8 +450,9 @@ def test_turns_of_a_template_with_generation_blocks(tmp_path, tokenizer):
 def test_turns_of_a_template_that_hides_its_loop_are_an_error(tmp_path, tokenizer):
     template = tmp_path / "macro.jinja"
     template.write_text(
-        "{% macro all() %}{% for m in messages %}{% generation %}{{ m.reasoning_content }}{{ m.content }}"
-        "{% endgeneration %}{% endfor %}{% endmacro %}{{ all() }}"
+        "{% macro all() %}{% for m in messages %}{{ m.role }}: {% if m.role == 'user' %}{{ m.content }}"
+        "{% else %}{% generation %}{{ m.reasoning_content }}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% endif %}{% endfor %}{% endmacro %}{{ all() }}"
     )
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": THREE_TURNS}])
     message = refused(tmp_path, chats, template=template, sequences="turn")
@@ -492,6 +497,168 @@ def test_a_template_without_reasoning_trains_the_answers_and_says_so(tmp_path, t
     assert "writes no reasoning; 1 conversations are trained without theirs" in caplog.text
 
 
+THINKS = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "<think>\nFirst.\n</think>\n\n1"},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "<think>\nSecond.\n</think>\n\n2"},
+]
+
+
+def test_thinking_in_the_content_is_reasoning_counted_and_split_by_turn(tmp_path, tokenizer, caplog):
+    first = "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n"
+    rows, record = render(tmp_path, [{"messages": THINKS}], sequences="turn")
+    assert texts(rows, ())[0] == f"{first}⟦<think>\nFirst.\n</think>\n\n1<|im_end|>⟧\n"
+    assert [(row["turn"], row["reasoning_mode"]) for row in rows] == [(1, "full"), (2, "full")]
+    assert record.counts["thinking_in_content"] == 2
+    assert "2 answers have their thinking in the content; it is taken for reasoning" in caplog.text
+    rows, record = render(tmp_path, [{"messages": THINKS}], thinking_tags=None)
+    assert [row["reasoning_mode"] for row in rows] == ["none"] and "<think>" in texts(rows, ())[0]
+    assert "thinking_in_content" not in record.counts
+
+
+def test_reasoning_that_the_template_leaves_out_of_the_history_is_counted(tmp_path, other_tokenizer, caplog):
+    rows, record = render(tmp_path, [{"messages": THINKS}], template=OTHER)
+    assert "First." not in texts(rows)[0] and "Second." in texts(rows)[0]
+    assert record.counts["reasoning_left_out"] == 1
+    assert (
+        "1 answers are trained without their reasoning" in caplog.text and "`sequences: turn`" in caplog.text
+    )
+    caplog.clear()
+    _, record = render(tmp_path, [{"messages": THINKS}], template=OTHER, sequences="turn")
+    assert "reasoning_left_out" not in record.counts and "without their reasoning" not in caplog.text
+
+
+def test_an_answer_of_weight_0_is_not_trained_and_counted(tmp_path, tokenizer, caplog):
+    bad = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bad.", "weight": 0}]
+    rows, record = render(tmp_path, [{"messages": [*bad, *question("Again", "Good."), *bad]}])
+    assert texts(rows, ()) == [
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nBad.<|im_end|>\n"
+        "<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n⟦Good.<|im_end|>⟧\n"
+    ]
+    assert record.counts["untrained_answers"] == 2
+    assert "2 answers have the weight 0 and are not trained" in caplog.text
+
+
+def test_turns_without_a_trained_answer_are_no_sequences(tmp_path, tokenizer):
+    messages = [message | ({"weight": 0} if i == 1 else {}) for i, message in enumerate(THREE_TURNS)]
+    rows, _ = render(tmp_path, [{"messages": messages}], sequences="turn")
+    assert [row["turn"] for row in rows] == [2, 3]
+    assert [text.count("⟦") for text in texts(rows, ())] == [1, 1]
+
+
+def test_keys_that_nobody_reads_are_counted_and_told(tmp_path, tokenizer, caplog):
+    chats = [{"messages": [*question("a", "b"), {"role": "user", "content": "c", "audio": "x"}]}] * 2
+    _, record = render(tmp_path, [*chats, {"messages": question("c", "d")}])
+    assert record.counts["unread_keys"] == {"audio": 2}
+    assert "nobody reads the key 'audio' of messages, in 2 rows" in caplog.text
+
+
+def test_calls_of_different_shapes_in_parquet_keep_their_own_arguments(tmp_path, tokenizer):
+    chats, expected = [], []
+    for name, given in (("weather", {"city": "Oslo"}), ("dice", {"sides": 6})):
+        call = {"id": "1", "type": "function", "function": {"name": name, "arguments": given}}
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": {name: given}}}}
+        answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+        chats.append({"messages": [{"role": "user", "content": "a"}, answer], "tools": [tool]})
+        expected.append((json.dumps(given), json.dumps(tool)))
+    pq.write_table(pa.Table.from_pylist(chats), tmp_path / "chats.parquet")
+    assert "null" in json.dumps(pq.read_table(tmp_path / "chats.parquet").to_pylist())
+    rows, _ = render_files(tmp_path, tmp_path / "chats.parquet")
+    for text, (given, tool) in zip(texts(rows, ()), expected, strict=True):
+        assert f'"arguments": {given}}}' in text and tool in text and "null" not in text
+
+
+def test_large_integers_keep_their_digits(tmp_path, tokenizer):
+    call = {"name": "find", "arguments": {"id": 123456789012345678901234567890, "n": 18446744073709551616}}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    rows, _ = render(tmp_path, [{"messages": messages}])
+    assert '"id": 123456789012345678901234567890, "n": 18446744073709551616}' in texts(rows, ())[0]
+
+
+def test_lone_surrogates_in_arguments_obey_invalid_text(tmp_path, tokenizer):
+    call = {"name": "f", "arguments": '{"x": "a\\ud800b"}'}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    chats = [{"messages": messages}, {"messages": question("a", "b")}]
+    path = write_jsonl(tmp_path / "chats.jsonl", chats)
+    assert refused(tmp_path, path) == (
+        "chats.jsonl:1: a lone surrogate in a text that is JSON; correct the text, or set invalid_text to "
+        "replace or drop"
+    )
+    rows, counts = render_files(tmp_path, path, invalid_text="replace")
+    assert '{"x": "a\ufffdb"}' in texts(rows, ())[0] and counts["replaced"] == 1
+    _, counts = render_files(tmp_path, path, invalid_text="drop", max_dropped_fraction=0.5)
+    assert counts["dropped"] == {"invalid text": 1}
+
+
+def test_rows_of_other_keys_are_read_as_configured(tmp_path, tokenizer):
+    chats = write_jsonl(
+        tmp_path / "chats.jsonl",
+        [
+            {
+                "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}],
+                "system": "Be brief.",
+                "functions": [{"name": "weather"}],
+            }
+        ],
+    )
+    keys = {"messages_field": "conversations", "role_key": "from", "content_key": "value"}
+    rows, _ = render_files(tmp_path, chats, **keys, roles={"human": "user", "gpt": "assistant"})
+    text = texts(rows, ())[0]
+    assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools") and '"name": "weather"' in text
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n")
+    rows, _ = render_files(
+        tmp_path, chats, **keys, roles={"human": "user", "gpt": "assistant"}, system_field=None
+    )
+    assert "Be brief." not in texts(rows, ())[0]
+
+
+def test_every_special_token_counts_as_a_control_token(tmp_path):
+    save_tokenizer(tmp_path / "tokenizer", added=["</s>", "[/INST]"])
+    chats = [{"messages": question("a", text)} for text in ("<s>b", "</s>", "x [/INST]", "<think> b")]
+    _, record = render(tmp_path, chats, max_dropped_fraction=0.8)
+    assert record.counts["dropped"] == {"a control token in the text": 2, THOUGHTS: 1}
+    _, record = render(tmp_path, chats, max_dropped_fraction=0.8, thinking_tags=None)
+    assert record.counts["dropped"] == {"a control token in the text": 2}
+
+
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% else %}"
+    "<|im_start|>assistant\n{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+
+
+def test_an_end_outside_of_the_generation_block_is_an_error(tmp_path, tokenizer):
+    """The model would never learn to stop."""
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": question("a", "b")}])
+    template = tmp_path / "end.jinja"
+    template.write_text(MARKED)
+    assert refused(tmp_path, chats, template=template).startswith(
+        "end.jinja: an answer ends with 'It is 4.', and '<|im_end|>' after it lies outside of the generation "
+        "block"
+    )
+    template.write_text(MARKED.replace("{% endgeneration %}<|im_end|>", "<|im_end|>{% endgeneration %}"))
+    rows, _ = render_files(tmp_path, chats, template=template)
+    assert texts(rows, ())[0].endswith("assistant\n⟦b<|im_end|>⟧")
+
+
+def test_a_space_before_an_answer_is_one_token_with_its_first_word_and_trained(tmp_path, tokenizer):
+    template = tmp_path / "space.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ 'USER: ' + m.content + ' ' if m.role == 'user' else 'ASSISTANT: ' + "
+        "m.content + '<|im_end|>' }}{% endfor %}{{ 'ASSISTANT: ' if add_generation_prompt }}"
+    )
+    rows, _ = render(tmp_path, [{"messages": question("What is two?", "is four")}], template=template)
+    assert texts(rows, ()) == ["USER: What is two? ASSISTANT:⟦ is four<|im_end|>⟧"]
+
+
 def test_too_many_dropped_rows_are_an_error_with_an_example_of_each_kind(tmp_path, tokenizer):
     chats = [{"messages": question("a", "b")}] * 98
     chats += [{"messages": [{"role": "human", "content": "a"}]}]
@@ -503,7 +670,8 @@ def test_too_many_dropped_rows_are_an_error_with_an_example_of_each_kind(tmp_pat
     assert refused(tmp_path, path) == (
         "2 of 100 rows are bad or invalid, more than max_dropped_fraction 0.01 allows; the first is "
         "chats.jsonl:99: unknown role: message 0 is by 'human'; known: system, developer, user, assistant, "
-        "tool (rename it); another: chats.jsonl:100: no messages (remove the row, or name the field that "
+        "tool (rename it, or name it in `roles` of the source: {human: user, gpt: assistant}); another: "
+        "chats.jsonl:100: no messages (remove the row, or name the field that "
         "holds them in messages_field); correct the files, or raise max_dropped_fraction"
     )
 

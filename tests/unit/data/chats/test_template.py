@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.chats import conversation
+from snaketron.data.chats import conversation, unusable
+from snaketron.data.chats.environment import special_tokens
 from snaketron.data.chats.mask import tokenize
-from snaketron.data.chats.template import compile_template, special_tokens
+from snaketron.data.chats.template import compile_template
 from snaketron.log import UserError
 from tests.unit.data.chats.chat_samples import build_tokenizer, question
 from tests.unit.data.chats.golden import (
@@ -296,26 +298,26 @@ def test_a_text_that_inference_does_not_ask_for_is_refused():
 @pytest.mark.parametrize(
     ("source", "messages", "reason"),
     [
-        (LOOP, [user("a"), assistant("", tool_calls=[call({})])], conversation.LEFT_OUT),
+        (LOOP, [user("a"), assistant("", tool_calls=[call({})])], unusable.LEFT_OUT),
         (
             "{% for m in messages if m.role != 'tool' %}{{ m.content }}{{ m.tool_calls }}<|end|>{% endfor %}",
             [user("a"), assistant("", tool_calls=[call({})]), tool("r"), assistant("b")],
-            conversation.LEFT_OUT,
+            unusable.LEFT_OUT,
         ),
         (
             "{% for m in messages if m.role != 'system' %}{{ m.content }}<|end|>{% endfor %}",
             [{"role": "system", "content": "s"}, *question("a", "b")],
-            conversation.LEFT_OUT,
+            unusable.LEFT_OUT,
         ),
         (
             LOOP.replace("<|{{", "{{ 'x' if m.content == 'b' }}<|{{") + PROMPT,
             question("a", "b"),
-            conversation.NO_PROMPT,
+            unusable.NO_PROMPT,
         ),
     ],
 )
 def test_a_conversation_that_is_not_written_whole_is_unusable(source, messages, reason):
-    with pytest.raises(conversation.Unusable) as caught:
+    with pytest.raises(unusable.Unusable) as caught:
         compile_template(source).render(conversation.conversation(messages).messages)
     assert caught.value.reason == reason
 
@@ -362,7 +364,91 @@ def test_a_template_that_does_not_parse_is_refused_with_its_line():
         compile_template("{% generation %}a", name="my.jinja")
 
 
-def test_a_template_cannot_ask_for_the_date():
-    template = compile_template("{{ strftime_now('%Y') }}{% generation %}{% endgeneration %}")
-    with pytest.raises(conversation.Unusable, match="strftime_now"):
-        template.render(question("a", "b"))
+def test_a_template_that_asks_for_the_date_is_told_the_configured_one():
+    """Whatever the day: the same text, and so the same bytes."""
+    source = "{{ strftime_now('%d %b %Y %H:%M') }}" + LOOP + PROMPT
+    template = compile_template(source, day=date(2025, 2, 3))
+    assert template.render(question("a", "b")).text.startswith("03 Feb 2025 00:00<|user|>a<|end|>")
+    assert compile_template(source).render(question("a", "b")).text.startswith("01 Jan 2026 00:00<")
+
+
+def test_other_names_that_transformers_gives_to_templates_are_there():
+    source = (
+        "{% set a = namespace(x=1) %}{% set b = dict(c='<é>') %}{% for m in messages %}{{ m.content }}<|end|>"
+        "{% if loop.first %}{% continue %}{% endif %}{{ b | tojson }}{{ b | tojson(ensure_ascii=True) }}"
+        "{{ [b, 1] | tojson(separators=(',', ':'), indent=1) }}{{ a.x }}<|end|>{% break %}{% endfor %}"
+    )
+    text = compile_template(source).render(question("a", "b")).text
+    assert text == 'a<|end|>b<|end|>{"c": "<é>"}{"c": "<\\u00e9>"}[\n {\n  "c":"<é>"\n },\n 1\n]1<|end|>'
+
+
+# ----------------------------------------------------------------- what must not be trained, or left out
+
+HEAD = "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|end|>{% else %}"
+TAIL = "{% endif %}{% endfor %}" + PROMPT
+
+
+def test_a_role_header_inside_the_generation_block_is_refused():
+    source = HEAD + "{% generation %}<|assistant|>{{ m.content }}<|end|>{% endgeneration %}" + TAIL
+    with pytest.raises(UserError, match=r"'<\|assistant\|>' lies in the generation block"):
+        compile_template(source).check_marks()
+    right = HEAD + "<|assistant|>{% generation %}{{ m.content }}<|end|>{% endgeneration %}" + TAIL
+    compile_template(right).check_marks()
+    # what opens thinking may be trained although the prompt has it, too
+    thinks = right.replace("{% generation %}", "{% generation %}<think></think>")
+    compile_template(thinks.replace(PROMPT, PROMPT.replace("|>{", "|><think>{"))).check_marks()
+
+
+def test_text_between_the_prompt_and_the_generation_block_is_refused():
+    """The model is not given it, and would not learn to write it."""
+    source = HEAD + "<|assistant|>Sure: {% generation %}{{ m.content }}<|end|>{% endgeneration %}" + TAIL
+    made, messages = compile_template(source), question("a", "b")
+    with pytest.raises(UserError, match=r"before it stands .*Sure: ', but inference gives"):
+        made.check(messages, None, None, made.render(messages))
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_a_call_that_the_template_leaves_out_is_noticed(marks):
+    """It writes the first call only; both call the same function."""
+    said = "{{ m.content }}{% for c in m.tool_calls %}{% if loop.first %}{{ c.function | tojson }}{% endif %}"
+    said += "{% endfor %}<|end|>"
+    block = "{% generation %}" + said + "{% endgeneration %}" if marks else said
+    template = compile_template(HEAD + "<|assistant|>" + block + TAIL)
+    one, two = call({"city": "Oslo"}), call({"city": "Bergen"})
+    assert "Oslo" in template.render([user("a"), assistant("", tool_calls=[one])]).text
+    with pytest.raises(unusable.Unusable, match="a tool call of message 1"):
+        template.render([user("a"), assistant("", tool_calls=[one, two])])
+    with pytest.raises(unusable.Unusable, match="all calls of message 1 but the first"):
+        template.render([user("a"), assistant("weather, weather", tool_calls=[one, two])])
+    silent = HEAD.replace("{{ m.content }}<|end|>{% else %}", "<|end|>{% else %}") + "<|assistant|>" + block
+    with pytest.raises(unusable.Unusable, match="the content of message 0"):
+        compile_template(silent + TAIL).render(question("xyz", "b"))
+
+
+def test_a_template_that_needs_tools_is_tried_with_tools():
+    source = LOOP + "{% for tool in tools %}{{ tool.function.name | upper }}{% endfor %}" + PROMPT
+    source = source.replace("{% for m", "{{ tools | length }}{% for m")
+    made = compile_template(source)
+    assert marked(made.render(question("a", "b"), [WEATHER])) == (
+        "1<|user|>a<|end|>\n<|assistant|>⟦b<|end|>⟧\nWEATHER"
+    )
+    with pytest.raises(unusable.Unusable, match="the template refuses it"):
+        made.render(question("a", "b"))
+
+
+def test_a_prompt_that_opens_thinking_before_an_answer_without_any_is_accepted_and_noted():
+    """At inference stands <think></think> before the answer; the text of the answer has none."""
+    prompt = "{% if add_generation_prompt %}<|assistant|><think>\n\n</think>\n\n{% endif %}"
+    made, messages = compile_template(LOOP + prompt), question("a", "b")
+    rendered = made.render(messages)
+    made.check(messages, None, None, rendered)
+    assert marked(rendered) == "<|user|>a<|end|>\n<|assistant|>⟦b<|end|>⟧\n"
+    assert made.opened == {"<think>\n\n</think>\n\n"}
+
+
+def test_what_the_model_must_write_before_its_answer_is_trained():
+    """Inference gives <|assistant|>, and thinking that is off; <|say|> is for the model to write."""
+    source = LOOP.replace("|>{{ m.content }}", "|>{{ '<|say|>' if m.role == 'assistant' }}{{ m.content }}")
+    prompt = "{% if add_generation_prompt %}<|assistant|><|think|><|/think|>{% endif %}"
+    rendered = compile_template(source + prompt).render(question("a", "b"))
+    assert marked(rendered) == "<|user|>a<|end|>\n<|assistant|>⟦<|say|>b<|end|>⟧\n"
