@@ -56,12 +56,18 @@ def named(path: Path, names: list[str], *, chats: str, root: str, field: str, co
         answer = {"role": "assistant", "content": f"It is {number * number}."}
         workspace.write(f"{chats}/{name}", json.dumps({"messages": [question, answer]}) + "\n")
     config: dict[str, Any] = {
-        "pathvars": {"data": f"{root}data", "logs": f"{root}logs", "benchmarks": f"{root}benchmarks"},
+        "pathvars": {
+            "data": f"{root}data",
+            "ckpt": f"{root}ckpt",
+            "logs": f"{root}logs",
+            "benchmarks": f"{root}benchmarks",
+        },
         "tokenizer": {"text": names[:9], "text_field": field, "vocab_size": 300},
         "corpora": [{"name": "docs", "paths": names, "text_field": field}],
         "pretrain_data": {"shard_size": 10**9, "valid_fraction": 0.1, "test_fraction": 0.1},
-        "pretrain": {"phases": [{"name": "one", "tokens": 999, "blend": [{"corpus": "docs", "weight": 1}]}]}
-        | {"seq_length": 64, "global_batch_size": 4, "warmup_tokens": 128, "decay_tokens": 128},
+        "pretrain": {"phases": [{"name": "one", "tokens": 512, "blend": [{"corpus": "docs", "weight": 1}]}]}
+        | {"seq_length": 64, "global_batch_size": 4, "warmup_tokens": 128, "decay_tokens": 128}
+        | {"cpus_per_task": 1, "eval_samples": 4},
         "chats": [{"name": "help", "paths": [chats]}],
         "sft_data": {"shard_size": 10**9, "pack_size": 256},
         "sft": {"blend": [{"source": "help", "weight": 1}]},
@@ -104,9 +110,13 @@ def equal(found: Path, expected: Path) -> None:
         assert pq.read_table(found / path, columns=kept).equals(pq.read_table(expected / path, columns=kept))
 
 
-def test_hostile_names_make_the_same_bytes_as_plain_ones(tmp_path: Path):
+def test_hostile_names_make_the_same_bytes_as_plain_ones_and_are_trained_on(tmp_path: Path):
     for workspace, root in ((harmless(tmp_path / "plain"), ""), (hostile(tmp_path / "hostile"), ROOT)):
         result = workspace.snakemake(*targets(root))
         assert result.status == 0, result.output[-5000:]
-    assert not list(tmp_path.rglob("INJECTED"))
     equal(tmp_path / f"hostile/{ROOT}data", tmp_path / "plain/data")
+    result = workspace.snakemake(f"{ROOT}ckpt/pretrain/one")
+    assert result.status == 0, result.output[-5000:]
+    trained = workspace.path / f"{ROOT}ckpt/pretrain/one"
+    assert (trained / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert not list(tmp_path.rglob("INJECTED"))
