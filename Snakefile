@@ -18,6 +18,7 @@ sys.path.insert(0, f"{workflow.basedir}/scripts")
 from snaketron import credentials
 from snaketron.config import ConfigError, load
 from snaketron.config.doubled import check_doubled
+from snaketron.executor import request
 from snaketron.graph import (
     dry_run,
     notes,
@@ -89,7 +90,13 @@ if workflow.is_main_process:
         if note:
             logger.info(note)
     # Snakemake has no hook for the end of a dry-run.
-    atexit.register(dry_run.explain, workflow, graph.config, inventory.look)
+    atexit.register(
+        dry_run.explain,
+        workflow,
+        graph.config,
+        inventory.look,
+        request.sbatch_options,
+    )
     atexit.register(notes.explain, workflow, graph.config)
 
 
@@ -104,6 +111,11 @@ onstart:
     for line in outlook.trainings(graph.config, workflow.dag, inventory.look):
         logger.info(line)
     if workflow.executor_plugin.name == "slurm":
+        raise WorkflowError(
+            "executor: slurm waits for ever for some jobs (docs/slurm.md). Take `executor: snaketron-slurm`, as"
+            " profiles/slurm does, and write `snaketron-slurm-` for `slurm-` in the names of its options."
+        )
+    if workflow.executor_plugin.name == "snaketron-slurm":
         status.report_every(
             60, Path.cwd(), Path(graph.config.pathvars["ckpt"]), logger.info
         )

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 logger = logging.getLogger("snaketron")
+
+RECORD = "SNAKETRON_RECORD"  # variable of the environment: where a Slurm job notes how it fares
 
 NO_SPACE = {
     errno.ENOSPC: "no space left",
@@ -66,11 +69,13 @@ class UserError(Exception):
     """What is wrong, where (file and line, or configuration path), and what to do about it."""
 
 
-def run(main: Callable[[], int]) -> None:
+def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
     """Run a script's `main` and leave with its exit status.
 
     A `UserError` and a full disk end in one line on standard error and status 1, an interrupt in
-    status 130; anything else is our mistake and keeps its traceback.
+    status 130; anything else is our mistake and keeps its traceback. The line is noted for the executor,
+    which then does not submit the job again, since the user must mend something first. A `UserError` is not
+    noted where it `may_pass`, as an error of the network does.
     """
     logger.setLevel(logging.INFO)
     _terminal.setLevel(logging.INFO)
@@ -80,13 +85,14 @@ def run(main: Callable[[], int]) -> None:
     try:
         status = main()
     except UserError as error:
-        status = _complain(str(error))
+        status = _complain(str(error), final=not may_pass)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
         name = error.filename or "the output"
         status = _complain(
-            f"cannot write {name}: {NO_SPACE[error.errno]}; free some and run the same command again"
+            f"cannot write {name}: {NO_SPACE[error.errno]}; free some and run the same command again",
+            final=True,
         )
     except KeyboardInterrupt:
         status = 130
@@ -131,6 +137,9 @@ def log_to(path: Path) -> None:
     logger.addHandler(handler)
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, *, final: bool) -> int:
     logger.error("error: %s", message)
+    if final and (record := os.environ.get(RECORD)):
+        with contextlib.suppress(OSError):  # a full disk takes the name of the file, and no text
+            Path(f"{record}.final").write_text(message)
     return 1

@@ -1,8 +1,9 @@
-"""A real Slurm on this machine: python -m tests.slurm.cluster DIRECTORY
+"""A real Slurm on this machine: python -m tests.slurm.cluster DIRECTORY [plain]
 
 munged, MariaDB, slurmdbd, slurmctld and two slurmd run as the calling user with everything they write in
-DIRECTORY: no systemd, no cgroups, nothing in /etc. `ready` is printed when both nodes are idle, else what
-went wrong. Then each line of standard input is a request, answered by `done` or what went wrong:
+DIRECTORY: no systemd, no cgroups, nothing in /etc. A `plain` cluster has neither MariaDB nor slurmdbd, so no
+accounting, and forgets a job 10 s after its end. `ready` is printed when both nodes are idle, else what went
+wrong. Then each line of standard input is a request, answered by `done` or what went wrong:
 
     kill node2     the node loses its slurmd by SIGKILL; what its jobs run lives on
     start node2    and gets it back, which is done when the node takes jobs again
@@ -70,14 +71,6 @@ DefMemPerCPU=1000
 GresTypes=gpu
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1
-# seconds that squeue shows a finished job
-MinJobAge=3600
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost={address}
-AccountingStoragePort={accounting_port}
-AccountingStoragePass={directory}/munge.socket
-AccountingStorageTRES=gres/gpu
-AccountingStoreFlags=job_comment,job_env,job_script
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=task=1
 # A node without its slurmd is DOWN after the first, and a message to it lost after the second: about 20 s
@@ -93,6 +86,20 @@ PreemptMode=REQUEUE
 PartitionName={partition} Nodes=ALL MaxTime=INFINITE PriorityTier=5 PreemptMode=OFF
 PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=15
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF
+"""
+# MinJobAge: seconds that squeue shows a finished job.
+ACCOUNTING_CONF = """
+MinJobAge=3600
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost={address}
+AccountingStoragePort={accounting_port}
+AccountingStoragePass={directory}/munge.socket
+AccountingStorageTRES=gres/gpu
+AccountingStoreFlags=job_comment,job_env,job_script
+"""
+PLAIN_CONF = """
+MinJobAge=10
+AccountingStorageType=accounting_storage/none
 """
 NODE_CONF = (
     "NodeName={node} NodeHostname={host} NodeAddr={address} Port={port} "
@@ -134,7 +141,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def configure(directory: Path) -> None:
+def configure(directory: Path, *, accounting: bool) -> None:
     """Write all that the daemons read, and clients that find this cluster."""
     host = socket.gethostname().split(".")[0]
     try:
@@ -151,7 +158,7 @@ def configure(directory: Path) -> None:
         "directory": directory,
         "partition": PARTITION,
     }
-    text = SLURM_CONF.format(**names)
+    text = (SLURM_CONF + (ACCOUNTING_CONF if accounting else PLAIN_CONF)).format(**names)
     for node, port in zip(NODES, ports, strict=True):
         text += NODE_CONF.format(node=node, host=host, address=address, port=port)
     (directory / "slurm.conf").write_text(text)
@@ -186,6 +193,7 @@ class Cluster:
     """The daemons that run in a directory which is configured."""
 
     directory: Path
+    accounting: bool
     daemons: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -193,6 +201,16 @@ class Cluster:
         munged = ["--foreground", "--force", f"--socket={self.directory}/munge.socket"]
         munged += [f"--{kind}-file={self.directory}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
         self.daemon("munged", "munged", *munged)
+        if self.accounting:
+            self.start_accounting()
+        else:
+            self.wait_for((self.directory / "munge.socket").exists)
+        self.daemon("slurmctld", "slurmctld", "-D")
+        for node in NODES:
+            self.daemon(node, "slurmd", "-D", "-N", node)
+        self.wait_for(lambda: all(self.state(node) == "idle" for node in NODES))
+
+    def start_accounting(self) -> None:
         database = ["--no-defaults", f"--user={user()}", f"--datadir={self.directory}/database"]
         database += ["--innodb-log-file-size=8M"]  # it is written whole: 100 MB if not said
         self.run("mariadb-install-db", *database, "--skip-test-db")
@@ -204,10 +222,6 @@ class Cluster:
         self.wait_for(lambda: not self.run("sacctmgr", "show", "cluster", check=False).returncode)
         for what in (["cluster", "tests"], ["account", ACCOUNT], ["user", user(), f"account={ACCOUNT}"]):
             self.run("sacctmgr", "--immediate", "add", *what)
-        self.daemon("slurmctld", "slurmctld", "-D")
-        for node in NODES:
-            self.daemon(node, "slurmd", "-D", "-N", node)
-        self.wait_for(lambda: all(self.state(node) == "idle" for node in NODES))
 
     def obey(self, request: str) -> None:
         match request.split():
@@ -313,12 +327,12 @@ def stop() -> None:
         psutil.wait_procs(everyone, timeout=1)
 
 
-def main(directory: Path) -> int:
+def main(directory: Path, *, accounting: bool) -> int:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    cluster = Cluster(directory)
+    cluster = Cluster(directory, accounting)
     try:
-        configure(directory)
+        configure(directory, accounting=accounting)
         cluster.start()
         print("ready", flush=True)
         for request in cluster.requests():
@@ -333,4 +347,4 @@ def main(directory: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), accounting="plain" not in sys.argv[2:]))

@@ -191,7 +191,8 @@ class Submitting(Workspace):
     def command(self, *arguments: str, config: tuple[str, ...] = ()) -> list[str]:
         command = [sys.executable, str(REPOSITORY / "tests/slurm/poll_often.py")]
         command += ["--profile", str(self.profile()), *arguments]
-        command += ["--slurm-init-seconds-before-status-checks", "1", "--max-status-checks-per-second", "10"]
+        command += ["--snaketron-slurm-init-seconds-before-status-checks=1"]
+        command += ["--max-status-checks-per-second=10"]
         command += ["--configfile", *self.overlays]
         return [*command, "--config", *config] if config else command
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -16,21 +15,14 @@ from snaketron.wording import BYTES, hours, large, plural
 Request = Callable[[Any], str]  # from a job to options of sbatch
 
 
-def explain(workflow: Any, config: Config, look: Look) -> None:
+def explain(workflow: Any, config: Config, look: Look, request: Request) -> None:
     """Print the plan at the end of a dry-run, when the graph is known; nothing after another run.
 
-    `look` says how far a training is.
+    `look` says how far a training is, and `request` what sbatch is asked for a job.
     """
     if workflow.dryrun and (dag := getattr(workflow, "dag", None)):
         if lines := trainings(config, dag, look):
             print("\n  ".join(("\nTrainings:", *lines)), file=sys.stderr)
-        # The executor's own functions, so that what is shown is what would be sent.
-        from snakemake_executor_plugin_slurm.submit_string import get_submit_command
-        from snakemake_executor_plugin_slurm.utils import set_gres_string
-
-        def request(job: Any) -> str:
-            return sbatch_request(job, get_submit_command, set_gres_string)
-
         if plan := describe(config, _submitted(workflow, dag, config), request):
             print(f"\n{plan}", file=sys.stderr)
 
@@ -48,24 +40,6 @@ def _submitted(workflow: Any, dag: Any, config: Config) -> list[Any]:
     # Large groups first: Snakemake puts the jobs of a rule into groups in no order.
     jobs.sort(key=lambda job: (rules.index(job.rule.name), -sizes[groups[job]]))
     return list(dict.fromkeys(groups[job] for job in jobs))
-
-
-def sbatch_request(job: Any, get_submit_command: Callable[..., str], set_gres_string: Request) -> str:
-    """The options of sbatch for a job, as the executor plugin writes them, without names and command."""
-    asked = job.resources
-    call = get_submit_command(
-        job,
-        {
-            "run_uuid": "-",
-            "slurm_logfile": "-",
-            "comment_str": "-",
-            "account": f"-A {shlex.quote(str(asked.slurm_account))}" if asked.get("slurm_account") else "",
-            "partition": f"-p {shlex.quote(str(asked.slurm_partition))}",
-            "workdir": None,
-        },
-    )
-    options = call.partition(" --comment - ")[2] + set_gres_string(job)
-    return " ".join(options.split())
 
 
 def describe(config: Config, jobs: Iterable[Any], request: Request) -> str | None:

@@ -48,8 +48,6 @@ def resources(run: Run, cluster: Cluster) -> dict[str, Any]:
         "nodes": nodes,
         "cpus_per_task": run.cpus_per_task * (per_node if nodes == 1 else 1),
         "mem_mb": node_memory_mb(run, per_node),
-        # Slurm itself requeues the job when a node fails or it is pre-empted, and its log is continued.
-        "slurm_extra": "--requeue --open-mode=append",
     }
     if gpus:
         # `gres` counts GPUs of each node; `gpu` those of the job, which may be split unevenly.

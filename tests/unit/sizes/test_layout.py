@@ -6,13 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from snaketron.config import ConfigError, load
-from snaketron.graph.dry_run import sbatch_request
+from snaketron.executor.request import sbatch_options
 from snaketron.sizes.layout import resources
 
 import pytest
-from snakemake_executor_plugin_slurm.submit_string import get_submit_command
-from snakemake_executor_plugin_slurm.utils import set_gres_string
-from snakemake_executor_plugin_slurm.validation import validate_slurm_extra
 
 
 class Resources(dict):
@@ -30,47 +27,46 @@ def request(parallel: dict[str, int], cluster: dict[str, Any], **keys: Any) -> s
     pretrain = {"parallel": parallel, "global_batch_size": 64, "micro_batch_size": 1, **keys}
     config = load({"pretrain": pretrain, "cluster": cluster}, {})
     submitted = job(resources(config.pretrain, config.cluster))
-    validate_slurm_extra(submitted)
-    return sbatch_request(submitted, get_submit_command, set_gres_string)
+    return sbatch_options(submitted)
 
 
-START, END = "-p gpu -t 240", "--requeue --open-mode=append"
+START = "-p gpu --open-mode=append -t 240"
 
 
 @pytest.mark.parametrize(
     ("parallel", "cluster", "expected"),
     [
-        ({}, {}, "--mem 4000 --nodes=1 --ntasks=1 --cpus-per-task=2 {END}"),
-        ({}, {"gpus_per_node": 8}, "--mem 4000 --nodes=1 --cpus-per-task=2 {END} --gres=gpu:1"),
+        ({}, {}, "--mem 4000 --nodes=1 --requeue --ntasks=1 --cpus-per-task=2"),
+        ({}, {"gpus_per_node": 8}, "--mem 4000 --nodes=1 --requeue --cpus-per-task=2 --gres=gpu:1"),
         (  # of one node: one task, with the CPUs of all
             {"data_parallel_size": 8},
             {"gpus_per_node": 8},
-            "--mem 32000 --nodes=1 --cpus-per-task=16 {END} --gres=gpu:8",
+            "--mem 32000 --nodes=1 --requeue --cpus-per-task=16 --gres=gpu:8",
         ),
         (
             {"tensor_model_parallel_size": 2, "data_parallel_size": 16},
             {"gpus_per_node": 8},
-            "--mem 32000 --nodes=4 --ntasks-per-node=8 --cpus-per-task=2 {END} --gres=gpu:8",
+            "--mem 32000 --nodes=4 --requeue --ntasks-per-node=8 --cpus-per-task=2 --gres=gpu:8",
         ),
         (  # tasks_per_node=1 is refused by the plugin, and `tasks` alone would become --ntasks-per-gpu
             {"data_parallel_size": 2},
             {"gpus_per_node": 1},
-            "--mem 4000 --nodes=2 --ntasks=2 --cpus-per-task=2 {END} --gres=gpu:1",
+            "--mem 4000 --nodes=2 --requeue --ntasks=2 --cpus-per-task=2 --gres=gpu:1",
         ),
         (
             {"data_parallel_size": 2},
             {"tasks_per_node": 1},
-            "--mem 4000 --nodes=2 --ntasks=2 --cpus-per-task=2 {END}",
+            "--mem 4000 --nodes=2 --requeue --ntasks=2 --cpus-per-task=2",
         ),
     ],
 )
 def test_the_request_of_a_training(parallel, cluster, expected):
-    assert request(parallel, cluster) == f"{START} {expected.format(END=END)}"
+    assert request(parallel, cluster) == f"{START} {expected}"
 
 
 def test_memory_and_cpus_are_of_the_processes_of_a_node():
     asked = request({"data_parallel_size": 4}, {"gpus_per_node": 2}, cpus_per_task=6, mem_gb_per_task=1.5)
-    assert "--mem 3000 --nodes=2 --ntasks-per-node=2 --cpus-per-task=6 " in asked
+    assert "--mem 3000 --nodes=2 --requeue --ntasks-per-node=2 --cpus-per-task=6 " in asked
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""What jobs leave behind, written by their shell and read by Snakemake."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from snaketron.executor.records import Record, Records
+
+import pytest
+
+
+def run(records: Records, command: str, job: str = "7", restarts: int = 0) -> int:
+    """Run a command as the shell of a Slurm job does."""
+    records.directory.mkdir(exist_ok=True)
+    environment = os.environ | {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restarts)}
+    if not restarts:
+        del environment["SLURM_RESTART_COUNT"]  # Slurm sets it when it requeues a job
+    script = f"{records.before} && {command} && {records.after}"
+    return subprocess.run(["/bin/sh", "-c", script], env=environment, stderr=subprocess.DEVNULL).returncode
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Records:
+    return Records(tmp_path / "it's a run")
+
+
+@pytest.mark.parametrize(("command", "status"), [("true", 0), ("false", 1), ("(exit 75)", 75)])
+def test_a_job_notes_its_exit_status_and_ends_with_it(records: Records, command: str, status: int):
+    assert run(records, command) == status
+    assert records.read() == {"7": Record(status=status)}
+
+
+def test_a_job_that_is_killed_leaves_no_exit_status(records: Records):
+    run(records, "kill -KILL $$")
+    assert records.read() == {"7": Record()}
+
+
+def test_only_the_last_run_of_a_requeued_job_counts(records: Records):
+    run(records, "false")
+    run(records, "kill -KILL $$", restarts=1)
+    assert records.read() == {"7": Record(restarts=1)}
+    run(records, "true", restarts=10)
+    assert records.read() == {"7": Record(restarts=10, status=0)}
+    records.forget("7")
+    assert records.read() == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "final"),
+    [
+        ("UserError('no such file')", "", "no such file"),
+        ("UserError('the network is away')", ", may_pass=True", None),
+        (
+            "OSError(28, '-', 'a.bin')",
+            "",
+            "cannot write a.bin: no space left; free some and run the same command again",
+        ),
+        ("ValueError('our mistake')", "", None),
+    ],
+)
+def test_an_error_that_another_try_would_meet_again_is_noted(records: Records, error, options, final):
+    program = f"from snaketron.log import UserError, run\ndef main(): raise {error}\nrun(main{options})"
+    assert run(records, f'{sys.executable} -c "{program}"') == 1
+    assert records.read() == {"7": Record(status=1, final=final)}
