@@ -102,6 +102,7 @@ if workflow.is_main_process:
 
 # Before the first job; a dry-run does not come here.
 onstart:
+    single_run.obey_interrupts()
     if not single_run.hold(Path(".snakemake/snaketron.lock")):
         raise WorkflowError(
             "Another Snakemake is running in this directory; wait for it or stop it."

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 logger = logging.getLogger("snaketron")
 
-RECORD = "SNAKETRON_RECORD"  # variable of the environment: where a Slurm job notes how it fares
+RECORD = "JOB_RECORD"  # variable of the environment: where a Slurm job notes how it fares
 
 NO_SPACE = {
     errno.ENOSPC: "no space left",

@@ -213,13 +213,19 @@ class Submitting(Workspace):
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """Two idle nodes. Where there can be none, the tests are skipped, or fail in CI."""
+    with started(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def started(path: Path, *options: str) -> Iterator[Slurm]:
+    """A cluster that lives in `path`."""
     give_up = pytest.fail if os.environ.get("CI") else pytest.skip
     if missing := cluster.not_installed():
         packages = ", ".join(cluster.PACKAGES)
         give_up(f"Slurm is not installed: no {', '.join(missing)} (Debian: {packages})")
-    path = tmp_path_factory.mktemp("slurm")
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.slurm.cluster", str(path)],
+        [sys.executable, "-m", "tests.slurm.cluster", str(path), *options],
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,  # its end stops the cluster, also when pytest is killed
         stdout=subprocess.PIPE,

@@ -37,6 +37,7 @@ common_settings = plugin.common_settings
 
 LOOK_S = 5  # between two looks at the records
 RECORDS = Path(".snakemake/slurm_jobs")
+_NOTE = "Slurm job "
 OLD_S = 10 * 86400  # after so many seconds the records of a Snakemake that was killed are deleted
 
 
@@ -188,7 +189,7 @@ class Executor(plugin.Executor):
     def _judge(self, info: SubmittedJobInfo, state: str, record: Record | None, by: str | None) -> None:
         """Say why a job failed, and whether another try may help."""
         log = info.aux["slurm_logfile"]
-        why = f"Slurm job {info.external_jobid} {explanation(state, record, log, by)}"
+        why = f"{_NOTE}{info.external_jobid} {explanation(state, record, log, by)}"
         reason = record.final if record else None
         if reason is None and record and (full := self._full()):
             reason = full
@@ -219,12 +220,15 @@ class Executor(plugin.Executor):
 
     def _note_in_logs(self, job: Any, why: str) -> None:
         """Write the logs that a job did not begin: Snakemake shows none after one that is not there."""
-        for member in job.jobs if job.is_group() else [job]:
-            for log in map(Path, member.log):
-                if not log.exists():
-                    with contextlib.suppress(OSError):
-                        log.parent.mkdir(parents=True, exist_ok=True)
-                        log.write_text(f"{why}.\n")
+        for log in (Path(name) for member in (job.jobs if job.is_group() else [job]) for name in member.log):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                log.parent.mkdir(parents=True, exist_ok=True)
+                with log.open("a+") as file:
+                    file.seek(0)
+                    begins = file.read(len(_NOTE))
+                    if begins in ("", _NOTE):  # empty, or the note of an earlier try
+                        file.truncate(0)
+                        file.write(f"{why}.\n")
 
     def print_job_error(self, job_info: SubmittedJobInfo, msg: str | None = None, **kwargs: Any) -> None:
         job_info.job.log_error(msg, external_jobid=job_info.external_jobid, **kwargs)

@@ -1,16 +1,16 @@
-# Read by the shell of each Slurm job before its command, with the directory for records in SNAKETRON_RECORDS.
+# Read by the shell of each Slurm job before its command, with the directory for records in JOB_RECORDS.
 #
 # The names of empty files are the record: a file is there or not, and a full disk still takes a name.
 #     4711.0.began     job 4711 began; it was requeued 0 times before
 #     4711.0.exit.1    its command ended with status 1
 # A shell that is killed leaves no second file.
-SNAKETRON_RECORD=$SNAKETRON_RECORDS/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
-export SNAKETRON_RECORD
-touch "$SNAKETRON_RECORD.began" 2>/dev/null || true
+JOB_RECORD=$JOB_RECORDS/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+export JOB_RECORD
+touch "$JOB_RECORD.began" 2>/dev/null || true
 
-# Called as `command && snaketron_ended || snaketron_ended`.
-snaketron_ended() {
-  snaketron_status=$?
-  touch "$SNAKETRON_RECORD.exit.$snaketron_status" 2>/dev/null || true
-  return "$snaketron_status"
+# Called as `command && job_ended || job_ended`.
+job_ended() {
+  job_status=$?
+  touch "$JOB_RECORD.exit.$job_status" 2>/dev/null || true
+  return "$job_status"
 }

@@ -37,12 +37,12 @@ class Records:
     @property
     def before(self) -> str:
         """What the shell of a job does first."""
-        return f"export SNAKETRON_RECORDS={shlex.quote(str(self.directory))} && . {shlex.quote(str(SCRIPT))}"
+        return f"export JOB_RECORDS={shlex.quote(str(self.directory))} && . {shlex.quote(str(SCRIPT))}"
 
     @property
     def after(self) -> str:
         """What it does last: this follows the command and `&&`."""
-        return "snaketron_ended || snaketron_ended"
+        return "job_ended || job_ended"
 
     def read(self) -> dict[str, Record]:
         """The records by the number of the job; of jobs that have begun."""

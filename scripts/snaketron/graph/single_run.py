@@ -1,4 +1,4 @@
-"""Where a Snakemake may run: in the directory of the workflow, and one at a time.
+"""Where a Snakemake may run: in the directory of the workflow, and one at a time; and that it can be stopped.
 
 The lock of a directory is one that a killed Snakemake does not leave behind.
 """
@@ -6,6 +6,7 @@ The lock of a directory is one that a killed Snakemake does not leave behind.
 from __future__ import annotations
 
 import shlex
+import signal
 from pathlib import Path
 from typing import TextIO
 
@@ -43,3 +44,12 @@ def elsewhere(repository: Path) -> str | None:
         f"`pathvars` puts results elsewhere. To run in {Path.cwd()}, link the workflow into it: "
         f"ln -s {shlex.quote(str(repository))}/{{config,scripts}} ."
     )
+
+
+def obey_interrupts() -> None:
+    """Let SIGINT stop this process, as Ctrl-C does, also where a script started it with `&`.
+
+    A shell without job control lets such a process ignore SIGINT, and Python then leaves it at that.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
