@@ -30,6 +30,7 @@ if sys.dont_write_bytecode:  # else some 700 processes would each compile torch 
 TOGETHER = {
     "tests/slurm/test_faults.py": "cluster for faults",
     "tests/slurm/test_cluster_faults.py": "cluster for faults of its own",
+    "tests/slurm/test_without_accounting.py": "cluster without accounting",
     "tests/slurm/": "cluster",
     "tests/end_to_end/test_lora.py": "adapters",
     # They fork from one process with megatron-core.

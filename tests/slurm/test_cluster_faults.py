@@ -80,18 +80,18 @@ def test_a_controller_that_is_away_for_a_while_is_waited_for(disturbed: Disturbe
     disturbed.is_undisturbed()
 
 
-def test_a_second_snakemake_does_not_disturb_the_job_that_the_first_one_left(disturbed: Disturbed):
+def test_a_second_snakemake_waits_for_the_job_that_the_first_one_left(disturbed: Disturbed):
+    """It publishes what that job trained, by a job that finds the training finished."""
     with disturbed.start() as running:
         disturbed.wait_for(2)
         first = disturbed.job.id
         with disturbed.suspended(0):
             os.killpg(running.process.pid, signal.SIGKILL)
             running.process.wait()
-            second = disturbed.slurm.run(disturbed.workspace, "ckpt/sft", "--retries", "0")
-        assert second.status != 0 and f"Slurm job {first} is training here" in second.output
-        wait_for(lambda: (disturbed.version / "record.json").exists())
-        wait_for(lambda: not disturbed.ranks())
-        time.sleep(3)
-    third = disturbed.slurm.run(disturbed.workspace, "ckpt/sft")
-    assert third.status == 0, third.output[-3000:]
+            with disturbed.start() as second:
+                wait_for(lambda: disturbed.job.id != first and disturbed.job.reason == "Dependency", 180)
+                disturbed.ranks()[0].resume()
+                assert second.result().status == 0
+    assert [job.state for job in disturbed.jobs] == ["COMPLETED", "COMPLETED"]
+    assert disturbed.outcomes == ["finished"]
     disturbed.is_undisturbed()
