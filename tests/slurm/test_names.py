@@ -51,6 +51,8 @@ def test_the_command_of_a_training_has_its_paths_whole(workspace: Workspace):
     assert result.status == 0, result.output[-5000:]
     (line,) = (line for line in result.output.splitlines() if "python scripts/pretrain.py" in line)
     words = shlex.split(line)
-    given = dict(zip(words[2::2], words[3::2], strict=True))
-    assert given["--blend"] == f"{ROOT}data/pretrain/one/blend.json"
-    assert given["--output"] == f"{ROOT}ckpt/pretrain/one"
+    given = {option: words[words.index(option) + 1] for option in ("--blend", "--output")}
+    assert given == {
+        "--blend": f"{ROOT}data/pretrain/one/blend.json",
+        "--output": f"{ROOT}ckpt/pretrain/one",
+    }
