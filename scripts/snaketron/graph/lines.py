@@ -39,6 +39,7 @@ CHATTER = (
     *("Removing output files of", "This was a dry-run", "Some jobs were triggered by provenance"),
     *("Rules with provenance triggered", "Reasons:\n", "SLURM run ID", "Job rate limit reached"),
 )
+INCOMPLETE = ("Forced execution", "Asked for, or not completed the last time")  # Snakemake does not say which
 FAILED = "At least one job did not complete successfully."
 STATUS = re.compile(r"returned non-zero exit status (\d+)|died with <Signals\.(\w+)")
 SUBMITTED = re.compile(r"Job (\S+) has been submitted with SLURM jobid (\S+) \(log: (.*)\)\.")
@@ -98,7 +99,7 @@ class Lines:
         job = Job(" ".join([said["rule_name"], *map(str, said["wildcards"].values())]), time.monotonic())
         self.jobs[said["jobid"]] = job
         if self.dryrun:
-            return f"{job.title}: {_cut(said['reason'])}"
+            return f"{job.title}: {_cut(said['reason'].replace(*INCOMPLETE))}"
         # Elsewhere the line comes when the job is submitted, with its number there; a group has one line.
         return _at(f"{job.title} starts") if said["local"] and not said["indent"] else None
 
@@ -158,7 +159,7 @@ class Lines:
             return None
         if text.startswith("Terminating processes on user request"):
             self.stopping = True
-            return _at("Stopping, as asked. A training finishes its step and saves.")
+            return _at("Stopping, as asked")
         if text.startswith("Complete log(s): "):
             self.full_log = text.removeprefix("Complete log(s): ")
             return None

@@ -96,7 +96,7 @@ def watch(ranks: Ranks, beats: Path, signals: Signals, limit: Limit, step_timeou
                 ranks.kill()  # asked twice
             elif why == "exit":
                 why = "signal"
-                logger.info("the step is finished and saved; a second signal stops at once and saves nothing")
+                logger.info("finishing the step and saving; a second signal kills the processes, unsaved")
                 ranks.stop()
         if why == "exit" and limit.is_near():
             why = "time limit"

@@ -89,6 +89,8 @@ def test_a_dry_run_gives_the_reason_of_each_job():
     lines = Lines(dryrun=True)
     missing = "Missing output files: ckpt/sft"
     assert starts(lines, 0, "sft", reason=missing) == f"sft: {missing}"
+    forced = "sft: Asked for, or not completed the last time"
+    assert starts(lines, 0, "sft", reason="Forced execution") == forced
     long = starts(lines, 1, "blend", reason=f"Updated input files: {'a.json, ' * 100}")
     assert long and len(long) < 200 and long.endswith("...")
 
@@ -96,7 +98,7 @@ def test_a_dry_run_gives_the_reason_of_each_job():
 def test_a_stop_is_a_stop_and_no_error(lines: Lines, tmp_path: Path):
     starts(lines, 0, "sft")
     stopping = lines.of(record("Terminating processes on user request, this might take some time."))
-    assert without_time(stopping) == "Stopping, as asked. A training finishes its step and saves."
+    assert without_time(stopping) == "Stopping, as asked"
     exits(lines, 130)
     assert without_time(fails(lines, 0, tmp_path / "sft.log")) == "sft has stopped"
     assert ends(lines) == "Stopped; 0 of 2 jobs are done. Run the same command again to continue."
