@@ -68,7 +68,9 @@ try:
             workflow.config_settings.config_args or (),
             sys.argv,
         )
-    graph = Graph(load(config), workflow.overwrite_configfiles)
+    graph = Graph(
+        load(config), workflow.overwrite_configfiles, assuming=workflow.is_main_process
+    )
     if workflow.is_main_process:
         graph.watch(workflow)
         check_submission(workflow, graph.paths())
@@ -83,6 +85,7 @@ logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     for note in (
         *graph.unread(),
+        *(f"Assumed, since it is not listed: {said}" for said in graph.lock.unlisted),
         graph.to_download(),
         notes.from_sample(graph.config),
         *notes.unmeasured(graph.config),
@@ -103,6 +106,8 @@ if workflow.is_main_process:
 # Before the first job; a dry-run does not come here.
 onstart:
     single_run.obey_interrupts()
+    if graph.lock.unlisted:
+        raise WorkflowError("\n".join(graph.lock.unlisted))
     if not single_run.hold(Path(".snakemake/snaketron.lock")):
         raise WorkflowError(
             "Another Snakemake is running in this directory; wait for it or stop it."

@@ -49,7 +49,7 @@ class _Identity:
 
     def __call__(self, source: str, path: str) -> object:
         if path.startswith("<data>/raw/"):
-            return self.lock.file(source, path.rpartition("/")[2]).sha256
+            return self.lock.file(source, path.rpartition("/")[2]).sha256 or (source, path)  # "": assumed
         try:
             found = Path(path).stat()
         except FileNotFoundError:  # a file of the sample

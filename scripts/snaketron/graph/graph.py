@@ -30,15 +30,20 @@ class Graph:
 
     Args:
         configfiles: those of the command line, which messages repeat.
+        assuming: take one file for the files of a source or a model that nobody listed yet, as a dry-run may;
+            `lock.unlisted` says what is missing.
     """
 
-    def __init__(self, config: Config, configfiles: Iterable[str | Path] = ()) -> None:
+    def __init__(
+        self, config: Config, configfiles: Iterable[str | Path] = (), *, assuming: bool = False
+    ) -> None:
         check_trainings(config)
         self.config = config
         self.corpora: dict[str, Corpus] = {c.name: c for c in config.corpora}
         self.chats: dict[str, ChatSource] = {c.name: c for c in config.chats}
         self.phases = {p.name: p for p in config.pretrain.phases}
         self.lock = read_lock(config.sources_lock, configfiles)
+        self.lock.assuming = assuming
         # The shards of each source, and the raw files that a shard is made from, in order.
         self.text = {
             c.name: shards(c, f"corpora[{i}]", self.lock, config.pretrain_data.shard_size)

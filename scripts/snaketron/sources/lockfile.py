@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
@@ -20,6 +20,9 @@ LOCK_VERSION = 1
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SECRET = re.compile(r"(?i)signature|token|secret|password|passwd|credential|api_?key|access_?key|^sig$")
+
+
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # of any model
 
 
 class LockedFile(NamedTuple):
@@ -47,6 +50,8 @@ class Lock:
         self.sources = sources
         self.models = {} if models is None else models
         self.command = command  # lists the sources; messages tell the user to run it
+        self.assuming = False  # whether files that are not listed are assumed, for a dry-run
+        self.unlisted: list[str] = []  # what was assumed, and what to do
         self._files: dict[str, dict[str, LockedFile]] = {}
 
     def files(self, source: str) -> dict[str, LockedFile]:
@@ -82,16 +87,27 @@ class Lock:
             problem = f"{self.path} lists the first {plural(entry['max_files'], 'file')}, and now {now}"
         else:
             return
-        raise ConfigError(f"{where} ({source.name}): {problem}. List them, and commit it:\n  {self.command}")
+        said = f"{where} ({source.name}): {problem}. List them, and commit it:\n  {self.command}"
+        if entry is not None or not self._assume(source.name, ("unlisted.jsonl",), said):
+            raise ConfigError(said)
 
     def check_model(self, model: str, asked: dict[str, str], where: str) -> None:
         """Raise `ConfigError` unless a hub model was listed as it is configured now."""
         entry = self.models.get(model)
         if entry is None or entry["request"] != asked:
-            raise ConfigError(
+            said = (
                 f"{where}: {model} is no directory here, and as a model of the hub it is not listed in "
                 f"{self.path} yet. Correct it, or list it, and commit the file:\n  {self.command}"
             )
+            if entry is not None or not self._assume(model, MODEL_FILES, said):
+                raise ConfigError(said)
+
+    def _assume(self, owner: str, names: Sequence[str], said: str) -> bool:
+        """Take files of these names for those that are not listed; False where nothing is assumed."""
+        if self.assuming:
+            self._files[owner] = {name: LockedFile(name, "", 0, "") for name in names}
+            self.unlisted += [said] if said not in self.unlisted else []
+        return self.assuming
 
 
 def read_lock(path: str | Path, configfiles: Iterable[str | Path] = ()) -> Lock:

@@ -146,7 +146,7 @@ def to_download(config: Config, lock: Lock) -> str | None:
     missing = []
     for name, (directory, listed) in used.items():
         here = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-        files = [file for file in listed if file.name not in here]
+        files = [file for file in listed if file.name not in here and file.sha256]  # "": only assumed
         if files:
             count = plural(len(files), "file")
             missing.append(f"{name} {count}, {size_text(sum(file.size for file in files))}")

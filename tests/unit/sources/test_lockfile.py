@@ -6,7 +6,8 @@ from pathlib import Path
 
 from snaketron.config import ChatSource, ConfigError, Corpus
 from snaketron.sources.lockfile import check_addresses, read_lock, remote
-from snaketron.sources.shards import shards
+from snaketron.sources.models import TOKENIZER, HubModel
+from snaketron.sources.shards import shards, to_download
 from tests.unit.sources.locked import HUB, WEB, config, entry, listed, write_lock
 
 import pytest
@@ -26,6 +27,21 @@ def test_what_is_not_listed_names_the_command_that_lists_it(here: Path):
         "corpora[1] (math): its files are not listed in sources.lock.json yet. List them, and commit it:\n"
         "  python scripts/lock_sources.py --configfile mine.yaml '/site/my roots.yaml'"
     )
+
+
+def test_a_dry_run_assumes_one_file_of_what_is_not_listed_and_says_so():
+    lock = read_lock("sources.lock.json")
+    lock.assuming = True
+    for _ in range(2):
+        assert shards(HUB, "corpora[1]", lock) == {"unlisted": ["<data>/raw/math/unlisted.jsonl"]}
+        assert HubModel("lab/tiny", "tokenizer.path", TOKENIZER).files(lock) == [
+            f"<data>/hub/lab/tiny/{name}.json" for name in ("config", "tokenizer", "tokenizer_config")
+        ]
+    of_source, of_model = lock.unlisted  # each once
+    assert of_source.startswith("corpora[1] (math): its files are not listed in sources.lock.json yet. ")
+    assert of_model.startswith("tokenizer.path: lab/tiny is no directory here, ")
+    assert (lock.sources, lock.models) == ({}, {})  # nothing of it would be written
+    assert to_download(config(corpora=[Corpus(name="docs", paths=["raw"]), HUB]), lock) is None
 
 
 @pytest.mark.parametrize(
