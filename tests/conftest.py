@@ -40,23 +40,29 @@ TOGETHER = {
     "tests/unit/train/test_lora.py": "layouts",
     "tests/end_to_end/test_curation.py": "curation",
     "tests/end_to_end/test_main_job.py": "main job",
-    "tests/graph/test_rebuild.py": "main job",
 }
 ORDER = (*TOGETHER, "tests/end_to_end/", "tests/unit/train/", "tests/unit/model/", "tests/")
-# What `-m quick` leaves out: what trains, what imports megatron-core, and what waits for processes to hang.
+LAST = "tests/graph/test_rebuild.py"  # short, and all of it waits for the finished workflow
+# What `-m quick` leaves out: what trains, what imports megatron-core, what waits for processes to hang, and
+# what takes longest of the rest.
 SLOW = (
     *("tests/slurm/", "tests/gpu/", "tests/unit/model/", "tests/unit/train/", "tests/unit/inference/"),
     *("tests/unit/sizes/", "tests/end_to_end/", "tests/unit/jobs/test_supervisor.py"),
+    *("tests/unit/data/sample/", "tests/unit/data/curation/test_duplicates.py", "tests/graph/test_names.py"),
+    "tests/graph/test_entry.py::test_snakemake_runs_without_an_activated_environment",
+    "tests/unit/data/curation/test_curate.py::test_a_document_with_a_question_of_an_evaluation_is_removed",
+    "tests/unit/data/curation/test_filters.py::test_remembered_words_are_the_same_words",
+    "tests/unit/sources/test_listing.py::test_the_command_lists_what_the_merged_configuration_asks_for",
 )
 BUT = "tests/end_to_end/test_main_job.py"  # the workflow from raw text to its end, once
-TWICE = "test_every_printed_command_runs_by_itself"
+BUT_NOT = ("test_every_printed_command_runs_by_itself", "test_a_prompt_from_standard_input_is_answered")
 SNAKEMAKE, MEGATRON = Warm("snakemake"), Warm("megatron")
 PARTS = ("Snakefile", "rules", "scripts", "profiles", "config", "tests", "envs")
 
 
 def is_quick(place: str) -> bool:
     """Whether a file, or a test of it, is part of `pytest -m quick`."""
-    return (place.startswith(BUT) and TWICE not in place) or not place.startswith(SLOW)
+    return (place.startswith(BUT) and not place.endswith(BUT_NOT)) or not place.startswith(SLOW)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -72,7 +78,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_quick(item.nodeid):
             item.add_marker("quick")
-    items.sort(key=lambda item: next(i for i, place in enumerate(ORDER) if item.nodeid.startswith(place)))
+    items.sort(key=lambda item: (item.nodeid.startswith(LAST), rank(item.nodeid)))
+
+
+def rank(place: str) -> int:
+    return next(i for i, first in enumerate(ORDER) if place.startswith(first))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many tests at a time, also on two cores.
+
+    Four, because those on a cluster mostly wait. For `-m quick` two: the workflow takes most of its time, and
+    more would only slow that down.
+    """
+    return 2 if config.option.markexpr == "quick" else 4
 
 
 def pytest_collection_finish() -> None:
