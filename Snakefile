@@ -48,6 +48,7 @@ pathvars:
     data="data",
     ckpt="ckpt",
     hf="hf",
+    eval="eval",
 
 
 container: "envs/snaketron.sif"

@@ -47,3 +47,31 @@ rule export_hf:
         mem_mb=graph.training.conversion_mb,
     shell:
         "python scripts/export_hf.py --checkpoint {input:q} --output {output:q} --log-file {log:q}"
+
+
+rule evaluate:
+    """Losses of the test splits, exact answers and tasks of lm-eval, by the checkpoint as it is.
+
+    It works in a directory below <eval>/versions, where a killed evaluation finds what it has done.
+    """
+    input:
+        checkpoint="<ckpt>/{stage}",
+        text=expand("<data>/pretrain/{phase}/blend.json", phase=graph.training.phases),
+        chats="<data>/sft/blend.json",
+    output:
+        "<eval>/{stage}.json",
+    log:
+        "<logs>/evaluate/{stage}.log",
+    benchmark:
+        "<benchmarks>/evaluate/{stage}.tsv"
+    wildcard_constraints:
+        stage=r"pretrain/[a-z0-9_]+|sft|lora|lora_merged",
+    threads: graph.training.eval_threads()
+    resources:
+        **graph.training.eval_resources(),
+    params:
+        settings=graph.training.eval_settings,
+    shell:
+        "python scripts/evaluate.py --checkpoint {input.checkpoint:q} --text {input.text:q}"
+        " --chats {input.chats:q} --settings {params.settings:q} --run-settings {resources.run:q}"
+        " --output {output:q} --log-file {log:q}"

@@ -141,3 +141,24 @@ def test_a_prompt_from_standard_input_is_answered(finished: Workspace):
     refused = finished.run("bash", "-c", "echo hello | python scripts/chat.py data")
     assert (refused.status, refused.output.count("\n")) == (1, 1)
     assert "data: not a finished checkpoint" in refused.output
+
+
+def test_an_evaluation_is_made_by_a_rule_and_goes_on_where_it_was_killed(copy: Workspace):
+    """Its parts are kept: one that is there already is not computed again."""
+    config = "eval={text_tokens: 300, chat_packs: 1, answers: 2, answer_tokens: 4}"
+    made = copy.snakemake("eval/sft.json", "--config", config)
+    assert made.status == 0 and made.jobs == {"evaluate": 1}, made.output
+    result = (copy.path / "eval/sft.json").read_text()
+    found = json.loads(result)
+    assert set(found["text"]) == {"docs", "code"}
+    assert all(0 < values["loss"] < 7 for values in found["text"].values())
+    assert sum(kind["asked"] for kind in found["answers"]["tools"].values()) == 2
+    (part,) = copy.path.glob("eval/versions/sft-*/text_docs.part.json")
+    (part.parent / "record.json").unlink()
+    part.write_text(json.dumps(found["text"]["docs"] | {"loss": 1.0}))
+    (copy.path / "eval/sft.json").unlink()
+    assert copy.snakemake("eval/sft.json", "--config", config).status == 0
+    again = json.loads((copy.path / "eval/sft.json").read_text())
+    assert again["text"]["docs"]["loss"] == 1.0
+    again["text"]["docs"] = found["text"]["docs"]
+    assert again == found

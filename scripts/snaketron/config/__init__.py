@@ -44,6 +44,7 @@ from snaketron.config.data import (
     sample_corpora,
 )
 from snaketron.config.doubled import doubled
+from snaketron.config.evaluation import Evaluation
 from snaketron.config.names import check_paths
 from snaketron.config.training import (
     Adapters,
@@ -72,6 +73,7 @@ __all__ = [
     "ConfigError",
     "Corpus",
     "Curation",
+    "Evaluation",
     "Filter",
     "Hub",
     "Lora",
@@ -97,8 +99,8 @@ def _off(value: Any) -> Any:
 
 
 class Config(Section):
-    pathvars: dict[Literal["data", "ckpt", "hf", "logs", "benchmarks"], str] = key(
-        lambda: {"data": "data", "ckpt": "ckpt", "hf": "hf"},
+    pathvars: dict[Literal["data", "ckpt", "hf", "eval", "logs", "benchmarks"], str] = key(
+        lambda: {"data": "data", "ckpt": "ckpt", "hf": "hf", "eval": "eval"},
         "roots of the outputs; move them to a parallel file system here",
     )
     seed: Count = key(1234, "seed of initial weights, shuffling and sampling")
@@ -120,6 +122,7 @@ class Config(Section):
     sft_data: SftData = key(SftData, "from conversations to packs")
     sft: Sft = key(Sft, "supervised fine-tuning")
     lora: Lora = key(Lora, "LoRA: the same data, frozen weights, trained low-rank adapters")
+    eval: Evaluation = key(Evaluation, "what eval/<stage>.json says of a checkpoint")
 
     @model_validator(mode="after")
     def check(self) -> Self:

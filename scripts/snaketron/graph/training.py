@@ -8,6 +8,7 @@ from typing import Any
 
 from snaketron.config import Config, Training
 from snaketron.graph.base import BaseGraph
+from snaketron.settings.evaluation import eval_run, eval_settings
 from snaketron.settings.training import run_settings, train_settings
 from snaketron.sizes.checks import check_requested
 from snaketron.sizes.layout import layout, resources
@@ -79,6 +80,21 @@ class TrainingGraph:
             name: _shared({phase: of_phase.get(name) for phase, of_phase in asked.items()}) for name in names
         }
         return shared | {"attempt": attempt}
+
+    def eval_settings(self, wildcards: Any) -> str:
+        """What defines the evaluation of a checkpoint."""
+        return eval_settings(self.config, wildcards.stage).model_dump_json()
+
+    def eval_resources(self) -> dict[str, Any]:
+        """What an evaluation asks Slurm for, and how it is run."""
+        run = eval_run(self.config)
+        asked = resources(run, self.config.cluster)
+        return asked | {"run": run.model_dump_json(exclude_defaults=True)}
+
+    def eval_threads(self) -> int:
+        """CPUs of an evaluation on a node."""
+        run = eval_run(self.config)
+        return run.cpus_per_task * layout(run, self.config.cluster).tasks_per_node
 
     @property
     def conversion_mb(self) -> int:

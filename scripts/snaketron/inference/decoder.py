@@ -69,11 +69,19 @@ class Decoder:
             The logits of the token after them, (1, vocabulary) in float32, on the ranks of the last pipeline
             stage; None on the others.
         """
-        return self._forward(slice(row, row + 1), torch.tensor([ids], device=self.device))
+        return _last(self._forward(slice(row, row + 1), torch.tensor([ids], device=self.device)))
 
     def step(self, ids: Tensor) -> Tensor | None:
         """Append a token to each row: `ids` (batch,). Returns what `read` does, (batch, vocabulary)."""
-        return self._forward(slice(0, len(self.lengths)), ids.to(self.device)[:, None])
+        return _last(self._forward(slice(0, len(self.lengths)), ids.to(self.device)[:, None]))
+
+    def read_all(self, ids: Tensor) -> Tensor | None:
+        """Append tokens (batch, new) to all rows.
+
+        Returns:
+            The logits of the token after each, (batch, new, vocabulary) in float32, where `read` has some.
+        """
+        return self._forward(slice(0, len(self.lengths)), ids.to(self.device))
 
     def _forward(self, rows: slice, ids: Tensor) -> Tensor | None:
         before = self.lengths[rows]
@@ -99,7 +107,7 @@ class Decoder:
             collect_non_loss_data=True,
         )
         self.lengths[rows] += ids.shape[1]
-        return outputs[0][:, -1, : self.built.vocab_size].float() if outputs else None
+        return outputs[0][..., : self.built.vocab_size].float() if outputs else None
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -128,6 +136,10 @@ def decoding(built: BuiltModel, batch_size: int, max_length: int) -> Iterator[De
         decoder.attached(),
     ):
         yield decoder
+
+
+def _last(logits: Tensor | None) -> Tensor | None:
+    return None if logits is None else logits[:, -1]
 
 
 def _without_options(forward: Callable[..., Any], reading: _Reading) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from snaketron.inference.decoder import Decoder, decoding
@@ -42,12 +42,14 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     stop: Collection[int],
+    ends: Callable[[Sequence[int]], bool] = lambda _: False,
     max_tokens: int,
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
 ) -> list[list[int]]:
     """The ids that follow each prompt, up to the first one of `stop` (included) or `max_tokens` of them.
 
+    `ends(ids)` says whether an answer so far is a whole one.
     A text also ends at the model's seq_length. Up to `batch_size` texts grow at the same time, and one that
     ends makes room for the next. Every rank must call this; all get the same ids.
     """
@@ -60,7 +62,7 @@ def generate(
 
     def goes_on(number: int, token: int) -> bool:
         answers[number].append(token)
-        return token not in stop and len(answers[number]) < limits[number]
+        return token not in stop and len(answers[number]) < limits[number] and not ends(answers[number])
 
     longest = max(len(prompts[number]) + limits[number] for number in waiting)
     with decoding(built, min(batch_size, len(waiting)), longest) as decoder:

@@ -1,0 +1,194 @@
+"""A checkpoint as a model of lm-eval's harness, without a conversion: any task, in any layout.
+
+Requests are answered as lm-eval's own `hf` model answers them: the same tokens, the same windows, the same
+ends; so a checkpoint and its export give the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from snaketron.config.evaluation import Task
+from snaketron.data.chats.template import Template
+from snaketron.inference.generate import Sampling, generate
+from snaketron.inference.score import score
+from snaketron.log import UserError
+from snaketron.model.build import BuiltModel
+
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers import Tokenizer
+
+MAX_TOKENS = 256  # of an answer, where the task does not say; that of lm-eval's `hf`
+
+
+class CheckpointLM(TemplateLM):
+    """Every rank must run the same tasks; all get the same results.
+
+    eos_id: what ends a text, and stands before one that has no beginning.
+    """
+
+    def __init__(
+        self, built: BuiltModel, tokenizer: Tokenizer, eos_id: int, template: Template, batch_size: int
+    ) -> None:
+        super().__init__()
+        self.built, self._tokenizer, self._eos_id = built, tokenizer, eos_id
+        self._template, self._batch_size = template, batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._eos_id
+
+    @property
+    def max_length(self) -> int:
+        return self.built.settings.seq_length
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self._tokenizer.encode(string, add_special_tokens=add_special_tokens is not False).ids
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "checkpoint"
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        if add_generation_prompt:
+            return self._template.prompt(chat_history)
+        return self._template.render(chat_history).text
+
+    # ----------------------------------------------------------------------------------- requests
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log probability, whether it is what the model would say) of each continuation."""
+        texts = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
+        found = []
+        scores = score(self.built, texts, batch_size=self._batch_size)
+        for request, (nats, likeliest) in zip(requests, scores, strict=True):
+            asked = slice(len(nats) - len(request[2]), None)
+            found.append((-float(nats[asked].sum()), bool(likeliest[asked].all())))
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log probability of each whole text, in windows that score each token once."""
+        windows = []
+        for number, request in enumerate(requests):
+            parts = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+            )
+            windows += [(number, *make_disjoint_window(part)) for part in parts]
+        texts = [(("", ""), list(context), list(continuation)) for _, context, continuation in windows]
+        totals = [0.0] * len(requests)
+        for (number, _, _), (logarithm, _) in zip(windows, self._loglikelihood_tokens(texts), strict=True):
+            totals[number] += logarithm
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy or drawn answers, up to the first of the texts that the task says end them."""
+        alike: dict[str, list[int]] = {}  # requests that may grow together, by their options
+        for number, request in enumerate(requests):
+            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        answers = [""] * len(requests)
+        for options, numbers in alike.items():
+            contexts = [str(requests[number].args[0]) for number in numbers]
+            for number, text in zip(numbers, self._generate(contexts, json.loads(options)), strict=True):
+                answers[number] = text
+        return answers
+
+    def _generate(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
+        until = options.get("until") or []
+        ends = [text for text in ([until] if isinstance(until, str) else until) if text]
+        most = int(options.get("max_gen_toks", MAX_TOKENS))
+        drawn = bool(options.get("do_sample")) and float(options.get("temperature", 0)) > 0
+        sampling = Sampling(
+            temperature=float(options["temperature"]) if drawn else 0.0,
+            top_p=float(options.get("top_p", 1.0)),
+        )
+        found = generate(
+            self.built,
+            [self.tok_encode(context)[-(self.max_length - most) :] for context in contexts],
+            stop=[self._eos_id],
+            ends=lambda ids: any(end in self._decode(ids) for end in ends),
+            max_tokens=most,
+            sampling=sampling,
+            batch_size=self._batch_size,
+        )
+        return [_before(self._decode(ids), ends) for ids in found]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _before(text: str, ends: Sequence[str]) -> str:
+    """The text up to the first of its ends."""
+    for end in ends:
+        text = text.partition(end)[0]
+    return text
+
+
+def run_task(
+    model: CheckpointLM,
+    task: Task,
+    *,
+    directories: Sequence[Path] = (),
+    limit: int | None = None,
+    apply_chat_template: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """The metrics of a task, or of each task of a group: {task: {metric: value, "questions": n}}.
+
+    Raises `UserError` when the task is not known, or its data is not on this machine.
+    """
+    os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    manager = TaskManager(include_path=[str(directory) for directory in directories] or None)
+    if task.name not in manager.task_index:
+        where = f" nor in {', '.join(map(str, directories))}" if directories else ""
+        raise UserError(f"eval.tasks: {task.name} is no task of lm-eval {lm_eval.__version__}{where}")
+    try:
+        made: Any = task.name
+        if task.data:
+            if not Path(task.data).is_dir():
+                raise UserError(f"eval.tasks: {task.name}: {task.data} is no directory")
+            # The manager passes nothing on to a task that it knows by name; what builds them does.
+            made = manager._factory.build(
+                manager.task_index[task.name],
+                overrides={"dataset_path": task.data},
+                registry=manager.task_index,
+            )
+        found = lm_eval.simple_evaluate(
+            model,
+            tasks=made if isinstance(made, list) else [made],
+            num_fewshot=task.num_fewshot,
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=apply_chat_template,
+            log_samples=False,
+            task_manager=manager,
+        )
+    except (ConnectionError, FileNotFoundError) as error:
+        raise UserError(
+            f"eval.tasks: the data of {task.name} is not on this machine ({str(error).splitlines()[0]}); "
+            "download its data set on a machine with a network, and name the directory as `data` of the task"
+        ) from None
+    assert found is not None  # None is for ranks that lm-eval knows of
+    return {
+        name: _numbers(metrics) | {"questions": found["n-samples"].get(name, {}).get("effective")}
+        for name, metrics in found["results"].items()
+    }
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics that are numbers, without the filter `none` in their names."""
+    return {
+        name.removesuffix(",none"): value
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and "_stderr" not in name and name != "sample_len"
+    }

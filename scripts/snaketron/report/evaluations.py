@@ -1,0 +1,74 @@
+"""Evaluations of several checkpoints beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from snaketron.files import read_json
+from snaketron.log import UserError
+
+# What is shown of a part, in order: the key of the result, and its name in the table.
+_SHOWN = {
+    "text": {"loss": "loss", "bits_per_byte": "bits a byte"},
+    "chats": {"loss": "loss of answers"},
+}
+
+
+def read_evaluations(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The results of `eval/<stage>.json` files, by stage."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        try:
+            value = read_json(path)
+            stage = value["stage"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not an evaluation of this workflow ({error})") from None
+        if stage in found:
+            raise UserError(f"{path}: there are two evaluations of {stage}; name each once")
+        found[stage] = value
+    return found
+
+
+def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """(what was asked, measure, value) of everything in an evaluation that one compares."""
+    for part, shown in _SHOWN.items():
+        for name, values in evaluation.get(part, {}).items():
+            for key, measure in shown.items():
+                if values[key] is not None:
+                    yield name, measure, values[key]
+    for name, kinds in evaluation.get("answers", {}).items():
+        for kind, values in kinds.items():
+            yield name, f"exact {kind} (of {values['asked']})", values["share"]
+    for name, values in evaluation.get("tasks", {}).items():
+        for measure, value in values.items():
+            if measure != "questions" and value is not None:
+                yield name, measure, value
+
+
+def table(evaluations: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table with a column for each checkpoint; an empty field was not measured."""
+    values = {stage: {(a, b): v for a, b, v in rows(e)} for stage, e in evaluations.items()}
+    measured = dict.fromkeys(key for of_stage in values.values() for key in of_stage)
+    head = ["data", "measure", *values]
+    lines = [
+        [name, measure, *(_number(v.get((name, measure)), measure) for v in values.values())]
+        for name, measure in measured
+    ]
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    rule = [("-" * (w + 1) + ":" if i > 1 else "-" * (w + 2)) for i, w in enumerate(widths)]
+
+    def row(cells: Sequence[str]) -> str:
+        texts = [
+            c.rjust(w) if i > 1 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(texts)} |"
+
+    return "\n".join([row(head), f"|{'|'.join(rule)}|", *(row(line) for line in lines)])
+
+
+def _number(value: float | None, measure: str) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1%}" if measure.startswith("exact") else f"{value:.4f}"

@@ -1,0 +1,116 @@
+"""Tasks of lm-eval's harness, asked of a model that was never trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.config.evaluation import Task
+from snaketron.data.chats.template import load_template
+from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
+from snaketron.inference.generate import generate
+from snaketron.inference.harness import CheckpointLM, run_task
+from snaketron.log import UserError
+from snaketron.model.build import build_model
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+CHOICE = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["fox", "dog"]
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def model(settings, tokenizer_dir: Path) -> CheckpointLM:
+    built = build_model(*settings(seq_length=64), 300)
+    template = load_template(Path(__file__).parents[3] / "config/chat_template.jinja")
+    return CheckpointLM(
+        built, load_tokenizer(tokenizer_dir), tokenizer_info(tokenizer_dir).eos_id, template, batch_size=2
+    )
+
+
+def log_probability(model: CheckpointLM, before: list[int], text: list[int]) -> float:
+    ids = before + text
+    with model.built.evaluating():
+        logits = model.built.model(torch.tensor([ids]), torch.arange(len(ids))[None], None)[0, :-1, :300]
+    logs = logits.log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+    return float(logs[len(before) - 1 :].sum())
+
+
+def request(kind: str, *arguments) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+def test_the_probability_of_a_continuation_is_that_of_its_tokens(model):
+    context, text = "the quick brown", " fox jumps"
+    ((found, greedy),) = model.loglikelihood([request("loglikelihood", context, text)], disable_tqdm=True)
+    before, both = model.tok_encode(context), model.tok_encode(context + text)
+    assert found == pytest.approx(log_probability(model, before, both[len(before) :]), rel=1e-5)
+    assert greedy is False
+
+
+def test_a_long_text_is_scored_in_windows_and_each_token_once(model):
+    """More than 64 tokens for a model of 64: the second window ends with the text, and has 64 tokens."""
+    text = "fox " * 100
+    ids = model.tok_encode(text)
+    assert 64 < len(ids) <= 128
+    (found,) = model.loglikelihood_rolling([request("loglikelihood_rolling", text)], disable_tqdm=True)
+    expected = log_probability(model, [model.eot_token_id], ids[:64])
+    expected += log_probability(model, ids[len(ids) - 65 : 64], ids[64:])
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_answer_ends_before_the_text_that_ends_it(model):
+    """The model's own third token is what ends the answer of a second request."""
+    context = "the quick"
+    (whole,) = generate(model.built, [model.tok_encode(context)], stop=[], max_tokens=6)
+    texts = [model._decode([token]) for token in whole]
+    options = {"until": [], "max_gen_toks": 6}
+    ended = {"until": [texts[2]], "max_gen_toks": 6}
+    found = model.generate_until(
+        [request("generate_until", context, options), request("generate_until", context, ended)],
+        disable_tqdm=True,
+    )
+    assert found[0] == model._decode(whole)
+    assert found[1] == found[0].partition(texts[2])[0]
+
+
+def test_a_task_of_a_directory_runs_offline(model, tmp_path: Path):
+    """Of four questions the label is the more probable choice, or the other one, as we say."""
+    questions = ["the quick brown", "the lazy", "jumps over", "quick"]
+    labels = []
+    for number, question in enumerate(questions):
+        ids = [model.tok_encode(f"{question} {choice}") for choice in ("fox", "dog")]
+        before = model.tok_encode(question)
+        scores = [log_probability(model, before, each[len(before) :]) for each in ids]
+        best = scores.index(max(scores))
+        labels.append(best if number < 3 else 1 - best)
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": q, "label": label} for q, label in zip(questions, labels, strict=True)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "animals.yaml").write_text(CHOICE.format(name="animals", data=data))
+    assert run_task(model, Task(name="animals"), directories=[tmp_path]) == {
+        "animals": {"acc": 0.75, "questions": 4}
+    }
+    limited = run_task(model, Task(name="animals"), directories=[tmp_path], limit=2)
+    assert limited["animals"] == {"acc": 1.0, "questions": 2}
+
+
+def test_a_task_that_is_not_known_or_has_no_data_here_is_refused(model, tmp_path: Path):
+    with pytest.raises(UserError, match=r"eval\.tasks: animals is no task of lm-eval"):
+        run_task(model, Task(name="animals"))
+    with pytest.raises(UserError, match=r"eval\.tasks: openbookqa: .* is no directory"):
+        run_task(model, Task(name="openbookqa", data=str(tmp_path / "none")))
+    with pytest.raises(UserError, match="the data of openbookqa is not on this machine"):
+        run_task(model, Task(name="openbookqa"))

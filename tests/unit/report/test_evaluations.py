@@ -1,0 +1,41 @@
+"""Evaluations beside each other, as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from snaketron.files import write_json
+from snaketron.log import UserError
+from snaketron.report.evaluations import read_evaluations, table
+
+import pytest
+
+
+def test_each_checkpoint_has_a_column(tmp_path: Path):
+    """The base has no exact answers, and its text is of one corpus."""
+    base = {"stage": "pretrain/one", "text": {"docs": {"loss": 5.0, "bits_per_byte": 1.5}}}
+    tuned = {
+        "stage": "sft",
+        "text": {"docs": {"loss": 5.25, "bits_per_byte": None}},
+        "answers": {"tools": {"calls": {"asked": 8, "exact": 6, "share": 0.75}}},
+        "tasks": {"arc_easy": {"acc": 0.5, "questions": 10}},
+    }
+    write_json(tmp_path / "base.json", base)
+    write_json(tmp_path / "sft.json", tuned)
+    assert table(read_evaluations([tmp_path / "base.json", tmp_path / "sft.json"])).splitlines() == [
+        "| data     | measure            | pretrain/one |    sft |",
+        "|----------|--------------------|-------------:|-------:|",
+        "| docs     | loss               |       5.0000 | 5.2500 |",
+        "| docs     | bits a byte        |       1.5000 |        |",
+        "| tools    | exact calls (of 8) |              |  75.0% |",
+        "| arc_easy | acc                |              | 0.5000 |",
+    ]
+
+
+def test_what_is_no_evaluation_is_refused(tmp_path: Path):
+    write_json(tmp_path / "a.json", {"stage": "sft"})
+    write_json(tmp_path / "b.json", {"phase": "one"})
+    with pytest.raises(UserError, match=r"b\.json: not an evaluation"):
+        read_evaluations([tmp_path / "b.json"])
+    with pytest.raises(UserError, match="two evaluations of sft"):
+        read_evaluations([tmp_path / "a.json", tmp_path / "a.json"])
