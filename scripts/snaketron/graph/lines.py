@@ -63,7 +63,8 @@ class Lines:
     failed: list[str] = field(default_factory=list)
     total: int = 0
     done: int = 0
-    stopping: bool = False
+    stopping: bool = False  # as the user asked
+    stopped: bool = False  # whether a job has
     group: str = ""  # the group of jobs that is being submitted
     full_log: str = ""
 
@@ -121,15 +122,16 @@ class Lines:
         last = _end_of(logs, 1)
         asked = status in STOPS or (self.stopping and status is None)  # Slurm gives no status
         if asked or (last and "stopped by SIG" in last[0]):
+            self.stopped = True
             return _at(f"{job.title} has stopped")
         if said["indent"] and not any(_complains(line) for line in _end_of(logs)):
             return None  # a member of a failed group that did not fail itself
         self.failed.append(job.title)
-        why = f", {_cut(str(said['rule_msg']))}" if said["rule_msg"] else ""
+        why = f": {said['rule_msg']}" if said["rule_msg"] else ""
         lines = [_at(f"{job.title} has failed{f' (exit status {status})' if status else ''}{why}")]
         lines += [f"  | {line}" for line in _end_of(logs)]
         lines += [f"  Its log, which begins with its command: {log}" for log in logs[:1]]
-        lines += [f"  {name}: {value}" for name, value in said["aux"].items()]
+        lines += [f"  {name}: {value}" for name, value in said["aux"].items() if str(value) not in why]
         return "\n".join((*lines, *(f"  Log of its Slurm job: {log}" for log in logs[1:])))
 
     def _group_fails(self, record: LogRecord) -> str:
@@ -137,6 +139,7 @@ class Lines:
         said = record.__dict__
         title = _group(member["rule_name"] for member in said["job_error_info"])
         if self.stopping:
+            self.stopped = True
             return _at(f"{title} has stopped")
         self.failed.append(title)
         logs = [f"  Log of its Slurm job: {log}" for log in said["aux_logs"]]
@@ -175,9 +178,9 @@ class Lines:
 
     def _ending(self) -> str:
         done = f"{self.done} of {self.total} jobs are done"
-        if not self.failed:
+        if not self.failed and (self.stopping or self.stopped):
             return f"Stopped; {done}. Run the same command again to continue."
-        failed = ", ".join(dict.fromkeys(self.failed))
+        failed = ", ".join(dict.fromkeys(self.failed)) or "see above"
         return f"Failed: {failed}; {done}. All that Snakemake said: {self.full_log}"
 
 
@@ -199,7 +202,7 @@ def _cut(text: str) -> str:
 
 
 def _complains(line: str) -> bool:
-    return "error" in line.lower() or line.startswith("Traceback")
+    return "error" in line.lower() or line.startswith(("Traceback", "Slurm job"))
 
 
 def _end_of(logs: Iterable[str], count: int = END_OF_LOG) -> list[str]:

@@ -129,12 +129,19 @@ def test_a_failed_job_shows_its_status_and_the_end_of_its_log(lines: Lines, tmp_
 
 
 def test_what_the_executor_knows_about_a_failure_is_told(lines: Lines, tmp_path: Path):
-    said = fails(lines, 3, tmp_path / "absent.log", why="Slurm job 42 failed: OUT_OF_MEMORY", slurm_jobid=42)
+    said = fails(
+        lines, 3, tmp_path / "absent.log", why="Slurm job 42 was cancelled by ada", external_jobid=42
+    )
     assert without_time(said).splitlines() == [
-        "sft has failed, Slurm job 42 failed: OUT_OF_MEMORY",
+        "sft has failed: Slurm job 42 was cancelled by ada",
         f"  Its log, which begins with its command: {tmp_path}/absent.log",
-        "  slurm_jobid: 42",
     ]
+
+
+def test_a_run_that_failed_before_a_job_could_begin_has_not_stopped(lines: Lines):
+    said = "Error in sft: Slurm has refused it: invalid account."
+    assert lines.of(record(said)) == said
+    assert (ends(lines) or "").startswith("Failed: see above; 0 of 2 jobs are done.")
 
 
 def test_of_a_failed_group_only_the_members_that_failed_are_shown(lines: Lines, tmp_path: Path):
