@@ -36,7 +36,7 @@ def read_runs(directory: Path) -> dict[str, LoggedRun]:
 
     Waits for their last records, which wandb's own process writes after `finish` has returned.
     """
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while True:
         runs = [read_run(path) for path in sorted(directory.glob("offline-run-*/*.wandb"))]
         if all(run.is_complete for run in runs) or time.monotonic() > deadline:

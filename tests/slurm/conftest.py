@@ -148,7 +148,7 @@ class Slurm:
     def call(self, command: str, *arguments: str) -> str:
         """What a command of Slurm prints."""
         done = subprocess.run(
-            [command, *arguments], env=self.environment(), capture_output=True, text=True, timeout=120
+            [command, *arguments], env=self.environment(), capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, f"{command} {' '.join(arguments)}: {done.stdout}{done.stderr}"
         return done.stdout

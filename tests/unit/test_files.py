@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from snaketron import files
@@ -28,6 +27,12 @@ FAST = "import pathlib, sys; from snaketron import files; files.write_text(pathl
 def start(code: str, *arguments: Path) -> subprocess.Popen:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def said(process: subprocess.Popen) -> str:
+    """Its next line of standard error, as soon as there is one."""
+    assert process.stderr is not None
+    return process.stderr.readline()
 
 
 def everything(root: Path) -> list[str]:
@@ -66,22 +71,21 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, error
 
 def test_a_second_writer_waits_for_the_first(tmp_path: Path, slow: subprocess.Popen):
     fast = start(FAST, tmp_path / "out")
-    time.sleep(0.5)
+    assert f"waiting for another process that is writing {tmp_path}/.out.partial" in said(fast)
     assert fast.poll() is None and not (tmp_path / "out").exists()
     (tmp_path / "go").touch()
-    assert slow.wait(timeout=20) == 0
-    _, stderr = fast.communicate(timeout=20)
+    assert slow.wait(timeout=300) == 0
+    _, stderr = fast.communicate(timeout=300)
     assert fast.returncode == 0, stderr
-    assert f"waiting for another process that is writing {tmp_path}/.out.partial" in stderr
     assert (tmp_path / "out").read_text() == "fast" and everything(tmp_path) == ["go", "out"]
 
 
 def test_a_writer_that_failed_lets_the_next_one_write(tmp_path: Path, slow: subprocess.Popen):
     """The file that the second one waited for is removed, not renamed."""
     fast = start(FAST, tmp_path / "out")
-    time.sleep(0.3)
+    assert "waiting for another process" in said(fast)
     slow.terminate()
-    assert fast.wait(timeout=20) == 0
+    assert fast.wait(timeout=300) == 0
     assert (tmp_path / "out").read_text() == "fast"
 
 

@@ -24,7 +24,7 @@ def script(body: str, *arguments: Path, limit: int | None = None) -> subprocess.
 
     code = f"{DOOR}def main():\n    {body}\nrun(main)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, preexec_fn=prepare, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, preexec_fn=prepare, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_files_are_read_at_the_same_time_and_the_first_error_ends_it():
     both = threading.Barrier(2)
 
     def meet(item: int) -> int:
-        both.wait(timeout=120)
+        both.wait(timeout=600)
         return item * 10
 
     assert sorted(in_parallel(meet, [1, 2, 3, 4], threads=2)) == [(1, 10), (2, 20), (3, 30), (4, 40)]

@@ -126,7 +126,7 @@ def answers(hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         cwd=tmp_path_factory.mktemp("empty"),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -233,7 +233,7 @@ def command(work: Path, *arguments: str, environment: dict[str, str] | None = No
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     return done.returncode, done.stdout
 
@@ -381,7 +381,7 @@ def test_a_file_whose_hash_is_not_told_is_read_however_the_connection_breaks(wor
         )
         address = address.replace(" ", "%20") + "?download=true"
         corpus = web(address)
-        lock_sources(config(corpus), patience=Patience(3, 1, 0.01))
+        lock_sources(config(corpus), patience=Patience(3, 60, 0.01))
         assert server.starts("/files/a b.jsonl") == [0, 30_000, 30_000]
     lock = read_lock("sources.lock.json")
     assert lock.sources["web"] == {
