@@ -194,14 +194,15 @@ class Renderer:
             places = zip(encoding.ids, encoding.offsets, strict=True)
             if any(begin < last <= stop and number in self._added for number, (begin, stop) in places):
                 continue
-            follows = rendered.text[end:].strip()
-            outside = (
-                f", and {follows[:30]!r} after it lies outside of the generation block" if follows else ""
-            )
+            if follows := rendered.text[end:].strip():
+                raise UserError(
+                    f"{template.name}: the generation block of an answer ends with {trained[-30:]!r}, and "
+                    f"{follows[:30]!r} after it is not trained, so a model would not learn to stop; put the "
+                    "token that ends the turn into the block"
+                )
             raise UserError(
-                f"{template.name}: an answer ends with {trained[-30:]!r}{outside}, and the tokenizer has no "
-                "added token for that; use the template of this tokenizer, add the token to it, or put the "
-                "token into the generation block"
+                f"{template.name}: an answer ends with {trained[-30:]!r}, and the tokenizer has no added "
+                "token for that; use the template of this tokenizer, or add the token to it"
             )
 
     def render(self, chats: Iterable[Path], drops: Drops) -> Iterator[Texts]:

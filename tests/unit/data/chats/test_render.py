@@ -641,8 +641,8 @@ def test_an_end_outside_of_the_generation_block_is_an_error(tmp_path, tokenizer)
     template = tmp_path / "end.jinja"
     template.write_text(MARKED)
     assert refused(tmp_path, chats, template=template).startswith(
-        "end.jinja: an answer ends with 'It is 4.', and '<|im_end|>' after it lies outside of the generation "
-        "block"
+        "end.jinja: the generation block of an answer ends with 'It is 4.', and '<|im_end|>' after it is not "
+        "trained"
     )
     template.write_text(MARKED.replace("{% endgeneration %}<|im_end|>", "<|im_end|>{% endgeneration %}"))
     rows, _ = render_files(tmp_path, chats, template=template)
