@@ -95,7 +95,8 @@ def evaluate(job: Evaluation) -> int:
 
 def parts(job: Evaluation) -> Iterator[tuple[str, Part]]:
     """The parts by name: text/<corpus>, chats/<source>, answers/<source>, tasks/<name>."""
-    from snaketron.data.chats.template import load_template, special_tokens
+    from snaketron.data.chats.environment import special_tokens
+    from snaketron.data.chats.template import load_template
     from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
     from snaketron.inference import evaluate as compute
 
