@@ -66,7 +66,8 @@ def test_the_record_says_what_went_in_and_what_was_dropped(
     assert value["counts"]["bytes"] == 3  # é is two bytes
     assert value["counts"]["dropped"] == {"empty": 2}
     assert value["counts"]["valid"] == {"documents": 0, "tokens": 0, "bytes": 0}
-    assert value["inputs"][0] == {"name": "text", "path": str(path), "sha256": files.sha256(path)}
+    state = {"bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns}
+    assert value["inputs"][0] == {"name": "text", "path": str(path), "sha256": files.sha256(path)} | state
     settings = TokenizeSettings(corpus="docs", text_field="body", valid_fraction=0.0, test_fraction=0.0)
     assert value["settings"] == settings.model_dump() | {
         "shard": "part",
