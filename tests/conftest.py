@@ -42,20 +42,31 @@ TOGETHER = {
     "tests/end_to_end/test_main_job.py": "main job",
 }
 ORDER = (*TOGETHER, "tests/end_to_end/", "tests/unit/train/", "tests/unit/model/", "tests/")
-LAST = "tests/graph/test_rebuild.py"  # short, and all of it waits for the finished workflow
+LAST = "tests/graph/"  # of which those that wait for the finished workflow are short
 # What `-m quick` leaves out: what trains, what imports megatron-core, what waits for processes to hang, and
 # what takes longest of the rest.
 SLOW = (
     *("tests/slurm/", "tests/gpu/", "tests/unit/model/", "tests/unit/train/", "tests/unit/inference/"),
-    *("tests/unit/sizes/", "tests/end_to_end/", "tests/unit/jobs/test_supervisor.py"),
+    *(
+        "tests/unit/huggingface/",
+        "tests/unit/sizes/",
+        "tests/end_to_end/",
+        "tests/unit/jobs/test_supervisor.py",
+    ),
     *("tests/unit/data/sample/", "tests/unit/data/curation/test_duplicates.py", "tests/graph/test_names.py"),
+    *("tests/unit/report/test_figures.py", "tests/unit/lineage/test_wandb.py"),
     "tests/graph/test_entry.py::test_snakemake_runs_without_an_activated_environment",
     "tests/unit/data/curation/test_curate.py::test_a_document_with_a_question_of_an_evaluation_is_removed",
     "tests/unit/data/curation/test_filters.py::test_remembered_words_are_the_same_words",
     "tests/unit/sources/test_listing.py::test_the_command_lists_what_the_merged_configuration_asks_for",
 )
 BUT = "tests/end_to_end/test_main_job.py"  # the workflow from raw text to its end, once
-BUT_NOT = ("test_every_printed_command_runs_by_itself", "test_a_prompt_from_standard_input_is_answered")
+BUT_NOT = (
+    "test_every_printed_command_runs_by_itself",
+    "test_a_prompt_from_standard_input_is_answered",
+    "test_the_data_report_reaches_the_report_of_snakemake",
+    "test_an_evaluation_is_made_by_a_rule_and_goes_on_where_it_was_killed",
+)
 SNAKEMAKE, MEGATRON = Warm("snakemake"), Warm("megatron")
 PARTS = ("Snakefile", "rules", "scripts", "profiles", "config", "tests", "envs")
 
@@ -78,11 +89,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_quick(item.nodeid):
             item.add_marker("quick")
-    items.sort(key=lambda item: (item.nodeid.startswith(LAST), rank(item.nodeid)))
+    items.sort(key=rank)
 
 
-def rank(place: str) -> int:
-    return next(i for i, first in enumerate(ORDER) if place.startswith(first))
+def rank(item: pytest.Item) -> tuple[bool, int]:
+    waits = item.nodeid.startswith(LAST) and "finished" in item.fixturenames  # type: ignore[attr-defined]
+    return waits, next(i for i, place in enumerate(ORDER) if item.nodeid.startswith(place))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
