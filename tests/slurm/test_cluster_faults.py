@@ -61,6 +61,9 @@ def test_a_lost_node_stops_one_attempt_and_its_processes_write_nothing_more(dist
         assert running.result().status == 0
     assert len(disturbed.jobs) == 1
     assert disturbed.attempts[-1]["from_iteration"] in (4, 8)
+    said = (disturbed.version / "train.log").read_text()
+    assert f"Slurm requeues (a node was lost or taken down, say) job {disturbed.job.id}, which then" in said
+    assert "run the same command again" not in said
     disturbed.is_undisturbed()
 
 

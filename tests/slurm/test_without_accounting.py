@@ -58,7 +58,7 @@ def meeting(plain: Slurm, directory: Path, *fates: str, before: tuple[str, ...] 
 
 def job_of(plain: Slurm, log: Path, fate: str) -> Job | None:
     """The last job that was submitted for a fate, as far as Slurm still knows it."""
-    numbers = re.findall(rf"SLURM jobid (\d+) \(log: \S*/{fate}/", log.read_text())
+    numbers = re.findall(rf"meet {fate} is submitted as Slurm job (\d+)", log.read_text())
     found = [job for job in plain.jobs(Workspace(log.parent)) if numbers and job.id == int(numbers[-1])]
     return found[0] if found else None
 
@@ -95,13 +95,8 @@ def transcript(plain: Slurm, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def errors(transcript: str, fate: str) -> list[str]:
-    """Lines that say what became of the jobs of a fate."""
-    numbers = re.findall(rf"SLURM jobid (\d+) \(log: \S*/{fate}/", transcript)
-    about = [
-        f"Error in rule meet (fate={fate}): ",
-        *(f"    message: Slurm job {number} " for number in numbers),
-    ]
-    return [line for line in transcript.splitlines() if line.startswith(tuple(about))]
+    """What the lines on failed jobs of a fate say."""
+    return re.findall(rf"\] meet {fate} has failed, (.*)", transcript)
 
 
 def test_a_run_ends_when_its_jobs_are_over_whatever_slurm_answers(transcript: str):
@@ -111,33 +106,34 @@ def test_a_run_ends_when_its_jobs_are_over_whatever_slurm_answers(transcript: st
 
 
 def test_a_waiting_job_that_is_cancelled_says_so_in_a_line(transcript: str):
-    (line,) = errors(transcript, "never")
-    assert line.endswith(" was cancelled (by whom, only Slurm's accounting would know) before it began.")
+    (why,) = errors(transcript, "never")
+    assert re.fullmatch(
+        r"Slurm job \d+ was cancelled \(by whom, only Slurm's accounting would know\) before it began", why
+    )
     assert "not found" not in transcript
 
 
 def test_a_job_that_is_killed_is_submitted_again(transcript: str):
     """The second try may meet the controller's absence, and then there is a third."""
     first, *_ = errors(transcript, "killed")
-    assert first.endswith(" was cancelled (by whom, only Slurm's accounting would know).")
+    assert first.endswith(" was cancelled (by whom, only Slurm's accounting would know)")
 
 
 def test_a_refused_job_is_a_line_and_submitted_once(transcript: str):
-    (line,) = errors(transcript, "refused")
-    assert line.endswith(
-        "sbatch: invalid partition specified: nowhere; Invalid partition name specified; "
-        "it is not submitted again."
+    (why,) = errors(transcript, "refused")
+    assert why == (
+        "it is refused and not submitted again: "
+        "sbatch: invalid partition specified: nowhere; Invalid partition name specified"
     )
     assert "--wrap" not in transcript
 
 
 def test_a_job_that_met_a_full_disk_is_submitted_once(transcript: str):
-    (line,) = errors(transcript, "full")
-    assert line.endswith(
-        "failed: cannot write the output: no space left; free some and run the same command again; "
-        "it is not submitted again."
+    (why,) = errors(transcript, "full")
+    assert re.match(
+        r"Slurm job \d+ failed and is not submitted again: cannot write the output: no space left; ", why
     )
-    assert len(re.findall(r"SLURM jobid \d+ \(log: \S*/full/", transcript)) == 1
+    assert transcript.count("meet full is submitted as Slurm job ") == 1
 
 
 def test_a_job_waits_for_one_that_a_killed_snakemake_left_and_a_script_can_stop_it(

@@ -32,12 +32,12 @@ from snaketron.log import NO_SPACE
 
 import snakemake_executor_plugin_slurm as plugin
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
+from snakemake_interface_logger_plugins.common import LogEvent
 
 common_settings = plugin.common_settings
 
 LOOK_S = 5  # between two looks at the records
 RECORDS = Path(".snakemake/slurm_jobs")
-_NOTE = "Slurm job "
 OLD_S = 10 * 86400  # after so many seconds the records of a Snakemake that was killed are deleted
 
 
@@ -85,13 +85,13 @@ class Executor(plugin.Executor):
     def _check_submitted(self, job: Any, done: Future[None]) -> None:
         """Report what went wrong in the thread, which nobody else would: the job would be waited for."""
         if not done.cancelled() and (error := done.exception()):
-            self._fail(SubmittedJobInfo(job), f"it could not be submitted: {error}")
+            self._fail(job, f"it could not be submitted: {error}")
 
     def run_job(self, job: Any) -> None:
         refusal = self.submitter.submit(job, lambda: super(Executor, self).run_job(job))
         if refusal is not None:
             self.final.add(job)
-            self._fail(SubmittedJobInfo(job), f"{refusal}; it is not submitted again")
+            self._fail(job, f"it is refused and not submitted again: {refusal}")
 
     def report_job_submission(self, job_info: SubmittedJobInfo, register_job: bool = True) -> None:
         self.submitter.submitted.add(job_info.external_jobid)
@@ -189,18 +189,14 @@ class Executor(plugin.Executor):
     def _judge(self, info: SubmittedJobInfo, state: str, record: Record | None, by: str | None) -> None:
         """Say why a job failed, and whether another try may help."""
         log = info.aux["slurm_logfile"]
-        why = f"{_NOTE}{info.external_jobid} {explanation(state, record, log, by)}"
+        why = f"Slurm job {info.external_jobid} {explanation(state, record, log, by)}"
         reason = record.final if record else None
         if reason is None and record and (full := self._full()):
             reason = full
         if reason is not None:
             self.final.add(info.job)
-            why += f": {reason or 'no space left on the disk'}; it is not submitted again"
-        if record is None:
-            self._fail(info, why)
-        else:
-            self._note_in_logs(info.job, why)
-            self.report_job_error(info, msg=f"{why}.", aux_logs=[str(log)])
+            why += f" and is not submitted again: {reason or 'no space left on the disk'}"
+        self._fail(info.job, why, log if record else None)
 
     def _full(self) -> str | None:
         """Why nothing can be written in the working directory; None where something can."""
@@ -213,25 +209,30 @@ class Executor(plugin.Executor):
                 return f"{NO_SPACE[error.errno]} in {self.workflow.workdir_init}"
         return None
 
-    def _fail(self, info: SubmittedJobInfo, why: str) -> None:
-        """Report the failure of a job that never began, and so has no logs to show."""
-        self.logger.error(f"Error in {title(info.job)}: {why}.")
-        self.workflow.scheduler.error_callback(info.job)
+    def _fail(self, job: Any, why: str, log: Path | None = None) -> None:
+        """Report the failure of a job; `log` is that of its Slurm job, None where it never began.
 
-    def _note_in_logs(self, job: Any, why: str) -> None:
-        """Write the logs that a job did not begin: Snakemake shows none after one that is not there."""
-        for log in (Path(name) for member in (job.jobs if job.is_group() else [job]) for name in member.log):
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                log.parent.mkdir(parents=True, exist_ok=True)
-                with log.open("a+") as file:
-                    file.seek(0)
-                    begins = file.read(len(_NOTE))
-                    if begins in ("", _NOTE):  # empty, or the note of an earlier try
-                        file.truncate(0)
-                        file.write(f"{why}.\n")
-
-    def print_job_error(self, job_info: SubmittedJobInfo, msg: str | None = None, **kwargs: Any) -> None:
-        job_info.job.log_error(msg, external_jobid=job_info.external_jobid, **kwargs)
+        What never began has no logs to show. Snakemake's own report of a group does not say why it failed.
+        """
+        logs = [str(log)] if log else []
+        if job.is_group():
+            extra = {
+                "event": LogEvent.GROUP_ERROR,
+                "groupid": job.groupid,
+                "rule_msg": why,
+                "aux_logs": logs,
+                "job_error_info": [member.get_log_error_info(indent=True) for member in job.jobs],
+            }
+        else:
+            extra = job.get_log_error_info(why, aux_logs=logs)
+        if not log:
+            for info in extra.get("job_error_info", [extra]):
+                info["log"] = []
+        self.logger.error(f"Error in {title(job)}: {why}", extra=extra)
+        if log and job.is_group():
+            for member in job.jobs:
+                member.log_error(indent=True)
+        self.workflow.scheduler.error_callback(job)
 
     def handle_job_error(self, job: Any) -> None:
         """Snakemake calls this before it decides whether to submit a job again."""

@@ -142,8 +142,11 @@ class Lines:
             self.stopped = True
             return _at(f"{title} has stopped")
         self.failed.append(title)
+        why = (
+            f", {_cut(said['rule_msg'])}" if said.get("rule_msg") else ""
+        )  # from the executor of this workflow
         logs = [f"  Log of its Slurm job: {log}" for log in said["aux_logs"]]
-        return "\n".join((_at(f"{title} has failed"), *logs))
+        return "\n".join((_at(f"{title} has failed{why}"), *logs))
 
     def _job(self, number: Any, rule: str = "a job") -> Job:
         return self.jobs.get(number) or Job(rule, time.monotonic())

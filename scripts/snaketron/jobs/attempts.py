@@ -10,7 +10,7 @@ from typing import Any, Literal
 from snaketron.files import read_json, write_json
 from snaketron.log import UserError
 
-Outcome = Literal["finished", "stopped", "time limit", "failed", "hung"]
+Outcome = Literal["finished", "stopped", "requeued", "time limit", "failed", "hung"]
 
 
 class Attempts:

@@ -21,7 +21,13 @@ from snaketron.wording import hours, size_text
 
 import yaml
 
-OUTCOMES = {"failed": "failed", "hung": "hung", "stopped": "stopped", "time limit": "stopped"}
+OUTCOMES = {
+    "failed": "failed",
+    "hung": "hung",
+    "stopped": "stopped",
+    "requeued": "stopped",
+    "time limit": "stopped",
+}
 
 
 @dataclass

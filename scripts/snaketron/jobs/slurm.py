@@ -18,27 +18,30 @@ class Job:
 
     id: str
     of_rule: bool  # Snakemake submitted it for one rule, so it may be requeued; else it is the user's
+    restarts: int = 0  # how often Slurm has requeued it
 
 
 def current_job() -> Job | None:
     if not (number := os.environ.get("SLURM_JOB_ID")):
         return None
     # The executor plugin writes the rule into the comment.
-    return Job(number, (_squeue(number, "%k") or "").startswith("rule_"))
+    of_rule = (_squeue(number, "--format=%k") or "").startswith("rule_")
+    return Job(number, of_rule, _restarts(number))
 
 
 def seconds_left(job: Job) -> float | None:
     """Seconds until the time limit of a job; None when there is no limit, or Slurm does not tell."""
-    return parse_time(_squeue(job.id, "%L") or "")
+    return parse_time(_squeue(job.id, "--format=%L") or "")
 
 
 def is_preempted(job: Job) -> bool:
     """Whether Slurm has told a job to make room for another one, and ends it when its grace time is over."""
-    try:
-        said = _run("squeue", "--noheader", f"--jobs={job.id}", "--Format=PreemptTime").stdout
-    except OSError:
-        return False
-    return bool(re.match(r"\d{4}-", said.strip()))
+    return bool(re.match(r"\d{4}-", _squeue(job.id, "--Format=PreemptTime") or ""))
+
+
+def is_requeued(job: Job) -> bool:
+    """Whether Slurm ends a job to run it again, as when a node of it was lost or taken down."""
+    return _restarts(job.id) > job.restarts
 
 
 def parse_time(text: str) -> float | None:
@@ -80,9 +83,14 @@ def kill_steps(job: Job) -> None:
         _run("scancel", "--signal=KILL", *steps)
 
 
+def _restarts(number: str) -> int:
+    said = _squeue(number, "--Format=RestartCnt") or ""
+    return int(said) if said.isdigit() else 0
+
+
 def _squeue(number: str, form: str) -> str | None:
     try:
-        done = _run("squeue", "--noheader", f"--jobs={number}", f"--format={form}")
+        done = _run("squeue", "--noheader", f"--jobs={number}", form)
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

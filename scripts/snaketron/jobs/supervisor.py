@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from snaketron.settings.training import RunSettings
 
 POLL_S = 0.2
 TO_BE_CONTINUED = 75  # exit status of a training that saved before the time limit (EX_TEMPFAIL)
+REQUEUED, PRE_EMPTED = "requeues (a node was lost or taken down, say)", "pre-empts and requeues"
 HANDOVER_S = 600.0  # for Slurm to end a job that was requeued or told to go
 
 
@@ -79,11 +81,18 @@ class Limit:
         return None if left is None else time.monotonic() + left - self.margin
 
 
-def watch(ranks: Ranks, beats: Path, signals: Signals, limit: Limit, step_timeout: float) -> Ended:
+def watch(
+    ranks: Ranks,
+    beats: Path,
+    signals: Signals,
+    limit: Limit,
+    step_timeout: float,
+    on_signal: Callable[[], None] = lambda: None,
+) -> Ended:
     """Wait until the processes have ended, and stop or kill them when it is time.
 
     They are stopped at a first signal and near the time limit. They are killed at a second signal, and when
-    the file `beats` has not changed for `step_timeout` seconds.
+    the file `beats` has not changed for `step_timeout` seconds. `on_signal` is called after a first signal.
     """
     why: Literal["exit", "signal", "time limit", "hang"] = "exit"
     heard, last = time.monotonic(), None
@@ -98,6 +107,7 @@ def watch(ranks: Ranks, beats: Path, signals: Signals, limit: Limit, step_timeou
                 why = "signal"
                 logger.info("finishing the step and saving; a second signal kills the processes, unsaved")
                 ranks.stop()
+                on_signal()
         if why == "exit" and limit.is_near():
             why = "time limit"
             ranks.stop()
@@ -150,6 +160,7 @@ class Supervisor:
     signals: Signals
     job: slurm.Job | None  # the Slurm job that this is
     to_be_ended: bool = False  # by Slurm, which requeues, pre-empts or cancels the job
+    goes_on: str = ""  # what Slurm does to the job before it runs it again; empty where it does not
 
     def run_to_the_end(self, attempt: int) -> int:
         version = self.version
@@ -170,7 +181,9 @@ class Supervisor:
                 attempts.begin(before, self.job.id if self.job else None)
                 ranks.start()
                 logger.info("%s: starts after step %d (%s)", self.name, before, ranks)
-                ended = watch(ranks, version.heartbeat, self.signals, limit, self.run.step_timeout)
+                ended = watch(
+                    ranks, version.heartbeat, self.signals, limit, self.run.step_timeout, self.look_ahead
+                )
                 status = self.judge(ended, attempts)
                 if status is not None:
                     return status
@@ -183,7 +196,9 @@ class Supervisor:
             attempts.end("finished", done)
             return 0
         if ended.why == "signal" or (ended.why == "exit" and self.was_told_alone(ended)):
-            attempts.end("stopped", done)
+            if not self.goes_on:
+                self.look_ahead()
+            attempts.end("requeued" if self.goes_on == REQUEUED else "stopped", done)
             return self.stopped(self.signals.received[0] if self.signals.received else signal.SIGTERM, saved)
         failure = first_failure(self.version.failures)
         error = self.explain(ended, failure["error"] if failure else None)
@@ -218,13 +233,32 @@ class Supervisor:
             return f"a process {_ended_with(ended.status)}, of which another one noticed: {said}"
         return said
 
-    def stopped(self, number: int, saved: int) -> int:
+    def look_ahead(self) -> None:
+        """Find out whether Slurm runs the job again, and say so while there is time to say something."""
+        if not self.job or not self.job.of_rule:
+            return
+        if slurm.is_preempted(self.job):
+            self.goes_on = PRE_EMPTED
+        elif slurm.is_requeued(self.job):
+            self.goes_on = REQUEUED
+        else:
+            return
         logger.warning(
-            "%s: stopped by %s after step %d; run the same command again to continue",
-            self.name,
-            signal.Signals(number).name,
-            saved,
+            "%s: Slurm %s job %s, which then goes on by itself", self.name, self.goes_on, self.job.id
         )
+
+    def stopped(self, number: int, saved: int) -> int:
+        if self.goes_on and self.job:
+            logger.warning(
+                "%s: stopped; job %s goes on from step %d by itself", self.name, self.job.id, saved
+            )
+        else:
+            logger.warning(
+                "%s: stopped by %s after step %d; run the same command again to continue",
+                self.name,
+                signal.Signals(number).name,
+                saved,
+            )
         # Slurm requeues a pre-empted job, but counts one that ends by itself as failed.
         self.to_be_ended = number == signal.SIGTERM and self.job is not None and self.job.of_rule
         return 128 + number

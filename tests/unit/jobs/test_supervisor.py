@@ -350,3 +350,35 @@ def test_the_layout_follows_from_the_parallel_sizes(parallel, cluster, expected)
     model = {"num_query_groups": 4, "mamba_num_groups": 4}
     config = load({"pretrain": pretrain, "cluster": cluster, "model": model}, {})
     assert layout(config.pretrain, config.cluster) == expected
+
+
+def test_a_training_on_a_node_that_flaps_is_given_up_on(tmp_path: Path):
+    """Slurm requeues it each time, before a checkpoint. A stop that a person asked for is not counted."""
+    path = tmp_path / "attempts.json"
+    for outcome in ("stopped", "requeued", "requeued"):
+        attempts = Attempts("toy", path, 1)
+        attempts.check(0)
+        attempts.begin(0, "7")
+        attempts.end(outcome, 0)
+    with pytest.raises(UserError, match="2 starts in a row ended without a checkpoint after step 0"):
+        Attempts("toy", path, 1).check(0)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "time", "requeued", "pre_empted"),
+    [("2", "N/A", True, False), ("1", "N/A", False, False), ("1", "2026-11-28T18:34:20", False, True)],
+)
+def test_slurm_says_that_it_runs_a_job_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    restarts: str,
+    time: str,
+    requeued: bool,
+    pre_empted: bool,
+):
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\ncase $* in *RestartCnt*) echo {restarts};; *) echo {time};; esac\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    job = slurm.Job("7", of_rule=True, restarts=1)
+    assert (slurm.is_requeued(job), slurm.is_preempted(job)) == (requeued, pre_empted)
