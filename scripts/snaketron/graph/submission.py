@@ -24,8 +24,13 @@ _PLAIN = re.compile(r"""(?:[\w\s=:,./@%+^-]|'[^']*'|"[^"$`\\]*")*""", re.ASCII)
 def check_submission(workflow: Any, paths: Iterable[str]) -> None:
     """Raise `ConfigError` if a value that jobs on Slurm are submitted with would be read by a shell.
 
-    `paths` are the files and roots that the user named: a job waits until it sees its inputs.
+    `paths` are the files and roots that the user named: a job waits until it sees its inputs. With
+    `--sdm apptainer`, on any machine, a shell gets the working directory in the command of each job.
     """
+    here = check_words("the working directory", [str(Path.cwd())])
+    in_image = any(method.name == "APPTAINER" for method in workflow.deployment_settings.deployment_method)
+    if here and in_image:
+        raise ConfigError("\n".join(here))
     settings = workflow.resource_settings
     resources = {"default-resources": settings.default_resources or {}}
     resources |= {f"set-resources {rule}": found for rule, found in settings.overwrite_resources.items()}
@@ -37,7 +42,7 @@ def check_submission(workflow: Any, paths: Iterable[str]) -> None:
         *check_words("--configfile", map(str, workflow.overwrite_configfiles)),
         *check_words("the path", dict.fromkeys(paths)),
         *check_words("the Snakefile", [str(workflow.main_snakefile)]),
-        *check_words("the working directory", [str(Path.cwd())]),
+        *here,
         *check_words("the environment of Python", [sys.prefix]),
     ]
     if problems:
@@ -61,7 +66,7 @@ def check_words(where: str, words: Iterable[str]) -> list[str]:
         else:
             continue
         fix = "write it in a file for --configfile" if where == "--config" else "rename it"
-        problems.append(f"{where} {word!r}: {why}, and would not reach a job on Slurm as it is; {fix}")
+        problems.append(f"{where} {word!r}: {why}, and would not reach a job as it is; {fix}")
     return problems
 
 

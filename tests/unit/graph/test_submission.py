@@ -10,6 +10,7 @@ from snaketron.config import ConfigError
 from snaketron.graph.submission import check_resources, check_submission, check_words
 
 import pytest
+from snakemake.settings.types import DeploymentMethod
 from snakemake_interface_executor_plugins.utils import format_cli_arg
 
 RUN = "$(touch INJECTED)"
@@ -23,6 +24,7 @@ def workflow(*config: str, partition: str = "slurm_partition", **sft: Any) -> Si
         config_settings=SimpleNamespace(config_args=list(config)),
         overwrite_configfiles=[Path("my config.yaml")],
         main_snakefile="/data/it's here/Snakefile",
+        deployment_settings=SimpleNamespace(deployment_method=set()),
     )
 
 
@@ -40,8 +42,7 @@ def workflow(*config: str, partition: str = "slurm_partition", **sft: Any) -> Si
 def test_a_word_that_a_shell_would_change_is_refused(word: str, why: str):
     (problem,) = check_words("--config", [word])
     assert problem == (
-        f"--config {word!r}: {why}, and would not reach a job on Slurm as it is; "
-        "write it in a file for --configfile"
+        f"--config {word!r}: {why}, and would not reach a job as it is; write it in a file for --configfile"
     )
 
 
@@ -107,3 +108,15 @@ def test_only_what_goes_to_slurm_is_checked():
         f"--config 'seed={RUN}'",
         f"the path 'raw/{RUN}.jsonl'",
     ]
+
+
+def test_a_job_in_an_image_needs_a_directory_that_no_shell_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / f"it's {RUN}").mkdir()
+    monkeypatch.chdir(tmp_path / f"it's {RUN}")
+    here = workflow(partition="mem_mb")
+    check_submission(here, [])
+    here.deployment_settings.deployment_method.add(DeploymentMethod.APPTAINER)
+    with pytest.raises(ConfigError, match=r"the working directory .* holds '\$'"):
+        check_submission(here, [])
