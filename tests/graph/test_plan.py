@@ -25,6 +25,7 @@ corpora:
   - {name: code, paths: [data/sample/code/part_0.jsonl], curation: {exact_dedup: all}}
 curation: {evaluation: [raw/a.jsonl], minhash: {num_buckets: 3}}
 sft_data: {pack_across_shards: true}
+tokenizer: {path: lab/tiny, chat_template: null}
 """
 
 

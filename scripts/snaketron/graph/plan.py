@@ -16,6 +16,7 @@ from snaketron.sizes.layout import layout
 from snaketron.sizes.plan import Estimate, components, estimate
 from snaketron.sizes.speed import flops_per_token
 from snaketron.sources.lockfile import Lock, read_lock
+from snaketron.sources.models import tokenizer_model
 from snaketron.sources.shards import SAMPLE, shards
 
 type Shards = Mapping[str, Mapping[str, Sequence[str]] | None]  # by source; None where no file is known
@@ -72,6 +73,7 @@ def jobs(config: Config, text: Shards, chats: Shards) -> dict[str, int]:
             counts.update(filter_shard=len(found), curate_shard=len(found))
             counts["exact_signature"] += len(found) if corpus.curation.exact_dedup else 0
             counts["minhash_signature"] += len(found) if corpus.curation.minhash_dedup else 0
+    counts["download_model"] = _files_of_tokenizer(config)
     counts.update(_curation_of_groups(config))
     for source in sorted(sources):
         found = chats[source] or {"?": []}
@@ -81,6 +83,13 @@ def jobs(config: Config, text: Shards, chats: Shards) -> dict[str, int]:
     of_tokenizer = {"?": [] if config.tokenizer.path else config.tokenizer.text}
     counts.update(_made_raw_files([*used, ("sample_corpus", of_tokenizer)]))
     return {rule: number for rule, number in sorted(counts.items()) if number}
+
+
+def _files_of_tokenizer(config: Config) -> int:
+    """Files of a tokenizer of the hub: as listed, else those that tokenizers usually have."""
+    model, lock = tokenizer_model(config), read_lock(config.sources_lock)
+    lock.assuming = True
+    return len(model.listed(lock)) if model else 0
 
 
 def _curation_of_groups(config: Config) -> Counter[str]:
