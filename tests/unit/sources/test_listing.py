@@ -265,7 +265,8 @@ def test_the_command_lists_what_the_merged_configuration_asks_for(work: Path):
         assert "error: corpora[3].hub.configuration: lab/math has no 'CONFIGURATION'" in said
         assert not (work / "locked.json").exists()
 
-        (work / "mine.yaml").write_text(CORPORA.replace("CONFIGURATION", "b"))
+        limited = CORPORA.replace("CONFIGURATION}", "b}\n  max_files: 1")
+        (work / "mine.yaml").write_text(limited)
         status, said = command(work, *overlays, environment=environment)
         assert (status, said.count("reading 1 file, ")) == (0, 2), said  # what math reads, web knows
         address = f"hf://datasets/lab/math@{commit}"
@@ -292,6 +293,10 @@ def test_the_command_lists_what_the_merged_configuration_asks_for(work: Path):
         status, said = command(work, *overlays, environment=environment)
         assert (status, hub.requests, (work / "locked.json").read_bytes()) == (0, [], before), said
         assert f"math: listed already, 1 file, 28 bytes, revision {commit}; --update lists it again" in said
+        # More files are asked for: they are those of the pinned commit.
+        (work / "mine.yaml").write_text(limited.replace("max_files: 1", "max_files: 9"))
+        status, said = command(work, *overlays, environment=environment)
+        assert (status, f"math: 1 file, 28 bytes, revision {commit} (0 added" in said) == (0, True), said
         status, said = command(work, *overlays, "--update", "--source", "math", environment=environment)
         assert status == 0
         assert f"math: 2 files, 42 bytes, revision {moved} (1 added, 0 removed, 0 changed)" in said
