@@ -13,6 +13,7 @@ from snaketron.huggingface.load import Weights, megatron_weights, published_weig
 from snaketron.huggingface.shards import INDEX
 from snaketron.huggingface.torch_dist import Reader
 from snaketron.log import UserError
+from tests.conftest import run_module
 from tests.unit.huggingface.checkpoints import MODEL, ROWS, TOKENS, export_of, files, values, write
 
 import pytest
@@ -27,7 +28,7 @@ def published(tmp_path: Path) -> Path:
 
 
 def written(weights: Weights, directory: Path) -> Reader:
-    directory.mkdir()
+    directory.mkdir(parents=True)
     torch_dist.write(directory, weights.chunks, {"iteration": 0})
     assert not weights.not_finite
     return Reader(directory)
@@ -210,3 +211,16 @@ def test_older_and_newer_spellings_of_a_configuration_are_the_same_model(tmp_pat
     for name in ("hybrid_override_pattern", "mtp_hybrid_override_pattern", "head_dim"):
         written_out.pop(name, None)
     assert config.differences(written_out, MODEL, TOKENS) == []
+
+
+def test_a_base_is_loaded_in_another_layout_and_exported_from_it(tmp_path: Path):
+    """Two processes share every layer and the experts; the export of what they save has the same bytes."""
+    hf = export_of(write(tmp_path / "made", values()), tmp_path / "hf", shard_bytes=20_000)
+    written(published_weights(hf, MODEL, TOKENS), tmp_path / "base/iter_0000000")
+    (tmp_path / "base/latest_checkpointed_iteration.txt").write_text("0")
+    sizes = json.dumps({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2})
+    arguments = str(tmp_path / "base"), str(tmp_path / "saved"), sizes
+    run_module("tests.unit.model.saved_layouts", *arguments, processes=2)
+    found = tmp_path / "saved/iter_0000001"
+    assert len(list(found.glob("*.distcp"))) == 2
+    assert files(export_of(found, tmp_path / "again", shard_bytes=20_000)) == files(hf)
