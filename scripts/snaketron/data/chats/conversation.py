@@ -32,6 +32,7 @@ class Conversation:
     tools: list[Any] | None
     untrained: frozenset[int] = frozenset()  # the numbers of answers that are not trained
     num_thoughts: int = field(default=0, compare=False)  # answers whose thinking lay in the content
+    num_nulls: int = field(default=0, compare=False)  # calls with arguments that are null
     unread: frozenset[str] = field(default=frozenset(), compare=False)  # keys that only a template could read
 
     @cached_property
@@ -96,7 +97,12 @@ def conversation(
     if answers <= untrained:
         raise Unusable("nothing to train on", "the file gives every answer the weight 0")
     return Conversation(
-        checked, _tools(tools, functions), frozenset(untrained), reader.num_thoughts, frozenset(reader.unread)
+        checked,
+        _tools(tools, functions),
+        frozenset(untrained),
+        reader.num_thoughts,
+        reader.num_nulls,
+        frozenset(reader.unread),
     )
 
 

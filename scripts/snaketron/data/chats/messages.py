@@ -44,6 +44,7 @@ class Reader:
     def __init__(self, form: Form) -> None:
         self.form = form
         self.untrained: set[int] = set()  # answers that are not to be trained
+        self.num_nulls = 0  # calls with arguments that are null
         self.num_thoughts = 0  # answers whose thinking lay in the content
         self.unread: set[str] = set()  # keys that only the template could read
 
@@ -133,6 +134,7 @@ class Reader:
                 raise Unusable("malformed tool call", f"arguments in message {number} are not JSON") from None
         if arguments and not isinstance(arguments, dict):
             raise Unusable("malformed tool call", f"arguments in message {number} are not an object")
+        self.num_nulls += None in (arguments or {}).values()
         named = {"id": call["id"]} if call.get("id") is not None else {}
         return named | {
             "type": "function",

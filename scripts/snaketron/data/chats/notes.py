@@ -20,6 +20,8 @@ from snaketron.wording import counted
 NOTES = {
     "thinking_in_content": "{count} answers have their thinking in the content; it is taken for reasoning "
     "(thinking_tags)",
+    "null_arguments": "{count} calls have arguments that are null, and are trained with them; leave them out "
+    "of the file where a program filled them in, as Arrow does",
     "untrained_answers": "{count} answers have the weight 0 and are not trained",
     "reasoning_left_out": "{count} answers are trained without their reasoning, because the template leaves "
     "it out of the history; `sequences: turn` trains each with it",
@@ -41,6 +43,7 @@ class Notes:
     def add(self, found: Conversation) -> None:
         """Count what the messages of a conversation hold."""
         self.noted["thinking_in_content"] += found.num_thoughts
+        self.noted["null_arguments"] += found.num_nulls
         self.noted["untrained_answers"] += len(found.untrained)
         self.unread.update(found.unread - self.template.names)
 

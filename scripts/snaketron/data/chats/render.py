@@ -118,13 +118,15 @@ class Renderer:
     _checked: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)  # what is trained in another way than it is written
     unread: Counter[str] = field(default_factory=Counter)  # conversations with keys that nobody reads
-    _added: dict[int, str] = field(init=False)
+    _added: set[int] = field(init=False)
+    _ends: tuple[str, ...] = field(init=False)  # the added tokens as text
     notes: Notes = field(init=False)
 
     def __post_init__(self) -> None:
         added = self.masker.tokenizer.get_added_tokens_decoder()
         self.notes = Notes(self.settings, self.template, self.read)
-        self._added = {number: token.content for number, token in added.items()}
+        self._added = set(added)
+        self._ends = tuple(token.content for token in added.values())
 
     def write(self, path: Path, chats: list[Path], metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Write the conversations of the files `chats` to `path`; returns the counts for the record."""
@@ -300,9 +302,9 @@ class Renderer:
     def _check_end(self, rendered: Rendered) -> None:
         """Raise `Unusable` where an answer does not end with an added token; one may have several spans."""
         owners = rendered.owners
-        for (_, end), owner, following in zip(rendered.spans, owners, [*owners, -1][1:], strict=True):
-            written = rendered.text[:end].rstrip()
-            if (owner is None or owner != following) and not written.endswith(tuple(self._added.values())):
+        for (start, end), owner, following in zip(rendered.spans, owners, [*owners, -1][1:], strict=True):
+            written = rendered.text[start:end].rstrip()
+            if (owner is None or owner != following) and not written.endswith(self._ends):
                 raise Unusable(NO_END, "" if owner is None else f"message {owner}: {written[-30:]!r}")
 
     def encode(self, rendered: Iterable[Texts], drops: Drops) -> Iterator[list[Sequence]]:

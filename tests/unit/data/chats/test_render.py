@@ -549,8 +549,9 @@ def test_turns_without_a_trained_answer_are_no_sequences(tmp_path, tokenizer):
 
 def test_keys_that_nobody_reads_are_counted_and_told(tmp_path, tokenizer, caplog):
     chats = [{"messages": [*question("a", "b"), {"role": "user", "content": "c", "audio": "x"}]}] * 2
-    _, record = render(tmp_path, [*chats, {"messages": question("c", "d")}])
-    assert record.counts["unread_keys"] == {"audio": 2}
+    row = {"messages": question("c", "d"), "chat_template_kwargs": {"low_effort": True}, "documents": []}
+    _, record = render(tmp_path, [*chats, row])
+    assert record.counts["unread_keys"] == {"audio": 2, "chat_template_kwargs of the row": 1}
     assert "nobody reads the key 'audio' of messages, in 2 rows" in caplog.text
 
 
@@ -567,6 +568,18 @@ def test_calls_of_different_shapes_in_parquet_keep_their_own_arguments(tmp_path,
     rows, _ = render_files(tmp_path, tmp_path / "chats.parquet")
     for text, (given, tool) in zip(texts(rows, ()), expected, strict=True):
         assert f'"arguments": {given}}}' in text and tool in text and "null" not in text
+
+
+def test_null_arguments_of_json_are_trained_and_counted(tmp_path, tokenizer, caplog):
+    """They may be meant; only in Parquet and Arrow it is known that they need not be."""
+    call = {"name": "weather", "arguments": {"city": "Oslo", "sides": None}}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    rows, record = render(tmp_path, [{"messages": messages}])
+    assert '"arguments": {"city": "Oslo", "sides": null}' in texts(rows, ())[0]
+    assert record.counts["null_arguments"] == 1 and "1 calls have arguments that are null" in caplog.text
 
 
 def test_large_integers_keep_their_digits(tmp_path, tokenizer):
