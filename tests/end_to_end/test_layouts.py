@@ -11,6 +11,7 @@ from tests.conftest import Workspace
 from tests.end_to_end.processes import run_forked, run_until, saved, shell_lines
 
 import pytest
+import yaml
 
 TOLERANCE = 1e-5  # how far a loss of about 7 may be off, in nats, over 12 steps: sums in another order
 
@@ -74,6 +75,27 @@ def test_a_checkpoint_of_one_layout_continues_in_others(fresh: Workspace):
     difference = worst(losses(fresh.path / TARGET), losses(fresh.path / "single/pretrain/broad"))
     print(f"tp, pp, ep: largest differences {difference}")
     assert max(difference.values()) < TOLERANCE
+
+
+def test_a_phase_has_a_layout_a_length_and_a_rate_of_its_own(copy: Workspace):
+    """It starts from weights and moments of one process under the schedule, which is not trained again."""
+    phases = yaml.safe_load((copy.path / "tests/config/micro.yaml").read_text())["pretrain"]["phases"]
+    phases[1] |= {"parallel": {"tensor_model_parallel_size": 2}, "seq_length": 64, "learning_rate": 1e-4}
+    pretrain = yaml.safe_dump({"phases": phases, "decay_tokens": 0}, default_flow_style=True, width=10_000)
+    config = f"pretrain={pretrain.strip()}"
+    target = "ckpt/pretrain/focused"
+    planned = copy.snakemake("-n", target, config=(config,))
+    assert planned.jobs == {"index_pretrain": 1, "pretrain": 1}, planned.output
+    assert copy.snakemake("data/pretrain/focused/index.json", config=(config,)).status == 0
+    (training,) = shell_lines(copy, target, config)
+    result = run_forked(copy, training)
+    assert result.status == 0, result.output[-3000:]
+    lines = [json.loads(line) for line in (copy.path / target / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert {line["learning_rate"] for line in steps} == {1e-4}
+    assert steps[-1]["iteration"] == 16  # of 8 x 64 tokens; with 8 x 128 there were 8
+    untrained = losses(copy.path / "ckpt/pretrain/broad")["valid_loss"][0]
+    assert losses(copy.path / target)["valid_loss"][0] < untrained - 0.5
 
 
 def test_packs_are_tuned_on_alike_in_every_layout(copy: Workspace):

@@ -89,3 +89,5 @@ def test_epochs_follow_from_what_was_tokenized(copy: Workspace, monkeypatch: pyt
     )
     assert found["corpora"]["docs"]["train_tokens"] == there
     assert found["trainings"][1]["corpora"]["docs"]["epochs"] == 8192 / there
+    counted = sum(corpus["train_tokens"] for corpus in found["corpora"].values())
+    assert found["disk"]["training_tokens"] == 2 * counted  # of 1,024 ids, in 16 bits each

@@ -35,7 +35,7 @@ def plan(config: Config) -> dict[str, Any]:
         "not_listed": unknown,  # sources of which one shard is assumed
         "corpora": corpora,
         "trainings": trainings,
-        "disk": _disk(corpora, trainings),
+        "disk": _disk(config, corpora, trainings),
     }
 
 
@@ -211,13 +211,18 @@ def _mix(config: Config, training: Training, corpora: Mapping[str, Any]) -> dict
     return mix
 
 
-def _disk(corpora: Mapping[str, Any], trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _disk(
+    config: Config, corpora: Mapping[str, Any], trainings: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Bytes on disk. While a training saves, it has one checkpoint more than it keeps."""
     raw = [corpus["raw_bytes"] for corpus in corpora.values()]
+    tokens = [corpus["train_tokens"] for corpus in corpora.values()]
+    width = 2 if config.tokenizer.vocab_size <= 65536 else 4
     trained = [one for one in trainings if not one["on_request"]]
     kept = [one["checkpoint_bytes"] * min(one["checkpoints_kept"], one["steps"]) for one in trained]
     return {
         "raw_text": None if None in raw else sum(raw),
+        "training_tokens": None if None in tokens else width * sum(tokens),
         "checkpoints": sum(kept),
         "checkpoints_while_saving": sum(kept) + max(one["checkpoint_bytes"] for one in trained),
     }
