@@ -106,6 +106,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2 if config.option.markexpr == "quick" else 4
 
 
+def pytest_sessionfinish() -> None:
+    SNAKEMAKE.stop()
+    MEGATRON.stop()
+
+
 def pytest_collection_finish() -> None:
     """Leave what is imported out of collections: megatron-core collects twice a save, in 0.4 s each."""
     gc.freeze()

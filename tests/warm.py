@@ -76,6 +76,11 @@ class Warm:
                 statuses = json.loads(self.process.stdout.readline())
             return statuses, output.read()
 
+    def stop(self) -> None:
+        """Wait for its end, so that `time pytest` counts what ran here."""
+        if self.process is not None:
+            self.process.communicate()
+
 
 def become(arguments: list[str], directory: str, environment: dict[str, str], output: str) -> None:
     """Be the process that a shell would have started."""
