@@ -15,7 +15,7 @@ from snaketron.huggingface import config
 from snaketron.huggingface.names import VOCABULARY, Megatron, Source, megatron_tensors, tensors
 from snaketron.huggingface.save import TensorReader, listed, open_tensors
 from snaketron.huggingface.shards import DTYPES, INDEX, Shards
-from snaketron.huggingface.torch_dist import Chunk, Reader
+from snaketron.huggingface.torch_dist import Chunk, Reader, is_finite
 from snaketron.log import UserError
 from snaketron.sizes.parameters import padded_vocab_size
 
@@ -115,7 +115,7 @@ def _published_chunk(tensor: Megatron, shards: Shards, bad: list[str]) -> Chunk:
 
 def _rows(shards: Shards, source: Source, bad: list[str]) -> torch.Tensor:
     found = shards.rows(source.name, source.start, source.stop)
-    if not found.isfinite().all() and source.name not in bad:
+    if not is_finite(found) and source.name not in bad:
         bad.append(source.name)
     return found
 
@@ -169,7 +169,7 @@ def _megatron_chunk(tensor: Megatron, reader: Reader, read: TensorReader, bad: l
             rows = min(len(found), len(padded))
             padded[:rows] = found[:rows]
             found = padded
-        if not found.isfinite().all() and tensor.key not in bad:
+        if not is_finite(found) and tensor.key not in bad:
             bad.append(tensor.key)
         return found
 

@@ -13,7 +13,7 @@ from snaketron.config import Model
 from snaketron.files import sha256, to_json, writing_directory
 from snaketron.huggingface import config, shards
 from snaketron.huggingface.names import VOCABULARY, Tensor, tensors
-from snaketron.huggingface.torch_dist import Reader
+from snaketron.huggingface.torch_dist import Reader, is_finite
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import UserError, logger
 
@@ -146,7 +146,7 @@ class _Rows:
             pieces.append((whole if part.expert is None else whole[part.expert])[part.start : part.stop])
         made = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         made = made.float() if tensor.fp32 else made
-        if not made.isfinite().all():
+        if not is_finite(made):
             raise UserError(f"{self.directory}: {tensor.name} holds numbers that are not finite")
         return made
 
