@@ -56,7 +56,7 @@ SLOW = (
     *("tests/unit/data/sample/", "tests/unit/data/curation/test_duplicates.py", "tests/graph/test_names.py"),
     *("tests/unit/report/test_figures.py", "tests/unit/lineage/test_wandb.py"),
     "tests/graph/test_entry.py::test_snakemake_runs_without_an_activated_environment",
-    "tests/unit/data/curation/test_curate.py::test_a_document_with_a_question_of_an_evaluation_is_removed",
+    *("tests/unit/data/curation/test_curate.py", "tests/graph/test_changed_files.py"),
     "tests/unit/data/curation/test_filters.py::test_remembered_words_are_the_same_words",
     "tests/unit/sources/test_listing.py::test_the_command_lists_what_the_merged_configuration_asks_for",
 )
