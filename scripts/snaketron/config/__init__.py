@@ -18,6 +18,7 @@ from snaketron.config.checks import (
     check_blends,
     check_curriculum,
     check_environment,
+    check_evaluation,
     check_model,
     check_reasoning,
     check_references,
@@ -141,6 +142,7 @@ class Config(Section):
             *check_environment(self.cluster),
             *check_splits(self),
             *check_curriculum(self.pretrain),
+            *check_evaluation(self),
             *(problem for training in self.trainings() for problem in check_training(training, self)),
         ]
         if problems:

@@ -196,6 +196,21 @@ def check_training(training: Training, config: Config) -> list[str]:
     ]
 
 
+def check_evaluation(config: Config) -> list[str]:
+    """The processes of an evaluation against the model and the nodes, as those of a training."""
+    run = Pretrain(parallel=config.eval.parallel)
+    evaluation = Training(
+        section="eval",
+        model=config.model,
+        run=run,
+        seq_length=run.seq_length,
+        global_batch_size=run.global_batch_size,
+        train_iters=1,
+        elsewhere={},
+    )
+    return [*check_parallel(evaluation), *check_nodes(evaluation, config.cluster)]
+
+
 def check_parallel(training: Training) -> list[str]:
     """Parallel sizes against the model; the rules are megatron-core's."""
     model, run, parallel, at = training.model, training.run, training.run.parallel, training.at("parallel")

@@ -45,7 +45,7 @@ def test_nothing_given_is_the_defaults():
     assert (config.seed, config.tracking, config.pathvars) == (
         1234,
         "off",
-        {"data": "data", "ckpt": "ckpt", "hf": "hf"},
+        {"data": "data", "ckpt": "ckpt", "hf": "hf", "eval": "eval"},
     )
 
 
@@ -137,7 +137,7 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
         (
             "pathvars.dta",
             "x",
-            "pathvars.dta.[key]: input should be 'data', 'ckpt', 'hf', 'logs' or 'benchmarks'",
+            "pathvars.dta.[key]: input should be 'data', 'ckpt', 'hf', 'eval', 'logs' or 'benchmarks'",
         ),
         (
             "pathvars.data",

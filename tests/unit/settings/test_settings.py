@@ -8,6 +8,7 @@ from typing import Any
 
 from snaketron.config import Adapters, Config, load
 from snaketron.settings.chats import RenderSettings, render_settings
+from snaketron.settings.evaluation import EvalSettings, eval_run, eval_settings
 from snaketron.settings.training import (
     LoraSettings,
     RunSettings,
@@ -149,6 +150,14 @@ OTHER: dict[str, Any] = {
     "pretrain.tokens_per_second_per_gpu": 100.0,
     "sft.tokens_per_second_per_gpu": 100.0,
     "lora.tokens_per_second_per_gpu": 100.0,
+    **{
+        f"eval.parallel.expert_{k}_parallel_size": ("eval.parallel.data_parallel_size", 2)
+        for k in ("model", "tensor")
+    },
+    "eval.tasks": [{"name": "mmlu"}],
+    "eval.task_directories": ["tasks"],
+    "eval.task_limit": 5,
+    "eval.apply_chat_template": True,
     "cluster.gpus_per_node": 8,
     "cluster.tasks_per_node": 8,
     "cluster.gpu": "h100",
@@ -205,6 +214,8 @@ def parts(config: Config) -> dict[str, str]:
         "run pretrain": run_settings(config, LAST).model_dump_json(),
         "run sft": run_settings(config, "sft").model_dump_json(),
         "run lora": run_settings(config, "lora").model_dump_json(),
+        "eval": eval_settings(config, "sft").model_dump_json(),
+        "run eval": eval_run(config).model_dump_json(),
     }
 
 
@@ -213,7 +224,8 @@ def expected(path: str) -> set[str]:
     if path == "seed" or section == "model":
         return {"pretrain", "sft", "lora"}
     if path == "tracking" or section == "cluster":
-        return {"run pretrain", "run sft", "run lora"}
+        trainings = {"run pretrain", "run sft", "run lora"}
+        return trainings if path == "tracking" else {*trainings, "run eval"}
     of_result = (
         "optimizer",
         "seq_length",
@@ -224,6 +236,7 @@ def expected(path: str) -> set[str]:
         "loss",
         "switch",
         *Adapters.model_fields,
+        *EvalSettings.model_fields,
     )
     return {section} if key.startswith(of_result) else {f"run {section}"}
 
