@@ -96,7 +96,7 @@ def transcript(plain: Slurm, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def errors(transcript: str, fate: str) -> list[str]:
     """What the lines on failed jobs of a fate say."""
-    return re.findall(rf"\] meet {fate} has failed, (.*)", transcript)
+    return re.findall(rf"\] meet {fate} has failed: (.*)", transcript)
 
 
 def test_a_run_ends_when_its_jobs_are_over_whatever_slurm_answers(transcript: str):

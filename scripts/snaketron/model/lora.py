@@ -112,9 +112,11 @@ class Adapter(torch.nn.Module):
             a, b = (a, self._everywhere(b)) if self.row else (self._everywhere(a), b)
         hidden = _product(x, a, ends)
         if self.group.size() > 1 and not self.expert and not self.replicated:
-            if self.row:
+            if self.row and self.sequence_parallel:
                 hidden = tensor_parallel.reduce_scatter_to_sequence_parallel_region(hidden, group=self.group)
-            else:
+            elif self.row:  # every rank has all tokens while the model answers
+                hidden = tensor_parallel.reduce_from_tensor_model_parallel_region(hidden, group=self.group)
+            elif self.sequence_parallel:
                 hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.group)
         return _product(hidden * self.scale, b, ends)
 
