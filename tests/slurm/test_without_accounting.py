@@ -84,7 +84,7 @@ def transcript(plain: Slurm, tmp_path_factory: pytest.TempPathFactory) -> str:
         plain.kill_controller()
         try:
             time.sleep(30)
-            assert (running.log.parent / "well.txt").exists()
+            wait_for((running.log.parent / "well.txt").exists, 180)
         finally:
             plain.start_controller()
         result = running.result()
