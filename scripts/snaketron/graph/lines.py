@@ -111,6 +111,7 @@ class Lines:
     def _finished(self, record: LogRecord) -> str:
         job = self._job(record.__dict__["job_id"])
         self.done += 1
+        self.failed = [title for title in self.failed if title != job.title]  # at an earlier try
         took = duration(time.monotonic() - job.began)
         return _at(f"{job.title} is done after {took} ({self.done} of {self.total})")
 

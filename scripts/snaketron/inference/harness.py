@@ -6,9 +6,9 @@ ends; so a checkpoint and its export give the same numbers.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from snaketron.inference.score import score
 from snaketron.log import UserError
 from snaketron.model.build import BuiltModel
 
+import datasets.config
+import huggingface_hub.constants
 import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -135,6 +137,20 @@ def _before(text: str, ends: Sequence[str]) -> str:
     return text
 
 
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Have the libraries of the hub ask nobody: they read their environment once, when they are imported."""
+    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
 def run_task(
     model: CheckpointLM,
     task: Task,
@@ -147,32 +163,32 @@ def run_task(
 
     Raises `UserError` when the task is not known, or its data is not on this machine.
     """
-    os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     manager = TaskManager(include_path=[str(directory) for directory in directories] or None)
     if task.name not in manager.task_index:
         where = f" nor in {', '.join(map(str, directories))}" if directories else ""
         raise UserError(f"eval.tasks: {task.name} is no task of lm-eval {lm_eval.__version__}{where}")
     try:
-        made: Any = task.name
-        if task.data:
-            if not Path(task.data).is_dir():
-                raise UserError(f"eval.tasks: {task.name}: {task.data} is no directory")
-            # The manager passes nothing on to a task that it knows by name; what builds them does.
-            made = manager._factory.build(
-                manager.task_index[task.name],
-                overrides={"dataset_path": task.data},
-                registry=manager.task_index,
+        with _offline():
+            made: Any = task.name
+            if task.data:
+                if not Path(task.data).is_dir():
+                    raise UserError(f"eval.tasks: {task.name}: {task.data} is no directory")
+                # The manager passes nothing on to a task that it knows by name; what builds them does.
+                made = manager._factory.build(
+                    manager.task_index[task.name],
+                    overrides={"dataset_path": task.data},
+                    registry=manager.task_index,
+                )
+            found = lm_eval.simple_evaluate(
+                model,
+                tasks=made if isinstance(made, list) else [made],
+                num_fewshot=task.num_fewshot,
+                limit=limit,
+                bootstrap_iters=0,
+                apply_chat_template=apply_chat_template,
+                log_samples=False,
+                task_manager=manager,
             )
-        found = lm_eval.simple_evaluate(
-            model,
-            tasks=made if isinstance(made, list) else [made],
-            num_fewshot=task.num_fewshot,
-            limit=limit,
-            bootstrap_iters=0,
-            apply_chat_template=apply_chat_template,
-            log_samples=False,
-            task_manager=manager,
-        )
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"eval.tasks: the data of {task.name} is not on this machine ({str(error).splitlines()[0]}); "

@@ -128,6 +128,16 @@ def test_a_failed_job_shows_its_status_and_the_end_of_its_log(lines: Lines, tmp_
     )
 
 
+def test_a_job_that_succeeds_at_a_second_try_is_not_among_those_that_failed(lines: Lines, tmp_path: Path):
+    for number, rule in ((0, "sft"), (1, "lora"), (0, "sft")):
+        starts(lines, number, rule)
+        if number == 1 or not lines.failed:
+            fails(lines, number, tmp_path / "absent.log")
+    assert lines.failed == ["sft", "lora"]
+    lines.of(record(event=LogEvent.JOB_FINISHED, job_id=0))
+    assert (ends(lines) or "").startswith("Failed: lora; 1 of 2 jobs are done.")
+
+
 def test_what_the_executor_knows_about_a_failure_is_told(lines: Lines, tmp_path: Path):
     said = fails(
         lines, 3, tmp_path / "absent.log", why="Slurm job 42 was cancelled by ada", external_jobid=42
