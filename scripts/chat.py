@@ -71,9 +71,10 @@ def _tools(path: Path) -> list[Any]:
 @contextlib.contextmanager
 def _chat(args: argparse.Namespace, tools: list[Any]) -> Iterator[Chat]:
     from snaketron.data.chats.environment import special_tokens
+    from snaketron.data.chats.mask import end_of_turn
     from snaketron.data.chats.template import load_template
     from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
-    from snaketron.inference.chat import Chat, end_of_turn
+    from snaketron.inference.chat import Chat
     from snaketron.inference.decoder import decoding
     from snaketron.inference.generate import Sampling
     from snaketron.inference.opening import open_checkpoint
@@ -83,6 +84,7 @@ def _chat(args: argparse.Namespace, tools: list[Any]) -> Iterator[Chat]:
     directory = Version(args.checkpoint).tokenizer
     tokenizer = load_tokenizer(directory)
     template = load_template(directory / "chat_template.jinja", special_tokens(directory))
+    ends = end_of_turn(template, tokenizer), tokenizer_info(directory).eos_id
     settings = RunSettings(tracking="off", cpus_per_task=args.threads)
     with distributed(args.seed, settings):
         built = open_checkpoint(args.checkpoint, settings)
@@ -91,7 +93,7 @@ def _chat(args: argparse.Namespace, tools: list[Any]) -> Iterator[Chat]:
                 decoder=decoder,
                 template=template,
                 tokenizer=tokenizer,
-                stop=[end_of_turn(template, tokenizer), tokenizer_info(directory).eos_id],
+                stop=[end for end in ends if end is not None],
                 max_tokens=args.max_tokens,
                 sampling=Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed),
                 system=args.system,

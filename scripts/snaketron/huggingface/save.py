@@ -86,7 +86,7 @@ def export(
 
 
 def listed(title: str, problems: list[str]) -> str:
-    """A title and the problems, of which a long list is cut."""
+    """A title and the problems; a long list is cut."""
     more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
     return "\n".join([title, *problems[:_SHOWN], *more])
 

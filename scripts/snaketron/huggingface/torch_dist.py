@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 COMMON = "common_state/shard_0_1"  # where megatron-core keeps what is no tensor
-# Of a file, about. The writer of torch keeps what it wrote to a file until it is closed.
+# About the size of a file. The writer of torch keeps what it wrote to a file until it is closed.
 FILE_BYTES = 1_000_000_000
 
 

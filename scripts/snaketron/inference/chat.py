@@ -20,12 +20,6 @@ _CALL = re.compile(r'<tool_call>\s*{\s*"name":\s*"([^"]*)"')
 _THOUGHT = re.compile(r"\A\s*(?:<think>)?(.*?)</think>(.*)\Z", re.DOTALL)
 
 
-def end_of_turn(template: Template, tokenizer: Tokenizer) -> int:
-    """The token that ends an answer: the last one that a tuning on this template trains."""
-    text, spans, *_ = template.render([_message("user", "a"), _message("assistant", "b")])
-    return int(tokenizer.encode(text[: spans[-1][1]].rstrip(), add_special_tokens=False).ids[-1])
-
-
 def _message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 

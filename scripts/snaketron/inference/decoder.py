@@ -27,7 +27,7 @@ from torch import Tensor
 
 @dataclass
 class _Reading:
-    """Which rows read tokens now, and how many tokens each of these rows has read before."""
+    """The rows that read tokens now, and the number of tokens that each has read before."""
 
     rows: slice
     before: Tensor  # (rows,)

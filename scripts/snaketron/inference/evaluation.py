@@ -104,42 +104,24 @@ def parts(job: Evaluation) -> Iterator[tuple[str, Part]]:
     tokenizer, info = load_tokenizer(directory), tokenizer_info(directory)
     sizes, batch = compute.Sizes(tokenizer, info.eos_id), settings.batch_size
     if settings.text_tokens:
+        text = partial(
+            compute.text_losses, sizes=sizes, eos_id=info.eos_id, most=settings.text_tokens, batch_size=batch
+        )
         for corpus, shards in compute.corpora(job.text).items():
-            yield (
-                f"text/{corpus}",
-                partial(
-                    compute.text_losses,
-                    shards=shards,
-                    sizes=sizes,
-                    eos_id=info.eos_id,
-                    most=settings.text_tokens,
-                    batch_size=batch,
-                ),
-            )
+            yield f"text/{corpus}", partial(text, shards=shards)
+    chats = partial(compute.chat_losses, sizes=sizes, most_packs=settings.chat_packs, batch_size=batch)
+    answers = partial(
+        compute.exact_answers,
+        tokenizer=tokenizer,
+        most=settings.answers,
+        max_tokens=settings.answer_tokens,
+        batch_size=batch,
+    )
     for source in compute.held_out_sources(job.chats) if job.chats else []:
         if settings.chat_packs:
-            yield (
-                f"chats/{source.source}",
-                partial(
-                    compute.chat_losses,
-                    files=source.files,
-                    sizes=sizes,
-                    most_packs=settings.chat_packs,
-                    batch_size=batch,
-                ),
-            )
+            yield f"chats/{source.source}", partial(chats, files=source.files)
         if settings.answers:
-            yield (
-                f"answers/{source.source}",
-                partial(
-                    compute.exact_answers,
-                    files=source.files,
-                    tokenizer=tokenizer,
-                    most=settings.answers,
-                    max_tokens=settings.answer_tokens,
-                    batch_size=batch,
-                ),
-            )
+            yield f"answers/{source.source}", partial(answers, files=source.files)
     if settings.tasks:
         from snaketron.inference.harness import CheckpointLM, run_task
 

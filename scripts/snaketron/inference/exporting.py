@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from snaketron.data.chats.environment import special_tokens
-from snaketron.data.chats.probes import PROBE
+from snaketron.data.chats.mask import end_of_turn
 from snaketron.data.chats.template import load_template
 from snaketron.data.chats.unusable import Unusable
 from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
@@ -36,7 +36,7 @@ def export_checkpoint(path: Path, output: Path) -> Record:
         raise UserError(f"{path}: no checkpoint there")
     tokenizer = tokenizer_info(version.tokenizer)
     stops = [tokenizer.eos_id]
-    if settings.packed and (end := end_of_turn(version.tokenizer)) not in (None, tokenizer.eos_id):
+    if settings.packed and (end := end_of_answer(version.tokenizer)) not in (None, tokenizer.eos_id):
         assert end is not None
         stops.append(end)
     record = read(version.record)
@@ -59,15 +59,12 @@ def export_checkpoint(path: Path, output: Path) -> Record:
     )
 
 
-def end_of_turn(tokenizer: Path) -> int | None:
+def end_of_answer(tokenizer: Path) -> int | None:
     """The id of the token that ends an answer, by the chat template; None where there is none."""
     if not (tokenizer / "chat_template.jinja").exists():
         return None
     try:
         template = load_template(tokenizer / "chat_template.jinja", special_tokens(tokenizer))
-        rendered = template.render(PROBE)
+        return end_of_turn(template, load_tokenizer(tokenizer))
     except (UserError, Unusable):
         return None  # a checkpoint of pretraining may have a template that no conversation was rendered with
-    start, end = rendered.spans[-1]
-    ids = load_tokenizer(tokenizer).encode(rendered.text[start:end].rstrip(), add_special_tokens=False).ids
-    return ids[-1] if ids else None

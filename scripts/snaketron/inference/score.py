@@ -17,7 +17,7 @@ CHUNK = 256  # tokens that are read at once: logits of a large vocabulary take 0
 
 
 class Scores(NamedTuple):
-    """Of the tokens of a text after the first, which has nothing before it; both (tokens - 1,)."""
+    """A text token by token, without its first one, which nothing predicts; both (tokens - 1,)."""
 
     nats: np.ndarray  # minus the logarithm of the probability
     likeliest: np.ndarray  # whether no other token was more probable

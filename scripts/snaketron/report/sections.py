@@ -200,7 +200,7 @@ def _chat_section(data: Data) -> Section:
 
 
 def _pack_size_section(data: Data) -> Section:
-    """Which share of the conversations packs of other sizes would hold, to choose a size by."""
+    """The share of the conversations that packs of other sizes would hold, to choose a size by."""
     found = {name: chats for name, chats in sorted(data.chats.items()) if chats.needed}
     largest = max((max(chats.needed) for chats in found.values()), default=1)
     # From the size that holds half of some source to the one that holds all of every source.

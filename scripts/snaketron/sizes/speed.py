@@ -15,7 +15,7 @@ class Measured(NamedTuple):
     where: str
 
 
-# Megatron Bridge's own measurements, but for the H200, of which no training on several nodes is published.
+# Megatron Bridge's own measurements. The H200 is an exception: no training on several nodes is published.
 MEASURED = {
     "h100": Measured(236.3, "Super in bf16 on 64 H100, TP 1 PP 2 EP 32, 4K, real data and routing"),
     "h200": Measured(447.0, "a slice of Super in bf16 on one H200, 4K, no exchange: an upper bound"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
+from snaketron.data.chats.mask import end_of_turn
 from snaketron.data.chats.template import load_template
 from snaketron.data.tokenizer import load_tokenizer
-from snaketron.inference.chat import Chat, end_of_turn
+from snaketron.inference.chat import Chat
 from snaketron.inference.decoder import decoding
 from snaketron.log import UserError
 from snaketron.model.build import build_model
@@ -26,7 +27,7 @@ def chat(settings, tokenizer_dir: Path):
 
         def make(**keys) -> Chat:
             decoder.forget(0)
-            given = {"stop": [end_of_turn(TEMPLATE, tokenizer)], "max_tokens": 6} | keys
+            given = {"stop": [tokenizer.token_to_id("<|im_end|>")], "max_tokens": 6} | keys
             return Chat(decoder=decoder, template=TEMPLATE, tokenizer=tokenizer, **given)
 
         yield make

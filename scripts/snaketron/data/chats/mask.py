@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snaketron.data.chats.conversation import Span
+from snaketron.data.chats.probes import PROBE
 from snaketron.data.encode import Encoder
 from snaketron.data.tokenizer import load_tokenizer
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from snaketron.data.chats.template import Template
+
     from tokenizers import Encoding, Tokenizer
 
 
@@ -62,6 +65,14 @@ class Masker:
                 loss_mask[np.searchsorted(ends, start, side="right") : np.searchsorted(begins, end)] = 1
             made.append((ids[first:last], loss_mask))
         return made
+
+
+def end_of_turn(template: Template, tokenizer: Tokenizer) -> int | None:
+    """The token that ends an answer: the last one that a tuning on this template trains; None without one."""
+    rendered = template.render(PROBE)
+    start, end = rendered.spans[-1]
+    ids = tokenizer.encode(rendered.text[start:end].rstrip(), add_special_tokens=False).ids
+    return ids[-1] if ids else None
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray | None:

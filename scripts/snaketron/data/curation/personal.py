@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from datatrove.pipeline.formatters.base import BaseFormatter
 
-# Those of datatrove, in its order. The IPv6 ones are of the range for documentation (RFC 3849).
+# The replacements of datatrove, in its order. The IPv6 addresses are reserved for documentation (RFC 3849).
 EMAILS = ("email@example.com", "firstname.lastname@example.org")
 IPV4 = (
     *("22.214.171.124", "126.96.36.199", "188.8.131.52"),
