@@ -86,7 +86,7 @@ logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     for note in (
         *graph.unread(),
-        *(f"Assumed, since it is not listed: {said}" for said in graph.lock.unlisted),
+        f"One file of each is assumed: {said}" if (said := graph.lock.assumed()) else None,
         graph.to_download(),
         notes.from_sample(graph.config),
         *notes.unmeasured(graph.config),
@@ -108,7 +108,7 @@ if workflow.is_main_process:
 onstart:
     single_run.obey_interrupts()
     if graph.lock.unlisted:
-        raise WorkflowError("\n".join(graph.lock.unlisted))
+        raise WorkflowError(graph.lock.assumed())
     if not single_run.hold(Path(".snakemake/snaketron.lock")):
         raise WorkflowError(
             "Another Snakemake is running in this directory; wait for it or stop it."

@@ -61,7 +61,7 @@ def test_a_download_that_is_killed_goes_on_where_it_ended(web: Workspace, hub: F
     planned = web.snakemake("-n", assumed)
     assert planned.status == 0 and planned.jobs["download"] == 1
     said = "corpora[2] (web): its files are not listed in sources.lock.json yet"
-    assert f"Assumed, since it is not listed: {said}" in planned.output
+    assert f"One file of each is assumed: {said}" in planned.output
     refused = web.snakemake(assumed)
     assert refused.status == 1 and said in refused.output
     command = "python scripts/lock_sources.py --configfile tests/config/micro.yaml corpora.yaml"

@@ -65,10 +65,12 @@ def test_what_does_not_fit_is_named_with_a_change_that_does(
     workspace.write(
         "more.yaml",
         "cluster: {gpu: h100, gpus_per_node: 8, gpu_memory_gb: 78}\n"
-        "chats: [{name: questions, paths: ['s3://bucket/a.jsonl']}, {name: tools, paths: [nowhere]}]\n",
+        "chats: [{name: questions, paths: ['s3://bucket/a.jsonl']}, {name: tools, paths: [nowhere]}]\n"
+        "sft: {blend: [{source: questions, weight: 1}, {source: tools, weight: 1}]}\n",
     )
     found = of(workspace, monkeypatch, "config/super.yaml", "more.yaml")
-    assert found["not_listed"] == ["questions", "tools"] and found["jobs"]["render_chat"] == 2
+    assert found["not_listed"][-2:] == ["questions", "tools"] and len(found["not_listed"]) == 32
+    assert found["jobs"]["render_chat"] == 2 and found["jobs"]["tokenize_shard"] == 30
     broad, *_, lora = found["trainings"]
     assert broad["memory"]["fits"] is False and broad["change_that_fits"].startswith("pretrain.parallel: ")
     assert lora["memory"]["fits"] is True and lora["change_that_fits"] is None

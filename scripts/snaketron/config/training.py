@@ -201,6 +201,11 @@ class Phase(Section):
     name: Name = Field(description="directory name below ckpt/pretrain")
     tokens: Positive = Field(description="tokens to train on; rounded up to whole steps")
     blend: list[CorpusWeight] = Field(min_length=1, description="corpora and their weights")
+    seed: Count | None = key(
+        None,
+        "seed of the order of its text; null: `seed`. Phases with the same blend, length and seed read the "
+        "same text",
+    )
     seq_length: Positive | None = key(None, "tokens of a sequence; null: pretrain.seq_length")
     global_batch_size: Positive | None = key(None, "sequences of a step; null: pretrain.global_batch_size")
     # What follows, and is null, is as in `pretrain`, or `model` for the precision.

@@ -212,7 +212,9 @@ class Graph:
         """What defines the index of a phase, together with the blend."""
         phase = self.config.training(f"pretrain/{wildcards.phase}")
         samples = phase.train_iters * phase.global_batch_size
-        return {"seed": self.config.seed, "seq_length": phase.seq_length, "train_samples": samples}
+        own = self.phases[wildcards.phase].seed
+        seed = self.config.seed if own is None else own
+        return {"seed": seed, "seq_length": phase.seq_length, "train_samples": samples}
 
     def sft_weights(self) -> list[str]:
         return [f"{e.source}={e.weight}" for e in self.config.sft.blend]

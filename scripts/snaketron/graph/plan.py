@@ -25,11 +25,12 @@ type Shards = Mapping[str, Mapping[str, Sequence[str]] | None]  # by source; Non
 def plan(config: Config) -> dict[str, Any]:
     """The plan as JSON takes it. Bytes, tokens, hours and counts are numbers; what is not known is None."""
     lock = read_lock(config.sources_lock)
+    lock.assuming = True  # as a dry-run does
     text = {c.name: _shards(c, f"corpora[{i}]", lock, config) for i, c in enumerate(config.corpora)}
     chats = {c.name: _shards(c, f"chats[{i}]", lock, config) for i, c in enumerate(config.chats)}
     corpora = {c.name: _corpus(config, c, text[c.name], lock) for c in _used_corpora(config)}
     trainings = [_training(config, training, corpora) for training in config.trainings()]
-    unknown = [name for name, found in (*text.items(), *chats.items()) if found is None]
+    unknown = [n for n, found in (*text.items(), *chats.items()) if found is None or n in lock.unlisted]
     return {
         "jobs": jobs(config, text, chats),
         "not_listed": unknown,  # sources of which one shard is assumed
@@ -138,7 +139,8 @@ def _corpus(
 
 def _size(source: str, path: str, lock: Lock) -> int | None:
     if path.startswith("<data>/raw/"):
-        return lock.file(source, path.rpartition("/")[2]).size
+        file = lock.file(source, path.rpartition("/")[2])
+        return file.size if file.sha256 else None  # "": only assumed
     return Path(path).stat().st_size if Path(path).is_file() else None
 
 

@@ -43,7 +43,8 @@ def _with_total(jobs: Mapping[str, int]) -> list[tuple[str, int]]:
 def _not_listed(names: Sequence[str]) -> list[str]:
     if not names:
         return []
-    return [f"The files of {', '.join(names)} are not known yet; each counts as one shard."]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
+    return [f"The files of {shown} are not known yet; each counts as one file and one shard."]
 
 
 def _number(number: float | None) -> str:

@@ -64,15 +64,17 @@ def _sizes(config: Config) -> list[Compared]:
 def _steps(pretrain: Pretrain) -> list[Compared]:
     batch, length = pretrain.global_batch_size, pretrain.seq_length
     tokens = batch * length
+    steps = {phase.name: pretrain.steps(phase)[0] for phase in pretrain.phases}
+    turns = sum(number for name, number in steps.items() if name.startswith("mixed"))
     counts = {
-        "steps of 25 T tokens": (993_404, 25e12 / tokens),
-        "step at 20 T tokens": (794_723, 20e12 / tokens),
+        "steps of 25 T tokens": (993_404, steps["broad"] + steps["focused"]),
+        "step at 20 T tokens": (794_723, steps["broad"]),
         "steps of warm-up": (7_949, pretrain.warmup_tokens / tokens),
         "steps of decay": (198_682, pretrain.decay_tokens / tokens),
-        "steps of 34 B tokens at 1M, 16 sequences": (2_027, 34e9 / (16 * 2**20)),
-        "steps of 17 B tokens at 1M, 16 sequences": (1_014, 17e9 / (16 * 2**20)),
+        "steps of 34 B tokens at 1M, 16 sequences": (2_027, steps["long_1m"]),
+        "steps of 17 B tokens at 1M and 4K": (1_014, turns),
     }
-    return [Compared(what, "steps", *both, "the recipe", 1e-3) for what, both in counts.items()]
+    return [Compared(what, "steps", *both, "the recipe", 2e-3) for what, both in counts.items()]
 
 
 def _on_64_h100(config: Config) -> list[Compared]:

@@ -51,7 +51,7 @@ class Lock:
         self.models = {} if models is None else models
         self.command = command  # lists the sources; messages tell the user to run it
         self.assuming = False  # whether files that are not listed are assumed, for a dry-run
-        self.unlisted: list[str] = []  # what was assumed, and what to do
+        self.unlisted: dict[str, str] = {}  # what was assumed, by source or model, and what to do
         self._files: dict[str, dict[str, LockedFile]] = {}
 
     def files(self, source: str) -> dict[str, LockedFile]:
@@ -106,8 +106,18 @@ class Lock:
         """Take files of these names for those that are not listed; False where nothing is assumed."""
         if self.assuming:
             self._files[owner] = {name: LockedFile(name, "", 0, "") for name in names}
-            self.unlisted += [said] if said not in self.unlisted else []
+            self.unlisted.setdefault(owner, said)
         return self.assuming
+
+    def assumed(self) -> str | None:
+        """What is not listed and was assumed, and the command that lists it; None where all is listed."""
+        if len(self.unlisted) < 2:
+            return next(iter(self.unlisted.values()), None)
+        first, *others = self.unlisted
+        return (
+            f"the files of {first} and {plural(len(others), 'other source')} of the configuration are not "
+            f"listed in {self.path} yet. List them, and commit it:\n  {self.command}"
+        )
 
 
 def read_lock(path: str | Path, configfiles: Iterable[str | Path] = ()) -> Lock:

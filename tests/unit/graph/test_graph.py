@@ -148,6 +148,12 @@ def test_the_seed_reaches_the_packs_only_where_it_matters():
     assert shuffled.packing() == f"{how} first_fit_shuffle --seed 7"
 
 
+def test_a_phase_orders_its_text_by_its_own_seed_or_by_that_of_all():
+    one, two, _ = VALUES["pretrain"]["phases"]
+    made = graph(seed=7, pretrain={"phases": [one | {"seed": 0}, two]})
+    assert [made.index_settings(job(phase=name))["seed"] for name in ("one", "two")] == [0, 7]
+
+
 def test_packs_leave_the_room_that_the_trainings_on_them_need():
     """Context parallelism gives each process two chunks of a conversation; other sizes need no room."""
     tensor, context = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 4}

@@ -37,9 +37,13 @@ def test_a_dry_run_assumes_one_file_of_what_is_not_listed_and_says_so():
         assert HubModel("lab/tiny", "tokenizer.path", TOKENIZER).files(lock) == [
             f"<data>/hub/lab/tiny/{name}.json" for name in ("config", "tokenizer", "tokenizer_config")
         ]
-    of_source, of_model = lock.unlisted  # each once
+    of_source, of_model = lock.unlisted.values()  # each once
     assert of_source.startswith("corpora[1] (math): its files are not listed in sources.lock.json yet. ")
     assert of_model.startswith("tokenizer.path: lab/tiny is no directory here, ")
+    assert lock.assumed() == (
+        "the files of math and 1 other source of the configuration are not listed in sources.lock.json yet. "
+        "List them, and commit it:\n  python scripts/lock_sources.py"
+    )
     assert (lock.sources, lock.models) == ({}, {})  # nothing of it would be written
     assert to_download(config(corpora=[Corpus(name="docs", paths=["raw"]), HUB]), lock) is None
 
