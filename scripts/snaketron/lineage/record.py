@@ -16,11 +16,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from snaketron.files import read_json, sha256, to_json, writing
+from snaketron.files import sha256, to_json, writing
+from snaketron.lineage.provenance import cpu_seconds, provenance
 from snaketron.log import UserError
 
+import orjson
+
 REFERENCE = ("path", "sha256", "bytes", "modified", "version", "revision")
-PACKAGES = ("snaketron", "datatrove", "tokenizers", "fastokens", "pyarrow", "torch", "megatron-core")
+PACKAGES = (
+    *("snaketron", "datatrove", "tokenizers", "fastokens", "pyarrow", "torch", "megatron-core"),
+    *("numpy", "transformers", "transformer-engine", "mamba-ssm", "causal-conv1d"),
+)
+
+
+_MAY_LACK = ("key", "provenance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,7 @@ class Record:
     versions: dict[str, str | None]  # of Python and of the packages that decide on results
     counts: dict[str, Any]  # what went in, came out and was dropped by reason
     key: str | None = None  # of the version, for a checkpoint
+    provenance: dict[str, Any] = field(default_factory=dict)  # code, hardware and cost; for readers alone
 
     def output(self, name: str) -> Entry:
         """The output of a name, such as `train.bin`; `KeyError` where there is none."""
@@ -90,8 +100,10 @@ class Record:
             "settings": self.settings,
             "versions": self.versions,
             "counts": self.counts,
+            "key": self.key,
+            "provenance": self.provenance,
         }
-        return value if self.key is None else value | {"key": self.key}
+        return {name: part for name, part in value.items() if name not in _MAY_LACK or part}
 
 
 # -------------------------------------------------------------------------------------------- reading
@@ -100,9 +112,15 @@ class Record:
 def read(path: Path) -> Record:
     """Read a record; `UserError` when there is none or it is not one."""
     try:
-        value = read_json(path)
+        return parse(path, path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such record; the rule that makes it has not finished") from None
+
+
+def parse(path: Path, text: bytes) -> Record:
+    """The record that is the text of the file `path`; `UserError` when it is not one."""
+    try:
+        value = orjson.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: not a lineage record ({error}); delete it and run again") from None
     try:
@@ -118,6 +136,7 @@ def read(path: Path) -> Record:
             versions=value.get("versions", {}),
             counts=value["counts"],
             key=value.get("key"),
+            provenance=value.get("provenance", {}),
         )
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: not a lineage record; delete it and run again") from None
@@ -185,6 +204,8 @@ class Job:
     hashes: dict[str, str] = field(default_factory=dict)  # sha256 of outputs that need not be read for it
     present: list[Entry] = field(default_factory=list)  # outputs that the job has put in place by itself
     key: str | None = None
+    hardware: dict[str, Any] = field(default_factory=dict)  # beside what this process sees of it
+    cost: dict[str, float] = field(default_factory=dict)  # where more than this process took part
     _record: Record | None = None
 
     @property
@@ -204,6 +225,7 @@ def making(
     `started` (`time.monotonic()`), or from the beginning of the block.
     """
     begun = time.monotonic() if started is None else started
+    cpu_before = cpu_seconds()
     with writing(*outputs.values(), record) as temporary:
         job = Job(dict(zip(outputs, temporary, strict=False)))
         yield job
@@ -222,6 +244,9 @@ def making(
             counts=dict(job.counts),
             key=job.key,
             seconds=round(time.monotonic() - begun, 2),
+            provenance=provenance(
+                job.hardware, job.cost or {"cpu_seconds": round(cpu_seconds() - cpu_before, 2)}
+            ),
         )
         temporary[-1].write_bytes(to_json(job.record.as_json()))
 

@@ -15,7 +15,7 @@ from snaketron.log import UserError
 _LARGEST_RECORD = 1 << 28  # bytes
 
 
-def _places(path: Path) -> tuple[Path, ...]:
+def places(path: Path) -> tuple[Path, ...]:
     """Where the record about a file may lie: record.json in its directory, or beside it under its name."""
     return path.parent / "record.json", path.with_suffix(".json"), path.with_name(f"{path.name}.json")
 
@@ -29,7 +29,7 @@ def record_of(entry: Entry) -> tuple[Path, Record] | None:
     path = entry.file
     if entry.version:  # a checkpoint
         return path / "record.json", read(path / "record.json")
-    for candidate in _places(path):
+    for candidate in places(path):
         try:
             if candidate == path and path.stat().st_size > _LARGEST_RECORD:
                 continue  # raw JSON, which may be larger than the memory
@@ -46,7 +46,7 @@ def record_of(entry: Entry) -> tuple[Path, Record] | None:
 
 def record_about(path: Path) -> Record:
     """The record that lists the file or directory `path` as its output; `UserError` when there is none."""
-    for candidate in _places(path):
+    for candidate in places(path):
         if candidate != path and candidate.is_file():
             record = read(candidate)
             if any(output.path == str(path) for output in record.outputs):

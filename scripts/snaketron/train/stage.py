@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from snaketron.config import Model, Section
 from snaketron.data.tokenizer import Info, tokenizer_info
-from snaketron.files import sha256, writing
+from snaketron.files import read_json, sha256, writing
 from snaketron.jobs import launch, supervisor
 from snaketron.jobs.version import Version, check_place, version_key
 from snaketron.lineage.record import Entry, making, of_file
 from snaketron.lineage.wandb import Tracker
 from snaketron.log import UserError, begin_log, log_to, logger
 from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings, model_differences
+from snaketron.sizes.layout import layout
 from snaketron.train.metrics import Metrics, mix, performance
 from snaketron.wording import size_text
 
@@ -243,6 +244,19 @@ class Stage:
             job.present = [of_file(str(p.relative_to(final)), p) for p in written]
             job.inputs = {entry.name: entry for entry in self.inputs}
             job.settings, job.counts, job.key = self.settings.model_dump(), counts, self.key
+            job.hardware, job.cost = self._share()
+
+    def _share(self) -> tuple[dict[str, int], dict[str, float]]:
+        """The nodes and processes, and the time of the GPUs, or else CPUs, that all attempts had."""
+        nodes, per_node, _ = layout(self.run, self.run.cluster)
+        before = read_json(self.version.attempts) if self.version.attempts.exists() else []
+        seconds = time.monotonic() - self.started + sum(attempt.get("seconds", 0) for attempt in before)
+        processes = nodes * per_node
+        if self.run.cluster.gpus_per_node:
+            cost = {"gpu_seconds": round(seconds * processes, 1)}
+        else:
+            cost = {"cpu_seconds": round(seconds * processes * self.run.cpus_per_task, 1)}
+        return {"nodes": nodes, "processes": processes}, cost
 
 
 def check_base(base: Path, model: Model, tokenizer_sha256: str) -> None:

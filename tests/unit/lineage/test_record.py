@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from snaketron import files
+from snaketron.lineage import provenance
 from snaketron.lineage.record import Entry, making, of_file, read
 from snaketron.log import UserError
 
@@ -73,6 +74,41 @@ def test_a_record_says_what_went_in_and_what_came_out(tmp_path: Path):
     assert record.versions["python"] == platform.python_version()
     assert record.versions.keys() >= {"snaketron", "torch", "megatron-core"}
     assert datetime.fromisoformat(record.created).tzinfo is not None
+
+
+def test_a_record_says_the_code_the_hardware_and_the_cost(tmp_path: Path):
+    with making("k", "n", outputs={}, record=tmp_path / "own.json") as job:
+        sum(range(10**6))
+    about = read(tmp_path / "own.json").provenance
+    assert about["hardware"].items() >= {"cpus": len(os.sched_getaffinity(0))}.items()
+    assert about["hardware"]["memory_gb"] > 0 and about["cost"]["cpu_seconds"] >= 0.01
+    with making("k", "n", outputs={}, record=tmp_path / "more.json") as job:
+        job.hardware, job.cost = {"nodes": 2}, {"gpu_seconds": 7200}
+    about = read(tmp_path / "more.json").provenance
+    assert about["hardware"]["nodes"] == 2 and about["cost"] == {"gpu_seconds": 7200}
+
+
+def test_the_code_is_the_commit_of_the_clone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    package = tmp_path / "clone/scripts/snaketron/lineage/provenance.py"
+    write(package, "1")
+    monkeypatch.setattr(provenance, "__file__", str(package))
+    assert provenance.code.__wrapped__() == {}  # no clone
+
+    def git(*command: str) -> str:
+        named = ("-c", "user.name=a", "-c", "user.email=a@b.example")
+        told = subprocess.run(
+            ["git", *named, *command], cwd=tmp_path / "clone", capture_output=True, text=True
+        )
+        return told.stdout.strip()
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    commit = {"commit": git("rev-parse", "HEAD")}
+    write(tmp_path / "clone/data.yaml", "no code")
+    assert provenance.code.__wrapped__() == commit | {"clean": True}
+    write(tmp_path / "clone/rules/new.smk", "rule new:")
+    assert provenance.code.__wrapped__() == commit | {"clean": False}
 
 
 def test_inputs_and_outputs_have_names(tmp_path: Path):

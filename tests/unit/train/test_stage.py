@@ -115,6 +115,18 @@ def test_a_finished_version_is_published_without_training(args, stage, tmp_path:
     assert (tmp_path / "ckpt/pretrain/one").resolve() == version.directory
 
 
+def test_the_record_says_what_all_attempts_cost(stage, tmp_path: Path):
+    one = stage(cpus_per_task=3)
+    version = one.version
+    (version.iteration_directory(one.settings.train_iters)).mkdir(parents=True)
+    attempts = [{"seconds": 1000.0, "outcome": "failed"}, {"outcome": None}, {"outcome": None}]
+    files.write_json(version.attempts, attempts)  # the second was lost, the third goes on
+    one.write_record({})
+    about = files.read_json(version.record)["provenance"]
+    assert about["hardware"]["nodes"] == about["hardware"]["processes"] == 1
+    assert 3000 <= about["cost"]["cpu_seconds"] < 3 * (1000 + 600)  # 3 CPUs, and this attempt's seconds
+
+
 def test_a_directory_in_the_place_of_the_link_is_refused_before_the_training(args, tmp_path: Path):
     (tmp_path / "ckpt/pretrain/one").mkdir(parents=True)
     with pytest.raises(UserError, match="one is a directory, not a link to a version; move it away"):

@@ -8,7 +8,6 @@ File names are megatron-core's: hashes over the paths of the shards, among other
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import resource
 import shutil
@@ -138,11 +137,9 @@ def _shares(content: BlendedSplit, samples: int) -> list[tuple[str, int]]:
 
 def _content(directory: Path) -> dict[str, Any]:
     """Hash and size of all files of a directory together."""
-    paths, digest = sorted(p for p in directory.iterdir() if p.is_file()), hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.name} {files.sha256(path)}\n".encode())
+    paths = [path for path in directory.iterdir() if path.is_file()]
     return {
-        "sha256": digest.hexdigest(),
+        "sha256": files.directory_sha256(directory),
         "bytes": sum(path.stat().st_size for path in paths),
         "files": len(paths),
     }

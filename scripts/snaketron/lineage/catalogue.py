@@ -1,0 +1,280 @@
+"""All records below some directories, by what they are about: what made an artifact, and who used it.
+
+Artifacts are found by their hashes and not by their paths, so a directory may have been copied or moved, and
+a file that was made again is not taken for the one that was used. Snakemake is not asked. Ten thousand
+records are read in a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from snaketron.lineage.record import Entry, Record, parse
+from snaketron.lineage.walk import places, record_of
+from snaketron.log import UserError
+
+BEGINNING = b'{\n  "kind": "'  # of each record, and of hardly another file
+READERS, AT_ONCE = 16, 64  # threads, for file systems that take milliseconds to open a file; files of a task
+NEAR = 2  # a record lies at most so many directories below one that it shares with its outputs
+PASSED_OVER = ("wandb", "node_modules")
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A job that a record tells of: where the record lies, and what it says."""
+
+    path: Path
+    record: Record
+    digest: str  # sha256 of the record file, by which a blend names it
+
+    @property
+    def title(self) -> str:
+        """The kind and the name, which often begins with the kind."""
+        kind, name = self.record.kind, self.record.name
+        return name if name.startswith(kind) else f"{kind} {name}".strip()
+
+    @property
+    def version(self) -> str:
+        return f"{self.record.name}-{self.record.key}" if self.record.key else ""
+
+    @cached_property
+    def moved(self) -> tuple[Path, Path]:
+        """The directory below which the record says that its outputs lie, and the one where they lie now.
+
+        A record lies near its outputs, so the two paths have a part in common: of `data/docs/a.bin` in the
+        record `/copy/data/docs/a.json`, it is `data/docs`, and what was the working directory is `/copy`.
+        """
+        if not self.record.outputs:
+            return Path(), Path()
+        output = self.record.outputs[0].file
+        here, there = self.path.parent.parts, output.parts
+        found = []  # parts in common, and where they begin
+        begin = int(output.is_absolute())  # after the `/`
+        for i, j in itertools.product(range(begin, len(there)), range(begin, len(here))):
+            pairs = zip(there[i:], here[j:], strict=False)
+            length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if length and len(here) - j - length <= NEAR:
+                found.append((-length, i, j))
+        ways = [(Path(*there[:i]), Path(*here[:j])) for _, i, j in sorted(found)]
+        leading = (way for way in ways if (way[1] / output.relative_to(way[0])).exists())
+        return next(leading, ways[0] if ways else (Path(), Path()))
+
+    def place(self, entry: Entry) -> Path:
+        """Where an output lies now, and also an input, unless only the outputs were moved."""
+        before, now = self.moved
+        with contextlib.suppress(ValueError):
+            moved = now / entry.file.relative_to(before)
+            if moved.exists() or not entry.file.exists():
+                return moved
+        return entry.file
+
+
+class Catalogue:
+    """The records that were found; `made_by` finds those that lie elsewhere by the paths of inputs."""
+
+    def __init__(self, found: Iterable[Made] = ()) -> None:
+        self.all: list[Made] = []
+        self._by_digest: dict[str, Made] = {}
+        self._by_output: dict[str, list[Made]] = defaultdict(list)
+        self._by_version: dict[str, Made] = {}
+        self._by_path: dict[str, list[Made]] = defaultdict(list)
+        self._by_name: dict[str, list[Made]] = defaultdict(list)  # of the record's file
+        for made in sorted(found, key=lambda made: (len(made.path.parts), made.path)):
+            self.add(made)
+
+    def add(self, made: Made) -> None:
+        """Take up a record, unless it is a copy of one that is there."""
+        if made.digest in self._by_digest:
+            return
+        self._by_digest[made.digest] = made
+        self.all.append(made)
+        self._by_name[made.path.name].append(made)
+        for output in made.record.outputs:
+            self._by_path[output.path].append(made)
+            if output.sha256:
+                self._by_output[output.sha256].append(made)
+        if made.version:
+            self._by_version.setdefault(made.version, made)
+
+    def made_by(self, entry: Entry, user: Made) -> Made | None:
+        """The job that made an input of `user`; None for a raw file, and where no record is to be found."""
+        if entry.version:
+            found = self._by_version.get(entry.version)
+        else:
+            found = self._by_digest.get(entry.sha256) or self.maker(entry.sha256, entry.path)
+        if found is user:  # it has copied the input, which has the hash of its output
+            return None
+        if found is None:
+            with contextlib.suppress(UserError, OSError):
+                if beside := record_of(entry):
+                    path, record = beside
+                    made = Made(path.absolute(), record, hashlib.sha256(path.read_bytes()).hexdigest())
+                    if not entry.version or made.version == entry.version:
+                        self.add(made)
+                        found = made
+        return found
+
+    def maker(self, sha256: str, path: str = "") -> Made | None:
+        """The job that made a file of a hash; of several that made the same, the one that wrote to `path`."""
+        candidates = self._by_output.get(sha256, ())
+        written_there = (m for m in candidates if any(o.path == path for o in m.record.outputs))
+        return next(written_there, candidates[0] if candidates else None)
+
+    def remade(self, entry: Entry) -> Made | None:
+        """The record of a job that has since made another file at the path of an input."""
+        found = self._by_path.get(entry.path, [])
+        if not found and entry.version:
+            stage = entry.version.rpartition("-")[0]
+            found = [m for m in self.all if m.version and m.record.name == stage]
+        if not found:
+            same_name = self._by_name.get(entry.file.name, ())
+            found = [made for made in same_name if str(made.path).endswith(f"/{entry.path}")]
+        return found[-1] if found else None
+
+    @cached_property
+    def _users(self) -> dict[str, list[Made]]:
+        """By hash or version of an input, the jobs that used it. No record is added after it is asked."""
+        users = defaultdict(list)
+        for made in self.all:
+            for key in {entry.version or entry.sha256 for entry in made.record.inputs}:
+                if key:
+                    users[key].append(made)
+        return users
+
+    def users(self, identity: str) -> list[Made]:
+        """The jobs that had an input of this hash or version."""
+        return self._users.get(identity, [])
+
+    def users_of(self, made: Made) -> list[tuple[Made, str]]:
+        """The jobs that used something of a job, with the name that their record gives the input."""
+        identities = [made.digest, made.version, *(output.sha256 for output in made.record.outputs)]
+        mine = {identity for identity in identities if identity}
+        found: dict[tuple[str, str], tuple[Made, str]] = {}
+        for identity in mine:
+            for user in self.users(identity):
+                for entry in user.record.inputs:
+                    if (entry.version or entry.sha256) in mine and self.made_by(entry, user) is made:
+                        found.setdefault((user.digest, entry.name), (user, entry.name))
+        return list(found.values())
+
+    def inputs_at(self, path: Path) -> list[tuple[Made, Entry]]:
+        """The inputs of all jobs that lie, or lay, at a path."""
+        wanted = str(path.resolve())
+        name = path.name
+        return [
+            (made, entry)
+            for made in self.all
+            for entry in made.record.inputs
+            if entry.path.endswith(name) and str(made.place(entry).resolve()) == wanted
+        ]
+
+    def about(self, path: Path) -> Made:
+        """The job that made a file or directory, or whose record it is; `UserError` where none is known."""
+        wanted = path.resolve()
+        candidates: list[Made] = []
+        for place in {wanted, wanted / "record.json", *places(wanted)}:
+            candidates += (m for m in self._by_name.get(place.name, ()) if m.path.resolve() == place)
+        for made in candidates:
+            if made.path.resolve() in (wanted, wanted / "record.json"):
+                return made
+        for parts in (path.absolute().parts, wanted.parts):
+            for i in range(len(parts)):
+                candidates += self._by_path.get(str(Path(*parts[i:])), [])
+        for made in candidates:
+            if any(made.place(output).resolve() == wanted for output in made.record.outputs):
+                return made
+        if not path.exists():
+            raise UserError(f"{path}: no such file or directory, and no record lists it as an output")
+        used = f"; it is an input: --who-uses {path} says whose" if self.inputs_at(path) else ""
+        raise UserError(f"{path}: no record says what it was made from{used}")
+
+    def ancestors(self, made: Made) -> Iterator[Made]:
+        """Everything that a job's outputs were made from, the job last; each after what it was made from."""
+        seen: set[str] = set()
+        stack = [(made, iter(made.record.inputs))]
+        seen.add(made.digest)
+        while stack:
+            current, inputs = stack[-1]
+            for entry in inputs:
+                maker = self.made_by(entry, current)
+                if maker and maker.digest not in seen:
+                    seen.add(maker.digest)
+                    stack.append((maker, iter(maker.record.inputs)))
+                    break
+            else:
+                yield current
+                stack.pop()
+
+
+# --------------------------------------------------------------------------------------------- finding
+
+
+def scan(*roots: Path) -> Catalogue:
+    """The catalogue of all records below some directories. Hidden directories are passed over."""
+    paths = sorted(_json_files(roots))
+    chunks = [paths[i : i + AT_ONCE] for i in range(0, len(paths), AT_ONCE)]
+    with ThreadPoolExecutor(READERS) as pool:
+        return Catalogue(made for chunk in pool.map(_read_all, chunks) for made in chunk)
+
+
+def root_of(path: Path) -> Path:
+    """The working directory that an artifact belongs to: the nearest one that looks like one, or this one."""
+    for parent in path.absolute().parents:
+        if (parent / "Snakefile").exists() or (parent / "ckpt").is_dir() or (parent / "data").is_dir():
+            return parent
+    if path.absolute().is_relative_to(Path.cwd()):
+        return Path.cwd()
+    raise UserError(
+        f"{path}: lies in no working directory of the workflow; name the directories that hold records "
+        "with --root"
+    )
+
+
+def _json_files(roots: Iterable[Path]) -> Iterator[Path]:
+    """All files `*.json`; a directory that links lead to as well counts once, under its own name."""
+    directories = [root.absolute() for root in roots]
+    links: list[Path] = []
+    for root in directories:
+        if not root.is_dir():
+            raise UserError(f"{root}: no such directory")
+    seen: set[tuple[int, int]] = set()
+    while directories or links:
+        directory = directories.pop() if directories else links.pop()
+        try:
+            state = directory.stat()
+            if (state.st_dev, state.st_ino) in seen:
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            entries = list(os.scandir(directory))
+        except OSError:  # a link to nothing, or a directory of somebody else
+            continue
+        for entry in entries:
+            name = entry.name
+            if name.endswith(".json") and not name.startswith("."):
+                yield directory / name
+            elif name.startswith(".") or name in PASSED_OVER:
+                continue
+            elif entry.is_dir(follow_symlinks=False):
+                directories.append(directory / name)
+            elif entry.is_symlink():
+                links.append(directory / name)
+
+
+def _read_all(paths: Sequence[Path]) -> list[Made]:
+    found = []
+    for path in paths:
+        with contextlib.suppress(UserError, OSError), path.open("rb") as file:
+            beginning = file.read(len(BEGINNING))
+            if beginning == BEGINNING:
+                text = beginning + file.read()
+                found.append(Made(path, parse(path, text), hashlib.sha256(text).hexdigest()))
+    return found

@@ -1,0 +1,190 @@
+"""The tree from an artifact back to the raw files, as text and as a Mermaid diagram.
+
+Jobs of one kind and corpus that serve the same purpose are one branch: ten thousand shards are a line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from snaketron.lineage.catalogue import Catalogue, Made
+from snaketron.lineage.record import Entry
+from snaketron.wording import duration, plural
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+SHOWN = 3  # raw files of a branch that are named
+
+
+@dataclass
+class Branch:
+    """Jobs of one kind, or files that no record says the origin of; and what they were made from."""
+
+    role: str  # what they are to the branch below which this one hangs; empty for the first
+    makers: list[Made] = field(default_factory=list)
+    raw: list[tuple[Made, Entry]] = field(default_factory=list)  # each with a job that read it
+    branches: list[Branch] = field(default_factory=list)
+    is_above: bool = False  # the same jobs hang elsewhere, with what they were made from
+
+    @property
+    def title(self) -> str:
+        if not self.makers:
+            return plural(len(self.raw), "raw file") if len(self.raw) > 1 else "raw file"
+        first = self.makers[0]
+        if len(self.makers) == 1:
+            return first.title
+        return f"{first.record.kind} {corpus(first)}, {plural(len(self.makers), 'shard')}"
+
+    @property
+    def places(self) -> list[str]:
+        """The first of the paths, as the records have them."""
+        if self.makers:
+            if self.makers[0].version:
+                return [os.path.relpath(made.path.parent) for made in self.makers[:SHOWN]]
+            return [entry.path for made in self.makers[:SHOWN] for entry in made.record.outputs[:1]]
+        return [entry.path for _, entry in self.raw[:SHOWN]]
+
+
+def corpus(made: Made) -> str:
+    """The corpus, source or stage of a record."""
+    return made.record.name if made.version else made.record.name.partition("/")[0]
+
+
+def is_file(entry: Entry) -> bool:
+    """Whether an input is a file here, and not an address or a model of the hub."""
+    return not entry.revision and "://" not in entry.path
+
+
+def grow(catalogue: Catalogue, made: Made) -> Branch:
+    """The branch of a job, with all that its outputs were made from."""
+    seen: set[frozenset[str]] = set()
+
+    def branch(role: str, makers: list[Made]) -> Branch:
+        identity = frozenset(made.digest for made in makers)
+        if identity in seen and any(made.record.inputs for made in makers):
+            return Branch(role, makers, is_above=True)
+        seen.add(identity)
+        groups, raw = _inputs(catalogue, makers)
+        hanging = [branch(role, list(found.values())) for (role, *_), found in groups.items()]
+        hanging += [Branch(role, raw=list(found.values())) for role, found in raw.items()]
+        return Branch(role, makers, branches=hanging)
+
+    return branch("", [made])
+
+
+def _inputs(
+    catalogue: Catalogue, makers: Iterable[Made]
+) -> tuple[dict[tuple[str, str, str], dict[str, Made]], dict[str, dict[str, tuple[Made, Entry]]]]:
+    """What some jobs used: jobs by role, kind and corpus, and files without a record by role."""
+    groups: dict[tuple[str, str, str], dict[str, Made]] = defaultdict(dict)
+    raw: dict[str, dict[str, tuple[Made, Entry]]] = defaultdict(dict)
+    for made in makers:
+        for entry in made.record.inputs:
+            maker = catalogue.made_by(entry, made)
+            if maker:
+                groups[entry.name, maker.record.kind, corpus(maker)][maker.digest] = maker
+            else:
+                raw[entry.name][entry.path + entry.sha256] = (made, entry)
+    return groups, raw
+
+
+def trouble(catalogue: Catalogue, user: Made, entry: Entry) -> str:
+    """What is wrong with an input that no record says the origin of; empty for a raw file that is there."""
+    remade = catalogue.remade(entry)
+    if remade:
+        return f"made again since, on {remade.record.created or 'an unknown day'}: its origin is not recorded"
+    if is_file(entry) and not user.place(entry).exists():
+        return "not here any more"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def show(catalogue: Catalogue, made: Made) -> Tree:
+    """The tree for a terminal."""
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    def label(branch: Branch) -> str:
+        role = f"[dim]{escape(branch.role)}:[/] " if branch.role else ""
+        more = max(len(branch.makers), len(branch.raw)) - SHOWN
+        places = ", ".join(branch.places) + (f" and {more:,} more" if more > 0 else "")
+        above = " [dim](see above)[/]" if branch.is_above else ""
+        return f"{role}[bold]{escape(branch.title)}[/]{above}  [cyan]{escape(places)}[/]"
+
+    def hang(branch: Branch, on: Tree) -> None:
+        for problem, number in _troubles(catalogue, branch).items():
+            on.add(
+                f"[red]{escape(f'{number:,} of them: ' if len(branch.raw) > 1 else '')}{escape(problem)}[/]"
+            )
+        for child in branch.branches:
+            hang(child, on.add(label(child)))
+
+    root = grow(catalogue, made)
+    tree = Tree(label(root), highlight=False)
+    for fact in facts(made):
+        tree.add(f"[dim]{escape(fact)}[/]")
+    hang(root, tree)
+    return tree
+
+
+def _troubles(catalogue: Catalogue, branch: Branch) -> dict[str, int]:
+    found: dict[str, int] = defaultdict(int)
+    for user, entry in branch.raw:
+        if problem := trouble(catalogue, user, entry):
+            found[problem] += 1
+    return found
+
+
+def facts(made: Made) -> list[str]:
+    """When, how long, with which code and on which machine an artifact was made, in lines."""
+    record, about = made.record, made.record.provenance
+    lines = [f"made on {record.created}, in {duration(record.seconds)}"]
+    if code := about.get("code"):
+        lines.append(f"code {code['commit'][:12]}" + ("" if code["clean"] else ", changed since that commit"))
+    if hardware := about.get("hardware"):
+        gpus = f"{hardware['gpus']} x {hardware['gpu']}, " if hardware.get("gpus") else ""
+        cpus = f"{plural(hardware['cpus'], 'CPU')} ({hardware['cpu']}), {hardware['memory_gb']} GB"
+        lines.append(gpus + cpus)
+    if cost := about.get("cost"):
+        lines.append(", ".join(f"{n:,.1f} {name.replace('_', ' ')}" for name, n in cost.items()))
+    versions = (f"{name} {version}" for name, version in record.versions.items() if version)
+    lines.append(", ".join(versions))
+    return [line for line in lines if line]
+
+
+# --------------------------------------------------------------------------------------------- Mermaid
+
+
+def mermaid(catalogue: Catalogue, made: Made) -> str:
+    """The tree as a Mermaid flowchart, in which each branch is drawn once."""
+    numbers: dict[Any, str] = {}
+    lines: list[str] = []
+
+    def draw(branch: Branch) -> str:
+        key = frozenset(m.digest for m in branch.makers) or frozenset(e.path for _, e in branch.raw)
+        if key not in numbers:
+            numbers[key] = f"n{len(numbers)}"
+            first = branch.places[0] if branch.places else ""
+            shape = ('["', '"]') if branch.makers else ('[("', '")]')
+            lines.append(f"  {numbers[key]}{shape[0]}{_quoted(branch.title)}<br>{_quoted(first)}{shape[1]}")
+        if not branch.is_above:
+            for child in branch.branches:
+                arrow = f"  {draw(child)} -->|{_quoted(child.role)}| {numbers[key]}"
+                if arrow not in lines:
+                    lines.append(arrow)
+        return numbers[key]
+
+    draw(grow(catalogue, made))
+    return "\n".join(["flowchart LR", *lines])
+
+
+def _quoted(text: str) -> str:
+    """Text for a label: Mermaid reads entities, and a quotation mark ends a label."""
+    return "".join(c if c.isalnum() or c in " ._-/,:" else f"#{ord(c)};" for c in text)

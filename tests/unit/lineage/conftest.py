@@ -1,0 +1,80 @@
+"""A small lineage: two raw files, a tokenizer of one of them, two shards, a blend and two trainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from snaketron.lineage.record import Entry, Record, making, of_user
+
+import pytest
+
+
+def write(path: str, text: str) -> Path:
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+def job(kind: str, name: str, record: str, inputs: dict, outputs: dict[str, str], **settings) -> Record:
+    """A job that writes into each output its own path and `settings`, and a record."""
+    paths = {key: Path(path) for key, path in outputs.items()}
+    with making(kind, name, outputs=paths, record=Path(record)) as made:
+        for key, aside in made.aside.items():
+            aside.write_text(f"{outputs[key]} {inputs} {settings}")
+        made.inputs, made.settings = inputs, settings
+    return made.record
+
+
+def train(stage: str, key: str, blend: str, base: str | None = None, **settings) -> None:
+    """A finished training `ckpt/<stage>`, a link to its version."""
+    version = Path("ckpt/versions", f"{stage.replace('/', '_')}-{key}")
+    weights = write(str(version / "iter_0000010/weights"), f"{stage} {settings}")
+    with making("checkpoint", stage, outputs={}, record=version / "record.json") as made:
+        made.present = [Entry("weights", str(weights), *_state(weights))]
+        made.inputs = {"blend": Path(blend)}
+        if base:
+            made.inputs["base"] = Entry("base", base.rpartition("-")[0], version=base)
+        made.settings, made.counts, made.key = settings, {"iterations": 10}, key
+    link = Path("ckpt", stage)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(version.absolute(), target_is_directory=True)
+
+
+def _state(path: Path) -> tuple[str, int]:
+    entry = of_user(path)
+    return entry.sha256, entry.bytes
+
+
+def tokens(name: str, raw: str) -> str:
+    """A shard of a raw file; returns its record."""
+    root = "data/tokens/docs"
+    inputs = {"text": of_user(Path(raw)), "tokenizer": Path("data/tokenizer/tokenizer.json")}
+    outputs = {"train.bin": f"{root}/train/{name}.bin", "documents": f"{root}/{name}.parquet"}
+    job("tokens", f"docs/{name}", f"{root}/{name}.json", inputs, outputs, corpus="docs")
+    return f"{root}/{name}.json"
+
+
+def run(weight: float = 1.0) -> None:
+    """All jobs, on the raw files that are there."""
+    made = {"tokenizer.json": "data/tokenizer/tokenizer.json"}
+    job("tokenizer", "tokenizer", "data/tokenizer/record.json", {"text": [Path("raw/a.jsonl")]}, made)
+    shards = [Path(tokens(name, f"raw/{name}.jsonl")) for name in ("a", "b")]
+    inputs = {"records": shards, "tokenizer": Path("data/tokenizer/tokenizer.json")}
+    outputs = {"blend.json": "data/pretrain/one/blend.json"}
+    job("blend", "one", "data/pretrain/one/record.json", inputs, outputs, weight=weight)
+    train("pretrain/one", "0a", "data/pretrain/one/blend.json")
+    train("sft", "0b", "data/pretrain/one/blend.json", base="pretrain/one-0a", seed=1)
+
+
+@pytest.fixture
+def lineage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, in which the test runs."""
+    directory = tmp_path / "work"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    for name in ("a", "b"):
+        write(f"raw/{name}.jsonl", f'{{"text": "{name}"}}\n')
+    run()
+    return directory
