@@ -42,11 +42,30 @@ rule export_hf:
     benchmark:
         "<benchmarks>/export_hf/{stage}.tsv"
     wildcard_constraints:
-        stage=r"pretrain/[a-z0-9_]+|sft|lora_merged",
+        stage=r"base/[a-z0-9_]+|pretrain/[a-z0-9_]+|sft|lora_merged",
     resources:
         mem_mb=graph.training.conversion_mb,
     shell:
         "python scripts/export_hf.py --checkpoint {input:q} --output {output:q} --log-file {log:q}"
+
+
+rule export_adapters:
+    """Write the adapters alone as PEFT reads them; the rule export_hf writes the model that they belong to."""
+    input:
+        "<ckpt>/lora",
+    output:
+        directory("<hf>/lora"),
+    log:
+        "<logs>/export_adapters.log",
+    benchmark:
+        "<benchmarks>/export_adapters.tsv"
+    resources:
+        mem_mb=graph.training.conversion_mb,
+    params:
+        base=graph.training.exported_base,
+    shell:
+        "python scripts/export_hf.py --checkpoint {input:q} --base {params.base:q} --output {output:q}"
+        " --log-file {log:q}"
 
 
 rule evaluate:

@@ -1,4 +1,4 @@
-"""Write a checkpoint as transformers and vLLM read it: safetensors, config.json, tokenizer and model card."""
+"""Write a checkpoint as transformers, vLLM and PEFT read it: safetensors, configuration, tokenizer, card."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="such as ckpt/sft")
     parser.add_argument("--output", type=Path, required=True, help="directory to make, such as hf/sft")
+    parser.add_argument("--base", help="exported model that adapters belong to, as transformers loads it")
     return parser.parse_args(argv)
 
 
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.inference.exporting import export_checkpoint
 
-    export_checkpoint(args.checkpoint, args.output)
+    export_checkpoint(args.checkpoint, args.output, args.base)
     return 0
 
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from snaketron.config import Config, Training
+from snaketron.config import Config, ConfigError, Training
 from snaketron.graph.base import BaseGraph
+from snaketron.huggingface.peft import refused
 from snaketron.settings.evaluation import eval_run, eval_settings
 from snaketron.settings.training import run_settings, train_settings
 from snaketron.sizes.checks import check_requested
@@ -54,6 +55,12 @@ class TrainingGraph:
             return found.model_copy(update={"stage": stage or training.name}).model_dump_json()
 
         return of_job
+
+    def exported_base(self, _wildcards: Any) -> str:
+        """The export of the model that adapters belong to; `ConfigError` where PEFT cannot express them."""
+        if problems := refused(self.config.lora, self.config.model):
+            raise ConfigError("\n".join(problems))
+        return self.base("lora").replace("<ckpt>", self.config.pathvars.get("hf", "hf"))
 
     # Resources: a change runs nothing again.
 

@@ -53,18 +53,18 @@ def export(
     """
     reader = open_tensors(checkpoint.tensors)
     wanted = tensors(checkpoint.model, checkpoint.vocab_size)
-    if problems := _compare(wanted, reader):
+    if problems := compare(wanted, reader):
         raise UserError(listed(f"{checkpoint.tensors} does not hold the model of its settings:", problems))
     files = shards.plan(_described(wanted, reader), shard_bytes)
     parts = {tensor.name: tensor for tensor in wanted}
     begun = time.monotonic()
     with writing_directory(output) as aside:
         written = [_small_files(checkpoint, aside, reader, card)]
-        rows = _Rows(reader)
+        rows = Rows(reader)
         for name, shard in files.items():
             written.append([shards.write_shard(aside / name, shard, lambda name: rows.of(parts[name]))])
         shards.write_index(aside / shards.INDEX, files)
-        written.append([_entry(aside / shards.INDEX)])
+        written.append([entry_of(aside / shards.INDEX)])
         with making("export", output.name, outputs={}, record=aside / "record.json") as job:
             entries = [entry for group in written for entry in group]
             job.present = [
@@ -101,7 +101,7 @@ def open_tensors(directory: Path) -> Reader:
         ) from error
 
 
-def _compare(wanted: Iterable[Tensor], reader: Reader) -> list[str]:
+def compare(wanted: Iterable[Tensor], reader: Reader) -> list[str]:
     """Everything that the checkpoint lacks, or has in another shape; and what it has beside the model."""
     problems: list[str] = []
     rows: dict[str, tuple[int, tuple[int, ...], int]] = {}
@@ -132,7 +132,7 @@ def _described(wanted: Iterable[Tensor], reader: Reader) -> Iterator[shards.Desc
         yield shards.Described(tensor.name, tensor.shape, dtype)
 
 
-class _Rows:
+class Rows:
     """Published tensors, made of the tensor that was read last and perhaps the next one."""
 
     def __init__(self, reader: Reader) -> None:
@@ -188,14 +188,18 @@ def _small_files(checkpoint: Checkpoint, aside: Path, reader: Reader, card: str)
     (aside / "generation_config.json").write_bytes(to_json(generation))
     (aside / "README.md").write_text(card)
     names = ["config.json", "generation_config.json", "README.md"]
-    for name in TOKENIZER_FILES:
-        if (checkpoint.tokenizer / name).exists():
-            shutil.copyfile(checkpoint.tokenizer / name, aside / name)
-            names.append(name)
-    return [_entry(aside / name) for name in names]
+    return [entry_of(aside / name) for name in (*names, *copy_tokenizer(checkpoint.tokenizer, aside))]
 
 
-def _entry(path: Path) -> Entry:
+def copy_tokenizer(tokenizer: Path, aside: Path) -> list[str]:
+    """Put the files of a tokenizer and its template into a directory; their names."""
+    found = [name for name in TOKENIZER_FILES if (tokenizer / name).exists()]
+    for name in found:
+        shutil.copyfile(tokenizer / name, aside / name)
+    return found
+
+
+def entry_of(path: Path) -> Entry:
     return Entry(path.name, str(path), sha256(path), path.stat().st_size)
 
 

@@ -10,38 +10,49 @@ from snaketron.data.chats.mask import end_of_turn
 from snaketron.data.chats.template import load_template
 from snaketron.data.chats.unusable import Unusable
 from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
+from snaketron.huggingface.adapters import export_adapters
 from snaketron.huggingface.card import card
 from snaketron.huggingface.save import Checkpoint, export
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import Entry, Record, read
 from snaketron.lineage.walk import ancestors
 from snaketron.log import UserError
-from snaketron.settings.training import settings_of_checkpoint
+from snaketron.settings.training import LoraSettings, TrainSettings, settings_of_checkpoint
 
 import yaml
 
 
-def export_checkpoint(path: Path, output: Path) -> Record:
+def export_checkpoint(path: Path, output: Path, base: str | None = None) -> Record:
     """Write the finished checkpoint at `path`, such as ckpt/sft, to the directory `output`.
 
-    Raises `UserError` where it is no finished checkpoint, holds adapters, or cannot be read.
+    `base` is the exported model below adapters (ckpt/lora), as transformers is to load it.
+    Raises `UserError` where it is no finished checkpoint, or cannot be read or expressed.
     """
     version = Version(path)
-    identity = version.identity
+    # The version itself: the link may lead to another one when somebody follows the record.
+    source = Entry("checkpoint", os.path.relpath(path.resolve()), version=version.identity)
     settings = settings_of_checkpoint(yaml.safe_load(version.config.read_text())["settings"])
-    if settings.stage == "lora":
-        raise UserError(f"{path} holds adapters and not the model; export ckpt/lora_merged")
+    checkpoint = _checkpoint(version, settings)
+    if isinstance(settings, LoraSettings):
+        if base is None:
+            raise UserError(f"{path} holds adapters; name the exported model below them as --base")
+        return export_adapters(checkpoint, settings.lora, output, base=base, source=source)
+    record = read(version.record)
+    before = [one for one in ancestors(record.inputs).values() if one.kind == "checkpoint"]
+    text = card(record, settings.model, checkpoint.vocab_size, before)
+    return export(checkpoint, output, source=source, card=text)
+
+
+def _checkpoint(version: Version, settings: TrainSettings) -> Checkpoint:
     iteration = version.latest_iteration()
     if iteration is None:
-        raise UserError(f"{path}: no checkpoint there")
+        raise UserError(f"{version.directory}: no checkpoint there")
     tokenizer = tokenizer_info(version.tokenizer)
     stops = [tokenizer.eos_id]
     if settings.packed and (end := end_of_answer(version.tokenizer)) not in (None, tokenizer.eos_id):
         assert end is not None
         stops.append(end)
-    record = read(version.record)
-    before = [one for one in ancestors(record.inputs).values() if one.kind == "checkpoint"]
-    checkpoint = Checkpoint(
+    return Checkpoint(
         tensors=version.iteration_directory(iteration),
         tokenizer=version.tokenizer,
         model=settings.model,
@@ -49,13 +60,6 @@ def export_checkpoint(path: Path, output: Path) -> Record:
         vocab_size=tokenizer.vocab_size,
         eos_token_ids=stops,
         pad_token_id=tokenizer.pad_id,
-    )
-    return export(
-        checkpoint,
-        output,
-        # The version itself: the link may lead to another one when somebody follows the record.
-        source=Entry("checkpoint", os.path.relpath(path.resolve()), version=identity),
-        card=card(record, settings.model, tokenizer.vocab_size, before),
     )
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,7 +30,10 @@ def one_process():
 def seed():
     torch.manual_seed(0)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    destroy_moe_metrics_tracker()  # has the shape of another test's model
+    # megatron-core keeps these for the life of a process, in the shapes of another test's model.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
+    destroy_moe_metrics_tracker()
 
 
 @pytest.fixture

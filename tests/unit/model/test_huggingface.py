@@ -7,11 +7,17 @@ from random import Random
 from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.config import Adapters, Model
+from snaketron.config import Adapters, Model, Optimizer
+from snaketron.huggingface.adapters import export_adapters
+from snaketron.huggingface.peft import refused
 from snaketron.huggingface.save import Checkpoint, export
+from snaketron.inference.generate import generate
 from snaketron.lineage.record import Entry
+from snaketron.log import UserError
 from snaketron.model import lora
+from snaketron.model.build import BuiltModel
 from snaketron.model.checkpoint import Saver
+from snaketron.settings.training import RunSettings, Schedule, TrainSettings
 
 import pytest
 import torch
@@ -22,23 +28,30 @@ VOCABULARY = 200  # tokens; Megatron's tensors have 256 rows
 LENGTH = 40  # of a text; longer ones are compared once
 
 
+def saved(directory: Path, model: HybridModel | lora.Part, keys: dict, tokenizer: Path) -> Checkpoint:
+    """A model, or its adapters, in a checkpoint of its own."""
+    Saver(keep=1, background=False).save(directory, 1, model, None, {"iteration": 1})
+    return Checkpoint(
+        tensors=directory / "iter_0000001",
+        tokenizer=tokenizer,
+        model=Model(**keys),
+        seq_length=64,
+        vocab_size=VOCABULARY,
+        eos_token_ids=[0],
+        pad_token_id=1,
+    )
+
+
+SOURCE = Entry("checkpoint", "ckpt", version="one")
+
+
 @pytest.fixture
 def save(tmp_path: Path):
     """save(model, keys) exports a model through a checkpoint of its own, and returns the directory."""
 
-    def make(model: HybridModel, keys: dict, name: str = "export", **options: int) -> Path:
-        Saver(keep=1, background=False).save(tmp_path / f"{name}_ckpt", 1, model, None, {"iteration": 1})
-        checkpoint = Checkpoint(
-            tensors=tmp_path / f"{name}_ckpt/iter_0000001",
-            tokenizer=tmp_path,
-            model=Model(**keys),
-            seq_length=64,
-            vocab_size=VOCABULARY,
-            eos_token_ids=[0],
-            pad_token_id=1,
-        )
-        source = Entry("checkpoint", "ckpt", version="one")
-        export(checkpoint, tmp_path / name, source=source, card="", **options)
+    def make(model: HybridModel | lora.Part, keys: dict, name: str = "export") -> Path:
+        checkpoint = saved(tmp_path / f"{name}_ckpt", model, keys, tmp_path)
+        export(checkpoint, tmp_path / name, source=SOURCE, card="")
         return tmp_path / name
 
     return make
@@ -177,3 +190,113 @@ def test_logits_of_a_text_of_several_chunks_are_those_of_transformers(build, sav
     model = build(vocab_size=VOCABULARY, **KEYS)
     unsettle(model)
     assert difference(model, save(model, KEYS), texts(1, 300)) < 1e-4
+
+
+# ------------------------------------------------------------------------------------- generation
+
+
+def answers(model: HybridModel, keys: dict, prompts: Tensor, count: int) -> list[list[int]]:
+    """What Snaketron's decoder generates greedily after prompts of one length."""
+    settings = TrainSettings(
+        stage="sft",
+        seed=0,
+        model=Model(**keys),
+        optimizer=Optimizer(),
+        seq_length=prompts.shape[1] + count,
+        global_batch_size=1,
+        train_iters=0,
+        schedule=Schedule(style="constant", start=0, warmup=0, end=1, decay=0, increment=1),
+    )
+    run = RunSettings(tracking="off")
+    built = BuiltModel(
+        settings=settings, run=run, vocab_size=VOCABULARY, config=model.config, model=model, module=model
+    )
+    return generate(built, prompts.tolist(), stop=[], max_tokens=count)
+
+
+# transformers has no cache for a model without attention, such as those of 3 and 8.
+@pytest.mark.parametrize("number", [2, 5, 11, 12])
+def test_greedy_answers_of_64_tokens_are_those_of_transformers(build, save, number: int):
+    """Two prompts of 9 tokens: no token after them differs, so no state of either decoder is off."""
+    keys = configuration(number)
+    model = build(vocab_size=VOCABULARY, **keys)
+    unsettle(model)
+    prompts = texts(2, 9)
+    there = published(save(model, keys)).generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),  # else the padding token is masked
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=-1,
+    )
+    here = answers(model, keys, prompts, 64)
+    assert here == there[:, 9:].tolist()
+    assert len(set(here[0])) > 3  # it does not say one word all the time
+
+
+# --------------------------------------------------------------------------------------- adapters
+
+ALL = ["linear_qkv", "linear_proj", "in_proj", "linear_fc1", "linear_fc2", "fc1_latent_proj", "router"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expert_rank"),
+    [(ALL, 2), (["decoder.*.experts.linear_fc2"], None)],
+    ids=["all", "experts"],
+)
+def test_peft_gives_the_logits_of_the_adapters_on_the_exported_base(
+    build, save, tmp_path: Path, targets: list[str], expert_rank: int | None
+):
+    """Of a model with a latent space and a block of multi-token prediction, whose adapters are left out."""
+    from peft import PeftModel
+
+    keys = KEYS | {"hybrid_layer_pattern": "MEM*E-", "moe_latent_size": 16}
+    model = build(vocab_size=VOCABULARY, **keys)
+    unsettle(model)
+    base = save(model, keys)
+    adapters = Adapters(target_modules=targets, rank=4, expert_rank=expert_rank, alpha=6)
+    lora.add_adapters(model, adapters, 1)
+    train(model, 3)
+    checkpoint = saved(tmp_path / "lora_ckpt", lora.Part(model, adapters=True), keys, tmp_path)
+    record = export_adapters(checkpoint, adapters, tmp_path / "hf", base=str(base), source=SOURCE)
+    assert (record.counts["left_out_of_multi_token_prediction"] > 0) == (targets is ALL)
+    plain = published(base)
+    ids = texts(2, LENGTH)
+    with torch.no_grad():
+        here = model.eval()(ids, None, None)[..., :VOCABULARY]
+        before = plain(ids, use_cache=False).logits
+        there = PeftModel.from_pretrained(plain, tmp_path / "hf").eval()(ids, use_cache=False).logits
+    scale = there.abs().max()
+    assert (here - there).abs().max() / scale < 1e-4
+    assert (before - there).abs().max() / scale > 1e-2
+
+
+def test_adapters_that_peft_refuses_are_refused_with_the_way_out(build, tmp_path: Path):
+    keys = KEYS
+    model = build(vocab_size=VOCABULARY, **keys)
+    for target, reason in (("out_proj", "out_proj of Mamba-2"), ("mtp.*.linear_fc1", "multi-token")):
+        adapters = Adapters(target_modules=[target])
+        lines = refused(adapters, Model(**keys))
+        assert reason in lines[0] and lines[1].startswith("take hf/lora_merged")
+        checkpoint = saved(tmp_path / reason[:5], model, keys, tmp_path)
+        with pytest.raises(UserError, match="hf/lora_merged"):
+            export_adapters(checkpoint, adapters, tmp_path / "hf", base="hf/one", source=SOURCE)
+    assert not (tmp_path / "hf").exists()
+    assert refused(Adapters(target_modules=ALL), Model(**keys)) == []
+
+
+def test_adapters_that_are_missing_or_not_targeted_are_named_at_once(build, tmp_path: Path):
+    model = build(vocab_size=VOCABULARY, **KEYS)
+    lora.add_adapters(model, Adapters(target_modules=["linear_proj", "router"], rank=4), 1)
+    checkpoint = saved(tmp_path / "ckpt", lora.Part(model, adapters=True), KEYS, tmp_path)
+    other = Adapters(target_modules=["decoder.*.linear_proj", "decoder.*.linear_qkv"], rank=8)
+    with pytest.raises(UserError) as refused_:
+        export_adapters(checkpoint, other, tmp_path / "hf", base="hf/one", source=SOURCE)
+    text = str(refused_.value)
+    for line in (
+        "decoder.layers.3.self_attention.linear_qkv.lora.a: missing",
+        "decoder.layers.3.self_attention.linear_proj.lora.a: [4, ",
+        "decoder.layers.1.mlp.router.lora.a: not of this model",
+    ):
+        assert line in text
+    assert not (tmp_path / "hf").exists()
