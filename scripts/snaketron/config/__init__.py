@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from snaketron.config.base import ConfigError, Count, Section, key, suggest
@@ -28,6 +29,7 @@ from snaketron.config.checks import (
     check_training,
     duplicates,
 )
+from snaketron.config.containers import check_container
 from snaketron.config.data import (
     FILTERS,
     ChatSource,
@@ -140,6 +142,7 @@ class Config(Section):
             *check_paths(self),
             *check_model(self.model),
             *check_environment(self.cluster),
+            *check_container(self.cluster, Path.cwd()),
             *check_splits(self),
             *check_curriculum(self.pretrain),
             *check_evaluation(self),

@@ -118,8 +118,9 @@ class Cluster(Section):
     container: str | None = key(
         None, "image that the processes of a training run in (envs/); null: the environment of the workflow"
     )
-    container_runtime: Literal["apptainer", "pyxis"] = key(
-        "apptainer", "what starts the image: `apptainer exec`, or srun's --container-image (pyxis and enroot)"
+    container_runtime: Literal["apptainer", "pyxis", "charliecloud"] = key(
+        "apptainer",
+        "what starts the image: `apptainer exec`, srun's --container-image (pyxis and enroot), or `ch-run`",
     )
     mounts: list[str] = key(
         list,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
-import json
 import lzma
 import re
 import zlib
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from snaketron.data import doubled_keys
+from snaketron.data.doubled_keys import DoubledKey
 from snaketron.data.drops import BUFFER, INVALID_TEXT, REPLACE, Bad, Drops, no_field, open_raw, reject
 from snaketron.log import UserError
 from snaketron.settings.text import ReadSettings
@@ -101,10 +102,14 @@ def _parse(line: bytes, settings: ReadSettings, drops: Drops, exact: bool) -> di
     try:
         row = orjson.loads(line)
         if exact and _LONG_NUMBER.search(line):
-            row = json.loads(line)  # orjson makes floating-point numbers of them
+            row = doubled_keys.loads(line)  # orjson makes floating-point numbers of them
+        elif doubled_keys.may_be_doubled(line, row):
+            doubled_keys.loads(line)
     except orjson.JSONDecodeError as error:
         row = _repaired(line, error, settings)
         drops.num_replaced += 1
+    except DoubledKey as error:
+        raise _doubled(error) from None
     if not isinstance(row, dict):
         raise Bad(f"a JSON {type(row).__name__}, not an object", "each line must be a JSON object")
     return row
@@ -135,7 +140,9 @@ def _repaired(line: bytes, error: orjson.JSONDecodeError, settings: ReadSettings
         problem = f"invalid UTF-8 (byte 0x{line[bad.start]:02x} at position {bad.start + 1})"
         fix = "convert the file to UTF-8"
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = doubled_keys.loads(text, parse_constant=_refuse)
+    except DoubledKey as doubled:
+        raise _doubled(doubled) from None
     except _NotJson as constant:
         column = error.colno - str(constant).startswith("-")
         detail = f"invalid JSON ({constant}, column {column}, is no JSON number)"
@@ -151,6 +158,10 @@ def _repaired(line: bytes, error: orjson.JSONDecodeError, settings: ReadSettings
     if settings.invalid_text != "replace":
         raise Bad(problem, f"{fix}, or set invalid_text to replace or drop", INVALID_TEXT)
     return repaired
+
+
+def _doubled(error: DoubledKey) -> Bad:
+    return Bad(str(error), "remove one of them, because only one can be read")
 
 
 def _refuse(constant: str) -> None:

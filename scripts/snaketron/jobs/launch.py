@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from snaketron import credentials
-from snaketron.config import Cluster
 from snaketron.files import read_json, write_json
 from snaketron.jobs import slurm
+from snaketron.jobs.containers import containerized, needed
 from snaketron.jobs.owner import TOKEN, Owner
 from snaketron.log import UserError
 from snaketron.settings.training import RunSettings
@@ -117,8 +117,10 @@ def first_failure(failures: Path) -> dict[str, Any] | None:
 
 def environment(run: RunSettings) -> dict[str, str]:
     """Variables added for the processes; a default never replaces one that the supervisor has."""
-    cache = Path(run.cluster.cache_dir or tempfile.gettempdir()) / f"snaketron-{os.getuid()}"
-    defaults = {
+    # $TMPDIR is a path of the host; in an image /tmp is what there is to write to.
+    temporary = "/tmp" if run.cluster.container else tempfile.gettempdir()
+    cache = Path(run.cluster.cache_dir or temporary) / f"snaketron-{os.getuid()}"
+    defaults = needed(run.cluster) | {
         "OMP_NUM_THREADS": str(run.cpus_per_task),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # local rank 0 is the first GPU that nvidia-smi shows
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # megatron-core's order of communication and computation
@@ -130,25 +132,6 @@ def environment(run: RunSettings) -> dict[str, str]:
     }
     given = {name: value for name, value in defaults.items() if name not in os.environ}
     return given | run.cluster.environment | credentials.read(run.cluster.secrets_file)
-
-
-def containerized(command: list[str], cluster: Cluster) -> tuple[list[str], list[str]]:
-    """Options of srun, and the command, that run `command` in the image of the configuration."""
-    if cluster.container is None:
-        return [], command
-    inside = ["python", *command[1:]]  # the image has a Python of its own
-    here = str(Path.cwd())
-    mounts = [here, *cluster.mounts]
-    if cluster.container_runtime == "pyxis":
-        pairs = [m if ":" in m else f"{m}:{m}" for m in mounts]
-        return [
-            f"--container-image={cluster.container}",
-            f"--container-mounts={','.join(pairs)}",
-            f"--container-workdir={here}",
-        ], inside
-    binds = [option for mount in mounts for option in ("--bind", mount)]
-    nv = ["--nv"] if cluster.gpus_per_node else []
-    return [], ["apptainer", "exec", *nv, *binds, "--pwd", here, cluster.container, *inside]
 
 
 class Ranks:

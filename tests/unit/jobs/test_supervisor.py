@@ -255,24 +255,30 @@ def test_several_nodes_need_slurm(toy: Toy):
     [
         ({}, [], ["python3", "scripts/sft.py", "--x"]),
         (
-            {"container": "a.sif", "mounts": ["/data"], "gpus_per_node": 8},
+            {"container": "a.sif", "mounts": ["/0"], "gpus_per_node": 8},
             [],
-            "apptainer exec --nv --bind {here} --bind /data --pwd {here} a.sif python scripts/sft.py --x",
+            "apptainer exec --nv --bind=/0 --bind={here} --pwd={here} a.sif python scripts/sft.py --x",
         ),
         (
-            {"container": "a.sqsh", "container_runtime": "pyxis", "mounts": ["/data", "/a:/b"]},
+            {"container": "a.sqsh", "container_runtime": "pyxis", "mounts": ["/0", "/a:{here}/b"]},
             [
                 "--container-image=a.sqsh",
-                "--container-mounts={here}:{here},/data:/data,/a:/b",
+                "--container-mounts=/0:/0,{here}:{here},/a:{here}/b",
                 "--container-workdir={here}",
             ],
             "python scripts/sft.py --x",
+        ),
+        (
+            {"container": "a.image", "container_runtime": "charliecloud", "mounts": ["/0"]},
+            [],
+            "ch-run --set-env --bind=/0 --bind={here} --cd={here} a.image -- python scripts/sft.py --x",
         ),
     ],
 )
 def test_a_container_is_put_around_the_processes_and_not_around_srun(cluster, options, command):
     here = str(Path.cwd())
     words = command.format(here=here).split() if isinstance(command, str) else command
+    cluster |= {"mounts": [mount.format(here=here) for mount in cluster.get("mounts", [])]}
     found = launch.containerized(["python3", "scripts/sft.py", "--x"], Cluster(**cluster))
     assert found == ([option.format(here=here) for option in options], words)
 

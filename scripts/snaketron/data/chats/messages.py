@@ -6,12 +6,13 @@ the template could read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from snaketron.data.chats.unusable import NO_ROLE, THOUGHTS, Unusable
+from snaketron.data import doubled_keys
+from snaketron.data.chats.unusable import DOUBLED, NO_ROLE, THOUGHTS, Unusable
+from snaketron.data.doubled_keys import DoubledKey
 
 Message = dict[str, Any]
 
@@ -129,7 +130,9 @@ class Reader:
         arguments = given.get(spelled[0]) if spelled else None
         if isinstance(arguments, str) and arguments:
             try:
-                arguments = json.loads(arguments, parse_constant=_refuse)
+                arguments = doubled_keys.loads(arguments, parse_constant=_refuse)
+            except DoubledKey as error:
+                raise Unusable(DOUBLED, f"{error} of the arguments in message {number}") from None
             except ValueError:
                 raise Unusable("malformed tool call", f"arguments in message {number} are not JSON") from None
         if arguments and not isinstance(arguments, dict):
@@ -171,7 +174,9 @@ def from_json(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return doubled_keys.loads(value)
+    except DoubledKey as error:
+        raise Unusable(DOUBLED, str(error)) from None
     except ValueError:
         return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 NO_ROLE = "a message without a role"
+DOUBLED = "a key that stands twice"
 NOT_UNICODE = "not Unicode text"
 THOUGHTS = "thinking that cannot be told from the answer"
 REFUSED = "the template refuses it"
@@ -21,6 +22,7 @@ ADVICE = {
     "two system messages": "remove one, or set system_field of the source to null",
     "content that is not text": "give text, or a list of text parts; images are not trained",
     "malformed tool call": 'give {"function": {"name": ..., "arguments": {...}}}',
+    DOUBLED: "remove one of them, because only one can be read",
     "an empty answer": "remove the message, or the row",
     "a weight that is neither 0 nor 1": "give 0 for an answer that is not trained, else 1",
     THOUGHTS: "give it in reasoning_content, or set thinking_tags of the source to null",

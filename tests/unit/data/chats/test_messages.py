@@ -41,6 +41,22 @@ def test_a_call_with_two_sets_of_arguments_is_malformed():
     assert reason([user("a"), assistant(None, tool_calls=[call])]) == expected
 
 
+@pytest.mark.parametrize(
+    ("call", "of"),
+    [
+        (
+            {"name": "weather", "arguments": '{"city": "Oslo", "city": "Bergen"}'},
+            " of the arguments in message 1",
+        ),
+        ('{"name": "weather", "arguments": {"city": "Oslo", "city": "Bergen"}}', ""),
+    ],
+)
+def test_a_call_with_an_argument_twice_is_refused(call, of):
+    expected = f"a key that stands twice: the key 'city' stands twice in one object{of}"
+    with pytest.raises(Unusable, match=f"^{expected}$"):
+        answer(tool_calls=[call])
+
+
 def test_a_call_of_another_kind_is_malformed():
     call = {"type": "custom", "name": "shell", "input": "ls"}
     assert "a call of type 'custom'" in reason([user("a"), assistant(None, tool_calls=[call])])
