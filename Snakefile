@@ -86,7 +86,11 @@ logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     for note in (
         *graph.unread(),
-        f"One file of each is assumed: {said}" if (said := graph.lock.assumed()) else None,
+        (
+            f"One file of each is assumed: {said}"
+            if (said := graph.lock.assumed())
+            else None
+        ),
         graph.to_download(),
         notes.from_sample(graph.config),
         *notes.unmeasured(graph.config),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from snaketron.config import ConfigError, load
+from snaketron.config import Config, ConfigError, load
 from snaketron.files import write_json
 from snaketron.graph.configfiles import merged
 from snaketron.log import UserError, argument_parser, run
+from snaketron.sizes.gpus import GPUS
 
 SUPER = Path("config/super.yaml")
 
@@ -28,6 +29,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help=f"compare estimates for {SUPER} with what was published about it, and plan nothing",
     )
+    parser.add_argument(
+        "--search",
+        metavar="TRAINING",
+        help="list layouts for a training, such as pretrain/broad, the fastest first, and plan nothing",
+    )
+    parser.add_argument("--gpu", choices=sorted(GPUS), help="of the search; as a rule cluster.gpu")
+    parser.add_argument("--gpus", type=int, help="GPUs of the search; as a rule those of the training")
     return parser.parse_args(argv)
 
 
@@ -41,12 +49,34 @@ def main(argv: list[str] | None = None) -> int:
         if args.published:
             print(comparison(compare(load(merged([SUPER])))), end="")
             return 0
-        found = plan(load(merged(args.configfile)))
+        config = load(merged(args.configfile))
+        if args.search:
+            return search_layouts(config, args)
+        found = plan(config)
     except ConfigError as error:
         raise UserError(f"the configuration is wrong.\n{error}") from None
     if args.json:
         write_json(args.json, found)
     print(markdown(found), end="")
+    return 0
+
+
+def search_layouts(config: Config, args: argparse.Namespace) -> int:
+    """Print the layouts for a training."""
+    from snaketron.report.layouts import as_json, markdown
+    from snaketron.sizes.search import measure, search
+
+    names = [training.name for training in config.trainings()]
+    if args.search not in names:
+        raise UserError(f"--search {args.search}: no training of that name; known: {', '.join(names)}")
+    training = config.training(args.search)
+    gpu, number = args.gpu or config.cluster.gpu, args.gpus or training.run.parallel.world_size
+    if gpu is None:
+        raise UserError(f"which GPU? Give --gpu, or cluster.gpu; known: {', '.join(GPUS)}")
+    found = search(config, training, gpu, number)
+    if args.json:
+        write_json(args.json, as_json(found))
+    print(markdown(training, f"{number} {gpu.upper()}", found, measure(config, training, GPUS[gpu])), end="")
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import plan
 from snaketron import files
+from snaketron.log import UserError
 from tests.conftest import Workspace
 
 import pytest
@@ -81,6 +82,19 @@ def test_what_does_not_fit_is_named_with_a_change_that_does(
 def test_published_numbers_are_shown_beside_the_estimates(capsys: pytest.CaptureFixture[str]):
     assert plan.main(["--published"]) == 0
     assert "| parameters without multi-token prediction " in capsys.readouterr().out
+
+
+def test_layouts_are_searched_for_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    asked = ["--configfile", "config/super.yaml", "--gpu", "h100", "--gpus", "64", "--search"]
+    assert plan.main([*asked, "pretrain/focused", "--json", str(tmp_path / "found.json")]) == 0
+    text, found = capsys.readouterr().out, files.read_json(tmp_path / "found.json")
+    assert text.startswith("# Layouts of pretrain/focused on 64 H100\n")
+    assert found[0]["parallel"]["expert_model_parallel_size"] == 8  # tokens stay within a node
+    assert sum(found[0]["step"].values()) <= sum(found[1]["step"].values())
+    with pytest.raises(
+        UserError, match="--search focused: no training of that name; known: pretrain/broad, "
+    ):
+        plan.main([*asked, "focused"])
 
 
 def test_epochs_follow_from_what_was_tokenized(copy: Workspace, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ from typing import Any
 
 from snaketron.config import Config, Training
 from snaketron.graph.outlook import Look, trainings
+from snaketron.sizes.layout import layout_words
 from snaketron.sizes.plan import Estimate, estimate
 from snaketron.wording import BYTES, hours, large, plural
 
@@ -90,15 +91,7 @@ def _title(job: Any, trainings: dict[tuple[str, str], Training]) -> str:
 def size_lines(config: Config, training: Training, needs: Estimate) -> list[str]:
     """The size of the model, its layout, and the memory of a process."""
     parallel = training.run.parallel
-    sizes = {
-        "TP": parallel.tensor_model_parallel_size,
-        "PP": parallel.pipeline_model_parallel_size,
-        "CP": parallel.context_parallel_size,
-        "EP": parallel.expert_model_parallel_size,
-        "ETP": parallel.expert_tensor_parallel_size,
-        "DP": parallel.data_parallel_size,
-    }
-    layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    layout = layout_words(parallel)
     on = plural(parallel.world_size, "GPU" if config.cluster.gpus_per_node else "CPU process")
     adapters = needs.num_adapter_parameters
     return [

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from snaketron.config import Parallel
 from snaketron.report.page import table
+from snaketron.sizes.layout import layout_words
 from snaketron.sizes.published import Compared
 from snaketron.wording import BYTES, hours, large
 
 MEMORY = ("weights", "gradients", "main_weights", "moments", "activations", "total")
-SIZES = {
-    "TP": "tensor_model_parallel_size",
-    "PP": "pipeline_model_parallel_size",
-    "CP": "context_parallel_size",
-    "EP": "expert_model_parallel_size",
-    "ETP": "expert_tensor_parallel_size",
-    "DP": "data_parallel_size",
-}
 
 
 def markdown(plan: Mapping[str, Any]) -> str:
@@ -78,8 +72,7 @@ def _trainings(trainings: Sequence[Mapping[str, Any]]) -> str:
 def _time(trainings: Sequence[Mapping[str, Any]]) -> str:
     rows, sources = [], []
     for one in trainings:
-        sizes = {name: one["parallel"][key] for name, key in SIZES.items()}
-        lies = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "-"
+        lies = layout_words(Parallel(**one["parallel"])) or "-"
         known = one["hours"] is not None
         speed = one["tokens_per_second_per_process"]
         rows.append(
@@ -148,5 +141,12 @@ def comparison(numbers: Sequence[Compared]) -> str:
         ]
         for one in numbers
     ]
-    header = ["Nemotron 3 Super", "published", "estimate", "unit", "difference", "source"]
+    header = [
+        "Nemotron 3, and the model of the benchmarks",
+        "measured",
+        "estimate",
+        "unit",
+        "difference",
+        "source",
+    ]
     return table(header, rows) + "\n"

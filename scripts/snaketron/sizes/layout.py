@@ -8,7 +8,16 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from snaketron.config import Cluster, Run
+from snaketron.config import Cluster, Parallel, Run
+
+SHORT_NAMES = {
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "CP": "context_parallel_size",
+    "EP": "expert_model_parallel_size",
+    "ETP": "expert_tensor_parallel_size",
+    "DP": "data_parallel_size",
+}
 
 
 class Layout(NamedTuple):
@@ -29,6 +38,16 @@ def layout(run: Run, cluster: Cluster) -> Layout:
     processes = run.parallel.world_size
     per_node = min(processes, cluster.tasks_per_node or cluster.gpus_per_node or processes)
     return Layout(processes // per_node, per_node, min(per_node, cluster.gpus_per_node))
+
+
+def layout_words(parallel: Parallel) -> str:
+    """Parallel sizes in short, without those of 1.
+
+    >>> layout_words(Parallel(tensor_model_parallel_size=4, data_parallel_size=8))
+    'TP 4, DP 8'
+    """
+    sizes = {name: getattr(parallel, key) for name, key in SHORT_NAMES.items()}
+    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
 
 
 def node_memory_mb(run: Run, tasks_per_node: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -116,7 +117,10 @@ def activation_memory(model: Model, vocab_size: int, seq_length: int, run: Run) 
     tokens = run.micro_batch_size * seq_length / parallel.context_parallel_size
 
     def layers(pattern: str) -> float:
-        return sum(layer_activations(model, layer, tp, run.recompute) for layer in pattern)
+        return sum(
+            count * layer_activations(model, layer, tp, run.recompute)
+            for layer, count in Counter(pattern).items()
+        )
 
     stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
     found = [layers(stage) for stage in stages]

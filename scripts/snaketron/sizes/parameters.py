@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from snaketron.config import Adapters, Model, Parallel
 from snaketron.config.linears import Linear, linears, targeted
@@ -25,7 +26,12 @@ class Parameters:
     expert: int = 0  # routed experts, by expert and expert tensor parallelism
 
     def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Parameters(
+            self.tensor + other.tensor, self.replicated + other.replicated, self.expert + other.expert
+        )
+
+    def __mul__(self, times: int) -> Parameters:
+        return Parameters(self.tensor * times, self.replicated * times, self.expert * times)
 
     @property
     def total(self) -> int:
@@ -101,7 +107,7 @@ def mtp_parameters(model: Model) -> Parameters:
         return Parameters()
     hidden = model.hidden_size
     joined = Parameters(2 * hidden * hidden, 3 * hidden)  # eh_proj; enorm, hnorm and the final norm
-    return joined + _sum(layer_parameters(model, layer) for layer in model.mtp_hybrid_layer_pattern)
+    return joined + _of_layers(model, model.mtp_hybrid_layer_pattern)
 
 
 def stage_parameters(model: Model, vocab_size: int, parallel: Parallel) -> list[Parameters]:
@@ -111,7 +117,7 @@ def stage_parameters(model: Model, vocab_size: int, parallel: Parallel) -> list[
     multi-token prediction, which needs the embedding too: with several stages it holds a copy.
     """
     stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
-    found = [_sum(layer_parameters(model, layer) for layer in stage) for stage in stages]
+    found = [_of_layers(model, stage) for stage in stages]
     table = Parameters(
         padded_vocab_size(model, vocab_size, parallel.tensor_model_parallel_size) * model.hidden_size
     )
@@ -132,7 +138,7 @@ def num_active_parameters(model: Model, vocab_size: int) -> int:
 
     Multi-token prediction is left out: only training has it.
     """
-    layers = _sum(layer_parameters(model, layer) for layer in model.hybrid_layer_pattern)
+    layers = _of_layers(model, model.hybrid_layer_pattern)
     idle = model.num_moe_experts - model.moe_router_topk
     unused = model.hybrid_layer_pattern.count("E") * idle * expert_parameters(model)
     tables = 2 * padded_vocab_size(model, vocab_size, 1) * model.hidden_size
@@ -183,6 +189,10 @@ def expert_width(model: Model) -> int:
 
 def expert_parameters(model: Model) -> int:
     return 2 * expert_width(model) * model.moe_ffn_hidden_size
+
+
+def _of_layers(model: Model, pattern: str) -> Parameters:
+    return _sum(layer_parameters(model, layer) * count for layer, count in Counter(pattern).items())
 
 
 def _sum(parameters: Iterable[Parameters]) -> Parameters:

@@ -1,4 +1,4 @@
-"""Numbers that were published about Nemotron 3 Super, and what this package works out for the same.
+"""Numbers that were measured or published, and what this package works out for the same.
 
 They show how far an estimate can be trusted; a test holds each to its tolerance.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from snaketron.config import Config, Parallel, Pretrain
+from snaketron.config import Config, Model, Pretrain
 from snaketron.sizes.flops import training_flops
-from snaketron.sizes.memory import memory_of_process
+from snaketron.sizes.gpus import GPUS
+from snaketron.sizes.measured import CARD, TABLE, points
 from snaketron.sizes.parameters import num_active_parameters, num_parameters
 from snaketron.sizes.speed import MEASURED
+from snaketron.sizes.step import peak_bytes, tokens_per_second
 
 _REPORT = "NVIDIA's report"
-_CARD = "Megatron Bridge's verification card"
 
 
 class Compared(NamedTuple):
@@ -30,7 +31,13 @@ class Compared(NamedTuple):
 
 def compare(config: Config) -> list[Compared]:
     """The comparison; `config` is that of config/super.yaml."""
-    return [*_sizes(config), *_steps(config.pretrain), *_on_64_h100(config)]
+    return [
+        *_sizes(config),
+        *_steps(config.pretrain),
+        *_operations(config),
+        *_speeds(config.model),
+        *_memory(config.model),
+    ]
 
 
 def _sizes(config: Config) -> list[Compared]:
@@ -40,7 +47,7 @@ def _sizes(config: Config) -> list[Compared]:
     return [
         Compared(
             *("tensors of the checkpoint, without biases of routers", "parameters", 123_611_033_088 - biases),
-            *(num_parameters(model, vocab_size).total, _CARD, 0.0),
+            *(num_parameters(model, vocab_size).total, CARD, 0.0),
         ),
         Compared(
             "parameters without multi-token prediction",
@@ -77,25 +84,47 @@ def _steps(pretrain: Pretrain) -> list[Compared]:
     return [Compared(what, "steps", *both, "the recipe", 2e-3) for what, both in counts.items()]
 
 
-def _on_64_h100(config: Config) -> list[Compared]:
-    """The run of 100 steps that was verified: TP 1, PP 2, EP 32, 4,096 tokens, 1,280 sequences."""
+def _operations(config: Config) -> list[Compared]:
+    """FLOPs, and the step of the run that was verified: 4,096 tokens, 1,280 sequences, 64 H100s."""
     model, vocab_size = config.model, config.tokenizer.vocab_size
-    parallel = Parallel(pipeline_model_parallel_size=2, expert_model_parallel_size=32, data_parallel_size=32)
-    short = config.pretrain.optimizer.model_copy(
-        update={"gradient_precision": "bf16", "moment_precision": "bf16"}
-    )
-    run = config.pretrain.model_copy(
-        update={"parallel": parallel, "recompute": ["layernorm", "moe", "core_attn"], "micro_batch_size": 1}
-    )
     flops = training_flops(model, vocab_size, 4096)
     seconds = 1280 * 4096 * flops / (64 * MEASURED["h100"].tflops * 1e12)
-    memory = memory_of_process(model, vocab_size, 4096, run, short)
     return [
-        Compared("FLOP a token at 4K", "FLOP", 236.33e12 / 2789, flops, _CARD, 2e-3),
+        Compared("FLOP a token at 4K", "FLOP", 236.33e12 / 2789, flops, CARD, 2e-3),
         Compared(
             *("FLOP a token at 8K", "FLOP", 248.6e12 / 2969),
-            *(training_flops(model, vocab_size, 8192), "Megatron Bridge's performance table", 0.03),
+            *(training_flops(model, vocab_size, 8192), TABLE, 0.03),
         ),
-        Compared("seconds a step at the measured TFLOP/s", "s", 29.369, seconds, _CARD, 2e-3),
-        Compared("memory of an H100 there (58.1 of 70.3 GiB)", "bytes", 58.1 * 2**30, memory, _CARD, 0.2),
+        Compared("seconds a step at the measured TFLOP/s", "s", 29.369, seconds, CARD, 2e-3),
+    ]
+
+
+def _speeds(super_model: Model) -> list[Compared]:
+    """By the terms of `sizes.step`."""
+    return [
+        Compared(
+            f"{point.gpu}, {point.what}",
+            "tokens/s",
+            point.tokens_per_second,
+            tokens_per_second(point.work, GPUS[point.gpu]),
+            point.source,
+            0.2,
+        )
+        for point in points(super_model)
+        if point.tokens_per_second
+    ]
+
+
+def _memory(super_model: Model) -> list[Compared]:
+    return [
+        Compared(
+            f"{point.gpu}, {point.what}: memory",
+            "GiB",
+            point.peak_gib,
+            peak_bytes(point.work) / 2**30,
+            point.source,
+            0.2 if point.source == CARD else 0.06,
+        )
+        for point in points(super_model)
+        if point.peak_gib
     ]

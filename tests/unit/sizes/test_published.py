@@ -1,4 +1,4 @@
-"""What was published about Nemotron 3 Super, and what is worked out for it."""
+"""What was published or measured, and what is worked out for it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,119 @@
+"""Layouts with which a training fits a number of GPUs, the fastest by the estimate of its step first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from snaketron.config import Config, Parallel, Pretrain, Training
+from snaketron.config.base import Module
+from snaketron.config.checks import check_training
+from snaketron.sizes.gpus import GPUS, Gpu
+from snaketron.sizes.step import Step, Work, peak_bytes, step_time
+
+MICRO_BATCHES = (1, 2, 4)
+RECOMPUTE: tuple[list[Module], ...] = ([], ["moe"], ["layernorm", "moe", "core_attn"], ["layer"])
+SHORT = 32_768  # tokens: shorter sequences are not divided, because whole ones already fit a GPU
+
+
+class Found(NamedTuple):
+    """A layout, what it needs, and its estimated step."""
+
+    parallel: Parallel
+    micro_batch_size: int
+    recompute: tuple[str, ...]
+    peak_bytes: float  # of the fullest GPU
+    step: Step
+    tokens_per_second: float  # of each GPU
+
+
+def work(config: Config, training: Training) -> Work:
+    """What a training does in a step."""
+    run = training.run
+    return Work(
+        model=training.model,
+        vocab_size=config.tokenizer.vocab_size,
+        seq_length=training.seq_length,
+        global_batch_size=training.global_batch_size,
+        run=run,
+        optimizer=run.optimizer,
+        cuda_graphs=isinstance(run, Pretrain) and run.cuda_graphs,
+        frozen=training.adapters is not None,
+    )
+
+
+def measure(config: Config, training: Training, gpu: Gpu) -> Found:
+    """The layout that a training has, whether or not it fits."""
+    run, does = training.run, work(config, training)
+    steps = step_time(does, gpu)
+    tokens = training.global_batch_size * training.seq_length
+    return Found(
+        parallel=run.parallel,
+        micro_batch_size=run.micro_batch_size,
+        recompute=tuple(run.recompute),
+        peak_bytes=peak_bytes(does),
+        step=steps,
+        tokens_per_second=tokens / steps.total / run.parallel.world_size,
+    )
+
+
+def search(config: Config, training: Training, gpu_name: str, num_gpus: int) -> list[Found]:
+    """All layouts that fit, the fastest first.
+
+    Tensor parallelism stays within NVLink's reach, and experts are not divided further (expert tensor
+    parallelism 1). Micro-batches and recomputation are tried; everything else is as configured.
+    """
+    gpu = GPUS[gpu_name]
+    cluster = config.cluster.model_copy(
+        update={"gpu": gpu_name, "gpus_per_node": gpu.gpus_per_node, "tasks_per_node": None}
+    )
+    on_gpus = config.model_copy(update={"cluster": cluster})
+    found = []
+    for parallel in _layouts(training, gpu, num_gpus):
+        for micro_batch, recompute in itertools.product(_micro_batches(training), RECOMPUTE):
+            update = {"parallel": parallel, "micro_batch_size": micro_batch, "recompute": recompute}
+            changed = replace(training, run=training.run.model_copy(update=update))
+            if check_training(changed, on_gpus):
+                break  # another micro-batch that fails is larger, and recomputation changes nothing
+            if peak_bytes(work(on_gpus, changed)) <= gpu.usable_gb * 1e9:
+                found.append(measure(on_gpus, changed, gpu))
+    return sorted(found, key=lambda one: one.step.total)
+
+
+def place(found: Sequence[Found], parallel: Parallel) -> int | None:
+    """The place of a layout among those found, from 1, micro-batch and recomputation aside."""
+    layouts = list(dict.fromkeys(one.parallel.model_dump_json() for one in found))
+    own = parallel.model_dump_json()
+    return layouts.index(own) + 1 if own in layouts else None
+
+
+def _micro_batches(training: Training) -> tuple[int, ...]:
+    return (1,) if training.packed else MICRO_BATCHES
+
+
+def _layouts(training: Training, gpu: Gpu, num_gpus: int) -> Iterator[Parallel]:
+    near = min(gpu.domain, 8)  # more parts than that are too small to keep a GPU busy
+    layers = len(training.model.hybrid_layer_pattern)
+    contexts = _powers(num_gpus) if training.seq_length > SHORT else [1]
+    for tp, pp, cp in itertools.product(_powers(near), _powers(min(16, layers)), contexts):
+        if num_gpus % (tp * pp * cp):
+            continue
+        for ep in _powers(min(num_gpus // pp, training.model.num_moe_experts)):
+            yield Parallel(
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                context_parallel_size=cp,
+                expert_model_parallel_size=ep,
+                data_parallel_size=num_gpus // (tp * pp * cp),
+            )
+
+
+def _powers(most: int) -> list[int]:
+    """Powers of two up to `most`.
+
+    >>> _powers(5)
+    [1, 2, 4]
+    """
+    return [2**n for n in range(most.bit_length())]

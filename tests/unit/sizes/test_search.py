@@ -1,0 +1,50 @@
+"""Layouts that fit, and their order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from snaketron.config import Config, Parallel, load
+from snaketron.report.layouts import markdown
+from snaketron.sizes.gpus import GPUS
+from snaketron.sizes.search import measure, place, search
+
+import pytest
+import yaml
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load(yaml.safe_load((Path(__file__).parents[3] / "config/super.yaml").read_text()), {})
+
+
+def test_what_is_found_fits_and_the_fastest_comes_first(config: Config):
+    found = search(config, config.training("pretrain/broad"), "b200", 64)
+    assert found and all(one.peak_bytes <= 170e9 and one.parallel.world_size == 64 for one in found)
+    times = [one.step.total for one in found]
+    assert times == sorted(times)
+    # 3,072 sequences are whole micro-batches of every copy.
+    assert all(3072 % (one.parallel.data_parallel_size * one.micro_batch_size) == 0 for one in found)
+    text = markdown(config.training("pretrain/broad"), "64 B200", found, found[0])
+    assert "exchange" in text and ": place 1 of " in text
+
+
+def test_where_nvlink_reaches_all_experts_the_published_layout_is_among_the_first(config: Config):
+    """64 GB200: TP 2, EP 64 of the recipe. It is beaten by less tensor parallelism, which waits more."""
+    found = search(config, config.training("pretrain/broad"), "gb200", 64)
+    published = Parallel(tensor_model_parallel_size=2, expert_model_parallel_size=64, data_parallel_size=32)
+    number = place(found, published)
+    assert number is not None and number <= 10
+
+
+def test_the_published_layout_of_1m_is_among_the_first(config: Config):
+    found = search(config, config.training("pretrain/long_1m"), "gb200", 128)
+    number = place(found, config.training("pretrain/long_1m").run.parallel)
+    assert number is not None and number <= 10
+
+
+def test_too_few_gpus_have_no_layout(config: Config):
+    broad = config.training("pretrain/broad")
+    assert search(config, broad, "h100", 8) == []
+    text = markdown(broad, "8 H100", [], measure(config, broad, GPUS["h100"]))
+    assert "No layout fits" in text and "not among them" in text

@@ -1,0 +1,76 @@
+"""The terms of a step, worked out by hand for a GPU whose peaks are round numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from snaketron.config import Model, Optimizer, Parallel, Run
+from snaketron.sizes import step
+from snaketron.sizes.gpus import Gpu
+from snaketron.sizes.step import Step, Work, step_time
+
+import pytest
+
+# 1 GB/s over the network and 10 GB/s over NVLink, of which programs reach 80 and 62 %; 2 GPUs a node.
+GPU = Gpu(1e12, 80, 1e12, 10e9, 2, 1e9, 2, 70)
+
+
+def of(model: dict[str, Any], batch: int = 4, **run: Any) -> Step:
+    parallel = {f"{name}_parallel_size": size for name, size in run.pop("parallel", {}).items()}
+    dispatcher = run.pop("dispatcher", "alltoall")
+    work = Work(
+        model=Model(precision="bf16", mtp_num_layers=0, **model),
+        vocab_size=512,
+        seq_length=1000,
+        global_batch_size=batch,
+        run=Run(micro_batch_size=1, parallel=Parallel(**parallel), **run),
+        optimizer=Optimizer(),
+        dispatcher=dispatcher,
+    )
+    return step_time(work, GPU)
+
+
+def test_copies_of_tokens_cross_nvlink_and_the_network():
+    """4 GPUs in 2 nodes: of 2 copies of 64 numbers, a quarter goes to the other GPU, half over the network.
+
+    A step is 1,000 tokens on each; copies go there and back, forwards and backwards.
+    """
+    experts = {"hybrid_layer_pattern": "E", "moe_router_topk": 2, "moe_latent_size": 64}
+    found = of(experts, parallel={"expert_model": 4, "data": 4})
+    of_copy = 128 * (0.25 / 6.2e9 + 0.5 / 0.8e9)
+    assert found.exchange == pytest.approx(4 * 1000 * 2 * of_copy)
+    again = of(experts, parallel={"expert_model": 4, "data": 4}, recompute=["moe"])
+    assert again.exchange == pytest.approx(found.exchange * 1.5)
+    # HybridEP sends a token once to the other node, if one of the two copies is for it: 1 - 1/4.
+    once = of(experts, parallel={"expert_model": 4, "data": 4}, dispatcher="hybridep")
+    assert once.exchange == pytest.approx(4 * 1000 * 128 * (0.75 / 0.8e9 + 2 / 6.2e9))
+    assert of(experts).exchange == 0
+
+
+def test_stages_of_a_pipeline_wait_for_each_other():
+    """Of two equal layers, the stage with the output layer is the slower one; it waits for the other once."""
+    whole = of({"hybrid_layer_pattern": "--"})
+    halves = of({"hybrid_layer_pattern": "--"}, parallel={"pipeline_model": 2})
+    assert halves.dense == pytest.approx(whole.dense / 2)
+    # Of 4 micro-batches: the other stage computes one without the output layer, starting it on the host.
+    assert 0 < halves.bubble < (halves.dense + halves.output + halves.host) / 4
+    assert halves.output == pytest.approx(whole.output)
+
+
+def test_gradients_are_summed_and_weights_gathered():
+    """4 + 2 bytes a parameter, half of them to the other GPU of the node."""
+    found = of({"hybrid_layer_pattern": "-"}, parallel={"data": 2})
+    parameters = 2 * 128 * 256 + 2 * 512 * 128 + 2 * 128
+    assert found.sums == pytest.approx(parameters * 6 * 0.5 / 6.2e9)
+
+
+def test_the_host_is_the_limit_of_small_micro_batches():
+    """4 micro-batches of a layer that the GPU computes at once: the time to start it, 4 times."""
+    assert of({"hybrid_layer_pattern": "-"}).total == pytest.approx(4 * step.LAYER_ON_HOST, rel=0.1)
+
+
+def test_adapters_and_recomputation_change_what_is_computed():
+    """Frozen layers have one product of three less; layers that are computed again have one more."""
+    model = {"hybrid_layer_pattern": "-", "hidden_size": 4096, "ffn_hidden_size": 16384}
+    once, again = of(model), of(model, recompute=["layer"])
+    assert again.dense == pytest.approx(once.dense * 4 / 3)
