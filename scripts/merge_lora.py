@@ -15,7 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = training_parser(__doc__)
     parser.add_argument("--adapters", type=Path, required=True, help="checkpoint that lora.py made")
     args = parser.parse_args(argv)
-    return run_stage(args, lambda stage: merge(stage, args.adapters, make_batches), LoraSettings)
+    return run_stage(
+        args, lambda stage: merge(stage, args.adapters, make_batches), LoraSettings, has_steps=False
+    )
 
 
 if __name__ == "__main__":

@@ -36,11 +36,14 @@ def run_forked(workspace: Workspace, line: str) -> Result:
     """
     script, *words = shlex.split(line)[1:]
     parser = training_parser(None)
-    parser.add_argument("--adapters", type=Path)
+    for option in ("--adapters", "--index"):
+        parser.add_argument(option, type=Path)
     kind = LoraSettings if "lora.py" in script else TrainSettings
     with contextlib.chdir(workspace.path):
         stage = Stage.from_args(parser.parse_known_args(words)[0], kind)
         with own(stage.version) as owner:
+            if "merge" not in script:
+                stage.go_on()
             environments = Ranks([script], stage.run, owner, None).environments
             statuses, output = MEGATRON.run([script, *words], workspace.path, environments, 1200)
     if any(statuses):

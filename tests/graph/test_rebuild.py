@@ -103,7 +103,12 @@ def test_more_tokens_in_the_last_phase_leave_a_stable_first_phase_alone(copy: Wo
     phases = yaml.safe_load((copy.path / "tests/config/micro.yaml").read_text())["pretrain"]["phases"]
     phases[1]["tokens"] *= 2
     change = f"pretrain={yaml.safe_dump({'phases': phases}, default_flow_style=True, width=10000).strip()}"
-    assert jobs(copy, change) == {**BLEND, "pretrain": 1, "sft": 1}
+    result = copy.snakemake("-n", "ckpt/sft", config=(change,))
+    assert result.jobs == {**BLEND, "pretrain": 1, "sft": 1}, result.output
+    # Its rate fell over the last 6 of 8 steps; of 16 it has the first 2.
+    assert "  pretrain/focused   continues at step 2 of 16, from pretrain_focused-" in result.output
+    because = "starts over: other than before: the checkpoint that it starts from"
+    assert because in next(line for line in result.output.splitlines() if line.startswith("  sft "))
 
 
 def test_a_new_raw_file_is_tokenized_and_the_tokenizer_stays(copy: Workspace):

@@ -169,6 +169,12 @@ class Run(Section):
     save_interval: Positive = key(100, "steps between two checkpoints: what a killed run loses at most")
     save_in_background: bool | None = key(None, "write checkpoints while the training goes on; null: on GPUs")
     keep_checkpoints: Positive = key(2, "checkpoints kept while training; the newest ones")
+    keep_steady: Count = key(
+        1,
+        "checkpoints kept beside them from before the learning rate falls, one of them from where it begins "
+        "to: from the last one a longer training goes on, and ckpt/merged/<phase> averages all",
+    )
+    steady_interval: Positive | None = key(None, "steps between those checkpoints; null: save_interval")
     cpus_per_task: Positive = key(
         2, "CPU threads of a process; another number may change the last bits of a result"
     )

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from snaketron.config import Config
-from snaketron.files import sha256
+from snaketron.files import read_json, sha256, to_json
 from snaketron.lineage.record import read
 from snaketron.log import UserError
-from snaketron.sizes.outlook import Progress, outlook
+from snaketron.sizes.epochs import BY_EPOCH, resized
+from snaketron.sizes.outlook import Inputs, Progress, outlook
 from snaketron.sizes.speed import speed
 
+import orjson
+
 RULES = ("pretrain", "sft", "lora", "merge_lora")
-# From the output of a training, its settings and the identities of its inputs to how far it is. Where an
-# input is still to be made, there are no identities.
-Look = Callable[[Path, dict[str, Any], list[str] | None], Progress]
+# From the output of a training, its settings and its inputs to how far it is. Where the identity of an input
+# is not known before it is made, there are no inputs.
+Look = Callable[[Path, dict[str, Any], Inputs | None], Progress]
 
 
 def trainings(config: Config, dag: Any, look: Look) -> list[str]:
@@ -26,14 +30,14 @@ def trainings(config: Config, dag: Any, look: Look) -> list[str]:
     phases = ["", *(phase.name for phase in config.pretrain.phases)]
     jobs.sort(key=lambda job: (RULES.index(job.rule.name), phases.index(job.wildcards.get("phase", ""))))
     # Of each file that is made, its identity where that is known ahead.
-    known: dict[str, str | None] = dict.fromkeys(
-        str(file) for job in dag.needrun_jobs(exclude_finished=False) for file in job.output
-    )
+    makers = {str(file): job for job in dag.needrun_jobs(exclude_finished=False) for file in job.output}
+    known: dict[str, str | None] = dict.fromkeys(makers)
+    makers = {file: job for file, job in makers.items() if job.rule.name == "blend_pretrain"}
     lines = []
     for job in jobs:
         settings = json.loads(job.params.settings)
         output = str(job.output[0])
-        progress = look(Path(output), settings, _identities(job, known))
+        progress = look(Path(output), settings, _inputs(dag, job, known, makers))
         known[output] = progress.identity
         lines.append(f"{settings['stage']:18} {_words(config, job, settings, progress)}")
     return lines
@@ -53,17 +57,24 @@ def _words(config: Config, job: Any, settings: dict[str, Any], progress: Progres
     )
 
 
-def _identities(job: Any, known: dict[str, str | None]) -> list[str] | None:
-    """What identifies the inputs of a training, in the order of its version key; None where one is unknown.
+def _inputs(dag: Any, job: Any, known: dict[str, str | None], makers: Mapping[str, Any]) -> Inputs | None:
+    """What a training is made from; None where the identity of an input is not known ahead.
 
     Args:
+        dag: the graph.
         job: its job.
         known: of the files that this run makes, the identity where that is known ahead.
+        makers: the jobs that make blends of pretraining, by their files.
     """
-    files = [str(job.input.blend), str(job.input.tokenizer)]
-    if any(file in known or not Path(file).exists() for file in files):
+    path, tokenizer = str(job.input.blend), str(job.input.tokenizer)
+    if tokenizer in known or any(not Path(file).exists() for file in (path, tokenizer)):
         return None
-    found = [sha256(Path(file)) for file in files]
+    content: bytes | None = Path(path).read_bytes()
+    if path in known:
+        content = _longer(dag, makers[path], Path(path), known) if path in makers else None
+    if content is None:
+        return None
+    found = [hashlib.sha256(content).hexdigest(), sha256(Path(tokenizer))]
     for checkpoint in _checkpoints(job):
         if checkpoint not in known:
             try:
@@ -75,7 +86,36 @@ def _identities(job: Any, known: dict[str, str | None]) -> list[str] | None:
             found.append(identity)
         else:
             return None
-    return found
+    if job.rule.name != "pretrain":
+        return Inputs(found)
+    return Inputs(found, orjson.loads(content), _order(str(job.input.index), known))
+
+
+def _longer(dag: Any, job: Any, path: Path, known: Mapping[str, str | None]) -> bytes | None:
+    """What blend.json will hold where nothing but the number of tokens has changed; else None."""
+    if any(str(file) in known for file in job.input) or not path.exists():
+        return None
+    reason = dag.reason(job)
+    if reason.updated_input or reason.updated_input_run or reason.missing_output:
+        return None
+    blend = read_json(path)
+    weights = {name: float(weight) for name, _, weight in (w.partition("=") for w in job.params.weights)}
+    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    train = blend["train"]
+    shards = len(train["shards"]) + sum(corpus["empty_shards"] for corpus in train["corpora"])
+    if shares != {c["corpus"]: c["asked"] for c in train["corpora"]} or shards != len(job.input.records):
+        return None
+    return to_json(resized(blend, int(job.params.train_tokens)))
+
+
+def _order(index: str, known: Mapping[str, str | None]) -> str | None:
+    """The order of the samples in an index that is there, or will be."""
+    if index in known:
+        return BY_EPOCH
+    try:
+        return read(Path(index).with_suffix(".json")).settings.get("order")
+    except UserError:
+        return None
 
 
 def _checkpoints(job: Any) -> Iterable[str]:

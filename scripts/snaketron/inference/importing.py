@@ -16,7 +16,8 @@ from snaketron.huggingface.torch_dist import write
 from snaketron.jobs.version import Version, version_key
 from snaketron.lineage.record import Entry, making, of_file
 from snaketron.log import NO_SPACE, UserError, logger
-from snaketron.settings.training import Schedule, TrainSettings
+from snaketron.settings.schedule import Schedule
+from snaketron.settings.training import TrainSettings
 
 import yaml
 

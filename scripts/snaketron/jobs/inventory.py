@@ -7,16 +7,17 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from snaketron import files
+from snaketron.jobs import continuation
 from snaketron.jobs.owner import Holder, is_owned, own
-from snaketron.jobs.version import Version, version_key, versions
+from snaketron.jobs.version import Version, published, version_key, versions
 from snaketron.lineage.record import read
 from snaketron.log import UserError
-from snaketron.sizes.outlook import Progress
+from snaketron.sizes.outlook import Inputs, Progress
 from snaketron.wording import hours, size_text
 
 import yaml
@@ -95,23 +96,28 @@ def superseded(items: Iterable[Item], *, keep_stopped: bool = True) -> list[Item
     return sorted(loose, key=lambda item: item.changed)
 
 
-def look(output: Path, settings: dict[str, Any], identities: list[str] | None) -> Progress:
+def look(output: Path, settings: dict[str, Any], inputs: Inputs | None) -> Progress:
     """How far the training is that would be published as `output`.
 
     Args:
         output: its link, `<ckpt>/<stage>`.
         settings: what defines its result, as the training gets it.
-        identities: of its inputs; None where one of them is still to be made.
+        inputs: what it is made from; None where the identity of one is not known before it is made.
     """
     stage = settings["stage"]
     others = versions(output.parents[stage.count("/")])
     speed = _speed([version for version in others if version.is_of(stage)])
-    if identities is None:
+    if inputs is None:
         return Progress(tokens_per_second=speed)
-    key = version_key(settings, identities)
+    key = version_key(settings, list(inputs.identities))
     version = Version.of(output, stage, key)
     done = version.latest_iteration() or 0
-    return Progress(f"{stage}-{key}", done, version.is_finished, speed)
+    begun = Progress(f"{stage}-{key}", done, version.is_finished, speed)
+    if version.is_finished or done:
+        return begun
+    if origin := continuation.find(version, settings, inputs):
+        return replace(begun, done=origin.iteration, origin=origin.version.directory.name)
+    return replace(begun, starts_over=continuation.why_not(version, published(output), settings, inputs))
 
 
 def _speed(of_stage: list[Version]) -> float | None:

@@ -129,7 +129,14 @@ def _changed(path: Path) -> int | None:
 # --------------------------------------------------------------------------------------- supervising
 
 
-def supervise(name: str, version: Version, run: RunSettings, *, attempt: int = 1) -> int:
+def supervise(
+    name: str,
+    version: Version,
+    run: RunSettings,
+    *,
+    attempt: int = 1,
+    prepare: Callable[[], None] = lambda: None,
+) -> int:
     """Run a training to its end, in this job; the exit status.
 
     Args:
@@ -138,13 +145,14 @@ def supervise(name: str, version: Version, run: RunSettings, *, attempt: int = 1
         run: how it is run.
         attempt: how often Snakemake has submitted this job. From the second time on, a training that gave up
             is not tried again.
+        prepare: what to do in the version before its processes start; nobody else works in it by then.
 
     Raises:
         UserError: the training gave up, or another one owns the version.
     """
     with Signals() as signals:
         supervisor = Supervisor(name, version, run, signals, slurm.current_job())
-        status = supervisor.run_to_the_end(attempt)
+        status = supervisor.run_to_the_end(attempt, prepare)
         if supervisor.to_be_ended:
             _wait_to_be_ended(signals)
         return status
@@ -162,7 +170,7 @@ class Supervisor:
     to_be_ended: bool = False  # by Slurm, which requeues, pre-empts or cancels the job
     goes_on: str = ""  # what Slurm does to the job before it runs it again; empty where it does not
 
-    def run_to_the_end(self, attempt: int) -> int:
+    def run_to_the_end(self, attempt: int, prepare: Callable[[], None]) -> int:
         version = self.version
         with own(version) as owner:
             if version.is_finished:
@@ -171,6 +179,7 @@ class Supervisor:
             attempts = Attempts(self.name, version.attempts, self.run.max_restarts)
             if attempt > 1 and attempts.gave_up:
                 raise UserError(f"{self.name}: {attempts.gave_up}")
+            prepare()
             while True:
                 before = version.latest_iteration() or 0
                 limit = Limit(self.job, self.run.stop_before_limit)

@@ -36,6 +36,7 @@ class Version:
         self.metrics: Final = directory / "metrics.jsonl"
         self.answers: Final = directory / "answers"  # a directory with a file for each step with answers
         self.summary: Final = directory / "summary.md"
+        self.origin: Final = directory / "origin.json"  # the shorter version that it went on from, if any
         self.log: Final = directory / "train.log"  # of all attempts
         # What the supervisor and its processes tell each other, and the next supervisor.
         self.lock: Final = directory / "lock"
@@ -123,6 +124,11 @@ def check_place(output: Path) -> None:
     """`UserError` where a directory is in the way of a link that is to be published."""
     if output.is_dir() and not output.is_symlink():
         raise UserError(f"{output} is a directory, not a link to a version; move it away and run again")
+
+
+def published(output: Path) -> Version:
+    """The version that a link leads to, whether it is there or not."""
+    return Version(output.resolve())
 
 
 def versions(root: Path) -> list[Version]:

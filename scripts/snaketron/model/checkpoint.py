@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import partial, writing
+from snaketron.jobs.keeping import is_steady, kept
 from snaketron.jobs.owner import check_owner
 from snaketron.jobs.version import Version
 from snaketron.log import NO_SPACE, UserError
@@ -44,16 +45,23 @@ class Saver:
     Each is complete or absent either way: it is written aside, and renamed when every rank has written.
     """
 
-    def __init__(self, *, keep: int, background: bool) -> None:
-        self.keep, self.background = keep, background
+    def __init__(self, *, run: RunSettings, steady: int, background: bool) -> None:
+        self.run, self.steady, self.background = run, steady, background
         self.queue = AsyncCallsQueue()
         self.deleting: list[threading.Thread] = []
 
     @classmethod
-    def configured(cls, run: RunSettings) -> Saver:
-        """As `run` says; in the background by default where a GPU computes, since the CPU is then idle."""
+    def configured(cls, run: RunSettings, steady: int = 0) -> Saver:
+        """As `run` says; in the background by default where a GPU computes, since the CPU is then idle.
+
+        The learning rate falls after `steady` steps.
+        """
         background = backend.HAS_GPU if run.save_in_background is None else run.save_in_background
-        return cls(keep=run.keep_checkpoints, background=background)
+        return cls(run=run, steady=steady, background=background)
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether a checkpoint is written after so many steps."""
+        return iteration % self.run.save_interval == 0 or is_steady(iteration, self.run, self.steady)
 
     def save(
         self,
@@ -63,7 +71,7 @@ class Saver:
         optimizer: MegatronOptimizer | None,
         progress: dict[str, Any],
     ) -> None:
-        """Write `iter_<iteration>`, name it the latest, and delete all but the newest `keep` checkpoints.
+        """Write `iter_<iteration>`, name it the latest, and delete the checkpoints that are not kept.
 
         `progress` is a small dictionary, equal on all ranks. Without an optimizer the checkpoint is a base
         for trainings and does not continue one. All ranks must call this. In the background the checkpoint is
@@ -119,7 +127,8 @@ class Saver:
             temporary.replace(target)
             with writing(version.latest) as (text,):
                 text.write_text(str(iteration))
-            for old in version.iterations()[: -self.keep]:
+            iterations = version.iterations()
+            for old in set(iterations) - kept(iterations, self.run, self.steady):
                 self._delete(version.iteration_directory(old))
         torch.distributed.barrier()
 

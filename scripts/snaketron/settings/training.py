@@ -17,23 +17,9 @@ from snaketron.config import (
     Training,
     Tuning,
 )
+from snaketron.settings.schedule import Schedule
 
 from pydantic import Field
-
-
-class Schedule(Section):
-    """The learning rate over tokens in pretraining and over steps in SFT; a step counts `increment` of them.
-
-    It rises linearly over the first `warmup` units. WSD then stays and falls over the last `decay` units
-    before `end` by 1 - sqrt; cosine falls from the warm-up to `end`; constant stays.
-    """
-
-    style: Literal["WSD", "cosine", "constant"]
-    start: int
-    warmup: int
-    end: int
-    decay: int
-    increment: int
 
 
 class TrainSettings(Section):

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from snaketron.wording import hours, large
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a training is made from, as far as it can be known before it starts."""
+
+    identities: Sequence[str]  # in the order of the version key; that of the blend is the first
+    blend: Mapping[str, Any] | None = None  # the content of blend.json, where it follows from the length
+    order: str | None = None  # of the samples in the index (`sizes.epochs`)
 
 
 @dataclass(frozen=True)
@@ -15,6 +26,8 @@ class Progress:
     done: int = 0  # steps that its last checkpoint holds
     finished: bool = False
     tokens_per_second: float | None = None  # of all processes, measured when the stage was trained last
+    origin: str = ""  # the shorter version whose last checkpoint, after `done` steps, it goes on from
+    starts_over: str = ""  # why it does not go on from the version that is published
 
 
 def outlook(progress: Progress, steps: int, tokens_per_step: int, stated: float | None) -> str:
@@ -33,9 +46,13 @@ def outlook(progress: Progress, steps: int, tokens_per_step: int, stated: float 
         return "was trained before and is only published"
     left = (steps - progress.done) * tokens_per_step
     text = f"trains {steps:,} steps, {large(left)} tokens"
-    if progress.done:
+    if progress.origin:
+        text = f"continues at step {progress.done:,} of {steps:,}, from {progress.origin}"
+    elif progress.done:
         text = f"continues after step {progress.done:,} of {steps:,}"
     if speed := stated or progress.tokens_per_second:
         text += f", about {hours(left / speed / 3600)}"
         text += "" if stated else " at the speed of the last time"
+    if progress.starts_over:
+        text += f"; starts over: {progress.starts_over}"
     return text if progress.identity or progress.done else f"{text}, once what it is made from is there"

@@ -19,6 +19,7 @@ from snaketron.log import logger
 from snaketron.model import backend, lora
 from snaketron.model.checkpoint import Saver
 from snaketron.model.megatron import internals
+from snaketron.settings.schedule import steady_steps
 from snaketron.sizes.flops import training_flops
 from snaketron.train.batches import Batches
 from snaketron.train.build import Trainable
@@ -54,7 +55,8 @@ class Trainer:
         if self.built.adapters:
             flops *= 2 / 3  # frozen weights have no gradient
         self.clock = Clock(flops, self.run.parallel.world_size)
-        self.saver = Saver.configured(self.run)
+        steady = steady_steps(self.settings.schedule, self.settings.optimizer, self.settings.train_iters)
+        self.saver = Saver.configured(self.run, steady)
         self.totals = Totals()  # since the last line of metrics
         self.sources: tuple[str, ...] = ()
         self.stop_signal = 0
@@ -142,13 +144,14 @@ class Trainer:
         at_end = self.iteration == self.settings.train_iters
         if self.iteration % self.run.log_interval == 0 or at_end:
             metrics.write(**self._line(grad_norm))
+        if self.iteration % self.run.log_interval == 0:  # a longer training goes on with what is not told yet
             self.totals.clear()
         if self.iteration % self.run.eval_interval == 0 or at_end:
             self._validate(batches, metrics)
         interval = self.run.sample_interval
         if at_end or (interval and self.iteration % interval == 0):
             answer()
-        if self.iteration % self.run.save_interval == 0 or at_end or self.stop_signal:
+        if self.saver.is_due(self.iteration) or at_end or self.stop_signal:
             with self.clock.spend("checkpoint"):
                 self.save(directory)
                 if at_end or self.stop_signal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import snaketron.model  # noqa: F401 - before megatron-core
 from snaketron.config import Optimizer
-from snaketron.settings.training import Schedule
+from snaketron.settings.schedule import Schedule
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler

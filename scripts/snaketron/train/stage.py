@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 from snaketron.config import Model, Section
 from snaketron.data.tokenizer import Info, tokenizer_info
 from snaketron.files import read_json, sha256, writing
-from snaketron.jobs import launch, supervisor
-from snaketron.jobs.version import Version, check_place, version_key
+from snaketron.jobs import continuation, launch, supervisor
+from snaketron.jobs.version import Version, check_place, published, version_key
 from snaketron.lineage.record import Entry, making, of_file
+from snaketron.lineage.walk import record_about
 from snaketron.lineage.wandb import Tracker
 from snaketron.log import UserError, begin_log, log_to, logger
 from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings, model_differences
 from snaketron.sizes.layout import layout
+from snaketron.sizes.outlook import Inputs
 from snaketron.train.metrics import Metrics, mix, performance
 from snaketron.wording import size_text
 
@@ -39,7 +41,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 def training_parser(description: str | None) -> argparse.ArgumentParser:
     """The options that all trainings have."""
     parser = argparse.ArgumentParser(description=description)
-    parser.set_defaults(adapters=None)  # a checkpoint of them, which only some read
+    parser.set_defaults(adapters=None, index=None)  # a checkpoint and a directory that only some read
     parser.add_argument("--blend", type=Path, required=True, help="blend.json of the data")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer directory")
     parser.add_argument("--base", type=Path, nargs="?", help="checkpoint to start from; none: random weights")
@@ -56,11 +58,15 @@ def training_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run_stage(
-    args: argparse.Namespace, train: Callable[[Stage], int], kind: type[TrainSettings] = TrainSettings
+    args: argparse.Namespace,
+    train: Callable[[Stage], int],
+    kind: type[TrainSettings] = TrainSettings,
+    *,
+    has_steps: bool = True,
 ) -> int:
     """Supervise a stage and publish it, or `train` as one of its processes; the exit status.
 
-    `kind` is what `--settings` holds.
+    `kind` is what `--settings` holds. A stage that `has_steps` goes on from a shorter one that began like it.
     """
     if launch.is_rank():
         launch.join()
@@ -70,7 +76,13 @@ def run_stage(
         with launch.telling(stage.version.failures):
             return train(stage)
     check_place(stage.output)
-    status = supervisor.supervise(stage.settings.stage, stage.version, stage.run, attempt=args.attempt)
+    status = supervisor.supervise(
+        stage.settings.stage,
+        stage.version,
+        stage.run,
+        attempt=args.attempt,
+        prepare=stage.go_on if has_steps else lambda: None,
+    )
     if status == 0:
         stage.publish()
     return status
@@ -88,6 +100,7 @@ class Stage:
     base: Path | None  # checkpoint to start from
     inputs: list[Entry]  # each with its identity: `sha256`, or `version` of a checkpoint
     output: Path
+    index: Path | None = None  # of the samples of pretraining
     started: float = field(default_factory=time.monotonic, compare=False)
 
     @classmethod
@@ -107,12 +120,23 @@ class Stage:
             raise UserError("--base: name the checkpoint that the adapters are for")
         if args.adapters:
             inputs.append(Entry("adapters", str(args.adapters), version=Version(args.adapters).identity))
-        return cls(settings, run, args.blend, args.tokenizer, tokenizer, args.base, inputs, args.output)
+        return cls(
+            settings, run, args.blend, args.tokenizer, tokenizer, args.base, inputs, args.output, args.index
+        )
+
+    @property
+    def identities(self) -> list[str]:
+        """Of the inputs, in their order."""
+        return [entry.sha256 or entry.version for entry in self.inputs]
 
     @cached_property
     def key(self) -> str:
-        identities = [entry.sha256 or entry.version for entry in self.inputs]
-        return version_key(self.settings.model_dump(), identities)
+        return version_key(self.settings.model_dump(), self.identities)
+
+    @property
+    def order(self) -> str | None:
+        """The order of the samples in the index; None without an index, or with one of before."""
+        return record_about(self.index).settings.get("order") if self.index else None
 
     @cached_property
     def version(self) -> Version:
@@ -129,6 +153,20 @@ class Stage:
             if not launch.is_rank():
                 begin_log(log_file)
             log_to(log_file)
+
+    def go_on(self) -> None:
+        """Take over the last checkpoint of a shorter training that began like this one, if there is one."""
+        version, settings = self.version, self.settings.model_dump()
+        inputs = Inputs(self.identities, read_json(self.blend) if self.index else None, self.order)
+        continuation.check_order(version, inputs, settings)
+        if version.latest_iteration() is not None:
+            return
+        while origin := continuation.find(version, settings, inputs):
+            if continuation.take_over(version, origin, self.run):
+                logger.info("%s: continues at %s", self.settings.stage, origin)
+                return
+        if why := continuation.why_not(version, published(self.output), settings, inputs):
+            logger.info("%s: starts over: %s", self.settings.stage, why)
 
     def train(
         self,
@@ -208,12 +246,18 @@ class Stage:
                 "run": self.run.model_dump(),
                 "inputs": [entry.reference for entry in self.inputs],
                 "tokenizer_sha256": self.tokenizer.sha256,
+                **({"order": order} if (order := self.order) else {}),
+                **self._origin(),
             }
             temporary.write_text(yaml.safe_dump(values, sort_keys=False))
         self.version.tokenizer.mkdir(exist_ok=True)
         for name in TOKENIZER_FILES:
             if (self.tokenizer_directory / name).exists():
                 shutil.copyfile(self.tokenizer_directory / name, self.version.tokenizer / name)
+
+    def _origin(self) -> dict[str, Any]:
+        """The shorter version that this one went on from, and at which step; nothing where there is none."""
+        return {"continues": read_json(path)} if (path := self.version.origin).exists() else {}
 
     def _finish(self, seconds: float, batches: Batches) -> None:
         """Record what a finished training did."""
@@ -230,6 +274,7 @@ class Stage:
                 "train_seconds": round(seconds, 2),
                 **mix(lines, batches.wanted()),
                 **performance(lines),
+                **self._origin(),
             }
         )
 

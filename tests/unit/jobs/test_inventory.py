@@ -13,7 +13,7 @@ from snaketron import files
 from snaketron.jobs import inventory
 from snaketron.jobs.owner import own
 from snaketron.jobs.version import Version, version_key
-from snaketron.sizes.outlook import Progress
+from snaketron.sizes.outlook import Inputs, Progress
 
 import pytest
 import yaml
@@ -162,7 +162,7 @@ def test_a_training_is_found_by_its_settings_and_inputs_with_the_speed_of_the_la
     files.write_json(last.record, {"kind": "checkpoint", "outputs": [], "counts": counts})
     make(tmp_path, f"pretrain_broad-{key}", finished=False, iteration=30, outcome="stopped")
     identity = f"pretrain/broad-{key}"
-    assert inventory.look(output, settings, identities) == Progress(identity, 30, False, 200.0)
-    assert inventory.look(output, settings, ["blend", "other"]).done == 0
+    assert inventory.look(output, settings, Inputs(identities)) == Progress(identity, 30, False, 200.0)
+    assert inventory.look(output, settings, Inputs(["blend", "other"])).done == 0
     assert inventory.look(output, settings, None) == Progress(None, 0, False, 200.0)  # data is made first
-    assert inventory.look(tmp_path / "sft", {"stage": "sft"}, []).tokens_per_second is None
+    assert inventory.look(tmp_path / "sft", {"stage": "sft"}, Inputs([])).tokens_per_second is None

@@ -136,6 +136,7 @@ OTHER: dict[str, Any] = {
     **{f"{s}.loss_average": "sample" for s in ("sft", "lora")},
     **{f"{s}.switch_loss_average_after": 20 for s in ("sft", "lora")},
     **{f"{s}.sample_interval": 20 for s in ("sft", "lora")},
+    **{f"{s}.steady_interval": 20 for s in ("pretrain", "sft", "lora")},
     "lora.expert_rank": 2,
     "lora.dropout": 0.1,
     "lora.target_modules": ["in_proj", "linear_qkv"],

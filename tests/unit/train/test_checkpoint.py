@@ -127,7 +127,7 @@ def test_a_complete_checkpoint_that_latest_does_not_name_is_not_taken(trainer, t
 def test_the_newest_checkpoints_are_kept(
     trainer, tmp_path: Path, keep: int, left: list[int], background: bool
 ):
-    one = trainer(steps=1, keep_checkpoints=keep, save_in_background=background)
+    one = trainer(steps=1, keep_checkpoints=keep, keep_steady=0, save_in_background=background)
     for one.iteration in (2, 4, 6):
         one.save(tmp_path)
     assert one.saver.finish()

@@ -13,6 +13,7 @@ from snaketron.data.split import SPLITS
 from snaketron.data.text import binidx
 from snaketron.lineage.record import Entry, Record, making, read
 from snaketron.log import UserError, logger
+from snaketron.sizes import epochs as epochs_of
 from snaketron.wording import counted
 
 _AGAIN = "remove its record and run again, so that it is tokenized again"
@@ -270,7 +271,9 @@ def weigh(
     kept = [s for s in shards if s.tokens]
     corpora = []
     for corpus in share:
-        taken = share[corpus] * train_tokens if split == "train" else None
+        taken, epochs = (
+            epochs_of.taken(share[corpus], tokens[corpus], train_tokens) if split == "train" else (None, None)
+        )
         corpora.append(
             CorpusShare(
                 corpus=corpus,
@@ -279,8 +282,8 @@ def weigh(
                 present=tokens[corpus] / sum(tokens.values()),
                 documents=sum(s.documents for s in by_corpus[corpus] if s.tokens),
                 tokens=tokens[corpus],
-                taken=None if taken is None else round(taken),
-                epochs=None if taken is None else round(taken / tokens[corpus], 4),
+                taken=taken,
+                epochs=epochs,
                 empty_shards=empty[corpus],
             )
         )

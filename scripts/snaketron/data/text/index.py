@@ -2,11 +2,13 @@
 
 It is built once, by a job without a GPU, and ranks only read it. What it holds follows from the blend, the
 seed, the sequence length and the number of training samples, and from nothing about how a training is run.
-File names are megatron-core's: hashes over the paths of the shards, among others.
+More samples begin with the same ones, so a training can be prolonged. File names are megatron-core's: hashes
+over the paths of the shards, among others.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import resource
@@ -25,8 +27,10 @@ from snaketron.data.tokenizer import Info
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.lineage.walk import record_about
 from snaketron.log import UserError
+from snaketron.sizes.epochs import BY_EPOCH, epochs, shares
 
 import numpy as np
+from megatron.core.datasets import helpers
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -73,7 +77,7 @@ def build(
                 for split, samples in num_samples(blend, seq_length, train_samples).items()
             }
             content = _content(building)
-            job.inputs, job.settings = {"blend": blend_path}, settings
+            job.inputs, job.settings = {"blend": blend_path}, settings | {"order": BY_EPOCH}
             job.counts = counts | {"files": content.pop("files")}
             job.present = [Entry("index", str(output), **content)]
             record.unlink(missing_ok=True)
@@ -95,6 +99,10 @@ def _build_split(
     built = []
     for prefix, number in _shares(content, samples):
         text = IndexedDataset(prefix, mmap=False)
+        tokens = int(text.sequence_lengths.sum())
+        if split == "train" and (times := epochs(number, config.sequence_length, tokens)) > 1:
+            built.append(_build_by_epoch(text, prefix, number, times, config))
+            continue
         documents = np.arange(len(text), dtype=np.int32)
         dataset = GPTDataset(text, prefix, documents, number, Split[split], config)
         built.append(_Built(Split[split], dataset.unique_identifiers, len(dataset)))
@@ -110,6 +118,39 @@ def _build_split(
     return {"samples": samples, "corpora": dict(taken)}
 
 
+def _build_by_epoch(
+    text: IndexedDataset, prefix: str, number: int, times: int, config: GPTDatasetConfig
+) -> _Built:
+    """Index a shard that is read `times` times, where each epoch is shuffled by itself.
+
+    megatron-core shuffles all epochs together, so one more would change the order of all. Its files are
+    written here with another content. The first epoch is as megatron-core has it where there is no second.
+    """
+    reading = dataclasses.replace(config, fast_cache_load=True, defer_npy_index_mmap=True)
+    dataset = GPTDataset(text, prefix, None, number, Split.train, reading)
+    lengths, seq_length = text.sequence_lengths, config.sequence_length
+    tokens = int(lengths.sum())
+    random = np.random.RandomState(config.random_seed)
+    documents, order, first = [], [], 0
+    for epoch in range(1, times + 1):
+        documents.append(np.arange(len(text), dtype=np.int32))
+        random.shuffle(documents[-1])
+        # The samples that end within the epochs so far; the label of the last token is needed too.
+        end = (epoch * tokens - 1) // seq_length
+        order.append(np.arange(first, end, dtype=np.int64 if end >= 2**32 - 1 else np.uint32))
+        random.shuffle(order[-1])
+        first = end
+    document_index = np.concatenate(documents)
+    sample_index = helpers.build_sample_idx(lengths, document_index, seq_length, times, tokens, True, True)
+    assert len(sample_index) == first + 1
+    arrays = {"document": document_index, "sample": sample_index, "shuffle": np.concatenate(order)}
+    for name, array in arrays.items():
+        np.save(getattr(dataset, f"path_to_{name}_index"), array, allow_pickle=True)
+    description = dataset.path_to_document_index.replace("document_index.npy", "description.txt")
+    Path(description).write_text(dataset.unique_description)
+    return _Built(Split.train, dataset.unique_identifiers, first)
+
+
 @dataclass(frozen=True)
 class _Built:
     """The part of a data set that BlendedDataset asks for; the rest need not stay in memory."""
@@ -123,16 +164,8 @@ class _Built:
 
 
 def _shares(content: BlendedSplit, samples: int) -> list[tuple[str, int]]:
-    """The prefix of each shard, and the most samples that the first `samples` of the blend take from it.
-
-    megatron-core takes each sample from the shard that lags most behind its weight, so none is taken more
-    often than its share rounded up.
-    """
-    total = sum(content.weights)
-    return [
-        (prefix, int(np.ceil(samples * (weight / total))))
-        for prefix, weight in zip(content.prefixes, content.weights, strict=True)
-    ]
+    """The prefix of each shard, and the most samples that the first `samples` of the blend take from it."""
+    return list(zip(content.prefixes, shares(content.weights, samples), strict=True))
 
 
 def _content(directory: Path) -> dict[str, Any]:

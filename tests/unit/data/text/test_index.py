@@ -122,19 +122,41 @@ def test_held_out_splits_have_as_many_samples_as_their_tokens(make_blend):
     assert set(samples(found, "test")[0]) == {140, 141, 142}  # repeated until the sample is full
 
 
-@pytest.mark.parametrize("count", [50, 400])
-def test_the_samples_are_those_of_megatrons_builder(make_blend, tmp_path: Path, count: int):
-    """360 tokens are 90 samples: half an epoch, and over four of them."""
+def test_the_samples_are_those_of_megatrons_builder(make_blend, tmp_path: Path):
+    """360 tokens are 90 samples, of which 50 are half an epoch of each shard."""
     blend = make_blend({"docs": 1, "code": 1}, train={"docs": [90, 70], "code": [200]})
-    build(blend, train_samples=count)
+    build(blend, train_samples=50)
     numbers = {"seed": 1, "seq_length": SEQ_LENGTH}
     tokenizer = index._Tokenizer(SHA256, INFO)
     config = index._config(load_blend(blend), numbers, tmp_path / "theirs", tokenizer)
-    theirs, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [count, 0, 0], lambda: True, config).build()
-    ours, _ = load(blend, train_samples=count)["train"]
+    theirs, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [50, 0, 0], lambda: True, config).build()
+    ours, _ = load(blend, train_samples=50)["train"]
     for key in ("tokens", "labels", "loss_mask", "position_ids"):
-        expected = [theirs[i][key].tolist() for i in range(count)]
-        assert [ours[i][key].tolist() for i in range(count)] == expected
+        expected = [theirs[i][key].tolist() for i in range(50)]
+        assert [ours[i][key].tolist() for i in range(50)] == expected
+
+
+@pytest.mark.parametrize("more", [50, 90, 91, 170, 400])
+def test_more_samples_begin_with_the_same_ones(make_blend, more: int):
+    """From a third of an epoch on, up to over four: what was seen is seen again, token for token."""
+    blend = make_blend({"docs": 1, "code": 1}, train={"docs": [90, 70], "code": [200]})
+    build(blend, train_samples=30)
+    build(blend, "longer", train_samples=more)
+    short = samples(load(blend, train_samples=30), "train")
+    long = samples(load(blend, "longer", train_samples=more), "train")
+    assert len(long) == more and long[:30] == short
+
+
+def test_each_epoch_is_every_token_in_an_order_of_its_own(make_blend):
+    """41 tokens are 10 samples of 4 and a label, 82 are 20 and 123 are 30: a sample may lie in two epochs."""
+    blend = make_blend({"docs": 1}, train={"docs": [41]})
+    build(blend, train_samples=30)
+    found = samples(load(blend, train_samples=30), "train")
+    parts = [found[:10], found[10:20], found[20:]]
+    for times in (1, 2):
+        seen = Counter(token for sample in found[: 10 * times] for token in sample)
+        assert max(seen.values()) == times and sum(seen.values()) == 40 * times
+    assert sorted(parts[0]) != sorted(parts[1]) != sorted(parts[2])
 
 
 def test_a_large_shard_among_many_small_ones_is_not_asked_for_too_much(make_blend, tmp_path: Path):
@@ -178,7 +200,7 @@ def test_the_record_says_what_the_index_follows_from(make_blend, tmp_path: Path)
     build(blend)
     record = files.read_json(tmp_path / "index.json")
     assert (record["kind"], record["name"]) == ("index", "one")
-    assert record["settings"] == {"blend": files.sha256(blend), **NUMBERS}
+    assert record["settings"] == {"blend": files.sha256(blend), **NUMBERS, "order": "by epoch"}
     assert record["inputs"] == [{"name": "blend", "path": str(blend), "sha256": files.sha256(blend)}]
     # 4 files of each of three shards, and 3 of their blend.
     assert record["counts"]["files"] == 15 == len(list((tmp_path / "index").iterdir()))

@@ -1,0 +1,28 @@
+"""Which checkpoints of a training are kept: the newest ones, and those from before its learning rate falls.
+
+A killed training continues from the newest. From those before the rate falls it can be made longer, and they
+can be averaged (`train.averaging`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from snaketron.settings.training import RunSettings
+
+
+def is_steady(iteration: int, run: RunSettings, steady: int) -> bool:
+    """Whether the checkpoint after so many steps is one of those from before the learning rate falls.
+
+    They lie `steady_interval` steps apart, and the last one is where it begins to fall, after `steady` steps.
+    """
+    if not run.keep_steady or not 0 < iteration <= steady:
+        return False
+    return iteration == steady or iteration % (run.steady_interval or run.save_interval) == 0
+
+
+def kept(iterations: Iterable[int], run: RunSettings, steady: int) -> set[int]:
+    """Of the steps that there are checkpoints of, those whose checkpoints are kept."""
+    there = sorted(iterations)
+    before = [iteration for iteration in there if is_steady(iteration, run, steady)]
+    return {*there[-run.keep_checkpoints :], *(before[-run.keep_steady :] if run.keep_steady else ())}

@@ -1,0 +1,255 @@
+"""What a longer training goes on from: phases of 4 sequences of 16 tokens a step, 64 tokens."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from snaketron import files
+from snaketron.config import load
+from snaketron.jobs import inventory
+from snaketron.jobs.continuation import Origin, check_order, find, take_over, why_not
+from snaketron.jobs.keeping import kept
+from snaketron.jobs.version import Version, version_key
+from snaketron.log import UserError
+from snaketron.settings.training import run_settings, train_settings
+from snaketron.sizes.epochs import resized
+from snaketron.sizes.outlook import Inputs
+
+import orjson
+import pytest
+import yaml
+
+STEP = 64
+TOKENS = 1000  # of the only shard: 62 samples, 15 steps
+
+
+def blend(steps: int, tokens: int = TOKENS, **keys: Any) -> dict[str, Any]:
+    """What a blend.json of so many steps holds of interest."""
+    corpus = {"corpus": "docs", "share": 1.0, "tokens": tokens, "taken": 0, "epochs": 0.0}
+    train = {"weights": [1.0], "shards": [{"tokens": tokens}], "corpora": [corpus]}
+    return resized({"phase": "one", "train": train} | keys, steps * STEP)
+
+
+def identity(of: dict[str, Any]) -> str:
+    return hashlib.sha256(files.to_json(of)).hexdigest()
+
+
+def inputs(of: dict[str, Any], *others: str, order: str | None = "by epoch") -> Inputs:
+    return Inputs([identity(of), *(others or ("tokenizer",))], of, order)
+
+
+def phase(steps: int, decay: int, more: int = 0, **keys: Any) -> dict[str, Any]:
+    """A first phase of a curriculum that decays over its last `decay` steps; `more` are of a second phase."""
+    mix = [{"corpus": "docs", "weight": 1}]
+    phases = [{"name": "one", "tokens": steps * STEP, "blend": mix}]
+    phases += [{"name": "two", "tokens": more * STEP, "blend": mix}] if more else []
+    pretrain = {"seq_length": 16, "global_batch_size": 4, "warmup_tokens": 2 * STEP, "phases": phases}
+    seed = keys.pop("seed", 1)
+    pretrain |= {"decay_tokens": decay * STEP} | {k: v for k, v in keys.items() if k != "model"}
+    config = load({"seed": seed, "model": keys.get("model", {}), "pretrain": pretrain}, {})
+    return train_settings(config, "pretrain/one").model_dump()
+
+
+def sft(steps: int, rate: float, least: float) -> dict[str, Any]:
+    optimizer = {"learning_rate": rate, "min_learning_rate": least}
+    config = load({"sft": {"train_iters": steps, "warmup_iters": 2, "optimizer": optimizer}}, {})
+    return train_settings(config, "sft").model_dump()
+
+
+def new(root: Path, settings: dict[str, Any], of: Inputs) -> Version:
+    key = version_key(settings, list(of.identities))
+    return Version.of(root / settings["stage"], settings["stage"], key)
+
+
+def trained(root: Path, settings: dict[str, Any], of: Inputs, *iterations: int) -> Version:
+    """A version with checkpoints after so many steps, and what a training writes beside them."""
+    version = new(root, settings, of)
+    names = ("sha256", "sha256", "version")
+    entries = [{name: value} for name, value in zip(names, of.identities, strict=False)]
+    content = {"settings": settings, "inputs": entries, "order": of.order}
+    files.write_text(version.config, yaml.safe_dump(content))
+    for iteration in iterations:
+        files.write_text(version.iteration_directory(iteration) / "__0_0.distcp", f"weights {iteration}")
+    files.write_text(version.latest, str(iterations[-1]))
+    return version
+
+
+def found(root: Path, settings: dict[str, Any], of: Inputs) -> int | None:
+    origin = find(new(root, settings, of), settings, of)
+    return origin and origin.iteration
+
+
+# ------------------------------------------------------------------------------------- how far it goes
+
+
+def test_a_longer_phase_goes_on_from_where_the_rate_began_to_fall(tmp_path: Path):
+    """10 steps that fall over the last 4; of 14 steps the first 6 have the same rates."""
+    trained(tmp_path, phase(10, 4), inputs(blend(10)), 3, 6, 9, 10)
+    assert found(tmp_path, phase(14, 4), inputs(blend(14))) == 6
+    assert found(tmp_path, phase(14, 6), inputs(blend(14))) == 6  # falls from step 8 on
+    assert found(tmp_path, phase(14, 10), inputs(blend(14))) == 3  # falls from step 4 on
+    assert found(tmp_path, phase(6, 2), inputs(blend(6))) == 3  # a shorter one, from step 4 on
+    assert found(tmp_path, phase(14, 12), inputs(blend(14))) is None  # falls after the warm-up of 2
+
+
+def test_a_phase_that_never_falls_goes_on_from_its_end(tmp_path: Path):
+    """The rate falls in the second phase, whose length does not concern the first one."""
+    trained(tmp_path, phase(10, 4, more=5), inputs(blend(10)), 5, 10)
+    assert found(tmp_path, phase(14, 4, more=9), inputs(blend(14))) == 10
+    assert found(tmp_path, phase(12, 7, more=3), inputs(blend(12))) == 5  # falls from step 8 on
+
+
+def test_a_further_phase_takes_the_decay_away_from_the_one_before_it(tmp_path: Path):
+    trained(tmp_path, phase(10, 4), inputs(blend(10)), 6, 10)
+    assert found(tmp_path, phase(10, 4, more=6), inputs(blend(10))) == 6
+
+
+def test_the_newest_of_all_versions_is_taken(tmp_path: Path):
+    trained(tmp_path, phase(10, 4), inputs(blend(10)), 6, 10)
+    trained(tmp_path, phase(12, 4), inputs(blend(12)), 8)  # stopped
+    assert found(tmp_path, phase(14, 4), inputs(blend(14))) == 8
+
+
+@pytest.mark.parametrize(
+    ("changed", "of", "why"),
+    [
+        (phase(14, 4, seed=2), inputs(blend(14)), "other than before: seed"),
+        (
+            phase(14, 4, model={"moe_router_topk": 3}),
+            inputs(blend(14)),
+            "other than before: model.moe_router_topk",
+        ),
+        (phase(14, 4), inputs(blend(14, tokens=1001)), "other than before: the data"),
+        (phase(14, 4), inputs(blend(14), "another"), "other than before: the tokenizer"),
+        (
+            phase(14, 4),
+            inputs(blend(14), "tokenizer", "base"),
+            "other than before: the checkpoint that it starts from",
+        ),
+        (phase(14, 10), inputs(blend(14)), "no checkpoint of the first 4 steps is left, after which its"),
+        (phase(14, 4, warmup_tokens=0), inputs(blend(14)), "its learning rate falls from the first step on"),
+    ],
+)
+def test_why_a_training_starts_over_is_told(tmp_path: Path, changed: dict, of: Inputs, why: str):
+    before = trained(tmp_path, phase(10, 4), inputs(blend(10)), 6, 10)
+    assert found(tmp_path, changed, of) is None
+    assert why_not(new(tmp_path, changed, of), before, changed, of).startswith(why)
+
+
+def test_a_constant_rate_of_a_tuning_is_prolonged_and_a_cosine_is_not(tmp_path: Path):
+    of = Inputs(["blend", "tokenizer", "base"])
+    before = trained(tmp_path, sft(10, 1e-3, 1e-4), of, 8, 10)
+    longer = sft(15, 1e-3, 1e-4)
+    assert found(tmp_path, longer, of) is None
+    assert why_not(new(tmp_path, longer, of), before, longer, of).startswith("a cosine cannot be prolonged")
+    trained(tmp_path, sft(10, 1e-3, 1e-3), of, 8, 10)
+    assert found(tmp_path, sft(15, 1e-3, 1e-3), of) == 10
+
+
+def test_data_that_was_repeated_in_another_order_is_not_gone_on_from(tmp_path: Path):
+    """Of 1,000 tokens 15 steps are one epoch, in any order; 20 of an index of before are not."""
+    trained(tmp_path, phase(15, 2, more=5), inputs(blend(15), order=None), 15)
+    assert found(tmp_path, phase(30, 2), inputs(blend(30))) == 15
+    assert found(tmp_path, phase(30, 2), inputs(blend(30), order=None)) is None
+    trained(tmp_path, phase(20, 2, more=5), inputs(blend(20), order=None), 20)
+    assert found(tmp_path, phase(30, 2), inputs(blend(30))) == 15
+    # Nor does a training change its data in the middle.
+    one = trained(tmp_path, phase(25, 2), inputs(blend(25), order=None), 20)
+    with pytest.raises(UserError, match="begun with the epochs of a corpus shuffled together"):
+        check_order(one, inputs(blend(25)), phase(25, 2))
+    check_order(one, inputs(blend(25), order=None), phase(25, 2))
+
+
+def test_a_dry_run_says_where_it_continues_or_why_it_starts_over(tmp_path: Path):
+    before = trained(tmp_path, phase(10, 4), inputs(blend(10)), 6, 10)
+    output = tmp_path / "pretrain/one"
+    before.publish(output)
+    progress = inventory.look(output, phase(14, 4), inputs(blend(14)))
+    assert (progress.done, progress.origin) == (6, before.directory.name)
+    progress = inventory.look(output, phase(14, 4, seed=2), inputs(blend(14)))
+    assert (progress.done, progress.starts_over) == (0, "other than before: seed")
+
+
+# --------------------------------------------------------------------------------------- taking it over
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> Version:
+    """10 steps, with metrics every 4, a validation every 5 and answers every 3."""
+    version = trained(tmp_path, phase(10, 4, more=5), inputs(blend(10)), 5, 10)
+    lines = [{"iteration": 0, "valid_loss": 7}]
+    lines += [{"iteration": 4, "loss": 6}, {"iteration": 5, "valid_loss": 5}, {"iteration": 8, "loss": 4}]
+    lines += [{"iteration": 10, "loss": 3}, {"iteration": 10, "valid_loss": 2}]
+    lines += [{"iteration": 10, "test_loss": 1}]
+    files.write_text(version.metrics, b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    for iteration in (0, 3, 6, 9, 10):
+        files.write_json(version.answers_after(iteration), [])
+    return version
+
+
+def test_a_version_begins_as_a_longer_training_would_have_left_it(tmp_path: Path, ended: Version):
+    """The last line of metrics, the test and the last answers are those of an end that it does not have."""
+    values = {"log_interval": 4, "eval_interval": 5}
+    run = run_settings(load({"pretrain": values}, {}), "pretrain/broad")
+    run = run.model_copy(update={"sample_interval": 3})
+    version = Version(tmp_path / "versions/pretrain_one-longer")
+    assert take_over(version, Origin(ended, 10), run)
+    assert version.latest_iteration() == 10 and version.iterations() == [10]
+    lines = [orjson.loads(line) for line in version.metrics.read_bytes().splitlines()]
+    told = [(line["iteration"], next(key for key in line if key != "iteration")) for line in lines]
+    assert told == [(0, "valid_loss"), (4, "loss"), (5, "valid_loss"), (8, "loss"), (10, "valid_loss")]
+    assert [path.name for path in version.all_answers()] == [f"step_000000{i}.json" for i in (0, 3, 6, 9)]
+    weights = version.iteration_directory(10) / "__0_0.distcp"
+    assert weights.read_text() == "weights 10" and weights.stat().st_nlink == 2
+    assert files.read_json(version.origin) == {"version": ended.directory.name, "iteration": 10}
+
+
+def test_killed_while_it_takes_over_it_begins_again(tmp_path: Path, ended: Version):
+    run = run_settings(load({}, {}), "pretrain/broad")
+    version = Version(tmp_path / "versions/pretrain_one-longer")
+    for left in (version.iteration_directory(10), files.partial(version.iteration_directory(10))):
+        files.write_text(left / "__0_0.distcp", "half")
+    assert version.latest_iteration() is None
+    assert take_over(version, Origin(ended, 10), run)
+    assert (version.iteration_directory(10) / "__0_0.distcp").read_text() == "weights 10"
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_left(tmp_path: Path, ended: Version):
+    version = Version(tmp_path / "versions/pretrain_one-longer")
+    run = run_settings(load({}, {}), "pretrain/broad")
+    assert not take_over(version, Origin(ended, 7), run)
+    assert version.latest_iteration() is None
+
+
+# --------------------------------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize(
+    ("keys", "left"),
+    [
+        # Of checkpoints every 10 steps, and where the rate begins to fall: after 45.
+        ({}, {45, 70, 80}),
+        ({"keep_steady": 3}, {30, 40, 45, 70, 80}),
+        ({"keep_steady": 3, "steady_interval": 20}, {20, 40, 45, 70, 80}),
+        ({"keep_steady": 0}, {70, 80}),
+        ({"keep_checkpoints": 1}, {45, 80}),
+    ],
+)
+def test_the_newest_checkpoints_and_those_before_the_decay_are_kept(keys: dict[str, int], left: set[int]):
+    run = run_settings(load({"pretrain": {"save_interval": 10} | keys}, {}), "pretrain/broad")
+    there = [10, 20, 30, 40, 45, 50, 60, 70, 80]
+    assert kept(there, run, steady=45) == left
+    assert copy.copy(there) == there
+
+
+def test_the_blend_of_another_length_is_known_without_making_it():
+    """Half of 1,000 tokens is taken of a corpus of 400: 1.25 epochs; of 3,000 tokens it is 3.75."""
+    corpus = {"corpus": "a", "share": 0.5, "tokens": 400, "taken": 500, "epochs": 1.25}
+    of = {"phase": "one", "train_tokens": 1000, "train": {"corpora": [corpus]}}
+    made = resized(of, 3000)
+    assert made["train_tokens"] == 3000
+    assert made["train"]["corpora"] == [corpus | {"taken": 1500, "epochs": 3.75}]
+    assert resized(made, 1000) == of and list(made) == list(of)
