@@ -1,4 +1,4 @@
-"""Where an artifact comes from, down to the raw files, by the records beside what was made."""
+"""Where an artifact comes from and what was made of a file, by the records beside what was made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from snaketron.log import argument_parser, run
 
@@ -19,14 +19,28 @@ FORMATS = ("text", "json", "mermaid", "openlineage")
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("path", type=Path, nargs="?", help="checkpoint, shard, blend, export or record to ask about")
-    add("--format", choices=FORMATS, default="text", help="how the tree is written")
+    add("path", type=Path, nargs="?", help="checkpoint, shard, blend, export or record whose tree is shown")
+    add("--format", choices=FORMATS, default="text", help="of the answer; a tree may have any of them")
     add("--verify", action="store_true", help="compare all files of the tree with their hashes")
-    add("--all", action="store_true", help="with --verify: also read files that have not changed since")
+    add("--all", action="store_true", help="with --verify: read files again that have not changed, too")
+    add("--who-uses", metavar="FILE", help="which jobs used a file, or the file of a hash")
+    add("--diff", type=Path, nargs=2, metavar=("A", "B"), help="why two artifacts differ")
+    add(
+        "--without", metavar="FILE", help="what has to be made again without a file, or without the documents"
+    )
+    add("--row", type=int, nargs="+", help="rows (from 1) of that file: when was each trained on")
+    add("--text", help="a part of a document of that file, in place of --row")
     add("--root", type=Path, nargs="+", help="directories with records, if not the working directory")
     args = parser.parse_args(argv)
-    if args.path is None:
-        parser.error("name a PATH")
+    asked = [name for name in ("path", "who_uses", "diff", "without") if getattr(args, name) is not None]
+    if len(asked) != 1:
+        parser.error("ask one question: PATH, --who-uses, --diff or --without")
+    if (args.row or args.text) and asked[0] not in ("who_uses", "without"):
+        parser.error("--row and --text belong to --who-uses and --without")
+    if (args.verify or args.all) and not (args.verify and asked == ["path"]):
+        parser.error("--verify belongs to PATH, and --all to --verify")
+    if args.format not in (("text", "json") if asked[0] in ("who_uses", "without") else FORMATS):
+        parser.error(f"--format {args.format} is one of trees")
     return args
 
 
@@ -34,8 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.lineage.catalogue import root_of, scan
 
-    roots = args.root or [root_of(args.path)]
+    if args.diff:
+        return diff(*args.diff, args.root)
+    roots = args.root or [root_of(args.path or Path(args.who_uses or args.without))]
     catalogue = scan(*roots)
+    if args.who_uses:
+        return who_uses(catalogue, args)
+    if args.without:
+        return without(catalogue, args)
     if args.verify:
         return verify(catalogue, args.path, roots[0], all_again=args.all)
     return show_tree(catalogue, args.path, args.format)
@@ -52,7 +72,7 @@ def show_tree(catalogue: Catalogue, path: Path, form: str) -> int:
     elif form == "mermaid":
         print(tree.mermaid(catalogue, made))
     else:
-        say(tree.show(catalogue, made))
+        show(tree.show(catalogue, made))
     return 0
 
 
@@ -66,18 +86,84 @@ def verify(catalogue: Catalogue, path: Path, root: Path, *, all_again: bool) -> 
     return 1 if found.problems else 0
 
 
-def say(what: object) -> None:
-    """Print for a terminal with its colours and width, and for anything else in lines as long as they are."""
+def who_uses(catalogue: Catalogue, args: argparse.Namespace) -> int:
+    from snaketron.lineage import uses, words
+
+    source = uses.source(catalogue, args.who_uses)
+    if args.row or args.text:
+        from snaketron.data.trace import words as trace
+        from snaketron.data.trace.fate import fates
+
+        found = fates(catalogue, source, rows(catalogue, args.who_uses, args))
+        answer(trace.told(catalogue, found), trace.as_json(catalogue, found), args.format)
+    else:
+        reached = uses.reach(catalogue, [source])
+        by_kind = {"text_in": uses.by_kind(reached.holders), "influence_on": uses.by_kind(reached.influenced)}
+        told = {"file": source.name, "sha256": source.identity, **by_kind}
+        answer(words.used(source, reached), told, args.format)
+    return 0
+
+
+def without(catalogue: Catalogue, args: argparse.Namespace) -> int:
+    from snaketron.data.trace import removal
+    from snaketron.lineage.uses import by_kind
+
+    name = args.without
+    if name.endswith(removal.LIST):
+        documents = removal.requested(Path(name))
+    elif args.row or args.text:
+        documents = [(name, row) for row in rows(catalogue, name, args)]
+    else:
+        documents = [(name, None)]
+    found = removal.removal(catalogue, documents)
+    told = {
+        "again": by_kind(found.again),
+        "training_steps": sum(made.record.settings["train_iters"] for made in found.trainings),
+        "never_trained_on_them": by_kind(found.unseen),
+        "influenced": by_kind(found.influenced),
+    }
+    answer(removal.told(found), told, args.format)
+    return 0
+
+
+def rows(catalogue: Catalogue, name: str, args: argparse.Namespace) -> list[int]:
+    """The rows that are asked for."""
+    from snaketron.data.trace.rows import rows_with
+    from snaketron.lineage.uses import source
+
+    return args.row or rows_with(source(catalogue, name), args.text)
+
+
+def diff(one: Path, other: Path, roots: list[Path] | None) -> int:
+    """The exit status: 1 where the artifacts differ, as that of `diff`."""
+    from snaketron.lineage.catalogue import root_of, scan
+    from snaketron.lineage.diff import Side, differences
+
+    sides = []
+    for path in (one, other):
+        catalogue = scan(*(roots or [root_of(path)]))
+        sides.append(Side(catalogue, catalogue.about(path)))
+    found = differences(*sides)
+    print("\n".join(found) or "no difference")
+    return 1 if found else 0
+
+
+def answer(lines: list[str], value: Any, form: str) -> None:
+    print(json.dumps(value, indent=2) if form == "json" else "\n".join(lines))
+
+
+def show(what: object) -> None:
+    """Print for a terminal in its colours and width, and for anything else in lines as long as they are."""
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=10_000)
-        with console.capture() as captured:
-            console.print(what)
-        print("\n".join(line.rstrip() for line in captured.get().splitlines()))
-    else:
+    if console.is_terminal:
         console.print(what)
+        return
+    console = Console(width=10_000)
+    with console.capture() as captured:
+        console.print(what)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 if __name__ == "__main__":

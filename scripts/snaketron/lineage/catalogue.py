@@ -141,30 +141,32 @@ class Catalogue:
         return found[-1] if found else None
 
     @cached_property
-    def _users(self) -> dict[str, list[Made]]:
+    def _users(self) -> dict[str, list[tuple[Made, Entry]]]:
         """By hash or version of an input, the jobs that used it. No record is added after it is asked."""
         users = defaultdict(list)
         for made in self.all:
-            for key in {entry.version or entry.sha256 for entry in made.record.inputs}:
-                if key:
-                    users[key].append(made)
+            for entry in made.record.inputs:
+                users[entry.version or entry.sha256].append((made, entry))
         return users
 
-    def users(self, identity: str) -> list[Made]:
-        """The jobs that had an input of this hash or version."""
-        return self._users.get(identity, [])
+    def users(self, identity: str) -> list[tuple[Made, Entry]]:
+        """The jobs that had an input of this hash or version, each with that input."""
+        return self._users.get(identity, []) if identity else []
 
-    def users_of(self, made: Made) -> list[tuple[Made, str]]:
-        """The jobs that used something of a job, with the name that their record gives the input."""
-        identities = [made.digest, made.version, *(output.sha256 for output in made.record.outputs)]
-        mine = {identity for identity in identities if identity}
-        found: dict[tuple[str, str], tuple[Made, str]] = {}
-        for identity in mine:
-            for user in self.users(identity):
-                for entry in user.record.inputs:
-                    if (entry.version or entry.sha256) in mine and self.made_by(entry, user) is made:
-                        found.setdefault((user.digest, entry.name), (user, entry.name))
-        return list(found.values())
+    def users_of(self, made: Made) -> list[tuple[Made, Entry]]:
+        """The jobs that used something of a job, each with that input."""
+        outputs = {output.sha256 for output in made.record.outputs}
+        return [
+            (user, entry)
+            for identity in (made.digest, made.version, *outputs)
+            for user, entry in self.users(identity)
+            if self.made_by(entry, user) is made
+        ]
+
+    def identities(self, beginning: str) -> list[str]:
+        """All hashes of inputs, outputs and records, and versions, that begin like this."""
+        known = {*self._users, *self._by_output, *self._by_digest, *self._by_version}
+        return sorted(identity for identity in known if identity.startswith(beginning))
 
     def inputs_at(self, path: Path) -> list[tuple[Made, Entry]]:
         """The inputs of all jobs that lie, or lay, at a path."""

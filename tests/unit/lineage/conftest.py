@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from snaketron.lineage.record import Entry, Record, making, of_user
+from snaketron.files import sha256
+from snaketron.lineage.record import Entry, Record, making, of_user, read
 
 import pytest
 
@@ -17,13 +19,23 @@ def write(path: str, text: str) -> Path:
 
 
 def job(kind: str, name: str, record: str, inputs: dict, outputs: dict[str, str], **settings) -> Record:
-    """A job that writes into each output its own path and `settings`, and a record."""
+    """A job that writes its path, hashes of inputs and its settings into each output, and a record."""
     paths = {key: Path(path) for key, path in outputs.items()}
     with making(kind, name, outputs=paths, record=Path(record)) as made:
         for key, aside in made.aside.items():
-            aside.write_text(f"{outputs[key]} {inputs} {settings}")
+            aside.write_text(f"{outputs[key]} {sorted(hashes(inputs))} {settings}")
         made.inputs, made.settings = inputs, settings
     return made.record
+
+
+def hashes(inputs: dict) -> Iterator[str]:
+    """Of all inputs; where one is a record, those of the outputs that it lists."""
+    for given in inputs.values():
+        for one in given if isinstance(given, list) else [given]:
+            if isinstance(one, Path) and one.suffix == ".json" and "tokens" in one.parts:
+                yield from (output.sha256 for output in read(one).outputs)
+            else:
+                yield one.sha256 if isinstance(one, Entry) else sha256(one)
 
 
 def train(stage: str, key: str, blend: str, base: str | None = None, **settings) -> None:
@@ -34,7 +46,7 @@ def train(stage: str, key: str, blend: str, base: str | None = None, **settings)
         made.present = [Entry("weights", str(weights), *_state(weights))]
         made.inputs = {"blend": Path(blend)}
         if base:
-            made.inputs["base"] = Entry("base", base.rpartition("-")[0], version=base)
+            made.inputs["base"] = Entry("base", f"ckpt/{base.rpartition('-')[0]}", version=base)
         made.settings, made.counts, made.key = settings, {"iterations": 10}, key
     link = Path("ckpt", stage)
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -56,16 +68,16 @@ def tokens(name: str, raw: str) -> str:
     return f"{root}/{name}.json"
 
 
-def run(weight: float = 1.0) -> None:
-    """All jobs, on the raw files that are there."""
+def run(key: str = "0a") -> None:
+    """All jobs, on the raw files that are there; `key` is that of the first training."""
     made = {"tokenizer.json": "data/tokenizer/tokenizer.json"}
     job("tokenizer", "tokenizer", "data/tokenizer/record.json", {"text": [Path("raw/a.jsonl")]}, made)
     shards = [Path(tokens(name, f"raw/{name}.jsonl")) for name in ("a", "b")]
     inputs = {"records": shards, "tokenizer": Path("data/tokenizer/tokenizer.json")}
     outputs = {"blend.json": "data/pretrain/one/blend.json"}
-    job("blend", "one", "data/pretrain/one/record.json", inputs, outputs, weight=weight)
-    train("pretrain/one", "0a", "data/pretrain/one/blend.json")
-    train("sft", "0b", "data/pretrain/one/blend.json", base="pretrain/one-0a", seed=1)
+    job("blend", "one", "data/pretrain/one/record.json", inputs, outputs, weight=1.0)
+    train("pretrain/one", key, "data/pretrain/one/blend.json")
+    train("sft", "0b", "data/pretrain/one/blend.json", base=f"pretrain/one-{key}", seed=1)
 
 
 @pytest.fixture

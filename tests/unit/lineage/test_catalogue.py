@@ -114,11 +114,15 @@ def test_a_job_that_copies_a_file_did_not_make_it(tmp_path: Path, monkeypatch: p
 def test_users_are_those_of_the_record_and_of_the_files(lineage: Path):
     catalogue = scan(lineage)
     shard = catalogue.about(Path("data/tokens/docs/a.json"))
-    assert [(made.title, role) for made, role in catalogue.users_of(shard)] == [("blend one", "records")]
+    assert [(made.title, entry.name) for made, entry in catalogue.users_of(shard)] == [
+        ("blend one", "records")
+    ]
     (base,) = (m for m in catalogue.all if m.version == "pretrain/one-0a")
-    assert [(made.title, role) for made, role in catalogue.users_of(base)] == [("checkpoint sft", "base")]
+    assert [(made.title, entry.name) for made, entry in catalogue.users_of(base)] == [
+        ("checkpoint sft", "base")
+    ]
     digest = sha256(Path("raw/a.jsonl"))
-    assert sorted(made.title for made in catalogue.users(digest)) == ["tokenizer", "tokens docs/a"]
+    assert sorted(made.title for made, _ in catalogue.users(digest)) == ["tokenizer", "tokens docs/a"]
     assert catalogue.users("unknown") == []
 
 

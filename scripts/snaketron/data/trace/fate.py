@@ -1,0 +1,207 @@
+"""What became of documents: their split or why they were dropped, and who trained on them when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snaketron.data.chats import order as chats
+from snaketron.data.text.order import SampleOrder
+from snaketron.data.trace.drops import why_dropped
+from snaketron.files import read_json
+from snaketron.lineage.catalogue import Catalogue, Made
+from snaketron.lineage.uses import Source, reach
+from snaketron.log import UserError
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+READERS = {"tokens": "text", "render_chat": "chats"}  # jobs that end the way of a raw text, and their input
+
+
+@dataclass
+class Training:
+    """When a training saw a document."""
+
+    made: Made
+    samples: list[int] = field(default_factory=list)  # from 0
+    problem: str = ""  # why they are not known
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps, from 1, in rising order."""
+        batch = self.made.record.settings["global_batch_size"]
+        return sorted({sample // batch + 1 for sample in self.samples})
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.made.record.settings["train_iters"])
+
+
+@dataclass
+class Fate:
+    """What a job that read a raw file made of one of its rows."""
+
+    file: str  # as the record names it
+    row: int
+    shard: Made
+    splits: list[str] = field(default_factory=list)  # of its sequences; empty where it was dropped
+    numbers: list[int] = field(default_factory=list)  # of its sequences, in the split or the rendered file
+    why: str = ""  # it is not trained on: dropped, held out, or in no pack
+    trainings: list[Training] = field(default_factory=list)  # that may have trained on it
+
+    @property
+    def trained(self) -> list[Training]:
+        return [training for training in self.trainings if training.samples]
+
+
+def fates(catalogue: Catalogue, source: Source, rows: Sequence[int]) -> list[Fate]:
+    """The fates of rows (from 1) of a raw file in each shard that they may be in.
+
+    Raises `UserError` where no job has read the file as text or as conversations.
+    """
+    names = {entry.path for made, entry in source.read}
+    shards = [made for made in reach(catalogue, [source]).holders if made.record.kind in READERS]
+    if not shards:
+        raise UserError(f"{source.name}: no job made text or conversations of it, so it has no documents")
+    found = []
+    for shard in shards:
+        for name in sorted(names):
+            of_kind = _of_text if shard.record.kind == "tokens" else _of_chats
+            found += of_kind(catalogue, shard, name, rows)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def _of_text(catalogue: Catalogue, shard: Made, file: str, rows: Sequence[int]) -> list[Fate]:
+    path = shard.place(shard.record.output("documents"))
+    columns = ["split", "sequence", "file", "row"]
+    here = (pc.field("file") == file) & pc.field("row").isin(list(rows))
+    try:
+        table = pq.ParquetFile(path).read(columns=columns, use_threads=False).filter(here)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not here any more, so the documents of {file} cannot be found") from None
+    found = {row: Fate(file, row, shard) for row in rows}
+    for value in table.to_pylist():
+        fate = found[value["row"]]
+        fate.splits.append(value["split"])
+        fate.numbers.append(value["sequence"])
+    for fate in found.values():
+        fate.why = _held_out(fate.splits) or (
+            "" if fate.splits else why_dropped(catalogue, shard, file, fate.row)
+        )
+        if "train" in fate.splits:
+            prefix = shard.record.output("train.bin").path.removesuffix(".bin")
+            numbers = [n for n, split in zip(fate.numbers, fate.splits, strict=True) if split == "train"]
+            for blend in _users(catalogue, shard, "blend"):
+                fate.trainings += _pretrained(catalogue, blend, prefix, numbers)
+    return list(found.values())
+
+
+def _pretrained(catalogue: Catalogue, blend: Made, prefix: str, sequences: list[int]) -> list[Training]:
+    """When the trainings on a blend saw some sequences of one of its shards."""
+    found = []
+    for made in _trainings(catalogue, blend):
+        training = Training(made)
+        found.append(training)
+        try:
+            order = SampleOrder(_index(catalogue, blend, made))
+            numbers = order.samples(prefix, sequences)
+            training.samples = numbers[numbers < _num_samples(made)].tolist()
+        except UserError as error:
+            training.problem = str(error)
+    return found
+
+
+def _index(catalogue: Catalogue, blend: Made, training: Made) -> Path:
+    """The directory of the index that a training read."""
+    settings = training.record.settings
+    wanted = {
+        "seed": settings["seed"],
+        "seq_length": settings["seq_length"],
+        "train_samples": _num_samples(training),
+    }
+    for made in _users(catalogue, blend, "index"):
+        if {key: made.record.settings.get(key) for key in wanted} == wanted:
+            return made.place(made.record.outputs[0])
+    raise UserError(
+        "the index that it read is not here any more: make it again with the settings of then "
+        "(rule index_pretrain), and ask again"
+    )
+
+
+# --------------------------------------------------------------------------------------- conversations
+
+
+def _of_chats(catalogue: Catalogue, shard: Made, file: str, rows: Sequence[int]) -> list[Fate]:
+    path = shard.place(shard.record.outputs[0])
+    found = {row: Fate(file, row, shard) for row in rows}
+    try:
+        for number, row, split in chats.rows(path, file, rows):
+            found[row].numbers.append(number)
+            found[row].splits.append(split)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not here any more, so the rows of {file} cannot be found") from None
+    for fate in found.values():
+        fate.why = _held_out(fate.splits) or (
+            "" if fate.splits else why_dropped(catalogue, shard, file, fate.row)
+        )
+        if "train" in fate.splits:
+            for packing in _users(catalogue, shard, "pack_sft"):
+                _of_pack(catalogue, fate, packing)
+    return list(found.values())
+
+
+def _of_pack(catalogue: Catalogue, fate: Fate, packing: Made) -> None:
+    """Add the trainings on the packs of a job to the fate of a conversation."""
+    record = packing.record
+    inputs = record.inputs_named("chats")
+    files = [packing.place(entry) for entry in inputs]
+    before = 0
+    for path, entry in zip(files, inputs, strict=True):
+        if entry.sha256 == fate.shard.record.outputs[0].sha256:
+            break
+        before += pq.read_metadata(path).num_rows
+    wanted = [before + number for number in fate.numbers]
+    packed = packing.place(record.output("train"))
+    packs = chats.packs_of(files, record.settings, "train", wanted, packed)
+    if missing := [number for number in wanted if number not in packs]:
+        fate.why = f"in no pack: {chats.why_not_packed(files, record.settings, missing[0])}"
+    in_files = [(record.output("train").path, pack) for pack in sorted(set(packs.values()))]
+    for blend in _users(catalogue, packing, "blend_sft"):
+        value = read_json(blend.place(blend.record.outputs[0]))
+        for made in _trainings(catalogue, blend):
+            numbers = chats.samples(value, in_files, _num_samples(made), made.record.settings["seed"])
+            fate.trainings.append(Training(made, numbers.tolist()))
+
+
+# ---------------------------------------------------------------------------------------------- shared
+
+
+def _held_out(splits: Iterable[str]) -> str:
+    splits = set(splits)
+    if not splits or "train" in splits:
+        return ""
+    purpose = {"valid": "validation", "test": "the test"}
+    return f"held out for {' and '.join(purpose[split] for split in sorted(splits))}"
+
+
+def _users(catalogue: Catalogue, made: Made, kind: str) -> list[Made]:
+    """The jobs of a kind that used what another one made, each once."""
+    return list(
+        {user.digest: user for user, _ in catalogue.users_of(made) if user.record.kind == kind}.values()
+    )
+
+
+def _trainings(catalogue: Catalogue, blend: Made) -> list[Made]:
+    """The trainings on a blend, and not those that only merged what was trained."""
+    users = _users(catalogue, blend, "checkpoint")
+    return [made for made in users if not made.record.inputs_named("adapters")]
+
+
+def _num_samples(training: Made) -> int:
+    settings = training.record.settings
+    return int(settings["train_iters"] * settings["global_batch_size"])

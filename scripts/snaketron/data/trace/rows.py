@@ -1,0 +1,58 @@
+"""The rows of a raw file that hold a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from snaketron.data.rows import read_rows
+from snaketron.lineage.uses import Source
+from snaketron.log import UserError
+from snaketron.settings.text import ReadSettings
+
+MOST = 100  # rows; a text that more have is not that of a document
+FIELDS = ("text_field", "messages_field")  # keys of settings that say which field of a row is read
+
+
+def rows_with(source: Source, text: str) -> list[int]:
+    """The numbers (from 1) of the rows in which `text` is a part of a string.
+
+    Raises `UserError` where the file is not here, where no row has it, or more than `MOST` have.
+    """
+    made, entry = next(
+        ((m, e) for m, e in source.read if any(f in m.record.settings for f in FIELDS)), (None, None)
+    )
+    if made is None or entry is None:
+        raise UserError(f"{source.name}: no job read it as text or as conversations")
+    path = made.place(entry)
+    if not path.exists():
+        raise UserError(f"{path}: is not here any more, so it cannot be searched; give the number of the row")
+    found = []
+    for number, row in _rows(path, made.record.settings):
+        if any(text in string for string in _strings(row)):
+            found.append(number)
+            if len(found) > MOST:
+                raise UserError(f"{path}: more than {MOST} rows have this text; give more of it")
+    if not found:
+        raise UserError(f"{path}: no row has this text")
+    return found
+
+
+def _rows(path: Path, settings: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    field = next(settings[name] for name in FIELDS if name in settings)
+    most = settings.get("max_line_bytes", ReadSettings().max_line_bytes)
+    reading = ReadSettings(bad_rows="drop", invalid_text="replace", max_line_bytes=most)
+    return read_rows(path, required=[field], settings=reading)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
