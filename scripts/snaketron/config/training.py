@@ -300,6 +300,7 @@ class Tuning(Run):
     micro_batch_size: Literal[1] = key(
         1, "packs that one process computes at a time: packed sequences need 1"
     )
+    precision: Precision | None = key(None, "precision of matrix products; null: model.precision")
     train_iters: Positive = key(100, "steps")
     global_batch_size: Positive = key(2, "packs of a step, over all processes")
     loss_average: Literal["token", "sample"] = key(

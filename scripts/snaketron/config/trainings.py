@@ -71,12 +71,13 @@ def trainings(config: Config) -> list[Training]:
     return found + [
         Training(
             section=section,
-            model=config.model,
+            model=config.model.model_copy(update={"precision": run.precision or config.model.precision}),
             run=run,
             seq_length=config.sft_data.pack_size,
             global_batch_size=run.global_batch_size,
             train_iters=run.train_iters,
-            elsewhere={"seq_length": "sft_data.pack_size"},
+            elsewhere={"seq_length": "sft_data.pack_size"}
+            | ({} if run.precision else {"precision": "model.precision"}),
             on_request=section == "lora",
         )
         for section, run in tunings

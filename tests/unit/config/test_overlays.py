@@ -1,0 +1,80 @@
+"""The configurations of hardware: each training fits its GPUs and fills its nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from snaketron.config import Config, load
+from snaketron.sizes.checks import check_memory
+from snaketron.sizes.measured import NANO_SLICE
+from snaketron.sizes.parameters import num_active_parameters, num_parameters
+from snaketron.sizes.plan import estimate
+
+import pytest
+import yaml
+
+CONFIG = Path(__file__).parents[3] / "config"
+
+
+def merged(one: dict, other: dict) -> dict:
+    """As Snakemake merges --configfile: sections key by key, lists as a whole."""
+    both = [key for key in one if isinstance(one[key], dict) and isinstance(other.get(key), dict)]
+    return one | other | {key: merged(one[key], other[key]) for key in both}
+
+
+def of(*names: str, **more: dict) -> Config:
+    found: dict = {}
+    for name in names:
+        found = merged(found, yaml.safe_load((CONFIG / f"{name}.yaml").read_text()))
+    return load(merged(found, more), {})
+
+
+@pytest.mark.parametrize(
+    ("names", "nodes"),
+    [
+        (["super"], {4, 16, 8, 1}),
+        (["super", "h100"], {4, 16, 1}),
+        (["super", "h200"], {4, 16, 1}),
+        (["super", "b200"], {4, 16, 1}),
+        (["super", "gb200"], {16, 32, 8, 2}),
+        (["nano"], {1}),
+    ],
+    ids=lambda value: "-".join(map(str, value)),
+)
+def test_every_training_fits_its_gpus(names: list[str], nodes: set[int]):
+    config = of(*names)
+    check_memory(config, config.trainings())
+    gpus = config.cluster.gpus_per_node
+    assert {training.run.parallel.world_size / gpus for training in config.trainings()} == nodes
+
+
+def test_long_context_keeps_its_layout_whatever_the_overlay():
+    for overlay in ("h100", "h200", "b200", "gb200"):
+        at_1m, at_4k = (
+            of("super", overlay).training(f"pretrain/{name}") for name in ("long_1m", "mixed_4k_1")
+        )
+        sizes = [
+            (t.run.parallel.pipeline_model_parallel_size, t.run.parallel.world_size) for t in (at_1m, at_4k)
+        ]
+        assert sizes == [(1, 128), (1, 128)]
+
+
+def test_tuning_may_have_a_precision_of_its_own():
+    config = of("super", "b200")
+    found = {training.name: training.model.precision for training in config.trainings()}
+    assert (found["pretrain/broad"], found["sft"], found["lora"]) == ("nvfp4", "bf16", "bf16")
+    assert config.training("sft").at("precision") == "sft.precision"
+    assert of("super").training("sft").at("precision") == "model.precision"
+
+
+def test_nano_has_its_parameters_and_runs_on_two_nodes():
+    """31.6 B, 3.6 B of them active, by NVIDIA's report; of two nodes each GPU holds less of the optimizer."""
+    config = of("nano")
+    assert num_parameters(config.model, 131072).total == pytest.approx(31.6e9, rel=2e-3)
+    assert num_active_parameters(config.model, 131072) == pytest.approx(3.6e9, rel=1e-2)
+    assert config.model.model_copy(update={"num_moe_experts": 16}) == NANO_SLICE
+    more = {"parallel": {"data_parallel_size": 16}}
+    two = of("nano", pretrain=more, sft=more, lora=more)
+    check_memory(two, two.trainings())
+    one, other = (estimate(c, c.training("pretrain/broad")) for c in (config, two))
+    assert one.checkpoint_bytes == other.checkpoint_bytes and other.peak_bytes < one.peak_bytes
