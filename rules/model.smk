@@ -42,7 +42,7 @@ rule export_hf:
     benchmark:
         "<benchmarks>/export_hf/{stage}.tsv"
     wildcard_constraints:
-        stage=r"base/[a-z0-9_]+|pretrain/[a-z0-9_]+|sft|lora_merged",
+        stage=r"(base|pretrain|merged)/[a-z0-9_]+|sft|lora_merged",
     resources:
         mem_mb=graph.training.conversion_mb,
     shell:
@@ -84,7 +84,7 @@ rule evaluate:
     benchmark:
         "<benchmarks>/evaluate/{stage}.tsv"
     wildcard_constraints:
-        stage=r"pretrain/[a-z0-9_]+|sft|lora|lora_merged",
+        stage=r"(pretrain|merged)/[a-z0-9_]+|sft|lora|lora_merged",
     threads: graph.training.eval_threads()
     resources:
         **graph.training.eval_resources(),

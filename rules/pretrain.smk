@@ -27,3 +27,25 @@ rule pretrain:
         " --tokenizer {params.tokenizer:q}"
         " --base {input.base:q} --settings {params.settings:q} --run-settings {resources.run:q}"
         " --output {output:q} --log-file {log:q} --attempt {resources.attempt:q}"
+
+
+rule merge_checkpoints:
+    """Average the checkpoints of a phase from before its learning rate falls, in place of a decay.
+
+    The output is a link, like the output of rule pretrain. One tensor is in memory at a time.
+    """
+    input:
+        "<ckpt>/pretrain/{phase}",
+    output:
+        update(directory("<ckpt>/merged/{phase}")),
+    log:
+        "<logs>/merge_checkpoints/{phase}.log",
+    benchmark:
+        "<benchmarks>/merge_checkpoints/{phase}.tsv"
+    resources:
+        mem_mb=3 * graph.training.conversion_mb,
+    params:
+        tokens=graph.config.pretrain.merge_tokens or 0,
+    shell:
+        "python scripts/merge_checkpoints.py --checkpoint {input:q} --stage merged/{wildcards.phase:q}"
+        " --tokens {params.tokens:q} --output {output:q} --log-file {log:q}"

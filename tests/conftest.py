@@ -35,6 +35,7 @@ TOGETHER = {
     "tests/end_to_end/test_lora.py": "adapters",
     # They fork from one process with megatron-core.
     "tests/end_to_end/test_layouts.py": "layouts",
+    "tests/end_to_end/test_phases.py": "layouts",
     "tests/unit/model/megatron/test_optimizer_state.py": "layouts",
     "tests/unit/sizes/test_parameters.py": "layouts",
     "tests/unit/train/test_lora.py": "layouts",

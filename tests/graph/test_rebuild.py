@@ -161,6 +161,11 @@ def test_the_data_report_is_made_from_records_alone(copy: Workspace):
     assert result.status == 0 and result.jobs == {"data_report": 1}, result.output
 
 
+def test_the_average_of_a_phase_is_made_evaluated_and_exported_beside_it(copy: Workspace):
+    result = copy.snakemake("-n", "eval/merged/broad.json", "hf/merged/broad")
+    assert result.jobs == {"merge_checkpoints": 1, "evaluate": 1, "export_hf": 1}, result.output
+
+
 def test_a_comment_changes_nothing(copy: Workspace):
     shutil.copytree((copy.path / "config").resolve(), copy.path / "config_copy")
     (copy.path / "config").unlink()

@@ -264,6 +264,11 @@ class Pretrain(Run):
     decay_tokens: Count = key(
         80_000, "tokens at the end of all phases over which it falls by 1 - sqrt (the D of WSD)"
     )
+    merge_tokens: Positive | None = key(
+        None,
+        "tokens before the learning rate falls over which ckpt/merged/<phase> averages the checkpoints that "
+        "keep_steady keeps, as a decay over them would have; null: all of these",
+    )
     optimizer: Optimizer = key(Optimizer, "AdamW and its learning rate")
     phases: list[Phase] = Field(
         default_factory=sample_phases, min_length=1, description="the curriculum, in order"

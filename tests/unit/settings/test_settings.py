@@ -183,6 +183,7 @@ DATA = (
     "pretrain.phases",
     "sft.blend",
     "pretrain.base",
+    "pretrain.merge_tokens",
     "sft.base",
     "lora.base",
 )
