@@ -26,6 +26,7 @@ from snaketron.graph import (
     published,
     reasons,
     single_run,
+    unknown,
 )
 from snaketron.graph.checks import check_files
 from snaketron.graph.graph import Graph
@@ -82,6 +83,7 @@ except ConfigError as error:
 
 published.keep_links()
 reasons.tell_changes(graph.config)
+unknown.tell_errors()
 logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     for note in (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snaketron.config import Config, ConfigError
+from snaketron.graph.unknown import find
 from snaketron.huggingface.config import differences
 from snaketron.settings.training import FREE, model_differences
 from snaketron.sources.lockfile import Lock
@@ -77,7 +78,7 @@ class BaseGraph:
 
     def files(self, wildcards: Any) -> list[str]:
         """The files of a checkpoint that is imported."""
-        base = self.bases[wildcards.base]
+        base = find("base", wildcards.base, self.bases)
         if base.hub:
             return base.hub.files(self.lock)
         directory = Path(base.path)

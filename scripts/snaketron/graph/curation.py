@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from snaketron.config import Config, Curation
+from snaketron.graph.unknown import find
 from snaketron.settings.curation import curate_settings, filter_settings
 
 
@@ -72,7 +73,9 @@ class CurationGraph:
         return [c.name for c in self.config.corpora if c.curation and getattr(c.curation, kind) == name]
 
     def _curation(self, wildcards: Any) -> Curation:
-        return self.corpora[wildcards.corpus].curation or Curation()
+        return find("corpus", wildcards.corpus, self.corpora).curation or Curation()
 
     def _shards(self, kind: Literal["exact_dedup", "minhash_dedup"], group: str, pattern: str) -> list[str]:
+        groups = {getattr(c.curation, kind) for c in self.config.corpora if c.curation} - {None}
+        find(f"group of {kind}", group, dict.fromkeys(groups, ""))
         return [pattern.format(f"{c}/{shard}") for c in self.group(kind, group) for shard in self.text[c]]

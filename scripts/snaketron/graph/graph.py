@@ -14,6 +14,7 @@ from snaketron.graph.base import BaseGraph
 from snaketron.graph.curation import CurationGraph
 from snaketron.graph.raw_files import RawFiles
 from snaketron.graph.training import TrainingGraph
+from snaketron.graph.unknown import find
 from snaketron.settings.chats import padding_multiple, render_settings
 from snaketron.settings.text import read_settings, tokenize_settings
 from snaketron.sizes.checks import check_trainings
@@ -78,20 +79,25 @@ class Graph:
 
     def raw_text(self, wildcards: Any) -> list[str]:
         """The raw files of a shard."""
-        made = "curation/filtered" if self.corpora[wildcards.corpus].curation else "tokens"
+        made = "curation/filtered" if self._corpus(wildcards).curation else "tokens"
         record = f"{made}/{wildcards.corpus}/{wildcards.shard}.json"
-        return self._seen_by(record, self.text[wildcards.corpus][wildcards.shard])
+        files = find(f"shard of corpus {wildcards.corpus}", wildcards.shard, self.text[wildcards.corpus])
+        return self._seen_by(record, files)
 
     def text_to_tokenize(self, wildcards: Any) -> list[str]:
         """The raw files of a shard, or what curation left of them."""
-        if self.corpora[wildcards.corpus].curation:
+        if self._corpus(wildcards).curation:
             return [f"<data>/curated/{wildcards.corpus}/{wildcards.shard}.parquet"]
         return self.raw_text(wildcards)
 
     def raw_chats(self, wildcards: Any) -> list[str]:
         """The raw files of a shard of conversations."""
-        files = self.conversations[wildcards.source][wildcards.shard]
+        shards = find("source of conversations", wildcards.source, self.conversations)
+        files = find(f"shard of source {wildcards.source}", wildcards.shard, shards)
         return self._seen_by(self._rendered(wildcards), files)
+
+    def _corpus(self, wildcards: Any) -> Corpus:
+        return find("corpus", wildcards.corpus, self.corpora)
 
     def _rendered(self, wildcards: Any) -> str:
         return f"chat/{wildcards.source}/{wildcards.shard}.json"
@@ -107,7 +113,9 @@ class Graph:
     def rendered_chats(self, wildcards: Any) -> list[str]:
         """The rendered shards that are packed together: one, or all of a source."""
         across = self.config.sft_data.pack_across_shards
-        shards = self.conversations[wildcards.source] if across else [wildcards.shard]
+        known = find("source of conversations", wildcards.source, self.conversations)
+        find(f"packed shard of source {wildcards.source}", wildcards.shard, {"all": ""} if across else known)
+        shards = list(known) if across else [wildcards.shard]
         return [f"<data>/chat/{wildcards.source}/{shard}.parquet" for shard in shards]
 
     def tokenizer_text(self, _wildcards: Any) -> list[str]:
@@ -116,12 +124,19 @@ class Graph:
 
     def hub_tokenizer(self, _wildcards: Any) -> list[str]:
         """The downloaded files of a tokenizer of the hub; none for another."""
+        self._watch_tokenizer("build_tokenizer", "tokenizer/record.json")
         return self.tokenizer_files
+
+    def _watch_tokenizer(self, rule: str, record: str) -> None:
+        """A tokenizer in a directory of the user is no input of a rule; its content decides."""
+        if self._raw_files and self.config.tokenizer.path and not self.tokenizer_model:
+            self._raw_files.watch_directory(rule, record, Path(self.config.tokenizer.path))
 
     def chat_template(self, _wildcards: Any) -> list[str]:
         """The file of the chat template, or those of the hub tokenizer that it comes with."""
         if template := self.config.tokenizer.chat_template:
             return self._seen_by("tokenizer/chat_template.json", [template])
+        self._watch_tokenizer("install_chat_template", "tokenizer/chat_template.json")
         return self.tokenizer_files
 
     def source_template(self, wildcards: Any) -> str:
@@ -144,7 +159,7 @@ class Graph:
         """The files of a phase, one or more a shard: `pattern` with {corpus} and {shard} filled in."""
         return lambda wildcards: [
             pattern.format(corpus=entry.corpus, shard=shard)
-            for entry in self.phases[wildcards.phase].blend
+            for entry in find("phase of pretraining", wildcards.phase, self.phases).blend
             for shard in self.text[entry.corpus]
         ]
 

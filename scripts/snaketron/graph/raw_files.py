@@ -38,6 +38,7 @@ class RawFiles:
         self._workflow, self._data = workflow, data
         self._hashes = _Hashes(hashes)
         self._records: dict[str, tuple[Record, os.stat_result] | None] = {}
+        self._forced: set[str] = set()  # rules that run again for a changed directory
 
     def seen_by(self, record: str, files: Iterable[str]) -> list[str]:
         """The input files of the job that writes `record` (below the root), marked for Snakemake.
@@ -60,6 +61,21 @@ class RawFiles:
                     self._workflow.iocache.mtime[file] = Mtime(local=time.time(), local_target=time.time())
             marked.append(file)
         return marked
+
+    def watch_directory(self, rule: str, record: str, directory: Path) -> None:
+        """Have a rule run again if a file in a directory of the user is not as the record of the rule says.
+
+        Snakemake is not told the files. As inputs of the rule they would be other inputs than before, and
+        what was made before would be made again.
+        """
+        made = self._read(record)
+        entries = {Path(entry.path): entry for entry in made[0].inputs} if made else {}
+        for path, entry in entries.items():
+            if path.parent == directory and path.exists() and made and not self.unchanged(entry, made[1]):
+                if rule not in self._forced:
+                    logger.info("%s: changed since rule %s read it, so the rule runs again", path, rule)
+                self._forced.add(rule)
+                self._workflow.dag.forcerules.add(self._workflow.get_rule(rule))
 
     def unchanged(self, entry: Entry, record: os.stat_result) -> bool:
         """Whether a file is as an entry of a record says. The record has its own state, as it was written."""

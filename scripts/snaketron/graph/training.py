@@ -8,6 +8,7 @@ from typing import Any
 
 from snaketron.config import Config, ConfigError, Training
 from snaketron.graph.base import BaseGraph
+from snaketron.graph.unknown import find
 from snaketron.huggingface.peft import refused
 from snaketron.settings.evaluation import eval_run, eval_settings
 from snaketron.settings.training import run_settings, train_settings
@@ -29,7 +30,8 @@ class TrainingGraph:
 
     def previous_phase(self, wildcards: Any) -> list[str]:
         """The checkpoint that a phase starts from; none for the first one that has no base."""
-        if index := self.phases.index(wildcards.phase):
+        numbers = {phase: number for number, phase in enumerate(self.phases)}
+        if index := find("phase of pretraining", wildcards.phase, numbers):
             return [f"<ckpt>/pretrain/{self.phases[index - 1]}"]
         return [base] if (base := self.bases.start("pretrain")) else []
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import operator
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 from snaketron.config import ConfigError, load
 from snaketron.graph.graph import Graph
+from snaketron.graph.unknown import message
 
 import pytest
 
@@ -79,12 +81,6 @@ def test_all_shards_of_a_source_can_be_packed_together():
         "<data>/chat/help/help.parquet",
         "<data>/chat/help/more.parquet",
     ]
-
-
-def test_a_shard_that_no_raw_file_makes_is_unknown():
-    """Snakemake then says that no rule makes the file."""
-    with pytest.raises(KeyError):
-        graph().raw_text(job(corpus="web", shard="c"))
 
 
 def test_a_phase_needs_the_shards_of_its_corpora_alone():
@@ -198,4 +194,44 @@ def test_all_files_that_the_user_named_are_known():
     made = graph(pathvars={"data": "my data"})
     assert {"my data", "raw/web/a.parquet", "raw/help.jsonl", "config/chat_template.jinja"} <= set(
         made.paths()
+    )
+
+
+@pytest.mark.parametrize(
+    ("ask", "wildcards", "said"),
+    [
+        ("phase_shards", {"phase": "foo"}, "no phase of pretraining is called 'foo'. Known: one, three, two"),
+        ("training.previous_phase", {"phase": "tow"}, "'tow'; did you mean 'two'? Known: one, three, two"),
+        (
+            "raw_text",
+            {"corpus": "web", "shard": "x.y"},
+            "no shard of corpus web is called 'x.y'. Known: a, b",
+        ),
+        (
+            "raw_text",
+            {"corpus": "books", "shard": "a"},
+            "no corpus is called 'books'. Known: code, spare, web",
+        ),
+        ("raw_chats", {"source": "hlp", "shard": "a"}, "no source of conversations is called 'hlp'; did you"),
+        (
+            "rendered_chats",
+            {"source": "help", "shard": "all"},
+            "no packed shard of source help is called 'all'",
+        ),
+        ("bases.files", {"base": "foo"}, "no base is called 'foo'."),
+        ("curation.exact_signatures", {"group": "all"}, "no group of exact_dedup is called 'all'."),
+    ],
+)
+def test_a_target_of_an_unknown_name_is_told_the_known_ones(ask: str, wildcards: dict[str, str], said: str):
+    function = operator.attrgetter(ask)(graph())
+    if ask == "phase_shards":
+        function = function("{corpus}/{shard}")
+    with pytest.raises(ConfigError) as error:
+        function(job(**wildcards))
+    assert said in str(error.value)
+
+
+def test_of_many_known_names_the_first_are_listed():
+    assert message("shard", "x", map(str, range(100))).endswith(
+        "Known: 0, 1, 10, 11, 12, 13, 14, 15, 16, 17 and 90 more"
     )

@@ -117,3 +117,28 @@ def test_without_a_record_and_for_other_files_snakemake_decides(finished: Path):
     assert raw.seen_by("tokens/docs/a.json", ["a.jsonl"]) == ["a.jsonl"]
     assert workflow.iocache.mtime == {}
     assert not any(hasattr(file, "flags") for file in files)
+
+
+def test_a_changed_directory_of_a_tokenizer_runs_its_rule_again(tmp_path: Path):
+    """Neither a touched file nor a directory that is gone does."""
+    directory = Path("my_tokenizer")
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text("one")
+    with making("tokenizer", "tokenizer", outputs={}, record=Path("data/tokenizer/record.json")) as job:
+        job.inputs = {"origin": [directory / "tokenizer.json"]}
+
+    def forced() -> set[str]:
+        dag = SimpleNamespace(forcerules=set())
+        watching = RawFiles(SimpleNamespace(dag=dag, get_rule=str), Path("data"), Path("hashes"))
+        for _ in range(2):
+            watching.watch_directory("build_tokenizer", "tokenizer/record.json", directory)
+        return dag.forcerules
+
+    assert forced() == set()
+    (directory / "tokenizer.json").touch()
+    assert forced() == set()
+    (directory / "tokenizer.json").write_text("two")
+    os.utime(directory / "tokenizer.json", (LONG_AGO, LONG_AGO))
+    assert forced() == {"build_tokenizer"}
+    (directory / "tokenizer.json").unlink()
+    assert forced() == set()

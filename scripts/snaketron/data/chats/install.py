@@ -24,7 +24,8 @@ def install_template(*, template: Path | None, source: str | None, output: Path,
         else:
             assert source is not None
             text, name = template_of(source), source
-            job.inputs = {"origin": origin(source)}
+            beside = Path(source) / "chat_template.jinja"
+            job.inputs = {"origin": [*origin(source), *([beside] if beside.is_file() else [])]}
         check_template(text, name)
         job.aside["template"].write_text(text, encoding="utf-8")
         job.counts = {"characters": len(text)}

@@ -1,0 +1,45 @@
+"""Targets that name what the configuration has not: a message with the names that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from snaketron.config import ConfigError
+from snaketron.config.base import suggest
+
+MOST = 10  # names that a message lists
+
+
+def find[T](what: str, name: str, known: Mapping[str, T]) -> T:
+    """What `known` has under a name that a target gave; `ConfigError` where it has nothing."""
+    if name not in known:
+        raise ConfigError(message(what, name, known))
+    return known[name]
+
+
+def message(what: str, name: str, known: Iterable[str]) -> str:
+    """As `no phase of pretraining is called 'foo'; did you mean 'focused'? Known: broad, focused`."""
+    names = sorted(known)
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    listed = f" Known: {', '.join(names[:MOST])}{more}" if names else ""
+    close = suggest(name, set(names)) if names else ""
+    close = f"{close.rstrip('?')}?" if "did you mean" in close else "."
+    return f"no {what} is called {name!r}{close}{listed}"
+
+
+def tell_errors() -> None:
+    """Have Snakemake print a `ConfigError` of an input function as it is, and not with a traceback."""
+    from snakemake.exceptions import InputFunctionException, WorkflowError
+
+    original = InputFunctionException.__init__
+    if original.__module__ == __name__:
+        return
+
+    def init(self: Any, msg: Any, *args: Any, **keys: Any) -> None:
+        original(self, msg, *args, **keys)
+        if isinstance(msg, ConfigError):
+            self.__class__ = WorkflowError
+            self.__init__(str(msg))
+
+    InputFunctionException.__init__ = init
