@@ -31,12 +31,13 @@ rule import_base:
 rule export_hf:
     """Write a checkpoint as transformers and vLLM read it: safetensors, tokenizer and model card.
 
-    One layer is in memory at a time, so a node without a GPU exports any model.
+    One layer is in memory at a time, so a node without a GPU exports any model. An older export stays until
+    the new one is complete.
     """
     input:
         "<ckpt>/{stage}",
     output:
-        directory("<hf>/{stage}"),
+        update(directory("<hf>/{stage}")),
     log:
         "<logs>/export_hf/{stage}.log",
     benchmark:
@@ -54,7 +55,7 @@ rule export_adapters:
     input:
         "<ckpt>/lora",
     output:
-        directory("<hf>/lora"),
+        update(directory("<hf>/lora")),
     log:
         "<logs>/export_adapters.log",
     benchmark:

@@ -57,10 +57,11 @@ def writing_directory(path: Path) -> Iterator[Path]:
     When the block fails, it is removed and what was at `path` stays. What a killed process left is removed
     first; where another process is still writing it, this waits.
     """
-    aside = partial(path)
+    aside, before = partial(path), path.with_name(f".{path.name}.before")
     path.parent.mkdir(parents=True, exist_ok=True)
     with owned(aside.with_suffix(".lock")):
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, before):
+            shutil.rmtree(left, ignore_errors=True)
         aside.mkdir()
         try:
             yield aside
@@ -69,8 +70,9 @@ def writing_directory(path: Path) -> Iterator[Path]:
                     with file.open("rb") as opened:
                         os.fsync(opened.fileno())
             if path.exists():
-                shutil.rmtree(path)
+                path.replace(before)  # in no time; it may take seconds to delete
             aside.replace(path)
+            shutil.rmtree(before, ignore_errors=True)
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in NO_SPACE and not error.filename:
                 error.filename = str(path)

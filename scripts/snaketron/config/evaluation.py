@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from snaketron.config.base import Count, Positive, Section, key
-from snaketron.config.training import Parallel
+from snaketron.config.training import CpusPerTask, MemGbPerTask, Parallel
 
 from pydantic import Field
 
@@ -31,6 +29,6 @@ class Evaluation(Section):
     task_limit: Positive | None = key(None, "questions of each task; null: all")
     apply_chat_template: bool = key(False, "ask the tasks' questions in the chat template")
     batch_size: Positive = key(8, "texts that one process computes at a time")
-    cpus_per_task: Positive = key(2, "CPU threads of a process")
-    mem_gb_per_task: Annotated[float, Field(gt=0)] = key(4, "memory of the node that a process needs, in GB")
+    cpus_per_task: CpusPerTask = 2
+    mem_gb_per_task: MemGbPerTask = 4
     parallel: Parallel = key(Parallel, "how many processes share the model, in any layout")

@@ -159,6 +159,14 @@ class Optimizer(Section):
     )
 
 
+# Of trainings and of evaluations.
+CpusPerTask = Annotated[
+    Positive,
+    Field(description="CPU threads of a process; another number may change the last bits of a result"),
+]
+MemGbPerTask = Annotated[float, Field(gt=0, description="memory of the node that a process needs, in GB")]
+
+
 class Run(Section):
     """How a training is run. None of these keys changes what is trained, so none makes it run again."""
 
@@ -175,10 +183,8 @@ class Run(Section):
         "to: from the last one a longer training goes on, and ckpt/merged/<phase> averages all",
     )
     steady_interval: Positive | None = key(None, "steps between those checkpoints; null: save_interval")
-    cpus_per_task: Positive = key(
-        2, "CPU threads of a process; another number may change the last bits of a result"
-    )
-    mem_gb_per_task: Annotated[float, Field(gt=0)] = key(4, "memory of the node that a process needs, in GB")
+    cpus_per_task: CpusPerTask = 2
+    mem_gb_per_task: MemGbPerTask = 4
     stop_before_limit: Positive = key(
         120, "seconds before a Slurm job's time limit at which it saves and hands over to the next job"
     )

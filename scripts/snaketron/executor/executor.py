@@ -65,7 +65,9 @@ class Executor(plugin.Executor):
     # ------------------------------------------------------------------------------------ submitting
 
     def get_job_exec_prefix(self, job: Any) -> str:
-        return self.records.before
+        jobs = job.jobs if job.is_group() else [job]
+        # Trainings and evaluations, which have settings of a run, requeue themselves at their time limit.
+        return self.records.before(bounded=not any(one.resources.get("run") for one in jobs))
 
     def get_job_exec_suffix(self, job: Any) -> str:
         return self.records.after

@@ -8,6 +8,14 @@ JOB_RECORD=$JOB_RECORDS/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export JOB_RECORD
 touch "$JOB_RECORD.began" 2>/dev/null || true
 
+# Slurm requeues a job whose node is lost as often as that happens. JOB_REQUEUES says how often this job may begin
+# again; then it fails, and Snakemake submits it anew as often as `retries` says.
+if [ "${SLURM_RESTART_COUNT:-0}" -gt "${JOB_REQUEUES:-1000000}" ]; then
+  echo "error: Slurm has requeued this job $SLURM_RESTART_COUNT times: its nodes are lost, or it is pre-empted" >&2
+  touch "$JOB_RECORD.exit.1" 2>/dev/null || true
+  exit 1
+fi
+
 # Called as `command && job_ended || job_ended`.
 job_ended() {
   job_status=$?

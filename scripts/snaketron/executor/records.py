@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+MAX_REQUEUES = 3  # of a job that is no training: the default of max_restarts
 SCRIPT = Path(__file__).with_name("record.sh")
 # How Slurm writes into the log of a job why it ends it.
 _ENDED = re.compile(r"\*\*\* (?:JOB|STEP) .* CANCELLED AT \S+(?: DUE TO ([A-Z ]+))?")
@@ -34,10 +35,10 @@ class Records:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    @property
-    def before(self) -> str:
-        """What the shell of a job does first."""
-        return f"export JOB_RECORDS={shlex.quote(str(self.directory))} && . {shlex.quote(str(SCRIPT))}"
+    def before(self, *, bounded: bool) -> str:
+        """What the shell of a job does first; a `bounded` one gives up after `MAX_REQUEUES`."""
+        limit = f"export JOB_REQUEUES={MAX_REQUEUES} && " if bounded else ""
+        return f"{limit}export JOB_RECORDS={shlex.quote(str(self.directory))} && . {shlex.quote(str(SCRIPT))}"
 
     @property
     def after(self) -> str:

@@ -61,6 +61,7 @@ class Lines:
     jobs: dict[Any, Job] = field(default_factory=dict)  # by number
     statuses: list[tuple[str, str]] = field(default_factory=list)  # messages on failed commands; exit status
     failed: list[str] = field(default_factory=list)
+    groups: dict[str, set[str]] = field(default_factory=dict)  # of groups that failed, the jobs to be done
     total: int = 0
     done: int = 0
     stopping: bool = False  # as the user asked
@@ -111,7 +112,10 @@ class Lines:
     def _finished(self, record: LogRecord) -> str:
         job = self._job(record.__dict__["job_id"])
         self.done += 1
-        self.failed = [title for title in self.failed if title != job.title]  # at an earlier try
+        for members in self.groups.values():
+            members.discard(job.title)
+        done = {job.title, *(title for title, members in self.groups.items() if not members)}
+        self.failed = [title for title in self.failed if title not in done]  # at an earlier try
         took = duration(time.monotonic() - job.began)
         return _at(f"{job.title} is done after {took} ({self.done} of {self.total})")
 
@@ -143,6 +147,8 @@ class Lines:
             self.stopped = True
             return _at(f"{title} has stopped")
         self.failed.append(title)
+        members = {self._job(member.get("jobid"), title).title for member in said["job_error_info"]}
+        self.groups.setdefault(title, set()).update(members)
         why = (
             f", {_cut(said['rule_msg'])}" if said.get("rule_msg") else ""
         )  # from the executor of this workflow

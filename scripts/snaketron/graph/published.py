@@ -1,10 +1,12 @@
-"""Published links stay until the job that replaces them has succeeded.
+"""What is published stays until the job that replaces it has succeeded.
 
 Snakemake deletes the output of a job before it starts and after it fails. The rules of trainings mark theirs,
-a link to a version, with `update()`, and Snakemake leaves it alone before the job. Two things that
-Snakemake 9.27 does with such an output are wrong for a link to a checkpoint, and are replaced here:
+a link to a version, with `update()`, those of exports their directory, and Snakemake leaves it alone before
+the job. Two things that Snakemake 9.27 does with such an output are wrong for a checkpoint, and are replaced
+here:
 
-- Before the job it copies what the link leads to, which may be terabytes, to restore it after a failure.
+- Before the job it copies the output, or what the link leads to, which may be terabytes, to restore it after
+  a failure.
 - After a failure it records the output as made with the new parameters, so the job would not run again.
 """
 

@@ -17,13 +17,14 @@ from snaketron.config import Config, Section, Training
 
 ABSENT = "nothing"
 LONGEST = 60  # characters of a value
+CHECKS = {"max_dropped_fraction"}  # keys that no result depends on; what is finished has passed them
 
 type Flat = dict[str, Any]  # values by their path, such as optimizer.learning_rate
 
 
 def tell_changes(config: Config) -> None:
-    """Have Snakemake give these reasons, in this process."""
-    from snakemake.persistence import ParamsChange, PersistenceBase
+    """Have Snakemake give these reasons, in this process; a key that only checks is none."""
+    from snakemake.persistence import NO_PARAMS_CHANGE, ParamsChange, PersistenceBase
 
     original = PersistenceBase.params_changed
     if original.__module__ == __name__:
@@ -43,9 +44,16 @@ def tell_changes(config: Config) -> None:
             return change
         names = {repr(value): name for name, value in job.params.items()}
         lines = changes(config, job.rule.name, job.wildcards, change.only_old, change.only_new, names)
+        if lines and all(map(is_check, lines)):
+            return NO_PARAMS_CHANGE
         return Told(change, ", ".join(lines)) if lines else change
 
     PersistenceBase.params_changed = params_changed
+
+
+def is_check(line: str) -> bool:
+    """Whether a line of `changes` is about a key that stops a job, and has no part in what the job makes."""
+    return line.partition(": ")[0].rpartition(".")[2] in CHECKS
 
 
 def changes(

@@ -12,13 +12,13 @@ from snaketron.executor.records import Record, Records
 import pytest
 
 
-def run(records: Records, command: str, job: str = "7", restarts: int = 0) -> int:
+def run(records: Records, command: str, job: str = "7", restarts: int = 0, *, bounded: bool = False) -> int:
     """Run a command as the shell of a Slurm job does."""
     records.directory.mkdir(exist_ok=True)
     environment = os.environ | {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restarts)}
     if not restarts:
         del environment["SLURM_RESTART_COUNT"]  # Slurm sets it when it requeues a job
-    script = f"{records.before} && {command} && {records.after}"
+    script = f"{records.before(bounded=bounded)} && {command} && {records.after}"
     return subprocess.run(["/bin/sh", "-c", script], env=environment, stderr=subprocess.DEVNULL).returncode
 
 
@@ -46,6 +46,15 @@ def test_only_the_last_run_of_a_requeued_job_counts(records: Records):
     assert records.read() == {"7": Record(restarts=10, status=0)}
     records.forget("7")
     assert records.read() == {}
+
+
+@pytest.mark.parametrize(("restarts", "bounded"), [(3, True), (4, False), (4, True)])
+def test_a_job_that_is_requeued_again_and_again_gives_up_unless_it_is_a_training(
+    records: Records, restarts: int, bounded: bool
+):
+    gives_up = bounded and restarts > 3
+    assert run(records, "true", restarts=restarts, bounded=bounded) == gives_up
+    assert records.read() == {"7": Record(restarts, int(gives_up))}
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,18 @@ def test_of_a_failed_group_only_the_members_that_failed_are_shown(lines: Lines, 
     assert "  | error: a.jsonl: line 3" in without_time(fails(lines, 2, bad, indent=True))
 
 
+def test_a_group_that_succeeds_at_a_second_try_is_not_among_those_that_failed(lines: Lines):
+    for number in (1, 2):
+        starts(lines, number, "render_chat", local=False, shard=str(number))
+    members = [{"rule_name": "render_chat", "jobid": number} for number in (1, 2)]
+    lines.of(record("Error in group a", LogEvent.GROUP_ERROR, job_error_info=members, aux_logs=[]))
+    assert lines.failed == ["a group of 2 render_chat"]
+    lines.of(record(event=LogEvent.JOB_FINISHED, job_id=1))
+    assert lines.failed == ["a group of 2 render_chat"]
+    lines.of(record(event=LogEvent.JOB_FINISHED, job_id=2))
+    assert lines.failed == []
+
+
 def test_a_finished_run_says_so(lines: Lines):
     for number in (0, 1):
         starts(lines, number, "sft")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from snaketron.config import Config, load
-from snaketron.graph.reasons import changes
+from snaketron.graph.reasons import changes, is_check
 from snaketron.settings.chats import render_settings
 from snaketron.settings.text import tokenize_settings
 from snaketron.settings.training import train_settings
@@ -129,3 +129,15 @@ def test_a_parameter_that_is_new_or_gone_is_told():
     assert changes(config, "download", {}, [], ["5"], {"5": "size"}) == ["size: nothing -> 5"]
     long = changes(config, "download", {}, ["'a'"], [repr("b" * 100)], {})
     assert long == [f"download: a -> {'b' * 60}..."]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [({}, [True]), ({"bad_rows": "drop"}, [False, True])],  # in the order of the keys
+)
+def test_a_limit_on_dropped_conversations_is_no_reason_by_itself(more: dict[str, Any], expected: list[bool]):
+    """What is rendered has kept the limit of before, and does not depend on it."""
+    before, now = with_keys(), with_keys(sft_data={"max_dropped_fraction": 0.2, **more})
+    old, new = (repr(render_settings(c, c.chats[0]).model_dump_json()) for c in (before, now))
+    lines = changes(now, "render_chat", {"source": now.chats[0].name}, [old], [new], {new: "settings"})
+    assert list(map(is_check, lines)) == expected
