@@ -79,11 +79,15 @@ def _chat(args: argparse.Namespace, tools: list[Any]) -> Iterator[Chat]:
     from snaketron.inference.generate import Sampling
     from snaketron.inference.opening import open_checkpoint
     from snaketron.model.distributed import distributed
-    from snaketron.settings.training import RunSettings
+    from snaketron.settings.training import RunSettings, template_date
 
-    directory = Version(args.checkpoint).tokenizer
+    import yaml
+
+    version = Version(args.checkpoint)
+    directory = version.tokenizer
     tokenizer = load_tokenizer(directory)
-    template = load_template(directory / "chat_template.jinja", special_tokens(directory))
+    day = template_date(yaml.safe_load(version.config.read_text()))
+    template = load_template(directory / "chat_template.jinja", special_tokens(directory), day=day)
     ends = end_of_turn(template, tokenizer), tokenizer_info(directory).eos_id
     settings = RunSettings(tracking="off", cpus_per_task=args.threads)
     with distributed(args.seed, settings):

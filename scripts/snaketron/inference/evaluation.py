@@ -21,7 +21,9 @@ from snaketron.jobs.version import Version, version_key
 from snaketron.lineage.record import Entry, making
 from snaketron.log import logger
 from snaketron.settings.evaluation import EvalSettings
-from snaketron.settings.training import RunSettings
+from snaketron.settings.training import RunSettings, template_date
+
+import yaml
 
 if TYPE_CHECKING:  # imports megatron-core (5 s), which the supervisor does not need
     from snaketron.model.build import BuiltModel
@@ -125,7 +127,8 @@ def parts(job: Evaluation) -> Iterator[tuple[str, Part]]:
     if settings.tasks:
         from snaketron.inference.harness import CheckpointLM, run_task
 
-        template = load_template(directory / "chat_template.jinja", special_tokens(directory))
+        day = template_date(yaml.safe_load(Version(job.checkpoint).config.read_text()))
+        template = load_template(directory / "chat_template.jinja", special_tokens(directory), day=day)
         for task in settings.tasks:
 
             def of_task(built: BuiltModel, task: Any = task) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import date
 from pathlib import Path
 
 from snaketron.data.chats.environment import special_tokens
@@ -17,7 +18,12 @@ from snaketron.jobs.version import Version
 from snaketron.lineage.record import Entry, Record, read
 from snaketron.lineage.walk import ancestors
 from snaketron.log import UserError
-from snaketron.settings.training import LoraSettings, TrainSettings, settings_of_checkpoint
+from snaketron.settings.training import (
+    LoraSettings,
+    TrainSettings,
+    settings_of_checkpoint,
+    template_date,
+)
 
 import yaml
 
@@ -49,7 +55,8 @@ def _checkpoint(version: Version, settings: TrainSettings) -> Checkpoint:
         raise UserError(f"{version.directory}: no checkpoint there")
     tokenizer = tokenizer_info(version.tokenizer)
     stops = [tokenizer.eos_id]
-    if settings.packed and (end := end_of_answer(version.tokenizer)) not in (None, tokenizer.eos_id):
+    day = template_date(yaml.safe_load(version.config.read_text()))
+    if settings.packed and (end := end_of_answer(version.tokenizer, day)) not in (None, tokenizer.eos_id):
         assert end is not None
         stops.append(end)
     return Checkpoint(
@@ -63,12 +70,15 @@ def _checkpoint(version: Version, settings: TrainSettings) -> Checkpoint:
     )
 
 
-def end_of_answer(tokenizer: Path) -> int | None:
-    """The id of the token that ends an answer, by the chat template; None where there is none."""
+def end_of_answer(tokenizer: Path, day: date) -> int | None:
+    """The id of the token that ends an answer, by the chat template; None where there is none.
+
+    `day` is the date that the template is told if it asks.
+    """
     if not (tokenizer / "chat_template.jinja").exists():
         return None
     try:
-        template = load_template(tokenizer / "chat_template.jinja", special_tokens(tokenizer))
+        template = load_template(tokenizer / "chat_template.jinja", special_tokens(tokenizer), day=day)
         return end_of_turn(template, load_tokenizer(tokenizer))
     except (UserError, Unusable):
         return None  # a checkpoint of pretraining may have a template that no conversation was rendered with

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Any, Literal
 
 from snaketron.config import (
@@ -17,9 +18,12 @@ from snaketron.config import (
     Training,
     Tuning,
 )
+from snaketron.config.data import SftData
 from snaketron.settings.schedule import Schedule
 
 from pydantic import Field
+
+TEMPLATE_DATE = SftData().template_date.isoformat()  # the default
 
 
 class TrainSettings(Section):
@@ -86,6 +90,14 @@ class RunSettings(Run):
     num_samples: int = 0
     sample_interval: int | None = None
     sample_tokens: int = 0
+    # What the chat template was told when the conversations were rendered. It stays in the checkpoint's
+    # config.yaml, so that whoever asks the checkpoint tells the template the same.
+    template_date: str = Field(TEMPLATE_DATE, exclude_if=lambda value: value == TEMPLATE_DATE)
+
+
+def template_date(checkpoint: Mapping[str, Any]) -> date:
+    """The date that the chat template of a checkpoint is told, by the checkpoint's config.yaml."""
+    return date.fromisoformat(checkpoint.get("run", {}).get("template_date", TEMPLATE_DATE))
 
 
 def train_settings(config: Config, name: str) -> TrainSettings:
@@ -153,4 +165,5 @@ def run_settings(config: Config, name: str) -> RunSettings:
         for key in RunSettings.model_fields
         if key in type(run).model_fields  # answers are of tunings alone, CUDA graphs of pretraining
     }
-    return RunSettings(**values, cluster=config.cluster, tracking=config.tracking)
+    day = config.sft_data.template_date.isoformat()
+    return RunSettings(**values, cluster=config.cluster, tracking=config.tracking, template_date=day)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import date
 from typing import Any
 
 from snaketron.config import Adapters, Config, load
@@ -14,6 +15,7 @@ from snaketron.settings.training import (
     RunSettings,
     TrainSettings,
     run_settings,
+    template_date,
     train_settings,
 )
 
@@ -335,3 +337,12 @@ def test_keys_that_came_later_are_in_the_settings_of_chats_only_where_they_are_g
     after = json.loads(render_settings(changed, changed.chats[0]).model_dump_json())
     assert after == json.loads(before) | later
     assert RenderSettings.model_validate(after).model_dump(mode="json") == after
+
+
+def test_a_checkpoint_keeps_the_date_that_its_template_was_told():
+    """So chat, evaluation and export tell it the same; the default changes no checkpoint of before."""
+    assert "template_date" not in run_settings(load({}, {}), "sft").model_dump()
+    assert template_date({"settings": {}}) == date(2026, 1, 1)
+    run = run_settings(load({"sft_data": {"template_date": "2026-07-04"}}, {}), "sft")
+    assert template_date({"run": run.model_dump()}) == date(2026, 7, 4)
+    assert RunSettings.model_validate_json(run.model_dump_json(exclude_defaults=True)) == run
