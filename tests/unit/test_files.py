@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +118,32 @@ def test_a_missing_input_is_reported_as_such(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="absent"), files.writing(tmp_path / "a"):
         (tmp_path / "absent").read_text()
     assert list(tmp_path.iterdir()) == []
+
+
+FULL = """
+import sys
+from pathlib import Path
+from snaketron import files, log
+
+def main():
+    with files.writing(Path(sys.argv[1]) / "a.bin", Path(sys.argv[1]) / "record.json") as (data, record):
+        data.write_bytes(bytes(1_000_000))
+        record.write_text("{}")
+    return 0
+
+log.run(main)
+"""
+
+
+def test_a_full_file_system_leaves_what_was_there_and_says_which_file_did_not_fit(tmp_path: Path):
+    """A real one, of 64 KB in memory, that is mounted in a name space of its own; it holds an older file."""
+    mount = 'mount -t tmpfs -o size=64k none "$0" && echo old > "$0/a.bin" && '
+    script = mount + '"$@"; status=$?; ls -A "$0"; exit $status'
+    space = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path)]
+    tried = subprocess.run([*space, "true"], capture_output=True, text=True)
+    if tried.returncode:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no file system to mount: {tried.stderr}")
+    program = [sys.executable, "-c", FULL, str(tmp_path)]
+    done = subprocess.run([*space, *program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "a.bin\n")  # neither partial files nor a record
+    assert f"cannot write {tmp_path}/a.bin: no space left; free some and run" in done.stderr

@@ -41,6 +41,15 @@ CHATTER = (
 )
 INCOMPLETE = ("Forced execution", "Asked for, or not completed the last time")  # Snakemake does not say which
 FAILED = "At least one job did not complete successfully."
+# Lines of the Snakemake inside a Slurm job, whose log also has what Slurm and the shell say.
+INNER = re.compile(
+    r"SNAKEMAKE$|=+$|Building DAG|Using shell|Provided |Rules claiming|Select jobs|Execute \d|Config file"
+    r"|Assuming|host: |\[\w{3} \w{3} [ \d]\d |(local)?rule \w+:$|RuleException:|CalledProcessError in "
+    r"|Command '|Shutting down|Exiting because|Complete log|WorkflowError:$|At least one job|Removing output"
+    r"|Will exit|Error in (rule|group) |Finished job|\d+ of \d+ steps|srun: cluster configuration lacks"
+    r"|  (Date|Workflow ID|Platform|Host|User|\w+ version|Command|Snakefile|\w+ directory|Config [\w()]+): "
+    r"|    (input|output|log|jobid|benchmark|reason|wildcards|threads|resources|shell|params|priority): ?"
+)
 STATUS = re.compile(r"returned non-zero exit status (\d+)|died with <Signals\.(\w+)")
 SUBMITTED = re.compile(r"Job (\S+) has been submitted with SLURM jobid (\S+) \(log: (.*)\)\.")
 
@@ -225,4 +234,5 @@ def _last(path: Path, count: int) -> Iterator[str]:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:  # the job has not come as far as its log
         return
-    yield from [line for line in lines if line.strip() and not line.startswith("$ ")][-count:]
+    said = [line for line in lines if line.strip() and not line.startswith("$ ") and not INNER.match(line)]
+    yield from said[-count:]

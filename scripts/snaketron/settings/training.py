@@ -92,7 +92,7 @@ class RunSettings(Run):
     sample_tokens: int = 0
     # What the chat template was told when the conversations were rendered. It stays in the checkpoint's
     # config.yaml, so that whoever asks the checkpoint tells the template the same.
-    template_date: str = Field(TEMPLATE_DATE, exclude_if=lambda value: value == TEMPLATE_DATE)
+    template_date: str = Field(default=TEMPLATE_DATE, exclude_if=lambda value: value == TEMPLATE_DATE)
 
 
 def template_date(checkpoint: Mapping[str, Any]) -> date:

@@ -128,6 +128,43 @@ def test_a_failed_job_shows_its_status_and_the_end_of_its_log(lines: Lines, tmp_
     )
 
 
+INNER = """
+SNAKEMAKE
+=========
+  Date: 2026-11-28 19:38:34
+  Host: vm
+  Config file(s): []
+
+Building DAG of jobs...
+Provided cores: 2
+Select jobs to execute...
+Execute 1 jobs...
+
+[Sat Nov 28 19:38:34 2026]
+localrule sft:
+    output: ckpt/sft
+    resources: mem_mb=4000, runtime=10
+slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.
+RuleException:
+CalledProcessError in file "sft.smk", line 37:
+Command 'set -euo pipefail; python scripts/sft.py' died with <Signals.SIGKILL: 9>.
+[Sat Nov 28 19:38:55 2026]
+Error in rule sft, jobid: 0
+    shell:
+"""
+
+
+def test_of_the_log_of_a_slurm_job_lines_of_the_inner_snakemake_are_left_out(lines: Lines, tmp_path: Path):
+    log = tmp_path / "7.log"
+    log.write_text(INNER)
+    starts(lines, 1, "sft", local=False)
+    _, *shown = without_time(fails(lines, 1, log)).splitlines()
+    assert shown == [
+        "  | slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.",
+        f"  Its log, which begins with its command: {log}",
+    ]
+
+
 def test_a_job_that_succeeds_at_a_second_try_is_not_among_those_that_failed(lines: Lines, tmp_path: Path):
     for number, rule in ((0, "sft"), (1, "lora"), (0, "sft")):
         starts(lines, number, rule)
