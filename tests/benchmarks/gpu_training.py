@@ -266,7 +266,8 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     options = backend.data_parallel_options
     backend.data_parallel_options = lambda *a: options(*a) | variant.get("ddp", {})
     result: dict[str, Any] = {"name": name, "import_s": imported}
-    with distributed(settings.seed, run):
+    recorded = backend.records_micro_batches(settings, run)
+    with distributed(settings.seed, run, recorded=recorded):
         trainer = loop.Trainer(build_training(settings, run, VOCABULARY))
         result["build_s"] = time.monotonic() - began
         batches, seconds, losses, norms = RandomBatches(micro_batch_size), [], [], []

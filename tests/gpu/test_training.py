@@ -39,10 +39,20 @@ SAME = {
     "graphs": {"cuda_graphs": True},
 }
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+BF16_STATE = {"gradient_precision": "bf16", "moment_precision": "bf16"}
+# Trainings whose micro-batches are recorded: of sequences that are long enough (`recording.SHORTEST`).
+RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model and how it is trained
+    "bf16": ({"precision": "bf16"}, {}),
+    "mtp": ({"precision": "bf16", "mtp_hybrid_layer_pattern": "E*E", "mtp_num_layers": 2}, {}),
+    "bf16_state": ({"precision": "bf16"}, {"optimizer": BF16_STATE}),
+    "fp8_current": ({"precision": "fp8_current"}, {}),
+    "fp8_delayed": ({"precision": "fp8_delayed"}, {}),
+    "fp8_blockwise": ({"precision": "fp8_blockwise"}, {}),
+}
+RECORDED_LENGTH = 512
 # Mean loss of the last 8 of 40 steps (about 4.6 nats) against bf16. In a single step delayed scaling, which
 # knows the values of the steps before alone, was seen 0.15 off.
 LOW_PRECISION = {"fp8_delayed": 0.03, "fp8_current": 0.02, "fp8_blockwise": 0.02, "bf16_state": 0.01}
-BF16_STATE = {"gradient_precision": "bf16", "moment_precision": "bf16"}
 # fp8 products want multiples of 16; the default's Mamba projection has 584 columns.
 FP8_MODEL = {"mamba_num_heads": 16, "mamba_head_dim": 16}
 
@@ -97,6 +107,10 @@ class Runs:
                 environment=one_gpu(self.futures),
             )
 
+        for name in RECORDED if "recorded" in chosen else ():
+            for how in ("recorded", "launched"):
+                self.futures[f"{how} {name}"] = self.pool.submit(self._recorded, name, how)
+
         for name in ("whole", "again", "resumed") if "resumed" in chosen else ():
             self.futures[f"{name} resume"] = self.pool.submit(self._resume, name)
 
@@ -106,6 +120,16 @@ class Runs:
         if name == "resumed":
             train(self.root / name, steps=2, save_at=[2], **options)
         return train(self.root / name, **options)
+
+    def _recorded(self, name: str, how: str) -> Any:
+        model, run = RECORDED[name]
+        run = run | {"seq_length": RECORDED_LENGTH} | ({"cuda_graphs": False} if how == "launched" else {})
+        options: dict[str, Any] = {"gpus": 1, "model": FP8_MODEL | model, "run": run}
+        options["environment"] = one_gpu(self.futures)
+        directory = self.root / f"{how}_{name}"
+        if how == "recorded":  # a resumed training records anew
+            train(directory, save_at=[4], **options | {"steps": 4})
+        return train(directory, **options, steps=8)
 
     def _cpu(self, precision: str) -> Any:
         model = {"precision": precision}
@@ -197,6 +221,15 @@ def test_a_resumed_training_ends_with_the_same_bits(runs: Runs):
 @pytest.mark.parametrize("name", SAME)
 def test_what_saves_memory_or_time_gives_the_same_losses(runs: Runs, name: str):
     check(name, difference(runs[f"{name} bf16"], runs["one bf16"]), LAYOUT_TOLERANCE["bf16"])
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_micro_batches_give_the_losses_of_kernels_that_are_started_one_by_one(runs: Runs, name: str):
+    """Steps 5 to 8, of which the first two are not recorded, with validations before and after them."""
+    recorded, launched = runs[f"recorded {name}"], runs[f"launched {name}"]
+    assert len(recorded["losses"]) == 4 and len(launched["losses"]) == 8
+    check(name, difference(recorded, launched), LAYOUT_TOLERANCE["bf16"])
+    assert abs(recorded["valid_after"] - launched["valid_after"]) < LAYOUT_TOLERANCE["bf16"][0]
 
 
 @pytest.mark.parametrize("precision", LOW_PRECISION)

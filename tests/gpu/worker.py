@@ -22,6 +22,7 @@ from snaketron.data.chats.packs import join, write
 from snaketron.data.tokenizer import Info
 from snaketron.files import write_json
 from snaketron.jobs.launch import is_writer
+from snaketron.model import backend
 from snaketron.model.distributed import distributed
 from snaketron.model.lora import merge
 from snaketron.settings.training import LoraSettings, run_settings, train_settings
@@ -40,17 +41,19 @@ VOCABULARY, LENGTH, BATCH = 512, 64, 4
 class FixedBatches(Batches):
     """Tokens that depend on the sample number alone, the same on each machine."""
 
-    def __init__(self, micro_batch_size: int, depths: int) -> None:
+    def __init__(self, micro_batch_size: int, depths: int, length: int) -> None:
         super().__init__(micro_batch_size)
-        self.depths = depths
+        self.depths, self.length = depths, length
 
     def has(self, split: str) -> bool:
         return split != "test"
 
     def collate(self, split: str, indices: Any) -> dict[str, Any]:
-        rows = [np.random.default_rng([split == "valid", i]).integers(0, 97, LENGTH + 1) for i in indices]
+        rows = [
+            np.random.default_rng([split == "valid", i]).integers(0, 97, self.length + 1) for i in indices
+        ]
         ids = torch.from_numpy(np.stack(rows))
-        positions = torch.arange(LENGTH).expand(len(rows), -1).contiguous()
+        positions = torch.arange(self.length).expand(len(rows), -1).contiguous()
         return sequences(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, self.depths)
 
 
@@ -92,10 +95,12 @@ def fixed(model: dict[str, Any], run: dict[str, Any], cluster: dict[str, Any]) -
     """As `packed`, of a pretraining on fixed tokens."""
     phase = {"name": "one", "tokens": 100 * BATCH * LENGTH, "blend": [{"corpus": "docs", "weight": 1}]}
     pretrain = {"seq_length": LENGTH, "global_batch_size": BATCH, "micro_batch_size": 2, "phases": [phase]}
+    length = run.get("seq_length", LENGTH)
     pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 1, "eval_samples": 4} | run
     config = load({"model": model, "pretrain": pretrain, "cluster": cluster}, {})
     settings, run_as = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
-    return settings, run_as, lambda: FixedBatches(run_as.micro_batch_size, settings.model.mtp_num_layers)
+    depths = settings.model.mtp_num_layers
+    return settings, run_as, lambda: FixedBatches(run_as.micro_batch_size, depths, length)
 
 
 def state_hash(trainer: loop.Trainer) -> str:
@@ -127,7 +132,8 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
         settings, run_as, make_batches = fixed(model, run, cluster)
     if lora is not None:
         settings = LoraSettings(**settings.model_dump(), lora=Adapters(**lora))
-    with distributed(settings.seed, run_as):
+    recorded = backend.records_micro_batches(settings, run_as)
+    with distributed(settings.seed, run_as, recorded=recorded):
         trainer = loop.Trainer(build_training(settings, run_as, VOCABULARY))
         trainer.seconds = 1.0
         if base:
@@ -150,6 +156,7 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
             found["tuned"] = evaluate(trainer.built, batches, "valid")["valid_loss"]
             merge(trainer.model)
             found["merged"] = evaluate(trainer.built, batches, "valid")["valid_loss"]
+        found["valid_after"] = evaluate(trainer.built, batches, "valid")["valid_loss"]
         hashes: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(hashes, state_hash(trainer))
         if is_writer():

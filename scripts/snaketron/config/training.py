@@ -259,10 +259,10 @@ class Pretrain(Run):
         "of the hub, pinned by scripts/lock_sources.py), one of Megatron (torch_dist) or of this workflow; "
         "null: random weights",
     )
-    cuda_graphs: bool = key(
-        False,
-        "record the kernels of attention and Mamba layers once and start them together: a third faster on an "
-        "H200 at micro-batch 1, no gain where a step has several of 4. Needs a GPU",
+    cuda_graphs: bool | None = key(
+        None,
+        "null: the kernels of a whole micro-batch are recorded once and started together where one GPU holds "
+        "the model; true: those of attention and Mamba layers alone, in any layout; false: none are recorded",
     )
     seq_length: Positive = key(256, "tokens of a sequence")
     global_batch_size: Positive = key(4, "sequences of a step, over all processes")

@@ -7,20 +7,24 @@ differs and never which of the two it runs on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from snaketron.config import Model, Optimizer
 from snaketron.log import UserError
 from snaketron.model.megatron import quiet, replacements
-from snaketron.settings.training import RunSettings
+from snaketron.settings.training import RunSettings, TrainSettings
 from snaketron.sizes.layout import layout
 
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+
+Schedule = Callable[..., list[Any]]
 
 MACHINE: replacements.Machine = "GPU" if HAS_GPU else "CPU"
 
@@ -83,6 +87,44 @@ def check(model: Model, run: RunSettings, optimizer: Optimizer | None = None) ->
         raise UserError("\n".join(problems))
 
 
+def records_micro_batches(settings: TrainSettings, run: RunSettings) -> bool:
+    """Whether the kernels of whole micro-batches are recorded (`megatron.recording`).
+
+    They are where one process holds the whole model and nothing in a micro-batch waits for the host. The
+    exchange of tokens between GPUs waits, as do experts in fp32 and nvfp4 (`megatron.gpu`). Packs differ in
+    their sequences. Recomputation wants random numbers that a recording does not have. Between nodes,
+    gradients are summed while others are computed.
+    """
+    if not HAS_GPU or run.cuda_graphs is not None:
+        return False
+    sizes, precision = run.parallel, settings.model.precision
+    return (
+        sizes.world_size == sizes.data_parallel_size
+        and sizes.expert_model_parallel_size == sizes.expert_tensor_parallel_size == 1
+        and not settings.packed
+        and settings.seq_length >= gpu.SHORTEST_RECORDED
+        and not run.recompute
+        and (precision == "bf16" or precision.startswith("fp8"))
+        and not data_parallel_options(run)["overlap_grad_reduce"]
+    )
+
+
+def use_recordable_stream() -> None:
+    """Compute on a stream of our own from here on: nothing on CUDA's default stream can be recorded."""
+    torch.cuda.set_stream(torch.cuda.Stream())
+
+
+def schedule(*, recorded: bool) -> Schedule:
+    """What computes the micro-batches of a step, with the arguments of megatron-core's schedules."""
+    if recorded:
+        from snaketron.model.megatron.recording import Recorder
+
+        return Recorder()
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    return get_forward_backward_func()
+
+
 def cuda_graph_options(run: RunSettings) -> dict[str, Any]:
     """TransformerConfig fields that record layers as CUDA graphs."""
     return dict(gpu.CUDA_GRAPHS) if run.cuda_graphs else {}
@@ -115,6 +157,23 @@ def data_parallel_options(run: RunSettings) -> dict[str, Any]:
 def packed_options() -> dict[str, Any]:
     """TransformerConfig fields for batches with padding."""
     return dict(gpu.PACKED) if HAS_GPU else {}
+
+
+@contextlib.contextmanager
+def trusting_extra_state() -> Iterator[None]:
+    """Let Transformer Engine unpickle the state of its layers, which holds the scales of `fp8_delayed`.
+
+    It refuses to without the variable, since unpickling can run code: only for checkpoints made here.
+    """
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def prepare_model(model: torch.nn.Module) -> None:

@@ -199,11 +199,9 @@ def load(
             f"{source}: the checkpoint cannot be read ({type(cause).__name__}: {cause}); "
             "delete it and run again, to continue from the one before it"
         ) from error
-    absent = [
-        key
-        for key in model.load_state_dict(state["model"], strict=False).missing_keys
-        if not key.endswith(_EXTRA_STATE)
-    ]
+    with backend.trusting_extra_state():  # a training of this workflow wrote it
+        missing = model.load_state_dict(state["model"], strict=False).missing_keys
+    absent = [key for key in missing if not key.endswith(_EXTRA_STATE)]
     if absent:
         raise AssertionError(f"{source} does not hold {absent}")
     if optimizer is not None:

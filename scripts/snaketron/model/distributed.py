@@ -16,14 +16,17 @@ from megatron.core import parallel_state, tensor_parallel
 
 
 @contextlib.contextmanager
-def distributed(seed: int, run: RunSettings) -> Iterator[None]:
+def distributed(seed: int, run: RunSettings, *, recorded: bool = False) -> Iterator[None]:
     """Join the other processes, and set up megatron-core's groups and random numbers; leave them at the end.
 
+    `recorded`: whole micro-batches will be recorded (`backend.records_micro_batches`).
     Raises `UserError` when the processes or GPUs that the configuration asks for are not there.
     """
     _check(run)
     torch.set_num_threads(run.cpus_per_task)
     backend.device()  # makes this process' GPU the current one
+    if recorded:
+        backend.use_recordable_stream()
     _join()
     parallel_state.initialize_model_parallel(
         run.parallel.tensor_model_parallel_size,
@@ -34,7 +37,8 @@ def distributed(seed: int, run: RunSettings) -> Iterator[None]:
     )
     torch.manual_seed(seed)
     # Transformer Engine's tracker of random numbers is the one that can be recorded.
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=run.cuda_graphs)
+    te_rng_tracker = recorded or bool(run.cuda_graphs)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=te_rng_tracker)
     try:
         yield
     finally:

@@ -86,7 +86,7 @@ class RunSettings(Run):
 
     cluster: Cluster = Field(default_factory=Cluster)
     tracking: Literal["off", "offline", "online"]
-    cuda_graphs: bool = False  # in pretraining alone: packed sequences have no fixed shapes
+    cuda_graphs: bool | None = False  # in pretraining alone: packed sequences have no fixed shapes
     num_samples: int = 0
     sample_interval: int | None = None
     sample_tokens: int = 0

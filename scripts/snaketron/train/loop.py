@@ -54,6 +54,8 @@ class Trainer:
         flops = training_flops(self.settings.model, self.built.vocab_size, self.settings.seq_length)
         if self.built.adapters:
             flops *= 2 / 3  # frozen weights have no gradient
+        recorded = backend.records_micro_batches(self.settings, self.run)
+        self.micro_batches = backend.schedule(recorded=recorded)
         self.clock = Clock(flops, self.run.parallel.world_size)
         steady = steady_steps(self.settings.schedule, self.settings.optimizer, self.settings.train_iters)
         self.saver = Saver.configured(self.run, steady)
@@ -190,6 +192,7 @@ class Trainer:
             count=batches.num_micro_batches(count),
             micro_batch_size=batches.micro_batch_size,
             seq_length=self.settings.seq_length,
+            schedule=self.micro_batches,
         )
 
     def _validate(self, batches: Batches, metrics: Metrics) -> None:

@@ -10,7 +10,6 @@ from snaketron.model import backend
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 Batch = dict[str, Any]  # keyword arguments of the model, and `report`
@@ -152,12 +151,14 @@ def compute(
     micro_batch_size: int,
     seq_length: int,
     forward_only: bool = False,
+    schedule: backend.Schedule | None = None,
 ) -> list[Sums]:
     """Compute `count` micro-batches, and their gradients unless `forward_only`.
 
-    Returns the sums of each micro-batch on the last pipeline stage, and nothing on the others.
+    `schedule` computes them (`backend.schedule`), or megatron-core's if none is given. Returns the sums of
+    each micro-batch on the last pipeline stage, and nothing on the others.
     """
-    return get_forward_backward_func()(
+    return (schedule or backend.schedule(recorded=False))(
         forward_step_func=forward_step,
         data_iterator=batches,
         model=[module],

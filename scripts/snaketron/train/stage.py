@@ -180,6 +180,7 @@ class Stage:
         `optimizer_of_base` takes the optimizer's state from the base checkpoint as well. `answer` gets the
         model and its iteration before the first step, on the way and after the last step, on every rank.
         """
+        from snaketron.model import backend
         from snaketron.model.distributed import distributed
         from snaketron.train.build import build_training
         from snaketron.train.loop import Stopped, Trainer
@@ -194,7 +195,8 @@ class Stage:
             {"settings": self.settings.model_dump(), "run": self.run.model_dump()},
         )
         logger.info("%s: building the model", self.settings.stage)
-        with distributed(self.settings.seed, self.run):
+        recorded = backend.records_micro_batches(self.settings, self.run)
+        with distributed(self.settings.seed, self.run, recorded=recorded):
             trainer = Trainer(build_training(self.settings, self.run, self.tokenizer.vocab_size))
             self._begin(trainer, optimizer_of_base=optimizer_of_base)
             try:

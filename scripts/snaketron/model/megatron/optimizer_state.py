@@ -124,7 +124,7 @@ def _whole(
     held: dict[Tensor, list[Tensor]] = {}
     for place in bucket:
         if rank in place.holders:
-            state = optimizer._get_main_param_and_optimizer_states(place.parameter)
+            state = _state(optimizer, place.parameter)
             held[place.parameter] = [_fp32(state[key]) for key in keys]
     whole = {p.parameter: held[p.parameter] for p in bucket if list(p.holders) == [rank]}
     # Parts of the others go to their owners.
@@ -164,6 +164,47 @@ def _fp32(value: Tensor) -> Tensor:
     return value.to("cpu", torch.float32, copy=True)
 
 
+def _state(optimizer: DistributedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What this rank holds of a parameter: its main weight (`param`) and the optimizer's moments."""
+    state = optimizer._get_main_param_and_optimizer_states(parameter)
+    if state["param"].dtype == torch.int16:
+        state["param"] = joined(_weight(optimizer, parameter), state["param"])
+    return state
+
+
+def _set_state(optimizer: DistributedOptimizer, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+    """Take what `_state` gave; the weight too, where the main weight is kept as that and a remainder."""
+    if getattr(optimizer.optimizer, "store_param_remainders", False) and parameter.dtype == torch.bfloat16:
+        weight, remainder = split(tensors["param"])
+        _weight(optimizer, parameter).copy_(weight)
+        tensors = tensors | {"param": remainder}
+    optimizer._set_main_param_and_optimizer_states(parameter, tensors)
+
+
+def _weight(optimizer: DistributedOptimizer, parameter: Tensor) -> Tensor:
+    """This rank's part of the bf16 weights that compute, flattened."""
+    group, order = optimizer.model_param_group_index_map[parameter]
+    return optimizer.optimizer.param_groups[group]["params"][order].detach()
+
+
+def joined(weight: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 number whose upper half is a bf16 `weight`, and whose lower half is an int16 `remainder`.
+
+    The weight is rounded: where the remainder is negative as an int16, its last bit counts one too many. So
+    Transformer Engine's AdamW keeps main weights with moments in bf16 (`store_param_remainders`).
+    """
+    high, low = weight.contiguous().view(torch.int16).int(), remainder.int()
+    return (((high - (low < 0).int()) << 16) | (low & 0xFFFF)).view(torch.float32)
+
+
+def split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight and the remainder of fp32 numbers: what `joined` joins."""
+    bits = value.float().contiguous().view(torch.int32)
+    low = bits.to(torch.int16)  # the lower half
+    high = (bits >> 16) + (low < 0).int()
+    return high.to(torch.int16).view(torch.bfloat16), low
+
+
 def _size(part: slice) -> int:
     return part.stop - part.start
 
@@ -176,6 +217,6 @@ def load(self: DistributedOptimizer, state_dict: dict[int, dict[str, Tensor]]) -
         if rank in place.holders:
             part = place.part(rank)
             tensors = {key: value.reshape(-1)[part] for key, value in state_dict[number].items()}
-            self._set_main_param_and_optimizer_states(place.parameter, tensors)
+            _set_state(self, place.parameter, tensors)
     if isinstance(self.optimizer, HybridDeviceOptimizer):
         self.optimizer._sync_hdo_state_to_sub_optimizers()

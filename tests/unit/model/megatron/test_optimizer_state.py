@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.model.megatron.optimizer_state import Place, _owners
+from snaketron.model.megatron.optimizer_state import Place, _owners, joined, split
 from tests.conftest import run_module
 
 import pytest
@@ -68,3 +68,14 @@ def test_parts_of_a_model_keep_their_state(tmp_path: Path, kind: str):
         for name, (start, end, values) in before.items():
             assert after[name][:2] == (start, end)
             assert all(torch.equal(value, after[name][2][key]) for key, value in values.items())
+
+
+def test_a_main_weight_is_a_rounded_weight_and_16_bits():
+    """1 + 3/512 lies between the bf16 numbers 1 and 1 + 1/128; 0xC000 after the rounded one is -16384."""
+    values = torch.tensor([1.0, 1 + 3 / 512, -1 - 1 / 512, 1 + 1 / 256])
+    weights, remainders = split(values)
+    assert weights.tolist() == [1.0, 1 + 1 / 128, -1.0, 1 + 1 / 128]
+    assert remainders.tolist() == [0, -16384, 16384, -32768]
+    drawn = torch.randn(1000, generator=torch.Generator().manual_seed(1)) ** 9
+    assert torch.equal(joined(*split(drawn)), drawn)
+    assert torch.equal(joined(weights, remainders), values)
