@@ -39,7 +39,7 @@ def work(config: Config, training: Training) -> Work:
         global_batch_size=training.global_batch_size,
         run=run,
         optimizer=run.optimizer,
-        cuda_graphs=isinstance(run, Pretrain) and run.cuda_graphs,
+        cuda_graphs=isinstance(run, Pretrain) and bool(run.cuda_graphs),
         frozen=training.adapters is not None,
     )
 
