@@ -14,6 +14,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "nvfp4"]
 Module = Literal["layer", "core_attn", "layernorm", "mlp", "moe", "shared_experts"]
+Dispatcher = Literal["alltoall", "deepep", "hybridep"]
 
 
 class ConfigError(ValueError):

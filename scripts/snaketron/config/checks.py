@@ -16,6 +16,7 @@ from snaketron.config.data import (
     SftData,
     Tokenizer,
 )
+from snaketron.config.dispatching import check_dispatcher
 from snaketron.config.linears import check_names
 from snaketron.config.training import Adapters, Cluster, Model, Parallel, Pretrain, Tuning
 from snaketron.config.trainings import Training
@@ -192,6 +193,7 @@ def check_training(training: Training, config: Config) -> list[str]:
         *check_nodes(training, config.cluster),
         *check_batches(training, config.sft_data.padding_multiple),
         *check_steps(training),
+        *check_dispatcher(training),
         *(check_adapters(training.at("target_modules"), training.adapters) if training.adapters else ()),
     ]
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from snaketron.config.base import Count, Fraction, Module, Name, Positive, Precision, Section, Share, key
+from snaketron.config.base import (
+    Count,
+    Dispatcher,
+    Fraction,
+    Module,
+    Name,
+    Positive,
+    Precision,
+    Section,
+    Share,
+    key,
+)
 from snaketron.config.data import CorpusWeight, SourceWeight, sample_chats
 
 from pydantic import Field
@@ -205,6 +216,16 @@ class Run(Section):
     )
     offload_optimizer: Annotated[float, Field(ge=0, le=1)] = key(
         0.0, "share of the optimizer's state that stays in host memory and is updated there. Needs a GPU"
+    )
+    moe_token_dispatcher: Dispatcher = key(
+        "alltoall",
+        "what takes tokens to the experts of other processes: NCCL, or the kernels of DeepEP or of its "
+        "branch HybridEP, which need GPUs and the package deep_ep (docs/gpu.md)",
+    )
+    moe_shared_expert_overlap: bool = key(
+        False,
+        "compute the expert of all tokens while the others' tokens travel. Needs GPUs, and null as "
+        "model.moe_latent_size",
     )
 
 

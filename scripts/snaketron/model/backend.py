@@ -70,6 +70,8 @@ def check(model: Model, run: RunSettings, optimizer: Optimizer | None = None) ->
                 f"parallel.context_parallel_size {run.parallel.context_parallel_size} needs bf16 on GPUs: "
                 "Transformer Engine has no attention in fp32 that shares a sequence; set model.precision"
             )
+        if absent := absent_dispatcher(run):
+            problems.append(absent)
     else:
         keys = {
             "model.precision": model.precision if model.precision not in ("fp32", "bf16") else "",
@@ -79,6 +81,10 @@ def check(model: Model, run: RunSettings, optimizer: Optimizer | None = None) ->
             "cuda_graphs": run.cuda_graphs or "",
             "offload_optimizer": (optimizer and run.offload_optimizer) or "",
             "recompute": "layernorm" if "layernorm" in run.recompute else "",  # by Transformer Engine
+            "moe_token_dispatcher": run.moe_token_dispatcher
+            if run.moe_token_dispatcher != "alltoall"
+            else "",
+            "moe_shared_expert_overlap": run.moe_shared_expert_overlap or "",
         }
         problems += [
             f"{key}: {value} needs a GPU, and this machine has none" for key, value in keys.items() if value
@@ -104,6 +110,8 @@ def records_micro_batches(settings: TrainSettings, run: RunSettings) -> bool:
         and not settings.packed
         and settings.seq_length >= gpu.SHORTEST_RECORDED
         and not run.recompute
+        and run.moe_token_dispatcher == "alltoall"
+        and not run.moe_shared_expert_overlap
         and (precision == "bf16" or precision.startswith("fp8"))
         and not data_parallel_options(run)["overlap_grad_reduce"]
     )
@@ -123,6 +131,20 @@ def schedule(*, recorded: bool) -> Schedule:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     return get_forward_backward_func()
+
+
+def absent_dispatcher(run: RunSettings) -> str:
+    """Why tokens cannot be dispatched as `run` says, by what megatron-core could import; else empty."""
+    from megatron.core.transformer.moe import fused_a2a
+
+    there = {"deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}
+    if there.get(run.moe_token_dispatcher, True):
+        return ""
+    branch = " of the branch hybrid-ep" if run.moe_token_dispatcher == "hybridep" else ""
+    return (
+        f"moe_token_dispatcher: {run.moe_token_dispatcher} needs the package deep_ep{branch}, which is not "
+        "installed here: build it for this GPU (docs/gpu.md), or take alltoall"
+    )
 
 
 def cuda_graph_options(run: RunSettings) -> dict[str, Any]:

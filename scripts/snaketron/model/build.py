@@ -91,6 +91,7 @@ def build_model(
         settings.model,
         run.parallel,
         **spec.recomputation(run.recompute),
+        **spec.dispatching(run),
         **backend.cuda_graph_options(run),
         **(backend.packed_options() if settings.packed else {}),
         perform_initialization=draw,

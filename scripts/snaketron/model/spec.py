@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from snaketron.config import Model, Parallel
+from snaketron.config import Model, Parallel, Run
 from snaketron.model import backend
 from snaketron.sizes.parameters import padded_vocab_size, pipeline_pattern
 
@@ -79,6 +79,15 @@ def recomputation(modules: Sequence[str]) -> dict[str, Any]:
     if "layer" in modules:
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+
+
+def dispatching(run: Run) -> dict[str, Any]:
+    """TransformerConfig fields that say how tokens reach the experts of other processes."""
+    fields: dict[str, Any] = {"moe_shared_expert_overlap": run.moe_shared_expert_overlap}
+    if run.moe_token_dispatcher != "alltoall":
+        fields["moe_token_dispatcher_type"] = "flex"
+        fields["moe_flex_dispatcher_backend"] = run.moe_token_dispatcher
+    return fields
 
 
 def dtype_of(model: Model) -> torch.dtype:

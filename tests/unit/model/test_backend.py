@@ -6,7 +6,7 @@ import sys
 
 from snaketron.config import Model, Optimizer
 from snaketron.log import UserError
-from snaketron.model import backend
+from snaketron.model import backend, spec
 from snaketron.settings.training import RunSettings
 from tests.conftest import REPOSITORY
 
@@ -32,7 +32,14 @@ def test_packages_of_the_gpu_are_left_alone_on_a_machine_without_one(tmp_path):
 
 def test_what_needs_a_gpu_is_refused_without_one():
     model = Model(precision="nvfp4")
-    run = RunSettings(tracking="off", offload_optimizer=0.5, recompute=["layernorm"], cuda_graphs=True)
+    run = RunSettings(
+        tracking="off",
+        offload_optimizer=0.5,
+        recompute=["layernorm"],
+        cuda_graphs=True,
+        moe_token_dispatcher="deepep",
+        moe_shared_expert_overlap=True,
+    )
     with pytest.raises(UserError) as refused:
         backend.check(model, run, Optimizer(moment_precision="bf16"))
     assert str(refused.value).splitlines() == [
@@ -43,7 +50,29 @@ def test_what_needs_a_gpu_is_refused_without_one():
             "cuda_graphs: True",
             "offload_optimizer: 0.5",
             "recompute: layernorm",
+            "moe_token_dispatcher: deepep",
+            "moe_shared_expert_overlap: True",
         )
     ]
     backend.check(Model(precision="bf16"), RunSettings(tracking="off"), Optimizer(gradient_precision="bf16"))
     backend.check(Model(), RunSettings(tracking="off", offload_optimizer=0.5))  # a model that is not trained
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "package"),
+    [("deepep", "deep_ep, which"), ("hybridep", "deep_ep of the branch hybrid-ep,")],
+)
+def test_a_dispatcher_whose_package_is_absent_is_named_and_reaches_megatron_core(dispatcher, package):
+    """No machine of the tests has it. megatron-core checks the rest of the combination."""
+    run = RunSettings(tracking="off", moe_token_dispatcher=dispatcher)
+    assert f"moe_token_dispatcher: {dispatcher} needs the package {package}" in backend.absent_dispatcher(run)
+    config = spec.transformer_config(Model(precision="bf16"), run.parallel, **spec.dispatching(run))
+    chosen = config.moe_token_dispatcher_type, config.moe_flex_dispatcher_backend
+    assert chosen == ("flex", dispatcher)
+
+
+def test_the_dispatcher_of_before_is_the_default():
+    run = RunSettings(tracking="off")
+    assert backend.absent_dispatcher(run) == ""
+    config = spec.transformer_config(Model(), run.parallel, **spec.dispatching(run))
+    assert (config.moe_token_dispatcher_type, config.moe_shared_expert_overlap) == ("alltoall", False)

@@ -122,6 +122,7 @@ OTHER: dict[str, Any] = {
         for s in ("pretrain", "sft", "lora")
         for k in ("gradient", "moment")
     },
+    **{f"{s}.precision": "fp8_current" for s in ("sft", "lora")},
     **{f"{s}.recompute": ["moe"] for s in ("pretrain", "sft", "lora")},
     **{f"{s}.offload_optimizer": 0.5 for s in ("pretrain", "sft", "lora")},
     "model.moe_router_topk": 1,
@@ -139,6 +140,11 @@ OTHER: dict[str, Any] = {
     **{f"{s}.switch_loss_average_after": 20 for s in ("sft", "lora")},
     **{f"{s}.sample_interval": 20 for s in ("sft", "lora")},
     **{f"{s}.steady_interval": 20 for s in ("pretrain", "sft", "lora")},
+    **{f"{s}.moe_token_dispatcher": "hybridep" for s in ("pretrain", "sft", "lora")},
+    **{
+        f"{s}.moe_shared_expert_overlap": ("model.moe_latent_size", None, True)
+        for s in ("pretrain", "sft", "lora")
+    },
     "lora.expert_rank": 2,
     "lora.dropout": 0.1,
     "lora.target_modules": ["in_proj", "linear_qkv"],
@@ -238,6 +244,7 @@ def expected(path: str) -> set[str]:
         "warmup",
         "decay",
         "loss",
+        "precision",
         "switch",
         *Adapters.model_fields,
         *EvalSettings.model_fields,
@@ -267,8 +274,8 @@ def test_each_key_is_of_the_result_or_of_the_run(path, value):
     values = roomy()
     other = OTHER.get(path, value * 2 if isinstance(value, int | float) else value)
     if isinstance(other, tuple):
-        change(values, *other)
-        other = 2
+        change(values, *other[:2])
+        other = next(iter(other[2:]), 2)
     before = parts(load(values, {}))
     change(values, path, other)
     after = parts(load(values, {}))
