@@ -14,6 +14,7 @@ from snaketron.lineage.record import Record, making
 from snaketron.lineage.walk import known, record_about
 from snaketron.log import UserError, logger
 from snaketron.settings.curation import CurateSettings
+from snaketron.wording import plural
 
 import numpy as np
 from datatrove.data import Document
@@ -61,6 +62,12 @@ def curate_shard(
                 name,
                 counts["documents"],
                 documents.describe(counts["removed"]),
+            )
+        if found := tally.overlooked:
+            logger.warning(
+                "%s: %s with %d tokens share only numbers and few different words with an evaluation; "
+                "they stay",
+                *(name, plural(found["documents"], "document"), found["tokens"]),
             )
         made_from = {"filtered": filtered, "exact": exact, "near": near, "index": index}
         job.inputs = {what: known(path) for what, path in made_from.items() if path}

@@ -24,6 +24,7 @@ from datatrove.utils.text import ngrams
 from datatrove.utils.typeshelper import Languages
 
 REASON = "contaminated"
+IGNORED = "ignored"  # the list of the n-grams that do not count; the others have the path of a file
 NUMBER = "0"  # what datatrove's normalization writes for every number
 
 
@@ -34,7 +35,7 @@ class Index(NamedTuple):
     num_texts: int
     too_short: int  # texts of fewer words than an n-gram
     unprotected: int  # texts that are long enough, and have no n-gram that counts
-    ignored: int  # different n-grams that do not count
+    ignored: np.ndarray  # hashes of the n-grams that do not count, sorted
 
 
 def telling(n_gram: Sequence[str]) -> bool:
@@ -68,7 +69,9 @@ def index_of(texts: Iterable[str], n: int) -> Index:
         num_texts += 1
         too_short += not n_grams
         unprotected += bool(n_grams) and not counting
-    return Index(np.array(sorted(found), dtype=np.uint64), num_texts, too_short, unprotected, len(ignored))
+    overlooked = {indexer.hash_func(" ".join(n_gram)) for n_gram in ignored}
+    hashes, uncounted = (np.array(sorted(one), dtype=np.uint64) for one in (found, overlooked))
+    return Index(hashes, num_texts, too_short, unprotected, uncounted)
 
 
 def decontamination_index(
@@ -80,6 +83,7 @@ def decontamination_index(
     outputs = {"index": output}
     with making("decontamination_index", output.stem, outputs=outputs, record=record) as job:
         index: dict[str, np.ndarray] = {}
+        ignored: list[np.ndarray] = []
         counted: dict[str, Any] = {}
         for path in texts:
             made = index_of((text for _, text in read_texts(path, text_field)), n)
@@ -89,7 +93,9 @@ def decontamination_index(
                     "numbers); correct curation.evaluation"
                 )
             index[str(path)] = made.hashes
+            ignored.append(made.ignored)
             counted[str(path)] = _say(path, made, n)
+        index[IGNORED] = np.unique(np.concatenate(ignored))
         about = {"kind": "decontamination_index", "n": n}
         lists.write(job.aside["index"], index, np.uint64, about)
         job.inputs, job.counts = {"text": map(of_user, texts)}, counted
@@ -103,18 +109,18 @@ def _say(path: Path, made: Index, n: int) -> dict[str, int]:
         logger.warning(
             "%s: %d of %d texts are shorter than %d words", path, made.too_short, made.num_texts, n
         )
-    if made.ignored:
+    if len(made.ignored):
         logger.warning(
             "%s: %s of numbers and few different words, which many documents share, are ignored; "
             "%d of %d texts have no others and are not protected",
-            *(path, plural(made.ignored, "n-gram"), made.unprotected, made.num_texts),
+            *(path, plural(len(made.ignored), "n-gram"), made.unprotected, made.num_texts),
         )
     return {
         "texts": made.num_texts,
         "too_short": made.too_short,
         "unprotected": made.unprotected,
         "n_grams": len(made.hashes),
-        "ignored": made.ignored,
+        "ignored": len(made.ignored),
     }
 
 
@@ -128,17 +134,48 @@ class Contaminated(Removed):
         )
 
 
-def decontamination_filter(path: Path, n: int, removed: Contaminated) -> NGramsDecontFilter:
-    """datatrove's filter with the index of a file."""
+class _Hashes(dict[int, str]):
+    """The n-grams of an index with the file of each. Notes when it was asked for one that does not count."""
+
+    ignored: frozenset[int]
+    asked = False
+
+    def get(self, key: int, default: Any = None) -> Any:
+        self.asked = self.asked or key in self.ignored
+        return super().get(key, default)
+
+
+class Filter(NGramsDecontFilter):  # type: ignore[misc]
+    """datatrove's filter. It also counts the documents that only n-grams which do not count would remove."""
+
+    def __init__(self, folder: Folder, n: int, removed: Contaminated, ignored: Iterable[int]) -> None:
+        super().__init__(folder, NGramsDecontConfig(n_grams=n), exclusion_writer=removed)
+        self.load_index_hashes()
+        self.hashes = _Hashes(self._index_hashes)
+        self.hashes.ignored = frozenset(ignored)
+        if self.hashes.ignored:
+            self._index_hashes = self.hashes
+        self.tally = removed.tally
+
+    def filter(self, document: Document) -> bool | tuple[bool, str]:
+        self.hashes.asked = False
+        found: bool | tuple[bool, str] = super().filter(document)
+        if found is True and self.hashes.asked:
+            self.tally.overlook(document)
+        return found
+
+
+def decontamination_filter(path: Path, n: int, removed: Contaminated) -> Filter:
+    """The filter with the index of a file. An index of before November 2026 does not list what is ignored."""
     learn(Languages.english)
     index = lists.Lists(path)
     if index.about["n"] != n:
         raise UserError(f"{path}: of {index.about['n']} words, not {n}; delete it and run again")
-    folder = Folder({f"{name}.index.hashes": index[name].tobytes() for name in index.names})
+    hashes = {name: index[name] for name in index.names if name != IGNORED}
+    folder = Folder({f"{name}.index.hashes": found.tobytes() for name, found in hashes.items()})
     n_grams.simplify_text = simplify_text  # faster, with the same result
-    block = NGramsDecontFilter(folder, NGramsDecontConfig(n_grams=n), exclusion_writer=removed)
-    block.load_index_hashes()
-    if block._index_hashes.keys() != {value for name in index.names for value in index[name].tolist()}:
+    block = Filter(folder, n, removed, index[IGNORED].tolist() if IGNORED in index else ())
+    if block.hashes.keys() != {value for found in hashes.values() for value in found.tolist()}:
         # Without the index it would let all documents pass.
         raise RuntimeError(f"{path}: datatrove did not load all of the index")
     return block

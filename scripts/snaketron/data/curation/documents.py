@@ -70,6 +70,7 @@ class Tally:
     kept: dict[str, int] = field(default_factory=lambda: {"documents": 0, "tokens": 0})
     removed: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: dict[str, dict[str, int]] = field(default_factory=dict)
+    overlooked: dict[str, int] | None = None  # kept, although they match an evaluation in what does not count
     current: Document | None = None  # the document that a block is looking at
 
     def enter(self, documents: Documents) -> Iterator[Document]:
@@ -94,6 +95,12 @@ class Tally:
                 "text": document.text[:EXAMPLE_CHARACTERS],
             }
             entry["examples"].append(example | ({"detail": detail[:EXAMPLE_CHARACTERS]} if detail else {}))
+
+    def overlook(self, document: Document) -> None:
+        """Count a document that only n-grams that do not count would remove."""
+        self.overlooked = self.overlooked or {"documents": 0, "tokens": 0}
+        self.overlooked["documents"] += 1
+        self.overlooked["tokens"] += document.metadata["tokens"]
 
     def watch(self, documents: Documents, name: str, texts: dict[str, str]) -> Iterator[Document]:
         """Count the documents that block `name` changed; texts["before"] is what the block was given last."""
@@ -148,6 +155,7 @@ class Tally:
             "kept": self.kept,
             "removed": dict(sorted(self.removed.items(), key=lambda item: -item[1]["documents"])),
             "changed": self.changed,
+            **({"ignored_matches": self.overlooked} if self.overlooked else {}),
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 from snaketron import files
@@ -116,8 +117,11 @@ def test_numbers_and_few_words_do_not_make_a_document_contaminated(
     prices = "In the year " + ", ".join(str(1900 + i) for i in range(30))
     mixed = f"{B} {QUESTION.replace('seven', '7').replace('noon', '12')}"
     steps.filtered("web/one", [prices, table, "la di da " * 20, QUESTION, mixed])
-    counts = steps.curate("web/one", n=12)
+    with caplog.at_level(logging.WARNING):
+        counts = steps.curate("web/one", n=12)
     assert [row["row"] for row in steps.rows("curated/web/one")] == [1, 2, 3, 5]
+    assert counts["ignored_matches"]["documents"] == 3  # the prices, the table and the chorus
+    assert re.search("web/one: 3 documents with .* tokens share only numbers and few different", caplog.text)
     assert counts["removed"][f"contaminated: {steps.root}/swans.jsonl"]["documents"] == 1
 
 
