@@ -253,6 +253,8 @@ def wrong(source: str, case: str, item: Any, tokenizer: Tokenizer) -> str:
     num_answers = sum(message["role"] == "assistant" for message in messages)
     if len(trained) > num_answers:
         return f"{len(trained)} trained parts for {num_answers} answers"
+    if problem := trained_header(source, messages, tools, trained):
+        return problem
     # The last answer must begin where a prompt for it ends.
     last = len(messages) - 1
     start = len(whole) - len(whole[whole.rfind(trained[-1]) :])
@@ -275,6 +277,26 @@ def wrong(source: str, case: str, item: Any, tokenizer: Tokenizer) -> str:
                 if not rest.strip():
                     return ""
     return f"no prompt ends where the last answer begins: {whole[:start][-50:]!r}"
+
+
+def trained_header(source: str, messages: list[Any], tools: Any, trained: list[str]) -> str:
+    """Whether some of what a prompt adds is trained: the end of it before an answer, or a token after one."""
+    headers = set()
+    for number, message in enumerate(messages):
+        for form in (messages, as_text(messages)) if message["role"] == "assistant" else ():
+            bare, prompt = (theirs(source, form[:number], tools, asks, {}) for asks in (False, True))
+            if bare and prompt and prompt.startswith(bare):
+                headers.add(prompt[len(bare) :].strip())
+    for header, text in ((header, text) for header in headers for text in trained):
+        for part in (header[first:] for first in range(len(header))):
+            if text.lstrip().startswith(part) and not THINKING.fullmatch(part):
+                return f"{part!r} of the prompt is trained"
+        after = text[max((found.end() for found in WORDS.finditer(text)), default=0) :]
+        if tokens := {
+            token for token in tokens_of(after) & tokens_of(header) if not THINKING.fullmatch(token)
+        }:
+            return f"{tokens} of the next prompt is trained"
+    return ""
 
 
 def main() -> None:

@@ -302,6 +302,18 @@ def test_the_environment_of_the_processes(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["WANDB_API_KEY"] == "abc=def"
 
 
+def test_in_an_image_caches_lie_in_its_own_tmp_and_charliecloud_has_the_user(monkeypatch: pytest.MonkeyPatch):
+    """$TMPDIR is a directory of the host, which the image need not see; cron and CI set no USER."""
+    for name in ("TRITON_CACHE_DIR", "USER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TMPDIR", "/local/job7")
+    monkeypatch.setattr("tempfile.tempdir", None)
+    cluster = {"container": "image", "container_runtime": "charliecloud"}
+    found = launch.environment(run_settings(load({"cluster": cluster}, {}), "pretrain/broad"))
+    assert found["TRITON_CACHE_DIR"] == f"/tmp/snaketron-{os.getuid()}/triton"
+    assert found["USER"]
+
+
 @pytest.mark.parametrize(
     ("status", "words"),
     [
