@@ -292,10 +292,10 @@ def trained_header(source: str, messages: list[Any], tools: Any, trained: list[s
             if text.lstrip().startswith(part) and not THINKING.fullmatch(part):
                 return f"{part!r} of the prompt is trained"
         after = text[max((found.end() for found in WORDS.finditer(text)), default=0) :]
-        if tokens := {
-            token for token in tokens_of(after) & tokens_of(header) if not THINKING.fullmatch(token)
-        }:
-            return f"{tokens} of the next prompt is trained"
+        # The last token of a prompt opens an answer; what is before it may end a question.
+        opening = max(tokens_of(header), key=header.rfind, default="")
+        if opening and opening in after and not THINKING.fullmatch(opening):
+            return f"{opening!r} of the next prompt is trained"
     return ""
 
 

@@ -148,6 +148,8 @@ class _Hashes(dict[int, str]):
 class Filter(NGramsDecontFilter):  # type: ignore[misc]
     """datatrove's filter. It also counts the documents that only n-grams which do not count would remove."""
 
+    _index_hashes: dict[int, str]
+
     def __init__(self, folder: Folder, n: int, removed: Contaminated, ignored: Iterable[int]) -> None:
         super().__init__(folder, NGramsDecontConfig(n_grams=n), exclusion_writer=removed)
         self.load_index_hashes()
