@@ -27,6 +27,7 @@ from snaketron.graph import (
     reasons,
     single_run,
     unknown,
+    swift,
 )
 from snaketron.graph.checks import check_files
 from snaketron.graph.graph import Graph
@@ -81,6 +82,7 @@ except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 
 
+swift.remember_signatures()
 published.keep_links()
 reasons.tell_changes(graph.config)
 unknown.tell_errors()

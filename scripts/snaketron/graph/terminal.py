@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from snaketron.graph import swift
 from snaketron.graph.lines import Lines
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
@@ -36,6 +37,8 @@ class LogHandler(LogHandlerBase):
         self.in_full = settings.verbose or (settings.dryrun and settings.printshellcmds)
         self.own_words = DefaultFormatter(settings.quiet, settings.show_failed_logs)
         self.lines = Lines(dryrun=settings.dryrun)
+        if settings.dryrun and not self.in_full:
+            swift.say_one_line()
         self.terminal = self.stream.isatty()
         self.colors = self.terminal and not settings.nocolor
 

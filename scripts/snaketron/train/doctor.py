@@ -40,14 +40,21 @@ class Finding:
 
 
 def examine(directory: Path, wanted_gpus: int) -> Iterator[Finding]:
-    """All findings; about GPUs only where some are there or wanted."""
+    """All findings about this machine; about GPUs only where some are there or wanted."""
+    found = list(local(wanted_gpus))
+    yield from found
+    if all(finding.good for finding in found) and _gpu_count():
+        yield from _communication()
+    yield from disk(directory)
+
+
+def local(wanted_gpus: int) -> Iterator[Finding]:
+    """What a node has by itself."""
     yield from _driver(wanted_gpus)
     gpus = list(_torch(wanted_gpus))
     yield from gpus
     if all(finding.good for finding in gpus) and _gpu_count():
         yield from _kernels()
-        yield from _communication()
-    yield from _disk(directory)
 
 
 def _driver(wanted_gpus: int) -> Iterator[Finding]:
@@ -135,7 +142,7 @@ def _communication() -> Iterator[Finding]:
     yield Finding("interconnect", speed >= SLOW_LINK, text)
 
 
-def _disk(directory: Path) -> Iterator[Finding]:
+def disk(directory: Path) -> Iterator[Finding]:
     """Whether checkpoints can be written here, how fast, and whether the file system has locks."""
     path = directory / f".doctor_{os.getpid()}"
     try:
@@ -167,13 +174,15 @@ def _gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def report(findings: Iterator[Finding], show: Callable[[str], Any] = print) -> bool:
+def report(
+    findings: Iterator[Finding], show: Callable[[str], Any] = print, what: str = "This machine"
+) -> bool:
     """Show each finding as it comes; whether all are good."""
     bad = 0
     for finding in findings:
         show(f"{'ok     ' if finding.good else 'PROBLEM'}  {finding.name:13} {finding.text}")
         bad += not finding.good
-    show(f"{bad} problem{'s' if bad > 1 else ''}." if bad else "This machine can train.")
+    show(f"{bad} problem{'s' if bad > 1 else ''}." if bad else f"{what} can train.")
     return not bad
 
 

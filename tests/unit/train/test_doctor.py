@@ -12,20 +12,20 @@ import torch
 
 
 def test_a_disk_that_can_be_written_is_measured_and_left_clean(tmp_path: Path):
-    (found,) = doctor._disk(tmp_path / "ckpt")
+    (found,) = doctor.disk(tmp_path / "ckpt")
     assert "MB/s" in found.text and "has locks" in found.text
     assert list((tmp_path / "ckpt").iterdir()) == []
 
 
 def test_a_slow_disk_is_a_problem_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "SLOW_DISK", 1e15)
-    (found,) = doctor._disk(tmp_path)
+    (found,) = doctor.disk(tmp_path)
     assert not found.good and found.text.endswith("move pathvars.ckpt, or raise save_interval")
 
 
 def test_a_directory_that_cannot_be_made_is_a_problem(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    (found,) = doctor._disk(tmp_path / "file/ckpt")
+    (found,) = doctor.disk(tmp_path / "file/ckpt")
     assert found == Finding(
         "disk", False, f"{tmp_path}/file/ckpt: Not a directory; move pathvars.ckpt to another disk"
     )
