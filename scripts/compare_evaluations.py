@@ -12,7 +12,7 @@ from snaketron.report.evaluations import read_evaluations, rows, table
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("evaluations", type=Path, nargs="+", help="files that the rule evaluate made")
+    parser.add_argument("evaluations", type=Path, nargs="+", help="files of the rule evaluate, or of lm-eval")
     parser.add_argument("--json", action="store_true", help="a list of {stage, data, measure, value}")
     args = parser.parse_args(argv)
     found = read_evaluations(args.evaluations)

@@ -2,16 +2,19 @@
 
 Two pieces of the model are exchanged while it decodes: attention reads the keys and values of earlier tokens
 too, and Mamba-2 goes on from its last states. All other pieces are those of a training; so adapters, tensor,
-expert and pipeline parallelism and the kernels of a GPU are as they are there.
+expert and pipeline parallelism and the kernels of a GPU are as they are there. One process on a CPU calls
+them without megatron-core's wrappers (`direct`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from snaketron.inference.direct import Direct, Piece, applies, linear, wrapped
 from snaketron.model import backend
 from snaketron.model.build import BuiltModel
 from snaketron.model.megatron import internals
@@ -51,10 +54,14 @@ class Decoder:
             for module in decoder.modules()
             if isinstance(module, SelfAttention)
         } | {
-            module: _Mamba(module, batch_size, self.device)
+            module: _Mamba(module, batch_size, self.device, linear if applies(built) else wrapped)
             for module in decoder.modules()
             if isinstance(module, MambaMixer)
         }
+        remembering = {
+            module: functools.partial(layer.forward, self._reading) for module, layer in self._layers.items()
+        }
+        self._direct = Direct(built, remembering) if applies(built) else None
 
     def forget(self, row: int) -> None:
         """Begin the row anew, without a token."""
@@ -90,6 +97,12 @@ class Decoder:
                 f"row of {int(before.max())} + {ids.shape[1]} tokens, space for {self.max_length}"
             )
         self._reading.rows, self._reading.before = rows, before
+        logits = self._direct(ids) if self._direct else self._by_megatron(ids)
+        self.lengths[rows] += ids.shape[1]
+        return None if logits is None else logits[..., : self.built.vocab_size].float()
+
+    def _by_megatron(self, ids: Tensor) -> Tensor | None:
+        """Logits on the ranks of the last pipeline stage."""
 
         def forward(_batches: Any, model: Any) -> tuple[Tensor, Any]:
             positions = torch.zeros_like(ids)  # there are no embeddings of positions
@@ -106,8 +119,7 @@ class Decoder:
             forward_only=True,
             collect_non_loss_data=True,
         )
-        self.lengths[rows] += ids.shape[1]
-        return outputs[0][..., : self.built.vocab_size].float() if outputs else None
+        return outputs[0] if outputs else None
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -167,6 +179,12 @@ class _Attention:
         """query (new, rows, heads, width), key and value with fewer heads, to (new, rows, heads * width)."""
         device, new = query.device, len(query)
         keys, values = self.keys[reading.rows], self.values[reading.rows]
+        if new == len(keys) == 1:  # a token of a single row sees all before it
+            last = int(reading.before[0])
+            keys[0, last], values[0, last] = key[0, 0], value[0, 0]
+            seen, said = (t[:, : last + 1].transpose(1, 2) for t in (keys, values))
+            out = F.scaled_dot_product_attention(query.permute(1, 2, 0, 3), seen, said, enable_gqa=True)
+            return out.permute(2, 0, 1, 3).flatten(2)
         row = torch.arange(len(keys), device=device)[:, None]
         position = reading.before[:, None] + torch.arange(new, device=device)  # (rows, new)
         keys[row, position], values[row, position] = key.transpose(0, 1), value.transpose(0, 1)
@@ -184,8 +202,11 @@ class _Attention:
 class _Mamba:
     """Last inputs of a layer's convolution and the state of its scan; `forward` stands for the mixer's."""
 
-    def __init__(self, mixer: MambaMixer, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, mixer: MambaMixer, batch_size: int, device: torch.device, product: Callable[[Any], Piece]
+    ) -> None:
         self.mixer = mixer
+        self.in_proj, self.out_proj = product(mixer.in_proj), product(mixer.out_proj)
         channels, _, width = mixer.conv1d_weight.shape
         self.inputs = torch.zeros(batch_size, width - 1, channels, device=device)
         shape = batch_size, mixer.nheads_local_tp, mixer.d_state, mixer.headdim
@@ -200,10 +221,10 @@ class _Mamba:
         self.inputs[row] = 0
         self.state[row] = 0
 
-    def forward(self, reading: _Reading, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, reading: _Reading, hidden: Tensor) -> tuple[Tensor, None]:
         """hidden (new, rows, hidden size) to the same shape, and the bias that the mixer has (none)."""
         mixer, rows = self.mixer, reading.rows
-        projected, _ = mixer.in_proj(hidden)
+        projected = self.in_proj(hidden)
         inner, bc = mixer.d_inner_local_tp, mixer.ngroups_local_tp * mixer.d_state
         z, xbc, dt = (
             projected.transpose(0, 1).float().split([inner, inner + 2 * bc, mixer.nheads_local_tp], -1)
@@ -213,7 +234,7 @@ class _Mamba:
         B, C = (t.unflatten(-1, (-1, mixer.d_state)) for t in (B, C))
         y = self._scan(rows, x, F.softplus(dt + self.dt_bias), B, C) + x * self.D.unsqueeze(-1)
         y = (y.flatten(2) * F.silu(z)).to(projected.dtype).transpose(0, 1).contiguous()
-        return mixer.out_proj(mixer.norm(y))
+        return self.out_proj(mixer.norm(y)), None
 
     def _convolve(self, rows: slice, xbc: Tensor) -> Tensor:
         known = self.inputs.shape[1]

@@ -17,11 +17,13 @@ _SHOWN = {
 
 
 def read_evaluations(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """The results of `eval/<stage>.json` files, by stage."""
+    """The results of `eval/<stage>.json` files, by stage; those of lm-eval's own files by its model."""
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
         try:
             value = read_json(path)
+            if "results" in value and "model_name" in value:
+                value = _of_lm_eval(value)
             stage = value["stage"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not an evaluation of this workflow ({error})") from None
@@ -29,6 +31,19 @@ def read_evaluations(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
             raise UserError(f"{path}: there are two evaluations of {stage}; name each once")
         found[stage] = value
     return found
+
+
+def _of_lm_eval(value: dict[str, Any]) -> dict[str, Any]:
+    """What `lm_eval --output_path` wrote, as an evaluation; the filter `none` is in no name here."""
+    tasks = {
+        name: {
+            measure.removesuffix(",none"): number
+            for measure, number in measures.items()
+            if isinstance(number, int | float) and "_stderr" not in measure and measure != "sample_len"
+        }
+        for name, measures in value["results"].items()
+    }
+    return {"stage": value["model_name"], "tasks": tasks}
 
 
 def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, float]]:

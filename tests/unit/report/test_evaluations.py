@@ -32,6 +32,19 @@ def test_each_checkpoint_has_a_column(tmp_path: Path):
     ]
 
 
+def test_a_file_of_lm_eval_is_a_column(tmp_path: Path):
+    """The task by our own LM, and through the export; errors of estimates are not compared."""
+    write_json(tmp_path / "own.json", {"stage": "sft", "tasks": {"arc_easy": {"acc": 0.5, "questions": 10}}})
+    measures = {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 10}
+    there = {"results": {"arc_easy": measures}, "model_name": "hf/sft"}
+    write_json(tmp_path / "hf.json", there)
+    assert table(read_evaluations([tmp_path / "own.json", tmp_path / "hf.json"])).splitlines() == [
+        "| data     | measure |    sft | hf/sft |",
+        "|----------|---------|-------:|-------:|",
+        "| arc_easy | acc     | 0.5000 | 0.5000 |",
+    ]
+
+
 def test_what_is_no_evaluation_is_refused(tmp_path: Path):
     write_json(tmp_path / "a.json", {"stage": "sft"})
     write_json(tmp_path / "b.json", {"phase": "one"})
