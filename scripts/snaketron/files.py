@@ -51,18 +51,19 @@ def writing(*paths: Path) -> Iterator[list[Path]]:
 
 
 @contextlib.contextmanager
-def writing_directory(path: Path) -> Iterator[Path]:
+def writing_directory(path: Path, *, resuming: bool = False) -> Iterator[Path]:
     """Yield an empty directory beside `path`, and give it that name when the block succeeds.
 
     When the block fails, it is removed and what was at `path` stays. What a killed process left is removed
-    first; where another process is still writing it, this waits.
+    first; where another process is still writing it, this waits. With `resuming` it is given to the block,
+    which must verify it, and a process that is told to stop leaves it.
     """
     aside, before = partial(path), path.with_name(f".{path.name}.before")
     path.parent.mkdir(parents=True, exist_ok=True)
     with owned(aside.with_suffix(".lock")):
-        for left in (aside, before):
+        for left in (before,) if resuming else (aside, before):
             shutil.rmtree(left, ignore_errors=True)
-        aside.mkdir()
+        aside.mkdir(exist_ok=resuming)
         try:
             yield aside
             for file in aside.rglob("*"):
@@ -76,7 +77,8 @@ def writing_directory(path: Path) -> Iterator[Path]:
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in NO_SPACE and not error.filename:
                 error.filename = str(path)
-            shutil.rmtree(aside, ignore_errors=True)
+            if not (resuming and isinstance(error, KeyboardInterrupt | SystemExit)):
+                shutil.rmtree(aside, ignore_errors=True)
             raise
         finally:
             aside.with_suffix(".lock").unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import Model
-from snaketron.files import sha256, to_json, writing_directory
+from snaketron.files import sha256, sha256_of, to_json, writing_directory
 from snaketron.huggingface import config, shards
 from snaketron.huggingface.names import VOCABULARY, Tensor, tensors
 from snaketron.huggingface.torch_dist import Reader, is_finite
@@ -42,7 +42,8 @@ def export(
     """Write the directory `output`, complete or not at all; returns its record.
 
     Only one of Megatron's tensors, at most all experts of a layer, is in memory at a time. The bytes of all
-    files but the record depend on the checkpoint alone.
+    files but the record depend on the checkpoint alone. An export that was killed goes on after the last file
+    of tensors that is complete; those before are read once, for their hashes.
 
     Args:
         source: the checkpoint, for the record.
@@ -58,11 +59,17 @@ def export(
     files = shards.plan(_described(wanted, reader), shard_bytes)
     parts = {tensor.name: tensor for tensor in wanted}
     begun = time.monotonic()
-    with writing_directory(output) as aside:
-        written = [_small_files(checkpoint, aside, reader, card)]
+    with writing_directory(output, resuming=True) as aside:
+        finished = shards.Finished(aside, _identity(checkpoint, source, files))
+        if kept := sum(name in finished for name in files):
+            logger.info("%s: %d of %d files are there already", output, kept, len(files))
         rows = Rows(reader)
         for name, shard in files.items():
-            written.append([shards.write_shard(aside / name, shard, lambda name: rows.of(parts[name]))])
+            if name not in finished:
+                finished.add(shards.write_shard(aside / name, shard, lambda name: rows.of(parts[name])))
+        written = [[finished.entry(name) for name in files]]
+        finished.close()
+        written.append(_small_files(checkpoint, aside, reader, card))
         shards.write_index(aside / shards.INDEX, files)
         written.append([entry_of(aside / shards.INDEX)])
         with making("export", output.name, outputs={}, record=aside / "record.json") as job:
@@ -83,6 +90,14 @@ def export(
         job.record.counts["bytes_per_second"] / 1e6,
     )
     return job.record
+
+
+def _identity(checkpoint: Checkpoint, source: Entry, files: dict[str, list[shards.Described]]) -> str:
+    """What the bytes of the files depend on. The list of the tensors has a random number of its own."""
+    plan = {name: [(one.name, one.shape, str(one.dtype)) for one in shard] for name, shard in files.items()}
+    return sha256_of(
+        {"source": source.reference, "list": sha256(checkpoint.tensors / ".metadata"), "plan": plan}
+    )
 
 
 def listed(title: str, problems: list[str]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snaketron.files import to_json
+from snaketron.files import read_json, sha256, to_json, write_json
 from snaketron.lineage.record import Entry
 
 import torch
@@ -80,6 +80,42 @@ def write_shard(path: Path, tensors: Sequence[Described], make: Callable[[str], 
             file.write(flat)
             del value, flat  # before the next one is made
     return Entry(path.name, str(path), written.hexdigest(), path.stat().st_size)
+
+
+class Finished:
+    """The files of a directory that an earlier process has written whole, with their hashes.
+
+    They are listed in a file of it, which is removed at the end. A file that is not listed, or is another
+    than the list says, is written again.
+    """
+
+    def __init__(self, directory: Path, of: str) -> None:
+        """`of` identifies what is written; files of anything else are deleted."""
+        self._list, self._of = directory / ".finished.json", of
+        known = read_json(self._list) if self._list.exists() else {}
+        files: dict[str, str] = known.get("files", {}) if known.get("of") == of else {}
+        for path in directory.iterdir():
+            if path.name not in files or sha256(path) != files[path.name]:
+                path.unlink()
+        self._files = {name: digest for name, digest in files.items() if (directory / name).exists()}
+        self._write()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def entry(self, name: str) -> Entry:
+        path = self._list.with_name(name)
+        return Entry(name, str(path), self._files[name], path.stat().st_size)
+
+    def add(self, entry: Entry) -> None:
+        self._files[entry.name] = entry.sha256
+        self._write()
+
+    def close(self) -> None:
+        self._list.unlink()
+
+    def _write(self) -> None:
+        write_json(self._list, {"of": self._of, "files": self._files})
 
 
 def write_index(path: Path, shards: Mapping[str, Sequence[Described]]) -> None:

@@ -93,6 +93,7 @@ def test_all_keys_of_another_architecture_are_named_at_once(published: Path):
     changed(
         published, lambda c: c.update(hybrid_override_pattern="MM*-", head_dim=8, n_group=2, use_bias=True)
     )
+    changed(published, lambda c: c.update(n_shared_experts=0))
     changed(published, lambda c: [c.pop("n_groups"), c.pop("vocab_size")])
     assert refusal(published) == [
         "model.hybrid_layer_pattern: MM*- in the checkpoint, ME*- in the configuration",
@@ -100,6 +101,7 @@ def test_all_keys_of_another_architecture_are_named_at_once(published: Path):
         "n_groups: missing in the checkpoint",
         "use_bias: True in the checkpoint; only False is supported",
         "n_group: 2 in the checkpoint; only 1 is supported",
+        "n_shared_experts: 0 in the checkpoint; only 1 is supported",
         "vocab_size: missing in the checkpoint",
     ]
 

@@ -98,26 +98,45 @@ def test_a_tensor_of_megatron_is_read_once_and_then_forgotten(checkpoint, tmp_pa
     assert sorted(reads) == sorted(values())
 
 
-def test_killed_and_run_again_it_ends_with_the_same_bytes(checkpoint, tmp_path: Path, monkeypatch):
+def test_killed_and_run_again_it_goes_on_and_ends_with_the_same_bytes(
+    checkpoint, tmp_path: Path, monkeypatch
+):
+    """Killed after three files, of which one is damaged then; and a fourth is half-written."""
     whole = files(export_of(checkpoint, tmp_path / "whole", shard_bytes=20_000))
     plain, written = shards.write_shard, []
 
-    def write_two(path: Path, *arguments):
-        if len(written) == 2:
+    def write(path: Path, *arguments):
+        if len(written) == 3:
+            path.write_bytes(b"half")
             raise KeyboardInterrupt
-        written.append(path)
+        written.append(path.name)
         return plain(path, *arguments)
 
-    monkeypatch.setattr(shards, "write_shard", write_two)
+    monkeypatch.setattr(shards, "write_shard", write)
     with pytest.raises(KeyboardInterrupt):
         export_of(checkpoint, tmp_path / "hf", shard_bytes=20_000)
     assert not (tmp_path / "hf").exists()
-    monkeypatch.undo()
-    left = tmp_path / ".hf.partial"  # as SIGKILL leaves it
-    left.mkdir()
-    (left / "model-00001-of-00099.safetensors").write_bytes(b"half")
-    again = files(export_of(checkpoint, tmp_path / "hf", shard_bytes=20_000))
-    assert again == whole and not left.exists()
+    left, names = tmp_path / ".hf.partial", sorted(name for name in whole if name.startswith("model-"))
+    assert written == names[:3]
+    (left / "model-00001-of-00099.safetensors").write_bytes(b"another")
+    (left / names[1]).write_bytes((left / names[1]).read_bytes()[:-1] + b"?")
+    written.clear()
+    monkeypatch.setattr(
+        shards, "write_shard", lambda path, *more: written.append(path.name) or plain(path, *more)
+    )
+    assert files(export_of(checkpoint, tmp_path / "hf", shard_bytes=20_000)) == whole and not left.exists()
+    assert written == [names[1], *names[3:]]
+
+
+def test_files_of_another_checkpoint_are_not_kept(checkpoint, tmp_path: Path, monkeypatch):
+    other = write(tmp_path / "other", {key: tensor + 1 for key, tensor in values().items()})
+    whole = files(export_of(other, tmp_path / "whole", shard_bytes=20_000))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(shards, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            export_of(checkpoint, tmp_path / "hf", shard_bytes=20_000)
+    assert len(list((tmp_path / ".hf.partial").glob("*.safetensors"))) > 3
+    assert files(export_of(other, tmp_path / "hf", shard_bytes=20_000)) == whole
 
 
 def test_all_differences_are_named_at_once(tmp_path: Path):

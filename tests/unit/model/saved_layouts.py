@@ -22,7 +22,7 @@ def main(base: Path, output: Path, sizes: dict[str, int]) -> None:
     with distributed(1, run):
         built = build_model(settings, run, TOKENS, draw=False)
         built.load_base(base)
-        Saver(keep=1, background=False).save(output, 1, built.base, None, {"iteration": 1})
+        Saver.configured(RunSettings(tracking="off")).save(output, 1, built.base, None, {"iteration": 1})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ LENGTH = 40  # of a text; longer ones are compared once
 
 def saved(directory: Path, model: HybridModel | lora.Part, keys: dict, tokenizer: Path) -> Checkpoint:
     """A model, or its adapters, in a checkpoint of its own."""
-    Saver(keep=1, background=False).save(directory, 1, model, None, {"iteration": 1})
+    Saver.configured(RunSettings(tracking="off")).save(directory, 1, model, None, {"iteration": 1})
     return Checkpoint(
         tensors=directory / "iter_0000001",
         tokenizer=tokenizer,
