@@ -8,6 +8,7 @@ records are read in a second.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -47,48 +48,65 @@ class Made:
         return f"{self.record.name}-{self.record.key}" if self.record.key else ""
 
     @cached_property
-    def moved(self) -> tuple[Path, Path]:
-        """The directory below which the record says that its outputs lie, and the one where they lie now.
+    def moved(self) -> tuple[str, str]:
+        """The beginning of the paths that the record gives to its outputs, and what it is now."""
+        output = self.record.outputs[0].file if self.record.outputs else Path()
+        return _moved(self.path.parent, output.parent)
 
-        A record lies near its outputs, so the two paths have a part in common: of `data/docs/a.bin` in the
-        record `/copy/data/docs/a.json`, it is `data/docs`, and what was the working directory is `/copy`.
-        """
-        if not self.record.outputs:
-            return Path(), Path()
-        output = self.record.outputs[0].file
-        here, there = self.path.parent.parts, output.parts
-        found = []  # parts in common, and where they begin
-        begin = int(output.is_absolute())  # after the `/`
-        for i, j in itertools.product(range(begin, len(there)), range(begin, len(here))):
-            pairs = zip(there[i:], here[j:], strict=False)
-            length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            if length and len(here) - j - length <= NEAR:
-                found.append((-length, i, j))
-        ways = [(Path(*there[:i]), Path(*here[:j])) for _, i, j in sorted(found)]
-        leading = (way for way in ways if (way[1] / output.relative_to(way[0])).exists())
-        return next(leading, ways[0] if ways else (Path(), Path()))
+    def output_place(self, entry: Entry) -> Path:
+        """Where an output lies now, if it is there."""
+        before, now = self.moved
+        path = entry.path
+        moves = path.startswith(before) and (before or not path.startswith("/"))
+        return Path(now + path.removeprefix(before)) if moves else entry.file
 
     def place(self, entry: Entry) -> Path:
-        """Where an output lies now, and also an input, unless only the outputs were moved."""
-        before, now = self.moved
-        with contextlib.suppress(ValueError):
-            moved = now / entry.file.relative_to(before)
-            if moved.exists() or not entry.file.exists():
-                return moved
-        return entry.file
+        """Where an input or an output lies now: beside what was made, unless only that was moved."""
+        moved = self.output_place(entry)
+        return moved if moved.exists() or not entry.file.exists() else entry.file
+
+
+@functools.cache
+def _moved(here: Path, there: Path) -> tuple[str, str]:
+    """The beginning of the paths in a record, and what it is now, each with a `/` at its end.
+
+    A record lies near its outputs, so the directories of both have a part in common: of `data/docs` in a
+    record below `/copy/data/docs` it is all, and what was the working directory is `/copy/`.
+
+    Args:
+        here: where the record lies.
+        there: where it says that its outputs lie.
+    """
+    now, then = here.parts, there.parts
+    begin = int(there.is_absolute())  # after the `/`
+    found = []  # parts in common, and where they begin
+    for i, j in itertools.product(range(begin, len(then)), range(begin, len(now))):
+        pairs = zip(then[i:], now[j:], strict=False)
+        length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if length and len(now) - j - length <= NEAR:
+            found.append((-length, i, j))
+    ways = [(Path(*then[:i]), Path(*now[:j])) for _, i, j in sorted(found)]
+    leading = (way for way in ways if (way[1] / there.relative_to(way[0])).is_dir())
+    before, after = next(leading, ways[0] if ways else (Path(), Path()))
+    return _beginning(before), _beginning(after)
+
+
+def _beginning(path: Path) -> str:
+    return "" if path == Path() else f"{path}/".replace("//", "/")
 
 
 class Catalogue:
     """The records that were found; `made_by` finds those that lie elsewhere by the paths of inputs."""
 
-    def __init__(self, found: Iterable[Made] = ()) -> None:
+    def __init__(self, found: Iterable[Made] = (), roots: Iterable[Path] = ()) -> None:
+        self.roots = [root.absolute() for root in roots]
         self.all: list[Made] = []
         self._by_digest: dict[str, Made] = {}
         self._by_output: dict[str, list[Made]] = defaultdict(list)
         self._by_version: dict[str, Made] = {}
         self._by_path: dict[str, list[Made]] = defaultdict(list)
         self._by_name: dict[str, list[Made]] = defaultdict(list)  # of the record's file
-        for made in sorted(found, key=lambda made: (len(made.path.parts), made.path)):
+        for made in sorted(found, key=lambda made: (str(made.path).count(os.sep), str(made.path))):
             self.add(made)
 
     def add(self, made: Made) -> None:
@@ -113,7 +131,7 @@ class Catalogue:
             found = self._by_digest.get(entry.sha256) or self.maker(entry.sha256, entry.path)
         if found is user:  # it has copied the input, which has the hash of its output
             return None
-        if found is None:
+        if found is None and not self._is_below(entry.file.absolute()):
             with contextlib.suppress(UserError, OSError):
                 if beside := record_of(entry):
                     path, record = beside
@@ -122,6 +140,10 @@ class Catalogue:
                         self.add(made)
                         found = made
         return found
+
+    def _is_below(self, path: Path) -> bool:
+        """Whether a path lies below the roots, where all records are known."""
+        return any(path.is_relative_to(root) for root in self.roots)
 
     def maker(self, sha256: str, path: str = "") -> Made | None:
         """The job that made a file of a hash; of several that made the same, the one that wrote to `path`."""
@@ -192,7 +214,7 @@ class Catalogue:
             for i in range(len(parts)):
                 candidates += self._by_path.get(str(Path(*parts[i:])), [])
         for made in candidates:
-            if any(made.place(output).resolve() == wanted for output in made.record.outputs):
+            if any(made.output_place(output).resolve() == wanted for output in made.record.outputs):
                 return made
         if not path.exists():
             raise UserError(f"{path}: no such file or directory, and no record lists it as an output")
@@ -225,7 +247,7 @@ def scan(*roots: Path) -> Catalogue:
     paths = sorted(_json_files(roots))
     chunks = [paths[i : i + AT_ONCE] for i in range(0, len(paths), AT_ONCE)]
     with ThreadPoolExecutor(READERS) as pool:
-        return Catalogue(made for chunk in pool.map(_read_all, chunks) for made in chunk)
+        return Catalogue((made for chunk in pool.map(_read_all, chunks) for made in chunk), roots)
 
 
 def root_of(path: Path) -> Path:
@@ -241,42 +263,41 @@ def root_of(path: Path) -> Path:
     )
 
 
-def _json_files(roots: Iterable[Path]) -> Iterator[Path]:
+def _json_files(roots: Iterable[Path]) -> Iterator[str]:
     """All files `*.json`; a directory that links lead to as well counts once, under its own name."""
-    directories = [root.absolute() for root in roots]
-    links: list[Path] = []
-    for root in directories:
+    directories = [str(root.absolute()) for root in roots]
+    links: list[str] = []
+    for root in roots:
         if not root.is_dir():
             raise UserError(f"{root}: no such directory")
     seen: set[tuple[int, int]] = set()
     while directories or links:
         directory = directories.pop() if directories else links.pop()
         try:
-            state = directory.stat()
+            state = Path(directory).stat()
             if (state.st_dev, state.st_ino) in seen:
                 continue
             seen.add((state.st_dev, state.st_ino))
             entries = list(os.scandir(directory))
-        except OSError:  # a link to nothing, or a directory of somebody else
+        except OSError:  # a link to nothing or to a file, or a directory of somebody else
             continue
         for entry in entries:
-            name = entry.name
-            if name.endswith(".json") and not name.startswith("."):
-                yield directory / name
-            elif name.startswith(".") or name in PASSED_OVER:
+            if entry.name.startswith(".") or entry.name in PASSED_OVER:
                 continue
+            if entry.name.endswith(".json"):
+                yield entry.path
             elif entry.is_dir(follow_symlinks=False):
-                directories.append(directory / name)
+                directories.append(entry.path)
             elif entry.is_symlink():
-                links.append(directory / name)
+                links.append(entry.path)
 
 
-def _read_all(paths: Sequence[Path]) -> list[Made]:
+def _read_all(paths: Sequence[str]) -> list[Made]:
     found = []
-    for path in paths:
-        with contextlib.suppress(UserError, OSError), path.open("rb") as file:
+    for path in map(Path, paths):
+        with contextlib.suppress(UserError, OSError), path.open("rb", buffering=0) as file:
             beginning = file.read(len(BEGINNING))
             if beginning == BEGINNING:
-                text = beginning + file.read()
+                text = beginning + file.readall()
                 found.append(Made(path, parse(path, text), hashlib.sha256(text).hexdigest()))
     return found

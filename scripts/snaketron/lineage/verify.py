@@ -7,6 +7,7 @@ size and time. So a check that was interrupted goes on where it was, and the nex
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -57,19 +58,19 @@ class Found:
 
 def named(catalogue: Catalogue, made: Made) -> Iterator[Named]:
     """The outputs of all jobs behind an artifact, and the files that they began with; each once."""
-    seen: set[tuple[Path, str]] = set()
+    seen: set[tuple[str, str]] = set()
     for one in catalogue.ancestors(made):
         for entry in one.record.outputs:
-            path = one.place(entry)
-            if entry.sha256 and (path, entry.sha256) not in seen:
-                seen.add((path, entry.sha256))
+            path = one.output_place(entry)
+            if entry.sha256 and (key := (str(path), entry.sha256)) not in seen:
+                seen.add(key)
                 yield Named(path, entry.sha256, entry.bytes, one.path)
         for entry in one.record.inputs:
             if catalogue.made_by(entry, one) or not is_file(entry):
                 continue
             path = one.place(entry)
-            if (path, entry.sha256) not in seen:
-                seen.add((path, entry.sha256))
+            if (key := (str(path), entry.sha256)) not in seen:
+                seen.add(key)
                 yield Named(path, entry.sha256, entry.bytes, one.path, trouble(catalogue, one, entry))
 
 
@@ -172,8 +173,8 @@ def _state(path: Path) -> tuple[int, int] | None:
     A directory has the size of all its files together, and the time of the newest.
     """
     try:
-        if not path.is_dir():
-            told = path.stat()
+        told = path.stat()
+        if not stat.S_ISDIR(told.st_mode):
             return told.st_size, told.st_mtime_ns
         states = [entry.stat() for entry in os.scandir(path) if entry.is_file()]
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,12 +109,18 @@ def _pretrained(catalogue: Catalogue, blend: Made, prefix: str, sequences: list[
         training = Training(made)
         found.append(training)
         try:
-            order = SampleOrder(_index(catalogue, blend, made))
+            order = _order(_index(catalogue, blend, made))
             numbers = order.samples(prefix, sequences)
             training.samples = numbers[numbers < _num_samples(made)].tolist()
         except UserError as error:
             training.problem = str(error)
     return found
+
+
+@functools.cache
+def _order(index: Path) -> SampleOrder:
+    """The order of an index, which takes a file for each shard to open."""
+    return SampleOrder(index)
 
 
 def _index(catalogue: Catalogue, blend: Made, training: Made) -> Path:
