@@ -51,3 +51,28 @@ rule data_report:
     shell:
         "python scripts/data_report.py --records {input.indices:q} {input.chats:q}"
         " --output {params.directory:q} --log-file {log:q}"
+
+
+rule report:
+    """Make one page about the run, finished or not, each time that it is asked for.
+
+    Beside other targets it waits for them. It reads what lies in the directory, so nothing of the workflow is its input.
+    """
+    input:
+        graph.before_report,
+    output:
+        report(
+            "report/report.html",
+            caption="report/run.rst",
+            category="Run",
+            labels={"what": "the whole run"},
+        ),
+    log:
+        "<logs>/report.log",
+    benchmark:
+        "<benchmarks>/report.tsv"
+    localrule: True
+    resources:
+        configfiles=graph.configfiles,
+    shell:
+        "python scripts/report.py --alone --configfile {resources.configfiles} --output {output:q} --log-file {log:q}"

@@ -55,7 +55,11 @@ SLOW = (
         "tests/unit/jobs/test_supervisor.py",
     ),
     *("tests/unit/data/sample/", "tests/unit/data/curation/test_duplicates.py", "tests/graph/test_names.py"),
-    *("tests/unit/report/test_figures.py", "tests/unit/lineage/test_wandb.py"),
+    *(
+        "tests/unit/report/test_figures.py",
+        "tests/unit/report/test_report.py",
+        "tests/unit/lineage/test_wandb.py",
+    ),
     "tests/graph/test_entry.py::test_snakemake_runs_without_an_activated_environment",
     *("tests/unit/data/curation/test_curate.py", "tests/graph/test_changed_files.py"),
     "tests/unit/data/curation/test_filters.py::test_remembered_words_are_the_same_words",
@@ -65,7 +69,7 @@ BUT = "tests/end_to_end/test_main_job.py"  # the workflow from raw text to its e
 BUT_NOT = (
     "test_every_printed_command_runs_by_itself",
     "test_a_prompt_from_standard_input_is_answered",
-    "test_the_data_report_reaches_the_report_of_snakemake",
+    "test_the_reports_reach_the_report_of_snakemake",
     "test_an_evaluation_is_made_by_a_rule_and_goes_on_where_it_was_killed",
 )
 SNAKEMAKE, MEGATRON = Warm("snakemake"), Warm("megatron")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from typing import Any
 
+from snaketron.report.workflow import RULES
 from tests.conftest import Workspace
 
 import pytest
@@ -164,6 +166,23 @@ def test_the_data_report_is_made_from_records_alone(copy: Workspace):
 def test_the_average_of_a_phase_is_made_evaluated_and_exported_beside_it(copy: Workspace):
     result = copy.snakemake("-n", "eval/merged/broad.json", "hf/merged/broad")
     assert result.jobs == {"merge_checkpoints": 1, "evaluate": 1, "export_hf": 1}, result.output
+
+
+def test_the_page_of_a_run_draws_the_graph_that_snakemake_has(copy: Workspace):
+    """Each rule comes from the same rules, through whichever others."""
+    targets = ("ckpt/sft", "ckpt/lora_merged", "eval/sft.json", "eval/lora.json", "hf/sft", "hf/lora_merged")
+    result = copy.snakemake(*targets, "--rulegraph")
+    names = dict(re.findall(r'(\d+)\[label = "(\w+)"', result.output))
+    edges = [(names[a], names[b]) for a, b in re.findall(r"(\d+) -> (\d+)", result.output)]
+    assert len(edges) > 20, result.output
+    drawn = [(need, rule) for rule in names.values() for need in RULES[rule][1] if need in names.values()]
+
+    def above(rule: str, edges: list[tuple[str, str]]) -> set[str]:
+        needs = {need for need, made in edges if made == rule and need != rule}  # a phase continues a phase
+        return needs.union(*(above(need, edges) for need in needs))
+
+    for rule in names.values():
+        assert above(rule, drawn) == above(rule, edges), rule
 
 
 def test_a_comment_changes_nothing(copy: Workspace):

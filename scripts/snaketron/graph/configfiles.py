@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,3 +51,14 @@ def name_what_is_missing() -> None:
         )
 
     types.load_configfile = load
+
+
+def of_last_run(logs: Path = Path(".snakemake/log")) -> list[Path]:
+    """The files of --configfile of the newest run here, as Snakemake's log names them; none without a log."""
+    for log in sorted(logs.glob("*.snakemake.log"), reverse=True):
+        with log.open(errors="replace") as lines:
+            for line in itertools.islice(lines, 40):
+                if found := re.match(r"\s*Config file\(s\): (\[.*\])", line):
+                    files = [Path(file) for file in ast.literal_eval(found[1])]
+                    return [file for file in files if file != DEFAULT_CONFIG]
+    return []

@@ -23,6 +23,8 @@ from snaketron.sources.lockfile import LockedFile, read_lock
 from snaketron.sources.models import tokenizer_model
 from snaketron.sources.shards import shards, to_download
 
+REPORT = "report/report.html"
+
 
 class Graph:
     """Answers from a checked configuration. Raises `ConfigError` when a raw file is missing.
@@ -60,10 +62,14 @@ class Graph:
         self.curation = CurationGraph(config, self.text)
         self.bases = BaseGraph(config, self.lock)
         self.training = TrainingGraph(config, self.bases)
+        # As one word of a command.
+        self.configfiles = shlex.join(map(str, configfiles))
         self._raw_files: RawFiles | None = None
+        self._workflow: Any = None
 
     def watch(self, workflow: Any) -> None:
         """Let records decide which files of the user were changed. Only the main process asks that."""
+        self._workflow = workflow
         self._raw_files = RawFiles(workflow, Path(self.config.pathvars.get("data", "data")))
 
     def _seen_by(self, record: str, files: list[str]) -> list[str]:
@@ -154,6 +160,14 @@ class Graph:
         filters = (self.corpora[wildcards.corpus].curation or Curation()).filters
         models = [str(entry.options["model"]) for entry in filters if entry.name == "language"]
         return self._seen_by(f"curation/filtered/{wildcards.corpus}/{wildcards.shard}.json", models)
+
+    def before_report(self, _wildcards: Any) -> list[str]:
+        """The files that were asked for beside the report, which is made each time that it is asked for."""
+        if not self._workflow:
+            return []
+        self._workflow.dag.forcerules.add(self._workflow.get_rule("report"))
+        targets = self._workflow.dag_settings.targets
+        return [t for t in targets if t != REPORT and not self._workflow.is_rule(t)]
 
     def phase_shards(self, pattern: str) -> Callable[[Any], list[str]]:
         """The files of a phase, one or more a shard: `pattern` with {corpus} and {shard} filled in."""

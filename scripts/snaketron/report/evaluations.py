@@ -68,7 +68,7 @@ def table(evaluations: dict[str, dict[str, Any]]) -> str:
     measured = dict.fromkeys(key for of_stage in values.values() for key in of_stage)
     head = ["data", "measure", *values]
     lines = [
-        [name, measure, *(_number(v.get((name, measure)), measure) for v in values.values())]
+        [name, measure, *(value_text(v.get((name, measure)), measure) for v in values.values())]
         for name, measure in measured
     ]
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
@@ -83,7 +83,8 @@ def table(evaluations: dict[str, dict[str, Any]]) -> str:
     return "\n".join([row(head), f"|{'|'.join(rule)}|", *(row(line) for line in lines)])
 
 
-def _number(value: float | None, measure: str) -> str:
+def value_text(value: float | None, measure: str) -> str:
+    """A value as a table shows it; empty where it was not measured."""
     if value is None:
         return ""
     return f"{value:.1%}" if measure.startswith("exact") else f"{value:.4f}"

@@ -31,12 +31,13 @@ COLOURS = (BLUE, ORANGE, GREEN, SKY, VERMILION, PURPLE, YELLOW)
 GREY, DARK, LIGHT = "#999999", "#333333", "#dddddd"
 MAX_REASONS = 30  # bars of the figure of what was removed; the table has all
 ROW_INCHES = 0.32
+WIDTH = 5.0  # inches, of which a phone has as many
 
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "snaketron",
-    "svg.fonttype": "path",  # the same letters everywhere
+    "svg.fonttype": "none",  # letters that can be searched, in a tenth of the bytes
     "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 9,
+    "font.size": 10,
     "text.color": DARK,
     "axes.labelcolor": DARK,
     "axes.edgecolor": GREY,
@@ -54,9 +55,9 @@ _STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def _figure(height: float, width: float = 8.5) -> Iterator[Figure]:
+def _figure(height: float) -> Iterator[Figure]:
     with mpl.rc_context(cast(Any, _STYLE)):
-        yield Figure(figsize=(width, height), layout="constrained")
+        yield Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def _svg(figure: Figure) -> bytes:
@@ -108,7 +109,7 @@ def draw_tokens(data: Data) -> bytes:
         for row, name in enumerate(names):
             if count := data.texts[name].tokens["train"]:
                 axes.annotate(
-                    f"{count:,}", (count, row), (8, 0), textcoords="offset points", va="center", fontsize=8
+                    f"{count:,}", (count, row), (8, 0), textcoords="offset points", va="center", fontsize=9
                 )
         axes.set_xscale("log")
         axes.margins(x=0.12)
@@ -130,9 +131,9 @@ def draw_lengths(data: Data) -> bytes:
     low = min(min(lengths) for lengths in found.values())
     high = max(max(lengths) for lengths in found.values())
     bins = [1 << k for k in range(low.bit_length() - 1, high.bit_length())]
-    columns = min(4, len(found))
+    columns = min(2, len(found))
     rows = math.ceil(len(found) / columns)
-    with _figure(0.7 + 1.5 * rows, width=2.3 * columns if columns > 2 else 8.5 * columns / 3 + 1) as figure:
+    with _figure(0.7 + 1.5 * rows) as figure:
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, name in zip(panels.flat, found, strict=False):
             lengths, total = found[name], sum(found[name].values())
@@ -192,7 +193,7 @@ def draw_mix(data: Data) -> bytes:
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_xlabel("share of the training tokens")
         axes.spines.left.set_visible(False)
-        figure.legend(loc="outside upper left", ncols=6, handlelength=1.2)
+        figure.legend(loc="outside upper left", ncols=3, handlelength=1.2)
         return _svg(figure)
 
 
@@ -202,8 +203,8 @@ def _write_share(axes: Any, x: float, y: float, share: float, colour: str) -> No
         *(x, y, f"{share:.0%}"),
         ha="center",
         va="center",
-        color="white" if colour in (BLUE, GREEN, VERMILION) else "black",
-        fontsize=8,
+        color="white" if colour == BLUE else "black",
+        fontsize=9,
         bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
     )
 
@@ -230,7 +231,7 @@ def draw_removed(data: Data) -> bytes:
                 *(f"{totals[key]:,}", (totals[key], row), (4, 0)),
                 textcoords="offset points",
                 va="center",
-                fontsize=8,
+                fontsize=9,
             )
         axes.set_xscale("log")
         axes.set_xlim(0.7, 3 * max(totals.values()))
@@ -239,9 +240,9 @@ def draw_removed(data: Data) -> bytes:
         rest = len(ordered) - len(shown)
         axes.set_xlabel("rows (logarithmic)" + (f"; {rest} rarer reasons are not shown" if rest else ""))
         axes.grid(axis="x")
-        _names(axes, [reason if len(reason) <= 48 else f"{reason[:47]}…" for _, reason in shown])
+        _names(axes, [reason if len(reason) <= 34 else f"{reason[:33]}…" for _, reason in shown])
         figure.legend(
-            loc="outside upper left", ncols=6, handlelength=1.2, title="removed in the step", alignment="left"
+            loc="outside upper left", ncols=3, handlelength=1.2, title="removed in the step", alignment="left"
         )
         return _svg(figure)
 
@@ -262,7 +263,7 @@ def draw_packing(data: Data) -> bytes:
             axes.barh(rows, values, color=colour, height=0.36, label=label)
             for row, value in zip(rows, values, strict=True):
                 axes.annotate(
-                    f"{value:.1%}", (value, row), (4, 0), textcoords="offset points", va="center", fontsize=8
+                    f"{value:.1%}", (value, row), (4, 0), textcoords="offset points", va="center", fontsize=9
                 )
         axes.set_xlim(0, 1.08)
         axes.set_xticks([i / 5 for i in range(6)])
@@ -270,7 +271,7 @@ def draw_packing(data: Data) -> bytes:
         axes.set_xlabel("share of the tokens")
         axes.grid(axis="x")
         _names(axes, names)
-        figure.legend(loc="outside upper left", ncols=2, handlelength=1.2)
+        figure.legend(loc="outside upper left", ncols=1, handlelength=1.2)
         return _svg(figure)
 
 

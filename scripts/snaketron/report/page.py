@@ -1,19 +1,50 @@
-"""The data report as files: Markdown, one page of HTML, figures, and a record of them."""
+"""Pages of HTML that need no other file, and the files of the data report."""
 
 from __future__ import annotations
 
-import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from snaketron.lineage.record import making
+from snaketron.report.blocks import OWN, Block, Figure, Listing, Part, Table, Text
 from snaketron.report.collect import Data, collect
+from snaketron.report.progress import SIGNS
 from snaketron.report.sections import Section, sections
 
 import jinja2
 
-_TEMPLATE = Path(__file__).with_name("page.html.jinja")
+_HERE = Path(__file__).parent
+FIGURE_TITLES = {
+    "tokens": "Tokens of each corpus and split",
+    "lengths": "Lengths of documents (blue) and conversations (orange)",
+    "mix": "Share of each corpus in each phase",
+    "removed": "What was removed, by step and reason",
+    "packing": "How full the packs are, and how much of them is trained",
+}
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string((_HERE / "page.html.jinja").read_text())
+
+
+def html(title: str, parts: Sequence[Part], about: str = "") -> str:
+    """A page of the parts that have content."""
+    marks = {f"{sign} ": name for name, sign in SIGNS.items()}
+    shown = [part for part in parts if not part.is_empty]
+    style = (_HERE / "page.css").read_text()
+    page = _template().render(title=title, about=about, parts=shown, style=style, marks=marks)
+    drawings = enumerate(page.split("<svg "))
+    return "<svg ".join(part.replace(OWN, f"f{number}-") for number, part in drawings)
 
 
 def write(paths: Sequence[Path], directory: Path) -> Data:
@@ -26,7 +57,7 @@ def write(paths: Sequence[Path], directory: Path) -> Data:
     drawn = {name: draw(data) for name, draw in figures.FIGURES.items()}
     contents = {f"{name}.svg": svg for name, svg in drawn.items()}
     contents["report.md"] = markdown(parts).encode()
-    contents["report.html"] = html(parts, drawn).encode()
+    contents["report.html"] = html("Data report", data_parts(parts, drawn)).encode()
     outputs = {name: directory / name for name in contents}
     with making("report", "data", outputs=outputs, record=directory / "record.json", started=started) as job:
         for name, content in contents.items():
@@ -51,17 +82,22 @@ def _plain(text: str) -> str:
     return f"`{text.replace('`', chr(39))}`"
 
 
-def html(parts: Sequence[Section], figures: dict[str, bytes]) -> str:
-    """The report as one page that needs no other file; `figures` are SVG by name."""
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    images = {name: base64.b64encode(svg).decode() for name, svg in figures.items()}
-    return environment.from_string(_TEMPLATE.read_text()).render(parts=parts, images=images)
+def data_parts(parts: Sequence[Section], figures: Mapping[str, bytes]) -> list[Part]:
+    """The sections of the data report with their drawings, which are SVG by name."""
+    from snaketron.report.charts import inline
+
+    made = []
+    for section in parts:
+        blocks: list[Block] = [Text(section.text)]
+        if section.figure:
+            alt = f"{FIGURE_TITLES[section.figure]}. The table after it has the numbers."
+            svg = inline(figures[section.figure].decode(), alt)
+            blocks.append(Figure(FIGURE_TITLES[section.figure], alt, svg))
+        blocks.append(Table(section.title, section.header, section.rows))
+        if section.details:
+            blocks.append(Listing(f"{len(section.details)} details", section.details))
+        made.append(Part(section.title, blocks))
+    return made
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

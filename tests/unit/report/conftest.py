@@ -7,7 +7,9 @@ from typing import Any
 
 from snaketron import files
 
+import orjson
 import pytest
+import yaml
 
 SPLITS = ("train", "valid", "test")
 
@@ -135,3 +137,72 @@ def records(make, tmp_path: Path) -> list[Path]:
     packed = make("sft/tools/a.json", "pack_sft", output, counts=counts, settings=tools)
     make("sft/record.json", "blend_sft", packed, counts={}, name="sft")
     return [*last, tmp_path / "sft/record.json"]
+
+
+MODEL_SETTINGS = {"train_iters": 40, "seq_length": 256, "optimizer": {"learning_rate": 0.003}}
+
+
+@pytest.fixture
+def training(tmp_path: Path):
+    """training(stage, outcome=..., ...): the version of a training of 40 steps; returns its directory."""
+
+    def write(
+        stage: str,
+        *,
+        steps: int = 40,
+        outcome: str | None = "finished",
+        base: str | None = None,
+        root: Path = tmp_path,
+        settings: dict[str, Any] | None = None,
+        **attempt: Any,
+    ) -> Path:
+        directory = root / "ckpt/versions" / f"{stage.replace('/', '_')}-0123456789ab"
+        (directory / "answers").mkdir(parents=True)
+        told = {"stage": stage} | MODEL_SETTINGS | (settings or {})
+        parallel = {"data_parallel_size": 2}
+        run = {"parallel": parallel, "cluster": {"gpus_per_node": 8, "gpu": "h100"}}
+        files.write_text(directory / "config.yaml", yaml.safe_dump({"settings": told, "run": run}))
+        began = {"started": "2026-11-02T10:00:00+00:00", "job": None, "from_iteration": 0, "error": None}
+        one = began | {"iteration": steps, "outcome": outcome, "seconds": 1800.0} | attempt
+        files.write_json(directory / "attempts.json", [one])
+        (directory / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(m) + b"\n" for m in _metrics(steps)))
+        for step in (0, steps) if outcome == "finished" else (0,):
+            said = f"answer <b>{step}</b> " + "x" * 200
+            answer = {"prompt": "What is a list?", "reference": "A sequence.", "answer": said}
+            files.write_json(directory / f"answers/step_{step:07d}.json", [answer])
+        if outcome == "finished":
+            inputs = [{"name": "base", "path": "ckpt/base", "version": base}] if base else []
+            record = {"kind": "checkpoint", "name": stage, "created": "2026-11-02T10:30:00+00:00"}
+            record |= {"inputs": inputs, "outputs": [], "counts": {}, "key": "0123456789ab"}
+            files.write_json(directory / "record.json", record | {"versions": {"torch": "2.11.0"}})
+        return directory
+
+    return write
+
+
+def _metrics(steps: int) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = [{"iteration": 0, "valid_loss": 7.5}]
+    for step in range(1, steps + 1):
+        timing = {"tokens_per_second_per_process": 1000.0 + step, "tflops_per_process": 0.5}
+        timing |= {
+            "peak_memory_gib": 2.0,
+            "step_seconds": 10.0,
+            "data_seconds": 0.1,
+            "checkpoint_seconds": 0.0,
+        }
+        losses = {"loss": 7.5 - step / 20, "mtp_1_loss": 7.6 - step / 20, "load_balancing_loss": 1.0}
+        values = {"consumed_train_tokens": 1024 * step, "learning_rate": 0.003, "grad_norm": 1.0}
+        lines.append({"iteration": step} | losses | values | {"timing": timing})
+    return [*lines, {"iteration": steps, "valid_loss": 5.6}]
+
+
+@pytest.fixture
+def job(tmp_path: Path):
+    """job(name, said=..., seconds=...): the log of a job, and where it was done its benchmark."""
+
+    def write(name: str, *, said: str = "", seconds: float | None = None, root: Path = tmp_path) -> None:
+        files.write_text(root / f"logs/{name}.log", f"$ python scripts/x.py\n{said}\n")
+        if seconds is not None:
+            files.write_text(root / f"benchmarks/{name}.tsv", f"s\tmax_rss\n{seconds}\t120.5\n")
+
+    return write

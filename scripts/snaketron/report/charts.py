@@ -1,0 +1,141 @@
+"""Curves as small drawings for a page: legible at 320 pixels, in its colours, with their content in words."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+from snaketron.report.blocks import OWN, Figure
+from snaketron.report.figures import BLUE, DARK, GREEN, GREY, LIGHT, PURPLE, SKY, VERMILION
+from snaketron.wording import short
+
+import matplotlib as mpl
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+MAX_POINTS = 300  # of a curve: as many as its drawing has pixels
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, DARK)
+DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1)), (0, (1, 1)))
+# What the drawings are written in, and what the page calls it (page.css).
+_OF_PAGE = {DARK: "var(--ink)", GREY: "var(--muted)", LIGHT: "var(--line)"}
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "snaketron",
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "text.color": DARK,
+    "axes.labelcolor": DARK,
+    "axes.edgecolor": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": LIGHT,
+    "grid.linewidth": 0.6,
+    "xtick.color": DARK,
+    "ytick.color": DARK,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of a curve by their x; `look` is the number of its colour, where others have the same."""
+
+    name: str
+    points: list[tuple[float, float]]
+    colour: int = 0
+    dash: int = 0
+    dots: bool = False  # few points, each of which counts
+
+
+def draw(title: str, curves: Sequence[Curve], *, x: str = "step") -> Figure | None:
+    """Curves over the same x; None where there are no points."""
+    curves = [curve for curve in curves if curve.points]
+    if not curves:
+        return None
+    with mpl.rc_context(cast(Any, _STYLE)):
+        figure = Drawing(
+            figsize=(4.8, 2.5 + 0.18 * (len(curves) > 1) * -(-len(curves) // 2)), layout="constrained"
+        )
+        axes = figure.subplots()
+        for curve in curves:
+            xs, ys = zip(*thinned(curve.points), strict=True)
+            few = curve.dots or len(xs) == 1
+            axes.plot(
+                *(xs, ys),
+                color=COLOURS[curve.colour % len(COLOURS)],
+                linestyle=DASHES[curve.dash % len(DASHES)],
+                linewidth=1.6,
+                marker="o" if few else None,
+                markersize=4,
+                label=curve.name,
+            )
+        _axes(axes, x)
+        if len(curves) > 1:
+            figure.legend(loc="outside upper left", ncols=2, handlelength=2.2, columnspacing=1.2)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    words = ". ".join(_in_words(curve, x) for curve in curves)
+    alt = f"{title}: {words}."
+    return Figure(title, alt, inline(buffer.getvalue().decode(), alt))
+
+
+def _axes(axes: Any, x: str) -> None:
+    axes.set_xlabel(x)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    low, high = axes.get_ylim()
+    if high - low > 1e-9 * max(abs(high), 1e-9) and (high >= 1000 or high < 0.01):
+        axes.yaxis.set_major_formatter(FuncFormatter(short))
+    axes.tick_params(length=0)
+    axes.margins(x=0.02)
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most `MAX_POINTS` of the points: the lowest and the highest of each stretch, so that spikes stay."""
+    if len(points) <= MAX_POINTS:
+        return list(points)
+    size = -(-2 * len(points) // MAX_POINTS)
+    kept = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return kept
+
+
+def _in_words(curve: Curve, x: str) -> str:
+    (first_x, first), (last_x, last) = curve.points[0], curve.points[-1]
+    name = f"{curve.name} " if curve.name else ""
+    if len(curve.points) == 1:
+        return f"{name}{first:.4g} at {x} {first_x:,.0f}"
+    least, most = (pick(curve.points, key=lambda p: p[1]) for pick in (min, max))
+    return (
+        f"{name}from {first:.4g} at {x} {first_x:,.0f} to {last:.4g} at {x} {last_x:,.0f}, "
+        f"lowest {least[1]:.4g} at {least[0]:,.0f}, highest {most[1]:.4g} at {most[0]:,.0f}"
+    )
+
+
+@cache
+def _colours() -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, _OF_PAGE)), re.IGNORECASE)
+
+
+def inline(svg: str, alt: str) -> str:
+    """A drawing of matplotlib as a part of a page: in its colours and width, with names of its own."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{OWN}{m[1]}"' if m[1] in used else "", svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{OWN}", svg)
+    svg = re.sub(r'(<path [^>]*style="fill: )#ffffff', r"\1none", svg)  # the paper is that of the page
+    svg = _colours().sub(lambda m: _OF_PAGE[m[0].lower()], svg)
+    svg = svg.replace("'DejaVu Sans'", "system-ui, sans-serif")
+    (view,) = re.findall(r'viewBox="[^"]+"', svg[: svg.index(">")])
+    words = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    body = re.sub(r"\n\s*", "\n", svg[svg.index(">") + 1 :])
+    return f'<svg {view} role="img" aria-label="{words}">{body.strip()}'

@@ -1,0 +1,91 @@
+"""Curves of the trainings: losses, learning rate, gradient norm, routers, speed, memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from snaketron.report.blocks import Block, Figure, Figures, Listing, Part, Text
+from snaketron.report.charts import Curve, draw
+from snaketron.report.runs import Run, Stage
+
+# The drawings of a training in their order: its title, and its metrics with what they are called.
+CHARTS: dict[str, dict[str, str]] = {
+    "Loss (nats a token)": {"loss": "training", "valid_loss": "validation"},
+    "Loss of multi-token prediction": {},  # as many as the model has
+    "Loss by source, training": {},
+    "Loss by source, validation": {},
+    "Learning rate": {"learning_rate": ""},
+    "Gradient norm before clipping": {"grad_norm": ""},
+    "Load-balancing loss of the routers (1: even)": {"load_balancing_loss": ""},
+    "Load of experts (1: even)": {"expert_load_max": "most loaded", "expert_load_min": "least loaded"},
+    "Tokens a second and process": {"timing.tokens_per_second_per_process": ""},
+    "Peak memory of a process (GiB)": {"timing.peak_memory_gib": ""},
+}
+FEW = ("valid_loss", "valid_sources")
+
+
+def curves_part(runs: Sequence[Run]) -> Part:
+    """A part for each training that any of the runs has begun."""
+    names = dict.fromkeys(stage.name for run in runs for stage in run.stages)
+    return Part("Curves", parts=[_of_training(name, runs) for name in names])
+
+
+def _of_training(name: str, runs: Sequence[Run]) -> Part:
+    found = {run.name: stage for run in runs if (stage := run.stage(name))}
+    figures = [figure for title in CHARTS if (figure := _chart(name, title, found, len(runs) > 1))]
+    blocks: list[Block] = [Figures(figures)] if figures else [Text("It has no metrics yet.", attention=True)]
+    for run, stage in found.items():
+        if warnings := warnings_of(stage):
+            of_run = f" of {run}" if len(runs) > 1 else ""
+            blocks.append(Listing(f"{len(warnings)} warnings{of_run} while training", warnings))
+    return Part(f"Curves of {name}", blocks)
+
+
+def warnings_of(stage: Stage) -> list[str]:
+    """What the training warned of, a line each."""
+    return [
+        f"step {line['iteration']}: {said}" for line in stage.lines for said in _listed(line.get("warnings"))
+    ]
+
+
+def _listed(value: object) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, list) else [str(value)] if value else []
+
+
+def _chart(name: str, title: str, found: dict[str, Stage], several: bool) -> Figure | None:
+    curves = []
+    for number, (run, stage) in enumerate(found.items()):
+        for place, (key, label) in enumerate(_metrics(title, stage).items()):
+            points = _points(stage, key)
+            called = ": ".join(word for word in (run if several else "", label) if word)
+            colour = number if several else place
+            curves.append(Curve(called, points, colour, place, dots=key.startswith(FEW) or len(points) < 4))
+    figure = draw(title, curves)
+    return figure and Figure(title, f"{name}, {figure.alt}", figure.svg)
+
+
+def _points(stage: Stage, key: str) -> list[tuple[float, float]]:
+    if not key.startswith(("sources/", "valid_sources/")):
+        return stage.values(key)
+    outer, _, source = key.partition("/")
+    points = []
+    for line in stage.lines:
+        value = line.get(outer, {}).get(source)
+        value = value.get("loss") if isinstance(value, dict) else value
+        if value is not None:
+            points.append((float(line["iteration"]), float(value)))
+    return points
+
+
+def _metrics(title: str, stage: Stage) -> dict[str, str]:
+    """The metrics of a drawing, those included whose names depend on the model and the data."""
+    keys = dict.fromkeys(key for line in stage.lines for key in line)
+    if "multi-token" in title:
+        depths = [found for key in keys if (found := re.fullmatch(r"mtp_(\d+)_loss", key))]
+        return {found[0]: f"token {int(found[1]) + 1} ahead" for found in depths}
+    if "by source" in title:
+        outer = "valid_sources" if "validation" in title else "sources"
+        names = dict.fromkeys(name for line in stage.lines for name in line.get(outer, {}))
+        return {f"{outer}/{name}": name for name in names}
+    return CHARTS[title]

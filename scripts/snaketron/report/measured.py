@@ -1,0 +1,180 @@
+"""What trainings took: speed, memory and time, against what the configuration said they would take."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from snaketron.report.blocks import UNKNOWN, Block, Part, Table, Text, number
+from snaketron.report.evaluations import rows as values_of_evaluation
+from snaketron.report.evaluations import value_text
+from snaketron.report.runs import Run, Stage
+from snaketron.wording import duration, hours, large
+
+
+def across(
+    caption: str,
+    header: list[str],
+    runs: Sequence[Run],
+    rows: Callable[[Run], list[list[str]]],
+    *,
+    names: int = 1,
+) -> list[Block]:
+    """A table of the rows of all runs; none without rows.
+
+    Where there are several runs, the rows that begin with the same word are beside each other, with the run.
+    """
+    several = len(runs) > 1
+    of_runs = [(run.name, row) for run in runs for row in rows(run)]
+    order = list(dict.fromkeys(row[0] for _, row in of_runs))
+    of_runs.sort(key=lambda one: order.index(one[1][0]))
+    found = [[row[0], run, *row[1:]] if several else row for run, row in of_runs]
+    header = [header[0], "run", *header[1:]] if several else header
+    return [Table(caption, header, found, names=names + several)] if found else []
+
+
+def measured_part(runs: Sequence[Run]) -> Part:
+    return Part("Throughput, memory and cost", [*_speed(runs), *_planned(runs), *_attempts(runs)])
+
+
+def cost(stages: Sequence[Stage]) -> str:
+    """What trainings cost, in hours of all processes."""
+    spent = sum(stage.seconds * stage.processes for stage in stages) / 3600
+    kinds = {str(stage.run["cluster"].get("gpu") or "") for stage in stages if stage.on_gpus}
+    if not kinds:
+        return f"{spent:,.2f} process hours on CPUs"
+    named = ", ".join(sorted(kind for kind in kinds if kind))
+    return f"{spent:,.1f} GPU hours" + (f" ({named})" if named else "")
+
+
+def median_of(stage: Stage, key: str) -> float | None:
+    values = [value for _, value in stage.values(f"timing.{key}")]
+    return statistics.median(values) if values else None
+
+
+def _speed(runs: Sequence[Run]) -> list[Block]:
+    def rows(run: Run) -> list[list[str]]:
+        found = []
+        for stage in run.stages:
+            peak = max((value for _, value in stage.values("timing.peak_memory_gib")), default=None)
+            spent = [
+                sum(v for _, v in stage.values(f"timing.{name}_seconds"))
+                for name in ("step", "data", "checkpoint")
+            ]
+            found.append(
+                [
+                    stage.name,
+                    f"{stage.processes:,}",
+                    number(median_of(stage, "tokens_per_second_per_process"), 0),
+                    number(median_of(stage, "tflops_per_process"), 3),
+                    number(peak, 2),
+                    *(duration(seconds) for seconds in spent),
+                    duration(stage.seconds),
+                    f"{stage.seconds * stage.processes / 3600:,.3f}",
+                ]
+            )
+        return found
+
+    header = ["training", "processes", "tokens/s of each", "model TFLOP/s of each", "peak GiB"]
+    header += ["in steps", "waiting for data", "saving", "all attempts", "process hours"]
+    return across("Measured; speeds are medians", header, runs, rows)
+
+
+def _planned(runs: Sequence[Run]) -> list[Block]:
+    """Beside each number of the plan what was measured; only for trainings that are as the plan has them."""
+
+    def rows(run: Run) -> list[list[str]]:
+        found = []
+        for one in run.plan["trainings"] if run.plan else []:
+            stage = run.stage(one["name"])
+            if not stage or (stage.steps, stage.settings.get("seq_length")) != (
+                one["steps"],
+                one["seq_length"],
+            ):
+                continue
+            peak = max((v for _, v in stage.values("timing.peak_memory_gib")), default=None)
+            planned, speed = one["hours"], one["tokens_per_second_per_process"]
+            found.append(
+                [
+                    stage.name,
+                    f"{one['tokens']:,}",
+                    f"{stage.tokens:,}",
+                    number(speed, 0),
+                    number(median_of(stage, "tokens_per_second_per_process"), 0),
+                    hours(planned) if planned else UNKNOWN,
+                    hours(sum(v for _, v in stage.values("timing.step_seconds")) / 3600),
+                    number(one["memory"]["total"] / 2**30, 2),
+                    number(peak, 2),
+                ]
+            )
+        return found
+
+    header = ["training", "tokens planned", "measured", "tokens/s planned", "measured"]
+    header += ["time planned", "measured", "GiB planned", "measured"]
+    tables = across("Plan against measured", header, runs, rows)
+    if not tables:
+        said = (
+            "There is no plan to compare with: no configuration was given, or the trainings have other sizes."
+        )
+        return [Text(said)]
+    if any(one["hours"] is None for run in runs if run.plan for one in run.plan["trainings"]):
+        said = "The plan has no time where no speed is measured or stated (tokens_per_second_per_gpu)."
+        tables.append(Text(said))
+    if any(not stage.on_gpus for run in runs for stage in run.stages):
+        said = "On CPUs the plan counts the model, and the memory is that of the whole process."
+        tables.append(Text(said))
+    return tables
+
+
+def _attempts(runs: Sequence[Run]) -> list[Block]:
+    """The attempts of trainings that needed more than one, or that did not finish."""
+
+    def rows(run: Run) -> list[list[str]]:
+        return [
+            [
+                stage.name,
+                attempt["started"],
+                attempt["job"] or UNKNOWN,
+                attempt["outcome"] or "no word",
+                attempt["error"] or "",
+                f"{attempt['from_iteration']:,}",
+                f"{attempt['iteration']:,}",
+                duration(attempt["seconds"]) if "seconds" in attempt else UNKNOWN,
+            ]
+            for stage in run.stages
+            if len(stage.attempts) > 1 or stage.state != "finished"
+            for attempt in stage.attempts
+        ]
+
+    header = ["training", "began", "Slurm job", "outcome", "error", "from step", "to step", "time"]
+    return across("Attempts of trainings that did not finish in one", header, runs, rows, names=5)
+
+
+def evaluations_part(runs: Sequence[Run]) -> Part:
+    """Evaluations of all checkpoints beside each other; what was not measured is empty."""
+    several = len(runs) > 1
+    columns = {
+        (f"{run.name}: {stage}" if several else stage): {
+            (a, b): value for a, b, value in values_of_evaluation(one)
+        }
+        for run in runs
+        for stage, one in run.evaluations.items()
+    }
+    if not columns:
+        said = "No checkpoint was evaluated. The target eval/sft.json evaluates the one of SFT."
+        return Part("Evaluation", [Text(said)])
+    measured = dict.fromkeys(key for values in columns.values() for key in values)
+    rows = [
+        [name, measure, *(value_text(values.get((name, measure)), measure) for values in columns.values())]
+        for name, measure in measured
+    ]
+    return Part(
+        "Evaluation", [Table("Evaluations on the test splits", ["data", "measure", *columns], rows, names=2)]
+    )
+
+
+def parameters(run: Run) -> str:
+    """The size of the model by the plan."""
+    for one in run.plan["trainings"] if run.plan else []:
+        return f"{large(one['parameters'])} parameters, {large(one['active_parameters'])} active"
+    return ""

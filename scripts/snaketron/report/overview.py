@@ -1,0 +1,130 @@
+"""The first screen of a page: what was trained, how far it is, losses, cost, an answer before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from snaketron.report.blocks import Block, Facts, Part, Quotes, Table, Text, number
+from snaketron.report.measured import across, cost, parameters
+from snaketron.report.progress import short_duration, sign
+from snaketron.report.runs import Run, Stage
+from snaketron.wording import large
+
+TRAININGS = ("pretrain", "sft", "lora")  # the rules that train
+MAX_ANSWERS = 20  # prompts whose answers are shown
+_VERBS = {"failed": "failed", "running": "is running", "stopped": "has stopped", "waiting": "waits"}
+
+
+def summary_part(runs: Sequence[Run]) -> Part:
+    blocks: list[Block] = [Facts(_facts(runs[0]))] if len(runs) == 1 else _beside(runs)
+    for run in runs:
+        named = f"{run.name}: " if len(runs) > 1 else ""
+        blocks += [Text(named + said, attention=run.state != "running") for said in missing(run)]
+    blocks += across(
+        "Trainings",
+        ["training", "state", "steps", "tokens", "validation loss before", "after", "test loss", "time"],
+        runs,
+        lambda run: [_row(stage) for stage in run.stages] + [_planned_row(name) for name in run.planned],
+        names=2,
+    )
+    for run in runs:
+        for quotes in _answers(run, of=len(runs) > 1)[:1]:
+            blocks.append(replace(quotes, title=f"An answer: {quotes.title.lower()}"))
+    return Part("Summary", blocks)
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    trained = [stage for stage in run.stages if stage.lines]
+    facts = [("State", sign(run.state))]
+    if said := parameters(run):
+        facts.append(("Model", said))
+    if trained:
+        facts.append(
+            ("Trained", f"{large(sum(s.tokens for s in trained))} tokens in {len(trained)} trainings")
+        )
+        if (loss := trained[-1].last("valid_loss")) is not None:
+            facts.append(("Validation loss", f"{number(loss)} ({trained[-1].name})"))
+        facts.append(("Time of the trainings", short_duration(sum(s.seconds for s in trained))))
+        facts.append(("Cost of the trainings", cost(trained)))
+    if seconds := sum(sum(rule.seconds) for name, rule in run.rules.items() if name not in TRAININGS):
+        facts.append(("Time of all other jobs", short_duration(seconds)))
+    return facts
+
+
+def _beside(runs: Sequence[Run]) -> list[Block]:
+    """The facts of several runs, a row each."""
+    facts = {run.name: dict(_facts(run)) for run in runs}
+    header = list(dict.fromkeys(name for one in facts.values() for name in one))
+    rows = [[name, *(one.get(key, "") for key in header)] for name, one in facts.items()]
+    return [Table("The runs", ["run", *header], rows, names=len(header) + 1)]
+
+
+def missing(run: Run) -> list[str]:
+    """What is not there yet and why, a sentence each."""
+    said = [f"{stage.name} {_VERBS[stage.state]}: {stage.reason}." for stage in run.stages if stage.reason]
+    unfinished = [rule for rule in run.rules.values() if rule.state in ("failed", "running", "partly")]
+    for rule in unfinished:
+        if rule.name in TRAININGS and any(stage.reason for stage in run.stages):
+            continue  # said above, by the training itself
+        about = next(iter(rule.failed.items()), None)
+        because = f": {about[1] or 'without a word'} (logs/{about[0]})" if about else ""
+        said.append(
+            f"{rule.name} {sign(rule.state)[2:]}, {rule.done} of {rule.expected} jobs are done{because}."
+        )
+    if run.planned:
+        waiting = "what they are made from is not there yet"
+        if not unfinished and not any(stage.reason for stage in run.stages):
+            waiting = "nobody has asked for them since"
+        said.append(f"Not begun: {', '.join(run.planned)}; {waiting}.")
+    return said + run.trouble
+
+
+def _row(stage: Stage) -> list[str]:
+    before = stage.values("valid_loss")
+    steps = f"{stage.done:,}" if stage.done == stage.steps else f"{stage.done:,} of {stage.steps:,}"
+    return [
+        stage.name,
+        sign(stage.state),
+        steps,
+        f"{stage.tokens:,}",
+        number(before[0][1] if before else None),
+        number(before[-1][1] if len(before) > 1 else None),
+        number(stage.last("test_loss")),
+        short_duration(stage.seconds),
+    ]
+
+
+def _planned_row(name: str) -> list[str]:
+    return [name, sign("waiting"), *[""] * 6]
+
+
+def answers_part(runs: Sequence[Run]) -> Part:
+    """Prompts of the validation split with the answers before and after tuning."""
+    quotes = [quote for run in runs for quote in _answers(run, of=len(runs) > 1)]
+    if not quotes:
+        return Part("Answers", [Text("No training has answered a prompt yet (sft.num_samples).")])
+    shown = quotes[:MAX_ANSWERS]
+    more = (
+        [Text(f"{len(quotes) - len(shown)} more are in ckpt/sft/answers.")]
+        if len(quotes) > len(shown)
+        else []
+    )
+    return Part("Answers", [*shown, *more])
+
+
+def _answers(run: Run, *, of: bool) -> list[Quotes]:
+    found = []
+    for stage in run.stages:
+        answers = stage.answers()
+        if not answers:
+            continue
+        (first, before), (last, after) = answers[0], answers[-1]
+        for place, base in enumerate(before, start=1):
+            texts = [("prompt", base["prompt"]), ("reference", base["reference"])]
+            texts.append((f"answer after step {first}", base["answer"]))
+            if last != first and place <= len(after):
+                texts.append((f"answer after step {last}", after[place - 1]["answer"]))
+            title = f"Prompt {place} of {stage.name}" + (f", {run.name}" if of else "")
+            found.append(Quotes(title, [(name, text.strip()) for name, text in texts]))
+    return found

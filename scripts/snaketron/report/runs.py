@@ -1,0 +1,300 @@
+"""A run as its directory tells it, finished or not: trainings, rules, data, evaluations, environment."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from snaketron.config import Parallel
+from snaketron.files import read_json
+from snaketron.jobs import heartbeat
+from snaketron.jobs.owner import is_owned
+from snaketron.jobs.version import Version, versions
+from snaketron.lineage.record import Record, read
+from snaketron.lineage.walk import ancestors
+from snaketron.log import UserError
+from snaketron.report.collect import Data, add_up, collect
+from snaketron.report.workflow import Rule, rules
+
+import orjson
+import yaml
+
+LARGEST_RECORD = 1 << 28  # bytes; a larger file of JSON is data
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training of a run: what it was told, how far it is, and what it said."""
+
+    name: str
+    version: Version
+    state: str  # finished, running, waiting, failed, stopped
+    reason: str  # why it is not finished
+    settings: dict[str, Any]
+    run: dict[str, Any]  # how it is run
+    lines: list[dict[str, Any]]  # of metrics
+    attempts: list[dict[str, Any]]
+    record: Record | None  # None until it is finished
+
+    @property
+    def done(self) -> int:
+        """Steps that were trained."""
+        return max((line["iteration"] for line in self.lines), default=0)
+
+    @property
+    def steps(self) -> int:
+        return int(self.settings.get("train_iters", 0))
+
+    @property
+    def tokens(self) -> int:
+        return max((line.get("consumed_train_tokens", 0) for line in self.lines), default=0)
+
+    def values(self, key: str) -> list[tuple[float, float]]:
+        """A metric by step; `timing.seconds` is one within another."""
+        outer, _, inner = key.partition(".")
+        found = [(line["iteration"], line.get(outer)) for line in self.lines]
+        if inner:
+            found = [(step, value.get(inner)) for step, value in found if isinstance(value, dict)]
+        return [(step, value) for step, value in found if isinstance(value, int | float)]
+
+    def last(self, key: str) -> float | None:
+        values = self.values(key)
+        return values[-1][1] if values else None
+
+    @property
+    def processes(self) -> int:
+        return Parallel.model_validate(self.run.get("parallel", {})).world_size
+
+    @property
+    def seconds(self) -> float:
+        """Time of all its attempts, and of the one that is running as far as its metrics tell."""
+        ended = sum(attempt.get("seconds", 0.0) for attempt in self.attempts)
+        return ended or (self.last("timing.seconds") or 0.0)
+
+    @property
+    def on_gpus(self) -> bool:
+        return bool(self.run.get("cluster", {}).get("gpus_per_node"))
+
+    def answers(self) -> list[tuple[int, list[dict[str, str]]]]:
+        """Answers by the step after which they were given."""
+        return [
+            (int(path.stem.removeprefix("step_")), read_json(path)) for path in self.version.all_answers()
+        ]
+
+
+@dataclass
+class Run:
+    """What a page tells about a directory.
+
+    Args:
+        plan: what the configuration would take (`graph.plan`); None where it is not known.
+        changes: keys that differ from the defaults, with the default and the value.
+        trained_by_plan: the settings of each training that the configuration asks for now.
+    """
+
+    name: str
+    directory: Path
+    roots: Mapping[str, Path]
+    stages: list[Stage]
+    rules: dict[str, Rule]
+    data: Data
+    records: dict[Path, Record]
+    evaluations: dict[str, dict[str, Any]]
+    running: bool
+    plan: dict[str, Any] | None = None
+    changes: list[tuple[str, Any, Any]] | None = None
+    configfiles: list[str] = field(default_factory=list)
+    trouble: list[str] = field(default_factory=list)  # what could not be read, and why
+
+    def stage(self, name: str) -> Stage | None:
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    @cached_property
+    def planned(self) -> list[str]:
+        """The trainings that the configuration asks for and that nobody began."""
+        trainings = self.plan["trainings"] if self.plan else []
+        names = [one["name"] for one in trainings if not one["on_request"]]
+        return [name for name in names if not self.stage(name)]
+
+    @property
+    def state(self) -> str:
+        """finished, running, failed, stopped or not finished."""
+        states = {stage.state for stage in self.stages} | {rule.state for rule in self.rules.values()}
+        if "running" in states or self.running:
+            return "running"
+        for state in ("failed", "stopped"):
+            if state in states:
+                return state
+        return "not finished" if self.planned or states - {"finished"} or not states else "finished"
+
+
+def read_run(
+    directory: Path, roots: Mapping[str, str], plan: dict[str, Any] | None, *, name: str, alone: bool
+) -> Run:
+    """Read what lies in a directory.
+
+    Args:
+        roots: those of `pathvars` that are not at their place.
+        alone: nothing else works in the directory now, whatever its lock says.
+    """
+    at = {key: directory / roots.get(key, key) for key in ("data", "ckpt", "eval", "logs", "benchmarks")}
+    trouble: list[str] = []
+    running = not alone and _is_held(directory / ".snakemake/snaketron.lock")
+    stages = read_stages(at["ckpt"], plan, trouble)
+    with contextlib.chdir(directory):
+        data, records = _read_data(Path(roots.get("data", "data")), stages, plan, trouble)
+    return Run(
+        name=name,
+        directory=directory,
+        roots=at,
+        stages=stages,
+        rules=rules(
+            at["logs"], at["benchmarks"], plan["jobs"] if plan else {}, records.values(), running=running
+        ),
+        data=data,
+        records=records,
+        evaluations=_read_evaluations(at["eval"], trouble),
+        running=running,
+        plan=plan,
+        trouble=trouble,
+    )
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process holds the lock of a directory."""
+    from snaketron import files
+
+    try:
+        with path.open() as file:
+            return not files.lock(file)
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------- trainings
+
+
+def read_stages(ckpt: Path, plan: dict[str, Any] | None, trouble: list[str]) -> list[Stage]:
+    """The trainings of a directory, the version of each that was begun last, in the order of the workflow."""
+    found: dict[str, Stage] = {}
+    for version in versions(ckpt):
+        try:
+            stage = _stage(version)
+        except (OSError, ValueError, KeyError, UserError, yaml.YAMLError) as error:
+            trouble.append(f"{version.directory} cannot be read: {error}")
+            continue
+        if stage and (stage.name not in found or _began(found[stage.name]) < _began(stage)):
+            found[stage.name] = stage
+    order = [one["name"] for one in plan["trainings"]] if plan else []
+    return sorted(
+        found.values(), key=lambda s: (order.index(s.name) if s.name in order else len(order), _began(s))
+    )
+
+
+def _began(stage: Stage) -> str:
+    created = stage.record.created if stage.record else ""
+    return stage.attempts[-1]["started"] if stage.attempts else created
+
+
+def _stage(version: Version) -> Stage | None:
+    """A training from its version directory; None where it has not said yet what it is told."""
+    if not version.config.exists():
+        return None
+    config = yaml.safe_load(version.config.read_text())
+    if not version.attempts.exists() or config["settings"]["stage"] == "lora_merged":
+        return None  # nothing is trained in it
+    attempts = read_json(version.attempts)
+    state, reason = _state(version, attempts)
+    return Stage(
+        name=config["settings"]["stage"],
+        version=version,
+        state=state,
+        reason=reason,
+        settings=config["settings"],
+        run=config.get("run") or {},
+        lines=_metrics(version.metrics),
+        attempts=attempts,
+        record=read(version.record) if version.is_finished else None,
+    )
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics; the last one may still be being written."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [orjson.loads(line) for line in lines]
+
+
+def _state(version: Version, attempts: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """The state of a training, and in words why it is not finished."""
+    if version.is_finished:
+        return "finished", ""
+    said = heartbeat.read(version.heartbeat)
+    if is_owned(version):
+        return "running", heartbeat.sentence(said) if said else "it is being started"
+    last = attempts[-1] if attempts else {"outcome": None, "error": None, "iteration": 0}
+    after = f"after step {last['iteration']}"
+    if reason := last.get("gave_up"):
+        return "failed", str(reason)
+    if last["outcome"] in ("failed", "hung"):
+        return "failed", f"{last['error'] or last['outcome']} ({after})"
+    if last["outcome"] in ("requeued", "time limit"):
+        return "waiting", f"waits for its next job, {after}"
+    if last["outcome"] == "stopped":
+        return "stopped", f"somebody stopped it {after}"
+    step = version.latest_iteration() or 0
+    return (
+        "stopped",
+        f"it ended without a word: killed, or its machine was lost. It continues after step {step}",
+    )
+
+
+# ------------------------------------------------------------------------------------------- the rest
+
+
+def _read_data(
+    root: Path, stages: Sequence[Stage], plan: dict[str, Any] | None, trouble: list[str]
+) -> tuple[Data, dict[Path, Record]]:
+    """What the records say of the data, and all records: those of what was made last, else what there is."""
+    phases = [one["name"].partition("/")[2] for one in plan["trainings"]] if plan else []
+    phases = [phase for phase in phases if phase] or [path.name for path in sorted(root.glob("pretrain/*"))]
+    last = [root / "pretrain" / phase / "index.json" for phase in phases] + [root / "sft/record.json"]
+    try:
+        made = ancestors(entry for stage in stages if stage.record for entry in stage.record.inputs)
+        made |= {stage.version.record: stage.record for stage in stages if stage.record}
+        if all(path.is_file() for path in last):
+            return collect(last), made | {path: read(path) for path in last}
+        there = {path: record for path in _json_files(root) if (record := _record(path))}
+        data = collect([path for path in last if path.is_file()])
+        every = add_up(there.values())
+        every.mixes, every.indexed = data.mixes, data.indexed
+        return every, made | there
+    except (UserError, OSError, KeyError) as error:
+        trouble.append(f"The records of the data cannot be followed: {error}")
+        return Data(), {}
+
+
+def _json_files(root: Path) -> list[Path]:
+    found = (path for path in root.rglob("*.json") if not path.name.startswith("."))
+    return sorted(path for path in found if path.stat().st_size < LARGEST_RECORD)
+
+
+def _record(path: Path) -> Record | None:
+    try:
+        return read(path)
+    except UserError:
+        return None  # a blend or a tokenizer
+
+
+def _read_evaluations(root: Path, trouble: list[str]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in sorted([*root.glob("*.json"), *root.glob("pretrain/*.json")]):
+        try:
+            value = read_json(path)
+            found[value["stage"]] = value
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            trouble.append(f"{path} cannot be read: {error}")
+    return found

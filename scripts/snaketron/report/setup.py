@@ -1,0 +1,159 @@
+"""How a run was set up: the configuration and what differs from the defaults, software, hardware, git."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from snaketron.lineage.provenance import hardware
+from snaketron.report.blocks import UNKNOWN, Block, Facts, Folded, Part, Table, Text
+from snaketron.report.measured import across
+from snaketron.report.runs import Run, Stage
+
+MAX_CHARACTERS = 160  # of a value
+
+
+def flat(value: Any, at: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their path.
+
+    >>> flat({"sft": {"seed": 1}, "chats": []})
+    {'sft.seed': 1, 'chats': []}
+    """
+    if not isinstance(value, Mapping) or not value:
+        return {at: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= flat(inner, f"{at}.{key}" if at else str(key))
+    return found
+
+
+def differences(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The keys at which two configurations differ, with both values; None where one of them has none.
+
+    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
+    [('a.c', 2, 3)]
+    """
+    old, new = flat(defaults), flat(values)
+    return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def _shown(value: Any) -> str:
+    text = UNKNOWN if value is None else str(value)
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
+
+
+def configuration_part(runs: Sequence[Run]) -> Part:
+    """What differs from the defaults, what differs between the runs, and every setting of the trainings."""
+    blocks = _between(runs) if len(runs) > 1 else []
+    for run in runs:
+        files = " and ".join(run.configfiles) or "config/config.yaml alone"
+        if run.changes is None:
+            blocks.append(Text(f"{run.name}: its configuration is not known, only what trainings were told."))
+        elif not run.changes:
+            blocks.append(Text(f"{run.name}: all values are the defaults ({files})."))
+    header = ["key", "default", "here"]
+    blocks += across(
+        "What differs from the defaults",
+        header,
+        runs,
+        lambda run: [[key, _shown(old), _shown(new)] for key, old, new in run.changes or []],
+        names=3,
+    )
+    for run in runs:
+        named = f" in {run.name}" if len(runs) > 1 else ""
+        for stage in run.stages:
+            rows = [[key, _shown(value)] for key, value in _told(stage).items()]
+            table = Table(f"Settings of {stage.name}{named}", ["setting", "value"], rows, names=2)
+            blocks.append(Folded(f"All settings of {stage.name}{named}", [table]))
+    return Part("Configuration", blocks)
+
+
+def _told(stage: Stage) -> dict[str, Any]:
+    return flat(stage.settings) | {f"run.{key}": value for key, value in flat(stage.run).items()}
+
+
+def _between(runs: Sequence[Run]) -> list[Block]:
+    """The settings of trainings that are not the same in all runs that have the training."""
+    rows = []
+    for name in dict.fromkeys(stage.name for run in runs for stage in run.stages):
+        told = [_told(stage) if (stage := run.stage(name)) else {} for run in runs]
+        for key in dict.fromkeys(key for one in told for key in one):
+            values = [_shown(one[key]) if key in one else UNKNOWN for one in told]
+            if len({value for value, one in zip(values, told, strict=True) if one}) > 1:
+                rows.append([name, key, *values])
+    if not rows:
+        return [Text("The trainings that the runs share have the same settings.")]
+    header = ["training", "setting", *(run.name for run in runs)]
+    return [Table("What the runs were told differently", header, rows, names=len(header))]
+
+
+def environment_part(runs: Sequence[Run], date: str) -> Part:
+    """Versions that decided on results, as the records have them; the code, and the machine of the page."""
+    versions = [_versions(run) for run in runs]
+    rows = [
+        [name, *(one.get(name) or UNKNOWN for one in versions)]
+        for name in dict.fromkeys(name for one in versions for name in one)
+    ]
+    blocks: list[Block] = []
+    if rows:
+        columns = ["version"] if len(runs) == 1 else [run.name for run in runs]
+        blocks.append(
+            Table("Versions, by the last record", ["package", *columns], rows, names=1 + len(columns))
+        )
+    header = ["made", "code", "hardware"]
+    blocks += across("Code and hardware, by the records", header, runs, _made_where, names=4)
+    rows = [[run.name, *git(run.directory)] for run in runs]
+    blocks.append(Table("Code in the directory now", ["run", "commit", "changed files"], rows, names=3))
+    here = f"{machine(hardware())}, {platform.system()} {platform.release()}"
+    blocks.append(Facts([("This page was made", date), ("on", here)]))
+    return Part("Environment", blocks)
+
+
+def _made_where(run: Run) -> list[list[str]]:
+    """Which code made the artifacts of each kind and on what, each combination once."""
+    rows = []
+    for record in run.records.values():
+        told = record.provenance
+        code = told.get("code", {})
+        commit = code.get("commit", UNKNOWN)[:12] + ("" if code.get("clean", True) else ", and changes")
+        kind = record.name if record.kind == "checkpoint" else record.kind.replace("_", " ")
+        rows.append([kind, commit, machine(told["hardware"]) if told.get("hardware") else UNKNOWN])
+    return [list(row) for row in dict.fromkeys(map(tuple, rows)) if row[1:] != (UNKNOWN, UNKNOWN)]
+
+
+def _versions(run: Run) -> dict[str, str | None]:
+    records = sorted(run.records.values(), key=lambda record: record.created)
+    return dict(records[-1].versions) if records else {}
+
+
+def git(directory: Path) -> list[str]:
+    """The commit that is checked out, and which files differ from it; dashes outside of git."""
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            command = ["git", "-C", str(directory), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = ask("log", "-1", "--format=%h of %cs, %s")
+    if commit is None:
+        return [UNKNOWN, UNKNOWN]
+    changed = (ask("status", "--porcelain", "--untracked-files=no") or "").splitlines()
+    return [commit, ", ".join(line[2:].strip() for line in changed[:10]) or "none"]
+
+
+def machine(values: Mapping[str, Any]) -> str:
+    """Hardware in words, as records have it.
+
+    >>> machine({"cpu": "AMD EPYC", "cpus": 2, "memory_gb": 25.2, "gpu": "NVIDIA H200", "gpus": 8})
+    'AMD EPYC, 2 CPUs, 25 GB; 8 x NVIDIA H200'
+    """
+    said = (
+        f"{values.get('cpu') or 'unknown'}, {values.get('cpus')} CPUs, {values.get('memory_gb') or 0:,.0f} GB"
+    )
+    return said + (f"; {values.get('gpus', 1)} x {values['gpu']}" if values.get("gpu") else "")

@@ -1,0 +1,160 @@
+"""The rules of the workflow as a person looks at them: what comes from what, and how far each is.
+
+What is done, and when, is read from `logs/` and `benchmarks/`, which every rule writes: a log begins with its
+job, and a benchmark comes after it. Where both were removed, lineage records tell what is done.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snaketron.lineage.record import Record
+
+# Each rule with what it is made from, what its records are called, and the lane that it is drawn in: text to
+# the left, conversations to the right. A test compares them with Snakemake's own graph.
+RULES: dict[str, tuple[int, tuple[str, ...], str]] = {
+    "sample_corpus": (0, (), "sample"),
+    "sample_chat": (2, (), "sample"),
+    "download": (0, (), "raw"),
+    "download_model": (2, (), "raw"),
+    "build_tokenizer": (1, ("sample_corpus", "download", "download_model"), "tokenizer"),
+    "install_chat_template": (2, ("download_model",), "chat_template"),
+    "filter_shard": (0, ("sample_corpus", "download", "build_tokenizer"), "filtered"),
+    "exact_signature": (0, ("filter_shard",), "exact_signature"),
+    "exact_find": (0, ("exact_signature",), "exact_duplicates"),
+    "minhash_signature": (0, ("filter_shard", "exact_find"), "minhash_signature"),
+    "minhash_buckets": (0, ("minhash_signature",), "minhash_pairs"),
+    "minhash_cluster": (0, ("minhash_buckets",), "near_duplicates"),
+    "decontamination_index": (1, (), "decontamination_index"),
+    "curate_shard": (
+        0,
+        ("filter_shard", "exact_find", "minhash_cluster", "decontamination_index"),
+        "curated",
+    ),
+    "tokenize_shard": (0, ("sample_corpus", "download", "build_tokenizer", "curate_shard"), "tokens"),
+    "blend_pretrain": (0, ("tokenize_shard",), "blend"),
+    "index_pretrain": (0, ("blend_pretrain",), "index"),
+    "render_chat": (
+        2,
+        ("sample_chat", "download", "build_tokenizer", "install_chat_template"),
+        "render_chat",
+    ),
+    "pack_sft": (2, ("render_chat",), "pack_sft"),
+    "blend_sft": (2, ("pack_sft",), "blend_sft"),
+    "import_base": (1, ("download_model", "build_tokenizer"), ""),
+    "pretrain": (1, ("index_pretrain", "import_base"), "checkpoint"),
+    "merge_checkpoints": (0, ("pretrain",), ""),
+    "sft": (1, ("pretrain", "import_base", "blend_sft"), "checkpoint"),
+    "lora": (1, ("pretrain", "import_base", "blend_sft"), "checkpoint"),
+    "merge_lora": (1, ("lora",), "checkpoint"),
+    "evaluate": (2, ("sft", "lora"), ""),
+    "export_hf": (0, ("sft", "merge_lora"), ""),
+}
+
+
+@dataclass
+class Rule:
+    """How far a rule is."""
+
+    name: str
+    expected: int = 0  # jobs
+    done: int = 0
+    seconds: list[float] = field(default_factory=list)  # of each job that is done
+    peak_mb: float = 0.0
+    unfinished: dict[str, str] = field(default_factory=dict)  # what each log says last, by its name
+    running: bool = False
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """The jobs that ended with an error, or with nothing where none is running."""
+        if not self.running:
+            return self.unfinished
+        return {log: said for log, said in self.unfinished.items() if _is_error(said)}
+
+    @property
+    def state(self) -> str:
+        if self.failed:
+            return "failed"
+        if self.unfinished:
+            return "running"
+        if self.done and self.done >= self.expected:
+            return "finished"
+        return "partly" if self.done else "waiting"
+
+
+def rules(
+    logs: Path, benchmarks: Path, jobs: Mapping[str, int], records: Iterable[Record], *, running: bool
+) -> dict[str, Rule]:
+    """The rules that a run has or will have, in the order of the workflow.
+
+    Args:
+        jobs: how many jobs of each rule the configuration asks for; empty where it is not known.
+        records: the lineage records that were found.
+        running: whether a Snakemake is working in the directory.
+    """
+    found: dict[str, Rule] = {}
+    made = _by_rule(records)
+    for name in RULES:
+        rule = Rule(name, jobs.get(name, 0), running=running)
+        _read_benchmarks(rule, benchmarks)
+        _read_logs(rule, logs, benchmarks)
+        if not rule.done and not rule.unfinished:
+            rule.done, rule.seconds = len(made[name]), made[name]
+        rule.expected = max(rule.expected, rule.done + len(rule.unfinished))
+        if rule.expected:
+            found[name] = rule
+    return found
+
+
+def _files(root: Path, rule: str, suffix: str) -> list[Path]:
+    """The files of a rule: one, or one for each of its jobs below a directory of its name."""
+    alone = root / f"{rule}{suffix}"
+    return [*([alone] if alone.is_file() else []), *sorted((root / rule).rglob(f"*{suffix}"))]
+
+
+def _read_benchmarks(rule: Rule, root: Path) -> None:
+    for path in _files(root, rule.name, ".tsv"):
+        try:
+            header, values = (line.split("\t") for line in path.read_text().splitlines()[:2])
+            measured = dict(zip(header, values, strict=True))
+            rule.seconds.append(float(measured["s"]))
+        except (ValueError, KeyError):
+            continue  # of another version of Snakemake, or cut off
+        rule.done += 1
+        if re.fullmatch(r"[\d.]+", measured.get("max_rss", "")):
+            rule.peak_mb = max(rule.peak_mb, float(measured["max_rss"]))
+
+
+def _read_logs(rule: Rule, logs: Path, benchmarks: Path) -> None:
+    """Find the jobs that have a log, and no benchmark that came after it."""
+    for path in _files(logs, rule.name, ".log"):
+        benchmark = benchmarks / path.relative_to(logs).with_suffix(".tsv")
+        old = benchmark.exists() and benchmark.stat().st_mtime < path.stat().st_mtime - 5
+        if benchmark.exists() and not old:
+            continue
+        if old:  # the job was begun again
+            rule.done -= 1
+        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        said = next((line for line in reversed(lines) if _is_error(line)), lines[-1] if lines else "")
+        rule.unfinished[str(path.relative_to(logs))] = "" if said.startswith("$ ") else said
+
+
+def _is_error(line: str) -> bool:
+    return bool(re.search(r"\berror\b|Error:|Traceback|Killed", line))
+
+
+def _by_rule(records: Iterable[Record]) -> dict[str, list[float]]:
+    """The seconds of the records of each rule."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    kinds = Counter(kind for _, _, kind in RULES.values())
+    of_kind = {kind: name for name, (_, _, kind) in RULES.items() if kind and kinds[kind] == 1}
+    for record in records:
+        name = of_kind.get(record.kind, "")
+        if record.kind == "checkpoint":
+            name = record.name.partition("/")[0]
+        seconds[name].append(record.seconds)
+    return seconds

@@ -1,0 +1,82 @@
+"""A run at any time: what is there, what is missing, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from snaketron import files
+from snaketron.report.overview import missing
+from snaketron.report.runs import Run, read_run
+
+import pytest
+
+PLAN = {
+    "jobs": {"sft": 1},
+    "trainings": [{"name": n, "on_request": n == "lora"} for n in ("pretrain/broad", "sft", "lora")],
+}
+
+
+def read(root: Path, **options) -> Run:
+    return read_run(root, {}, PLAN, name="run", alone=options.get("alone", False))
+
+
+def test_a_finished_run(training, tmp_path: Path):
+    training("sft", base="pretrain/broad-0123456789ab")
+    training("pretrain/broad")
+    run = read(tmp_path)
+    assert [(stage.name, stage.state, stage.done) for stage in run.stages] == [
+        ("pretrain/broad", "finished", 40),
+        ("sft", "finished", 40),
+    ]
+    assert (run.stages[0].tokens, run.stages[0].processes, run.stages[0].seconds) == (40960, 2, 1800.0)
+    assert run.planned == []
+
+
+@pytest.mark.parametrize(
+    ("attempt", "state", "why"),
+    [
+        (
+            {"outcome": "failed", "error": "out of memory"},
+            "failed",
+            "out of memory (after step 12)",
+        ),
+        ({"outcome": "failed", "gave_up": "failed twice"}, "failed", "failed twice"),
+        ({"outcome": "requeued"}, "waiting", "waits for its next job, after step 12"),
+        ({"outcome": "stopped"}, "stopped", "somebody stopped it after step 12"),
+        ({"outcome": None}, "stopped", "it ended without a word: killed, or its machine was lost."),
+    ],
+)
+def test_what_did_not_finish_says_why(training, tmp_path: Path, attempt, state: str, why: str):
+    training("pretrain/broad", steps=12, **attempt)
+    run = read(tmp_path)
+    (stage,) = run.stages
+    assert (stage.state, stage.reason[: len(why)]) == (state, why)
+    assert run.state == {"waiting": "not finished"}.get(state, state)
+    assert why in missing(run)[0] and "Not begun: sft" in missing(run)[-1]
+
+
+def test_a_training_whose_lock_is_held_is_running(training, tmp_path: Path):
+    directory = training("pretrain/broad", steps=12, outcome=None)
+    with (directory / "lock").open("a") as file:
+        assert files.lock(file)
+        assert (read(tmp_path).state, read(tmp_path).stages[0].state) == ("running", "running")
+
+
+def test_the_lock_of_the_directory_counts_unless_the_workflow_makes_the_page(job, tmp_path: Path):
+    job("sft", said="12 steps so far")
+    (tmp_path / ".snakemake").mkdir()
+    with (tmp_path / ".snakemake/snaketron.lock").open("a") as file:
+        assert files.lock(file)
+        assert read(tmp_path).state == "running"
+        assert read(tmp_path, alone=True).state == "failed"
+
+
+def test_a_metric_that_is_being_written_is_left_out(training, tmp_path: Path):
+    directory = training("pretrain/broad", steps=12, outcome=None)
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 13, "lo')
+    assert read(tmp_path).stages[0].done == 12
+
+
+def test_an_empty_directory_is_a_run_that_was_not_begun(tmp_path: Path):
+    assert (read(tmp_path).state, read(tmp_path).planned) == ("not finished", ["pretrain/broad", "sft"])
