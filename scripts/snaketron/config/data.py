@@ -244,6 +244,7 @@ def sample_chats() -> list[ChatSource]:
     ]
 
 
+CALL = "<tool_call>"  # what an answer has where it calls a function
 # Tokens of every trained tokenizer beside the 256 bytes.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -252,7 +253,7 @@ SPECIAL_TOKENS = (
     "<|im_end|>",
     "<think>",
     "</think>",
-    "<tool_call>",
+    CALL,
     "</tool_call>",
     "<tool_response>",
     "</tool_response>",

@@ -353,14 +353,14 @@ class Tuning(Run):
     )
     eval_samples: Positive = key(16, "packs of a validation, the same ones each time")
     num_samples: Count = key(
-        2,
+        16,
         "held-out prompts that the model answers before, during and after the training: answers/ of the "
         "version",
     )
     sample_interval: Positive | None = key(
         None, "steps between two rounds of answers; null: only before the first and after the last step"
     )
-    sample_tokens: Positive = key(48, "tokens of such an answer at most")
+    sample_tokens: Positive = key(64, "tokens of such an answer at most")
 
 
 class Sft(Tuning):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from snaketron.config.data import CALL
 from snaketron.data.chats.blend import Source, check_packed_blend
 from snaketron.data.chats.mask import byte_lengths
 from snaketron.data.chats.packs import Pack, PackedDataset
@@ -19,8 +20,6 @@ from snaketron.model.build import BuiltModel
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
-
-CALL = "<tool_call>"  # what the text of an answer has where it calls a function
 
 
 class Totals(NamedTuple):

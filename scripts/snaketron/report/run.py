@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from snaketron.config.data import CALL
 from snaketron.data.split import SPLITS
 from snaketron.files import read_json
 from snaketron.jobs.version import Version
@@ -140,11 +141,23 @@ def _time(stages: list[Record], data: Data) -> str:
 
 
 def _answers(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
-    """Prompts of the validation split with the answers of the base model and of the tuned one."""
-    parts = ["## Answers"]
-    for base, tuned in zip(before, after, strict=True):
+    """How many held-out prompts the base and the tuned model answer exactly, and the first of each kind."""
+    kinds: dict[str, list[int]] = {}
+    for number, entry in enumerate(before):
+        kinds.setdefault("calls" if CALL in entry["reference"] else "texts", []).append(number)
+    rows = []
+    for kind, numbers in sorted(kinds.items()):
+        exact = (sum(_is_exact(said[number]) for number in numbers) for said in (before, after))
+        rows.append([kind, *map(str, (len(numbers), *exact))])
+    parts = ["## Answers", table(["held out", "asked", "exact by the base", "exact after tuning"], rows)]
+    for _, (number, *_others) in sorted(kinds.items()):
+        base, tuned = before[number], after[number]
         texts = {name: base[name] for name in ("prompt", "reference")}
         texts |= {"base model": base["answer"], "tuned model": tuned["answer"]}
         quoted = {name: text.strip().replace("\n", "\n    ") for name, text in texts.items()}
         parts.append("\n\n".join(f"{name}:\n\n    {text}" for name, text in quoted.items()))
     return "\n\n".join(parts)
+
+
+def _is_exact(entry: dict[str, str]) -> bool:
+    return entry["answer"] == entry["reference"]

@@ -28,20 +28,23 @@ def batches(packed_blend, tokenizer_dir: Path, sft_settings):
 
 def test_a_prompt_ends_where_the_first_answer_begins(batches):
     """Of a pack only the first conversation, of that only the first answer."""
-    assert list(held_out_prompts(batches([[TWO_TURNS, QUESTION]]), 1)) == [Prompt([10], [11, 12])]
-    assert list(held_out_prompts(batches([[QUESTION, TWO_TURNS]]), 1)) == [Prompt([5, 6], [7, 8])]
+    assert held_out_prompts(batches([[TWO_TURNS, QUESTION]]), 1) == [Prompt([10], [11, 12])]
+    assert held_out_prompts(batches([[QUESTION, TWO_TURNS]]), 1) == [Prompt([5, 6], [7, 8])]
 
 
 def test_an_answer_that_ends_the_only_conversation_is_whole(batches):
-    assert list(held_out_prompts(batches([[QUESTION]]), 1)) == [Prompt([5, 6], [7, 8])]
+    assert held_out_prompts(batches([[QUESTION]]), 1) == [Prompt([5, 6], [7, 8])]
 
 
-def test_each_prompt_is_of_another_pack(batches):
-    prompts = list(held_out_prompts(batches([[QUESTION], [TWO_TURNS]]), 2))
-    assert sorted(p.input_ids for p in prompts) == [[5, 6], [10]]
-    assert list(held_out_prompts(batches([[QUESTION], [TWO_TURNS]]), 1)) == prompts[:1]
+def test_each_pack_is_asked_before_one_is_asked_again(batches):
+    """Four samples of two packs: a small split is read twice, and each prompt comes once."""
+    packs = [[QUESTION], [TWO_TURNS, QUESTION]]
+    prompts = held_out_prompts(batches(packs), 9)
+    assert sorted(p.input_ids for p in prompts[:2]) == [[5, 6], [10]]
+    assert [p.input_ids for p in prompts[2:]] == [[5, 6]]
+    assert held_out_prompts(batches(packs), 2) == prompts[:2]
 
 
 def test_no_held_out_packs_give_no_prompts(batches):
-    assert list(held_out_prompts(batches([]), 2)) == []
-    assert list(held_out_prompts(batches([[QUESTION]]), 0)) == []
+    assert held_out_prompts(batches([]), 2) == []
+    assert held_out_prompts(batches([[QUESTION]]), 0) == []

@@ -180,15 +180,27 @@ def test_time_is_summed_over_the_jobs_of_a_kind(run: Path):
     ]
 
 
-def test_answers_are_quoted_as_they_are(run: Path):
+def test_answers_are_counted_and_the_first_of_each_kind_is_quoted(run: Path):
+    call = "<tool_call>\nf\n</tool_call><|im_end|>"
+    asked = [("what?\nnow", " this "), ("call!", call), ("again!", call)]
     (run / "answers").mkdir()
-    for step, answer in ((0, "#"), (20, "on the way"), (100, "that")):
-        entry = {"prompt": "what?\nnow", "reference": " this ", "answer": answer}
-        files.write_json(run / f"answers/step_{step:07d}.json", [entry])
+    for step, answers in ((0, ["#", "no", "no"]), (20, ["on the way"] * 3), (100, ["that", call, "no"])):
+        entries = [
+            {"prompt": prompt, "reference": reference, "answer": answer}
+            for (prompt, reference), answer in zip(asked, answers, strict=True)
+        ]
+        files.write_json(run / f"answers/step_{step:07d}.json", entries)
     text = summarize(run)
     assert text.startswith(f"# {run}\n\n## Training\n\n")
+    assert sections(text)["Answers"].startswith(
+        "| held out | asked | exact by the base | exact after tuning |\n"
+        "|----------|------:|------------------:|-------------------:|\n"
+        "| calls    |     2 |                 0 |                  1 |\n"
+        "| texts    |     1 |                 0 |                  0 |\n\n"
+        "prompt:\n\n    call!\n\nreference:\n\n    <tool_call>\n    f\n"
+    )
     assert text.endswith(
-        "## Answers\n\nprompt:\n\n    what?\n    now\n\nreference:\n\n    this\n\n"
+        "prompt:\n\n    what?\n    now\n\nreference:\n\n    this\n\n"
         "base model:\n\n    #\n\ntuned model:\n\n    that\n"
     )
 
