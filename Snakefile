@@ -26,8 +26,8 @@ from snaketron.graph import (
     published,
     reasons,
     single_run,
-    unknown,
     swift,
+    unknown,
 )
 from snaketron.graph.checks import check_files
 from snaketron.graph.graph import Graph

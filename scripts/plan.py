@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from snaketron.config import Config, ConfigError, load
-from snaketron.files import write_json
+from snaketron.files import write_json, writing
 from snaketron.graph.configfiles import merged
 from snaketron.log import UserError, argument_parser, run
 from snaketron.sizes.gpus import GPUS
@@ -34,6 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="TRAINING",
         help="list layouts for a training, such as pretrain/broad, the fastest first, and plan nothing",
     )
+    parser.add_argument("--rate", type=Path, help="draw the learning rate of all phases there, as SVG")
     parser.add_argument("--gpu", choices=sorted(GPUS), help="of the search; as a rule cluster.gpu")
     parser.add_argument("--gpus", type=int, help="GPUs of the search; as a rule those of the training")
     return parser.parse_args(argv)
@@ -50,6 +51,12 @@ def main(argv: list[str] | None = None) -> int:
             print(comparison(compare(load(merged([SUPER])))), end="")
             return 0
         config = load(merged(args.configfile))
+        if args.rate:
+            from snaketron.report.rate import draw
+
+            with writing(args.rate) as [path]:
+                path.write_bytes(draw(config))
+            return 0
         if args.search:
             return search_layouts(config, args)
         found = plan(config)

@@ -40,6 +40,7 @@ def work(config: Config, training: Training) -> Work:
         run=run,
         optimizer=run.optimizer,
         cuda_graphs=isinstance(run, Pretrain) and bool(run.cuda_graphs),
+        dispatcher=run.moe_token_dispatcher,
         frozen=training.adapters is not None,
     )
 
