@@ -11,7 +11,7 @@ from tests.conftest import REPOSITORY
 
 import pytest
 
-HERE = Path("/work/a")
+HERE = Path("/cluster/a")
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_mounts_that_a_runtime_would_take_apart_are_refused(runtime, mounts, ref
 def test_a_working_directory_that_a_runtime_would_take_apart_is_refused(runtime, refused):
     cluster = Cluster(container="image", container_runtime=runtime)
     for character in ":,":
-        problems = check_container(cluster, Path(f"/work/a{character}b"))
+        problems = check_container(cluster, Path(f"/cluster/a{character}b"))
         assert bool(problems) == (character in refused)
 
 

@@ -120,7 +120,7 @@ class _Recording:
 
 
 def _copies(batch: dict[str, Any]) -> dict[str, Any]:
-    """The same micro-batch in memory of its own."""
+    """A copy of a micro-batch, in memory that a recording keeps."""
     return {
         name: value.clone()
         if isinstance(value, torch.Tensor)
@@ -130,7 +130,7 @@ def _copies(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _constants(batch: dict[str, Any]) -> tuple[Any, ...]:
-    """What of a micro-batch becomes part of a recording: shapes, and numbers of its report."""
+    """Shapes of a micro-batch and numbers of its report, which a recording holds as they were."""
     report = batch["report"]
     shapes = tuple((name, tuple(value.shape)) for name, value in batch.items() if name != "report")
     return (*shapes, report.counts, report.source, report.num_sources)
