@@ -53,7 +53,9 @@ def test_the_plan_says_what_is_taken_and_what_it_needs(
     }
     assert lora["on_request"] and not sft["on_request"]
     assert focused["memory"]["fits"] is None and focused["hours"] is None
-    kept = sum(2 * one["checkpoint_bytes"] for one in (broad, focused, sft))
+    # The newest two, and of `focused` the one after step 2, where its rate begins to fall.
+    assert [one["checkpoints_kept"] for one in (broad, focused, sft)] == [2, 3, 2]
+    kept = sum(one["checkpoints_kept"] * one["checkpoint_bytes"] for one in (broad, focused, sft))
     assert found["disk"]["checkpoints"] == kept
     text = capsys.readouterr().out
     assert re.search(r"\| pretrain/broad: docs +\| +50.0% \| +6.1 k \| +- \|", text)

@@ -11,6 +11,9 @@ from typing import Any
 from snaketron.config import ChatSource, Config, ConfigError, Corpus, Training
 from snaketron.lineage.record import read
 from snaketron.log import UserError
+from snaketron.settings.keeping import num_kept
+from snaketron.settings.schedule import steady_steps
+from snaketron.settings.training import train_settings
 from snaketron.sizes.fitting import smallest_change
 from snaketron.sizes.layout import layout
 from snaketron.sizes.plan import Estimate, components, estimate
@@ -165,6 +168,8 @@ def _training(config: Config, training: Training, corpora: Mapping[str, Any]) ->
     parallel, lies = training.run.parallel, layout(training.run, config.cluster)
     fits = None if limit is None else needs.peak_bytes <= limit * 1e9
     change = smallest_change(config, training) if fits is False else None
+    settings = train_settings(config, training.name)
+    steady = steady_steps(settings.schedule, settings.optimizer, training.train_iters)
     return {
         "name": training.name,
         "on_request": training.on_request,
@@ -184,7 +189,7 @@ def _training(config: Config, training: Training, corpora: Mapping[str, Any]) ->
         "memory": asdict(parts) | {"total": parts.total, "limit": limit and limit * 1e9, "fits": fits},
         "change_that_fits": change and change[0],
         "checkpoint_bytes": needs.checkpoint_bytes,
-        "checkpoints_kept": training.run.keep_checkpoints,
+        "checkpoints_kept": num_kept(training.run, steady, training.train_iters),
         "corpora": _mix(config, training, corpora),
     }
 
@@ -221,7 +226,7 @@ def _disk(
     tokens = [corpus["train_tokens"] for corpus in corpora.values()]
     width = 2 if config.tokenizer.vocab_size <= 65536 else 4
     trained = [one for one in trainings if not one["on_request"]]
-    kept = [one["checkpoint_bytes"] * min(one["checkpoints_kept"], one["steps"]) for one in trained]
+    kept = [one["checkpoint_bytes"] * one["checkpoints_kept"] for one in trained]
     return {
         "raw_text": None if None in raw else sum(raw),
         "training_tokens": None if None in tokens else width * sum(tokens),

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import partial, writing
-from snaketron.jobs.keeping import is_steady, kept
 from snaketron.jobs.owner import check_owner
 from snaketron.jobs.version import Version
 from snaketron.log import NO_SPACE, UserError
 from snaketron.model import backend
 from snaketron.model.lora import Part
+from snaketron.settings.keeping import is_steady, kept
 from snaketron.settings.training import RunSettings
 
 import torch

@@ -49,10 +49,15 @@ def learning_rate(schedule: Schedule, optimizer: Optimizer, iteration: int) -> f
 
 
 def steady_steps(schedule: Schedule, optimizer: Optimizer, steps: int) -> int:
-    """How many of the first steps come before the rate falls; all where it does not fall within `steps`."""
+    """How many of the first steps come before the rate falls; all where it does not fall within `steps`.
+
+    A cosine falls from its warm-up on, which is not worth a checkpoint: none.
+    """
     if schedule.style == "constant" or optimizer.learning_rate == optimizer.min_learning_rate:
         return steps
-    first = schedule.end - schedule.decay if schedule.style == "WSD" else schedule.warmup
+    if schedule.style == "cosine":
+        return 0
+    first = schedule.end - schedule.decay
     return max(0, min(steps, math.ceil((first - schedule.start) / schedule.increment)))
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from snaketron.settings.training import RunSettings
+from snaketron.config import Run
 
 
-def is_steady(iteration: int, run: RunSettings, steady: int) -> bool:
+def is_steady(iteration: int, run: Run, steady: int) -> bool:
     """Whether the checkpoint after so many steps is one of those from before the learning rate falls.
 
     They lie `steady_interval` steps apart, and the last one is where it begins to fall, after `steady` steps.
@@ -21,8 +21,15 @@ def is_steady(iteration: int, run: RunSettings, steady: int) -> bool:
     return iteration == steady or iteration % (run.steady_interval or run.save_interval) == 0
 
 
-def kept(iterations: Iterable[int], run: RunSettings, steady: int) -> set[int]:
+def kept(iterations: Iterable[int], run: Run, steady: int) -> set[int]:
     """Of the steps that there are checkpoints of, those whose checkpoints are kept."""
     there = sorted(iterations)
     before = [iteration for iteration in there if is_steady(iteration, run, steady)]
     return {*there[-run.keep_checkpoints :], *(before[-run.keep_steady :] if run.keep_steady else ())}
+
+
+def num_kept(run: Run, steady: int, steps: int) -> int:
+    """How many checkpoints a training of so many steps leaves."""
+    interval = run.steady_interval or run.save_interval
+    saved = {*range(run.save_interval, steps, run.save_interval), *range(interval, steady, interval), steps}
+    return len(kept({*saved, steady} - {0}, run, steady))
