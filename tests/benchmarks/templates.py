@@ -43,6 +43,7 @@ TOKEN = re.compile(
     rf"<{BAR}[^<>\n]{{1,40}}>|<[^<>|\n]{{1,30}}{BAR}>|\[/?[A-Z_]+\]|</?s>|<(?:start|end)_of_\w+>"
     r"|<seed:\w+>|\[e~\[|\[\|\w+\|\]| <step>"
 )
+UNIT = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|\S")  # a tag, a word, a sign
 TOKENS = ("<eos>", "<bos>", "<extra_id_1>", "<end>", "<sep>", "<eod>", "<CLS>", "<SEP>", "<EOD>")
 
 
@@ -281,21 +282,23 @@ def wrong(source: str, case: str, item: Any, tokenizer: Tokenizer) -> str:
 
 def trained_header(source: str, messages: list[Any], tools: Any, trained: list[str]) -> str:
     """Whether some of what a prompt adds is trained: the end of it before an answer, or a token after one."""
-    headers = set()
-    for number, message in enumerate(messages):
-        for form in (messages, as_text(messages)) if message["role"] == "assistant" else ():
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(answers) != len(trained):
+        return ""  # which part is of which answer is not known
+    for number, text in zip(answers, trained, strict=True):
+        for form in (messages, as_text(messages)):
             bare, prompt = (theirs(source, form[:number], tools, asks, {}) for asks in (False, True))
-            if bare and prompt and prompt.startswith(bare):
-                headers.add(prompt[len(bare) :].strip())
-    for header, text in ((header, text) for header in headers for text in trained):
-        for part in (header[first:] for first in range(len(header))):
-            if text.lstrip().startswith(part) and not THINKING.fullmatch(part):
-                return f"{part!r} of the prompt is trained"
-        after = text[max((found.end() for found in WORDS.finditer(text)), default=0) :]
-        # The last token of a prompt opens an answer; what is before it may end a question.
-        opening = max(tokens_of(header), key=header.rfind, default="")
-        if opening and opening in after and not THINKING.fullmatch(opening):
-            return f"{opening!r} of the next prompt is trained"
+            if not (bare and prompt and prompt.startswith(bare)):
+                continue
+            header = prompt[len(bare) :].strip()
+            for part in (header[unit.start() :] for unit in UNIT.finditer(header)):
+                if text.lstrip().startswith(part) and not THINKING.fullmatch(part):
+                    return f"{part!r} of the prompt is trained"
+            after = text[max((found.end() for found in WORDS.finditer(text)), default=0) :]
+            # The last token of a prompt opens an answer; what is before it may end a question.
+            opening = max(tokens_of(header), key=header.rfind, default="")
+            if opening and opening in after and not THINKING.fullmatch(opening):
+                return f"{opening!r} of the next prompt is trained"
     return ""
 
 

@@ -296,6 +296,10 @@ class Template:
         begin, end = start + max(fitting, default=len(written)), start + len(written.rstrip())
         if begin >= end:
             raise Unusable(NO_PROMPT, f"message {number} is written as {written[:60]!r}")
+        for header in filter(_is_tag, (header.strip() for header in prompts | self._headers)):
+            # Some templates do so after a call. At its beginning an answer may write a header itself.
+            if header in written[begin - start :].lstrip()[1:]:
+                raise Unusable(NO_PROMPT, f"message {number} holds {header!r} a second time")
         return begin, end
 
     def check(
@@ -379,6 +383,11 @@ def load_template(path: Path, variables: Mapping[str, str] | None = None, **argu
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: invalid UTF-8 ({error.reason} at byte {error.start})") from None
     return compile_template(source, name=str(path), variables=variables, **arguments)
+
+
+def _is_tag(text: str) -> bool:
+    """Whether a text begins with what looks like a control token, which no answer holds."""
+    return _UNIT.match(text) is not None and text.startswith("<") and not _opens(text)
 
 
 def _opens(text: str) -> bool:

@@ -314,6 +314,12 @@ def test_a_text_that_inference_does_not_ask_for_is_refused():
             question("a", "b"),
             unusable.NO_PROMPT,
         ),
+        (  # the header of an answer would be trained, as the end of a call
+            "{% for m in messages %}<|{{ m.role }}|>{% if m.tool_calls %}{{ m.tool_calls }}<|end|>"
+            "<|assistant|>{% endif %}{{ m.content }}<|end|>{% endfor %}" + PROMPT,
+            [user("a"), assistant("", tool_calls=[call({})])],
+            unusable.NO_PROMPT,
+        ),
     ],
 )
 def test_a_conversation_that_is_not_written_whole_is_unusable(source, messages, reason):
