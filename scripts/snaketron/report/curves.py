@@ -18,7 +18,11 @@ CHARTS: dict[str, dict[str, str]] = {
     "Learning rate": {"learning_rate": ""},
     "Gradient norm before clipping": {"grad_norm": ""},
     "Load-balancing loss of the routers (1: even)": {"load_balancing_loss": ""},
-    "Load of experts (1: even)": {"expert_load_max": "most loaded", "expert_load_min": "least loaded"},
+    "Load of experts (1: mean of a layer)": {
+        "experts.most": "most used",
+        "experts.least": "least used",
+    },
+    "Experts that hardly get a token": {"experts.dead": ""},
     "Tokens a second and process": {"timing.tokens_per_second_per_process": ""},
     "Peak memory of a process (GiB)": {"timing.peak_memory_gib": ""},
 }
@@ -45,12 +49,11 @@ def _of_training(name: str, runs: Sequence[Run]) -> Part:
 def warnings_of(stage: Stage) -> list[str]:
     """What the training warned of, a line each."""
     return [
-        f"step {line['iteration']}: {said}" for line in stage.lines for said in _listed(line.get("warnings"))
+        f"step {line['iteration']}: {said['text']}"
+        for line in stage.lines
+        for part in (line, line.get("timing", {}))
+        for said in part.get("warnings", ())
     ]
-
-
-def _listed(value: object) -> list[str]:
-    return [str(one) for one in value] if isinstance(value, list) else [str(value)] if value else []
 
 
 def _chart(name: str, title: str, found: dict[str, Stage], several: bool) -> Figure | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from snaketron.report.blocks import Block, Facts, Part, Quotes, Table, Text, number
+from snaketron.report.curves import warnings_of
 from snaketron.report.measured import across, cost, parameters
 from snaketron.report.progress import short_duration, sign
 from snaketron.report.runs import Run, Stage
@@ -47,6 +48,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
             facts.append(("Validation loss", f"{number(loss)} ({trained[-1].name})"))
         facts.append(("Time of the trainings", short_duration(sum(s.seconds for s in trained))))
         facts.append(("Cost of the trainings", cost(trained)))
+        if warned := sum(len(warnings_of(stage)) for stage in trained):
+            facts.append(("Warnings while training", f"{warned} (under Curves)"))
     if seconds := sum(sum(rule.seconds) for name, rule in run.rules.items() if name not in TRAININGS):
         facts.append(("Time of all other jobs", short_duration(seconds)))
     return facts

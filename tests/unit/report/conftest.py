@@ -191,7 +191,14 @@ def _metrics(steps: int) -> list[dict[str, Any]]:
             "checkpoint_seconds": 0.0,
         }
         losses = {"loss": 7.5 - step / 20, "mtp_1_loss": 7.6 - step / 20, "load_balancing_loss": 1.0}
-        values = {"consumed_train_tokens": 1024 * step, "learning_rate": 0.003, "grad_norm": 1.0}
+        values: dict[str, Any] = {
+            "consumed_train_tokens": 1024 * step,
+            "learning_rate": 0.003,
+            "grad_norm": 1.0,
+        }
+        values |= {"grad_norm": 1.0, "experts": {"least": 0.5, "most": 2.0, "dead": 0}}
+        if step == 7:
+            values["warnings"] = [{"kind": "spike", "text": "the gradient norm is 9 times that of before"}]
         lines.append({"iteration": step} | losses | values | {"timing": timing})
     return [*lines, {"iteration": steps, "valid_loss": 5.6}]
 

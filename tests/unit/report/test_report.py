@@ -110,6 +110,7 @@ def test_the_page_of_a_failed_run(browser: Page, failed: Run, tmp_path: Path):
     page = write(tmp_path / "report.html", failed)
     text = page.read_text()
     assert all(said.partition(":")[0] in text for said in missing(failed))
+    assert "step 7: the gradient norm is 9 times that of before" in text and "least used from 0.5" in text
     assert "<b>40</b>" not in text and "answer &lt;b&gt;40&lt;/b&gt;" in text
     assert len(text.encode()) < 500_000
     check(browser, page)
