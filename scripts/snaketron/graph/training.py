@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from snaketron.config import Config, ConfigError, Training
+from snaketron.config.evaluation import Evaluation
 from snaketron.graph.base import BaseGraph
 from snaketron.graph.unknown import find
 from snaketron.huggingface.peft import refused
@@ -91,7 +93,9 @@ class TrainingGraph:
         return shared | {"attempt": attempt}
 
     def eval_settings(self, wildcards: Any) -> str:
-        """What defines the evaluation of a checkpoint."""
+        """What defines the evaluation of a checkpoint; `ConfigError` where the data of a task is not here."""
+        if problems := list(missing_tasks(self.config.eval)):
+            raise ConfigError("\n".join(problems))
         return eval_settings(self.config, wildcards.stage).model_dump_json()
 
     def eval_resources(self) -> dict[str, Any]:
@@ -113,6 +117,29 @@ class TrainingGraph:
     def _of(self, rule: str) -> list[Training]:
         """The trainings of a rule: all phases of pretraining, else one."""
         return [training for training in self.config.trainings() if training.section == rule]
+
+
+def missing_tasks(section: Evaluation) -> Iterator[str]:
+    """The directories of tasks and of their data that are not there, or hold nothing, a line each.
+
+    A task without a directory is not looked for: its data may lie in the cache of the hub, or where its own
+    YAML says.
+    """
+    own, data = "name the directory of your own tasks", "download the data set on a machine with a network"
+    named = [
+        (f"eval.task_directories[{i}]", path, "", own) for i, path in enumerate(section.task_directories)
+    ]
+    named += [
+        (f"eval.tasks[{i}].data", task.data, f" of {task.name}", data)
+        for i, task in enumerate(section.tasks)
+        if task.data is not None
+    ]
+    for at, path, of, advice in named:
+        if not Path(path).is_dir():
+            what = "is no directory" if Path(path).exists() else "is not there"
+            yield f"{at}: {path}{of} {what}; {advice}"
+        elif not any(Path(path).iterdir()):
+            yield f"{at}: {path}{of} is empty; {advice}"
 
 
 class OfPhase:

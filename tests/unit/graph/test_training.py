@@ -9,7 +9,7 @@ from typing import Any
 
 from snaketron.config import ConfigError, load
 from snaketron.graph.base import BaseGraph
-from snaketron.graph.training import TrainingGraph
+from snaketron.graph.training import TrainingGraph, missing_tasks
 from snaketron.sources.lockfile import Lock
 
 import pytest
@@ -93,3 +93,19 @@ def test_lora_that_does_not_fit_is_refused_only_when_it_is_to_run():
     asked = cramped.settings("lora")
     with pytest.raises(ConfigError, match=r"lora\.parallel: takes 0\.0"):
         asked(job())
+
+
+def test_data_of_tasks_that_is_not_here_is_named_at_once(tmp_path: Path):
+    """One has its data, one is given none, which may be in the cache of the hub."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "arc").mkdir()
+    (tmp_path / "arc/README.md").write_text("---\n---\n")
+    names = {"arc_easy": "arc", "mmlu": "none", "hellaswag": "empty"}
+    tasks = [{"name": name, "data": str(tmp_path / of)} for name, of in names.items()]
+    config = load({"eval": {"tasks": [*tasks, {"name": "winogrande"}], "task_directories": ["own"]}}, {})
+    advice = "; download the data set on a machine with a network"
+    assert list(missing_tasks(config.eval)) == [
+        "eval.task_directories[0]: own is not there; name the directory of your own tasks",
+        f"eval.tasks[1].data: {tmp_path / 'none'} of mmlu is not there{advice}",
+        f"eval.tasks[2].data: {tmp_path / 'empty'} of hellaswag is empty{advice}",
+    ]
