@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 from snaketron.config import Config, ConfigError
 from snaketron.graph.unknown import find
 from snaketron.huggingface.config import differences
+from snaketron.huggingface.metadata import listed_tensors, megatron_differences
+from snaketron.huggingface.names import megatron_tensors, tensors
+from snaketron.log import UserError
 from snaketron.settings.training import FREE, model_differences
 from snaketron.sources.lockfile import Lock
 from snaketron.sources.models import HubModel, base_model
 
 import yaml
 
+_SHOWN = 20  # lines about one checkpoint
 SECTIONS = ("pretrain", "sft", "lora")
 
 
@@ -135,6 +139,27 @@ class BaseGraph:
             yield from self._tokenizer(base, directory)
         elif not list(directory.glob("iter_*")) and not (directory / ".metadata").exists():
             yield f"{base.path} is no checkpoint: neither config.json nor .metadata nor iter_* is there"
+        else:
+            yield from self._megatron(directory)
+
+    def _megatron(self, directory: Path) -> Iterator[str]:
+        """What the list of the tensors of a checkpoint of Megatron says; the weights are not read."""
+        model, tokenizer = self.config.model, self.config.tokenizer
+        latest = directory / "latest_checkpointed_iteration.txt"
+        if not (directory / ".metadata").exists():
+            if not latest.exists():
+                yield f"{latest}: no such file; name the directory of one iteration, iter_*"
+                return
+            directory /= f"iter_{int(latest.read_text()):07d}"
+        vocab_size = tokenizer.vocab_size if tokenizer.path is None else None
+        wanted = megatron_tensors(tensors(model, tokenizer.vocab_size), {})
+        try:
+            problems = megatron_differences(listed_tensors(directory), wanted, vocab_size)
+        except UserError as error:
+            problems = [str(error)]
+        yield from problems[:_SHOWN]
+        if len(problems) > _SHOWN:
+            yield f"and {len(problems) - _SHOWN} more in {directory}"
 
     def _tokenizer(self, base: Base, directory: Path) -> Iterator[str]:
         """What can be said before the tokenizer of the trainings is made."""

@@ -6,12 +6,12 @@ Both give the tensors of a checkpoint of Megatron one by one, to be written as o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from snaketron.config import Model
 from snaketron.huggingface import config
+from snaketron.huggingface.metadata import megatron_differences
 from snaketron.huggingface.names import VOCABULARY, Megatron, Source, megatron_tensors, tensors
 from snaketron.huggingface.save import TensorReader, listed, open_tensors
 from snaketron.huggingface.shards import DTYPES, INDEX, Shards
@@ -132,7 +132,8 @@ def megatron_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
     reader = open_tensors(directory)
     padded = padded_vocab_size(model, vocab_size, 1)
     wanted = megatron_tensors(tensors(model, vocab_size), dict.fromkeys(VOCABULARY, padded))
-    if problems := _megatron_problems(reader, wanted, vocab_size):
+    there = {key: (shape, str(dtype)) for key, (shape, dtype) in reader.tensors.items()}
+    if problems := megatron_differences(there, wanted, vocab_size):
         raise UserError(listed(f"{directory} cannot be imported:", problems))
     bad: list[str] = []
     read = TensorReader(reader)
@@ -140,22 +141,6 @@ def megatron_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
     main = reader.tensors["output_layer.weight"][1]
     files = sorted(path for path in directory.iterdir() if path.is_file())
     return Weights(chunks, files, "fp32" if main is torch.float32 else "bf16", bad)
-
-
-def _megatron_problems(reader: Reader, wanted: list[Megatron], vocab_size: int) -> list[str]:
-    shapes: Mapping[str, tuple[int, ...]] = {tensor.key: tensor.shape for tensor in wanted}
-    problems = []
-    for key, shape in shapes.items():
-        if key not in reader.tensors:
-            problems.append(f"{key}: missing")
-            continue
-        there, dtype = reader.tensors[key]
-        fits = there[0] >= vocab_size and there[1:] == shape[1:] if key in VOCABULARY else there == shape
-        if not fits:
-            problems.append(f"{key}: {list(there)}, and the model wants {list(shape)}")
-        if dtype not in DTYPES.values():
-            problems.append(f"{key}: of type {dtype}; only float32 and bfloat16 are read")
-    return problems + [f"{key}: not of this model" for key in reader.tensors if key not in shapes]
 
 
 def _megatron_chunk(tensor: Megatron, reader: Reader, read: TensorReader, bad: list[str]) -> Chunk:

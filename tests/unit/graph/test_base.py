@@ -11,8 +11,10 @@ from snaketron.graph.base import BaseGraph
 from snaketron.huggingface.config import published
 from snaketron.settings.training import train_settings
 from snaketron.sources.lockfile import Lock
+from tests.unit.huggingface.checkpoints import MODEL, values, write
 
 import pytest
+import torch
 import yaml
 
 
@@ -126,3 +128,22 @@ def test_a_model_of_the_hub_is_downloaded_first(tmp_path: Path):
     assert bases.directory(job) == f"data/hub/{name}"
     with pytest.raises(ConfigError, match="a model of the hub: there is no such directory here"):
         graph(sft={"base": name})
+
+
+def test_a_checkpoint_of_megatron_is_compared_by_the_list_of_its_tensors(tmp_path: Path):
+    """Of a model with a tensor less, and one of another shape; the last of two iterations counts."""
+    found = values(MODEL)
+    found["decoder.layers.3.mlp.linear_fc1.weight"] = torch.zeros(25, 16)
+    del found["decoder.final_norm.weight"]
+    write(tmp_path / "made/iter_0000002", found)
+    (tmp_path / "made/iter_0000001").mkdir()
+    (tmp_path / "made/latest_checkpointed_iteration.txt").write_text("2")
+    model = MODEL.model_dump()
+    tokenizer = {"path": str(tmp_path / "made")}
+    with pytest.raises(ConfigError) as refused:
+        graph(model=model, tokenizer=tokenizer, sft={"base": str(tmp_path / "made")})
+    lines = str(refused.value).splitlines()
+    assert lines == [
+        "sft.base: decoder.layers.3.mlp.linear_fc1.weight: [25, 16], and the model wants [24, 16]",
+        "sft.base: decoder.final_norm.weight: missing",
+    ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from snaketron.config import Model
 from snaketron.huggingface import config, torch_dist
 from snaketron.huggingface.load import Weights, megatron_weights, published_weights
+from snaketron.huggingface.metadata import listed_tensors
 from snaketron.huggingface.shards import INDEX
 from snaketron.huggingface.torch_dist import Reader
 from snaketron.log import UserError
@@ -196,6 +197,20 @@ def test_a_checkpoint_of_megatron_of_another_model_is_refused(tmp_path: Path):
     lines = str(refused.value).splitlines()
     assert lines[1] == "decoder.layers.3.mlp.linear_fc1.weight: [24, 16], and the model wants [32, 16]"
     assert "decoder.layers.4.mixer.A_log: missing" in lines
+
+
+def test_the_list_of_a_checkpoint_of_megatron_is_read_without_torch_and_without_running_it(tmp_path: Path):
+    found = values(dtype=torch.bfloat16)
+    directory = write(tmp_path / "made", found)
+    assert listed_tensors(directory) == {k: (tuple(t.shape), str(t.dtype)) for k, t in found.items()}
+    (directory / ".metadata").write_bytes((directory / ".metadata").read_bytes()[:500])
+    with pytest.raises(UserError, match="not the list of a torch_dist checkpoint, or damaged"):
+        listed_tensors(directory)
+    evil = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
+    (directory / ".metadata").write_bytes(evil)
+    with pytest.raises(UserError):
+        listed_tensors(directory)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_older_and_newer_spellings_of_a_configuration_are_the_same_model(tmp_path: Path):

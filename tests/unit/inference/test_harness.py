@@ -14,9 +14,13 @@ from snaketron.inference.harness import CheckpointLM, run_task
 from snaketron.log import UserError
 from snaketron.model.build import build_model
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from lm_eval.api.instance import Instance
+from lm_eval.models.dummy import DummyLM
 
 CHOICE = """\
 task: {name}
@@ -105,6 +109,64 @@ def test_a_task_of_a_directory_runs_offline(model, tmp_path: Path):
     }
     limited = run_task(model, Task(name="animals"), directories=[tmp_path], limit=2)
     assert limited["animals"] == {"acc": 1.0, "questions": 2}
+
+
+# By the name of a task: rows of its data set, as the hub has them; and the configurations and splits.
+_CHOICES = {"label": ["A", "B"], "text": ["fox", "dog"]}
+DATA_SETS = {
+    "arc_challenge": (
+        {"id": "1", "question": "Who jumps?", "choices": _CHOICES, "answerKey": "A"},
+        ["ARC-Challenge"],
+        ["train", "validation", "test"],
+    ),
+    "hellaswag": (
+        {
+            **{"ind": 1, "activity_label": "Run", "ctx_a": "The fox", "ctx_b": "it", "ctx": "The fox it"},
+            **{"endings": ["runs.", "jumps.", "sits.", "eats."], "label": "1", "split": "val"},
+        },
+        ["default"],
+        ["train", "validation"],
+    ),
+    "openbookqa": (
+        {"id": "1", "question_stem": "The fox", "choices": _CHOICES, "answerKey": "B"},
+        ["main"],
+        ["train", "validation", "test"],
+    ),
+    "winogrande": (
+        {"sentence": "The fox met the dog and _ ran.", "option1": "fox", "option2": "dog", "answer": "2"},
+        ["winogrande_xl"],
+        ["train", "validation"],
+    ),
+    "mmlu_other": (
+        {"question": "Who jumps?", "subject": "foxes", "choices": ["a", "b", "c", "d"], "answer": 2},
+        [
+            *("business_ethics", "clinical_knowledge", "college_medicine", "global_facts"),
+            *("human_aging", "management", "marketing", "medical_genetics", "miscellaneous", "nutrition"),
+            *("professional_accounting", "professional_medicine", "virology"),
+        ],
+        ["test", "dev"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_tasks_and_groups_read_a_directory_as_it_is_downloaded(tmp_path: Path, name: str):
+    """The README.md of a data set says which files a configuration has."""
+    row, configurations, splits = DATA_SETS[name]
+    asked = next(key for key in ("question", "ctx", "question_stem", "sentence") if key in row)
+    rows = [row | {asked: f"{number}. {row[asked]}"} for number in range(6)]
+    listed = []
+    for configuration in configurations:
+        (tmp_path / configuration).mkdir()
+        for split in splits:
+            file = tmp_path / configuration / f"{split}-00000-of-00001.parquet"
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        files = [{"split": split, "path": f"{configuration}/{split}-*"} for split in splits]
+        listed.append({"config_name": configuration, "data_files": files})
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n")
+    found = run_task(DummyLM(), Task(name=name, data=str(tmp_path)), limit=1)
+    assert sum(values["questions"] == 1 for values in found.values()) >= len(configurations)
+    assert all(0 <= values["acc"] <= 1 for values in found.values())
 
 
 def test_a_task_that_is_not_known_or_has_no_data_here_is_refused(model, tmp_path: Path):
