@@ -97,6 +97,8 @@ def _must(
         return True, any(fate.shard is made and fate.splits for fate in found)
     if kind == "filtered":
         return True, any(_passed(catalogue, made, fate) for fate in found)
+    if kind == "checkpoint":  # merged or imported: its blend is only for a validation
+        changed -= {"blend"}
     return bool(changed), bool(changed)
 
 

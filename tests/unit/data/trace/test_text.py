@@ -21,7 +21,7 @@ from snaketron.data.trace import removal, words
 from snaketron.data.trace.fate import Fate, fates
 from snaketron.data.trace.rows import rows_with
 from snaketron.lineage.catalogue import scan
-from snaketron.lineage.record import of_user
+from snaketron.lineage.record import Entry, of_user
 from snaketron.lineage.uses import source
 from snaketron.log import UserError
 from tests.unit.data.trace.conftest import save_index
@@ -180,6 +180,19 @@ def test_what_is_made_again_without_a_document_that_was_trained_on(trained: Path
 
 def test_a_training_that_never_saw_it_need_not_be_made_again(trained: Path):
     Path("ckpt/versions/pretrain_longer-0b/record.json").unlink()
+    assert without(("raw/a.jsonl", 2)) == (["tokens docs/a", "blend one", "index one"], ["pretrain/one-0a"])
+
+
+def test_a_merged_checkpoint_is_made_again_when_what_it_is_merged_from_is(trained: Path, record):
+    Path("ckpt/versions/pretrain_longer-0b/record.json").unlink()
+    for name, base in (("merged", "pretrain/one-0a"), ("other", "pretrain/none-0d")):
+        inputs = {
+            "blend": Path("data/pretrain/one/blend.json"),
+            "base": Entry("base", "ckpt/base", version=base),
+            "adapters": Entry("adapters", "ckpt/lora", version="lora-0e"),
+        }
+        record("checkpoint", name, f"ckpt/versions/{name}-0f/record.json", inputs, {}, {}, {}, "0f")
+    assert without(("raw/a.jsonl", 1))[0][-2:] == ["checkpoint merged", "checkpoint sft"]
     assert without(("raw/a.jsonl", 2)) == (["tokens docs/a", "blend one", "index one"], ["pretrain/one-0a"])
 
 
