@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from snaketron.config import load
+from snaketron.settings.schedule import learning_rate
 from snaketron.settings.training import TrainSettings, train_settings
 from snaketron.train.schedule import build_schedule, seek
 
@@ -42,6 +43,10 @@ def rates(settings: TrainSettings, *iterations: int) -> list[float]:
         seek(scheduler, settings.schedule, iteration)
         found.append(optimizer.param_groups[0]["lr"])
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    # What plans and comparisons compute without megatron-core.
+    assert found == pytest.approx(
+        [learning_rate(settings.schedule, settings.optimizer, i) for i in iterations]
+    )
     return found
 
 
