@@ -61,6 +61,22 @@ def test_the_plan_says_what_is_taken_and_what_it_needs(
     assert re.search(r"\| pretrain/broad: docs +\| +50.0% \| +6.1 k \| +- \|", text)
 
 
+def test_tokens_are_estimated_from_raw_files_before_they_are_counted(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """44,000 bytes of JSON lines are about 10,000 tokens, through which the phase goes 1.2 times."""
+    workspace.write("raw/a.jsonl", "x" * 44_000)
+    workspace.write(
+        "more.yaml",
+        "corpora: [{name: docs, paths: [raw]}, {name: code, paths: [raw/a.jsonl]}]\n"
+        "pretrain: {phases: [{name: one, tokens: 12288, blend: [{corpus: docs, weight: 1}]}]}\n",
+    )
+    found = of(workspace, monkeypatch, "tests/config/micro.yaml", "more.yaml")
+    assert found["corpora"]["docs"]["estimated_tokens"] == pytest.approx(10_000)
+    assert found["trainings"][0]["corpora"]["docs"]["epochs"] == pytest.approx(1.2288)
+    assert "about 10.0 k" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_is_named_with_a_change_that_does(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -74,6 +90,8 @@ def test_what_does_not_fit_is_named_with_a_change_that_does(
     found = of(workspace, monkeypatch, "config/super.yaml", "more.yaml")
     assert found["not_listed"][-2:] == ["questions", "tools"] and len(found["not_listed"]) == 32
     assert found["jobs"]["render_chat"] == 2 and found["jobs"]["tokenize_shard"] == 30
+    step = found["trainings"][0]["step"]
+    assert step["total"] == pytest.approx(sum(seconds for term, seconds in step.items() if term != "total"))
     broad, *_, lora = found["trainings"]
     assert broad["memory"]["fits"] is False and broad["change_that_fits"].startswith("pretrain.parallel: ")
     assert lora["memory"]["fits"] is True and lora["change_that_fits"] is None

@@ -15,12 +15,18 @@ from snaketron.settings.keeping import num_kept
 from snaketron.settings.schedule import steady_steps
 from snaketron.settings.training import train_settings
 from snaketron.sizes.fitting import smallest_change
+from snaketron.sizes.gpus import GPUS
 from snaketron.sizes.layout import layout
 from snaketron.sizes.plan import Estimate, components, estimate
+from snaketron.sizes.search import measure
 from snaketron.sizes.speed import flops_per_token
 from snaketron.sources.lockfile import Lock, read_lock
 from snaketron.sources.models import tokenizer_model
 from snaketron.sources.shards import SAMPLE, shards
+
+BYTES_OF_TOKEN = 4.4  # of English text and code with a vocabulary of 131,072, roughly
+PACKED = 2.5  # bytes of text in a byte of a compressed file or of Parquet, roughly
+PLAIN = (".jsonl", ".ndjson", ".json", ".arrow")
 
 type Shards = Mapping[str, Mapping[str, Sequence[str]] | None]  # by source; None where no file is known
 
@@ -133,10 +139,15 @@ def _corpus(
     files = [path for of_shard in (found or {}).values() for path in of_shard]
     sizes = [_size(corpus.name, path, lock) for path in files]
     known = [size for size in sizes if size is not None]
+    complete = found is not None and len(known) == len(sizes)
+    text = sum(
+        n * (1 if f.lower().endswith(PLAIN) else PACKED) for f, n in zip(files, sizes, strict=True) if n
+    )
     return {
         "shards": len(found) if found is not None else None,
-        "raw_bytes": sum(known) if found is not None and len(known) == len(sizes) else None,
+        "raw_bytes": sum(known) if complete else None,
         "train_tokens": _tokens(config, corpus.name, found) if found else None,
+        "estimated_tokens": text / BYTES_OF_TOKEN if complete and not corpus.limited else None,
     }
 
 
@@ -188,10 +199,19 @@ def _training(config: Config, training: Training, corpora: Mapping[str, Any]) ->
         **_time(needs),
         "memory": asdict(parts) | {"total": parts.total, "limit": limit and limit * 1e9, "fits": fits},
         "change_that_fits": change and change[0],
+        "step": _step(config, training),
         "checkpoint_bytes": needs.checkpoint_bytes,
         "checkpoints_kept": num_kept(training.run, steady, training.train_iters),
         "corpora": _mix(config, training, corpora),
     }
+
+
+def _step(config: Config, training: Training) -> dict[str, float] | None:
+    """The seconds of a step by what they go to, by the estimate; None where the GPU is not known."""
+    if config.cluster.gpu is None or not config.cluster.gpus_per_node:
+        return None
+    found = measure(config, training, GPUS[config.cluster.gpu])
+    return asdict(found.step) | {"total": found.step.total}
 
 
 def _time(needs: Estimate) -> dict[str, Any]:
@@ -204,12 +224,13 @@ def _time(needs: Estimate) -> dict[str, Any]:
 
 
 def _mix(config: Config, training: Training, corpora: Mapping[str, Any]) -> dict[str, Any]:
-    """What a phase takes of each corpus, and how often it goes through one whose tokens are counted."""
+    """What a phase takes of each corpus, and how often it goes through its tokens, counted or estimated."""
     blend = next((phase.blend for phase in config.pretrain.phases if phase.name == training.phase), [])
     total = sum(entry.weight for entry in blend)
     mix = {}
     for entry in blend:
-        tokens, there = training.tokens * entry.weight / total, corpora[entry.corpus]["train_tokens"]
+        tokens, corpus = training.tokens * entry.weight / total, corpora[entry.corpus]
+        there = corpus["train_tokens"] or corpus["estimated_tokens"]
         mix[entry.corpus] = {
             "share": entry.weight / total,
             "tokens": tokens,

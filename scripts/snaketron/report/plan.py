@@ -24,6 +24,7 @@ def markdown(plan: Mapping[str, Any]) -> str:
         "## Trainings\n\n" + _trainings(trainings),
         "## Time\n\n" + _time(trainings),
         "## Memory of a process\n\n" + _memory(trainings),
+        *_steps(trainings),
         "## Text\n\n" + _text(plan),
         "## Disk\n\n" + _disk(plan["disk"]),
     ]
@@ -105,6 +106,16 @@ def _memory(trainings: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join([table(header, rows), *(["\n".join(lines)] if lines else [])])
 
 
+def _steps(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The estimated step of each training, where the GPU is known."""
+    known = [one for one in trainings if one["step"]]
+    if not known:
+        return []
+    terms = [term for term in known[0]["step"] if any(one["step"][term] for one in known)]
+    rows = [[one["name"], *(f"{one['step'][term]:.3g}" for term in terms)] for one in known]
+    return ["## A step (s), by the estimate\n\n" + table(["training", *terms], rows)]
+
+
 def _text(plan: Mapping[str, Any]) -> str:
     rows = []
     for one in plan["trainings"]:
@@ -115,7 +126,7 @@ def _text(plan: Mapping[str, Any]) -> str:
                     f"{one['name']}: {corpus}",
                     f"{part['share']:.1%}",
                     large(part["tokens"]),
-                    _number(there["train_tokens"]),
+                    _number(there["train_tokens"]) if there["train_tokens"] else _about(there),
                     "-" if part["epochs"] is None else f"{part['epochs']:.2f}",
                     "-" if there["shards"] is None else f"{there['shards']:,}",
                     _bytes(there["raw_bytes"]),
@@ -123,6 +134,12 @@ def _text(plan: Mapping[str, Any]) -> str:
             )
     header = ["phase: corpus", "share", "tokens taken", "tokens there", "epochs", "shards", "raw files"]
     return table(header, rows)
+
+
+def _about(corpus: Mapping[str, Any]) -> str:
+    """The tokens of a corpus before they are counted."""
+    estimated = corpus["estimated_tokens"]
+    return f"about {large(estimated)}" if estimated else "-"
 
 
 def _disk(disk: Mapping[str, Any]) -> str:
