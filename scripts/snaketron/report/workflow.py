@@ -50,6 +50,7 @@ RULES: dict[str, tuple[int, tuple[str, ...], str]] = {
     "merge_checkpoints": (0, ("pretrain",), ""),
     "sft": (1, ("pretrain", "import_base", "blend_sft"), "checkpoint"),
     "lora": (1, ("pretrain", "import_base", "blend_sft"), "checkpoint"),
+    "export_adapters": (0, ("lora",), ""),
     "merge_lora": (1, ("lora",), "checkpoint"),
     "evaluate": (2, ("sft", "lora"), ""),
     "export_hf": (0, ("sft", "merge_lora"), ""),

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from snaketron.lineage.record import Record
-from snaketron.report.workflow import Rule, rules
+from snaketron.report.workflow import RULES, Rule, rules
+from tests.conftest import REPOSITORY
 
 
 def read(
     root: Path, records: tuple[Record, ...] = (), *, running: bool = False, **jobs: int
 ) -> dict[str, Rule]:
     return rules(root / "logs", root / "benchmarks", jobs, records, running=running)
+
+
+def test_every_rule_but_those_of_reports_is_drawn():
+    files = (REPOSITORY / "rules").glob("*.smk")
+    names = {name for file in files for name in re.findall(r"^rule (\w+):", file.read_text(), re.MULTILINE)}
+    assert set(RULES) == names - {"report", "data_report"}
 
 
 def test_a_rule_is_finished_when_all_its_jobs_are(job, tmp_path: Path):
