@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import snaketron.model  # noqa: F401  before megatron
+from snaketron.config import Adapters
 from snaketron.inference.decoder import decoding
 from snaketron.inference.generate import Sampling, choose, continuation, generate
+from snaketron.model import lora
 from snaketron.model.build import BuiltModel, build_model
 from snaketron.model.distributed import distributed
-from snaketron.settings.training import RunSettings, TrainSettings
+from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
 from tests.ranks import on_two_ranks
 
 import pytest
@@ -39,6 +41,19 @@ def test_each_token_is_the_most_likely_after_all_before_it(built):
     """Five texts in three rows: a text that ends makes room for the next."""
     answers = generate(built, PROMPTS, stop=[], max_tokens=4, batch_size=3)
     assert answers == [by_hand(built, prompt, 4) for prompt in PROMPTS]
+
+
+def test_adapters_take_part_in_each_token(settings):
+    """Of every kind of linear layer, the router and each expert too."""
+    values, run = settings()
+    targets = ["linear_*", "*_proj", "router"]
+    adapted = LoraSettings(**values.model_dump(), lora=Adapters(target_modules=targets, rank=2))
+    built = build_model(adapted, run, 256)
+    plain = generate(built, PROMPTS, stop=[], max_tokens=4)
+    for _, adapter in lora.adapted(built.model):
+        torch.nn.init.normal_(adapter.b, std=0.3)
+    answers = generate(built, PROMPTS, stop=[], max_tokens=4)
+    assert answers == [by_hand(built, prompt, 4) for prompt in PROMPTS] != plain
 
 
 def test_reading_in_parts_gives_the_logits_of_reading_at_once(built):
