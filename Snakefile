@@ -36,6 +36,7 @@ from snaketron.graph.submission import check_submission
 from snaketron.jobs import inventory, status
 from snaketron.sources.formats import DOWNLOADED
 from snaketron.sources.models import MODEL_FILE
+from snaketron.tracking import notify
 
 SPLITS = ("train", "valid", "test")
 
@@ -134,6 +135,24 @@ onstart:
         status.report_every(
             60, Path.cwd(), Path(graph.config.pathvars["ckpt"]), logger.info
         )
+
+
+onsuccess:
+    notify.tell_of_workflow(
+        graph.config.notify.command,
+        "finished",
+        Path(graph.config.pathvars["ckpt"]),
+        log,
+    )
+
+
+onerror:
+    notify.tell_of_workflow(
+        graph.config.notify.command,
+        "failed",
+        Path(graph.config.pathvars["ckpt"]),
+        log,
+    )
 
 
 rule all:

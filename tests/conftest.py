@@ -58,7 +58,7 @@ SLOW = (
     *(
         "tests/unit/report/test_figures.py",
         "tests/unit/report/test_report.py",
-        "tests/unit/lineage/test_wandb.py",
+        "tests/unit/tracking/test_wandb.py",
     ),
     "tests/graph/test_entry.py::test_snakemake_runs_without_an_activated_environment",
     *("tests/unit/data/curation/test_curate.py", "tests/graph/test_changed_files.py"),

@@ -27,7 +27,11 @@ class LoggedRun:
     history: dict[int, dict[str, Any]] = field(default_factory=dict)
     used: dict[str, str] = field(default_factory=dict)
     made: dict[str, str] = field(default_factory=dict)
-    files: dict[str, list[str]] = field(default_factory=dict)  # of the artifacts
+    kinds: dict[str, str] = field(default_factory=dict)  # of the artifacts
+    files: dict[str, list[tuple[str, str, str]]] = field(default_factory=dict)  # their name, hash, address
+    copied: list[str] = field(default_factory=list)  # files that are uploaded
+    alerts: list[tuple[str, str]] = field(default_factory=list)  # title and text
+    group: str = ""
     is_complete: bool = False
 
 
@@ -52,7 +56,7 @@ def read_run(path: Path) -> LoggedRun:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run.name, run.job_type = record.run.display_name, record.run.job_type
-            run.host = record.run.host
+            run.host, run.group = record.run.host, record.run.run_group
             run.config = {i.key: json.loads(i.value_json) for i in record.run.config.update}
         elif kind == "history":
             row = run.history.setdefault(record.history.step.num, {})
@@ -60,7 +64,12 @@ def read_run(path: Path) -> LoggedRun:
         elif kind == "artifact":
             artifact = record.artifact
             (run.used if artifact.use_after_commit else run.made)[artifact.name] = artifact.digest
-            run.files[artifact.name] = sorted(entry.path for entry in artifact.manifest.contents)
+            run.kinds[artifact.name] = artifact.type
+            contents = artifact.manifest.contents
+            run.files[artifact.name] = sorted((e.path, e.digest, e.ref) for e in contents)
+            run.copied += [entry.path for entry in contents if entry.local_path]
+        elif kind == "alert":
+            run.alerts.append((record.alert.title, record.alert.text))
         elif kind == "exit":
             run.is_complete = True
     return run

@@ -97,6 +97,14 @@ __all__ = [
 ENVIRONMENT_PREFIX = "SNAKETRON_"
 
 
+class Notify(Section):
+    command: list[str] = key(
+        list,
+        "words of a command that gets facts as JSON on its standard input when the workflow has finished or "
+        "failed and when a training has stalled (step_timeout); no shell reads them. Empty: nobody is told",
+    )
+
+
 def _off(value: Any) -> Any:
     return "off" if value is False else value  # YAML reads a bare `off` as false
 
@@ -109,8 +117,14 @@ class Config(Section):
     seed: Count = key(1234, "seed of initial weights, shuffling and sampling")
     tracking: Annotated[Literal["off", "offline", "online"], BeforeValidator(_off)] = key(
         "off",
-        "Weights & Biases: off, offline (below ./wandb, for `wandb sync`) or online (needs WANDB_API_KEY)",
+        "Weights & Biases: off, offline (below ./wandb, for `wandb sync`) or online (needs WANDB_API_KEY); "
+        "docs/tracking.md",
     )
+    tensorboard: bool = key(
+        False,
+        "write the metrics for TensorBoard as well, to tensorboard/ of the version (extra `tensorboard`)",
+    )
+    notify: Notify = key(Notify, "whom to tell")
     tokenizer: Tokenizer = key(Tokenizer, "trained from text, or taken from a path")
     sources_lock: str = key(
         "sources.lock.json", "what scripts/lock_sources.py writes: the files of sources that lie elsewhere"

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from typing import Literal
 from snaketron.jobs import heartbeat, slurm
 from snaketron.jobs.attempts import Attempts
 from snaketron.jobs.launch import SAVED, STOP_SIGNALS, Ranks, first_failure
-from snaketron.jobs.owner import own
+from snaketron.jobs.owner import Owner, own
 from snaketron.jobs.version import Version
 from snaketron.log import UserError, logger
 from snaketron.settings.training import RunSettings
@@ -136,6 +137,7 @@ def supervise(
     *,
     attempt: int = 1,
     prepare: Callable[[], None] = lambda: None,
+    beside: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> int:
     """Run a training to its end, in this job; the exit status.
 
@@ -146,13 +148,14 @@ def supervise(
         attempt: how often Snakemake has submitted this job. From the second time on, a training that gave up
             is not tried again.
         prepare: what to do in the version before its processes start; nobody else works in it by then.
+        beside: entered while there is something to train.
 
     Raises:
         UserError: the training gave up, or another one owns the version.
     """
     with Signals() as signals:
         supervisor = Supervisor(name, version, run, signals, slurm.current_job())
-        status = supervisor.run_to_the_end(attempt, prepare)
+        status = supervisor.run_to_the_end(attempt, prepare, beside)
         if supervisor.to_be_ended:
             _wait_to_be_ended(signals)
         return status
@@ -170,7 +173,9 @@ class Supervisor:
     to_be_ended: bool = False  # by Slurm, which requeues, pre-empts or cancels the job
     goes_on: str = ""  # what Slurm does to the job before it runs it again; empty where it does not
 
-    def run_to_the_end(self, attempt: int, prepare: Callable[[], None]) -> int:
+    def run_to_the_end(
+        self, attempt: int, prepare: Callable[[], None], beside: Callable[[], AbstractContextManager[None]]
+    ) -> int:
         version = self.version
         with own(version) as owner:
             if version.is_finished:
@@ -180,22 +185,27 @@ class Supervisor:
             if attempt > 1 and attempts.gave_up:
                 raise UserError(f"{self.name}: {attempts.gave_up}")
             prepare()
-            while True:
-                before = version.latest_iteration() or 0
-                limit = Limit(self.job, self.run.stop_before_limit)
-                shutil.rmtree(version.failures, ignore_errors=True)
-                version.heartbeat.unlink(missing_ok=True)
-                attempts.check(before)
-                ranks = Ranks([sys.executable, *sys.argv], self.run, owner, self.job)
-                attempts.begin(before, self.job.id if self.job else None)
-                ranks.start()
-                logger.info("%s: starts after step %d (%s)", self.name, before, ranks)
-                ended = watch(
-                    ranks, version.heartbeat, self.signals, limit, self.run.step_timeout, self.look_ahead
-                )
-                status = self.judge(ended, attempts)
-                if status is not None:
-                    return status
+            with beside():
+                return self.run_attempts(attempts, owner)
+
+    def run_attempts(self, attempts: Attempts, owner: Owner) -> int:
+        version = self.version
+        while True:
+            before = version.latest_iteration() or 0
+            limit = Limit(self.job, self.run.stop_before_limit)
+            shutil.rmtree(version.failures, ignore_errors=True)
+            version.heartbeat.unlink(missing_ok=True)
+            attempts.check(before)
+            ranks = Ranks([sys.executable, *sys.argv], self.run, owner, self.job)
+            attempts.begin(before, self.job.id if self.job else None)
+            ranks.start()
+            logger.info("%s: starts after step %d (%s)", self.name, before, ranks)
+            ended = watch(
+                ranks, version.heartbeat, self.signals, limit, self.run.step_timeout, self.look_ahead
+            )
+            status = self.judge(ended, attempts)
+            if status is not None:
+                return status
 
     def judge(self, ended: Ended, attempts: Attempts) -> int | None:
         """Note how an attempt ended; the exit status of the job, or None to start once more."""

@@ -86,6 +86,8 @@ class RunSettings(Run):
 
     cluster: Cluster = Field(default_factory=Cluster)
     tracking: Literal["off", "offline", "online"]
+    tensorboard: bool = False
+    notify: list[str] = Field(default_factory=list)
     cuda_graphs: bool | None = False  # in pretraining alone: packed sequences have no fixed shapes
     num_samples: int = 0
     sample_interval: int | None = None
@@ -166,4 +168,11 @@ def run_settings(config: Config, name: str) -> RunSettings:
         if key in type(run).model_fields  # answers are of tunings alone, CUDA graphs of pretraining
     }
     day = config.sft_data.template_date.isoformat()
-    return RunSettings(**values, cluster=config.cluster, tracking=config.tracking, template_date=day)
+    return RunSettings(
+        **values,
+        cluster=config.cluster,
+        tracking=config.tracking,
+        tensorboard=config.tensorboard,
+        notify=config.notify.command,
+        template_date=day,
+    )

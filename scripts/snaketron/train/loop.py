@@ -21,11 +21,14 @@ from snaketron.model.checkpoint import Saver
 from snaketron.model.megatron import internals
 from snaketron.settings.schedule import steady_steps
 from snaketron.sizes.flops import training_flops
+from snaketron.sizes.layout import layout
+from snaketron.tracking.warnings import Warning, Watch, warnings_of
 from snaketron.train.batches import Batches
 from snaketron.train.build import Trainable
 from snaketron.train.evaluate import evaluate
 from snaketron.train.losses import Sums, Totals, compute, sum_over_ranks
 from snaketron.train.metrics import Clock, Metrics, Progress
+from snaketron.train.observed import Observed
 from snaketron.train.schedule import seek
 
 import torch
@@ -59,6 +62,10 @@ class Trainer:
         self.clock = Clock(flops, self.run.parallel.world_size)
         steady = steady_steps(self.settings.schedule, self.settings.optimizer, self.settings.train_iters)
         self.saver = Saver.configured(self.run, steady)
+        self.observed = Observed(self.built.config, self.model)
+        model = self.settings.model
+        possible = model.num_moe_experts / model.moe_router_topk if model.routed_layers else 1.0
+        self.watch = Watch(possible, layout(self.run, self.run.cluster).tasks_per_node)
         self.totals = Totals()  # since the last line of metrics
         self.sources: tuple[str, ...] = ()
         self.stop_signal = 0
@@ -96,16 +103,15 @@ class Trainer:
         batches: Batches,
         directory: Path,
         answer: Callable[[], None] = lambda: None,
-        observe: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> None:
         """Train to the end of the stage, with metrics, validation and checkpoints on the way.
 
         `answer` runs on every rank before the first step, after every `sample_interval` steps and after the
-        last; `observe` gets each line of metrics on the rank that writes them. Raises `Stopped` on a signal.
+        last. Raises `Stopped` on a signal.
         """
         self.sources = batches.sources
         version = Version(directory)
-        metrics = Metrics(version.metrics, self.iteration, observe, writer=is_writer())
+        metrics = Metrics(version.metrics, self.iteration, self.watch.remember, writer=is_writer())
         self.seconds = metrics.seconds
         tokens = self.settings.global_batch_size * self.settings.seq_length
         progress = Progress(self.settings.stage, self.settings.train_iters, tokens)
@@ -144,8 +150,10 @@ class Trainer:
     ) -> None:
         check_owner(Version(directory))
         at_end = self.iteration == self.settings.train_iters
-        if self.iteration % self.run.log_interval == 0 or at_end:
-            metrics.write(**self._line(grad_norm))
+        if self._is_logged(self.iteration):
+            line = self.watch.judged(self._line(grad_norm))
+            metrics.write(**line)
+            self._say(warnings_of([line]))
         if self.iteration % self.run.log_interval == 0:  # a longer training goes on with what is not told yet
             self.totals.clear()
         if self.iteration % self.run.eval_interval == 0 or at_end:
@@ -172,12 +180,15 @@ class Trainer:
         self.parallel_model.zero_grad_buffer()
         self.optimizer.zero_grad()
         first = self.iteration * self.settings.global_batch_size
+        self.observed.begin(is_due=self._is_logged(self.iteration + 1))
         outputs = self._forward_backward(batches, first)
         success, norm, _ = self.optimizer.step()
         grad_norm = math.nan if norm is None else float(norm)
+        self.observed.end()
         if not (success and math.isfinite(grad_norm)):
             raise RuntimeError(
-                f"{self.settings.stage}: the gradient of step {self.iteration + 1} is not finite"
+                f"{self.settings.stage}: the gradient of step {self.iteration + 1} is not finite; look "
+                "at the gradient norm and the warnings before it, then at the learning rate and the precision"
             )
         self.iteration += 1
         self._add_up(outputs, batches.num_micro_batches(self.settings.global_batch_size))
@@ -233,6 +244,7 @@ class Trainer:
         totals, sums = self.totals, self.totals.sums
         mean = sums.means()
         step_tokens = self.settings.global_batch_size * self.settings.seq_length
+        times = self.clock.report(int(totals.steps) * step_tokens)
         line = {
             "iteration": self.iteration,
             "consumed_train_tokens": self.iteration * step_tokens,
@@ -245,9 +257,11 @@ class Trainer:
             "timing": {
                 "seconds": round(self.seconds, 3),
                 "tokens_per_second": round(self.iteration * step_tokens / self.seconds, 1),
-                **self.clock.report(int(totals.steps) * step_tokens),
+                **times,
+                **self.observed.slowest(times["data_seconds"]),
                 **backend.memory(),
             },
+            **self.observed.experts(),
         }
         if self.sources:
             line["sample_loss"] = mean["sample_loss"]
@@ -257,6 +271,14 @@ class Trainer:
                 if sums["packs"][source]
             }
         return line
+
+    def _is_logged(self, iteration: int) -> bool:
+        """Whether a line of metrics is written after a step."""
+        return iteration % self.run.log_interval == 0 or iteration == self.settings.train_iters
+
+    def _say(self, warnings: list[Warning]) -> None:
+        for warning in warnings if is_writer() else ():
+            logger.warning("%s: step %d: %s", self.settings.stage, warning.iteration, warning.text)
 
     @contextlib.contextmanager
     def _announced(self, what: str) -> Iterator[None]:

@@ -16,14 +16,16 @@ from snaketron.config import Model, Section
 from snaketron.data.tokenizer import Info, tokenizer_info
 from snaketron.files import read_json, sha256, writing
 from snaketron.jobs import continuation, launch, supervisor
+from snaketron.jobs.attempts import Attempts
 from snaketron.jobs.version import Version, check_place, published, version_key
 from snaketron.lineage.record import Entry, making, of_file
 from snaketron.lineage.walk import record_about
-from snaketron.lineage.wandb import Tracker
 from snaketron.log import UserError, begin_log, log_to, logger
 from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings, model_differences
 from snaketron.sizes.layout import layout
 from snaketron.sizes.outlook import Inputs
+from snaketron.tracking.follow import following
+from snaketron.tracking.sinks import Run
 from snaketron.train.metrics import Metrics, mix, performance
 from snaketron.wording import size_text
 
@@ -82,6 +84,7 @@ def run_stage(
         stage.run,
         attempt=args.attempt,
         prepare=stage.go_on if has_steps else lambda: None,
+        beside=lambda: following(stage.followed(), launch.environment(stage.run), args.log_file),
     )
     if status == 0:
         stage.publish()
@@ -143,6 +146,21 @@ class Stage:
         """Where this stage works."""
         return Version.of(self.output, self.settings.stage, self.key)
 
+    def followed(self) -> Run:
+        """What the process that follows this training is told."""
+        attempts = Attempts(self.settings.stage, self.version.attempts, self.run.max_restarts)
+        return Run(
+            self.version.directory,
+            self.settings.stage,
+            self.inputs,
+            {"settings": self.settings.model_dump(), "run": self.run.model_dump()},
+            mode=self.run.tracking,
+            tensorboard=self.run.tensorboard,
+            notify=self.run.notify,
+            attempts=len(attempts.all),
+            steps=max((line["iteration"] for line in Metrics.read(self.version.metrics)), default=0),
+        )
+
     def open_logs(self, log_file: Path | None) -> None:
         """Let the process that writes metrics log to the version and to `log_file`; others only warn."""
         if not launch.is_writer():
@@ -187,13 +205,6 @@ class Stage:
 
         if launch.rank() == 0:
             self.write_config()
-        tracker = Tracker(
-            self.run.tracking if launch.is_writer() else "off",
-            self.version.directory,
-            self.settings.stage,
-            self.inputs,
-            {"settings": self.settings.model_dump(), "run": self.run.model_dump()},
-        )
         logger.info("%s: building the model", self.settings.stage)
         recorded = backend.records_micro_batches(self.settings, self.run)
         with distributed(self.settings.seed, self.run, recorded=recorded):
@@ -205,13 +216,12 @@ class Stage:
                 def answer_now() -> None:
                     answer(trainer.built, trainer.iteration, batches)
 
-                trainer.train(batches, self.version.directory, answer_now, tracker.log)
+                trainer.train(batches, self.version.directory, answer_now)
             except Stopped:
                 return launch.SAVED
             seconds = trainer.seconds
         if launch.rank() == 0:
             self._finish(seconds, batches)
-        tracker.finish()
         return 0
 
     def _begin(self, trainer: Trainer, *, optimizer_of_base: bool) -> None:

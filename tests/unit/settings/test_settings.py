@@ -111,6 +111,8 @@ def test_sft_counts_in_steps_of_packs():
 # A different valid value of each key; numbers double where nothing is said.
 OTHER: dict[str, Any] = {
     "tracking": "offline",
+    "tensorboard": True,
+    "notify.command": ["tell"],
     "model.hybrid_layer_pattern": "MEM*EM-",
     "model.mtp_hybrid_layer_pattern": "*-",
     "model.precision": "fp8_current",
@@ -233,9 +235,9 @@ def expected(path: str) -> set[str]:
     section, _, key = path.partition(".")
     if path == "seed" or section == "model":
         return {"pretrain", "sft", "lora"}
-    if path == "tracking" or section == "cluster":
+    if section in ("tracking", "tensorboard", "notify", "cluster"):
         trainings = {"run pretrain", "run sft", "run lora"}
-        return trainings if path == "tracking" else {*trainings, "run eval"}
+        return {*trainings, "run eval"} if section == "cluster" else trainings
     of_result = (
         "optimizer",
         "seq_length",

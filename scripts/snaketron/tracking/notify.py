@@ -1,0 +1,92 @@
+"""Facts about a run for a command of the user: at the end, on a failure, on a stall."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from snaketron.files import read_json
+from snaketron.jobs import heartbeat
+from snaketron.jobs.version import Version, versions
+from snaketron.log import logger
+
+import orjson
+
+TIMEOUT_S = 30  # for the command
+
+What = Literal["finished", "failed", "stopped", "stalled"]
+BEGAN = time.time()  # this process, as far as it matters
+
+
+def tell(command: list[str], what: What, version: Version | None, **facts: Any) -> None:
+    """Run the command with the facts as a JSON object on its standard input, in no shell.
+
+    A command that fails, hangs or is not there is one warning.
+
+    Args:
+        command: its words; nothing happens where there are none.
+        what: what has happened.
+        version: the training that it is about.
+        facts: what else is known; what is None is left out.
+    """
+    if not command:
+        return
+    known = {"what": what, **(of_training(version) if version else {}), "directory": str(Path.cwd()), **facts}
+    given = orjson.dumps({key: value for key, value in known.items() if value is not None}, default=str)
+    try:
+        # A session of its own, so that what the command starts can be ended with it.
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+    except OSError as error:
+        logger.warning("notify.command: %s", error)
+        return
+    try:
+        process.communicate(given + b"\n", timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        logger.warning("notify.command: %s had not ended after %d s and was killed", command[0], TIMEOUT_S)
+        return
+    if process.returncode:
+        logger.warning("notify.command: %s ended with status %d", command[0], process.returncode)
+
+
+def of_training(version: Version) -> dict[str, Any]:
+    """How far a training is."""
+    values = heartbeat.read(version.heartbeat)
+    return {
+        "stage": version.directory.resolve().name.rpartition("-")[0],
+        "step": values.get("iteration"),
+        "steps": values.get("train_iters"),
+        "loss": values.get("loss"),
+        "version": str(version.directory),
+        "training_log": str(version.log),
+    }
+
+
+def last_training(ckpt: Path, since: float) -> Version | None:
+    """The training that was last heard of, after a time (seconds since 1970); None where none was."""
+    heard = {}
+    for version in versions(ckpt):
+        try:
+            heard[version.heartbeat.stat().st_mtime] = version
+        except FileNotFoundError:
+            continue
+    last = max(heard, default=0.0)
+    return heard[last] if last >= since else None
+
+
+def tell_of_workflow(command: list[str], what: What, ckpt: Path, logs: list[str]) -> None:
+    """Tell how this process' workflow ended, and of the training that was heard of last in it."""
+    version = last_training(ckpt, BEGAN) if command else None
+    last = read_json(version.attempts)[-1] if version and version.attempts.exists() else {}
+    if what == "failed" and last.get("outcome") == "stopped":
+        what = "stopped"
+    error = last.get("error") if what == "failed" else None
+    log = next(iter(logs), None)
+    tell(command, what, version, log=log, seconds=round(time.time() - BEGAN, 1), error=error)
