@@ -39,7 +39,7 @@ def of(*names: str, **more: dict) -> Config:
         (["super", "gb200"], {16, 32, 8, 2}),
         (["nano"], {1}),
     ],
-    ids=lambda value: "-".join(map(str, value)),
+    ids=lambda value: "-".join(map(str, sorted(value, key=str))),
 )
 def test_every_training_fits_its_gpus(names: list[str], nodes: set[int]):
     config = of(*names)
