@@ -213,6 +213,10 @@ class Cluster:
     def start_accounting(self) -> None:
         database = ["--no-defaults", f"--user={user()}", f"--datadir={self.directory}/database"]
         database += ["--innodb-log-file-size=8M"]  # it is written whole: 100 MB if not said
+        # Of its own: installations beside each other in one directory dropped each other's temporary tables.
+        scratch = self.directory / "database_scratch"
+        scratch.mkdir()
+        database += [f"--tmpdir={scratch}"]
         self.run("mariadb-install-db", *database, "--skip-test-db")
         self.daemon(
             "mariadbd", "mariadbd", *database, "--skip-networking", f"--socket={self.database_socket}"
