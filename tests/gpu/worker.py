@@ -41,7 +41,7 @@ VOCABULARY, LENGTH, BATCH = 512, 64, 4
 class FixedBatches(Batches):
     """Tokens that depend on the sample number alone, the same on each machine."""
 
-    def __init__(self, micro_batch_size: int, depths: int, length: int) -> None:
+    def __init__(self, micro_batch_size: int, depths: int, length: int = LENGTH) -> None:
         super().__init__(micro_batch_size)
         self.depths, self.length = depths, length
 
