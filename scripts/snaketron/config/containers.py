@@ -1,4 +1,4 @@
-"""Which paths of the host a container runtime can be given: what its command line takes apart is refused."""
+"""Paths of the host for a container runtime: one that its command line would take apart is refused."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Factor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor in the file."""
+        """The shape of the tensor in the file."""
         rows, columns = self.tensor.shape
         return (rows // self.experts, columns * self.experts) if self.experts else (rows, columns)
 

@@ -24,7 +24,7 @@ KINDS = {
 
 
 def used(source: Source, found: Reach) -> list[str]:
-    """Which jobs used a source."""
+    """The jobs that used a source, in words."""
     lines = [f"{source.name} (sha256 {source.identity[:12]})"]
     if not found.holders and not found.influenced:
         return [*lines, "  no job used it"]

@@ -31,7 +31,7 @@ COLOURS = (BLUE, ORANGE, GREEN, SKY, VERMILION, PURPLE, YELLOW)
 GREY, DARK, LIGHT = "#999999", "#333333", "#dddddd"
 MAX_REASONS = 30  # bars of the figure of what was removed; the table has all
 ROW_INCHES = 0.32
-WIDTH = 5.0  # inches, of which a phone has as many
+WIDTH = 5.0  # inches; a phone is about as wide
 
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "snaketron",

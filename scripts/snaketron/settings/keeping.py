@@ -22,7 +22,7 @@ def is_steady(iteration: int, run: Run, steady: int) -> bool:
 
 
 def kept(iterations: Iterable[int], run: Run, steady: int) -> set[int]:
-    """Of the steps that there are checkpoints of, those whose checkpoints are kept."""
+    """The steps whose checkpoints are kept, out of all that have one."""
     there = sorted(iterations)
     before = [iteration for iteration in there if is_steady(iteration, run, steady)]
     return {*there[-run.keep_checkpoints :], *(before[-run.keep_steady :] if run.keep_steady else ())}

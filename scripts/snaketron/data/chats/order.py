@@ -87,7 +87,7 @@ def samples(
 
 
 def rows(path: Path, file: str, wanted: Iterable[int]) -> list[tuple[int, int, str]]:
-    """Of a rendered file: number, raw row and split of each sequence that is from those rows of `file`."""
+    """Number, raw row and split of each sequence of a rendered file that is from those rows of `file`."""
     wanted, found, before = set(wanted), [], 0
     with pq.ParquetFile(path) as opened:
         for batch in opened.iter_batches(columns=["file", "row", "split"]):
