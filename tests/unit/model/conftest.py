@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,6 +34,7 @@ def seed():
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
     destroy_moe_metrics_tracker()
+    MTPLossLoggingHelper.tracker.clear()
 
 
 @pytest.fixture
