@@ -4,6 +4,7 @@
 import atexit
 import gc
 import sys
+from functools import partial
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -133,7 +134,10 @@ onstart:
         )
     if workflow.executor_plugin.name == "snaketron-slurm":
         status.report_every(
-            60, Path.cwd(), Path(graph.config.pathvars["ckpt"]), logger.info
+            60,
+            Path.cwd(),
+            Path(graph.config.pathvars["ckpt"]),
+            partial(logger.info, extra={"in_view": True}),
         )
 
 

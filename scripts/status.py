@@ -1,7 +1,8 @@
-"""Show where the jobs of this directory's workflow stand in Slurm, a line a job, once."""
+"""Show where the jobs of this directory's workflow stand in Slurm, a line a job; or watch the whole run."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from snaketron.jobs import status
@@ -11,7 +12,17 @@ from snaketron.log import argument_parser, run
 def main(argv: list[str] | None = None) -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--ckpt", type=Path, default=Path("ckpt"), help="root of the checkpoints")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="show stages, steps, losses, speed and time left, until Ctrl-C; once where there is no terminal",
+    )
     args = parser.parse_args(argv)
+    if args.watch:
+        from snaketron.report.view import watch
+
+        watch(Path.cwd(), colors=not os.environ.get("NO_COLOR"))
+        return 0
     print("\n".join(status.lines(Path.cwd(), args.ckpt)) or "Slurm has no job of this directory")
     return 0
 

@@ -58,6 +58,7 @@ SLOW = (
     *(
         "tests/unit/report/test_figures.py",
         "tests/unit/report/test_report.py",
+        "tests/unit/report/test_view.py",
         "tests/unit/tracking/test_wandb.py",
     ),
     "tests/graph/test_entry.py::test_snakemake_runs_without_an_activated_environment",

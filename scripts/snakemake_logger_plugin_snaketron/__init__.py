@@ -1,8 +1,17 @@
 """Makes `snakemake --logger snaketron` known: Snakemake finds plugins by the name of their package."""
 
+from snaketron.graph import terminal
 from snaketron.graph.configfiles import name_what_is_missing
-from snaketron.graph.terminal import LogHandler
 
 __all__ = ["LogHandler"]
 
 name_what_is_missing()
+
+
+class LogHandler(terminal.LogHandler):
+    """With the live view, which is of a room above that of the lines."""
+
+    def begin_view(self) -> terminal.LiveView:
+        from snaketron.report.view import LiveView  # rich takes 0.1 s, and a dry-run has no view
+
+        return LiveView(self.stream, colors=self.colors)

@@ -111,6 +111,15 @@ def lock(file: IO[Any], *, wait: bool = False) -> bool:
     return True
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a file; no where there is none."""
+    try:
+        with path.open() as file:
+            return not lock(file)
+    except OSError:
+        return False
+
+
 def _is_at(path: Path, file: IO[bytes]) -> bool:
     try:
         return path.stat().st_ino == os.fstat(file.fileno()).st_ino

@@ -12,10 +12,14 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 logger = logging.getLogger("snaketron")
 
+# Variables of the environment. The first asks for plain lines in place of the live view; it is no key of the
+# configuration. The second says which file takes standard error while a live view shows the progress.
+PLAIN = "SNAKETRON_PLAIN"
+SHOWN = "LIVE_VIEW_TAKES"
 RECORD = "JOB_RECORD"  # variable of the environment: where a Slurm job notes how it fares
 
 NO_SPACE = {
@@ -48,13 +52,27 @@ _in_progress = False  # whether the last line of the terminal waits to be replac
 
 
 def show_progress(text: str) -> None:
-    """Show a line on the terminal in the place of the last one of this function; anywhere else a new line."""
+    """Show a line on the terminal in the place of the last one of this function; anywhere else a new line.
+
+    Nothing where a live view shows progress.
+    """
     global _in_progress
+    if os.environ.get(SHOWN) and os.environ[SHOWN] == name_of(sys.stderr):
+        return
     if sys.stderr.isatty():
         print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
         _in_progress = True
     else:
         print(text, file=sys.stderr, flush=True)
+
+
+def name_of(stream: IO[Any]) -> str:
+    """What the kernel calls the file behind a stream, in each process that has it open; "" for none."""
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return ""
+    return f"{found.st_dev}:{found.st_ino}"
 
 
 def end_progress() -> None:

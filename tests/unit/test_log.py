@@ -133,3 +133,11 @@ def test_an_ended_script_removes_what_it_was_writing(tmp_path: Path):
     )
     assert script(body, tmp_path / "a").returncode == 143
     assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_is_not_written_to_the_file_that_a_live_view_reads():
+    """Another standard error, as that of a job on a cluster that got the variable too, has it."""
+    said = "import sys; show_progress('step 1/2'); return 0"
+    assert script(said).stderr == "step 1/2\n"
+    assert script(f"os.environ[SHOWN] = '1:1'; {said}").stderr == "step 1/2\n"
+    assert script(f"import sys; os.environ[SHOWN] = name_of(sys.stderr); {said}").stderr == ""

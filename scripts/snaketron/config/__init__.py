@@ -62,6 +62,7 @@ from snaketron.config.training import (
     Tuning,
 )
 from snaketron.config.trainings import Training, trainings
+from snaketron.log import PLAIN
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -183,7 +184,7 @@ def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ)
     """
     merged = json.loads(json.dumps(values, default=str))  # YAML knows dates, which no key takes
     for name, value in sorted(environment.items()):
-        if name.startswith(ENVIRONMENT_PREFIX):
+        if name.startswith(ENVIRONMENT_PREFIX) and name != PLAIN:
             _set(merged, name, value)
     for text in _texts(merged):
         if any("\ud800" <= c <= "\udfff" for c in text):

@@ -1,14 +1,18 @@
-"""The plugin of `--logger snaketron`: writes the lines of a run to the terminal."""
+"""The plugin of `--logger snaketron`: writes the lines of a run to the terminal, above a live view."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from typing import Protocol
 
 from snaketron.graph import swift
 from snaketron.graph.lines import Lines
+from snaketron.log import PLAIN
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
+from snakemake_interface_logger_plugins.common import LogEvent
 
 RED, YELLOW, RESET, CLEAR = "\x1b[31m", "\x1b[33m", "\x1b[0m", "\r\x1b[K"
 FAULTS = (
@@ -18,6 +22,16 @@ FAULTS = (
     TypeError,
     ValueError,
 )  # an event of another shape, a closed pipe
+
+
+class LiveView(Protocol):
+    """The last lines of a terminal, which tell how far a run is."""
+
+    def say(self, text: str) -> None:
+        """Write lines above it."""
+
+    def stop(self) -> None:
+        """Leave the terminal as it was; later calls do nothing."""
 
 
 class LogHandler(LogHandlerBase):
@@ -40,18 +54,43 @@ class LogHandler(LogHandlerBase):
         if settings.dryrun and not self.in_full:
             swift.say_one_line()
         self.terminal = self.stream.isatty()
-        self.colors = self.terminal and not settings.nocolor
+        self.colors = self.terminal and not settings.nocolor and not os.environ.get("NO_COLOR")
+        self.view: LiveView | None = None
+
+    def begin_view(self) -> LiveView | None:
+        """The live view of a run that begins; the plugin knows one, and this room does not."""
+        return None
+
+    @property
+    def wants_view(self) -> bool:
+        plain = os.environ.get(PLAIN, "") not in ("", "0") or os.environ.get("TERM", "dumb") == "dumb"
+        plain = plain or not (self.stream.encoding or "").lower().startswith(
+            "utf"
+        )  # bars and curves are drawn in it
+        return self.terminal and not (plain or self.in_full or self.common_settings.dryrun)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             text = self.own_words.format(record) if self.in_full else self.lines.of(record)
-            if text:
+            if self.view:
+                if text and not getattr(record, "in_view", False):
+                    self.view.say(self._colored(text, record.levelno))
+            elif text:
                 # A training may be writing its progress over one line, without a line break.
                 clear = CLEAR if self.terminal else ""
                 self.stream.write(f"{clear}{self._colored(text, record.levelno)}\n")
                 self.stream.flush()
+            if getattr(record, "event", None) == LogEvent.RUN_INFO and not self.view and self.wants_view:
+                self.view = self.begin_view()
         except FAULTS:
             self.handleError(record)  # and the thread that writes goes on
+
+    def close(self) -> None:
+        """Snakemake calls it at its end, and Python at the end of a process that failed."""
+        if self.view:
+            self.view.stop()
+            self.view = None
+        super().close()
 
     def _colored(self, text: str, level: int) -> str:
         if not self.colors or level < logging.WARNING:

@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from snaketron.jobs import heartbeat, slurm
@@ -17,6 +18,29 @@ FEW = 8  # more jobs of one rule in one state are counted on one line
 FIELDS = "%i|%T|%M|%D|%r|%Z|%k"  # number, state, time, nodes, reason, working directory, comment
 
 
+@dataclass(frozen=True)
+class Queued:
+    """A job of the workflow that Slurm knows."""
+
+    number: str
+    state: str
+    run_time: str
+    nodes: str
+    reason: str  # why it waits
+    rule: str  # or the name of a group of jobs
+    wildcards: str
+
+    @property
+    def waits(self) -> bool:
+        return self.state == "PENDING"
+
+    @property
+    def about(self) -> str:
+        if self.waits:
+            return f"({self.reason})"
+        return f"{self.run_time} on {self.nodes} node{'s' if self.nodes != '1' else ''}"
+
+
 def lines(directory: Path, ckpt: Path) -> list[str]:
     """A line for each Slurm job of the workflow in `directory`, or one for many of a rule and state.
 
@@ -24,21 +48,24 @@ def lines(directory: Path, ckpt: Path) -> list[str]:
     """
     progress = _progress(ckpt)
     by_kind: dict[tuple[str, str], list[str]] = {}
-    for row in _jobs():
-        number, state, run_time, nodes, reason, where, comment = row
-        if Path(where) != directory or not comment.startswith("rule_"):
-            continue
-        rule, _, wildcards = comment.partition("_wildcards_")
-        rule = rule.removeprefix("rule_")  # or the name of a group of jobs
-        title = f"{rule} {wildcards}".strip()
-        about = f"{run_time} on {nodes} node{'s' if nodes != '1' else ''}"
-        if state == "PENDING":
-            about = f"({reason})"
-        line = f"{title:32} job {number:<10} {state:10} {about}  {progress.get(number, '')}".rstrip()
-        by_kind.setdefault((rule, state), []).append(line)
+    for job in queued(directory):
+        title = f"{job.rule} {job.wildcards}".strip()
+        said = progress.get(job.number, "")
+        line = f"{title:32} job {job.number:<10} {job.state:10} {job.about}  {said}".rstrip()
+        by_kind.setdefault((job.rule, job.state), []).append(line)
     found = []
     for (rule, state), same in sorted(by_kind.items()):
         found += same if len(same) <= FEW else [f"{rule:32} {len(same)} jobs {state}"]
+    return found
+
+
+def queued(directory: Path) -> list[Queued]:
+    """The Slurm jobs of the workflow in `directory`; `UserError` where Slurm does not answer."""
+    found = []
+    for number, state, run_time, nodes, reason, where, comment in _jobs():
+        if Path(where) == directory and comment.startswith("rule_"):
+            rule, _, wildcards = comment.removeprefix("rule_").partition("_wildcards_")
+            found.append(Queued(number, state, run_time, nodes, reason, rule, wildcards))
     return found
 
 

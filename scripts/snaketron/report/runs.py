@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import Parallel
-from snaketron.files import read_json
+from snaketron.files import is_locked, read_json
 from snaketron.jobs import heartbeat
 from snaketron.jobs.owner import is_owned
 from snaketron.jobs.version import Version, versions
@@ -143,7 +143,7 @@ def read_run(
     """
     at = {key: directory / roots.get(key, key) for key in ("data", "ckpt", "eval", "logs", "benchmarks")}
     trouble: list[str] = []
-    running = not alone and _is_held(directory / ".snakemake/snaketron.lock")
+    running = not alone and is_locked(directory / ".snakemake/snaketron.lock")
     stages = read_stages(at["ckpt"], plan, trouble)
     with contextlib.chdir(directory):
         data, records = _read_data(Path(roots.get("data", "data")), stages, plan, trouble)
@@ -162,17 +162,6 @@ def read_run(
         plan=plan,
         trouble=trouble,
     )
-
-
-def _is_held(path: Path) -> bool:
-    """Whether a process holds the lock of a directory."""
-    from snaketron import files
-
-    try:
-        with path.open() as file:
-            return not files.lock(file)
-    except OSError:
-        return False
 
 
 # ------------------------------------------------------------------------------------------- trainings

@@ -498,6 +498,10 @@ def test_the_environment_can_give_a_list():
     assert [(s.source, s.weight) for s in config.sft.blend] == [("tools", 2.0)]
 
 
+def test_the_variable_that_asks_for_plain_lines_is_no_key():
+    assert load({}, {"SNAKETRON_PLAIN": "1"}) == load({}, {})
+
+
 def test_the_environment_does_not_change_what_was_given():
     values = {"sft": {"train_iters": 50}}
     load(values, {"SNAKETRON_SFT__TRAIN_ITERS": "11"})

@@ -6,7 +6,7 @@ import logging
 import sys
 from dataclasses import dataclass
 
-from snaketron.graph.terminal import LogHandler
+from snakemake_logger_plugin_snaketron import LogHandler
 
 import pytest
 from snakemake_interface_logger_plugins.common import LogEvent

@@ -1,0 +1,212 @@
+"""What a live view holds, from the files of a directory alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from snaketron import files
+from snaketron.jobs import status
+from snaketron.jobs.status import Queued
+from snaketron.report.following import Planned, Tail, planned
+from snaketron.report.live import Follower
+from snaketron.sizes.outlook import Progress, outlook
+from tests.unit.report.live_run import BROAD, SFT, RunLog, train
+
+import pytest
+from snakemake_interface_logger_plugins.common import LogEvent
+
+TOTALS = {"tokenize_shard": 4, "blend_pretrain": 1, "pretrain": 1, "sft": 1}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunLog:
+    """Two shards are tokenized, a third one is on its way, and `broad` has trained 120 of 196 steps."""
+    log = RunLog(tmp_path, TOTALS, BROAD, SFT)
+    for number in (1, 2, 3):
+        log.begins(number, "tokenize_shard", corpus="docs", shard=f"part_{number}")
+    for number in (1, 2):
+        log.finishes(number, "tokenize_shard")
+    log.begins(7, "pretrain", "ckpt/pretrain/broad", phase="broad")
+    train(tmp_path, "pretrain/broad", 120, 196)
+    return log
+
+
+def test_a_run_on_its_way(run: RunLog, tmp_path: Path):
+    view = Follower(tmp_path, alive=True).look()
+    assert (view.state, view.done, view.total) == ("running", 2, 7)
+    assert [(rule.name, rule.state, rule.done, rule.total) for rule in view.rules] == [
+        ("tokenize_shard", "running", 2, 4),
+        ("blend_pretrain", "waiting", 0, 1),
+    ]
+    assert [job.title for job in view.running] == ["tokenize_shard docs part_3", "pretrain broad"]
+    broad, sft = view.trainings
+    assert (broad.state, broad.done, broad.total, broad.loss) == ("running", 120, 196, 4.5)
+    assert (broad.curve[0], broad.curve[-1], broad.tokens_per_second) == (7.9, 6.8, 500.0)
+    assert broad.seconds_left == pytest.approx(2.0 * 76)
+    assert (sft.state, sft.done, sft.total, sft.seconds_left) == ("waiting", 0, 90, 1800.0)
+    assert view.warning and (view.warning[0], view.warning[1].iteration) == ("pretrain/broad", 20)
+
+
+def test_the_time_left_is_what_was_measured_and_else_what_was_planned(run: RunLog, tmp_path: Path):
+    """76 steps at 2 s as measured, and 90 steps of SFT at the planned speed; a shard took no time here."""
+    follower = Follower(tmp_path, alive=True)
+    view = follower.look()
+    assert view.seconds_left == pytest.approx(152 + 1800, abs=1)
+    assert view.at_least  # nobody knows how long the blend takes
+    files.write_text(tmp_path / "benchmarks/blend_pretrain/broad.tsv", "s\tmax_rss\n30.0\t120\n")
+    view = Follower(tmp_path, alive=True).look()
+    assert (view.seconds_left, view.at_least) == (pytest.approx(152 + 1800 + 30, abs=1), False)
+
+
+def test_a_second_look_reads_what_is_new(run: RunLog, tmp_path: Path):
+    follower = Follower(tmp_path, alive=True)
+    assert follower.look().done == 2
+    run.finishes(3, "tokenize_shard")
+    metrics = tmp_path / "ckpt/versions/pretrain_broad-0123456789ab/metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"iteration": 130, "loss": 1.5}\n{"iteration": 140, "lo')
+    view = follower.look()
+    assert (view.done, view.trainings[0].done, view.trainings[0].curve[-1]) == (3, 130, 1.5)
+    files.write_text(metrics, '{"iteration": 10, "loss": 7.5}\n')  # continued from before
+    assert follower.look().trainings[0].curve == [7.5]
+
+
+def test_a_version_of_an_earlier_run_is_not_that_of_this_one(tmp_path: Path):
+    """The training of another key was finished; that of this run has not begun."""
+    import os
+
+    old = train(tmp_path, "pretrain/broad", 196, 196)
+    os.utime(old / "attempts.json", (1, 1))
+    log = RunLog(tmp_path, TOTALS, BROAD)
+    log.begins(7, "pretrain", "ckpt/pretrain/broad", phase="broad")
+    (broad,) = Follower(tmp_path, alive=True).look().trainings
+    assert (broad.state, broad.done, broad.about) == ("running", 0, "is being started")
+
+
+def test_a_run_whose_snakemake_is_gone_has_stopped(run: RunLog, tmp_path: Path):
+    view = Follower(tmp_path).look()
+    assert (view.state, [one.state for one in view.trainings]) == ("stopped", ["stopped", "waiting"])
+    assert (view.running, view.seconds_left) == ([], None)
+    with (tmp_path / ".snakemake/snaketron.lock").open("w") as file:
+        assert files.lock(file)
+        assert Follower(tmp_path).look().state == "running"
+
+
+def test_a_training_that_outlived_its_snakemake_is_running(run: RunLog, tmp_path: Path):
+    with (tmp_path / "ckpt/versions/pretrain_broad-0123456789ab/lock").open("w") as file:
+        assert files.lock(file)
+        assert Follower(tmp_path).look().trainings[0].state == "running"
+
+
+def test_a_failed_job_is_shown_and_not_the_jobs_in_its_log(run: RunLog, tmp_path: Path):
+    """In the log of a Slurm job another Snakemake tells of a job 1 of its own."""
+    log = tmp_path / "42.log"
+    log.write_text(
+        "SNAKEMAKE\n=========\nlocalrule sft:\n    jobid: 1\nFinished jobid: 7 (Rule: sft)\nerror\n"
+    )
+    run.fails(3, "tokenize_shard", str(log))
+    view = Follower(tmp_path).look()
+    assert (view.state, view.done, view.rules[0].state) == ("failed", 2, "failed")
+    assert view.failed == ["tokenize_shard docs part_3"]
+    run.begins(3, "tokenize_shard", corpus="docs", shard="part_3")  # tried again
+    run.finishes(3, "tokenize_shard")
+    assert Follower(tmp_path, alive=True).look().rules[0].state == "running"
+
+
+def test_a_job_that_the_user_has_stopped_did_not_fail(run: RunLog, tmp_path: Path):
+    run.add("Terminating processes on user request, this might take some time.")
+    run.fails(3, "tokenize_shard")
+    view = Follower(tmp_path).look()
+    assert (view.state, view.rules[0].state) == ("stopped", "stopped")
+
+
+def test_a_finished_training_is_that_of_its_link(run: RunLog, tmp_path: Path):
+    run.finishes(7, "pretrain")
+    (tmp_path / "ckpt/pretrain").mkdir()
+    (tmp_path / "ckpt/pretrain/broad").symlink_to("../versions/pretrain_broad-0123456789ab")
+    broad = Follower(tmp_path, alive=True).look().trainings[0]
+    assert (broad.state, broad.seconds_left, len(broad.curve)) == ("finished", 0.0, 12)
+
+
+def test_the_log_of_a_snakemake_that_was_refused_is_not_that_of_the_run(run: RunLog, tmp_path: Path):
+    later = ".snakemake/log/2026-11-28T215240.183890.snakemake.log"
+    follower = Follower(tmp_path, alive=True)
+    refused = RunLog(tmp_path, {"sft": 1}, name=later)
+    assert follower.look().total == 1  # it has not been refused yet
+    refused.add("WorkflowError:\nAnother Snakemake is running in this directory; wait for it or stop it.")
+    assert follower.look().total == Follower(tmp_path, alive=True).look().total == 7
+
+
+def test_a_new_run_is_followed_when_it_comes(run: RunLog, tmp_path: Path):
+    follower = Follower(tmp_path, alive=True)
+    assert follower.look().total == 7
+    RunLog(tmp_path, {"sft": 1}, name=".snakemake/log/2026-11-28T215240.183890.snakemake.log")
+    assert follower.look().total == 1
+
+
+def test_a_directory_without_a_run(tmp_path: Path):
+    assert Follower(tmp_path).look().state == ""
+
+
+def test_what_waits_in_the_queue_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two shards in a group wait, and a training runs."""
+    log = RunLog(tmp_path, {"tokenize_shard": 2, "sft": 1}, SFT)
+    log.add("Group job tokens (jobs in lexicogr. order):", LogEvent.GROUP_INFO, msg="Group job tokens:")
+    for number in (1, 2):
+        log.begins(number, "tokenize_shard", grouped=True, corpus="docs", shard=f"part_{number}")
+    log.add("Job 0b7c-12 has been submitted with SLURM jobid 42 (log: logs/slurm/42.log).")
+    log.begins(3, "sft", "ckpt/sft")
+    log.add("Job 3 has been submitted with SLURM jobid 43 (log: logs/slurm/43.log).")
+    follower = Follower(tmp_path, alive=True)
+    monkeypatch.setattr(follower.queue, "look", lambda: None)
+    assert [job.where for job in follower.look().running] == ["job 42", "job 42", "job 43"]
+    follower.queue.jobs = [
+        Queued("42", "PENDING", "0:00", "1", "Priority", "tokens_tokenize_shard", ""),
+        Queued("43", "RUNNING", "3:12", "4", "None", "sft", ""),
+    ]
+    view = follower.look()
+    assert view.waiting == [("tokens_tokenize_shard  job 42  PENDING (Priority)", 1)]
+    assert [job.where for job in view.running] == ["job 43 RUNNING 3:12 on 4 nodes"]
+
+
+def test_slurm_is_asked_in_a_thread_and_no_answer_is_no_fault(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(
+        status, "_jobs", lambda: [["7", "PENDING", "0:00", "1", "Priority", "/x", "rule_sft"]]
+    )
+    follower = Follower(Path("/x"))
+    follower.queue._ask()
+    assert [job.rule for job in follower.queue.jobs or ()] == ["sft"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))  # no squeue there
+    follower.queue._ask()
+    assert follower.queue.jobs is None
+
+
+@pytest.mark.parametrize(
+    ("progress", "stated", "numbers"),
+    [
+        (Progress(), None, Planned(80, 0, 80_000.0, None)),
+        (Progress(identity="a", tokens_per_second=100.0), None, Planned(80, 0, 80_000.0, 792.0)),
+        (Progress(done=20), 100.0, Planned(80, 20, None, 600.0)),
+        (Progress(done=20, origin="sft-1"), 1.0, Planned(80, 20, None, 60_120.0)),
+        (Progress(finished=True), None, Planned()),
+    ],
+)
+def test_numbers_are_read_from_what_a_run_says_of_its_trainings(progress, stated, numbers: Planned):
+    """13.3 min, 10.0 min and 16.7 h, to three digits as they are said."""
+    verb, _, rest = outlook(progress, 80, 1000, stated).partition(" ")
+    found = planned("was trained" if verb == "was" else verb, rest)
+    expected = 798.0 if numbers.seconds == 792.0 else numbers.seconds
+    assert found == Planned(numbers.steps, numbers.done, numbers.tokens, pytest.approx(expected))
+
+
+def test_a_line_that_is_being_written_is_read_when_it_is_complete(tmp_path: Path):
+    path = tmp_path / "a.log"
+    tail = Tail(path)
+    assert list(tail.lines()) == []
+    path.write_text("one\ntw")
+    assert tail.changed() and list(tail.lines()) == [b"one"]
+    with path.open("a") as file:
+        file.write("o\n")
+    assert not tail.changed() and list(tail.lines()) == [b"two"]
