@@ -59,7 +59,7 @@ def render(view: View, width: int) -> RenderableType:
     """The view in `width` columns; what matters most is above."""
     if not view.state:
         return Text("No run of the workflow in this directory yet.")
-    parts: list[RenderableType] = [_header(view)]
+    parts: list[RenderableType] = [_header(view, width)]
     if view.warning:
         training, warning = view.warning
         parts.append(_line(f"! {training}, step {warning.iteration}: {warning.text}", "yellow"))
@@ -99,10 +99,11 @@ def _line(text: str, style: str = "") -> Text:
     return Text(text, style, no_wrap=True, overflow="ellipsis")
 
 
-def _header(view: View) -> Text:
+def _header(view: View, width: int) -> Text:
     text = Text(no_wrap=True, overflow="ellipsis")
-    text.append(f"{SIGNS[view.state]} {STATES[view.state]} {duration(view.seconds)}", STYLES[view.state])
-    text.append(f"  {view.done:,}/{view.total:,} jobs")
+    words = f" {STATES[view.state]}" if width >= NARROW else ""
+    text.append(f"{SIGNS[view.state]}{words} {duration(view.seconds)}", STYLES[view.state])
+    text.append(f"  {view.done:,}/{view.total:,}{' jobs' if words else ''}")
     if view.state == "running":
         text.append(f"  {_left(view)}", "bold")
     return text

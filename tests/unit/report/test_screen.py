@@ -46,7 +46,15 @@ def test_no_line_is_wider_than_the_terminal(width: int):
     assert all(len(line.rstrip()) <= width for line in lines)
     assert len(lines) == 2 + 3 + 5 + 6 + 2  # header, warning; rules; trainings; jobs; queue
     said = "\n".join(lines)
-    for words in ("▶ running for 00:12:50", "12/4,032", "pretrain/focused", "30/79", "loss 4.712", "8/4,000"):
+    for words in (
+        "00:12:50",
+        "12/4,032",
+        "about 1.5 h left",
+        "pretrain/focused",
+        "30/79",
+        "loss 4.712",
+        "8/4,000",
+    ):
         assert words in said
 
 
