@@ -59,7 +59,7 @@ def gradients(parallel: dict[str, int]) -> dict[tuple[str, tuple[int, ...]], Sha
 
     draw_parts(b, draw, 1)
     trainer.parallel_model.zero_grad_buffer()
-    trainer._forward_backward(FixedBatches(2, settings.model.mtp_num_layers), 0)
+    trainer._forward_backward(FixedBatches(2, settings.model.mtp_num_layers, LENGTH), 0)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data.copy_(parameter.main_grad)

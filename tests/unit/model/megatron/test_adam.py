@@ -26,7 +26,7 @@ def trained(precision: str, clip_grad: float = 1e9, spoil: bool = False) -> tupl
     torch.manual_seed(0)
     settings = train_settings(config, "pretrain/one")
     trainer = loop.Trainer(build_training(settings, run, VOCABULARY))
-    batches = FixedBatches(2, settings.model.mtp_num_layers)
+    batches = FixedBatches(2, settings.model.mtp_num_layers, LENGTH)
     if spoil:
         next(trainer.model.parameters()).data[5] = torch.inf
     return trainer, [trainer._step(batches) for _ in range(3)]
