@@ -63,29 +63,27 @@ def _training(stages: list[Record]) -> str:
 
 
 def _mix(last: Record) -> list[str]:
-    """Compare what the last training took from each source with the weights; empty without sources."""
+    """Compare what the last training took from each source, or corpus, with the weights; empty without."""
+    sources = last.counts.get("sources", {})
+    of_text = any("samples" in source for source in sources.values())
+    keys = (
+        ("samples", "trained_tokens") if of_text else ("packs", "conversations", "tokens", "trained_tokens")
+    )
     rows = [
         [
             name,
             f"{source['weight']:.1%}",
             f"{source['share']:.1%}",
-            *(f"{source[key]:,}" for key in ("packs", "conversations", "tokens", "trained_tokens")),
+            *(f"{source[key]:,}" for key in keys),
             f"{source['epochs']:.2f}",
             _number(source["valid_loss"]),
         ]
-        for name, source in last.counts.get("sources", {}).items()
+        for name, source in sources.items()
     ]
-    header = [
-        "chat source",
-        "wanted",
-        "trained",
-        "packs",
-        "conversations",
-        "tokens",
-        "trained tokens",
-        "epochs",
-    ]
-    return ["## Mix\n\n" + table([*header, "valid loss"], rows)] if rows else []
+    counted = [key.replace("_", " ") for key in keys]
+    first = "corpus" if of_text else "chat source"
+    header = [first, "wanted", "trained", *counted, "epochs", "valid loss"]
+    return ["## Mix\n\n" + table(header, rows)] if rows else []
 
 
 def _performance(stages: list[Record]) -> list[str]:

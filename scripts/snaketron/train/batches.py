@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from snaketron.data.text.blend import load_blend
 from snaketron.data.text.index import load
 from snaketron.data.tokenizer import Info
 from snaketron.log import logger
@@ -25,6 +26,7 @@ class Batches:
     """The data of a training. Subclasses say how many samples there are and how some make a batch."""
 
     sources: tuple[str, ...] = ()  # by which metrics are reported, beside their sum
+    mixed = False  # whether sequences of several of them share a micro-batch
 
     def __init__(self, micro_batch_size: int) -> None:
         self.micro_batch_size = micro_batch_size
@@ -55,7 +57,7 @@ class Batches:
         """Micro-batches of each data parallel rank for this number of samples."""
         return samples // (self.micro_batch_size * parallel_state.get_data_parallel_world_size())
 
-    def wanted(self) -> dict[str, tuple[float, int]]:
+    def wanted(self) -> dict[str, tuple[float, float]]:
         """By source the share of the samples that it should have, and how many there are of it."""
         return {}
 
@@ -67,6 +69,8 @@ class Batches:
 
 class PretrainBatches(Batches):
     """Sequences of the blended corpora, by megatron-core's own data sets over memory maps."""
+
+    mixed = True
 
     def __init__(
         self,
@@ -80,6 +84,13 @@ class PretrainBatches(Batches):
     ) -> None:
         super().__init__(micro_batch_size)
         self.depths = settings.model.mtp_num_layers
+        content = load_blend(blend)
+        self._wanted = {c.corpus: (c.share, c.tokens / settings.seq_length) for c in content.train.corpora}
+        self.sources = tuple(self._wanted)
+        self._corpora = {  # by split, the corpus of each shard
+            split: [self.sources.index(shard.corpus) for shard in getattr(content, split).shards]
+            for split in ("train", "valid", "test")
+        }
         self.datasets = load(
             index,
             blend,
@@ -97,18 +108,38 @@ class PretrainBatches(Batches):
     def has(self, split: Split) -> bool:
         return split in self.datasets
 
+    def wanted(self) -> dict[str, tuple[float, float]]:
+        return self._wanted
+
     def collate(self, split: Split, indices: Sequence[int]) -> Batch:
         dataset, samples = self.datasets[split]
         rows = [dataset[i % samples] for i in indices]  # a held-out split may be smaller than eval_samples
         keys = ("tokens", "labels", "position_ids")
         batch = {key: torch.stack([row[key] for row in rows]) for key in keys}
-        return sequences(batch.pop("tokens"), batch.pop("labels"), batch.pop("position_ids"), self.depths)
+        corpora = [self._corpora[split][row.get("dataset_id", 0)] for row in rows]  # none of a single shard
+        return sequences(
+            batch["tokens"],
+            batch["labels"],
+            batch["position_ids"],
+            self.depths,
+            sources=corpora,
+            num_sources=len(self.sources),
+        )
 
 
 def sequences(
-    input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor, depths: int
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor,
+    depths: int,
+    *,
+    sources: Sequence[int] | None = None,
+    num_sources: int = 1,
 ) -> Batch:
-    """A micro-batch of whole sequences (batch, length) in which every token is trained, on the device."""
+    """A micro-batch of whole sequences (batch, length) in which every token is trained, on the device.
+
+    `sources` has the number of each one's source, if losses are reported by source.
+    """
     batch, length = input_ids.shape
     weights = torch.ones(1 + depths, batch, length)
     for depth in range(1, 1 + depths):
@@ -121,7 +152,10 @@ def sequences(
     tokens = batch * length / ranks
     here = on_device["loss_mask"][:1]
     on_device["report"] = Report(
-        torch.cat([here, here / length]), Counts(tokens, batch / ranks, tokens, batch / ranks)
+        torch.cat([here, here / length]),
+        Counts(tokens, batch / ranks, tokens, batch / ranks),
+        0 if sources is None else to_device(torch.tensor(sources)),
+        num_sources,
     )
     return on_device
 

@@ -13,8 +13,8 @@ from snaketron.train.losses import compute, sum_over_ranks
 def evaluate(built: BuiltModel, batches: Batches, split: Split) -> dict[str, Any]:
     """Mean loss of a token, in nats, over the same samples each time; equal on all ranks.
 
-    The key is `<split>_loss`. With conversations there are also `<split>_sample_loss`, the mean over
-    conversations of each one's mean, and `<split>_sources`, the loss of a token of each source.
+    The key is `<split>_loss`. `<split>_sources` has the loss of a token of each source, or corpus. With
+    conversations there is also `<split>_sample_loss`, the mean over conversations of each one's mean.
     """
     count = batches.round_up(built.run.eval_samples)
     with built.evaluating(), internals.without_recordings():
@@ -26,11 +26,12 @@ def evaluate(built: BuiltModel, batches: Batches, split: Split) -> dict[str, Any
             seq_length=built.settings.seq_length,
             forward_only=True,
         )
-    sums, _ = sum_over_ranks(outputs, len(batches.sources))
+    sums, _ = sum_over_ranks(outputs, len(batches.sources), mixed=batches.mixed)
     total = sums.means()
     found: dict[str, Any] = {f"{split}_loss": total["loss"]}
     if batches.sources:
-        found[f"{split}_sample_loss"] = total["sample_loss"]
+        if not batches.mixed:
+            found[f"{split}_sample_loss"] = total["sample_loss"]
         found[f"{split}_sources"] = {
             name: sums.means_of(source)["loss"]
             for source, name in enumerate(batches.sources)

@@ -68,6 +68,7 @@ class Trainer:
         self.watch = Watch(possible, layout(self.run, self.run.cluster).tasks_per_node)
         self.totals = Totals()  # since the last line of metrics
         self.sources: tuple[str, ...] = ()
+        self.mixed = False  # whether sequences of several sources share a micro-batch
         self.stop_signal = 0
         self.quick: set[str] = set()  # what took less than `SILENCE_S` the last time
 
@@ -109,7 +110,7 @@ class Trainer:
         `answer` runs on every rank before the first step, after every `sample_interval` steps and after the
         last. Raises `Stopped` on a signal.
         """
-        self.sources = batches.sources
+        self.sources, self.mixed = batches.sources, batches.mixed
         version = Version(directory)
         metrics = Metrics(version.metrics, self.iteration, self.watch.remember, writer=is_writer())
         self.seconds = metrics.seconds
@@ -228,13 +229,13 @@ class Trainer:
         """Add a step to the totals, and learn of signals that reached other ranks."""
         model = self.settings.model
         mtp = internals.take_mtp_losses(model.mtp_num_layers)
-        sums, mtp = sum_over_ranks(outputs, len(self.sources), mtp)
+        sums, mtp = sum_over_ranks(outputs, len(self.sources), mtp, mixed=self.mixed)
         router = internals.take_router_loss(self.built.config, model.routed_layers) / micro_batches
         # Signals reach ranks at other steps.
         signals = torch.tensor(self.stop_signal, device=backend.device())
         torch.distributed.all_reduce(signals, op=torch.distributed.ReduceOp.MAX)
         self.stop_signal = int(signals)
-        self.totals.add(sums, router, (mtp / sums["tokens"].sum()).tolist())
+        self.totals.add(sums, router, (mtp / sums.total("tokens")).tolist())
 
     def _mean_loss(self) -> float:
         return self.totals.sums.means()["loss"]
@@ -264,7 +265,8 @@ class Trainer:
             **self.observed.experts(),
         }
         if self.sources:
-            line["sample_loss"] = mean["sample_loss"]
+            if not self.mixed:
+                line["sample_loss"] = mean["sample_loss"]
             line["sources"] = {
                 name: sums.means_of(source)
                 for source, name in enumerate(self.sources)

@@ -11,6 +11,7 @@ from snaketron.model import backend
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.nn.functional import pad
 
 Batch = dict[str, Any]  # keyword arguments of the model, and `report`
 
@@ -29,29 +30,58 @@ class Sums:
     """Sums by source and name: `values` is (sources, names), float64, and `sums["loss"]` (sources,) a view.
 
     `loss` is the sum over trained tokens, and `sample_loss` that over conversations of each one's mean.
+
+    Sums are `mixed` where sequences of several sources share a micro-batch. Their `values`, (1 + sources,
+    names), begin with a row over all sources: float32 adds up the losses of a micro-batch, so the sum of the
+    sources may be another one in its last bits.
     """
 
     NAMES = ("loss", "trained_tokens", "sample_loss", "conversations", "tokens", "packs")
 
     values: Tensor
+    mixed: bool = False
 
     @classmethod
-    def zeros(cls, num_sources: int, device: torch.device | str = "cpu") -> Sums:
-        return cls(torch.zeros(max(1, num_sources), len(cls.NAMES), dtype=torch.float64, device=device))
+    def zeros(cls, num_sources: int, device: torch.device | str = "cpu", *, mixed: bool = False) -> Sums:
+        rows = 1 + num_sources if mixed else max(1, num_sources)
+        return cls(torch.zeros(rows, len(cls.NAMES), dtype=torch.float64, device=device), mixed)
+
+    @property
+    def by_source(self) -> Tensor:
+        """The rows of the sources (sources, names), a view."""
+        return self.values[1:] if self.mixed else self.values
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.values[:, self.NAMES.index(name)]
+        return self.by_source[:, self.NAMES.index(name)]
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(self.values + other.values)
+        """The sum, in which a row that one of them lacks counts nothing there."""
+        rows = max(len(self.values), len(other.values))
+        one, two = (pad(v, (0, 0, 0, rows - len(v))) for v in (self.values, other.values))
+        return Sums(one + two, self.mixed or other.mixed)
+
+    def total(self, name: str) -> Tensor:
+        """The sum over all sources, ()."""
+        return self._totals()[self.NAMES.index(name)]
+
+    def _totals(self) -> Tensor:
+        """The sums over all sources (names,)."""
+        return self.values[0] if self.mixed else self.values.sum(0)
 
     def means(self) -> dict[str, Any]:
         """Over all sources: losses as means, counts as they are."""
-        return self._means(self.values.sum(0))
+        return self._means(self._totals())
 
     def means_of(self, source: int) -> dict[str, Any]:
-        """Like `means`, of one source."""
-        return self._means(self.values[source])
+        """Like `means`, of one source; where they are mixed, its samples are sequences of trained tokens."""
+        means = self._means(self.by_source[source])
+        if self.mixed:
+            return {
+                "loss": means["loss"],
+                "trained_tokens": means["trained_tokens"],
+                "samples": means["packs"],
+            }
+        return means
 
     @classmethod
     def _means(cls, row: Tensor) -> dict[str, Any]:
@@ -69,12 +99,14 @@ class Report:
     """What a micro-batch adds to the metrics of its source.
 
     `weights` (2, batch, length) give each position's share of `loss` (1 if trained) and of `sample_loss` (1 a
-    conversation). Under context parallelism the parts of the ranks add up.
+    conversation). Under context parallelism the parts of the ranks add up. `source` is the number of the
+    source, or a tensor (batch,) on the device with that of each sequence; sequences have equal parts of
+    `counts` then.
     """
 
     weights: Tensor
     counts: Counts
-    source: int = 0
+    source: int | Tensor = 0
     num_sources: int = 1
 
     @property
@@ -84,13 +116,33 @@ class Report:
 
     def sums(self, losses: Tensor) -> Sums:
         """The sums of this micro-batch from the loss of each position (batch, length)."""
-        sums = Sums.zeros(self.num_sources, losses.device)
-        loss, sample_loss = (losses.detach() * self.weights).sum((1, 2)).double()
-        sums["loss"][self.source] = loss
-        sums["sample_loss"][self.source] = sample_loss
-        for name, count in self.counts._asdict().items():
-            sums[name][self.source].fill_(count)  # a copy from the host would wait for the GPU
+        weighted = losses.detach() * self.weights
+        source, losses = self.source, weighted.sum((1, 2))
+        if isinstance(source, int):
+            sums = Sums.zeros(self.num_sources, losses.device)
+            self._fill(sums.values[source], losses, 1)
+        else:
+            sums = Sums.zeros(self.num_sources, losses.device, mixed=True)
+            self._fill(sums.values[0], losses, 1)
+            sums.by_source.copy_(self._by_source(source, weighted.sum(2)))
         return sums
+
+    def _by_source(self, source: Tensor, losses: Tensor) -> Tensor:
+        """Sums (sources, names) from the source (batch,) and the losses (2, batch) of each sequence."""
+        batch, device = losses.shape[1], losses.device
+        rows = torch.zeros(batch, len(Sums.NAMES), dtype=torch.float64, device=device)
+        self._fill(rows.T, losses, batch)
+        # Not index_add, which adds up in any order on a GPU. Shape (sources, batch).
+        elsewhere = source != torch.arange(self.num_sources, device=device)[:, None]
+        return rows.masked_fill(elsewhere[:, :, None], 0).sum(1)
+
+    def _fill(self, sums: Tensor, losses: Tensor, parts: int) -> None:
+        """Put losses (2, ...) and an equal part of the counts into `sums` (names, ...)."""
+        values = dict(zip(Sums.NAMES, sums, strict=True))
+        for name, loss in zip(("loss", "sample_loss"), losses, strict=True):
+            values[name].copy_(loss)
+        for name, count in self.counts._asdict().items():
+            values[name].fill_(count / parts)  # a copy from the host would wait for the GPU
 
 
 @dataclass
@@ -114,13 +166,20 @@ class Totals:
         self.steps, self.load_balancing, self.mtp = 0.0, 0.0, [0.0] * len(self.mtp)
 
     def saved(self) -> dict[str, list]:
-        """As checkpoints hold them."""
-        return {"sums": self.sums.values.tolist(), "means": [self.steps, self.load_balancing, *self.mtp]}
+        """As checkpoints hold them. Mixed sources are apart, and left out where there is nothing of them."""
+        values, mixed = self.sums.values, self.sums.mixed
+        return {
+            "sums": (values[:1] if mixed else values).tolist(),
+            "means": [self.steps, self.load_balancing, *self.mtp],
+            **({"sources": values[1:].tolist()} if mixed and values[1:].any() else {}),
+        }
 
     @classmethod
     def of_saved(cls, progress: dict[str, Any]) -> Totals:
+        """What a checkpoint holds; one of before may lack the mixed sources of the steps so far."""
         steps, load_balancing, *mtp = progress["means"]
-        return cls(Sums(torch.tensor(progress["sums"], dtype=torch.float64)), steps, load_balancing, mtp)
+        values = torch.tensor([*progress["sums"], *progress.get("sources", ())], dtype=torch.float64)
+        return cls(Sums(values, mixed="sources" in progress), steps, load_balancing, mtp)
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -169,9 +228,14 @@ def compute(
     )
 
 
-def sum_over_ranks(outputs: list[Sums], num_sources: int, mtp: Tensor | None = None) -> tuple[Sums, Tensor]:
-    """The sums of all micro-batches and `mtp` (depths,), summed over all ranks, on all of them in float64."""
-    sums = Sums.zeros(num_sources).values
+def sum_over_ranks(
+    outputs: list[Sums], num_sources: int, mtp: Tensor | None = None, *, mixed: bool = False
+) -> tuple[Sums, Tensor]:
+    """The sums of all micro-batches and `mtp` (depths,), summed over all ranks, on all of them in float64.
+
+    `num_sources` and `mixed` are those of the outputs, which only some ranks have.
+    """
+    sums = Sums.zeros(num_sources, mixed=mixed).values
     shape = sums.shape
     if outputs:
         sums = torch.stack([one.values for one in outputs]).sum(0)
@@ -182,4 +246,4 @@ def sum_over_ranks(outputs: list[Sums], num_sources: int, mtp: Tensor | None = N
     # The last rank is in the last pipeline stage, which has the losses.
     torch.distributed.broadcast(total, src=torch.distributed.get_world_size() - 1)
     found, mtp = total.cpu().split([shape.numel(), len(mtp)])
-    return Sums(found.reshape(shape)), mtp
+    return Sums(found.reshape(shape), mixed), mtp

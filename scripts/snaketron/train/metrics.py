@@ -78,20 +78,24 @@ def performance(lines: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def mix(lines: list[dict[str, Any]], wanted: Mapping[str, tuple[float, int]]) -> dict[str, Any]:
+def mix(lines: list[dict[str, Any]], wanted: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     """What was trained of each source against what was wanted (`Batches.wanted`), and its last validation
-    loss; nothing for a training without sources."""
+    loss; nothing for a training without sources, or whose first steps were not reported by source."""
+    if any("loss" in line and "sources" not in line for line in lines):
+        return {}
     trained = [line["sources"] for line in lines if "sources" in line]
     valid = [line["valid_sources"] for line in lines if "valid_sources" in line]
-    samples = sum(line[name]["packs"] for line in trained for name in line)
+    told = dict.fromkeys(key for line in trained for of_source in line.values() for key in of_source)
+    sample = "samples" if "samples" in told else "packs"
+    keys = [sample, *(key for key in ("conversations", "tokens", "trained_tokens") if key in told)]
+    samples = sum(line[name][sample] for line in trained for name in line)
     sources = {}
-    for name, (weight, packs) in wanted.items():
-        keys = ("packs", "conversations", "tokens", "trained_tokens")
+    for name, (weight, there) in wanted.items():
         sums = {key: sum(line[name][key] for line in trained if name in line) for key in keys}
         sources[name] = {
             "weight": weight,
-            "share": sums["packs"] / max(1, samples),
-            "epochs": round(sums["packs"] / packs, 4),
+            "share": sums[sample] / max(1, samples),
+            "epochs": round(sums[sample] / there, 4),
             **sums,
             "valid_loss": valid[-1].get(name) if valid else None,
         }

@@ -122,7 +122,7 @@ class SftBatches(Batches):
     def has(self, split: Split) -> bool:
         return bool(self.splits[split].datasets)
 
-    def wanted(self) -> dict[str, tuple[float, int]]:
+    def wanted(self) -> dict[str, tuple[float, float]]:
         datasets = self.splits["train"].datasets
         return {
             name: (self.weights[name], len(packs)) for name, packs in zip(self.sources, datasets, strict=True)

@@ -181,6 +181,41 @@ def blend_path(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) ->
 
 
 @pytest.fixture
+def blend_of(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Path]:
+    """A blend of one or two corpora of equal weight: the first with 40 documents, the second with 6."""
+
+    def make(*names: str, valid_fraction: float = 0.0) -> Path:
+        for name, count in zip(names, (40, 6), strict=False):
+            raw = tmp_path / f"{name}.jsonl"
+            raw.write_text(
+                "".join(f'{{"text": "{name} {i} {"the lazy dog " * (i % 9)}"}}\n' for i in range(count))
+            )
+            tokenize_shard(
+                [raw],
+                settings=TokenizeSettings(
+                    corpus=name, text_field="text", valid_fraction=valid_fraction, test_fraction=0.0
+                ),
+                tokenizer=tokenizer_dir,
+                bins={split: tmp_path / split / f"{name}.bin" for split in ("train", "valid", "test")},
+                table=tmp_path / f"{name}.parquet",
+                record=tmp_path / f"{name}.json",
+            )
+        blend.build(
+            "one",
+            weights=dict.fromkeys(names, 1.0),
+            train_tokens=1440,
+            max_epochs=100,
+            records=[tmp_path / f"{name}.json" for name in names],
+            tokenizer=tokenizer_dir,
+            output=tmp_path / "blend.json",
+            record=tmp_path / "record.json",
+        )
+        return tmp_path / "blend.json"
+
+    return make
+
+
+@pytest.fixture
 def publish(tmp_path: Path, tokenizer_dir: Path, settings):
     """publish(stage, key, settings=None, base=None) saves a new model as a finished version below ckpt."""
     run: RunSettings = settings()[1]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.data.tokenizer import tokenizer_info
+from snaketron.model.megatron import recording
 from snaketron.train.build import build_training
 from snaketron.train.loop import Trainer
 from snaketron.train.losses import Counts, Report, Sums, Totals
@@ -243,6 +244,51 @@ def test_a_report_sums_each_loss_and_count_by_name_and_source():
     assert report.tokens == 3
 
 
+def test_a_report_sums_the_sequences_of_each_source():
+    """Four sequences of two tokens, of the sources 2, 0, 2 and 2 of three; their losses are 1 to 8."""
+    weights = torch.stack([torch.ones(4, 2), torch.full((4, 2), 0.5)])
+    report = Report(weights, Counts(8, 4, 8, 4), source=torch.tensor([2, 0, 2, 2]), num_sources=3)
+    sums = report.sums(torch.arange(1.0, 9.0).reshape(4, 2))
+    assert {name: sums[name].tolist() for name in Sums.NAMES} == {
+        "loss": [7, 0, 29],
+        "trained_tokens": [2, 0, 6],
+        "sample_loss": [3.5, 0, 14.5],
+        "conversations": [1, 0, 3],
+        "tokens": [2, 0, 6],
+        "packs": [1, 0, 3],
+    }
+    assert sums.means() | {"packs": 4} == sums.means() and sums.means()["loss"] == 36 / 8
+    assert sums.means_of(2) == {"loss": 29 / 6, "trained_tokens": 6, "samples": 3}
+    assert float(sums.total("tokens")) == 8
+
+
+def test_sources_change_no_bit_of_the_sums_over_all():
+    """What a training reported before it knew the corpora of its sequences, and what they add up to."""
+    losses, weights = 10 * torch.rand(8, 1000), torch.ones(2, 8, 1000)
+    counts = Counts(8000, 8, 8000, 8)
+    before = Report(weights, counts).sums(losses)
+    found = Report(weights, counts, source=torch.arange(8) % 3, num_sources=3).sums(losses)
+    assert torch.equal(found.values[0], before.values[0])
+    torch.testing.assert_close(found.by_source.sum(0), before.values[0], rtol=1e-6, atol=0)
+
+
+def test_a_recording_takes_the_sources_of_a_later_micro_batch():
+    """The report of a recording is computed again from the memory into which the next one's is copied."""
+    losses, counts = torch.rand(3, 4), Counts(12, 3, 12, 3)
+    batches = [
+        {"report": Report(weight * torch.ones(2, 3, 4), counts, torch.tensor(sources), 2)}
+        for weight, sources in ((1.0, [0, 0, 1]), (0.5, [1, 0, 1]))
+    ]
+    assert recording._constants(batches[0]) == recording._constants(batches[1])
+    kept = recording._copies(batches[0])
+    recording._refill(kept, batches[1])
+    expected = batches[1]["report"].sums(losses).values
+    assert torch.equal(kept["report"].sums(losses).values, expected)
+    assert not torch.equal(batches[0]["report"].sums(losses).values, expected)
+    other = {"report": Report(torch.ones(2, 3, 4), counts, torch.tensor([0, 0, 1]), num_sources=3)}
+    assert recording._constants(other) != recording._constants(batches[0])
+
+
 def test_losses_are_means_and_counts_stay_counts():
     """Two sources: 6 nats over 3 tokens and 4 over 1; a source without tokens has the loss 0."""
     sums = Sums.zeros(3)
@@ -266,3 +312,19 @@ def test_totals_come_back_from_a_checkpoint():
     assert (again.steps, again.load_balancing, again.mtp) == (2.0, 0.75, [6.0, 9.0])
     again.clear()
     assert again.saved() == {"sums": [[0.0] * 6] * 2, "means": [0.0, 0.0, 0.0, 0.0]}
+
+
+def test_totals_of_mixed_sources_come_back_from_a_checkpoint():
+    """Between lines of metrics the sources are saved too; after one, a checkpoint is as it was without."""
+    totals, step = Totals(), Sums.zeros(2, mixed=True)
+    step.values[:] = torch.tensor([[9.0], [4.0], [5.0]])
+    totals.add(step, 0.5, [2.0])
+    assert totals.saved() == {"sums": [[9.0] * 6], "means": [1, 0.5, 2], "sources": [[4.0] * 6, [5.0] * 6]}
+    again = Totals.of_saved(totals.saved())
+    again.add(step, 0.5, [2.0])
+    assert again.sums["loss"].tolist() == [8, 10] and again.sums.total("loss") == 18
+    again.clear()
+    assert again.saved() == {"sums": [[0.0] * 6], "means": [0, 0, 0]}
+    again = Totals.of_saved(again.saved())
+    again.add(step, 0.5, [2.0])
+    assert again.saved() == totals.saved()

@@ -156,3 +156,19 @@ def test_the_mix_is_what_was_trained_against_what_was_wanted():
     assert found["a"] == {"weight": 0.5, "share": 0.6, "epochs": 1.5, "packs": 12, **twice, "valid_loss": 5.5}
     assert found["b"] == {"weight": 0.5, "share": 0.4, "epochs": 0.08, "packs": 8, **sums, "valid_loss": None}
     assert metrics.mix(lines, {}) == {}
+
+
+def test_the_mix_of_corpora_counts_samples():
+    """10 samples, 6 of them of `a`, that has 4.8; nothing where the first lines know no corpus."""
+    a, b = ({"trained_tokens": 16 * samples, "samples": samples} for samples in (6, 4))
+    lines = [
+        {"iteration": 1, "loss": 5.0, "sources": {"a": {"loss": 5.0, **a}}},
+        {"iteration": 2, "loss": 4.0, "sources": {"b": {"loss": 4.0, **b}}},
+        {"iteration": 2, "valid_loss": 4.5, "valid_sources": {"a": 4.25}},
+    ]
+    wanted = {"a": (0.5, 4.8), "b": (0.5, 100.0)}
+    assert metrics.mix(lines, wanted)["sources"] == {
+        "a": {"weight": 0.5, "share": 0.6, "epochs": 1.25, **a, "valid_loss": 4.25},
+        "b": {"weight": 0.5, "share": 0.4, "epochs": 0.04, **b, "valid_loss": None},
+    }
+    assert metrics.mix([{"iteration": 1, "loss": 6.0}, *lines], wanted) == {}

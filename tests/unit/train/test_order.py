@@ -9,51 +9,14 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron.data.chats import order
 from snaketron.data.text import blend, index
 from snaketron.data.text.order import SampleOrder
-from snaketron.data.text.tokenize import tokenize_shard
 from snaketron.data.tokenizer import tokenizer_info
 from snaketron.files import read_json
-from snaketron.settings.text import TokenizeSettings
 from snaketron.train.sft_batches import SftBatches
 
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 SEED, LENGTH, SAMPLES = 3, 16, 90  # several epochs of the second shard
-
-
-@pytest.fixture
-def blend_of(tmp_path: Path, tokenizer_dir: Path):
-    """A blend of the first shards: the first with 40 documents, the second with 6."""
-
-    def make(*names: str) -> Path:
-        for name, count in zip(names, (40, 6), strict=False):
-            raw = tmp_path / f"{name}.jsonl"
-            raw.write_text(
-                "".join(f'{{"text": "{name} {i} {"the lazy dog " * (i % 9)}"}}\n' for i in range(count))
-            )
-            tokenize_shard(
-                [raw],
-                settings=TokenizeSettings(
-                    corpus=name, text_field="text", valid_fraction=0.0, test_fraction=0.0
-                ),
-                tokenizer=tokenizer_dir,
-                bins={split: tmp_path / split / f"{name}.bin" for split in ("train", "valid", "test")},
-                table=tmp_path / f"{name}.parquet",
-                record=tmp_path / f"{name}.json",
-            )
-        blend.build(
-            "one",
-            weights=dict.fromkeys(names, 1.0),
-            train_tokens=SAMPLES * LENGTH,
-            max_epochs=100,
-            records=[tmp_path / f"{name}.json" for name in names],
-            tokenizer=tokenizer_dir,
-            output=tmp_path / "blend.json",
-            record=tmp_path / "record.json",
-        )
-        return tmp_path / "blend.json"
-
-    return make
 
 
 @pytest.mark.parametrize("names", [("long",), ("long", "short")])

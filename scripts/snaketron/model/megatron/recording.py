@@ -110,11 +110,7 @@ class _Recording:
 
     def replay(self, batch: dict[str, Any]) -> Any:
         """Add the gradients of a micro-batch; returns what its loss function reports."""
-        for name, value in batch.items():
-            if isinstance(value, torch.Tensor):
-                self.batch[name].copy_(value)
-            else:
-                self.batch[name].weights.copy_(value.weights)
+        _refill(self.batch, batch)
         self.graph.replay()
         return dataclasses.replace(self.output, values=self.output.values.clone())
 
@@ -124,13 +120,29 @@ def _copies(batch: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value.clone()
         if isinstance(value, torch.Tensor)
-        else dataclasses.replace(value, weights=value.weights.clone())
+        else dataclasses.replace(value, **{part: tensor.clone() for part, tensor in _tensors(value).items()})
         for name, value in batch.items()
     }
 
 
+def _refill(kept: dict[str, Any], batch: dict[str, Any]) -> None:
+    """Copy a micro-batch into the memory of an earlier one of the same constants."""
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            kept[name].copy_(value)
+        else:
+            for part, tensor in _tensors(value).items():
+                getattr(kept[name], part).copy_(tensor)
+
+
+def _tensors(report: Any) -> dict[str, torch.Tensor]:
+    """The parts of a report that are inputs of a recording: weights, and the source of each sequence."""
+    return {name: value for name, value in vars(report).items() if isinstance(value, torch.Tensor)}
+
+
 def _constants(batch: dict[str, Any]) -> tuple[Any, ...]:
     """Shapes of a micro-batch and numbers of its report, which a recording holds as they were."""
-    report = batch["report"]
-    shapes = tuple((name, tuple(value.shape)) for name, value in batch.items() if name != "report")
-    return (*shapes, report.counts, report.source, report.num_sources)
+    report = vars(batch["report"])
+    tensors = {name: value for name, value in batch.items() if name != "report"} | _tensors(batch["report"])
+    shapes = tuple((name, tuple(value.shape)) for name, value in tensors.items())
+    return (*shapes, *((name, value) for name, value in report.items() if name not in tensors))
