@@ -35,6 +35,7 @@ from snaketron.graph.graph import Graph
 from snaketron.graph.requests import check_requests
 from snaketron.graph.submission import check_submission
 from snaketron.jobs import inventory, status
+from snaketron.sources import registered
 from snaketron.sources.formats import DOWNLOADED
 from snaketron.sources.models import MODEL_FILE
 from snaketron.tracking import notify
@@ -79,6 +80,7 @@ try:
     if workflow.is_main_process:
         graph.watch(workflow)
         check_submission(workflow, graph.paths())
+        registered.check(graph.config)
         check_files(graph.config, graph.text, graph.conversations, graph.lock)
 except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None

@@ -12,6 +12,8 @@ rule tokenize_shard:
         "<logs>/tokenize_shard/{corpus}/{shard}.log",
     benchmark:
         "<benchmarks>/tokenize_shard/{corpus}/{shard}.tsv"
+    wildcard_constraints:
+        corpus=graph.registered.others("corpora"),
     threads: graph.config.pretrain_data.cpus_per_task
     params:
         settings=graph.tokenize_settings,
@@ -22,11 +24,34 @@ rule tokenize_shard:
         " --documents {output.documents:q} --record {output.record:q} --log-file {log:q}"
 
 
+rule register_tokens:
+    """Verify a pair of .bin and .idx that was made elsewhere; its record stands in for that of tokenize_shard."""
+    input:
+        pair=graph.registered_pair,
+        tokenizer="<data>/tokenizer/tokenizer.json",
+    output:
+        "<data>/tokens/{corpus}/{shard}.json",
+    log:
+        "<logs>/register_tokens/{corpus}/{shard}.log",
+    benchmark:
+        "<benchmarks>/register_tokens/{corpus}/{shard}.tsv"
+    wildcard_constraints:
+        corpus=graph.registered.names("corpora"),
+    params:
+        settings=graph.register_tokens_settings,
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "python scripts/register_tokens.py --pair {input.pair:q} --settings {params.settings:q}"
+        " --tokenizer {params.tokenizer:q} --record {output:q} --log-file {log:q}"
+
+
 rule blend_pretrain:
     """Weigh the tokenized shards of a phase; nothing is tokenized or copied."""
     input:
         records=graph.phase_shards("<data>/tokens/{corpus}/{shard}.json"),
-        bins=graph.phase_shards("<data>/tokens/{corpus}/train/{shard}.bin"),
+        bins=graph.phase_shards(
+            "<data>/tokens/{corpus}/train/{shard}.bin", made_here=True
+        ),
         tokenizer="<data>/tokenizer/tokenizer.json",
     output:
         blend="<data>/pretrain/{phase}/blend.json",

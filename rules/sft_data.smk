@@ -33,6 +33,8 @@ rule pack_sft:
         "<logs>/pack_sft/{source}/{shard}.log",
     benchmark:
         "<benchmarks>/pack_sft/{source}/{shard}.tsv"
+    wildcard_constraints:
+        source=graph.registered.others("chats"),
     resources:
         # It decides whether there are packs and not what is in them, so it is no parameter.
         max_dropped_fraction=str(graph.config.sft_data.max_dropped_fraction),
@@ -43,6 +45,31 @@ rule pack_sft:
         " --max-dropped-fraction {resources.max_dropped_fraction:q}"
         " --train {output.train:q} --valid {output.valid:q} --test {output.test:q}"
         " --record {output.record:q} --log-file {log:q}"
+
+
+rule register_packs:
+    """Verify a file of packs that was made elsewhere; what it writes stands in for the outputs of pack_sft."""
+    input:
+        packs=graph.registered_packs,
+        tokenizer="<data>/tokenizer/tokenizer.json",
+    output:
+        train="<data>/sft/train/{source}/{shard}.parquet",
+        valid="<data>/sft/valid/{source}/{shard}.parquet",
+        test="<data>/sft/test/{source}/{shard}.parquet",
+        record="<data>/sft/{source}/{shard}.json",
+    log:
+        "<logs>/register_packs/{source}/{shard}.log",
+    benchmark:
+        "<benchmarks>/register_packs/{source}/{shard}.tsv"
+    wildcard_constraints:
+        source=graph.registered.names("chats"),
+    params:
+        settings=graph.register_packs_settings,
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "python scripts/register_packs.py --packs {input.packs:q} --settings {params.settings:q}"
+        " --tokenizer {params.tokenizer:q} --train {output.train:q} --valid {output.valid:q}"
+        " --test {output.test:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule blend_sft:

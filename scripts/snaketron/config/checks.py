@@ -10,6 +10,8 @@ from snaketron.config.base import suggest
 from snaketron.config.data import (
     FILTERS,
     SPECIAL_TOKENS,
+    ChatSource,
+    Corpus,
     Curation,
     PretrainData,
     Reasoning,
@@ -72,11 +74,15 @@ RESERVED = (  # columns that the workflow adds to the data
 
 def check_sources(config: Config) -> list[str]:
     problems = []
-    sources = [(f"corpora[{i}]", c) for i, c in enumerate(config.corpora)]
-    sources += [(f"chats[{i}]", c) for i, c in enumerate(config.chats)]  # type: ignore[misc]
+    sources: list[tuple[str, Corpus | ChatSource]] = []
+    sources += [(f"corpora[{i}]", c) for i, c in enumerate(config.corpora)]
+    sources += [(f"chats[{i}]", c) for i, c in enumerate(config.chats)]
     for at, source in sources:
-        if bool(source.paths) == bool(source.hub):
-            problems.append(f"{at} ({source.name}): give either paths or hub")
+        made = "tokens" if isinstance(source, Corpus) else "packs"
+        if sum(map(bool, (source.paths, source.hub, source.registered))) != 1:
+            problems.append(f"{at} ({source.name}): give one of paths, hub and {made}")
+        elif source.registered:
+            problems += _without_effect(at, source, made)
         problems += [
             f"{at}.metadata_fields: {name!r} is the name of a column of ours; leave it out"
             for name in source.metadata_fields
@@ -105,6 +111,16 @@ def check_sources(config: Config) -> list[str]:
                 except re.error as error:
                     problems.append(f"{at}.pattern: not a regular expression ({error})")
     return problems
+
+
+def _without_effect(at: str, source: Corpus | ChatSource, made: str) -> list[str]:
+    """The keys of a source that say how its data is made, where it was made elsewhere."""
+    return [
+        f"{at}.{name}: has no effect on {made} that were made elsewhere; leave it out"
+        for name, field in type(source).model_fields.items()
+        if name not in ("name", made)
+        and getattr(source, name) != field.get_default(call_default_factory=True)
+    ]
 
 
 # Arguments that the renderer itself gives to a template.

@@ -21,6 +21,23 @@ class Hub(Section):
     revision: str = key("main", "branch, tag or commit that lock_sources pins")
 
 
+class Registered(Section):
+    """Data that was made elsewhere, by split. It is verified and recorded, and not made again."""
+
+    train: list[str] = Field(
+        min_length=1,
+        description="to train on: of tokens, PREFIX of each pair PREFIX.bin and PREFIX.idx; of packs, "
+        "Parquet files; or globs of them",
+    )
+    valid: list[str] = key(list, "held out for validation; []: none, so it has no validation loss")
+    test: list[str] = key(list, "held out for the test; []: none")
+    tokenizer_sha256: str | None = key(
+        None,
+        "sha256 of the tokenizer.json that it was made with, which that of this workflow must have; null: "
+        "what packs say themselves, else only their ids are compared with the vocabulary",
+    )
+
+
 class Source(Section):
     """Rows from files: of this machine, or of elsewhere and then listed in the lock file."""
 
@@ -49,6 +66,11 @@ class Source(Section):
     def limited(self) -> bool:
         """Whether only the beginning of the source is used."""
         return self.max_documents is not None or self.max_tokens is not None
+
+    @property
+    def registered(self) -> Registered | None:
+        """What was made of it elsewhere; None where it is made here."""
+        return None
 
 
 # Options that each filter takes; they are the arguments of datatrove's class of that name.
@@ -138,10 +160,17 @@ class Curation(Section):
 class Corpus(Source):
     """One pretraining corpus: raw files of one kind, tokenized once and shared by every phase."""
 
+    tokens: Registered | None = key(
+        None, "pairs of .bin and .idx that Megatron's tools have made elsewhere, in place of `paths`"
+    )
     text_field: str = key(
         "text", "column or JSON key that holds the document; `a.b`: the field b of the object a"
     )
     curation: Curation | None = key(None, "what is removed before it is tokenized; null: nothing")
+
+    @property
+    def registered(self) -> Registered | None:
+        return self.tokens
 
 
 Tags = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)]
@@ -179,6 +208,9 @@ class Reasoning(Section):
 class ChatSource(Source):
     """One source of conversations in the OpenAI message format."""
 
+    packs: Registered | None = key(
+        None, "packed Parquet files as Megatron-Bridge reads them, made elsewhere, in place of `paths`"
+    )
     messages_field: str = key("messages", "column or JSON key that holds the list of messages")
     tools_field: str = key(
         "tools", "column or JSON key that holds the tool definitions; may be absent in a row"
@@ -209,6 +241,10 @@ class ChatSource(Source):
         "reasoning, what inference sees up to the answers to one turn of the user, only these trained",
     )
     reasoning: Reasoning | None = key(None, "reasoning modes of this source; null: `sft_data.reasoning`")
+
+    @property
+    def registered(self) -> Registered | None:
+        return self.packs
 
 
 class CorpusWeight(Section):

@@ -17,6 +17,7 @@ from snaketron.config.data import SPECIAL_TOKENS
 from snaketron.data.rows import read_texts
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import UserError, logger
+from snaketron.sources.pairs import dtype_of
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -45,7 +46,7 @@ class Info:
     @property
     def dtype(self) -> str:
         """Type of token ids on disk: uint16 holds ids up to 65535."""
-        return "uint16" if self.vocab_size <= 65536 else "int32"
+        return dtype_of(self.vocab_size)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

@@ -11,7 +11,18 @@ from snaketron.sources.lockfile import Lock
 type Sources = Mapping[str, tuple[str, Corpus | ChatSource]]  # by name, with the key of each
 
 # What does not say which rows of a file are read, nor what becomes of them.
-_OTHER = {"name", "paths", "hub", "max_files", "max_documents", "max_tokens", "metadata_fields", "curation"}
+_OTHER = {
+    "name",
+    "paths",
+    "hub",
+    "max_files",
+    "max_documents",
+    "max_tokens",
+    "metadata_fields",
+    "curation",
+    "tokens",
+    "packs",
+}
 
 
 def check_files(

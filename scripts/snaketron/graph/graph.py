@@ -13,9 +13,11 @@ from snaketron.config.names import named_paths
 from snaketron.graph.base import BaseGraph
 from snaketron.graph.curation import CurationGraph
 from snaketron.graph.raw_files import RawFiles
+from snaketron.graph.registered import RegisteredGraph
 from snaketron.graph.training import TrainingGraph
 from snaketron.graph.unknown import find
 from snaketron.settings.chats import padding_multiple, render_settings
+from snaketron.settings.registering import register_settings
 from snaketron.settings.text import read_settings, tokenize_settings
 from snaketron.sizes.checks import check_trainings
 from snaketron.sources.local import unread
@@ -60,6 +62,7 @@ class Graph:
         self.tokenizer_model = tokenizer_model(config)
         self.tokenizer_files = self.tokenizer_model.files(self.lock) if self.tokenizer_model else []
         self.curation = CurationGraph(config, self.text)
+        self.registered = RegisteredGraph(config)
         self.bases = BaseGraph(config, self.lock)
         self.training = TrainingGraph(config, self.bases)
         # As one word of a command.
@@ -95,6 +98,17 @@ class Graph:
         if self._corpus(wildcards).curation:
             return [f"<data>/curated/{wildcards.corpus}/{wildcards.shard}.parquet"]
         return self.raw_text(wildcards)
+
+    def registered_pair(self, wildcards: Any) -> list[str]:
+        """The .bin and the .idx of a shard that was tokenized elsewhere."""
+        files = find(f"shard of corpus {wildcards.corpus}", wildcards.shard, self.text[wildcards.corpus])
+        return self._seen_by(f"tokens/{wildcards.corpus}/{wildcards.shard}.json", files)
+
+    def registered_packs(self, wildcards: Any) -> list[str]:
+        """The file of a shard that was packed elsewhere."""
+        known = self.conversations[wildcards.source]
+        files = find(f"packed shard of source {wildcards.source}", wildcards.shard, known)
+        return self._seen_by(f"sft/{wildcards.source}/{wildcards.shard}.json", files)
 
     def raw_chats(self, wildcards: Any) -> list[str]:
         """The raw files of a shard of conversations."""
@@ -169,12 +183,16 @@ class Graph:
         targets = self._workflow.dag_settings.targets
         return [t for t in targets if t != REPORT and not self._workflow.is_rule(t)]
 
-    def phase_shards(self, pattern: str) -> Callable[[Any], list[str]]:
-        """The files of a phase, one or more a shard: `pattern` with {corpus} and {shard} filled in."""
+    def phase_shards(self, pattern: str, *, made_here: bool = False) -> Callable[[Any], list[str]]:
+        """The files of a phase, one or more a shard: `pattern` with {corpus} and {shard} filled in.
+
+        With `made_here`, of those corpora alone that are tokenized here: the others have only records.
+        """
         return lambda wildcards: [
             pattern.format(corpus=entry.corpus, shard=shard)
             for entry in find("phase of pretraining", wildcards.phase, self.phases).blend
             for shard in self.text[entry.corpus]
+            if not (made_here and self.corpora[entry.corpus].registered)
         ]
 
     def sft_shards(self, pattern: str) -> list[str]:
@@ -187,7 +205,8 @@ class Graph:
 
     def packed_shards(self, source: str) -> list[str]:
         """Names of the packed shards of a source: those of its shards, or one for all of them."""
-        return ["all"] if self.config.sft_data.pack_across_shards else list(self.conversations[source])
+        across = self.config.sft_data.pack_across_shards and not self.chats[source].registered
+        return ["all"] if across else list(self.conversations[source])
 
     # Params: a change runs the job again.
 
@@ -214,6 +233,14 @@ class Graph:
 
     def tokenize_settings(self, wildcards: Any) -> str:
         return tokenize_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()
+
+    def register_tokens_settings(self, wildcards: Any) -> str:
+        source = self.corpora[wildcards.corpus]
+        return register_settings(self.config, source, wildcards.shard).model_dump_json()
+
+    def register_packs_settings(self, wildcards: Any) -> str:
+        source = self.chats[wildcards.source]
+        return register_settings(self.config, source, wildcards.shard).model_dump_json()
 
     def read_settings(self, wildcards: Any) -> str:
         return read_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()

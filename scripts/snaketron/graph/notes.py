@@ -58,6 +58,11 @@ def unmeasured(config: Config) -> list[str]:
             lines.append(f"{section}.valid_fraction is 0, so no validation loss is measured on {key}")
             continue
         for i, source in enumerate(sources):
+            if source.registered and not source.registered.valid:
+                made = "tokens" if key == "corpora" else "packs"
+                lines.append(
+                    f"{key}[{i}] ({source.name}): {made}.valid names nothing, so it has no validation loss"
+                )
             if source.max_documents and (expected := source.max_documents * data.valid_fraction) < 1:
                 lines.append(
                     f"{key}[{i}] ({source.name}): of max_documents {source.max_documents} about "

@@ -22,6 +22,7 @@ from snaketron.sizes.search import measure
 from snaketron.sizes.speed import flops_per_token
 from snaketron.sources.lockfile import Lock, read_lock
 from snaketron.sources.models import tokenizer_model
+from snaketron.sources.pairs import SIZES, dtype_of
 from snaketron.sources.shards import SAMPLE, shards
 
 BYTES_OF_TOKEN = 4.4  # of English text and code with a vocabulary of 131,072, roughly
@@ -74,11 +75,12 @@ def jobs(config: Config, text: Shards, chats: Shards) -> dict[str, int]:
     phases = len(config.pretrain.phases)
     counts.update(blend_pretrain=phases, index_pretrain=phases, pretrain=phases)
     sources = {entry.source for entry in config.sft.blend}
+    registered = {source.name for source in config.chats if source.registered}
     used: list[tuple[str, Mapping[str, Sequence[str]]]] = []
     for corpus in _used_corpora(config):
         found = text[corpus.name] or {"?": []}
         used.append(("sample_corpus", found))
-        counts["tokenize_shard"] += len(found)
+        counts["register_tokens" if corpus.registered else "tokenize_shard"] += len(found)
         if corpus.curation:
             counts.update(filter_shard=len(found), curate_shard=len(found))
             counts["exact_signature"] += len(found) if corpus.curation.exact_dedup else 0
@@ -88,6 +90,9 @@ def jobs(config: Config, text: Shards, chats: Shards) -> dict[str, int]:
     for source in sorted(sources):
         found = chats[source] or {"?": []}
         used.append(("sample_chat", found))
+        if source in registered:
+            counts["register_packs"] += len(found)
+            continue
         counts["render_chat"] += len(found)
         counts["pack_sft"] += 1 if config.sft_data.pack_across_shards else len(found)
     of_tokenizer = {"?": [] if config.tokenizer.path else config.tokenizer.text}
@@ -104,7 +109,8 @@ def _files_of_tokenizer(config: Config) -> int:
 
 def _curation_of_groups(config: Config) -> Counter[str]:
     """Jobs of the groups of corpora that are compared with each other."""
-    curations = [corpus.curation for corpus in _used_corpora(config) if corpus.curation]
+    used = _used_corpora(config)
+    curations = [corpus.curation for corpus in used if corpus.curation]
     exact = {c.exact_dedup for c in curations if c.exact_dedup}
     near = {c.minhash_dedup for c in curations if c.minhash_dedup}
     buckets = config.curation.minhash.num_buckets
@@ -143,12 +149,19 @@ def _corpus(
     text = sum(
         n * (1 if f.lower().endswith(PLAIN) else PACKED) for f, n in zip(files, sizes, strict=True) if n
     )
+    tokens = _ids(config, found or {}) if corpus.registered else text / BYTES_OF_TOKEN
     return {
         "shards": len(found) if found is not None else None,
         "raw_bytes": sum(known) if complete else None,
         "train_tokens": _tokens(config, corpus.name, found) if found else None,
-        "estimated_tokens": text / BYTES_OF_TOKEN if complete and not corpus.limited else None,
+        "estimated_tokens": tokens if complete and not corpus.limited else None,
     }
+
+
+def _ids(config: Config, found: Mapping[str, Sequence[str]]) -> float:
+    """The ids that the pairs to train on of a registered corpus hold, by the sizes of their files."""
+    trained = [bin_file for shard, (bin_file, _) in found.items() if shard.startswith("train.")]
+    return sum(Path(path).stat().st_size for path in trained) / SIZES[dtype_of(config.tokenizer.vocab_size)]
 
 
 def _size(source: str, path: str, lock: Lock) -> int | None:

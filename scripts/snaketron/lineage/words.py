@@ -14,6 +14,8 @@ KINDS = {
     "tokens": "tokenized shards",
     "render_chat": "rendered shards",
     "pack_sft": "packed shards",
+    "registered_tokens": "tokens from elsewhere",
+    "registered_packs": "packs from elsewhere",
     "blend_sft": "blends of SFT",
     "blend": "blends",
     "index": "sample indices",

@@ -234,6 +234,15 @@ def _add_text(data: Data, record: Record) -> None:
     _add_dropped(data, corpus, "tokenize", counts)
 
 
+def _add_registered(data: Data, record: Record) -> None:
+    """Add tokens that were made elsewhere: nobody here knows the text."""
+    text = data.texts.setdefault(record.settings["corpus"], Text())
+    text.shards += 1
+    for split in SPLITS:
+        text.kept[split] += record.counts[split]["documents"]
+        text.tokens[split] += record.counts[split]["tokens"]
+
+
 def _histogram(counts: Mapping[str, Any]) -> dict[int, int]:
     return {int(length): number for length, number in counts.get("length_histogram", {}).items()}
 
@@ -294,6 +303,8 @@ _ADD = {
     "curated": _add_curated,
     "render_chat": _add_rendered,
     "pack_sft": _add_packed,
+    "registered_tokens": _add_registered,
+    "registered_packs": _add_packed,
 }
 
 

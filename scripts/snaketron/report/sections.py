@@ -21,10 +21,12 @@ STEPS = {
     "decontamination_index": "decontamination: index",
     "curated": "curate",
     "tokens": "tokenize",
+    "registered_tokens": "register tokens",
     "blend": "blend text",
     "index": "index text",
     "render_chat": "render conversations",
     "pack_sft": "pack conversations",
+    "registered_packs": "register packs",
     "blend_sft": "blend conversations",
 }
 
@@ -61,7 +63,7 @@ def _text_section(data: Data) -> Section:
     for name, text in sorted(data.texts.items()):
         numbers = [text.shards, text.documents, *(text.kept[s] for s in SPLITS)]
         size, tokens = sum(text.bytes.values()) / 1e6, sum(text.tokens.values())
-        per_token = f"{sum(text.bytes.values()) / tokens:.2f}" if tokens else "-"
+        per_token = f"{sum(text.bytes.values()) / tokens:.2f}" if size and tokens else "-"
         rows.append(
             [
                 name,
@@ -73,7 +75,7 @@ def _text_section(data: Data) -> Section:
         )
     encoders: Counter[str] = sum((t.encoders for t in data.texts.values()), Counter())
     used = ", ".join(f"{name} for {number:,} shards" for name, number in sorted(encoders.items()))
-    sentences = [f"Encoded by {used}."]
+    sentences = [f"Encoded by {used}." if used else "All of it was tokenized elsewhere."]
     for name, sentence in (
         ("checked", "documents were compared with tokenizers."),
         ("cut", "long documents were cut."),

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
 from snaketron.config.names import unusable
+from snaketron.sources import registered
 from snaketron.sources.formats import READABLE, suffix_of, without_suffix
 from snaketron.sources.local import SAMPLE, list_files
 from snaketron.sources.lockfile import Lock, LockedFile, check_addresses, remote, request
@@ -41,7 +42,11 @@ def shards(
     together by name until a shard has so many bytes. A limited source has one shard, `sample`: all its
     files in the order of the configuration. Files after the first `max_files` are left out.
     A file of the sample may not exist yet; anything else must. Raises `ConfigError`.
+    What was made elsewhere has a shard for each pair or file, `<split>.<name>`; `registered.check` looks at
+    it.
     """
+    if source.registered:
+        return _registered(source, where)
     files = _remote(source, where, lock) if request(source) else _local(source, where)
     files = dict(itertools.islice(files.items(), source.max_files))
     if source.limited:
@@ -58,6 +63,20 @@ def shards(
         else:
             found[name] = [path]
             room = shard_size - size if shard_size and size is not None else 0
+    return found
+
+
+def _registered(source: Corpus | ChatSource, where: str) -> dict[str, list[str]]:
+    """Map the shard name of each pair of tokens, or file of packs, that was made elsewhere to its files."""
+    found: dict[str, list[str]] = {}
+    for split, at, path in registered.listed(source, where):
+        files = registered.files(source, path)
+        if problem := unusable(path):
+            raise ConfigError(f"{at}: {problem}")
+        name = _plain(f"{split}.{without_suffix(Path(path).name)}")
+        if name in found or len(name) > _LONGEST_NAME:
+            name = _with_hash(name, path)
+        found[name] = [str(Path(file).absolute()) if file.startswith("-") else file for file in files]
     return found
 
 

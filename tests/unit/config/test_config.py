@@ -196,8 +196,8 @@ BLEND = {"pretrain": {"phases": [{"name": "p", "tokens": 10**6, "blend": [{"corp
 @pytest.mark.parametrize(
     ("corpus", "message"),
     [
-        ({}, "corpora[0] (a): give either paths or hub"),
-        ({"paths": ["x"], "hub": {"repository": "o/n"}}, "corpora[0] (a): give either paths or hub"),
+        ({}, "corpora[0] (a): give one of paths, hub and tokens"),
+        ({"paths": ["x"], "hub": {"repository": "o/n"}}, "corpora[0] (a): give one of paths, hub and tokens"),
         (
             {"paths": ["x"], "metadata_fields": ["url", "row"]},
             "corpora[0].metadata_fields: 'row' is the name of a column of ours; leave it out",

@@ -13,6 +13,7 @@ from snaketron.data.split import SPLITS
 from snaketron.files import read_json, to_json
 from snaketron.lineage.record import Record, making, read
 from snaketron.log import UserError, logger
+from snaketron.settings.registering import PACKS
 
 SAME = ("tokenizer_sha256", "pack_size", "algorithm", "padding_multiple")
 COUNTS = ("packs", "tokens", "trained_tokens")
@@ -86,10 +87,12 @@ def weigh(weights: Mapping[str, float], records: Mapping[Path, Record]) -> dict[
 
 def _same_settings(records: Mapping[Path, Record]) -> dict[str, Any]:
     first: tuple[Path, dict[str, Any]] | None = None
-    for path, record in records.items():
-        if record.kind != "pack_sft":
+    for path, record in sorted(records.items(), key=lambda item: item[1].kind == PACKS):
+        if record.kind not in ("pack_sft", PACKS):
             raise UserError(f"{path}: a record of {record.kind}, not of pack_sft")
         settings = {name: record.settings[name] for name in SAME}
+        if record.kind == PACKS and first:  # how they were packed elsewhere is not asked of them
+            settings["algorithm"] = first[1]["algorithm"]
         first = first or (path, settings)
         for name in SAME:
             if settings[name] != first[1][name]:

@@ -1,9 +1,6 @@
 """Megatron's indexed dataset (.bin and .idx): written as a stream, and checked, without torch.
 
-.bin  token ids of all sequences, one after the other
-.idx  "MMIDIDX\\0\\0", version 1 (u64), dtype code (u8), number of sequences (u64), number of documents
-      + 1 (u64); then the lengths of the sequences (i32), their byte offsets in .bin (i64), and the bounds
-      of the documents, in sequences (i64)
+`sources/pairs.py` explains the format.
 """
 
 from __future__ import annotations
@@ -11,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import struct
 import tempfile
 from array import array
 from collections.abc import Iterator
@@ -19,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snaketron.log import UserError
+from snaketron.sources.pairs import HEADER, MAGIC, paths
 
 import numpy as np
 
 DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}  # by Megatron's type codes
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
 _BLOCK = 1 << 20  # sequences of an index at a time
 _BUFFER = 1 << 20  # bytes
 
@@ -40,22 +35,17 @@ class Pair:
     idx_bytes: int
 
 
-def paths(prefix: Path) -> tuple[Path, Path]:
-    """The .bin and the .idx file of a prefix; the prefix may hold dots."""
-    return prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.idx")
-
-
 def check(prefix: Path, fix: str = "remove its record and run again") -> Pair:
     """Check that both files exist and agree in every offset; a `UserError` names both numbers and `fix`."""
     bin_path, idx_path = paths(prefix)
     bin_bytes, idx_bytes = size(bin_path, fix), size(idx_path, fix)
-    if idx_bytes < _HEADER.size:
-        raise UserError(f"{idx_path}: {idx_bytes} bytes, shorter than the header of {_HEADER.size}; {fix}")
+    if idx_bytes < HEADER.size:
+        raise UserError(f"{idx_path}: {idx_bytes} bytes, shorter than the header of {HEADER.size}; {fix}")
     with idx_path.open("rb") as file:
-        magic, version, code, sequences, bounds = _HEADER.unpack(file.read(_HEADER.size))
-    if (magic, version) != (_MAGIC, 1) or code not in DTYPES:
+        magic, version, code, sequences, bounds = HEADER.unpack(file.read(HEADER.size))
+    if (magic, version) != (MAGIC, 1) or code not in DTYPES:
         raise UserError(f"{idx_path}: not an index of token ids (version {version}, type code {code}); {fix}")
-    expected = _HEADER.size + 12 * sequences + 8 * (sequences + 1)
+    expected = HEADER.size + 12 * sequences + 8 * (sequences + 1)
     if bounds != sequences + 1 or idx_bytes != expected:
         raise UserError(
             f"{idx_path}: {sequences} sequences and {bounds - 1} documents in {idx_bytes} bytes, "
@@ -83,7 +73,7 @@ def size(path: Path, fix: str) -> int:
 
 def _arrays(idx_path: Path, sequences: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     with idx_path.open("rb") as file:
-        file.seek(_HEADER.size)
+        file.seek(HEADER.size)
         return (
             np.fromfile(file, np.int32, sequences),
             np.fromfile(file, np.int64, sequences),
@@ -109,7 +99,7 @@ class Writer:
         self._hash = hashlib.sha256()
         self._bin = bin_path.open("wb", buffering=_BUFFER)
         self._idx = idx_path.open("w+b", buffering=_BUFFER)
-        self._idx.write(bytes(_HEADER.size))
+        self._idx.write(bytes(HEADER.size))
 
     def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Add sequences of `lengths` tokens; `tokens` holds them one after the other."""
@@ -124,7 +114,7 @@ class Writer:
         """Complete both files; returns the sha256 of each."""
         with naming(self._final):
             self._bin.close()
-            header = _HEADER.pack(_MAGIC, 1, self._code, self.num_sequences, self.num_sequences + 1)
+            header = HEADER.pack(MAGIC, 1, self._code, self.num_sequences, self.num_sequences + 1)
             for offsets in self._offsets():
                 self._idx.write(offsets.data.cast("B"))
             for start in range(0, self.num_sequences + 1, _BLOCK):
@@ -143,7 +133,7 @@ class Writer:
         total = 0
         for start in range(0, self.num_sequences, _BLOCK):
             count = min(_BLOCK, self.num_sequences - start)
-            data = os.pread(self._idx.fileno(), 4 * count, _HEADER.size + 4 * start)
+            data = os.pread(self._idx.fileno(), 4 * count, HEADER.size + 4 * start)
             ends = total + np.cumsum(np.frombuffer(data, np.int32), dtype=np.int64) * self.dtype.itemsize
             yield np.concatenate([[total], ends[:-1]])
             total = int(ends[-1])

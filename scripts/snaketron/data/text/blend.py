@@ -13,7 +13,9 @@ from snaketron.data.split import SPLITS
 from snaketron.data.text import binidx
 from snaketron.lineage.record import Entry, Record, making, read
 from snaketron.log import UserError, logger
+from snaketron.settings.registering import TOKENS
 from snaketron.sizes import epochs as epochs_of
+from snaketron.sources.pairs import paths
 from snaketron.wording import counted
 
 _AGAIN = "remove its record and run again, so that it is tokenized again"
@@ -162,7 +164,7 @@ def _weighed(
         _check_record(phase, path, made, weights, identity, tokenizer)
         dropped[made.settings["corpus"]].update(made.counts["dropped"])
     for path, made in records.items():
-        for split in SPLITS:
+        for split in [made.settings["split"]] if made.kind == TOKENS else SPLITS:
             shard, pair = _shard(made, split, path)
             dtypes.add(pair.dtype)
             shards[split].append(shard)
@@ -181,7 +183,7 @@ def _check_record(
     identity: str,
     tokenizer: Path,
 ) -> None:
-    if made.kind != "tokens":
+    if made.kind not in ("tokens", TOKENS):
         raise UserError(f"{path}: a record of {made.kind}, not of a tokenized shard")
     corpus, made_with = made.settings["corpus"], made.settings["tokenizer"]
     if corpus not in weights:
@@ -222,7 +224,10 @@ def _check_weights(
 
 def _shard(record: Record, split: str, path: Path) -> tuple[Shard, binidx.Pair]:
     """The pair of one split, after its files are checked against the record."""
-    bin_file, idx_file = record.output(f"{split}.bin"), record.output(f"{split}.idx")
+    if record.kind == TOKENS:  # it lies where the user has it
+        bin_file, idx_file = (record.inputs_named(name)[0] for name in ("bin", "idx"))
+    else:
+        bin_file, idx_file = record.output(f"{split}.bin"), record.output(f"{split}.idx")
     count = record.counts[split]
     for entry in (bin_file, idx_file):
         _check_size(entry.file, entry.bytes, f"its record {path}", _AGAIN)
@@ -303,7 +308,12 @@ def _report_empty(corpus: str, split: str, num_empty: int, num_shards: int) -> N
         raise UserError(
             f"corpus {corpus!r} has no tokens in train; give it more text or take it out of the blend"
         )
-    if num_empty == num_shards:
+    if not num_shards:
+        message = (
+            "%s: corpus %s is registered without and is left out: name pairs in its tokens.%s to see its loss"
+        )
+        logger.warning(message, split, corpus, split)
+    elif num_empty == num_shards:
         logger.warning(
             "%s: corpus %s has no tokens and is left out: raise pretrain_data.%s_fraction to see its loss",
             split,
@@ -342,7 +352,7 @@ def check_blend(path: Path) -> PretrainBlend:
     blend = load_blend(path)
     for split in (blend.train, blend.valid, blend.test):
         for shard in split.shards:
-            bin_path, idx_path = binidx.paths(Path(shard.prefix))
+            bin_path, idx_path = paths(Path(shard.prefix))
             _check_size(bin_path, shard.bin_bytes, str(path), _AGAIN)
             _check_size(idx_path, shard.idx_bytes, str(path), _AGAIN)
     return blend

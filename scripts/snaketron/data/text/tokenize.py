@@ -17,6 +17,7 @@ from snaketron.data.tokenizer import Info, tokenizer_info
 from snaketron.lineage.record import Entry, Record, making, of_user
 from snaketron.log import UserError, logger
 from snaketron.settings.text import TokenizeSettings
+from snaketron.sources.pairs import paths
 from snaketron.wording import counted
 
 import numpy as np
@@ -46,9 +47,7 @@ def tokenize_shard(
     _check(settings)
     info = tokenizer_info(tokenizer)
     outputs = {
-        f"{split}{path.suffix}": path
-        for split in SPLITS
-        for path in binidx.paths(bins[split].with_suffix(""))
+        f"{split}{path.suffix}": path for split in SPLITS for path in paths(bins[split].with_suffix(""))
     }
     outputs["documents"] = table
     with making("tokens", f"{settings.corpus}/{record.stem}", outputs=outputs, record=record) as job:

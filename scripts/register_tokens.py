@@ -1,0 +1,43 @@
+"""Verify a .bin/.idx pair that was made elsewhere, and record it; nothing is copied."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from snaketron.log import argument_parser, logger, run
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--pair", type=Path, nargs=2, required=True, metavar=("PREFIX.bin", "PREFIX.idx"))
+    parser.add_argument("--settings", required=True, help="JSON of snaketron.settings.RegisterSettings")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer")
+    parser.add_argument("--record", type=Path, required=True, help="lineage record to write")
+    args = parser.parse_args(argv)
+    if [path.suffix for path in args.pair] != [".bin", ".idx"] or len(
+        {p.with_suffix("") for p in args.pair}
+    ) > 1:
+        parser.error("--pair: give PREFIX.bin and PREFIX.idx of one prefix")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    from snaketron.data.text.register import register_tokens
+    from snaketron.settings.registering import RegisterSettings
+
+    settings = RegisterSettings.model_validate_json(args.settings)
+    prefix = args.pair[0].with_suffix("")
+    record = register_tokens(prefix, settings=settings, tokenizer=args.tokenizer, record=args.record)
+    counts = record.counts[settings.split]
+    logger.info(
+        "%s: %d documents and %d tokens of %s, largest id %d",
+        prefix,
+        *(counts["documents"], counts["tokens"], settings.split, record.counts["largest_id"]),
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
