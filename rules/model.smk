@@ -28,6 +28,33 @@ rule import_base:
         " --output {output:q} --log-file {log:q}"
 
 
+rule register_checkpoint:
+    """Make the result of a phase of a checkpoint from elsewhere, as import_base does; it stands in for pretrain."""
+    input:
+        weights=graph.bases.files_of_phase,
+        tokenizer="<data>/tokenizer/tokenizer.json",
+        template=ancient("<data>/tokenizer/chat_template.jinja"),
+    output:
+        update(directory("<ckpt>/pretrain/{phase}")),
+    log:
+        "<logs>/register_checkpoint/{phase}.log",
+    benchmark:
+        "<benchmarks>/register_checkpoint/{phase}.tsv"
+    wildcard_constraints:
+        phase=graph.registered.names("phases"),
+    resources:
+        mem_mb=graph.training.conversion_mb,
+        seq_length=graph.bases.seq_length_of_phase,
+    params:
+        source=graph.bases.directory_of_phase,
+        model=graph.bases.model,
+        tokenizer=subpath(input.tokenizer, parent=True),
+    shell:
+        "python scripts/import_base.py --source {params.source:q} --stage pretrain/{wildcards.phase:q}"
+        " --model {params.model:q} --tokenizer {params.tokenizer:q} --seq-length {resources.seq_length:q}"
+        " --output {output:q} --log-file {log:q}"
+
+
 rule export_hf:
     """Write a checkpoint as transformers and vLLM read it: safetensors, tokenizer and model card.
 

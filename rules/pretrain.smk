@@ -16,6 +16,8 @@ rule pretrain:
         "<logs>/pretrain/{phase}.log",
     benchmark:
         "<benchmarks>/pretrain/{phase}.tsv"
+    wildcard_constraints:
+        phase=graph.registered.others("phases"),
     threads: graph.training.threads("pretrain")
     resources:
         **graph.training.resources("pretrain"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snaketron.log import run
-from snaketron.train.stage import Stage, run_stage, training_parser
+from snaketron.train.stage import Stage, has_optimizer, run_stage, training_parser
 
 if TYPE_CHECKING:
     from snaketron.train.batches import PretrainBatches
@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def train(stage: Stage) -> int:
         # The first phase of a curriculum takes the weights of its base alone, if it has one.
-        return stage.train(make_batches, optimizer_of_base=stage.settings.schedule.start > 0)
+        goes_on = stage.settings.schedule.start > 0 and has_optimizer(stage.base)
+        return stage.train(make_batches, optimizer_of_base=goes_on)
 
     return run_stage(args, train)
 

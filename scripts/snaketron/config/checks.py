@@ -362,6 +362,19 @@ def check_adapters(at: str, adapters: Adapters) -> list[str]:
     return check_names(at, targets) or ([] if targets else [f"{at}: name the layers to adapt"])
 
 
+def check_given(pretrain: Pretrain) -> list[str]:
+    """A phase whose checkpoint is given is not trained, so nothing before it has an effect on it."""
+    given = [i for i, phase in enumerate(pretrain.phases) if phase.checkpoint]
+    problems = [
+        f"{key}: has no effect, because the checkpoint of pretrain.phases[{given[-1]}] is given; leave it out"
+        for key in [
+            *(f"pretrain.phases[{i}].checkpoint" for i in given[:-1]),
+            *(["pretrain.base"] if given and pretrain.base else []),
+        ]
+    ]
+    return problems
+
+
 def check_curriculum(pretrain: Pretrain) -> list[str]:
     """Warm-up and decay fit into the tokens of all phases."""
     total = pretrain.spans()[-1][1]

@@ -240,6 +240,11 @@ class Phase(Section):
         "seed of the order of its text; null: `seed`. Phases with the same blend, length and seed read the "
         "same text",
     )
+    checkpoint: str | None = key(
+        None,
+        "checkpoint from elsewhere that is the result of this phase, in place of training it: what "
+        "pretrain.base may name; later phases, SFT and LoRA go on from it; null: the phase is trained",
+    )
     seq_length: Positive | None = key(None, "tokens of a sequence; null: pretrain.seq_length")
     global_batch_size: Positive | None = key(None, "sequences of a step; null: pretrain.global_batch_size")
     # What follows, and is null, is as in `pretrain`, or `model` for the precision.

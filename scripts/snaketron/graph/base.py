@@ -18,19 +18,18 @@ from snaketron.huggingface.names import megatron_tensors, tensors
 from snaketron.log import UserError
 from snaketron.settings.training import FREE, model_differences
 from snaketron.sources.lockfile import Lock
-from snaketron.sources.models import HubModel, base_model
+from snaketron.sources.models import HubModel, base_keys, base_model
 
 import yaml
 
 _SHOWN = 20  # lines about one checkpoint
-SECTIONS = ("pretrain", "sft", "lora")
 
 
 class Base(NamedTuple):
-    """A checkpoint that `<section>.base` names, and the sections that do."""
+    """A checkpoint that `<section>.base` or the `checkpoint` of a phase names, and the keys that do."""
 
     path: str  # as it is configured
-    sections: tuple[str, ...]
+    keys: tuple[str, ...]
     hub: HubModel | None
 
     @property
@@ -60,19 +59,16 @@ class BaseGraph:
     @cached_property
     def bases(self) -> dict[str, Base]:
         """By name."""
-        sections: dict[str, list[str]] = {}
-        for section in SECTIONS:
-            if path := getattr(self.config, section).base:
-                sections.setdefault(path, []).append(section)
-        found = [
-            Base(path, tuple(names), base_model(path, f"{names[0]}.base")) for path, names in sections.items()
-        ]
+        keys: dict[str, list[str]] = {}
+        for key, path in base_keys(self.config).items():
+            keys.setdefault(path, []).append(key)
+        found = [Base(path, tuple(names), base_model(path, names[0])) for path, names in keys.items()]
         return {base.name: base for base in found}
 
     def start(self, section: str) -> str | None:
         """The base that the first training of a section starts from; None where it has none."""
         for base in self.bases.values():
-            if section in base.sections:
+            if f"{section}.base" in base.keys:
                 if base.is_of_this_workflow(self.config):
                     return base.path
                 return f"<ckpt>/base/{base.name}"
@@ -82,7 +78,18 @@ class BaseGraph:
 
     def files(self, wildcards: Any) -> list[str]:
         """The files of a checkpoint that is imported."""
-        base = find("base", wildcards.base, self.bases)
+        return self._files(find("base", wildcards.base, self.bases))
+
+    def files_of_phase(self, wildcards: Any) -> list[str]:
+        """The files of a checkpoint that is the result of a phase."""
+        return self._files(self._of_phase(wildcards))
+
+    def _of_phase(self, wildcards: Any) -> Base:
+        names = [phase.name for phase in self.config.pretrain.phases]
+        path = self.config.pretrain.phases[names.index(wildcards.phase)].checkpoint
+        return next(base for base in self.bases.values() if base.path == path)
+
+    def _files(self, base: Base) -> list[str]:
         if base.hub:
             return base.hub.files(self.lock)
         directory = Path(base.path)
@@ -95,6 +102,9 @@ class BaseGraph:
     def directory(self, wildcards: Any) -> str:
         return str(self.bases[wildcards.base].directory(self.config))
 
+    def directory_of_phase(self, wildcards: Any) -> str:
+        return str(self._of_phase(wildcards).directory(self.config))
+
     def model(self, _wildcards: Any) -> str:
         """What the checkpoint must agree with: keys on which no weight depends have their defaults."""
         return self.config.model.model_copy(
@@ -105,14 +115,18 @@ class BaseGraph:
 
     def seq_length(self, wildcards: Any) -> int:
         """The longest sequences of the trainings that begin with it."""
-        sections = self.bases[wildcards.base].sections
-        return max(t.seq_length for t in self.config.trainings() if t.section in sections)
+        keys = self.bases[wildcards.base].keys
+        return max(t.seq_length for t in self.config.trainings() if f"{t.section}.base" in keys)
+
+    def seq_length_of_phase(self, wildcards: Any) -> int:
+        """The sequences of the phase that a checkpoint stands in for."""
+        return self.config.training(f"pretrain/{wildcards.phase}").seq_length
 
     # ------------------------------------------------------------------------------------- differences
 
     def _problems(self) -> Iterator[str]:
         for base in self.bases.values():
-            where = " and ".join(f"{section}.base" for section in base.sections)
+            where = " and ".join(base.keys)
             directory = base.directory(self.config)
             if not base.hub and not directory.is_dir():
                 yield f"{where}: {base.path!r} is no directory, and no OWNER/NAME of the Hugging Face hub"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from snaketron.config import ChatSource, Config, ConfigError, Corpus, Training
+from snaketron.config import ChatSource, Config, ConfigError, Corpus, Phase, Training
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.settings.keeping import num_kept
@@ -38,8 +38,15 @@ def plan(config: Config) -> dict[str, Any]:
     lock.assuming = True  # as a dry-run does
     text = {c.name: _shards(c, f"corpora[{i}]", lock, config) for i, c in enumerate(config.corpora)}
     chats = {c.name: _shards(c, f"chats[{i}]", lock, config) for i, c in enumerate(config.chats)}
-    corpora = {c.name: _corpus(config, c, text[c.name], lock) for c in _used_corpora(config)}
-    trainings = [_training(config, training, corpora) for training in config.trainings()]
+    corpora = {
+        c.name: _corpus(config, c, text[c.name], lock) for c in _used_corpora(config, config.pretrain.phases)
+    }
+    trained = {phase.name for phase in _trained(config)}
+    trainings = [
+        _training(config, training, corpora)
+        for training in config.trainings()
+        if training.section != "pretrain" or training.phase in trained
+    ]
     unknown = [n for n, found in (*text.items(), *chats.items()) if found is None or n in lock.unlisted]
     return {
         "jobs": jobs(config, text, chats),
@@ -61,8 +68,15 @@ def _shards(
         return None
 
 
-def _used_corpora(config: Config) -> list[Corpus]:
-    used = {entry.corpus for phase in config.pretrain.phases for entry in phase.blend}
+def _trained(config: Config) -> list[Phase]:
+    """The phases of pretraining that are trained here: those after one whose checkpoint is given."""
+    phases = config.pretrain.phases
+    given = [i for i, phase in enumerate(phases) if phase.checkpoint]
+    return phases[given[-1] + 1 :] if given else phases
+
+
+def _used_corpora(config: Config, phases: Sequence[Phase]) -> list[Corpus]:
+    used = {entry.corpus for phase in phases for entry in phase.blend}
     return [corpus for corpus in config.corpora if corpus.name in used]
 
 
@@ -72,12 +86,13 @@ def _used_corpora(config: Config) -> list[Corpus]:
 def jobs(config: Config, text: Shards, chats: Shards) -> dict[str, int]:
     """The jobs of `ckpt/sft` from nothing, by rule; a source of unknown files counts as one shard."""
     counts: Counter[str] = Counter(build_tokenizer=1, install_chat_template=1, blend_sft=1, sft=1)
-    phases = len(config.pretrain.phases)
+    phases = len(_trained(config))
+    counts["register_checkpoint"] = int(phases < len(config.pretrain.phases))
     counts.update(blend_pretrain=phases, index_pretrain=phases, pretrain=phases)
     sources = {entry.source for entry in config.sft.blend}
     registered = {source.name for source in config.chats if source.registered}
     used: list[tuple[str, Mapping[str, Sequence[str]]]] = []
-    for corpus in _used_corpora(config):
+    for corpus in _used_corpora(config, _trained(config)):
         found = text[corpus.name] or {"?": []}
         used.append(("sample_corpus", found))
         counts["register_tokens" if corpus.registered else "tokenize_shard"] += len(found)
@@ -109,7 +124,7 @@ def _files_of_tokenizer(config: Config) -> int:
 
 def _curation_of_groups(config: Config) -> Counter[str]:
     """Jobs of the groups of corpora that are compared with each other."""
-    used = _used_corpora(config)
+    used = _used_corpora(config, _trained(config))
     curations = [corpus.curation for corpus in used if corpus.curation]
     exact = {c.exact_dedup for c in curations if c.exact_dedup}
     near = {c.minhash_dedup for c in curations if c.minhash_dedup}

@@ -6,13 +6,13 @@ from typing import Literal
 
 from snaketron.config import Config
 
-type Kind = Literal["corpora", "chats"]
+type Kind = Literal["corpora", "chats", "phases"]
 
 _ANY = "[a-z0-9_]+"  # the constraint of a name without this one
 
 
 class RegisteredGraph:
-    """Answers which corpora and sources of conversations were made elsewhere.
+    """Answers which corpora, sources of conversations and phases of pretraining were made elsewhere.
 
     Two rules have the same outputs, one to make them and one to register them; constraints on the name say
     which one it is.
@@ -22,6 +22,7 @@ class RegisteredGraph:
         self._given: dict[Kind, list[str]] = {
             "corpora": [c.name for c in config.corpora if c.registered],
             "chats": [c.name for c in config.chats if c.registered],
+            "phases": [p.name for p in config.pretrain.phases if p.checkpoint],
         }
 
     def names(self, kind: Kind) -> str:

@@ -141,6 +141,8 @@ def _write(
 
 def check_tokenizer(source: Path, tokenizer: Path) -> None:
     """`UserError` unless each token of the checkpoint has the same id in the tokenizer of the trainings."""
+    if not (source / "tokenizer.json").exists() and (source / "tokenizer/tokenizer.json").exists():
+        source = source / "tokenizer"  # a checkpoint of another working directory of this workflow
     path = source / "tokenizer.json"
     if not path.exists():
         logger.warning("%s: no tokenizer.json there, so the vocabulary is compared by its size alone", source)

@@ -64,9 +64,16 @@ def hub_model(path: str | None, where: str, wanted: re.Pattern[str]) -> HubModel
 
 def hub_models(config: Config) -> list[HubModel]:
     """All models of the hub that a configuration names."""
-    named = {"pretrain": config.pretrain.base, "sft": config.sft.base, "lora": config.lora.base}
-    bases = [base_model(path, f"{section}.base") for section, path in named.items()]
+    bases = [base_model(path, key) for key, path in base_keys(config).items()]
     return [m for m in [tokenizer_model(config), *bases] if m is not None]
+
+
+def base_keys(config: Config) -> dict[str, str]:
+    """The checkpoints of elsewhere that a configuration names, by their keys."""
+    sections = {"pretrain": config.pretrain.base, "sft": config.sft.base, "lora": config.lora.base}
+    named = {f"{section}.base": path for section, path in sections.items()}
+    named |= {f"pretrain.phases[{i}].checkpoint": p.checkpoint for i, p in enumerate(config.pretrain.phases)}
+    return {key: path for key, path in named.items() if path}
 
 
 def base_model(path: str | None, where: str) -> HubModel | None:

@@ -316,6 +316,16 @@ class Stage:
         return {"nodes": nodes, "processes": processes}, cost
 
 
+def has_optimizer(base: Path | None) -> bool:
+    """Whether a checkpoint was trained here and has its optimizer's state; others have weights alone."""
+    if base is None:
+        return False
+    trained: int = yaml.safe_load(Version(base).config.read_text())["settings"]["train_iters"]
+    if not trained:
+        logger.info("%s: comes from elsewhere without the optimizer's state, so AdamW begins anew", base)
+    return trained > 0
+
+
 def check_base(base: Path, model: Model, tokenizer_sha256: str) -> None:
     """`UserError` unless a checkpoint is of this architecture, with this tokenizer."""
     config = yaml.safe_load(Version(base).config.read_text())

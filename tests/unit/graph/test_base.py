@@ -114,6 +114,47 @@ def test_a_checkpoint_of_this_workflow_is_taken_as_it_is(tmp_path: Path):
     )
 
 
+def test_a_checkpoint_may_be_the_result_of_a_phase(checkpoint: Path, tmp_path: Path):
+    """It is imported in place of training the phase, with the length of its sequences, and not as a base."""
+    path, blend = str(checkpoint), [{"corpus": "docs", "weight": 1}]
+    phases = [{"name": "one", "tokens": 99_999, "blend": blend, "checkpoint": path, "seq_length": 64}]
+    phases += [{"name": "two", "tokens": 300_000, "blend": blend}]
+    bases = graph(tokenizer={"path": path}, pretrain={"phases": phases}, sft={"base": path})
+    assert bases.start("pretrain") is None and bases.start("sft") == f"<ckpt>/base/{next(iter(bases.bases))}"
+    job = SimpleNamespace(phase="one")
+    assert [Path(file).name for file in bases.files_of_phase(job)] == [
+        "config.json",
+        "model-00001-of-00001.safetensors",
+        "tokenizer.json",
+    ]
+    assert (bases.directory_of_phase(job), bases.seq_length_of_phase(job)) == (path, 64)
+    with pytest.raises(ConfigError) as refused:
+        graph(
+            tokenizer={"path": path},
+            pretrain={"phases": [phases[0] | {"checkpoint": str(tmp_path / "nowhere")}, phases[1]]},
+            sft={"base": path},
+            model={"hidden_size": 64},
+        )
+    assert str(refused.value).splitlines() == [
+        "sft.base: model.hidden_size: 128 in the checkpoint, 64 in the configuration",
+        f"pretrain.phases[0].checkpoint: '{tmp_path}/nowhere' is no directory, and no OWNER/NAME of the "
+        "Hugging Face hub",
+    ]
+
+
+def test_a_given_phase_leaves_no_other_beginning(checkpoint: Path):
+    path, blend = str(checkpoint), [{"corpus": "docs", "weight": 1}]
+    phases = [
+        {"name": name, "tokens": 200_000, "blend": blend, "checkpoint": path} for name in ("one", "two")
+    ]
+    with pytest.raises(ConfigError) as refused:
+        graph(tokenizer={"path": path}, pretrain={"phases": phases, "base": path})
+    assert str(refused.value).splitlines() == [
+        f"{key}: has no effect, because the checkpoint of pretrain.phases[1] is given; leave it out"
+        for key in ("pretrain.phases[0].checkpoint", "pretrain.base")
+    ]
+
+
 def test_a_model_of_the_hub_is_downloaded_first(tmp_path: Path):
     """Its configuration is compared when it is here; its tokenizer must be that of the trainings."""
     name = "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16"

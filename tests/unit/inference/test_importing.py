@@ -16,7 +16,7 @@ from snaketron.inference.opening import open_checkpoint
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import read
 from snaketron.log import UserError
-from snaketron.train.stage import check_base
+from snaketron.train.stage import check_base, has_optimizer
 from tests.unit.huggingface.checkpoints import files
 from tests.unit.train.conftest import MODEL
 
@@ -36,10 +36,10 @@ def exported(publish, tmp_path: Path) -> Path:
 def bring(tmp_path: Path, tokenizer_dir: Path):
     """bring(source, **keys of the model) imports a checkpoint as ckpt/base/one."""
 
-    def make(source: Path, **keys) -> Path:
-        output = tmp_path / "ckpt/base/one"
+    def make(source: Path, stage: str = "base/one", **keys) -> Path:
+        output = tmp_path / "ckpt" / stage
         model = Model(**(MODEL | keys))
-        import_base(source, output, stage="base/one", model=model, tokenizer=tokenizer_dir, seq_length=32)
+        import_base(source, output, stage=stage, model=model, tokenizer=tokenizer_dir, seq_length=32)
         return output
 
     return make
@@ -83,6 +83,28 @@ def test_a_checkpoint_of_megatron_without_a_record_is_imported(bring, exported: 
         (version / name).unlink()
     base = open_checkpoint(bring(version))
     assert torch.isfinite(base.model.output_layer.weight).all()
+
+
+def test_a_checkpoint_of_another_directory_stands_in_for_a_phase(
+    publish, bring, tmp_path: Path, tokenizer_dir: Path
+):
+    """With its weights, and without the state of its optimizer, which the next phase does not ask it for."""
+    publish("pretrain/one", "0a")
+    there = (tmp_path / "ckpt/pretrain/one").resolve().rename(tmp_path / "other")
+    here = bring(there, "pretrain/one")
+    assert here.is_symlink() and here.resolve().name.startswith("pretrain_one-")
+    record = read(Version(here).record)
+    assert (record.kind, record.name, record.counts["tokens"]) == ("checkpoint", "pretrain/one", 0)
+    assert {entry.name for entry in record.inputs} == {"weights"} and all(e.sha256 for e in record.inputs)
+    check_base(here, Model(**MODEL), sha256(tokenizer_dir / "tokenizer.json"))
+    assert has_optimizer(there) and not has_optimizer(here) and not has_optimizer(None)
+    other = json.loads((there / "tokenizer/tokenizer.json").read_text())
+    ids = other["model"]["vocab"]
+    ids["t"], ids["h"] = ids["h"], ids["t"]
+    (there / "tokenizer/tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"2 of \d+ tokens have another id"):
+        bring(there, "pretrain/two")
+    assert not (tmp_path / "ckpt/pretrain/two").exists()
 
 
 def test_what_cannot_be_imported_leaves_nothing(bring, exported: Path, tmp_path: Path, tokenizer_dir: Path):
