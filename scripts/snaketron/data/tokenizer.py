@@ -15,7 +15,7 @@ from snaketron import files
 from snaketron.config.checks import check_vocab_size
 from snaketron.config.data import SPECIAL_TOKENS
 from snaketron.data.rows import read_texts
-from snaketron.lineage.record import Entry, Record, making
+from snaketron.lineage.record import Entry, Record, making, read
 from snaketron.log import UserError, logger
 from snaketron.sources.pairs import dtype_of
 
@@ -91,6 +91,18 @@ def tokenizer_info(directory: Path) -> Info:
         eos_id=eos_id,
         pad_id=eos_id if pad_id is None else pad_id,
     )
+
+
+def known_hashes(directory: Path) -> list[str]:
+    """The hash of tokenizer.json, and that of the file which it was made of where `tokenizer.path` named one.
+
+    Building writes the same tokenizer in other bytes. What was made elsewhere knows the hash of the original.
+    """
+    hashes, record = [files.sha256(directory / "tokenizer.json")], directory / "record.json"
+    if record.exists():
+        origins = read(record).inputs_named("origin")
+        hashes += [entry.sha256 for entry in origins if entry.file.name == "tokenizer.json" and entry.sha256]
+    return hashes
 
 
 def _ids(path: Path) -> dict[str, int]:

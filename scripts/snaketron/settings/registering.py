@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +19,16 @@ class RegisterSettings(Section):
     split: Literal["train", "valid", "test"]
     tokenizer_sha256: str | None = None  # None where nobody said what it was made with
 
-    def tokenizer_differences(self, tokenizer: Path, sha256: str) -> Iterator[str]:
-        """A line where the data was made with another tokenizer than the one in a directory."""
-        if self.tokenizer_sha256 not in (None, sha256):
+    def tokenizer_differences(self, tokenizer: Path, known: Sequence[str]) -> Iterator[str]:
+        """A line where the data was made with another tokenizer than the one in a directory.
+
+        Args:
+            known: its hashes, as `known_hashes` gives them.
+        """
+        if self.tokenizer_sha256 not in (None, *known):
             yield (
                 f"it was made with a tokenizer.json of sha256 {self.tokenizer_sha256}, and {tokenizer} has "
-                f"{sha256}; set tokenizer.path to that tokenizer"
+                f"{' and '.join(known)}; set tokenizer.path to that tokenizer"
             )
 
 

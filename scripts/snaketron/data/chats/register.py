@@ -17,7 +17,7 @@ from snaketron.data.arrow import flatten
 from snaketron.data.chats import packs
 from snaketron.data.chats.pack import length_histogram
 from snaketron.data.split import SPLITS
-from snaketron.data.tokenizer import tokenizer_info
+from snaketron.data.tokenizer import known_hashes, tokenizer_info
 from snaketron.lineage.record import Entry, Record, making, of_user
 from snaketron.log import UserError
 from snaketron.settings.registering import PACKS, RegisterPacksSettings
@@ -49,10 +49,13 @@ def register_packs(
             said = registered.footer(file)
         except ConfigError as error:
             raise UserError(str(error)) from None
-        wanted = settings.model_dump(include={"split", "pack_size"}) | {"tokenizer_sha256": info.sha256}
+        known = known_hashes(tokenizer)
+        wanted = settings.model_dump(include={"split", "pack_size"})
+        if said.get("tokenizer_sha256") not in known:
+            wanted["tokenizer_sha256"] = info.sha256
         problems = [
             *registered.other(file, said, wanted),
-            *settings.tokenizer_differences(tokenizer, info.sha256),
+            *settings.tokenizer_differences(tokenizer, known),
         ]
         given = of_user(file)
         counts = {} if problems else _verify(file, settings, info.vocab_size, problems)

@@ -11,7 +11,7 @@ from typing import Any
 
 from snaketron.data.split import SPLITS
 from snaketron.data.text import binidx
-from snaketron.data.tokenizer import Info, tokenizer_info
+from snaketron.data.tokenizer import Info, known_hashes, tokenizer_info
 from snaketron.lineage.record import Entry, Record, making, of_user
 from snaketron.log import UserError, logger
 from snaketron.settings.registering import TOKENS, RegisterSettings
@@ -33,7 +33,7 @@ def register_tokens(prefix: Path, *, settings: RegisterSettings, tokenizer: Path
     with making(TOKENS, f"{settings.source}/{record.stem}", outputs={}, record=record) as job:
         problems = [
             *pairs.differences(prefix, info.dtype),
-            *settings.tokenizer_differences(tokenizer, info.sha256),
+            *settings.tokenizer_differences(tokenizer, known_hashes(tokenizer)),
         ]
         if problems:
             raise UserError("\n".join([f"{prefix} cannot be registered:", *problems]))

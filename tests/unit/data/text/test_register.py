@@ -11,7 +11,7 @@ from pathlib import Path
 
 from snaketron.data.text import blend
 from snaketron.data.text.binidx import Writer
-from snaketron.data.tokenizer import tokenizer_info
+from snaketron.data.tokenizer import build, known_hashes, tokenizer_info
 from snaketron.files import sha256
 from snaketron.lineage.catalogue import scan
 from snaketron.lineage.record import Record, read
@@ -161,6 +161,30 @@ def test_another_tokenizer_is_refused_and_its_own_is_known(register, tmp_path: P
     here = sha256(tokenizer_dir / "tokenizer.json")
     assert f"made with a tokenizer.json of sha256 {'ab' * 32}, and {tokenizer_dir} has {here}" in said
     assert made(register, prefix, "train", here)[1].settings["tokenizer_known"]
+
+
+def test_the_file_that_the_tokenizer_was_made_of_has_a_hash_of_its_own(tmp_path: Path, tokenizer_dir: Path):
+    """The same tokenizer in other bytes; whoever made the tokens knows the hash of the original."""
+    original = tmp_path / "original"
+    original.mkdir()
+    compact = json.dumps(json.loads((tokenizer_dir / "tokenizer.json").read_text()))
+    (original / "tokenizer.json").write_text(compact)
+    (original / "tokenizer_config.json").write_bytes((tokenizer_dir / "tokenizer_config.json").read_bytes())
+    made = tmp_path / "data/tokenizer"
+    build(
+        path=str(original),
+        text=[],
+        text_field="text",
+        vocab_size=None,
+        output=made / "tokenizer.json",
+        record=made / "record.json",
+    )
+    known = known_hashes(made)
+    assert known == [sha256(made / "tokenizer.json"), sha256(original / "tokenizer.json")]
+    assert known[0] != known[1] and known_hashes(tokenizer_dir) == [sha256(tokenizer_dir / "tokenizer.json")]
+    for given in (None, *known):
+        settings = RegisterSettings(source="web", split="train", tokenizer_sha256=given)
+        assert not list(settings.tokenizer_differences(made, known))
 
 
 def test_everything_that_headers_show_is_said_at_once(register, tmp_path: Path):
