@@ -365,14 +365,13 @@ def check_adapters(at: str, adapters: Adapters) -> list[str]:
 def check_given(pretrain: Pretrain) -> list[str]:
     """A phase whose checkpoint is given is not trained, so nothing before it has an effect on it."""
     given = [i for i, phase in enumerate(pretrain.phases) if phase.checkpoint]
-    problems = [
+    idle = [f"pretrain.phases[{i}].checkpoint" for i in given[:-1]]
+    if given and pretrain.base:
+        idle.append("pretrain.base")
+    return [
         f"{key}: has no effect, because the checkpoint of pretrain.phases[{given[-1]}] is given; leave it out"
-        for key in [
-            *(f"pretrain.phases[{i}].checkpoint" for i in given[:-1]),
-            *(["pretrain.base"] if given and pretrain.base else []),
-        ]
+        for key in idle
     ]
-    return problems
 
 
 def check_curriculum(pretrain: Pretrain) -> list[str]:

@@ -26,8 +26,8 @@ class Registered(Section):
 
     train: list[str] = Field(
         min_length=1,
-        description="to train on: of tokens, PREFIX of each pair PREFIX.bin and PREFIX.idx; of packs, "
-        "Parquet files; or globs of them",
+        description="to train on, by path or glob: PREFIX of each pair PREFIX.bin and PREFIX.idx of tokens, "
+        "or Parquet files of packs",
     )
     valid: list[str] = key(list, "held out for validation; []: none, so it has no validation loss")
     test: list[str] = key(list, "held out for the test; []: none")

@@ -85,7 +85,7 @@ def _tokens(config: Config, corpus: Corpus, where: str) -> Iterator[str]:
 
 _UNKNOWN = (
     "nothing says which tokenizer made them, and this configuration trains its own (tokenizer.path: null); "
-    "set tokenizer.path to theirs, or give the hash of their tokenizer.json"
+    "set tokenizer.path to the tokenizer that made them, or give the hash of its tokenizer.json"
 )
 
 

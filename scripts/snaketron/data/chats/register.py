@@ -90,7 +90,10 @@ def read(path: Path) -> Iterator[packs.Pack]:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=packs.SCHEMA.names, use_threads=False)
                 table = table.select(packs.SCHEMA.names).cast(packs.SCHEMA)
-                columns = [flatten(table.column(name)) for name in packs.SCHEMA.names]
+                for column in table.columns:
+                    if column.null_count or any(chunk.flatten().null_count for chunk in column.chunks):
+                        raise ValueError("null in place of a number")
+                columns = [flatten(column) for column in table.columns]
                 for row in range(table.num_rows):
                     yield packs.Pack(
                         *(values[offsets[row] : offsets[row + 1]] for values, offsets in columns)

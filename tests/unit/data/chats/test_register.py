@@ -195,3 +195,5 @@ def test_damaged_files_and_those_of_other_kinds_are_refused(register, tmp_path: 
         tmp_path / "store/d.parquet", [ROW | {"input_ids": [1, 2, 3, 4, 1 << 40]}], input_ids=pa.int64()
     )
     assert "holds other numbers than packs do" in refused(register, huge)
+    holes = write(tmp_path / "store/e.parquet", [ROW | {"loss_mask": [0, 1, None, 1, 0]}])
+    assert "null in place of a number" in refused(register, holes)
