@@ -78,6 +78,7 @@ def export_adapters(
         weights = shards.write_shard(
             aside / "adapter_model.safetensors", described, lambda name: _made(kept[name], rows)
         )
+        rows.check()
         (aside / "adapter_config.json").write_bytes(to_json(adapter_config(adapters, found, base)))
         card = _CARD.format(base=base) + (_LEFT_OUT.format(count=left_out) if left_out else "")
         (aside / "README.md").write_text(card)

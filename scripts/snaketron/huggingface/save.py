@@ -16,6 +16,7 @@ from snaketron.huggingface.names import VOCABULARY, Tensor, tensors
 from snaketron.huggingface.torch_dist import Reader, is_finite
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import UserError, logger
+from snaketron.wording import plural
 
 import torch
 
@@ -66,7 +67,10 @@ def export(
         rows = Rows(reader)
         for name, shard in files.items():
             if name not in finished:
-                finished.add(shards.write_shard(aside / name, shard, lambda name: rows.of(parts[name])))
+                entry = shards.write_shard(aside / name, shard, lambda name: rows.of(parts[name]))
+                if not rows.not_finite:  # else an export that goes on from here would keep the file
+                    finished.add(entry)
+        rows.check()
         written = [[finished.entry(name) for name in files]]
         finished.close()
         written.append(_small_files(checkpoint, aside, reader, card))
@@ -148,10 +152,14 @@ def _described(wanted: Iterable[Tensor], reader: Reader) -> Iterator[shards.Desc
 
 
 class Rows:
-    """Published tensors, made of the tensor that was read last and perhaps the next one."""
+    """Published tensors, made of the tensor that was read last and perhaps the next one.
+
+    not_finite: names of those that hold numbers that are not finite, gathered while they are made.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self.directory = reader.directory
+        self.not_finite: list[str] = []
         self._read = TensorReader(reader)
 
     def of(self, tensor: Tensor) -> torch.Tensor:
@@ -162,8 +170,15 @@ class Rows:
         made = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         made = made.float() if tensor.fp32 else made
         if not is_finite(made):
-            raise UserError(f"{self.directory}: {tensor.name} holds numbers that are not finite")
+            self.not_finite.append(tensor.name)
         return made
+
+    def check(self) -> None:
+        """`UserError` with the names of all tensors that hold numbers that are not finite."""
+        if self.not_finite:
+            count = plural(len(self.not_finite), "tensor")
+            title = f"{self.directory} holds numbers that are not finite, in {count}:"
+            raise UserError(listed(title, self.not_finite))
 
 
 class TensorReader:

@@ -159,14 +159,44 @@ def test_all_differences_are_named_at_once(tmp_path: Path):
     assert not (tmp_path / "hf").exists()
 
 
-def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path):
+def test_numbers_that_are_not_finite_are_refused_with_the_names_of_all_tensors(tmp_path: Path):
     found = values()
     found["decoder.layers.0.mixer.dt_bias"][1] = torch.nan
-    with pytest.raises(
-        UserError, match=r"backbone\.layers\.0\.mixer\.dt_bias holds numbers that are not finite"
-    ):
-        export_of(write(tmp_path / "ckpt", found), tmp_path / "hf")
+    found["decoder.layers.1.mlp.experts.experts.linear_fc2.weight"][3, 0, 0] = torch.inf
+    found["output_layer.weight"][5] = -torch.inf
+    directory = write(tmp_path / "ckpt", found)
+    with pytest.raises(UserError) as refused:
+        export_of(directory, tmp_path / "hf", shard_bytes=20_000)
+    assert str(refused.value).splitlines() == [
+        f"{directory} holds numbers that are not finite, in 3 tensors:",
+        "backbone.layers.0.mixer.dt_bias",
+        "backbone.layers.1.mixer.experts.3.down_proj.weight",
+        "lm_head.weight",
+    ]
     assert not (tmp_path / "hf").exists() and not (tmp_path / ".hf.partial").exists()
+
+
+def test_files_with_numbers_that_are_not_finite_are_not_kept_for_an_export_that_goes_on(
+    tmp_path: Path, monkeypatch
+):
+    """The first file holds one, and the export is killed after the second."""
+    found = values()
+    found["embedding.word_embeddings.weight"][0, 0] = torch.nan
+    directory = write(tmp_path / "ckpt", found)
+    plain, written = shards.write_shard, []
+
+    def write_shard(path: Path, *arguments):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return plain(path, *arguments)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(shards, "write_shard", write_shard)
+        with pytest.raises(KeyboardInterrupt):
+            export_of(directory, tmp_path / "hf", shard_bytes=20_000)
+    with pytest.raises(UserError, match=r"in 1 tensor:\nbackbone.embeddings.weight"):
+        export_of(directory, tmp_path / "hf", shard_bytes=20_000)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "no list"])
