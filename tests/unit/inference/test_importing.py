@@ -9,7 +9,8 @@ from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Model
-from snaketron.files import sha256
+from snaketron.files import partial, sha256
+from snaketron.huggingface import load
 from snaketron.inference.exporting import export_checkpoint
 from snaketron.inference.importing import import_base
 from snaketron.inference.opening import open_checkpoint
@@ -74,6 +75,40 @@ def test_an_import_is_made_once_and_found_finished(bring, exported: Path):
         (base / "record.json").read_bytes(),
         (base / "iter_0000000/.metadata").stat().st_mtime_ns,
     )
+
+
+def test_an_import_that_was_killed_begins_again_and_ends_with_the_same_bytes(
+    bring, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Interrupted after ten tensors; and what a process leaves that had no time to remove anything."""
+
+    def tensors(base: Path) -> dict[str, bytes]:
+        found = files(base / "iter_0000000")
+        del found[".metadata"]  # torch gives each list a random name
+        return found
+
+    base = bring(exported)
+    whole, version = tensors(base), base.resolve()
+    base.unlink()
+    shutil.rmtree(version)
+    plain, read = load._rows, []
+
+    def rows(*arguments):
+        if len(read) == 10:
+            raise KeyboardInterrupt
+        read.append(arguments)
+        return plain(*arguments)
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(load, "_rows", rows)
+        with pytest.raises(KeyboardInterrupt):
+            bring(exported)
+    assert not base.exists() and not list(version.rglob("*.distcp"))
+    left = partial(version / "iter_0000000")
+    left.mkdir()
+    for name in ("__0_0.distcp", "__99_0.distcp"):
+        (left / name).write_bytes(b"half")
+    assert tensors(bring(exported)) == whole and base.resolve() == version
 
 
 def test_a_checkpoint_of_megatron_without_a_record_is_imported(bring, exported: Path, tmp_path: Path):
