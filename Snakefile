@@ -28,6 +28,7 @@ from snaketron.graph import (
     reasons,
     single_run,
     swift,
+    terminal,
     unknown,
 )
 from snaketron.graph.checks import check_files
@@ -141,6 +142,7 @@ onstart:
             Path(graph.config.pathvars["ckpt"]),
             partial(logger.info, extra={"in_view": True}),
         )
+    terminal.begin_view()
 
 
 onsuccess:

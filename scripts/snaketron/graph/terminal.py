@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -12,7 +13,6 @@ from snaketron.graph.lines import Lines
 from snaketron.log import PLAIN
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
-from snakemake_interface_logger_plugins.common import LogEvent
 
 RED, YELLOW, RESET, CLEAR = "\x1b[31m", "\x1b[33m", "\x1b[0m", "\r\x1b[K"
 FAULTS = (
@@ -22,6 +22,19 @@ FAULTS = (
     TypeError,
     ValueError,
 )  # an event of another shape, a closed pipe
+
+
+_handlers: list[LogHandler] = []  # of this process
+
+
+def begin_view() -> None:
+    """Have the live view from now on, where the terminal can show one.
+
+    The main thread calls it before it starts the first job, so that no job has the terminal itself as its
+    standard error. Messages come to a handler in another thread, and later.
+    """
+    for handler in _handlers:
+        handler.show_view()
 
 
 class LiveView(Protocol):
@@ -56,6 +69,12 @@ class LogHandler(LogHandlerBase):
         self.terminal = self.stream.isatty()
         self.colors = self.terminal and not settings.nocolor and not os.environ.get("NO_COLOR")
         self.view: LiveView | None = None
+        _handlers.append(self)
+
+    def show_view(self) -> None:
+        if self.wants_view and not self.view:
+            with contextlib.suppress(OSError):  # lines alone, where no file can take what jobs write
+                self.view = self.begin_view()
 
     def begin_view(self) -> LiveView | None:
         """The live view of a run that begins; the plugin knows one, and this room does not."""
@@ -80,8 +99,6 @@ class LogHandler(LogHandlerBase):
                 clear = CLEAR if self.terminal else ""
                 self.stream.write(f"{clear}{self._colored(text, record.levelno)}\n")
                 self.stream.flush()
-            if getattr(record, "event", None) == LogEvent.RUN_INFO and not self.view and self.wants_view:
-                self.view = self.begin_view()
         except FAULTS:
             self.handleError(record)  # and the thread that writes goes on
 
@@ -90,6 +107,8 @@ class LogHandler(LogHandlerBase):
         if self.view:
             self.view.stop()
             self.view = None
+        if self in _handlers:
+            _handlers.remove(self)
         super().close()
 
     def _colored(self, text: str, level: int) -> str:

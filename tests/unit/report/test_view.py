@@ -18,6 +18,7 @@ from pathlib import Path
 
 from snaketron.report import view
 from snaketron.report.view import Area
+from tests.conftest import Workspace
 from tests.unit.report.live_run import BROAD, SFT, RunLog, train
 
 import pytest
@@ -28,6 +29,7 @@ import logging, subprocess, sys, time
 from pathlib import Path
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_logger_plugin_snaketron import LogHandler
+from snaketron.graph import terminal
 from tests.unit.graph.test_terminal import Settings
 
 def record(text, event=None, **extra):
@@ -37,6 +39,7 @@ def record(text, event=None, **extra):
 
 handler = LogHandler(Settings(), None)
 handler.emit(record("the table of jobs", LogEvent.RUN_INFO, stats={"total": 7}))
+terminal.begin_view()
 handler.emit(record("an important line"))
 handler.emit(record("a line about Slurm", in_view=True))
 job = "import sys; from snaketron import log as l; l.show_progress('1'); sys.stderr.write('a job warns\\\\n')"
@@ -59,7 +62,7 @@ except KeyboardInterrupt:
 class Terminal:
     """A pseudo-terminal with a program on it, and what a person would see there."""
 
-    def __init__(self, directory: Path, columns: int, **environment: str) -> None:
+    def __init__(self, directory: Path, columns: int, *command: str, **environment: str) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         self.modes = termios.tcgetattr(slave)
@@ -71,7 +74,7 @@ class Terminal:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
+            [sys.executable, *(command or ("-c", PROGRAM))],
             cwd=directory,
             env=given,
             stdin=slave,
@@ -192,6 +195,16 @@ def test_plain_lines_where_they_are_asked_for(directory: Path):
     terminal.go()
     assert terminal.wait() == 0
     assert "120/196" not in terminal.output and "a line about Slurm" in terminal.output
+
+
+def test_snakemake_shows_it_and_leaves_its_lines(workspace: Workspace):
+    command = workspace.command("data/sample/questions/part_0.jsonl")[1:]
+    terminal = Terminal(workspace.path, 100, "-m", "snakemake", *command)
+    terminal.read(lambda: "▶ sample_chat" in terminal.output or terminal.process.poll() is not None)
+    assert terminal.wait() == 0
+    left = [re.sub(r"(\d+:)+\d\d", "", line) for line in screen(terminal.output)]
+    done = "[] sample_chat questions is done after  (1 of 1)"
+    assert left[-4:] == ["[] sample_chat questions starts", done, "All jobs are done, after .", ""]
 
 
 @pytest.fixture
