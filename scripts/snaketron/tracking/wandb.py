@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import yaml
 PROJECT = "snaketron"
 TIMEOUT_S = 30  # for W&B to answer at the start of a run, and to take what is left at its end
 SHORTEST_WAIT_S = 0.001  # between two alerts of one title; 0 would be a minute
+ROOM = 1 << 20  # bytes; a disk with less room is full
 
 
 class WandB:
@@ -65,6 +67,13 @@ class WandB:
                 self.of.stage,
                 TIMEOUT_S,
                 _sync(self.run),
+            )
+        if lacking := _lack_of_room(Path(self.run.dir).parent):
+            logger.warning(
+                "%s: W&B: %s: %s; what it has of this run may lack the last steps, and metrics.jsonl has all",
+                self.of.stage,
+                _place(self.run),
+                lacking,
             )
 
     def _use(self) -> None:
@@ -221,3 +230,13 @@ def _place(run: Any) -> str:
 
 def _sync(run: Any) -> str:
     return f"`wandb sync {_place(run)}`"
+
+
+def _lack_of_room(directory: Path) -> str:
+    """What the system says where no file in a directory can grow; W&B then loses lines without a word."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, ROOM)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -25,9 +26,7 @@ from snaketron.tracking.sinks import Run
 from tests.unit.tracking.wandb_server import serving
 from tests.wandb_log import LoggedRun, read_run, read_runs
 
-import numpy as np
 import pytest
-import torch
 
 CONFIG = {"settings": {"seed": 1}, "run": {"log_interval": 2}}
 LINES: list[dict[str, Any]] = [
@@ -135,6 +134,9 @@ class Offline:
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
     """Two SFTs on a base that was trained without tracking, in a process that starts W&B's own once."""
+    import numpy as np  # here, so that the stories in processes of their own start faster
+    import torch
+
     directory = tmp_path_factory.mktemp("offline")
     with pytest.MonkeyPatch.context() as patch, caught() as said:
         patch.chdir(directory)
@@ -337,6 +339,27 @@ def test_a_server_that_dies_leaves_what_it_lacks_on_disk(tmp_path: Path):
     (place,) = (path.relative_to(tmp_path) for path in (tmp_path / "wandb").glob("run-*"))
     assert f"sft: W&B has not taken all within 3 s; send it with `wandb sync {place}`" in said
     assert read_run(next((tmp_path / place).glob("*.wandb"))).history.keys() == {0, 2}
+
+
+def ends_on_a_full_disk() -> None:
+    """No file can grow beyond 16 KiB, in W&B's own process neither."""
+    run = run_of([])
+    leave(run, [{"iteration": step, "loss": 1.0, "note": "x" * 1000} for step in range(100)])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
+    follow(run)
+
+
+def test_a_full_disk_is_one_warning(tmp_path: Path):
+    """W&B itself loses the lines without a word."""
+    with online(ends_on_a_full_disk, "http://127.0.0.1:9", tmp_path) as said:
+        pass
+    (place,) = (path.relative_to(tmp_path) for path in (tmp_path / "wandb").glob("offline-run-*"))
+    assert [line for line in said if "send it with" not in line] == [
+        f"sft: W&B: {place}: File too large; what it has of this run may lack the last steps, and "
+        "metrics.jsonl has all",
+        "",
+    ]
+    assert next((tmp_path / place).glob("*.wandb")).stat().st_size == 16384
 
 
 def test_ancestors_come_before_what_was_made_of_them(offline: Offline):
