@@ -179,4 +179,4 @@ def watch(directory: Path, *, colors: bool) -> None:
             area.draw(lines)
             time.sleep(LOOK_EVERY_S)
     except KeyboardInterrupt:
-        pass  # the last view stays
+        print()  # after "^C"; the last view stays
