@@ -67,7 +67,7 @@ def read_run(path: Path) -> LoggedRun:
             run.kinds[artifact.name] = artifact.type
             contents = artifact.manifest.contents
             run.files[artifact.name] = sorted((e.path, e.digest, e.ref) for e in contents)
-            run.copied += [entry.path for entry in contents if entry.local_path]
+            run.copied += [entry.local_path for entry in contents if entry.local_path]
         elif kind == "alert":
             run.alerts.append((record.alert.title, record.alert.text))
         elif kind == "exit":

@@ -99,6 +99,15 @@ __all__ = [
 ]
 
 ENVIRONMENT_PREFIX = "SNAKETRON_"
+ArtifactKind = Literal[
+    "raw-data",
+    "tokenizer",
+    "pretraining-blend",
+    "sft-data",
+    "pretrained-model",
+    "sft-model",
+    "lora-adapters",
+]
 
 
 class Notify(Section):
@@ -123,6 +132,11 @@ class Config(Section):
         "off",
         "Weights & Biases: off, offline (below ./wandb, for `wandb sync`) or online (needs WANDB_API_KEY); "
         "docs/tracking.md",
+    )
+    tracking_upload: list[ArtifactKind] = key(
+        list,
+        "kinds of W&B artifacts whose files are sent too, such as lora-adapters; of the others it gets "
+        "names, sizes, hashes and addresses",
     )
     tensorboard: bool = key(
         False,

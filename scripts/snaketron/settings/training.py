@@ -86,6 +86,7 @@ class RunSettings(Run):
 
     cluster: Cluster = Field(default_factory=Cluster)
     tracking: Literal["off", "offline", "online"]
+    tracking_upload: list[str] = Field(default_factory=list)
     tensorboard: bool = False
     notify: list[str] = Field(default_factory=list)
     cuda_graphs: bool | None = False  # in pretraining alone: packed sequences have no fixed shapes
@@ -172,6 +173,7 @@ def run_settings(config: Config, name: str) -> RunSettings:
         **values,
         cluster=config.cluster,
         tracking=config.tracking,
+        tracking_upload=[*config.tracking_upload],
         tensorboard=config.tensorboard,
         notify=config.notify.command,
         template_date=day,

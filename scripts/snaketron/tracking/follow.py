@@ -79,12 +79,16 @@ def _end(process: subprocess.Popen[bytes], run: Run) -> None:
         process.stdin.close()
     finished = run.version.is_finished
     try:
-        process.wait(END_S if finished else STOP_S)
+        process.wait(END_S + run.upload_s if finished else STOP_S)
     except subprocess.TimeoutExpired:
         if finished:
             process.kill()
             process.wait()
-            logger.warning("%s: tracking did not end within %d s and was left", run.stage, END_S)
+            logger.warning(
+                "%s: tracking did not end within %d s and was left; `wandb sync` sends what W&B lacks",
+                run.stage,
+                END_S + run.upload_s,
+            )
 
 
 # ------------------------------------------------------------------------------------- in the process
@@ -100,15 +104,15 @@ def main() -> int:
     inputs = [Entry(**entry) for entry in order.pop("inputs")]
     run = Run(directory=Path(order.pop("directory")), inputs=inputs, **order)
     log_to(run.version.log)
-    Follower(run).follow(_ended)
+    Follower(run).follow(lambda seconds: _ended(run, seconds))
     return 0
 
 
-def _ended(seconds: float) -> bool:
+def _ended(run: Run, seconds: float) -> bool:
     """Wait so long for the training to end."""
     readable, _, _ = select.select([sys.stdin], [], [], seconds)
     if readable:
-        watchdog = threading.Timer(END_S, os._exit, (1,))
+        watchdog = threading.Timer(END_S + run.upload_s + STOP_S, os._exit, (1,))  # where nobody waits
         watchdog.daemon = True
         watchdog.start()
     return bool(readable)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from snaketron.jobs.version import Version
-from snaketron.lineage.record import Entry
+from snaketron.lineage.record import Entry, read
+
+SLOWEST = 10e6  # bytes a second; an upload that is slower is left, for `wandb sync`
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Run:
     inputs: list[Entry]
     config: dict[str, Any]  # `settings` and `run`, as in config.yaml
     mode: Literal["off", "offline", "online"] = "off"  # of W&B
+    upload: list[str] = field(default_factory=list)  # kinds of W&B artifacts whose files are sent too
     tensorboard: bool = False
     notify: list[str] = field(default_factory=list)  # command that is told of a stall
     attempts: int = 0  # of earlier jobs
@@ -33,6 +36,13 @@ class Run:
     def name(self) -> str:
         """Name and id of the run: the stage and the version key, as its directory has them."""
         return self.directory.name
+
+    @property
+    def upload_s(self) -> float:
+        """Seconds that W&B may take for the files of the finished training, at `SLOWEST`."""
+        if not self.upload or not self.version.record.exists():
+            return 0.0
+        return sum(output.bytes or 0 for output in read(self.version.record).outputs) / SLOWEST
 
 
 class Sink(Protocol):

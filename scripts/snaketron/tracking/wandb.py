@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class WandB:
 
     def __init__(self, run: Run) -> None:
         self.of = run
-        self.client = Client(run.mode)
+        self.client = Client(run.mode, run.upload)
         for base in artifacts.trainings(run.inputs):
             self._log_untracked(base)
         self.run = self.client.open(run.name, run.stage, run.config)
@@ -112,7 +112,9 @@ class WandB:
 class Client:
     """wandb, set to print nothing, and to send no facts about this machine, its user or the code."""
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: str, upload: Sequence[str] = ()) -> None:
+        """`upload` has the kinds of artifacts whose files are sent."""
+        self.upload = upload
         self.directory = Path(os.environ.get("WANDB_DIR", ""), "wandb").absolute()
         # Artifacts wait here for `wandb sync`, and not in the home directory.
         os.environ.setdefault("WANDB_DATA_DIR", str(self.directory / "data"))
@@ -139,7 +141,7 @@ class Client:
             disable_git=True,
             save_code=False,
             init_timeout=TIMEOUT_S,
-            finish_timeout=TIMEOUT_S,
+            finish_timeout=0 if self.upload else TIMEOUT_S,  # 0: as long as `follow` lets it
             finish_timeout_raises=True,
             x_disable_machine_info=True,
             x_disable_meta=True,
@@ -193,7 +195,7 @@ class Client:
         run.log_artifact(self._listed(artifact), aliases=["latest", artifact.identity])
 
     def _listed(self, artifact: Artifact) -> Any:
-        """An artifact that names its files with their hashes, and holds none.
+        """An artifact that names its files with their hashes; it holds them where that is asked for.
 
         `add_reference` would read them again to hash them, or take the address for the hash.
         """
@@ -202,6 +204,10 @@ class Client:
 
         listed = self.wandb.Artifact(artifact.name, artifact.kind, metadata=artifact.metadata)
         for name, entry in artifact.files.items():
+            if artifact.kind in self.upload and entry.file.is_file():
+                # The file itself is sent, also by a later `wandb sync`, and no copy of it is made here.
+                listed.add_file(str(entry.file.absolute()), name, skip_cache=True, policy="immutable")
+                continue
             address = entry.file.absolute().as_uri()
             digest = entry.sha256 or entry.revision or address
             listed.manifest.add_entry(

@@ -155,6 +155,7 @@ class Stage:
             self.inputs,
             {"settings": self.settings.model_dump(), "run": self.run.model_dump()},
             mode=self.run.tracking,
+            upload=self.run.tracking_upload,
             tensorboard=self.run.tensorboard,
             notify=self.run.notify,
             attempts=len(attempts.all),

@@ -111,6 +111,7 @@ def test_sft_counts_in_steps_of_packs():
 # A different valid value of each key; numbers double where nothing is said.
 OTHER: dict[str, Any] = {
     "tracking": "offline",
+    "tracking_upload": ["sft-model"],
     "tensorboard": True,
     "notify.command": ["tell"],
     "model.hybrid_layer_pattern": "MEM*EM-",
@@ -235,7 +236,7 @@ def expected(path: str) -> set[str]:
     section, _, key = path.partition(".")
     if path == "seed" or section == "model":
         return {"pretrain", "sft", "lora"}
-    if section in ("tracking", "tensorboard", "notify", "cluster"):
+    if section in ("tracking", "tracking_upload", "tensorboard", "notify", "cluster"):
         trainings = {"run pretrain", "run sft", "run lora"}
         return {*trainings, "run eval"} if section == "cluster" else trainings
     of_result = (

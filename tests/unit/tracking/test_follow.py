@@ -44,7 +44,9 @@ def test_a_follower_that_hangs_is_left(run: Run, monkeypatch, caplog):
     with following(run, {}, None):
         pass
     assert set(psutil.Process().children()) == before
-    assert caplog.messages == ["sft: tracking did not end within 1 s and was left"]
+    assert caplog.messages == [
+        "sft: tracking did not end within 1 s and was left; `wandb sync` sends what W&B lacks"
+    ]
 
 
 def test_nothing_is_started_where_there_is_nothing_to_tell(run: Run, tmp_path: Path):

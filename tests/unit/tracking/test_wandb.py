@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -15,8 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from snaketron.config import ArtifactKind
 from snaketron.files import sha256
 from snaketron.lineage.record import Entry, making
 from snaketron.lineage.walk import ancestors, record_of
@@ -40,6 +43,7 @@ LINES: list[dict[str, Any]] = [
     {"iteration": 2, "valid_loss": 6.5},
 ]
 SECRET = "secretvalue"
+UPLOADED = "000000000000"  # key of the training whose packs are uploaded
 
 
 def write(path: str, text: str = "") -> Path:
@@ -149,8 +153,8 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
         expected = random.random(), np.random.random(), torch.rand(1).item()
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
-        for key in ("ba9876543210", "000000000000"):
-            leave(run := run_of(inputs, key))
+        for key in ("ba9876543210", UPLOADED):
+            leave(run := replace(run_of(inputs, key), upload=["sft-data"] if key == UPLOADED else []))
             follow(run)
             names = {path.name for path in Path("wandb").glob("offline-run-*")} - seen
             seen |= names
@@ -173,7 +177,7 @@ def caught() -> Iterator[io.StringIO]:
 
 def test_a_training_is_one_run_with_all_that_leads_to_it(offline: Offline):
     """Shards are no runs of their own; the phase, which was not tracked, is logged once from its files."""
-    assert offline.directories == [["pretrain_broad-0123456789ab", "sft-ba9876543210"], ["sft-000000000000"]]
+    assert offline.directories == [["pretrain_broad-0123456789ab", "sft-ba9876543210"], [f"sft-{UPLOADED}"]]
     sft, base = offline.runs["sft-ba9876543210"], offline.runs["pretrain_broad-0123456789ab"]
     assert sft.made.keys() == {"model-sft"}
     assert sft.used.keys() == {
@@ -197,6 +201,7 @@ def test_a_training_is_one_run_with_all_that_leads_to_it(offline: Offline):
         "tokenizer": "tokenizer",
         **dict.fromkeys(("raw-docs", "raw-questions", "raw-tokenizer"), "raw-data"),
     }
+    assert {*kinds.values(), "lora-adapters"} == {*get_args(ArtifactKind)}
 
 
 def test_files_are_named_with_their_hashes_and_none_is_uploaded(offline: Offline):
@@ -211,7 +216,19 @@ def test_files_are_named_with_their_hashes_and_none_is_uploaded(offline: Offline
         "data/docs/1.bin",
         "data/pretrain/broad/blend.json",
     ]
-    assert not [run for run in offline.runs.values() if run.copied]
+    assert {name for name, run in offline.runs.items() if run.copied} == {f"sft-{UPLOADED}"}
+
+
+def test_files_of_the_kinds_that_were_asked_for_are_uploaded(offline: Offline):
+    """From where they lie, by W&B's own hash; the others are listed as ever."""
+    listed, sent = (offline.runs[f"sft-{key}"] for key in ("ba9876543210", UPLOADED))
+    blend, packs = Path("data/sft/blend.json"), Path("data/sft/train/0.parquet")
+    assert sent.copied == [str(path.absolute()) for path in (blend, packs)]
+    md5 = [base64.b64encode(hashlib.md5(path.read_bytes()).digest()).decode() for path in (blend, packs)]
+    assert sent.files["sft-data"] == [(str(blend), md5[0], ""), (str(packs), md5[1], "")]
+    others = {name: files for name, files in listed.files.items() if name not in ("sft-data", "model-sft")}
+    assert others == {name: sent.files[name] for name in others}
+    assert {*others} >= {"tokenizer", "raw-questions"}
 
 
 def test_metrics_and_warnings_are_those_of_the_file(offline: Offline):
