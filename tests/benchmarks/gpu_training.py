@@ -1,7 +1,7 @@
 """Speed and memory of training on a GPU, one setting after the other.
 
-    python tests/benchmarks/gpu_training.py                       # all variants for the GPUs that are there
-    python tests/benchmarks/gpu_training.py baseline graphs       # some
+    python -m tests.benchmarks.gpu_training                       # all variants for the GPUs that are there
+    python -m tests.benchmarks.gpu_training baseline graphs       # some
 
 Each variant trains a model with `Trainer`, in processes of its own that start (import) while another one
 measures: that of `MODEL`, or a slice of Nemotron 3 Super or Nano at its own widths, as one GPU of a training
@@ -18,15 +18,15 @@ import argparse
 import json
 import os
 import re
-import subprocess
-import sys
 import sysconfig
 import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve()
-GO = b"go\n"
+from snaketron.config import Config, load
+
+from tests.benchmarks.turns import Turn, take, wait_for_turn
+
 VOCABULARY = 131072
 MODEL = {
     "hybrid_layer_pattern": "MEMEM*EMEMEM*EMEMEM*EMEME",
@@ -47,8 +47,7 @@ MODEL = {
     "moe_shared_expert_intermediate_size": 2688,
     "precision": "bf16",
 }
-# 11 of 88 layers and 64 of 512 experts.
-SUPER = {
+SUPER = {  # 11 of 88 layers and 64 of 512 experts
     "hybrid_layer_pattern": "MEMEMEM*EME",
     "mtp_hybrid_layer_pattern": "*E",
     "mtp_num_layers": 1,
@@ -67,8 +66,7 @@ SUPER = {
     "moe_shared_expert_intermediate_size": 5376,
     "precision": "bf16",
 }
-# All 52 layers, and 16 of 128 experts.
-NANO = {
+NANO = {  # all 52 layers, and 16 of 128 experts
     "hybrid_layer_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
     "mtp_num_layers": 0,
     "hidden_size": 2688,
@@ -88,10 +86,13 @@ NANO = {
 }
 BF16_STATE = {"gradient_precision": "bf16", "moment_precision": "bf16"}
 SLICE = {"micro_batch_size": 1, "optimizer": BF16_STATE}
-SUPER_8K = SLICE | {"of": SUPER, "length": 8192, "micro_batches": 2}
-SUPER_4K = SLICE | {"of": SUPER, "length": 4096, "micro_batches": 4}
-NANO_8K = SLICE | {"of": NANO, "length": 8192, "micro_batches": 4}
-NANO_4K = SLICE | {"of": NANO, "length": 4096, "micro_batches": 8}
+SLICES = {
+    "super_8k": SLICE | {"of": SUPER, "length": 8192, "micro_batches": 2},
+    "super_4k": SLICE | {"of": SUPER, "length": 4096, "micro_batches": 4},
+    "nano_8k": SLICE | {"of": NANO, "length": 8192, "micro_batches": 4},
+    "nano_4k": SLICE | {"of": NANO, "length": 4096, "micro_batches": 8},
+}
+FP8 = ("fp8_current", "fp8_blockwise", "fp8_delayed")
 # megatron-core's own defaults, with the switches that the first attempt had.
 PLAIN = {
     "moe_router_fusion": False,
@@ -131,17 +132,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "micro_batches": 4,
         "environment": THEIRS,
     },
-    "super_8k": SUPER_8K,
-    "super_8k_text": SUPER_8K | {"text": True},
-    "super_8k_fp8_current": SUPER_8K | {"model": {"precision": "fp8_current"}},
-    "super_8k_fp8_blockwise": SUPER_8K | {"model": {"precision": "fp8_blockwise"}},
-    "super_4k": SUPER_4K,
-    "nano_8k": NANO_8K,
-    "nano_8k_text": NANO_8K | {"text": True},
-    "nano_8k_fp8_current": NANO_8K | {"model": {"precision": "fp8_current"}},
-    "nano_8k_fp8_blockwise": NANO_8K | {"model": {"precision": "fp8_blockwise"}},
-    "nano_4k": NANO_4K,
-    "nano_4k_layers": NANO_4K | {"run": GRAPHS},
+    **SLICES,
+    **{f"{name}_text": shape | {"text": True} for name, shape in SLICES.items()},
+    **{f"{name}_{p}": shape | {"model": {"precision": p}} for name, shape in SLICES.items() for p in FP8},
+    "nano_4k_layers": SLICES["nano_4k"] | {"run": GRAPHS},
     "dp2": {"parallel": {"data_parallel_size": 2}},
     "dp2_overlap": {"parallel": {"data_parallel_size": 2}, "ddp": {"overlap_grad_reduce": True}},
     "dp2_x4": {"parallel": {"data_parallel_size": 2}, "micro_batches": 4},
@@ -158,6 +152,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def gpus(name: str) -> int:
     return max([1, *VARIANTS[name].get("parallel", {}).values()])  # each of ours is of two GPUs in all
+
+
+def configured(variant: dict[str, Any]) -> Config:
+    """The configuration whose phase `one` is a variant's training."""
+    length, parallel = variant.get("length", 4096), variant.get("parallel", {})
+    size = variant.get("micro_batch_size", 4)
+    batch = size * variant.get("micro_batches", 1) * parallel.get("data_parallel_size", 1)
+    phase = {"name": "one", "tokens": 100 * batch * length, "blend": [{"corpus": "docs", "weight": 1}]}
+    pretrain = {"seq_length": length, "global_batch_size": batch, "micro_batch_size": size}
+    pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "phases": [phase], "cpus_per_task": 4}
+    pretrain |= variant.get("run", {}) | {"parallel": parallel}
+    pretrain["optimizer"] = {"learning_rate": 1e-4, "min_learning_rate": 1e-5} | variant.get("optimizer", {})
+    return load({"model": variant.get("of", MODEL) | variant.get("model", {}), "pretrain": pretrain}, {})
+
+
+def steady(seconds: list[float]) -> float:
+    """The time of a step once kernels are chosen: the median of the last six."""
+    return sorted(seconds[-6:])[2]
 
 
 def text_tokens(count: int) -> list[int]:
@@ -210,7 +222,6 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     os.environ.update(variant.get("environment", {}))
     began = time.monotonic()
     import snaketron.model  # noqa: F401
-    from snaketron.config import Model, load
     from snaketron.model import backend, spec
     from snaketron.model.distributed import distributed
     from snaketron.settings.training import run_settings, train_settings
@@ -223,21 +234,12 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     import torch
 
     imported = time.monotonic() - began
-    os.read(sys.stdin.fileno(), len(GO))  # wait for the variants before; one for each process
+    wait_for_turn()
     began = time.monotonic()
-    micro_batch_size, micro_batches = variant.get("micro_batch_size", 4), variant.get("micro_batches", 1)
-    length, parallel = variant.get("length", 4096), variant.get("parallel", {})
-    batch = micro_batch_size * micro_batches * parallel.get("data_parallel_size", 1)
-    phase = {"name": "one", "tokens": 100 * batch * length, "blend": [{"corpus": "docs", "weight": 1}]}
-    pretrain = {"seq_length": length, "global_batch_size": batch, "micro_batch_size": micro_batch_size}
-    pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "phases": [phase], "cpus_per_task": 4}
-    pretrain |= variant.get("run", {}) | {"parallel": parallel}
-    optimizer = {"learning_rate": 1e-4, "min_learning_rate": 1e-5} | variant.get("optimizer", {})
-    pretrain["optimizer"] = optimizer
-    keys = variant.get("of", MODEL) | variant.get("model", {})
+    config = configured(variant)
+    batch, length = config.pretrain.global_batch_size, config.pretrain.seq_length
     steps = variant.get("steps", 12)
     text = torch.tensor(text_tokens(steps * batch * length + 1)) if variant.get("text") else None
-    config = load({"model": keys, "pretrain": pretrain}, {})
     settings, run = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
 
     device = backend.device()
@@ -270,7 +272,7 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     with distributed(settings.seed, run, recorded=recorded):
         trainer = loop.Trainer(build_training(settings, run, VOCABULARY))
         result["build_s"] = time.monotonic() - began
-        batches, seconds, losses, norms = RandomBatches(micro_batch_size), [], [], []
+        batches, seconds, losses, norms = RandomBatches(run.micro_batch_size), [], [], []
         trainer.parallel_model.train()
         routers = [m for m in trainer.model.modules() if hasattr(m, "local_tokens_per_expert")]
         loads: list[torch.Tensor] = []
@@ -295,21 +297,21 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
             seconds.append(time.monotonic() - began)
             losses.append(trainer._mean_loss())
             trainer.totals.clear()
-        model = Model(**keys)
-        flops = training_flops(model, VOCABULARY, length)
-        steady = sorted(seconds[-6:])[2]
-        rate = batch * length / steady / run.parallel.world_size
+        flops = training_flops(config.model, VOCABULARY, length)
+        step_s = steady(seconds)
+        rate = batch * length / step_s / run.parallel.world_size
         peaks = torch.tensor(
             [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device=device
         ).double()
         torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
         peak, reserved = (peaks / 2**30).tolist()
-        estimate = memory_of_process(model, VOCABULARY, length, config.pretrain, settings.optimizer)
+        estimate = memory_of_process(config.model, VOCABULARY, length, config.pretrain, settings.optimizer)
         result |= {
             "gpu": torch.cuda.get_device_name(),
             "tokens_per_second": rate,
             "tflops": rate * flops / 1e12,
-            "step_ms": steady * 1e3,
+            "step_ms": step_s * 1e3,
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "first_step_s": seconds[0],
             "seconds": [round(s, 3) for s in seconds],
             "gpus": run.parallel.world_size,
@@ -352,6 +354,12 @@ def ceiling() -> float:
     return 30 * 2 * 8192**3 / events[0].elapsed_time(events[1]) / 1e9
 
 
+def turn_of(name: str, profile: list[str]) -> Turn:
+    """A variant in processes of its own."""
+    command = ["-m", "tests.benchmarks.gpu_training", "--one", name, "--profile", *profile]
+    return Turn(name, command, lambda text: json.loads(f"{text}\n".splitlines()[-1]), gpus(name))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("variants", nargs="*", default=[])
@@ -371,33 +379,10 @@ def main() -> None:
     there = torch.cuda.device_count()
     names = args.variants or [name for name in VARIANTS if gpus(name) <= there]
     out = Path(os.environ.get("OUT", "."))
-
-    def start(name: str) -> subprocess.Popen:
-        command = [sys.executable]
-        if gpus(name) > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus(name))]
-        command += [str(HERE), "--one", name, "--profile", *args.profile]
-        with (out / f"{name}.log").open("w") as log:
-            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-
-    running = [(names[0], start(names[0]))]
-    for i, _ in enumerate(names):
-        if i + 1 < len(names):
-            running.append((names[i + 1], start(names[i + 1])))  # imports while this one measures
-        name, process = running[i]
-        try:
-            left = min(150 if i else 260, max(5.0, args.seconds - (time.monotonic() - began)))
-            text = process.communicate(GO * gpus(name), timeout=left)[0]
-            results.append(json.loads(text.splitlines()[-1]))
-            line = json.dumps(results[-1], indent=1 if name in args.profile else None)
-            print(f"{time.monotonic() - began:.0f} s", line, flush=True)
-        except (subprocess.TimeoutExpired, IndexError, json.JSONDecodeError):
-            process.kill()
-            log = (out / f"{name}.log").read_text()[-1500:]
-            print(f"{time.monotonic() - began:.0f} s {name} failed: {log}", flush=True)
-    for _, process in running:
-        if process.poll() is None:
-            process.kill()
+    for turn, result in take([turn_of(name, args.profile) for name in names], out, args.seconds):
+        results.append(result)
+        line = json.dumps(result, indent=1 if turn.name in args.profile else None)
+        print(f"{time.monotonic() - began:.0f} s", line, flush=True)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     print(
         "| variant | GPUs | tokens/s/GPU | TFLOP/s/GPU | step ms | first s | peak GiB | reserved | "

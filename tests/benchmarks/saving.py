@@ -1,7 +1,7 @@
 """How long a training waits for a checkpoint: written at once, and in the background.
 
-    python tests/benchmarks/saving.py --hidden 512 --directory /tmp/saving
-    python tests/benchmarks/saving.py --large --directory /tmp/saving       # on a GPU
+    python -m tests.benchmarks.saving --hidden 512 --directory /tmp/saving
+    python -m tests.benchmarks.saving --large --directory /tmp/saving       # on a GPU
 
 Trains the default model at another width, or that of gpu_training.py with fewer experts, on random tokens,
 saves twice, the second time when the first checkpoint has been there for a few steps, and prints the seconds
@@ -26,7 +26,7 @@ from snaketron.train.build import build_training
 from snaketron.train.losses import Batch
 
 import torch
-from gpu_training import MODEL  # beside this file
+from tests.benchmarks.gpu_training import MODEL
 
 LENGTH, VOCABULARY, STEPS = 128, 4096, 3  # steps before each save
 
