@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import gc
 import logging
 import os
 import shlex
@@ -114,6 +115,7 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
         )
     except KeyboardInterrupt:
         status = 130
+    gc.freeze()  # else the interpreter would look at every object before it ends: 0.9 s after a training
     sys.exit(status)
 
 

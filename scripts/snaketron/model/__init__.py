@@ -4,8 +4,11 @@ Importing anything below this package first prepares megatron-core for the machi
 `megatron.replacements` puts everything in its place. Without that megatron-core needs a GPU.
 """
 
-from snaketron.model import backend as backend
-from snaketron.model.megatron import quiet, replacements
+from snaketron.model.megatron import quiet
 
+quiet.silence()
 with quiet.light_import():
+    from snaketron.model import backend as backend
+    from snaketron.model.megatron import replacements
+
     replacements.apply(backend.MACHINE)

@@ -12,11 +12,11 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snaketron.config import Model, Optimizer
 from snaketron.log import UserError
-from snaketron.model.megatron import quiet, replacements
+from snaketron.model.megatron import replacements
 from snaketron.settings.training import RunSettings, TrainSettings
 from snaketron.sizes.layout import layout
 
@@ -28,22 +28,21 @@ Schedule = Callable[..., list[Any]]
 
 MACHINE: replacements.Machine = "GPU" if HAS_GPU else "CPU"
 
-quiet.silence()
 if HAS_GPU:
     from snaketron.model.megatron import gpu
 
     gpu.set_environment()
 replacements.prepare(MACHINE)
-if not HAS_GPU and "megatron.core" in sys.modules:
-    torch.compiler.set_stance("force_eager")  # too late to leave the compiler out, not to leave it unused
-with quiet.light_import():
-    if HAS_GPU:
-        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as _stack_spec
-    else:
-        from snaketron.model.megatron.cpu import keep_freed_memory
-        from snaketron.model.megatron.cpu_layers import hybrid_stack_spec as _stack_spec
+if HAS_GPU:
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as _stack_spec
+else:
+    if "megatron.core" in sys.modules:
+        torch.compiler.set_stance("force_eager")  # too late to leave the compiler out, not to leave it unused
+    from snaketron.model.megatron.cpu import keep_freed_memory
+    from snaketron.model.megatron.cpu_layers import hybrid_stack_spec as _stack_spec
 
-        keep_freed_memory()
+    keep_freed_memory()
+if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
 

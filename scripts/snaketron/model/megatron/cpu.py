@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -142,6 +143,13 @@ class FusedAdam(torch.optim.Optimizer):
     megatron-core's distributed optimizer cannot resume torch.optim.AdamW: that has no state before its
     first step, and after loading all parameters would share one `step` tensor.
     """
+
+    # As they are below the decorator that would import torch's compiler at the first call (0.6 s) to switch
+    # it off: nothing is compiled here.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(
         self,

@@ -1,5 +1,8 @@
 """What stands in for a GPU and for Transformer Engine's optimizer, against torch."""
 
+import subprocess
+import sys
+
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.model import backend
 
@@ -46,3 +49,18 @@ def test_cuda_means_cpu_to_megatron_and_to_nobody_else():
     assert torch.cuda.current_device() == "cpu"
     with pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(1, device="cuda")
+
+
+IMPORTED = """
+import gc, sys, snaketron.model, torch
+from snaketron.model.megatron.cpu import FusedAdam
+adam = FusedAdam([torch.nn.Parameter(torch.ones(2))], lr=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
+adam.zero_grad(), adam.step(), adam.load_state_dict(adam.state_dict())
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+sys.exit(" ".join({"torch._dynamo", "tensorboard", "wandb"} & set(sys.modules)) or 0)
+"""
+
+
+def test_a_training_imports_no_compiler_and_no_tracker():
+    """Each takes half a second or more, in every process. Garbage is collected again after the import."""
+    subprocess.run([sys.executable, "-c", IMPORTED], check=True)
