@@ -87,7 +87,7 @@ except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 
 
-swift.remember_signatures()
+swift.remember()
 published.keep_links()
 reasons.tell_changes(graph.config)
 unknown.tell_errors()

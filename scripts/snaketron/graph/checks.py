@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def check_files(
         text: the raw files of each shard of each corpus.
         conversations: those of each source of conversations.
     """
-    identity = _Identity(lock)
+    identity = functools.cache(_Identity(lock))  # a corpus is in the blends of several phases
     corpora: Sources = {c.name: (f"corpora[{i}]", c) for i, c in enumerate(config.corpora)}
     chats: Sources = {c.name: (f"chats[{i}]", c) for i, c in enumerate(config.chats)}
     problems = [

@@ -38,6 +38,7 @@ class RawFiles:
         self._workflow, self._data = workflow, data
         self._hashes = _Hashes(hashes)
         self._records: dict[str, tuple[Record, os.stat_result] | None] = {}
+        self._names: dict[str, set[str]] = {}  # of each directory of records what it holds
         self._forced: set[str] = set()  # rules that run again for a changed directory
 
     def seen_by(self, record: str, files: Iterable[str]) -> list[str]:
@@ -53,7 +54,7 @@ class RawFiles:
         inputs = {entry.path: entry for entry in made[0].inputs} if made else {}
         marked = []
         for file in files:
-            entry = None if SAMPLE.fullmatch(file) else inputs.get(str(Path(file)))
+            entry = inputs.get(str(Path(file))) if inputs and not SAMPLE.fullmatch(file) else None
             if made and entry:
                 if self.unchanged(entry, made[1]):
                     file = ancient(file)
@@ -97,9 +98,19 @@ class RawFiles:
     def _read(self, record: str) -> tuple[Record, os.stat_result] | None:
         if record not in self._records:
             path, self._records[record] = self._data / record, None
-            with contextlib.suppress(UserError, OSError):
-                self._records[record] = read(path), path.stat()
+            if path.name in self._beside(record):
+                with contextlib.suppress(UserError, OSError):
+                    self._records[record] = read(path), path.stat()
         return self._records[record]
+
+    def _beside(self, record: str) -> set[str]:
+        """The names in the directory of a record: most records of a new recipe are not there."""
+        directory = record.rpartition("/")[0]
+        if directory not in self._names:
+            self._names[directory] = set()
+            with contextlib.suppress(OSError):
+                self._names[directory] = {entry.name for entry in os.scandir(self._data / directory)}
+        return self._names[directory]
 
 
 class _Hashes:

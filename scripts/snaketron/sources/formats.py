@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 _COMPRESSED = ("", ".gz", ".zst", ".bz2", ".xz")
 SUFFIXES = (
     *(kind + compressed for kind in (".jsonl", ".ndjson", ".json") for compressed in _COMPRESSED),
     *(".parquet", ".arrow"),
 )
 READABLE = ".jsonl, .ndjson or .json (also .gz, .zst, .bz2 or .xz), .parquet or .arrow"
+_END = re.compile(f"(?:{'|'.join(map(re.escape, SUFFIXES))})\\Z")
 # Names of downloaded files. A name has no point before its suffix, so FILE.json, a record, never matches.
 DOWNLOADED = r"[a-z0-9_]+\.(?:(?:jsonl?|ndjson)(?:\.(?:gz|zst|bz2|xz))?|parquet|arrow)"
 
 
 def suffix_of(path: str) -> str:
     """The one of `SUFFIXES` that a path ends in; "" for a file that cannot be read."""
-    lower = path.lower()
-    return max((suffix for suffix in SUFFIXES if lower.endswith(suffix)), key=len, default="")
+    found = _END.search(path.lower())  # the first that is found is the longest
+    return found[0] if found else ""
 
 
 def without_suffix(path: str) -> str:
