@@ -59,6 +59,15 @@ def of_last_run(logs: Path = Path(".snakemake/log")) -> list[Path]:
         with log.open(errors="replace") as lines:
             for line in itertools.islice(lines, 40):
                 if found := re.match(r"\s*Config file\(s\): (\[.*\])", line):
-                    files = [Path(file) for file in ast.literal_eval(found[1])]
-                    return [file for file in files if file != DEFAULT_CONFIG]
+                    return [file for file in _named(found[1]) if file != DEFAULT_CONFIG]
     return []
+
+
+def _named(files: str) -> list[Path]:
+    """The files of such a line.
+
+    >>> _named("[PosixPath('/run/my.yaml'), 'config/config.yaml']")
+    [PosixPath('/run/my.yaml'), PosixPath('config/config.yaml')]
+    """
+    nodes = [node for node in ast.walk(ast.parse(files, mode="eval")) if isinstance(node, ast.Constant)]
+    return [Path(str(node.value)) for node in sorted(nodes, key=lambda node: node.col_offset)]
