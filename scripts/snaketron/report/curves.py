@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
-from snaketron.report.blocks import Block, Figure, Figures, Listing, Part, Text
+from snaketron.report.blocks import Block, Figure, Figures, Listing, Part, Text, number
 from snaketron.report.charts import Curve, draw
+from snaketron.report.measured import across
 from snaketron.report.runs import Run, Stage
 
 # The drawings of a training in their order: its title, and its metrics with what they are called.
@@ -39,6 +41,7 @@ def _of_training(name: str, runs: Sequence[Run]) -> Part:
     found = {run.name: stage for run in runs if (stage := run.stage(name))}
     figures = [figure for title in CHARTS if (figure := _chart(name, title, found, len(runs) > 1))]
     blocks: list[Block] = [Figures(figures)] if figures else [Text("It has no metrics yet.", attention=True)]
+    blocks += _by_source(name, runs)
     for run, stage in found.items():
         if warnings := warnings_of(stage):
             of_run = f" of {run}" if len(runs) > 1 else ""
@@ -56,14 +59,48 @@ def warnings_of(stage: Stage) -> list[str]:
     ]
 
 
+def _by_source(name: str, runs: Sequence[Run]) -> list[Block]:
+    """The losses of each corpus or source before, after and on the test split, where there are several."""
+
+    def rows(run: Run) -> list[list[str]]:
+        stage, tokens = run.stage(name), Counter[str]()
+        for line in stage.lines if stage else ():
+            tokens.update({one: said["trained_tokens"] for one, said in line.get("sources", {}).items()})
+        if stage is None or len(tokens) < 2:
+            return []
+        return [
+            [one, *_losses(stage, one), f"{n:,}", f"{n / tokens.total():.1%}"] for one, n in tokens.items()
+        ]
+
+    header = [_word(name), "validation loss before", "after", "test loss", "trained tokens", "share"]
+    return across(f"Loss by {_word(name)}", header, runs, rows)
+
+
+def _losses(stage: Stage, source: str) -> list[str]:
+    """Of the first and the last validation, and of the test."""
+
+    def losses(key: str) -> list[float]:
+        return [line[key][source] for line in stage.lines if source in line.get(key, {})]
+
+    valid, test = losses("valid_sources"), losses("test_sources")
+    found = valid[0] if valid else None, valid[-1] if len(valid) > 1 else None, test[-1] if test else None
+    return [number(loss) for loss in found]
+
+
+def _word(name: str) -> str:
+    """What the parts of the data of a training are called."""
+    return "corpus" if name.startswith("pretrain") else "source"
+
+
 def _chart(name: str, title: str, found: dict[str, Stage], several: bool) -> Figure | None:
     curves = []
-    for number, (run, stage) in enumerate(found.items()):
+    for run_place, (run, stage) in enumerate(found.items()):
         for place, (key, label) in enumerate(_metrics(title, stage).items()):
             points = _points(stage, key)
             called = ": ".join(word for word in (run if several else "", label) if word)
-            colour = number if several else place
+            colour = run_place if several else place
             curves.append(Curve(called, points, colour, place, dots=key.startswith(FEW) or len(points) < 4))
+    title = title.replace("source", _word(name))
     figure = draw(title, curves)
     return figure and Figure(title, f"{name}, {figure.alt}", figure.svg)
 

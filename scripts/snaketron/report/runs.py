@@ -157,7 +157,7 @@ def read_run(
         ),
         data=data,
         records=records,
-        evaluations=_read_evaluations(at["eval"], trouble),
+        evaluations=_read_evaluations(at["eval"], [stage.name for stage in stages], trouble),
         running=running,
         plan=plan,
         trouble=trouble,
@@ -278,12 +278,14 @@ def _record(path: Path) -> Record | None:
         return None  # a blend or a tokenizer
 
 
-def _read_evaluations(root: Path, trouble: list[str]) -> dict[str, dict[str, Any]]:
+def _read_evaluations(root: Path, order: list[str], trouble: list[str]) -> dict[str, dict[str, Any]]:
+    """Evaluations by checkpoint: trainings in their order, then what was merged."""
     found = {}
-    for path in sorted([*root.glob("*.json"), *root.glob("pretrain/*.json")]):
+    for path in sorted([*root.glob("*.json"), *root.glob("pretrain/*.json"), *root.glob("merged/*.json")]):
         try:
             value = read_json(path)
             found[value["stage"]] = value
         except (OSError, ValueError, KeyError, TypeError) as error:
             trouble.append(f"{path} cannot be read: {error}")
-    return found
+    names = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+    return {name: found[name] for name in names}

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from snaketron import files
+from snaketron.report.blocks import Figures, Table
+from snaketron.report.curves import curves_part
 from snaketron.report.overview import missing
 from snaketron.report.runs import Run, read_run
 
+import orjson
 import pytest
 
 PLAN = {
@@ -69,6 +72,34 @@ def test_the_lock_of_the_directory_counts_unless_the_workflow_makes_the_page(job
         assert files.lock(file)
         assert read(tmp_path).state == "running"
         assert read(tmp_path, alone=True).state == "failed"
+
+
+def test_losses_by_corpus_are_before_after_and_tested(training, tmp_path: Path):
+    """Of 400 trained tokens 300 are code."""
+    directory = training("pretrain/broad", steps=0)
+    corpora = {name: {"loss": 5.0, "trained_tokens": n} for name, n in (("docs", 50), ("code", 150))}
+    lines = [{"iteration": i, "valid_sources": {"docs": 7.0 - i, "code": 6.0 - i}} for i in (0, 1, 2)]
+    lines += [{"iteration": i, "loss": 5.0, "sources": corpora} for i in (1, 2)]
+    lines.append({"iteration": 2, "test_sources": {"docs": 5.5, "code": 4.25}})
+    (directory / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    blocks = curves_part([read(tmp_path)]).parts[0].blocks
+    (table,) = (block for block in blocks if isinstance(block, Table))
+    assert [table.caption, *table.rows] == [
+        "Loss by corpus",
+        ["docs", "7.0000", "5.0000", "5.5000", "100", "25.0%"],
+        ["code", "6.0000", "4.0000", "4.2500", "300", "75.0%"],
+    ]
+    (drawn,) = (block for block in blocks if isinstance(block, Figures))
+    titles = ["Loss (nats a token)", "Loss by corpus, training", "Loss by corpus, validation"]
+    assert [figure.title for figure in drawn.figures] == titles
+
+
+def test_evaluations_are_in_the_order_of_the_trainings(training, tmp_path: Path):
+    for stage in ("pretrain/broad", "sft", "lora"):
+        training(stage)
+    for name in ("lora", "merged/broad", "pretrain/broad", "sft"):
+        files.write_json(tmp_path / f"eval/{name}.json", {"stage": name})
+    assert [*read(tmp_path).evaluations] == ["pretrain/broad", "sft", "lora", "merged/broad"]
 
 
 def test_a_metric_that_is_being_written_is_left_out(training, tmp_path: Path):
