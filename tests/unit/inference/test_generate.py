@@ -6,16 +6,19 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Adapters
 from snaketron.inference.decoder import decoding
 from snaketron.inference.generate import Sampling, choose, continuation, generate
+from snaketron.inference.score import Scores, score
 from snaketron.model import lora
 from snaketron.model.build import BuiltModel, build_model
 from snaketron.model.distributed import distributed
 from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
 from tests.ranks import on_two_ranks
 
+import numpy as np
 import pytest
 import torch
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6], [200, 100]]
+TEXTS = [ids for ids in PROMPTS if len(ids) > 1]  # the first token of a text has no score
 
 
 @pytest.fixture
@@ -121,9 +124,11 @@ def test_the_model_is_as_before_afterwards(built):
     assert torch.equal(logits(built, PROMPTS[2]), before)
 
 
-def _answers(settings: TrainSettings, run: RunSettings) -> list[list[int]]:
+def _answers(settings: TrainSettings, run: RunSettings) -> tuple[list[list[int]], list[Scores]]:
     with distributed(1, run):
-        return generate(build_model(settings, run, 256), PROMPTS, stop=[], max_tokens=4, batch_size=3)
+        built = build_model(settings, run, 256)
+        answers = generate(built, PROMPTS, stop=[], max_tokens=4, batch_size=3)
+        return answers, score(built, TEXTS, batch_size=3)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +141,11 @@ def _answers(settings: TrainSettings, run: RunSettings) -> list[list[int]]:
     ],
     ids=["tp", "ep", "pp", "cp"],
 )
-def test_two_processes_generate_what_one_does(built, settings, layout):
-    expected = generate(built, PROMPTS, stop=[], max_tokens=4)
-    assert on_two_ranks(_answers, *settings(parallel=layout)) == [expected, expected]
+def test_two_processes_generate_what_one_does_and_give_the_same_scores(built, settings, layout):
+    """An evaluation consists of both: losses and tasks are made of scores, exact matches of answers."""
+    expected, scores = generate(built, PROMPTS, stop=[], max_tokens=4), score(built, TEXTS)
+    for answers, found in on_two_ranks(_answers, *settings(parallel=layout)):
+        assert answers == expected
+        for here, there in zip(found, scores, strict=True):
+            np.testing.assert_allclose(here.nats, there.nats, rtol=1e-5)
+            assert here.likeliest.tolist() == there.likeliest.tolist()
