@@ -38,7 +38,7 @@ from snaketron.graph.submission import check_submission
 from snaketron.jobs import inventory, status
 from snaketron.sources import registered
 from snaketron.sources.formats import DOWNLOADED
-from snaketron.sources.models import MODEL_FILE
+from snaketron.sources.models import MODEL_FILE, TASK_FILE
 from snaketron.tracking import notify
 
 SPLITS = ("train", "valid", "test")

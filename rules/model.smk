@@ -105,6 +105,7 @@ rule evaluate:
         checkpoint="<ckpt>/{stage}",
         text=expand("<data>/pretrain/{phase}/blend.json", phase=graph.training.phases),
         chats="<data>/sft/blend.json",
+        tasks=graph.training.task_data,
     output:
         "<eval>/{stage}.json",
     log:

@@ -47,3 +47,33 @@ rule download_model:
         "python scripts/download.py --address {resources.address:q} --size {params.size:q}"
         " --sha256 {params.sha256:q} --name {wildcards.owner:q}/{wildcards.model:q}/{wildcards.file:q}"
         " --output {output.file:q} --record {output.record:q} --log-file {log:q}"
+
+
+rule download_task_data:
+    """Download one file of a data set that a task of the evaluation asks from, as rule download does.
+
+    The record lies in a hidden directory: whoever reads the data set takes all files that are not hidden.
+    """
+    output:
+        file="<data>/hub/datasets/{owner}/{dataset}@{commit}/{file}",
+        record="<data>/hub/datasets/{owner}/{dataset}@{commit}/.records/{file}.json",
+    log:
+        "<logs>/download_task_data/{owner}/{dataset}@{commit}/{file}.log",
+    benchmark:
+        "<benchmarks>/download_task_data/{owner}/{dataset}@{commit}/{file}.tsv"
+    wildcard_constraints:
+        owner=r"[^/]+",
+        dataset=r"[^/@]+",
+        commit=r"[^/@]+",
+        file=TASK_FILE,
+    resources:
+        address=graph.download_address,
+        download_mb=graph.download_mb,
+        downloads=1,
+    params:
+        size=graph.download_size,
+        sha256=graph.download_sha256,
+    shell:
+        "python scripts/download.py --address {resources.address:q} --size {params.size:q}"
+        " --sha256 {params.sha256:q} --name {wildcards.owner:q}/{wildcards.dataset:q}/{wildcards.file:q}"
+        " --output {output.file:q} --record {output.record:q} --log-file {log:q}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import signal
 import sys
@@ -19,7 +20,11 @@ from tests.end_to_end.processes import run_until
 from tests.fake_hub import FakeHub
 from tests.faulty_server import Fault
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 TEXT = "".join(f'{{"text": "Document {i}, of a corpus that lies elsewhere."}}\n' for i in range(20_000))
 PARTS = {f"data/train-0000{i}-of-00002.jsonl.gz": gzip.compress(TEXT.encode(), 0, mtime=i) for i in range(2)}
@@ -31,6 +36,12 @@ corpora:
 """
 TARGETS = [f"data/tokens/web/train_0000{i}_of_00002.json" for i in range(2)]
 FILES = [f"data/raw/web/train_0000{i}_of_00002.jsonl.gz" for i in range(2)]
+
+
+def pq_bytes(table: pa.Table) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -108,6 +119,28 @@ def test_of_another_commit_only_what_changed_is_fetched(web: Workspace, hub: Fak
     assert web.snakemake(*FILES).jobs == {"download": 1}
     assert (web.path / FILES[1]).read_bytes() == b"other"
     assert [r.path for r in hub.requests if r.path.startswith("/store/")] == [hub.store(b"other")]
+
+
+def test_the_data_of_a_task_is_fetched_by_a_rule_and_read_like_any_directory(web: Workspace, hub: FakeHub):
+    """Where the records of the downloads lie, the library of data sets does not take them for data."""
+    rows = {"test": [{"question": "Who?"}], "dev": [{"question": "Where?"}, {"question": "When?"}]}
+    files = {
+        f"one/{split}-00000-of-00001.parquet": pq_bytes(pa.Table.from_pylist(of))
+        for split, of in rows.items()
+    }
+    listed = [{"split": split, "path": f"one/{split}-*"} for split in rows]
+    card = yaml.safe_dump({"configs": [{"config_name": "one", "data_files": listed}]})
+    commit = hub.commit("lab/quiz", files | {"README.md": f"---\n{card}---\n".encode()})
+    web.write("corpora.yaml", CORPORA + "eval: {tasks: [{name: mmlu_anatomy, data: lab/quiz}]}\n")
+    lock(web, "--source", "datasets/lab/quiz")
+    planned = web.snakemake("-n", "eval/sft.json")
+    assert planned.status == 0 and planned.jobs["download_task_data"] == 3, planned.output
+    directory = web.path / f"data/hub/datasets/lab/quiz@{commit}"
+    made = web.snakemake(*(str(directory.relative_to(web.path) / name) for name in (*files, "README.md")))
+    assert made.status == 0 and made.jobs == {"download_task_data": 3}, made.output[-5000:]
+    for split, of in rows.items():
+        found = datasets.load_dataset(str(directory), "one", split=split, cache_dir=str(web.path / "cache"))
+        assert found.to_list() == of
 
 
 def test_a_tokenizer_of_the_hub_is_fetched_by_rules_and_needs_no_network_after_them(

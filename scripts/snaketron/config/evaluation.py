@@ -15,7 +15,8 @@ class Task(Section):
     num_fewshot: Count | None = key(None, "solved examples before each question; null: what the task says")
     data: str | None = key(
         None,
-        "directory with the task's data set, as downloaded from the hub; null: the task's own files",
+        "its data set: a directory as it is downloaded from the hub, or OWNER/NAME or OWNER/NAME@REVISION of "
+        "the hub, which lock_sources pins; null: the task's own files, or the cache of the hub",
     )
 
 

@@ -18,7 +18,7 @@ from snaketron.huggingface.names import megatron_tensors, tensors
 from snaketron.log import UserError
 from snaketron.settings.training import FREE, model_differences
 from snaketron.sources.lockfile import Lock
-from snaketron.sources.models import HubModel, base_keys, base_model
+from snaketron.sources.models import HubRepository, base_keys, base_model
 
 import yaml
 
@@ -30,7 +30,7 @@ class Base(NamedTuple):
 
     path: str  # as it is configured
     keys: tuple[str, ...]
-    hub: HubModel | None
+    hub: HubRepository | None
 
     @property
     def name(self) -> str:

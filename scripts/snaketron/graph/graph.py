@@ -22,7 +22,7 @@ from snaketron.settings.text import read_settings, tokenize_settings
 from snaketron.sizes.checks import check_trainings
 from snaketron.sources.local import unread
 from snaketron.sources.lockfile import LockedFile, read_lock
-from snaketron.sources.models import tokenizer_model
+from snaketron.sources.models import task_data, tokenizer_model
 from snaketron.sources.shards import shards, to_download
 
 REPORT = "report/report.html"
@@ -293,6 +293,11 @@ class Graph:
         return math.ceil(self._locked_file(wildcards).size / 1e6)
 
     def _locked_file(self, wildcards: Any) -> LockedFile:
-        """A file of a source, or of a hub model: its wildcards are owner and model."""
-        model = getattr(wildcards, "model", None)
-        return self.lock.file(f"{wildcards.owner}/{model}" if model else wildcards.source, wildcards.file)
+        """A file of a source, of a model of the hub, or of the data of a task; the wildcards say which."""
+        if source := getattr(wildcards, "source", None):
+            return self.lock.file(source, wildcards.file)
+        if model := getattr(wildcards, "model", None):
+            return self.lock.file(f"{wildcards.owner}/{model}", wildcards.file)
+        place = f"datasets/{wildcards.owner}/{wildcards.dataset}@{wildcards.commit}"
+        known = {data.place(self.lock): data.name for data in task_data(self.config).values()}
+        return self.lock.file(find("data set of a task", place, known), wildcards.file)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from snaketron.sizes.checks import check_requested
 from snaketron.sizes.layout import layout, resources
 from snaketron.sizes.limits import Limits
 from snaketron.sizes.memory import conversion_memory
+from snaketron.sources.models import task_data
 
 
 class TrainingGraph:
@@ -44,6 +45,10 @@ class TrainingGraph:
     @property
     def last_phase(self) -> str:
         return self.phases[-1]
+
+    def task_data(self, _wildcards: Any) -> list[str]:
+        """The files of the data sets that the tasks of an evaluation take from the hub."""
+        return [path for data in task_data(self.config).values() for path in data.files(self.bases.lock)]
 
     # Params: a change runs the job again.
 
@@ -94,9 +99,12 @@ class TrainingGraph:
 
     def eval_settings(self, wildcards: Any) -> str:
         """What defines the evaluation of a checkpoint; `ConfigError` where the data of a task is not here."""
-        if problems := list(missing_tasks(self.config.eval)):
+        of_hub = task_data(self.config)
+        if problems := list(missing_tasks(self.config.eval, of_hub)):
             raise ConfigError("\n".join(problems))
-        return eval_settings(self.config, wildcards.stage).model_dump_json()
+        root = self.config.pathvars.get("data", "data")
+        downloaded = {name: f"{root}/hub/{data.place(self.bases.lock)}" for name, data in of_hub.items()}
+        return eval_settings(self.config, wildcards.stage, downloaded).model_dump_json()
 
     def eval_resources(self) -> dict[str, Any]:
         """What an evaluation asks Slurm for, and how it is run."""
@@ -119,11 +127,11 @@ class TrainingGraph:
         return [training for training in self.config.trainings() if training.section == rule]
 
 
-def missing_tasks(section: Evaluation) -> Iterator[str]:
+def missing_tasks(section: Evaluation, downloaded: Container[str] = ()) -> Iterator[str]:
     """The directories of tasks and of their data that are not there, or hold nothing, a line each.
 
-    A task without a directory is not looked for: its data may lie in the cache of the hub, or where its own
-    YAML says.
+    A task without a directory is not looked for: its data is `downloaded` before, may lie in the cache of the
+    hub, or where its own YAML says.
     """
     own, data = "name the directory of your own tasks", "download the data set on a machine with a network"
     named = [
@@ -132,7 +140,7 @@ def missing_tasks(section: Evaluation) -> Iterator[str]:
     named += [
         (f"eval.tasks[{i}].data", task.data, f" of {task.name}", data)
         for i, task in enumerate(section.tasks)
-        if task.data is not None
+        if task.data is not None and task.data not in downloaded
     ]
     for at, path, of, advice in named:
         if not Path(path).is_dir():

@@ -21,6 +21,7 @@ RULES: dict[str, tuple[int, tuple[str, ...], str]] = {
     "sample_chat": (2, (), "sample"),
     "download": (0, (), "raw"),
     "download_model": (2, (), "raw"),
+    "download_task_data": (2, (), "raw"),
     "build_tokenizer": (1, ("sample_corpus", "download", "download_model"), "tokenizer"),
     "install_chat_template": (2, ("download_model",), "chat_template"),
     "filter_shard": (0, ("sample_corpus", "download", "build_tokenizer"), "filtered"),
@@ -55,7 +56,7 @@ RULES: dict[str, tuple[int, tuple[str, ...], str]] = {
     "lora": (1, ("pretrain", "import_base", "register_checkpoint", "blend_sft"), "checkpoint"),
     "export_adapters": (0, ("lora",), ""),
     "merge_lora": (1, ("lora",), "checkpoint"),
-    "evaluate": (2, ("sft", "lora"), ""),
+    "evaluate": (2, ("sft", "lora", "download_task_data"), ""),
     "export_hf": (0, ("sft", "merge_lora"), ""),
 }
 

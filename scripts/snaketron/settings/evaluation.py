@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from snaketron.config import Config, Section
 from snaketron.config.evaluation import Task
 from snaketron.settings.training import RunSettings
@@ -22,10 +24,18 @@ class EvalSettings(Section):
     batch_size: int
 
 
-def eval_settings(config: Config, stage: str) -> EvalSettings:
-    """What defines the evaluation of <ckpt>/`stage`."""
+def eval_settings(config: Config, stage: str, downloaded: Mapping[str, str]) -> EvalSettings:
+    """What defines the evaluation of <ckpt>/`stage`.
+
+    Args:
+        downloaded: the directories of data sets of the hub, by the `data` of the tasks that use them.
+    """
     section = config.eval
     values = {key: getattr(section, key) for key in EvalSettings.model_fields if key != "stage"}
+    values["tasks"] = [
+        task.model_copy(update={"data": downloaded.get(task.data, task.data)}) if task.data else task
+        for task in section.tasks
+    ]
     return EvalSettings(stage=stage, **values)
 
 

@@ -13,7 +13,7 @@ from snaketron.config import Hub
 from snaketron.log import UserError
 from snaketron.sources.addresses import Found, list_files, readable
 from snaketron.sources.formats import READABLE
-from snaketron.sources.models import MODEL_FILE, HubModel
+from snaketron.sources.models import MODEL_FILE, TASK_FILE, HubRepository
 from snaketron.sources.patience import Patience, ask
 
 _AT_A_TIME = 100  # paths of one question to the hub
@@ -93,23 +93,28 @@ def list_hub_address(
     return commit, readable(files, at)
 
 
-def list_model(model: HubModel, patience: Patience) -> tuple[str, list[Found]]:
-    """The commit of a model, and the files in its root that a tokenizer or a checkpoint may have."""
+def list_repository(model: HubRepository, patience: Patience) -> tuple[str, list[Found]]:
+    """The commit of a repository, and the files that are used of its kind.
+
+    Of a model they are those in its root that a tokenizer or a checkpoint may have; of a data set those that
+    hold rows, and the README.md that says which configuration has which.
+    """
     from huggingface_hub import HfApi
 
-    repository, revision, at = model.request["model"], model.request["revision"], model.where
-    commit = _commit(repository, revision, at, patience, kind="model")
+    repository, revision, at = model.request[model.kind], model.request["revision"], model.where
+    commit = _commit(repository, revision, at, patience, kind=model.kind)
     names = ask(
-        lambda: HfApi().list_repo_files(repository, revision=commit),
+        lambda: HfApi().list_repo_files(repository, revision=commit, repo_type=model.kind),
         at=at,
         what=repository,
         patience=patience,
         long=True,
     )
-    paths = sorted(name for name in names if re.fullmatch(MODEL_FILE, name))
+    used = MODEL_FILE if model.kind == "model" else TASK_FILE
+    paths = sorted(name for name in names if re.fullmatch(used, name))
     if not any(model.wanted.fullmatch(path) for path in paths):
         raise UserError(f"{at}: {repository} at {revision} has none of the files that are needed")
-    return commit, _described(repository, commit, paths, at, patience, kind="model")
+    return commit, _described(repository, commit, paths, at, patience, kind=model.kind)
 
 
 def _commit(repository: str, revision: str, at: str, patience: Patience, kind: str = "dataset") -> str:

@@ -16,9 +16,9 @@ from snaketron.log import UserError, logger
 from snaketron.sources.addresses import Found, list_address
 from snaketron.sources.formats import suffix_of, without_suffix
 from snaketron.sources.hashes import Known, hash_files
-from snaketron.sources.hub import list_hub, list_hub_address, list_model
+from snaketron.sources.hub import list_hub, list_hub_address, list_repository
 from snaketron.sources.lockfile import Lock, enough, lock_text, read_lock, remote, request
-from snaketron.sources.models import HubModel, hub_models
+from snaketron.sources.models import HubRepository, hub_repositories
 from snaketron.sources.patience import Patience
 from snaketron.wording import plural, size_text
 
@@ -75,9 +75,9 @@ def _tasks(config: Config, lock: Lock, update: bool, patience: Patience) -> dict
     for name, (where, source) in remote(config).items():
         make = functools.partial(_source_entry, source, where, known, update, patience)
         tasks[name] = Task(lock.sources, request(source), make, functools.partial(_enough, source))
-    for model in hub_models(config):
+    for model in hub_repositories(config):
         make = functools.partial(_model_entry, model, known, patience)
-        tasks[model.path] = Task(lock.models, model.request, make, lambda _: True)
+        tasks[model.name] = Task(lock.models, model.request, make, lambda _: True)
     return tasks
 
 
@@ -127,9 +127,9 @@ def _list_source(
     return commits.pop() if len(commits) == 1 else None, list(found)[:limit]
 
 
-def _model_entry(model: HubModel, known: Known, patience: Patience, _old: Any) -> dict[str, Any]:
-    commit, found = list_model(model, patience)
-    whole = hash_files(model.path, found, known, patience)
+def _model_entry(model: HubRepository, known: Known, patience: Patience, _old: Any) -> dict[str, Any]:
+    commit, found = list_repository(model, patience)
+    whole = hash_files(model.name, found, known, patience)
     return {"revision": commit, "files": _listed([file.path for file in found], whole)}
 
 

@@ -22,9 +22,6 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SECRET = re.compile(r"(?i)signature|token|secret|password|passwd|credential|api_?key|access_?key|^sig$")
 
 
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # of any model
-
-
 class LockedFile(NamedTuple):
     """A file that lies elsewhere, as it was when it was listed."""
 
@@ -41,6 +38,7 @@ class Lock:
     An entry is {"request": what was asked for, "revision": the commit or null, "files": [{"name",
     "address", "size", "sha256"}]}. Files whose service tells no hash have an "etag", too. "max_files" says
     that only so many files were listed. Sources are found by their names, models by OWNER/NAME[@REVISION].
+    `models` has the data sets of tasks, too, by datasets/OWNER/NAME[@REVISION].
     """
 
     def __init__(
@@ -88,21 +86,10 @@ class Lock:
         else:
             return
         said = f"{where} ({source.name}): {problem}. List them, and commit it:\n  {self.command}"
-        if entry is not None or not self._assume(source.name, ("unlisted.jsonl",), said):
+        if entry is not None or not self.assume(source.name, ("unlisted.jsonl",), said):
             raise ConfigError(said)
 
-    def check_model(self, model: str, asked: dict[str, str], where: str) -> None:
-        """Raise `ConfigError` unless a hub model was listed as it is configured now."""
-        entry = self.models.get(model)
-        if entry is None or entry["request"] != asked:
-            said = (
-                f"{where}: {model} is no directory here, and as a model of the hub it is not listed in "
-                f"{self.path} yet. Correct it, or list it, and commit the file:\n  {self.command}"
-            )
-            if entry is not None or not self._assume(model, MODEL_FILES, said):
-                raise ConfigError(said)
-
-    def _assume(self, owner: str, names: Sequence[str], said: str) -> bool:
+    def assume(self, owner: str, names: Sequence[str], said: str) -> bool:
         """Take files of these names for those that are not listed; False where nothing is assumed."""
         if self.assuming:
             self._files[owner] = {name: LockedFile(name, "", 0, "") for name in names}

@@ -18,7 +18,7 @@ from snaketron.sources import registered
 from snaketron.sources.formats import READABLE, suffix_of, without_suffix
 from snaketron.sources.local import SAMPLE, list_files
 from snaketron.sources.lockfile import Lock, LockedFile, check_addresses, remote, request
-from snaketron.sources.models import hub_models
+from snaketron.sources.models import hub_repositories
 from snaketron.wording import plural, size_text
 
 _LONGEST_NAME = 238  # bytes: a file system takes 255, and the job writes .NAME.parquet.partial
@@ -160,11 +160,13 @@ def to_download(config: Config, lock: Lock) -> str | None:
     used: dict[str, tuple[Path, list[LockedFile]]] = {}
     for name, (_, source) in remote(config).items():
         used[name] = root / "raw" / name, list(itertools.islice(lock.files(name).values(), source.max_files))
-    for model in hub_models(config):
-        used[model.path] = root / "hub" / model.path, model.listed(lock)
+    for model in hub_repositories(config):
+        # An evaluation that is not asked for needs no list of its data.
+        if model.kind == "model" or model.name in lock.models:
+            used[model.name] = root / "hub" / model.place(lock), model.listed(lock)
     missing = []
     for name, (directory, listed) in used.items():
-        here = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+        here = {str(p.relative_to(directory)) for p in directory.rglob("*")} if directory.is_dir() else set()
         files = [file for file in listed if file.name not in here and file.sha256]  # "": only assumed
         if files:
             count = plural(len(files), "file")

@@ -95,6 +95,20 @@ def test_lora_that_does_not_fit_is_refused_only_when_it_is_to_run():
         asked(job())
 
 
+def test_a_task_is_told_the_directory_that_its_data_is_downloaded_to(tmp_path: Path):
+    config = load({"eval": {"tasks": [{"name": "mmlu", "data": "lab/quiz"}, {"name": "own"}]}}, {})
+    lock = Lock(tmp_path / "lock.json", {})
+    asked = TrainingGraph(config, BaseGraph(config, lock))
+    with pytest.raises(ConfigError, match=r"eval\.tasks\[0\]\.data: lab/quiz is no directory here"):
+        asked.eval_settings(SimpleNamespace(stage="sft"))
+    request = {"dataset": "lab/quiz", "revision": "main"}
+    file = {"name": "one/test.parquet", "address": "", "size": 1, "sha256": "00"}
+    lock.models["datasets/lab/quiz"] = {"request": request, "revision": "abc", "files": [file]}
+    settings = json.loads(asked.eval_settings(SimpleNamespace(stage="sft")))
+    assert [task["data"] for task in settings["tasks"]] == ["data/hub/datasets/lab/quiz@abc", None]
+    assert asked.task_data(None) == ["<data>/hub/datasets/lab/quiz@abc/one/test.parquet"]
+
+
 def test_data_of_tasks_that_is_not_here_is_named_at_once(tmp_path: Path):
     """One has its data, one is given none, which may be in the cache of the hub."""
     (tmp_path / "empty").mkdir()

@@ -149,11 +149,26 @@ DATA_SETS = {
 }
 
 
+_ASKED = {"question": "jumps?", "ctx_a": "The fox", "question_stem": "The fox", "sentence": "The fox met"}
+
+
+class Listening(DummyLM):
+    """Answers at random, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contexts: list[str] = []
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self.contexts += [request.args[0] for request in requests]
+        return super().loglikelihood(requests, disable_tqdm)
+
+
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_tasks_and_groups_read_a_directory_as_it_is_downloaded(tmp_path: Path, name: str):
     """The README.md of a data set says which files a configuration has."""
     row, configurations, splits = DATA_SETS[name]
-    asked = next(key for key in ("question", "ctx", "question_stem", "sentence") if key in row)
+    asked = next(key for key in _ASKED if key in row)
     rows = [row | {asked: f"{number}. {row[asked]}"} for number in range(6)]
     listed = []
     for configuration in configurations:
@@ -164,9 +179,12 @@ def test_tasks_and_groups_read_a_directory_as_it_is_downloaded(tmp_path: Path, n
         files = [{"split": split, "path": f"{configuration}/{split}-*"} for split in splits]
         listed.append({"config_name": configuration, "data_files": files})
     (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n")
-    found = run_task(DummyLM(), Task(name=name, data=str(tmp_path)), limit=1)
+    model = Listening()
+    found = run_task(model, Task(name=name, data=str(tmp_path), num_fewshot=5), limit=1)
     assert sum(values["questions"] == 1 for values in found.values()) >= len(configurations)
     assert all(0 <= values["acc"] <= 1 for values in found.values())
+    # Five solved ones, and the question itself.
+    assert {context.count(_ASKED[asked]) for context in model.contexts} == {6}
 
 
 def test_a_task_that_is_not_known_or_has_no_data_here_is_refused(model, tmp_path: Path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from snaketron.config import ChatSource, ConfigError, Corpus
 from snaketron.sources.lockfile import check_addresses, read_lock, remote
-from snaketron.sources.models import TOKENIZER, HubModel
+from snaketron.sources.models import TOKENIZER, HubRepository
 from snaketron.sources.shards import shards, to_download
 from tests.unit.sources.locked import HUB, WEB, config, entry, listed, write_lock
 
@@ -34,7 +34,7 @@ def test_a_dry_run_assumes_one_file_of_what_is_not_listed_and_says_so():
     lock.assuming = True
     for _ in range(2):
         assert shards(HUB, "corpora[1]", lock) == {"unlisted": ["<data>/raw/math/unlisted.jsonl"]}
-        assert HubModel("lab/tiny", "tokenizer.path", TOKENIZER).files(lock) == [
+        assert HubRepository("lab/tiny", "tokenizer.path", TOKENIZER).files(lock) == [
             f"<data>/hub/lab/tiny/{name}.json" for name in ("config", "tokenizer", "tokenizer_config")
         ]
     of_source, of_model = lock.unlisted.values()  # each once

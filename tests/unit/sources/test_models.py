@@ -12,7 +12,7 @@ from snaketron.config import Config, ConfigError
 from snaketron.log import UserError
 from snaketron.sources.listing import lock_sources
 from snaketron.sources.lockfile import read_lock
-from snaketron.sources.models import CHECKPOINT, MODEL_FILE, HubModel, tokenizer_model
+from snaketron.sources.models import CHECKPOINT, MODEL_FILE, HubRepository, task_data, tokenizer_model
 from snaketron.sources.patience import Patience
 from snaketron.sources.shards import to_download
 from snaketron.sources.streams import open_stream
@@ -89,7 +89,7 @@ def test_each_use_of_a_model_needs_its_own_files(hub: FakeHub):
         f"{root}/{name}" for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
     ]
     assert to_download(made, lock) == "To download: lab/tiny 3 files, 12 bytes"
-    checkpoint = HubModel("lab/tiny", "sft.base", CHECKPOINT)
+    checkpoint = HubRepository("lab/tiny", "sft.base", CHECKPOINT)
     assert [path.rpartition("/")[2] for path in checkpoint.files(lock)] == [
         "config.json",
         "model-00001-of-00002.safetensors",
@@ -118,6 +118,46 @@ def test_a_revision_is_part_of_the_name(hub: FakeHub):
     assert (entry["request"]["revision"], entry["revision"], len(entry["files"])) == ("v1", old, 1)
     model = tokenizer_model(made)
     assert model is not None and model.directory(made) == "data/hub/lab/tiny@v1"
+
+
+QUIZ = {
+    "README.md": b"---\nconfigs: []\n---\n",
+    "one/test-00000-of-00001.parquet": b"rows",
+    "two/test.jsonl": b"{}",
+    "data.tar": b"the same again",
+    "quiz.py": b"print()",
+    ".cache/old.parquet": b"old",
+}
+
+
+def test_the_data_of_a_task_is_pinned_with_the_files_of_all_its_configurations(hub: FakeHub):
+    """A model of the same name is another entry; and each commit has a directory of its own."""
+    tasks = [{"name": name, "data": "lab/tiny"} for name in ("mmlu_astronomy", "mmlu_anatomy")]
+    made = Config(tokenizer={"path": "lab/tiny"}, eval={"tasks": [*tasks, {"name": "hellaswag"}]})
+    (data,) = task_data(made).values()
+    model = tokenizer_model(made)
+    with pytest.raises(ConfigError) as error:
+        data.files(read_lock("sources.lock.json"))
+    assert str(error.value).startswith(
+        "eval.tasks[0].data: lab/tiny is no directory here, and as a data set of the hub it is not listed in "
+        "sources.lock.json yet. Correct it, or list it"
+    )
+    lock_sources(made, names=["lab/tiny"], patience=PATIENCE)
+    lock = read_lock("sources.lock.json")
+    assert to_download(made, lock) == "To download: lab/tiny 3 files, 12 bytes"  # nobody asked for a task
+    commit = hub.commit("lab/tiny", QUIZ)
+    lock_sources(made, patience=PATIENCE)
+    lock = read_lock("sources.lock.json")
+    root = f"<data>/hub/datasets/lab/tiny@{commit}"
+    names = ["README.md", "one/test-00000-of-00001.parquet", "two/test.jsonl"]
+    assert data.files(lock) == [f"{root}/{name}" for name in names]
+    assert lock.file("datasets/lab/tiny", names[1]).address == f"hf://datasets/lab/tiny@{commit}/{names[1]}"
+    assert model is not None and model.listed(lock)[0].address.startswith("hf://lab/tiny@")
+    said = to_download(made, lock)
+    assert said is not None and said.endswith("; datasets/lab/tiny 3 files, 26 bytes")
+    newer = hub.commit("lab/tiny", QUIZ | {"two/test.jsonl": b"{} "})
+    lock_sources(made, names=["datasets/lab/tiny"], update=True, patience=PATIENCE)
+    assert data.place(read_lock("sources.lock.json")) == f"datasets/lab/tiny@{newer}"
 
 
 def test_a_model_that_is_not_listed_names_the_command(hub: FakeHub):
