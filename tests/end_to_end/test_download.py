@@ -132,7 +132,7 @@ def test_the_data_of_a_task_is_fetched_by_a_rule_and_read_like_any_directory(web
     card = yaml.safe_dump({"configs": [{"config_name": "one", "data_files": listed}]})
     commit = hub.commit("lab/quiz", files | {"README.md": f"---\n{card}---\n".encode()})
     web.write("corpora.yaml", CORPORA + "eval: {tasks: [{name: mmlu_anatomy, data: lab/quiz}]}\n")
-    lock(web, "--source", "datasets/lab/quiz")
+    lock(web)
     planned = web.snakemake("-n", "eval/sft.json")
     assert planned.status == 0 and planned.jobs["download_task_data"] == 3, planned.output
     directory = web.path / f"data/hub/datasets/lab/quiz@{commit}"

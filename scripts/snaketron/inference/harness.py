@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,17 +141,29 @@ def _before(text: str, ends: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Have the libraries of the hub ask nobody: they read their environment once, when they are imported."""
-    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    for module in modules:
-        module.HF_HUB_OFFLINE = True
+def _offline(*, cached: bool) -> Iterator[None]:
+    """Have the libraries of the hub ask nobody: they read their environment once, when they are imported.
+
+    The cache of `datasets` 5.2 has the rows that a directory held when it was first read, whatever it holds
+    now. Unless `cached`, it is empty here.
+    """
+    hub: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    with tempfile.TemporaryDirectory() as empty, contextlib.ExitStack() as replaced:
+        for module in hub:
+            replaced.enter_context(_replaced(module, "HF_HUB_OFFLINE", True))
+        if not cached:
+            replaced.enter_context(_replaced(datasets.config, "HF_DATASETS_CACHE", Path(empty)))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
+        setattr(module, name, before)
 
 
 @functools.cache
@@ -188,7 +201,7 @@ def run_task(
         where = f" nor in {', '.join(map(str, directories))}" if directories else ""
         raise UserError(f"eval.tasks: {task.name} is no task of lm-eval {lm_eval.__version__}{where}")
     try:
-        with _offline():
+        with _offline(cached=task.data is None):
             made: Any = task.name
             if task.data:
                 if not Path(task.data).is_dir():

@@ -164,27 +164,40 @@ class Listening(DummyLM):
         return super().loglikelihood(requests, disable_tqdm)
 
 
+def write_data(directory: Path, name: str, rows: int) -> str:
+    """Write the data set of a task; returns the key of what is asked in a row."""
+    row, configurations, splits = DATA_SETS[name]
+    asked = next(key for key in _ASKED if key in row)
+    made = [row | {asked: f"{number}. {row[asked]}"} for number in range(rows)]
+    listed = []
+    for configuration in configurations:
+        (directory / configuration).mkdir(exist_ok=True)
+        for split in splits:
+            file = directory / configuration / f"{split}-00000-of-00001.parquet"
+            pq.write_table(pa.Table.from_pylist(made), file)
+        files = [{"split": split, "path": f"{configuration}/{split}-*"} for split in splits]
+        listed.append({"config_name": configuration, "data_files": files})
+    (directory / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n")
+    return asked
+
+
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_tasks_and_groups_read_a_directory_as_it_is_downloaded(tmp_path: Path, name: str):
     """The README.md of a data set says which files a configuration has."""
-    row, configurations, splits = DATA_SETS[name]
-    asked = next(key for key in _ASKED if key in row)
-    rows = [row | {asked: f"{number}. {row[asked]}"} for number in range(6)]
-    listed = []
-    for configuration in configurations:
-        (tmp_path / configuration).mkdir()
-        for split in splits:
-            file = tmp_path / configuration / f"{split}-00000-of-00001.parquet"
-            pq.write_table(pa.Table.from_pylist(rows), file)
-        files = [{"split": split, "path": f"{configuration}/{split}-*"} for split in splits]
-        listed.append({"config_name": configuration, "data_files": files})
-    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n")
+    asked, configurations = write_data(tmp_path, name, rows=6), DATA_SETS[name][1]
     model = Listening()
     found = run_task(model, Task(name=name, data=str(tmp_path), num_fewshot=5), limit=1)
     assert sum(values["questions"] == 1 for values in found.values()) >= len(configurations)
     assert all(0 <= values["acc"] <= 1 for values in found.values())
     # Five solved ones, and the question itself.
     assert {context.count(_ASKED[asked]) for context in model.contexts} == {6}
+
+
+def test_data_that_has_changed_is_read_again(tmp_path: Path):
+    for rows in (2, 3):
+        write_data(tmp_path, "openbookqa", rows)
+        found = run_task(DummyLM(), Task(name="openbookqa", data=str(tmp_path)))
+        assert found["openbookqa"]["questions"] == rows
 
 
 def test_a_task_that_is_not_known_or_has_no_data_here_is_refused(model, tmp_path: Path):
