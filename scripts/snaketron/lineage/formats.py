@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from datetime import datetime, timedelta
 from typing import Any
 
 from snaketron.lineage.catalogue import Catalogue, Made
@@ -31,26 +32,35 @@ def as_json(catalogue: Catalogue, made: Made) -> dict[str, Any]:
 
 
 def openlineage(catalogue: Catalogue, made: Made) -> list[dict[str, Any]]:
-    """A `COMPLETE` event for each job behind an artifact, in an order in which they may have run."""
-    return [_event(catalogue, one) for one in catalogue.ancestors(made)]
+    """The `START` and the `COMPLETE` event, which the specification demands, of each job behind an artifact.
+
+    The jobs are in an order in which they may have run.
+    """
+    return [event for one in catalogue.ancestors(made) for event in _events(catalogue, one)]
 
 
-def _event(catalogue: Catalogue, made: Made) -> dict[str, Any]:
+def _events(catalogue: Catalogue, made: Made) -> list[dict[str, Any]]:
     inputs: list[Entry] = []
     for entry in made.record.inputs:
         maker = catalogue.made_by(entry, made)
         # A job names the record of a shard, or a checkpoint; it used all that they consist of.
         inputs += maker.record.outputs if maker and _is_whole(maker, entry) else [entry]
-    return {
-        "eventType": "COMPLETE",
-        "eventTime": made.record.created or NO_TIME,
+    ended = datetime.fromisoformat(made.record.created or NO_TIME)
+    began = ended - timedelta(seconds=made.record.seconds)
+    event = {
         "producer": PRODUCER,
         "schemaURL": EVENT,
         "run": {"runId": str(uuid.uuid5(NAMESPACE, made.digest))},
         "job": {"namespace": "snaketron", "name": f"{made.record.kind}/{made.record.name}"},
+    }
+    data = {
         "inputs": [_data_set(entry) for entry in inputs],
         "outputs": [_data_set(entry) for entry in made.record.outputs],
     }
+    return [
+        {"eventType": "START", "eventTime": began.isoformat(), **event},
+        {"eventType": "COMPLETE", "eventTime": ended.isoformat(), **event, **data},
+    ]
 
 
 def _is_whole(maker: Made, entry: Entry) -> bool:
@@ -61,4 +71,4 @@ def _is_whole(maker: Made, entry: Entry) -> bool:
 def _data_set(entry: Entry) -> dict[str, Any]:
     identity = entry.sha256 or entry.version or entry.revision
     facet = {"_producer": PRODUCER, "_schemaURL": VERSION_FACET, "datasetVersion": identity}
-    return {"namespace": "file", "name": entry.path, "facets": {"version": facet}}
+    return {"namespace": "file", "name": entry.path, "facets": {"version": facet} if identity else {}}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Literal
+from uuid import UUID
 
+from snaketron.files import write_json
 from snaketron.lineage import formats, tree
 from snaketron.lineage.catalogue import scan
 from tests.unit.lineage.conftest import tokens, write
 
+from pydantic import AnyUrl, AwareDatetime, BaseModel, Field
 from rich.console import Console
 
 
@@ -84,9 +89,56 @@ def test_json_has_all_records_and_what_made_their_inputs(lineage: Path):
     assert value["records"][0]["inputs"][0]["made_by"] is None
 
 
+class Facet(BaseModel, extra="forbid"):
+    """OpenLineage's facet with the version of a data set, 1-0-1."""
+
+    producer: AnyUrl = Field(alias="_producer")
+    schema_url: AnyUrl = Field(alias="_schemaURL")
+    dataset_version: str = Field(alias="datasetVersion", min_length=1)
+
+
+class DataSet(BaseModel, extra="forbid"):
+    namespace: str
+    name: str
+    facets: dict[Literal["version"], Facet]
+
+
+class Started(BaseModel, extra="forbid"):
+    """What OpenLineage's published schema, 2-0-2, demands of a RunEvent, and its names for the rest."""
+
+    type: Literal["START", "COMPLETE"] = Field(alias="eventType")
+    time: AwareDatetime = Field(alias="eventTime")  # RFC 3339
+    producer: AnyUrl
+    schema_url: AnyUrl = Field(alias="schemaURL")
+    run: dict[Literal["runId"], UUID]
+    job: dict[Literal["namespace", "name"], str]
+
+
+class Completed(Started):
+    inputs: list[DataSet]
+    outputs: list[DataSet]
+
+
+def test_the_events_of_openlineage_are_those_of_its_schema(lineage: Path):
+    """The specification demands an event for the start of a run, and one for its end."""
+    path = Path("ckpt/sft/record.json")
+    record = json.loads(path.read_text()) | {"created": "2026-11-02T10:30:00+00:00", "seconds": 90.5}
+    write_json(path, record)
+    catalogue = scan(lineage)
+    events = json.loads(json.dumps(formats.openlineage(catalogue, catalogue.about(Path("ckpt/sft")))))
+    started, completed = (
+        [model.model_validate(event) for event in events[place::2]]
+        for place, model in enumerate((Started, Completed))
+    )
+    assert [one.run for one in started] == [one.run for one in completed]
+    assert all(one.run and one.job["namespace"] and one.job["name"] for one in completed)
+    assert str(started[-1].time) == "2026-11-02 10:28:29.500000+00:00"
+    assert (started[-1].type, completed[-1].type) == ("START", "COMPLETE")
+
+
 def test_the_events_of_openlineage_name_the_same_data_sets(lineage: Path):
     catalogue = scan(lineage)
-    events = formats.openlineage(catalogue, catalogue.about(Path("ckpt/sft")))
+    events = formats.openlineage(catalogue, catalogue.about(Path("ckpt/sft")))[1::2]
     assert [event["job"]["name"] for event in events] == [
         *("tokenizer/tokenizer", "tokens/docs/a", "tokens/docs/b", "blend/one"),
         *("checkpoint/pretrain/one", "checkpoint/sft"),
