@@ -64,6 +64,7 @@ def remember() -> None:
     dag.DAG.check_directory_outputs = check_directory_outputs
     jobs.Job.is_valid = is_valid
     jobs.Job.missing_output = missing_output
+    jobs.Job.output_mintime = property(output_mintime)
     jobs.Job.check_protected_output = check_protected_output
     rules.Rule.apply_input_function = apply_input_function(rules.Rule.apply_input_function)
 
@@ -218,6 +219,13 @@ async def missing_output(job: Any, requested: Any) -> AsyncIterator[Any]:
         own = job.output_by_path.get(str(file), file)
         if is_flagged(own, "pipe") or is_flagged(own, "service") or not await own.exists():
             yield own
+
+
+async def output_mintime(job: Any) -> float | None:
+    """When the oldest output was made, the benchmark among them; Snakemake starts a task for each file."""
+    files = [*job.output, *([job.benchmark] if job.benchmark else [])]
+    times = [(await file.mtime()).local_or_storage() for file in files if await file.exists()]
+    return min(times, default=None)
 
 
 async def check_protected_output(job: Any) -> None:

@@ -16,6 +16,7 @@ import snakemake.api
 from snakemake import io
 from snakemake.exceptions import ChildIOException
 from snakemake.iocontainers import Namedlist
+from snakemake.jobs import Job as Snakemakes
 from snakemake.output_index import OutputIndex
 from snakemake.pathvars import Pathvars
 from snakemake.resources import Resource
@@ -223,3 +224,28 @@ def test_missing_outputs_are_those_that_do_not_exist_and_all_pipes():
         return [file async for file in swift.missing_output(job, [File("there"), File("gone"), File("pipe")])]
 
     assert asyncio.run(missing()) == ["gone", "pipe"]
+
+
+class Written:
+    """A file that was written at a time; None where it is not there."""
+
+    def __init__(self, at: float | None) -> None:
+        self.at = at
+
+    async def exists(self) -> bool:
+        return self.at is not None
+
+    async def mtime(self) -> io.Mtime:
+        return io.Mtime(local=self.at)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "benchmark", "oldest"),
+    [([3, 2], None, 2), ([3, None], 1, 1), ([None], None, None), ([None], 4, 4), ([2], 5, 2)],
+)
+def test_the_oldest_output_is_that_of_snakemake(outputs: list[Any], benchmark: Any, oldest: float | None):
+    async def both(job: Any) -> tuple[Any, Any]:
+        return await swift.output_mintime(job), await Snakemakes.output_mintime.fget(job)
+
+    job = SimpleNamespace(output=[Written(at) for at in outputs], benchmark=benchmark and Written(benchmark))
+    assert asyncio.run(both(job)) == (oldest, oldest)
