@@ -30,12 +30,30 @@ tokenizer: {path: lab/tiny, chat_template: null}
 """
 
 
-@pytest.mark.parametrize("more", ["", CURATED], ids=["sample", "curated"])
-def test_the_jobs_are_those_of_a_dry_run(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, more: str):
+BASE = "tokenizer: {path: lab/tiny, chat_template: null}\nsft: {base: lab/tiny}\n"
+MICRO = "tests/config/micro.yaml"
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        (MICRO, "{}"),
+        (MICRO, CURATED),
+        (MICRO, BASE),
+        (MICRO, BASE.replace("sft", "pretrain")),
+        ("config/config.yaml", "{}"),
+        ("config/super.yaml", "{}"),
+        ("config/nano.yaml", "{}"),
+    ],
+    ids=["sample", "curated", "base of sft", "base of pretraining", "config", "super", "nano"],
+)
+def test_the_jobs_are_those_of_a_dry_run(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, config: str, more: str
+):
     for name in "ab":
         workspace.write(f"raw/{name}.jsonl", '{"text": "mine"}\n')
-    workspace.write("more.yaml", more or "{}")
-    workspace.overlays = (*workspace.overlays, "more.yaml")
+    workspace.write("more.yaml", more)
+    workspace.overlays = (config, "more.yaml")
     asked = workspace.snakemake("-n", "ckpt/sft")
     assert asked.status == 0, asked.output
     assert of(workspace, monkeypatch, *workspace.overlays)["jobs"] == asked.jobs

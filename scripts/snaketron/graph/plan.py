@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus, Phase, Training
+from snaketron.graph.base import Base, BaseGraph
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.settings.keeping import num_kept
@@ -34,8 +35,7 @@ type Shards = Mapping[str, Mapping[str, Sequence[str]] | None]  # by source; Non
 
 def plan(config: Config) -> dict[str, Any]:
     """The plan as JSON takes it. Bytes, tokens, hours and counts are numbers; what is not known is None."""
-    lock = read_lock(config.sources_lock)
-    lock.assuming = True  # as a dry-run does
+    lock = _assuming(config)
     text = {c.name: _shards(c, f"corpora[{i}]", lock, config) for i, c in enumerate(config.corpora)}
     chats = {c.name: _shards(c, f"chats[{i}]", lock, config) for i, c in enumerate(config.chats)}
     corpora = {
@@ -69,8 +69,11 @@ def _shards(
 
 
 def _trained(config: Config) -> list[Phase]:
-    """The phases of pretraining that are trained here: those after one whose checkpoint is given."""
-    phases = config.pretrain.phases
+    """The phases of pretraining that are trained here: those after one whose checkpoint is given.
+
+    There are none where SFT begins with a base.
+    """
+    phases = [] if config.sft.base else config.pretrain.phases
     given = [i for i, phase in enumerate(phases) if phase.checkpoint]
     return phases[given[-1] + 1 :] if given else phases
 
@@ -86,9 +89,11 @@ def _used_corpora(config: Config, phases: Sequence[Phase]) -> list[Corpus]:
 def jobs(config: Config, text: Shards, chats: Shards) -> dict[str, int]:
     """The jobs of `ckpt/sft` from nothing, by rule; a source of unknown files counts as one shard."""
     counts: Counter[str] = Counter(build_tokenizer=1, install_chat_template=1, blend_sft=1, sft=1)
-    phases = len(_trained(config))
-    counts["register_checkpoint"] = int(phases < len(config.pretrain.phases))
+    phases, bases = len(_trained(config)), _bases(config)
     counts.update(blend_pretrain=phases, index_pretrain=phases, pretrain=phases)
+    counts.update(
+        "import_base" if base.keys[0].endswith(".base") else "register_checkpoint" for base in bases
+    )
     sources = {entry.source for entry in config.sft.blend}
     registered = {source.name for source in config.chats if source.registered}
     used: list[tuple[str, Mapping[str, Sequence[str]]]] = []
@@ -100,7 +105,7 @@ def jobs(config: Config, text: Shards, chats: Shards) -> dict[str, int]:
             counts.update(filter_shard=len(found), curate_shard=len(found))
             counts["exact_signature"] += len(found) if corpus.curation.exact_dedup else 0
             counts["minhash_signature"] += len(found) if corpus.curation.minhash_dedup else 0
-    counts["download_model"] = _files_of_tokenizer(config)
+    counts["download_model"] = len(_files_of_models(config, bases))
     counts.update(_curation_of_groups(config))
     for source in sorted(sources):
         found = chats[source] or {"?": []}
@@ -115,11 +120,29 @@ def jobs(config: Config, text: Shards, chats: Shards) -> dict[str, int]:
     return {rule: number for rule, number in sorted(counts.items()) if number}
 
 
-def _files_of_tokenizer(config: Config) -> int:
-    """Files of a tokenizer of the hub: as listed, else those that tokenizers usually have."""
-    model, lock = tokenizer_model(config), read_lock(config.sources_lock)
+def _bases(config: Config) -> list[Base]:
+    """The checkpoints from elsewhere that `ckpt/sft` begins with: at most one, with the key that is used."""
+    given = len(config.pretrain.phases) - len(_trained(config))
+    key = f"pretrain.phases[{given - 1}].checkpoint" if given else "pretrain.base"
+    key = "sft.base" if config.sft.base else key
+    found = BaseGraph(config, _assuming(config)).bases.values()
+    used = [base._replace(keys=(key,)) for base in found if key in base.keys]
+    # A base of this workflow is taken as it is; as the result of a phase it is registered.
+    return [base for base in used if key.endswith(".checkpoint") or not base.is_of_this_workflow(config)]
+
+
+def _files_of_models(config: Config, bases: Sequence[Base]) -> set[str]:
+    """Files to download of the hub's models: as listed, else those that such models usually have."""
+    models = [tokenizer_model(config), *(base.hub for base in bases)]
+    lock = _assuming(config)
+    return {path for model in models if model for path in model.files(lock)}
+
+
+def _assuming(config: Config) -> Lock:
+    """The lock file; what it does not list is assumed, as a dry-run does."""
+    lock = read_lock(config.sources_lock)
     lock.assuming = True
-    return len(model.listed(lock)) if model else 0
+    return lock
 
 
 def _curation_of_groups(config: Config) -> Counter[str]:

@@ -17,8 +17,9 @@ from snaketron.sources.lockfile import Lock, LockedFile
 _ID = re.compile(r"(?P<owner>\w[\w.-]*)/(?P<name>\w[\w.-]*)(?:@(?P<revision>\w[\w.-]*))?")
 _SUFFIX = "safetensors|json|jinja|model|tiktoken|txt"
 # The files of a model that are listed: weights, configurations, vocabularies and templates in its root. The
-# record of a downloaded file, FILE.json, never matches, because a name does not end in two of the suffixes.
-MODEL_FILE = rf"(?:[^/.]+\.)*(?!(?:{_SUFFIX})\.)[^/.]+\.(?:{_SUFFIX})"
+# record of a downloaded file, FILE.json, never matches, because a name does not end in two of the suffixes
+# (the first word of model.safetensors is none).
+MODEL_FILE = rf"(?:[^/.]+|(?:[^/.]+\.)+(?!(?:{_SUFFIX})\.)[^/.]+)\.(?:{_SUFFIX})"
 TOKENIZER = re.compile(  # config.json tells the class of a tokenizer that does not tell it itself
     r"(?:config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
     r"|(?:vocab|merges)\.txt|chat_template\.jinja|.*\.(?:model|tiktoken)"

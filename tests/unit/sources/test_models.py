@@ -198,6 +198,7 @@ def test_a_directory_of_this_machine_is_no_model_of_the_hub(tmp_path: Path, monk
 def test_the_record_of_a_downloaded_file_is_never_taken_for_a_file_of_a_model():
     files = [
         "config.json",
+        "model.safetensors",
         "model.safetensors.index.json",
         "tokenizer.model",
         "merges.txt",
