@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from snaketron.wording import plural
+
 BEFORE = 16  # lines that a line is compared with
 QUIET = 10  # lines after a warning in which another one of its kind is not said
 SPIKE, SPIKE_NATS = 8.0, 0.1  # times the usual change from line to line; and nats at least
@@ -119,8 +121,8 @@ class Watch:
         rows = self._in_a_row(UNEVEN_LINES, line, "experts")
         if rows and all(row["dead"] for row in rows):
             return (
-                f"experts with hardly a token, {UNEVEN_LINES} lines in a row: {rows[-1]['dead']}; look at "
-                "model.moe_router_bias_update_rate and model.moe_aux_loss_coeff"
+                f"{plural(rows[-1]['dead'], 'expert')} got hardly a token, {UNEVEN_LINES} lines in a row; "
+                "look at model.moe_router_bias_update_rate and model.moe_aux_loss_coeff"
             )
         if rows and all(row["most"] > self.overload for row in rows):
             return (

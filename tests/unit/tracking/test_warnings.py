@@ -61,6 +61,17 @@ def test_experts_are_dead_or_overloaded_when_they_stay_so(load, lines, found):
     assert kinds([line(i, experts=load) for i in range(lines)]) == found
 
 
+def test_the_number_of_dead_experts_is_said():
+    watch = Watch()
+    for i in range(8):
+        judged = watch.judged(line(i, experts={"least": 0.0, "most": 1.5, "dead": 1 + i % 2}))
+        watch.remember(judged)
+    (warning,) = warnings_of([judged])
+    assert warning.text.startswith(
+        "2 experts got hardly a token, 8 lines in a row; look at model.moe_router_bias"
+    )
+
+
 def timed(iteration: int, waited: float = 0.0, **slowest: Any) -> dict[str, Any]:
     timing: dict[str, Any] = {"seconds": 4.0, "step_seconds": 4.0, "data_seconds": waited}
     return line(iteration, timing=timing | ({"slowest": slowest} if slowest else {}))
