@@ -155,11 +155,13 @@ onsuccess:
 
 
 onerror:
+    what, jobs = single_run.ending(workflow)
     notify.tell_of_workflow(
         graph.config.notify.command,
-        "failed",
+        what,
         Path(graph.config.pathvars["ckpt"]),
         log,
+        jobs,
     )
 
 

@@ -8,11 +8,16 @@ from __future__ import annotations
 import shlex
 import signal
 from pathlib import Path
-from typing import TextIO
+from types import FrameType
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from snaketron import files
 
+if TYPE_CHECKING:
+    from snakemake.workflow import Workflow
+
 _held: list[TextIO] = []  # open for the life of the process
+_interrupts: list[int] = []  # signals that came
 
 
 def hold(path: Path) -> bool:
@@ -51,5 +56,18 @@ def obey_interrupts() -> None:
 
     A shell without job control lets such a process ignore SIGINT, and Python then leaves it at that.
     """
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupts.append(number)
+    signal.default_int_handler(number, frame)
+
+
+def ending(workflow: Workflow) -> tuple[Literal["failed", "stopped"], list[str]]:
+    """How a run that has not finished ended, and the jobs that failed, as "tokenize_shard docs part_1"."""
+    scheduler = workflow.scheduler
+    if _interrupts or scheduler is None or scheduler._user_kill:  # the last by SIGTERM
+        return "stopped", []
+    jobs = [one for job in scheduler.failed for one in (job.jobs if job.is_group() else [job])]
+    return "failed", sorted(" ".join([job.rule.name, *job.wildcards_dict.values()]) for job in jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -60,7 +61,7 @@ def of_training(version: Version) -> dict[str, Any]:
     """How far a training is."""
     values = heartbeat.read(version.heartbeat)
     return {
-        "stage": version.directory.resolve().name.rpartition("-")[0],
+        "stage": re.sub("^pretrain_", "pretrain/", version.directory.resolve().name.rpartition("-")[0]),
         "step": values.get("iteration"),
         "steps": values.get("train_iters"),
         "loss": values.get("loss"),
@@ -81,12 +82,15 @@ def last_training(ckpt: Path, since: float) -> Version | None:
     return heard[last] if last >= since else None
 
 
-def tell_of_workflow(command: list[str], what: What, ckpt: Path, logs: list[str]) -> None:
-    """Tell how this process' workflow ended, and of the training that was heard of last in it."""
+def tell_of_workflow(
+    command: list[str], what: What, ckpt: Path, logs: list[str], jobs: list[str] | None = None
+) -> None:
+    """Tell how this process' workflow ended, which jobs failed, and the training that was heard of last."""
     version = last_training(ckpt, BEGAN) if command else None
     last = read_json(version.attempts)[-1] if version and version.attempts.exists() else {}
     if what == "failed" and last.get("outcome") == "stopped":
         what = "stopped"
     error = last.get("error") if what == "failed" else None
     log = next(iter(logs), None)
-    tell(command, what, version, log=log, seconds=round(time.time() - BEGAN, 1), error=error)
+    failed = jobs if what == "failed" and jobs else None
+    tell(command, what, version, jobs=failed, log=log, seconds=round(time.time() - BEGAN, 1), error=error)

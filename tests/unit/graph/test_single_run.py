@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 from snaketron.graph import single_run
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Workspace
 
 import pytest
 
@@ -70,3 +71,36 @@ def test_another_directory_is_told_where_to_run_or_what_to_link(
     for name in ("config", "scripts"):
         Path(name).symlink_to(REPOSITORY / name)
     assert single_run.elsewhere(REPOSITORY) is None
+
+
+SNAKEFILE = """
+import json
+from pathlib import Path
+from snaketron.graph import single_run
+
+onstart:
+    single_run.obey_interrupts()
+
+onerror:
+    Path("ended.json").write_text(json.dumps(single_run.ending(workflow)))
+
+rule fails:
+    output: "{corpus}/{shard}.txt"
+    shell: "exit 3"
+
+rule stops:
+    output: "stopped"
+    shell: "kill -INT $PPID; sleep 1; exit 1"
+"""
+
+
+def test_how_a_run_ended_is_known_with_its_jobs_that_failed(workspace: Workspace):
+    """Ctrl-C is no failure, although it kills a job."""
+    snakefile = str(workspace.write("toy.smk", SNAKEFILE))
+
+    def ending(*targets: str) -> list:
+        assert workspace.run("snakemake", "-s", snakefile, "--cores", "1", "-k", *targets).status == 1
+        return json.loads((workspace.path / "ended.json").read_text())
+
+    assert ending("docs/b.txt", "docs/a.txt") == ["failed", ["fails docs a", "fails docs b"]]
+    assert ending("stopped") == ["stopped", []]

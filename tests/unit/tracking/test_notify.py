@@ -27,12 +27,13 @@ def version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Version:
 
 
 def test_the_command_gets_facts_as_json_and_its_words_reach_no_shell(version: Version, tmp_path: Path):
-    notify.tell_of_workflow([*TELLING, "a; $(b) *"], "failed", Path("ckpt"), ["run.log"])
+    notify.tell_of_workflow([*TELLING, "a; $(b) *"], "failed", Path("ckpt"), ["run.log"], ["evaluate sft"])
     told = json.loads(Path("a; $(b) *").read_text())
     assert told.pop("seconds") > 0
     assert told == {
         "what": "failed",
-        "stage": "pretrain_broad",
+        "jobs": ["evaluate sft"],
+        "stage": "pretrain/broad",
         "step": 20,
         "steps": 100,
         "loss": 5.25,
