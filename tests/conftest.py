@@ -21,10 +21,9 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 REPOSITORY = Path(__file__).parent.parent
-if sys.dont_write_bytecode:  # else some 700 processes would each compile torch and megatron-core anew (5 s)
-    sys.dont_write_bytecode = False
-    sys.pycache_prefix = str(REPOSITORY / ".pytest_cache/bytecode")
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": sys.pycache_prefix}
+# Else some 700 processes would each compile this package anew, and others that `uv sync` has not compiled.
+sys.dont_write_bytecode = False
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 # Tests that share a run of the workflow, or a cluster, which each worker of pytest would make for itself, and
 # in which order. The longest are first, so that no worker is left alone with them at the end.
 TOGETHER = {
