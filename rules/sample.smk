@@ -1,5 +1,5 @@
 rule sample_corpus:
-    """Write a corpus from the documentation and code that ship with Python."""
+    """Write a corpus: documentation and code that ship with Python, or requests that are made up."""
     output:
         texts=expand("data/sample/{{corpus}}/part_{part}.jsonl", part=range(3)),
         record="data/sample/{corpus}/record.json",
@@ -8,14 +8,14 @@ rule sample_corpus:
     benchmark:
         "<benchmarks>/sample_corpus/{corpus}.tsv"
     wildcard_constraints:
-        corpus="docs|code|packages",
+        corpus="docs|code|packages|requests",
     shell:
         "python scripts/sample_corpus.py --corpus {wildcards.corpus:q}"
         " --texts {output.texts:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule sample_chat:
-    """Write conversations made from the signatures and docstrings of the standard library."""
+    """Write conversations about the standard library, or with requests that call tools."""
     output:
         chats=expand("data/sample/{{source}}/part_{part}.jsonl", part=range(2)),
         record="data/sample/{source}/record.json",

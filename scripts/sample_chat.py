@@ -1,4 +1,4 @@
-"""Write conversations made from the signatures and docstrings of the standard library."""
+"""Write conversations about the standard library, or with requests that call tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a corpus from the documentation and code that ship with Python."""
+"""Write a corpus: documentation and code that ship with Python, or requests that are made up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from snaketron.log import argument_parser, logger, run
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--corpus", choices=("docs", "code", "packages"), required=True)
+    parser.add_argument("--corpus", choices=("docs", "code", "packages", "requests"), required=True)
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="JSON lines files to write")
     parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
     return parser.parse_args(argv)

@@ -13,7 +13,10 @@ README = (REPOSITORY / "README.md").read_text()
 
 
 # What the boxes of the picture are called, and the files that the jobs of the demonstration know them by.
-RAW = {"raw text": r"data/sample/(docs|code|packages)", "raw chats": r"data/sample/(questions|tools)"}
+RAW = {
+    "raw text": r"data/sample/(docs|code|packages|requests)",
+    "raw chats": r"data/sample/(questions|tools)",
+}
 
 
 def drawn() -> tuple[dict[str, str], set[tuple[str, str]]]:

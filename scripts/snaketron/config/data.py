@@ -270,6 +270,7 @@ def sample_corpora() -> list[Corpus]:
         Corpus(name="docs", paths=sample_paths("docs", 3)),
         Corpus(name="code", paths=sample_paths("code", 3)),
         Corpus(name="packages", paths=sample_paths("packages", 3)),
+        Corpus(name="requests", paths=sample_paths("requests", 3)),
     ]
 
 
@@ -312,7 +313,7 @@ class Tokenizer(Section):
         2048, "tokens of a trained tokenizer, special ones included; 32k to 131k for a real model"
     )
     text: list[str] = key(
-        lambda: [p for c in sample_corpora() for p in c.paths],
+        lambda: [p for c in sample_corpora() for p in c.paths if c.name == "requests" or "part_0" in p],
         "files that a new tokenizer is trained on (no globs: a file that joins a corpus later must not "
         "change the tokenizer); edit it, or run with `-R build_tokenizer`, to ask for a new one",
     )

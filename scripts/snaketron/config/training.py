@@ -17,7 +17,7 @@ from snaketron.config.base import (
     Share,
     key,
 )
-from snaketron.config.data import CorpusWeight, SourceWeight, sample_chats
+from snaketron.config.data import CorpusWeight, SourceWeight
 
 from pydantic import Field
 
@@ -30,9 +30,9 @@ class Model(Section):
     )
     hidden_size: Positive = key(128, "width of the residual stream")
     ffn_hidden_size: Positive = key(256, "inner width of a dense MLP layer (-)")
-    num_attention_heads: Positive = key(8, "query heads of an attention layer")
+    num_attention_heads: Positive = key(4, "query heads of an attention layer")
     num_query_groups: Positive = key(2, "key and value heads (grouped-query attention)")
-    kv_channels: Positive = key(16, "width of an attention head")
+    kv_channels: Positive = key(32, "width of an attention head")
     mamba_num_heads: Positive = key(8, "heads of a Mamba-2 layer")
     mamba_head_dim: Positive = key(32, "width of a Mamba-2 head")
     mamba_state_dim: Positive = key(16, "size of the state of a head")
@@ -53,12 +53,12 @@ class Model(Section):
     moe_router_bias_update_rate: float = key(
         1e-3, "step of the expert bias towards an even load, a step of training"
     )
-    mtp_num_layers: Count = key(2, "depths of multi-token prediction; they share one block. 0 turns it off")
+    mtp_num_layers: Count = key(1, "depths of multi-token prediction; they share one block. 0 turns it off")
     mtp_hybrid_layer_pattern: Annotated[str, Field(pattern=r"^[ME*\-]+$")] = key(
         "*E", "layers of the multi-token prediction block"
     )
     mtp_loss_scaling_factor: float = key(0.3, "weight of the multi-token prediction loss")
-    init_method_std: float = key(0.02, "standard deviation of the initial weights")
+    init_method_std: float = key(0.06, "standard deviation of the initial weights")
     layernorm_epsilon: float = key(1e-5, "epsilon of RMSNorm")
     make_vocab_size_divisible_by: Positive = key(
         128, "the embedding is padded to a multiple of this and of TP"
@@ -273,8 +273,8 @@ def sample_phases() -> list[Phase]:
         return [CorpusWeight(corpus=c, weight=w) for c, w in weights.items()]
 
     return [
-        Phase(name="broad", tokens=200_000, blend=blend(docs=0.3, code=0.4, packages=0.3)),
-        Phase(name="focused", tokens=80_000, blend=blend(docs=0.7, packages=0.3)),
+        Phase(name="broad", tokens=32_000, blend=blend(docs=0.3, code=0.2, packages=0.2, requests=0.3)),
+        Phase(name="focused", tokens=16_000, blend=blend(docs=0.2, requests=0.8)),
     ]
 
 
@@ -292,9 +292,9 @@ class Pretrain(Run):
     )
     seq_length: Positive = key(256, "tokens of a sequence")
     global_batch_size: Positive = key(4, "sequences of a step, over all processes")
-    warmup_tokens: Count = key(20_000, "tokens over which the learning rate rises from 0")
+    warmup_tokens: Count = key(4_000, "tokens over which the learning rate rises from 0")
     decay_tokens: Count = key(
-        80_000, "tokens at the end of all phases over which it falls by 1 - sqrt (the D of WSD)"
+        16_000, "tokens at the end of all phases over which it falls by 1 - sqrt (the D of WSD)"
     )
     merge_tokens: Positive | None = key(
         None,
@@ -354,7 +354,7 @@ class Tuning(Run):
         10, "steps over which the learning rate rises from 0; then it falls as a cosine"
     )
     optimizer: Optimizer = key(
-        lambda: Optimizer(learning_rate=1e-3, min_learning_rate=1e-4), "AdamW and its learning rate"
+        lambda: Optimizer(learning_rate=4e-3, min_learning_rate=1e-4), "AdamW and its learning rate"
     )
     eval_samples: Positive = key(16, "packs of a validation, the same ones each time")
     num_samples: Count = key(
@@ -369,8 +369,15 @@ class Tuning(Run):
 
 
 class Sft(Tuning):
+    train_iters: Positive = key(400, "steps")
+    global_batch_size: Positive = key(1, "packs of a step, over all processes")
+    eval_interval: Positive = key(200, "steps between two validations")
+    save_interval: Positive = key(200, "steps between two checkpoints: what a killed run loses at most")
     blend: list[SourceWeight] = Field(
-        default_factory=lambda: [SourceWeight(source=s.name, weight=0.5) for s in sample_chats()],
+        default_factory=lambda: [
+            SourceWeight(source="questions", weight=0.02),
+            SourceWeight(source="tools", weight=0.98),
+        ],
         min_length=1,
         description="chat sources and their weights",
     )

@@ -13,6 +13,7 @@ TABLE = "Megatron Bridge's performance table"
 
 # The models of tests/benchmarks/gpu_training.py: one of 2.12 billion parameters, and slices of Nemotron 3.
 BENCHMARK = Model(
+    mtp_num_layers=2,
     hybrid_layer_pattern="MEMEM*EMEMEM*EMEMEM*EMEME",
     hidden_size=2048,
     num_attention_heads=16,

@@ -76,7 +76,7 @@ def test_the_layout_of_a_phase_is_checked_at_its_place():
     with pytest.raises(ConfigError) as error:
         load({"pretrain": {"phases": [phase]}}, {})
     assert str(error.value).splitlines()[0] == (
-        "model.num_attention_heads 8 is not divisible by "
+        "model.num_attention_heads 4 is not divisible by "
         "pretrain.phases[0].parallel.tensor_model_parallel_size 3"
     )
 
@@ -116,6 +116,6 @@ def test_a_message_names_the_place_of_a_value_that_a_training_has_for_itself():
     own = replace(second, run=run, elsewhere={"parallel": "pretrain.phases[1].parallel"})
     assert check_training(second, config) == []
     assert check_training(own, config)[0] == (
-        "model.num_attention_heads 8 is not divisible by "
+        "model.num_attention_heads 4 is not divisible by "
         "pretrain.phases[1].parallel.tensor_model_parallel_size 3"
     )

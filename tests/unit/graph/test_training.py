@@ -42,7 +42,7 @@ def test_settings_are_json_of_one_stage():
 
 def test_a_training_has_the_threads_of_its_processes_on_a_node():
     parallel = {"tensor_model_parallel_size": 2, "data_parallel_size": 2}
-    sft = {"cpus_per_task": 3, "parallel": parallel}
+    sft = {"cpus_per_task": 3, "global_batch_size": 2, "parallel": parallel}
     assert training().threads("pretrain") == 2
     assert training(sft=sft).threads("sft") == 4 * 3
     assert training(sft=sft, cluster={"tasks_per_node": 2}).threads("sft") == 2 * 3

@@ -17,6 +17,7 @@ MODEL = Model(
     hybrid_layer_pattern="ME*-",
     hidden_size=16,
     ffn_hidden_size=24,
+    mtp_num_layers=2,
     num_attention_heads=4,
     kv_channels=4,
     mamba_num_heads=4,

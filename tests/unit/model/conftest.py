@@ -11,6 +11,9 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 
+# The model of these tests, whatever the default is.
+SMALL = {"num_attention_heads": 8, "kv_channels": 16, "mtp_num_layers": 2, "init_method_std": 0.02}
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process():
@@ -42,7 +45,7 @@ def build():
     """build(vocab_size, **keys of the configuration) gives a model of one process."""
 
     def make(vocab_size=256, **keys):
-        model = Model(**keys)
+        model = Model(**(SMALL | keys))
         return spec.build_model(spec.transformer_config(model, Parallel()), model, vocab_size, 512)
 
     return make

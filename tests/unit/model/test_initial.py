@@ -11,11 +11,13 @@ from snaketron.model.spec import build_model, transformer_config
 import pytest
 import torch
 
+MODEL = Model(init_method_std=0.02)
+
 
 def build(seed: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(torch.seed())  # what megatron-core draws is of no account
-    config = transformer_config(Model(), Parallel())
-    model = build_model(config, Model(), 2048, 64)
+    config = transformer_config(MODEL, Parallel())
+    model = build_model(config, MODEL, 2048, 64)
     initialize_weights(model, config, seed)
     return {name: p.detach() for name, p in model.named_parameters()}
 
@@ -52,15 +54,15 @@ def test_every_tensor_has_numbers_of_its_own():
 )
 def test_spread_is_that_of_megatron_core(name: str, std: float):
     """megatron-core's own first weights, before they are drawn anew, have the same spread."""
-    config = transformer_config(Model(), Parallel())
-    model = build_model(config, Model(), 2048, 64)
+    config = transformer_config(MODEL, Parallel())
+    model = build_model(config, MODEL, 2048, 64)
     theirs = dict(model.named_parameters())[name].std().item()
     ours = build(1)[name].std().item()
     assert ours == pytest.approx(std, rel=0.05) and theirs == pytest.approx(std, rel=0.05)
 
 
 def test_mamba_starts_in_its_ranges():
-    generator, config = torch.Generator().manual_seed(1), transformer_config(Model(), Parallel())
+    generator, config = torch.Generator().manual_seed(1), transformer_config(MODEL, Parallel())
     decay = draw("decoder.layers.0.mixer.A_log", (4096,), config, generator).exp()
     assert 1 <= decay.min() < 1.1 and 15.9 < decay.max() <= 16
     step = torch.nn.functional.softplus(draw("decoder.layers.0.mixer.dt_bias", (4096,), config, generator))

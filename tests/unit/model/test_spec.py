@@ -149,7 +149,7 @@ def test_what_is_computed_again_changes_no_gradient(modules):
     def gradients(recompute):
         torch.manual_seed(0)
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-        model = Model()
+        model = Model(init_method_std=0.02)
         config = spec.transformer_config(model, Parallel(), **spec.recomputation(recompute))
         built = spec.build_model(config, model, 256, 512)
         ids = torch.arange(100)[None].to(backend.device())

@@ -17,12 +17,20 @@ SUPER = Model(
     moe_ffn_hidden_size=2688,
     moe_latent_size=1024,
     moe_shared_expert_intermediate_size=5376,
+    mtp_num_layers=2,
     precision="bf16",
 )
 VOCABULARY_OF_SUPER = 131072
 
+# Keys of a small model and its tuning that numbers below were counted for, whatever the defaults are.
+COUNTED = {
+    "model": {"num_attention_heads": 8, "kv_channels": 16, "mtp_num_layers": 2},
+    "sft": {"global_batch_size": 2},
+}
+
 
 HAND = Model(
+    mtp_num_layers=2,
     hidden_size=10,
     num_attention_heads=4,
     num_query_groups=2,

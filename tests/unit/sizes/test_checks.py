@@ -3,20 +3,21 @@
 from snaketron.config import ConfigError, load
 from snaketron.sizes.checks import check_requested, check_trainings
 from snaketron.sizes.limits import Limits
+from tests.unit.sizes.models import COUNTED
 
 import pytest
 
 
 def test_a_training_that_no_gpu_holds_is_refused_with_both_numbers():
     """1.8 M parameters of 4 + 4 + 8 bytes are 29 MB, and the activations of 4 sequences 84 MB more."""
-    config = load({"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.1}}, {})
+    config = load(COUNTED | {"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.1}}, {})
     message = (
         r"pretrain.parallel: takes 0.11\d+ GB of a GPU, more than cluster.gpu_memory_gb 0.1, of which "
         r"weights, gradients and optimizer take 0.029\d+;"
     )
     with pytest.raises(ConfigError, match=message):
         check_trainings(config)
-    check_trainings(load({"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.12}}, {}))
+    check_trainings(load(COUNTED | {"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.12}}, {}))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_phases_that_share_their_parallel_sizes_are_one_problem_of_the_largest()
         {"name": "long", "tokens": 300_000, "blend": mix, "seq_length": 512},
     ]
     config = load(
-        {"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.1}, "pretrain": {"phases": phases}},
+        COUNTED | {"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.1}, "pretrain": {"phases": phases}},
         {},
     )
     with pytest.raises(ConfigError) as error:

@@ -7,12 +7,16 @@ from typing import Any
 from snaketron.config import load
 from snaketron.sizes.fitting import smallest_change
 from snaketron.sizes.plan import estimate
+from tests.unit.sizes.models import COUNTED
 
 import pytest
 
 
 def change(limit_gb: float | None, **sft: Any):
-    config = load({"cluster": {"gpus_per_node": 2, "gpu_memory_gb": limit_gb}, "sft": sft}, {})
+    config = load(
+        COUNTED | {"cluster": {"gpus_per_node": 2, "gpu_memory_gb": limit_gb}, "sft": COUNTED["sft"] | sft},
+        {},
+    )
     return config, smallest_change(config, config.training("sft"))
 
 

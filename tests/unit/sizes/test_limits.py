@@ -6,12 +6,13 @@ from typing import Any
 
 from snaketron.config import load
 from snaketron.sizes.limits import Limits, check_limits
+from tests.unit.sizes.models import COUNTED
 
 import pytest
 
 
 def problems(limits: Limits, name: str = "sft", **values: Any) -> list[str]:
-    config = load(values, {})
+    config = load(COUNTED | values | {"sft": COUNTED["sft"] | values.get("sft", {})}, {})
     return check_limits(config, config.training(name), limits)
 
 

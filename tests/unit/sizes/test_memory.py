@@ -93,6 +93,7 @@ MEASURED = Model(
     moe_ffn_hidden_size=1344,
     moe_latent_size=512,
     moe_shared_expert_intermediate_size=2688,
+    mtp_num_layers=2,
     precision="bf16",
 )
 

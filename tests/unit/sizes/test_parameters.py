@@ -5,6 +5,7 @@ import json
 from snaketron.config import Adapters, Model, Parallel
 from snaketron.sizes import parameters
 from tests.conftest import run_module
+from tests.unit.model.conftest import SMALL
 from tests.unit.sizes.built_sizes import ADAPTERS, LAYOUTS, VOCABULARY
 from tests.unit.sizes.models import SUPER, VOCABULARY_OF_SUPER
 
@@ -43,7 +44,7 @@ def test_vocabulary_is_padded_for_every_tensor_parallel_rank():
 )
 def test_a_model_has_the_parameters_that_are_predicted(build, keys):
     built = build(vocab_size=VOCABULARY, **keys)
-    expected = parameters.num_parameters(Model(**keys), VOCABULARY)
+    expected = parameters.num_parameters(Model(**(SMALL | keys)), VOCABULARY)
     assert sum(p.numel() for p in built.parameters()) == expected.total
     experts = sum(p.numel() for name, p in built.named_parameters() if ".experts." in name)
     assert experts == expected.expert

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from snaketron.config import load
 from snaketron.sizes.plan import checkpoint_bytes, components, estimate
+from tests.unit.sizes.models import COUNTED
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_without_a_throughput_no_time_is_estimated():
 
 
 def test_only_adapters_are_counted_as_trained():
-    config = load({}, {})
+    config = load(COUNTED, {})
     full, lora = (estimate(config, config.training(name)) for name in ("sft", "lora"))
     assert full.num_adapter_parameters is None and lora.num_adapter_parameters == 158_400
     assert full.num_parameters == lora.num_parameters
@@ -43,7 +44,8 @@ def test_only_adapters_are_counted_as_trained():
 @pytest.mark.parametrize("name", ["pretrain/broad", "sft", "lora"])
 def test_the_components_of_memory_add_up_to_the_peak(name: str):
     parallel = {"pipeline_model_parallel_size": 2, "data_parallel_size": 2}
-    config = load({section: {"parallel": parallel} for section in ("sft", "lora")}, {})
+    keys = {"global_batch_size": 2, "parallel": parallel}
+    config = load(COUNTED | {"sft": keys, "lora": keys}, {})
     parts = components(config, config.training(name))
     assert parts.total == pytest.approx(estimate(config, config.training(name)).peak_bytes)
     assert parts.main_weights == 0  # of a model in fp32
@@ -51,9 +53,9 @@ def test_the_components_of_memory_add_up_to_the_peak(name: str):
 
 def test_a_checkpoint_holds_weights_main_weights_and_moments():
     """4 + 4 + 8 bytes under fp32, 2 + 4 + 8 under bf16; on disk the default model took 30.4 MB, 4 % more."""
-    config = load({}, {})
+    config = load(COUNTED, {})
     broad = config.training("pretrain/broad")
     assert checkpoint_bytes(config, broad) == 16 * estimate(config, broad).num_parameters == 29_198_464
     assert checkpoint_bytes(config, config.training("lora")) == 16 * 158_400
-    short = load({"model": {"precision": "bf16"}}, {})
+    short = load({"model": COUNTED["model"] | {"precision": "bf16"}}, {})
     assert checkpoint_bytes(short, short.training("sft")) == 14 * 29_198_464 / 16

@@ -1,22 +1,22 @@
 """Sample conversations: what the standard library's docstrings say, asked and answered.
 
 They have OpenAI's message format. A generator that is seeded with the name asked about varies the wording, so
-every run makes the same conversations.
+every run makes the same conversations. The source `tools` is in `requests.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from snaketron.data.sample.requests import conversations
 from snaketron.data.sample.text import Documented, Row, documented, standard_library
 
 Message = dict[str, Any]
 
-CONVERSATIONS = 2000  # of a source
+CONVERSATIONS = 2000
 ANSWER = 320  # characters of an answer at most
 SIGNATURE = 100  # characters of a signature at most
 
@@ -47,21 +47,6 @@ FOLLOW_UPS = (
     "How is it called?",
 )
 MODULES = ("Which module has `{short}`: {a} or {b}?", "Do I import `{short}` from {a} or from {b}?")
-THANKS = ("Thanks!", "Thank you, that helps.", "Great, thanks.")
-WELCOME = ("You're welcome.", "Happy to help.", "Any time.")
-
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "lookup_docs",
-        "description": "Look up a Python name.",
-        "parameters": {
-            "type": "object",
-            "properties": {"name": {"type": "string"}},
-            "required": ["name"],
-        },
-    },
-}
 
 
 def questions() -> Iterator[Row]:
@@ -76,14 +61,7 @@ def questions() -> Iterator[Row]:
         yield {"id": f"questions/{entry.name}", "messages": turns}
 
 
-def tools() -> Iterator[Row]:
-    """Answers that the assistant looks up with a tool; arguments as an object or as a JSON string."""
-    for i, entry in enumerate(_entries()[-CONVERSATIONS:]):
-        rng = random.Random(f"tools {entry.name}")
-        yield {"id": f"tools/{entry.name}", "messages": _lookup(entry, rng, i), "tools": [TOOL]}
-
-
-SOURCES: dict[str, Callable[[], Iterator[Row]]] = {"questions": questions, "tools": tools}
+SOURCES: dict[str, Callable[[], Iterator[Row]]] = {"questions": questions, "tools": conversations}
 
 
 @functools.cache
@@ -120,46 +98,6 @@ def _question(entry: Documented, rng: random.Random, modules: list[str]) -> list
             asked = rng.choice(MODULES).format(short=entry.name.removeprefix(f"{module}."), a=a, b=b)
             return [_message("user", asked), _message("assistant", f"It is in {module}: `{entry.name}`.")]
     return what
-
-
-def _lookup(entry: Documented, rng: random.Random, i: int) -> list[Message]:
-    arguments: Any = {"name": entry.name}
-    if i % 2:
-        arguments = json.dumps(arguments)
-    call = _message("assistant", rng.choice(("", "", "Let me look that up.")))
-    call["tool_calls"] = [
-        {"id": "call_1", "type": "function", "function": {"name": "lookup_docs", "arguments": arguments}}
-    ]
-    found = rng.random() > 0.05
-    asked_again = i % 6 == 0 and found and entry.signature != ""
-    result = {"doc": entry.doc} if found else {"error": "not found"}
-    if asked_again:
-        result["signature"] = entry.signature
-    answer = _message(
-        "assistant", entry.doc if found else f"The documentation has no entry for `{entry.name}`."
-    )
-    if i % 5 == 0:
-        call["reasoning_content"] = "The documentation has it; I look it up rather than guess."
-    if i % 10 == 0:
-        answer["reasoning_content"] = (
-            "The result says what to answer." if found else "There is no such entry."
-        )
-    messages = [
-        _message("user", rng.choice(WHAT).format(name=entry.name)),
-        call,
-        {"role": "tool", "tool_call_id": "call_1", "name": "lookup_docs", "content": json.dumps(result)},
-        answer,
-    ]
-    if asked_again:
-        messages += [
-            _message("user", rng.choice(FOLLOW_UPS)),
-            _message("assistant", f"`{entry.name}{entry.signature}`"),
-        ]
-    elif i % 6 == 1:
-        messages += [_message("user", rng.choice(THANKS)), _message("assistant", rng.choice(WELCOME))]
-    if i % 8 == 0:
-        messages.insert(0, _message("system", rng.choice(SYSTEMS)))
-    return messages
 
 
 def _module(entry: Documented) -> str:

@@ -1,6 +1,7 @@
 """Sample text: the real prose and code that every Python installation carries, read without importing it.
 
-It depends only on the versions of Python and of the packages in `PACKAGES`. No path of this machine is in it.
+They depend only on the versions of Python and of the packages in `PACKAGES`. No path of this machine is in
+them. The corpus `requests` is made up (`requests.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from snaketron.data.sample.requests import texts
 from snaketron.lineage.record import Record, making
 
 import orjson
@@ -124,7 +126,18 @@ def packages() -> Iterator[Row]:
                 yield _row(f"packages/{name}/{module}/{i}", text)
 
 
-CORPORA: dict[str, Callable[[], Iterator[Row]]] = {"docs": docs, "code": code, "packages": packages}
+def requests() -> Iterator[Row]:
+    """What users of three tools want, and the calls that do it."""
+    for i, text in enumerate(texts()):
+        yield _row(f"requests/{i}", text)
+
+
+CORPORA: dict[str, Callable[[], Iterator[Row]]] = {
+    "docs": docs,
+    "code": code,
+    "packages": packages,
+    "requests": requests,
+}
 
 
 def _row(identifier: str, text: str) -> Row:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
 from snaketron import files
 from snaketron.data.sample import chats as sample_chats
+from snaketron.data.sample import requests as sample_requests
 from snaketron.data.sample import text as sample
 
 import pytest
@@ -25,8 +28,9 @@ def rows() -> dict[str, list[dict]]:
         "docs": list(sample.docs()),
         "code": list(sample.code()),
         "packages": list(itertools.islice(sample.packages(), 100)),
+        "requests": list(sample.requests()),
         "questions": list(sample_chats.questions()),
-        "tools": list(sample_chats.tools()),
+        "tools": list(sample_requests.conversations()),
     }
 
 
@@ -37,7 +41,7 @@ def test_the_corpora_have_the_size_that_the_tiny_run_needs(rows):
     assert max(len(row["text"]) for row in rows["code"]) < 200_000
 
 
-@pytest.mark.parametrize("name", ["docs", "code", "packages", "questions", "tools"])
+@pytest.mark.parametrize("name", ["docs", "code", "packages", "requests", "questions", "tools"])
 def test_rows_have_ids_of_their_own_and_no_path_of_this_machine(rows, name):
     ids = [row["id"] for row in rows[name]]
     assert len(set(ids)) == len(ids)
@@ -105,9 +109,9 @@ def test_the_scripts_write_all_rows(run_script, tmp_path, rows, name, option):
 
 
 def test_conversations_are_many_varied_and_short(rows):
-    for name in ("questions", "tools"):
+    for name, least in (("questions", 2000), ("tools", 2400)):
         chats = rows[name]
-        assert 1500 <= len(chats) <= 2500
+        assert len(chats) == least
         lengths = sorted(sum(len(str(m["content"])) for m in chat["messages"]) for chat in chats)
         assert lengths[len(lengths) * 9 // 10] < 900
         assert len({json.dumps(chat["messages"]) for chat in chats}) == len(chats)
@@ -116,28 +120,72 @@ def test_conversations_are_many_varied_and_short(rows):
         assert all(chat["messages"][-1]["role"] == "assistant" for chat in chats)
 
 
-def test_tool_calls_have_a_result_and_arguments_of_both_kinds(rows):
-    kinds = set()
-    for chat in rows["tools"]:
-        (call,) = [m for m in chat["messages"] if "tool_calls" in m]
-        (result,) = [m for m in chat["messages"] if m["role"] == "tool"]
-        function = call["tool_calls"][0]["function"]
-        assert function["name"] == chat["tools"][0]["function"]["name"] == result["name"]
-        assert result["tool_call_id"] == call["tool_calls"][0]["id"]
-        arguments = function["arguments"]
-        kinds.add(type(arguments))
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        assert chat["id"] == f"tools/{arguments['name']}"
-    assert kinds == {dict, str}
-    with_reasoning = sum(any("reasoning_content" in m for m in chat["messages"]) for chat in rows["tools"])
-    assert 200 < with_reasoning < 600
-
-
 def test_answers_are_the_docstrings(rows):
     docs = {entry.name: entry.doc for entry in sample_chats._entries()}
     assert docs["textwrap.dedent"] == "Remove any common leading whitespace from every line in `text`."
+    answers = dict.fromkeys(docs, 0)
+    for chat in rows["questions"]:
+        name = chat["id"].removeprefix("questions/")
+        answers[name] += any(m["content"] == docs[name] for m in chat["messages"])
+    assert sum(answers.values()) > 1000
+
+
+# ------------------------------------------------------------------------------------------ requests
+
+
+def calls(chat: dict) -> list[tuple[str, dict[str, str]]]:
+    """The tools that a conversation calls, with their arguments."""
+    found = []
+    for message in chat["messages"]:
+        for call in message.get("tool_calls", []):
+            arguments = call["function"]["arguments"]
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            found.append((call["function"]["name"], arguments))
+    return found
+
+
+def test_no_conversation_calls_a_tool_as_another_one_or_the_corpus_does(rows):
+    """So a held-out call is a new one: neither tuning nor pretraining has seen its arguments together."""
+    pattern = re.compile(r'^{"name": .*}$', re.MULTILINE)
+    in_text = [json.loads(call) for row in rows["requests"] for call in pattern.findall(row["text"])]
+    seen = {(call["name"], *call["arguments"].values()) for call in in_text}
+    assert (len(in_text), len(seen)) == (100 * 3 * 3, 100 * 3)  # in three wordings
+    asked = [(name, *arguments.values()) for chat in rows["tools"] for name, arguments in calls(chat)]
+    assert len(asked) == 2425
+    assert len({*asked, *seen}) == len(asked) + len(seen)
+
+
+def test_each_argument_stands_in_the_request(rows):
+    """All but the name of the tool is copied from what the user says; each tool is asked for as often."""
+    tools = collections.Counter()
     for chat in rows["tools"]:
-        (result,) = (json.loads(m["content"]) for m in chat["messages"] if m["role"] == "tool")
-        if "doc" in result:
-            assert result["doc"] == docs[chat["id"].removeprefix("tools/")]
-            assert any(m["role"] == "assistant" and m["content"] == result["doc"] for m in chat["messages"])
+        said = [m["content"] for m in chat["messages"] if m["role"] == "user"]
+        for text, (name, arguments) in zip(said, calls(chat), strict=False):
+            tools[name] += 1
+            assert all(value in text for value in arguments.values()), chat["id"]
+    assert set(tools) == {tool["function"]["name"] for tool in sample_requests.TOOLS}
+    assert max(tools.values()) < 1.1 * min(tools.values())
+
+
+def test_tool_calls_have_a_result_and_arguments_of_both_kinds(rows):
+    kinds = set()
+    for chat in rows["tools"]:
+        made = [m for m in chat["messages"] if "tool_calls" in m]
+        results = [m for m in chat["messages"] if m["role"] == "tool"]
+        for call, result in zip(made, results, strict=True):
+            function = call["tool_calls"][0]["function"]
+            assert function["name"] == result["name"]
+            assert result["tool_call_id"] == call["tool_calls"][0]["id"]
+            assert isinstance(json.loads(result["content"]), dict)
+            kinds.add(type(function["arguments"]))
+    assert kinds == {dict, str}
+
+
+def test_the_system_message_says_whether_the_assistant_reasons(rows):
+    reasoning = 0
+    for chat in rows["tools"]:
+        asked_for = chat["messages"][0]["content"] == sample_requests.REASON
+        made = [m for m in chat["messages"] if "tool_calls" in m]
+        assert all(("reasoning_content" in m) == asked_for for m in made)
+        reasoning += asked_for
+    assert reasoning == 25
