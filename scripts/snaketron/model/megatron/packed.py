@@ -6,6 +6,7 @@
   then over those. That is not the average over a step whose micro-batches have different numbers of trained
   tokens. `process_mtp_loss` takes the weight of each position from the data (`train.sft_batches`), where the
   whole step is known.
+- In a tuning half of the positions count nothing. On a CPU their logits are not computed: `counted_rows`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, 
 from torch import Tensor
 
 PROCESS_MTP_LOSS = "megatron.core.models.hybrid.hybrid_model:process_mtp_loss"
+LANGUAGE_MODEL_LOSS = (
+    "megatron.core.models.common.language_module.language_module:LanguageModule.compute_language_model_loss"
+)
 
 
 def partition(ends: Tensor, total: int, ranks: int, rank: int) -> Tensor:
@@ -70,6 +74,35 @@ def shift(
     return shifted, shifted.sum()
 
 
+class _Counted:
+    """The positions whose logits the model computes, from `process_mtp_loss` to the loss of the next token.
+
+    Both are called in one forward pass of the model.
+    """
+
+    rows: Tensor | None = None
+
+
+def counted_rows(weights: Tensor, ranks: int) -> Tensor | None:
+    """Positions of a pack whose `weights` (1, length) are not 0; None: all are computed.
+
+    So it is where ranks share the output layer, and on a GPU, which would wait for the host.
+    """
+    if weights.device.type != "cpu" or len(weights) > 1 or ranks > 1:
+        return None
+    rows = weights[0].nonzero().flatten()
+    return rows if 0 < len(rows) < weights.shape[1] else None
+
+
+def compute_language_model_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
+    """The loss of each position (batch, length); 0 where the logits were not computed."""
+    rows, _Counted.rows = _Counted.rows, None
+    if rows is None:
+        return original(LANGUAGE_MODEL_LOSS)(self, labels, logits)
+    losses = original(LANGUAGE_MODEL_LOSS)(self, labels[:, rows], logits)
+    return losses.new_zeros(labels.shape).index_copy(1, rows, losses)
+
+
 def process_mtp_loss(
     hidden_states: Tensor,
     labels: Tensor | None,
@@ -90,6 +123,7 @@ def process_mtp_loss(
     `loss_mask` (1 + depths, batch, length) has the weight of each position's loss for the next token and for
     each depth; with (batch, length) megatron-core's own averages are taken. The loss that is added is that of
     DeepSeek-V3 (arXiv 2412.19437, equations 24 and 25) times the weights. The tracker gets the weighted sums.
+    On a CPU the states of `counted_rows` alone are returned.
     """
     if loss_mask is None or labels is None or loss_mask.dim() == 2:
         return original(PROCESS_MTP_LOSS)(
@@ -107,17 +141,24 @@ def process_mtp_loss(
             packed_seq_params,
             **others,
         )
-    depths = config.mtp_num_layers
+    depths, ranks = config.mtp_num_layers, 1 if tp_group is None else tp_group.size()
     hidden_states, *predicted = torch.chunk(hidden_states, 1 + depths, dim=0)
     for depth, (states, weights) in enumerate(zip(predicted, loss_mask[1:], strict=True)):
-        logits, _ = output_layer(states, weight=output_weight, runtime_gather_output=runtime_gather_output)
         labels, _ = multi_token_prediction.roll_tensor(
             labels, shifts=-1, dims=-1, cp_group=cp_group, packed_seq_params=packed_seq_params
         )
+        rows = counted_rows(weights, ranks)
+        logits, _ = output_layer(
+            states if rows is None else states[rows],
+            weight=output_weight,
+            runtime_gather_output=runtime_gather_output,
+        )
+        _Counted.rows = rows
         loss = weights * compute_language_model_loss(labels, logits)
         if is_training:
             MTPLossLoggingHelper.save_metrics_to_tracker(
                 loss.sum(), loss.new_zeros(()), loss.new_zeros(()), depth, depths
             )
         hidden_states = MTPLossAutoScaler.apply(hidden_states, config.mtp_loss_scaling_factor / depths * loss)
-    return hidden_states
+    _Counted.rows = counted_rows(loss_mask[0], ranks)
+    return hidden_states if _Counted.rows is None else hidden_states[_Counted.rows]

@@ -46,6 +46,7 @@ class Value:
 
 _MTP = "megatron.core.transformer.multi_token_prediction:"
 _MODEL = "megatron.core.models.hybrid.hybrid_model:"
+_LANGUAGE = "megatron.core.models.common.language_module.language_module:LanguageModule."
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer."
 _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher."
 _MIXER = "megatron.core.ssm.mamba_mixer:"
@@ -256,6 +257,14 @@ TABLE = (
             ),
             "megatron.core.transformer.moe.experts:SequentialMLP.forward": "cpu.experts_forward",
         },
+    ),
+    Replacement(
+        "the logits of what is not trained",
+        "CPU",
+        why="the original computes the logits of all positions, of which a tuning trains about half",
+        upstream=NONE_FOUND,
+        until="HybridModel leaves positions without a loss out of its output layer",
+        pieces={_LANGUAGE + "compute_language_model_loss": "packed.compute_language_model_loss"},
     ),
     # ------------------------------------------------------------------------------------------- GPU
     Replacement(

@@ -151,6 +151,32 @@ def test_the_original_loss_takes_no_weights_for_each_depth(build, unreplaced):
         pytest.fail(CAN_GO)
 
 
+@covers("the logits of what is not trained")
+def test_the_original_model_computes_logits_whose_loss_counts_nothing(build):
+    """4 of 16 positions count; with the row, the output layer sees these and the losses are the same bits."""
+    model = build(hybrid_layer_pattern="M*E", mtp_num_layers=1)
+    ids, weights = torch.arange(16)[None], torch.zeros(2, 1, 16)
+    weights[..., 4:8] = 0.5
+    seen: list[int] = []
+    model.output_layer.register_forward_hook(lambda *call: seen.append(len(call[1][0])))
+
+    def computed() -> tuple[torch.Tensor, torch.Tensor]:
+        seen.clear()
+        model.zero_grad()
+        losses = model(ids, ids, None, labels=ids, loss_mask=weights)
+        (losses * weights[0]).sum().backward()
+        return losses.detach() * weights[0], model.output_layer.weight.grad.clone()
+
+    less, gradient = computed()
+    assert seen == [4, 4]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "counted_rows", lambda *_: None)
+        whole, expected = computed()
+        assert seen == [16, 16], CAN_GO
+    assert torch.equal(less, whole)
+    torch.testing.assert_close(gradient, expected)
+
+
 @covers("the optimizer's state in checkpoints")
 def test_the_original_state_is_gathered_whole_by_every_process():
     """`get_parameter_state_dp_zero` is what gathers."""
