@@ -45,6 +45,7 @@ MODEL = {
     "moe_ffn_hidden_size": 1344,
     "moe_latent_size": 512,
     "moe_shared_expert_intermediate_size": 2688,
+    "init_method_std": 0.02,
     "precision": "bf16",
 }
 SUPER = {  # 11 of 88 layers and 64 of 512 experts
@@ -64,6 +65,7 @@ SUPER = {  # 11 of 88 layers and 64 of 512 experts
     "moe_ffn_hidden_size": 2688,
     "moe_latent_size": 1024,
     "moe_shared_expert_intermediate_size": 5376,
+    "init_method_std": 0.02,
     "precision": "bf16",
 }
 NANO = {  # all 52 layers, and 16 of 128 experts
@@ -82,6 +84,7 @@ NANO = {  # all 52 layers, and 16 of 128 experts
     "moe_ffn_hidden_size": 1856,
     "moe_latent_size": None,
     "moe_shared_expert_intermediate_size": 3712,
+    "init_method_std": 0.02,
     "precision": "bf16",
 }
 BF16_STATE = {"gradient_precision": "bf16", "moment_precision": "bf16"}

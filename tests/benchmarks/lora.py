@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model": {
             "hybrid_layer_pattern": "MEMEM*EME",
             "hidden_size": 512,
+            "num_attention_heads": 8,
             "kv_channels": 64,
             "mamba_num_heads": 16,
             "mamba_head_dim": 64,
@@ -36,6 +37,8 @@ MODELS: dict[str, dict[str, Any]] = {
             "moe_ffn_hidden_size": 512,
             "moe_latent_size": 256,
             "moe_shared_expert_intermediate_size": 1024,
+            "mtp_num_layers": 2,
+            "init_method_std": 0.02,
         },
         "seq_length": 512,
     },

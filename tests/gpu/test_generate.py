@@ -8,6 +8,7 @@ from snaketron.inference.decoder import decoding
 from snaketron.inference.generate import generate
 from snaketron.model.build import BuiltModel, build_model
 from snaketron.settings.training import run_settings, train_settings
+from tests.unit.sizes.models import SMALL
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2}
 
 @pytest.fixture(params=TOLERANCE)
 def built(request: pytest.FixtureRequest) -> BuiltModel:
-    config = load({"model": {"precision": request.param}}, {})
+    config = load({"model": SMALL | {"precision": request.param}}, {})
     return build_model(train_settings(config, "sft"), run_settings(config, "sft"), 512)
 
 

@@ -7,6 +7,7 @@ from snaketron.config import Model, Parallel
 from snaketron.data.chats.packs import Pack
 from snaketron.model import spec
 from snaketron.train.sft_batches import collate_pack
+from tests.unit.sizes.models import SMALL
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ TOLERANCE = {"fp32": 5e-3, "bf16": 5e-2}
 @pytest.mark.parametrize("precision", TOLERANCE)
 def test_logits_of_a_conversation_in_a_pack_are_those_of_it_alone(precision):
     torch.manual_seed(0)
-    model = Model(precision=precision, mtp_num_layers=0)
+    model = Model(**(SMALL | {"precision": precision, "mtp_num_layers": 0}))
     config = spec.transformer_config(model, Parallel())
     built = spec.build_model(config, model, 512, 256).cuda()
     module = Float16Module(config, built) if precision == "bf16" else built

@@ -31,6 +31,7 @@ from snaketron.train.batches import Batches, sequences
 from snaketron.train.build import build_training
 from snaketron.train.evaluate import evaluate
 from snaketron.train.sft_batches import SftBatches
+from tests.unit.sizes.models import SMALL
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def packed(blend: str, model: dict[str, Any], run: dict[str, Any]) -> tuple[Any,
     """Settings of a tuning on packs, how it is run, and a function that makes its batches."""
     sft = {"train_iters": 20, "global_batch_size": BATCH, "warmup_iters": 0, "cpus_per_task": 1}
     sft |= {"eval_samples": 4} | run
-    config = load({"model": model, "sft": sft, "sft_data": {"pack_size": 4 * LENGTH}}, {})
+    config = load({"model": SMALL | model, "sft": sft, "sft_data": {"pack_size": 4 * LENGTH}}, {})
     settings = train_settings(config, "sft")
     info = Info(sha256="t", vocab_size=VOCABULARY, eos_token="", eos_id=0, pad_id=0)
     return (
@@ -97,7 +98,7 @@ def fixed(model: dict[str, Any], run: dict[str, Any], cluster: dict[str, Any]) -
     pretrain = {"seq_length": LENGTH, "global_batch_size": BATCH, "micro_batch_size": 2, "phases": [phase]}
     length = run.get("seq_length", LENGTH)
     pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 1, "eval_samples": 4} | run
-    config = load({"model": model, "pretrain": pretrain, "cluster": cluster}, {})
+    config = load({"model": SMALL | model, "pretrain": pretrain, "cluster": cluster}, {})
     settings, run_as = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
     depths = settings.model.mtp_num_layers
     return settings, run_as, lambda: FixedBatches(run_as.micro_batch_size, depths, length)

@@ -3,6 +3,7 @@
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Model, Parallel
 from snaketron.model import backend, spec
+from tests.unit.sizes.models import SMALL
 
 import pytest
 import torch
@@ -10,9 +11,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
-
-# The model of these tests, whatever the default is.
-SMALL = {"num_attention_heads": 8, "kv_channels": 16, "mtp_num_layers": 2, "init_method_std": 0.02}
 
 
 @pytest.fixture(scope="module", autouse=True)

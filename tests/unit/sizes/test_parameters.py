@@ -5,9 +5,8 @@ import json
 from snaketron.config import Adapters, Model, Parallel
 from snaketron.sizes import parameters
 from tests.conftest import run_module
-from tests.unit.model.conftest import SMALL
 from tests.unit.sizes.built_sizes import ADAPTERS, LAYOUTS, VOCABULARY
-from tests.unit.sizes.models import SUPER, VOCABULARY_OF_SUPER
+from tests.unit.sizes.models import SMALL, SUPER, VOCABULARY_OF_SUPER
 
 import pytest
 

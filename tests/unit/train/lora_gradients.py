@@ -18,6 +18,7 @@ from snaketron.settings.training import LoraSettings, run_settings, train_settin
 from snaketron.train.build import build_training
 from snaketron.train.loop import Trainer
 from tests.gpu.worker import BATCH, LENGTH, FixedBatches
+from tests.unit.sizes.models import SMALL
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -48,7 +49,7 @@ def gradients(parallel: dict[str, int]) -> dict[tuple[str, tuple[int, ...]], Sha
     phase = {"name": "one", "tokens": 1000, "blend": [{"corpus": "docs", "weight": 1}]}
     pretrain |= {"phases": [phase], "warmup_tokens": 0, "decay_tokens": 0, "parallel": parallel}
     # A dense layer as well; two stages of the same kinds of layers.
-    config = load({"model": {"hybrid_layer_pattern": "ME*-ME"}, "pretrain": pretrain}, {})
+    config = load({"model": SMALL | {"hybrid_layer_pattern": "ME*-ME"}, "pretrain": pretrain}, {})
     settings, run = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
     adapters = Adapters(rank=4, target_modules=["linear_*", "*_proj", "router"])
     trainer = Trainer(build_training(LoraSettings(**settings.model_dump(), lora=adapters), run, 512))

@@ -10,6 +10,7 @@ from snaketron.settings.training import run_settings, train_settings
 from snaketron.train import loop
 from snaketron.train.build import build_training
 from tests.gpu.worker import BATCH, LENGTH, VOCABULARY, FixedBatches, state_hash
+from tests.unit.sizes.models import SMALL
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def trained(precision: str, clip_grad: float = 1e9, spoil: bool = False) -> tupl
     pretrain = {"seq_length": LENGTH, "global_batch_size": BATCH, "micro_batch_size": 2, "phases": [phase]}
     pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 1}
     pretrain |= {"optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "clip_grad": clip_grad}}
-    config = load({"model": {"precision": precision}, "pretrain": pretrain}, {})
+    config = load({"model": SMALL | {"precision": precision}, "pretrain": pretrain}, {})
     run = run_settings(config, "pretrain/one")
     torch.manual_seed(0)
     settings = train_settings(config, "pretrain/one")
