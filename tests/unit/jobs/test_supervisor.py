@@ -302,6 +302,15 @@ def test_the_environment_of_the_processes(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["WANDB_API_KEY"] == "abc=def"
 
 
+def test_threads_that_wait_leave_the_core_to_others_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    found = [
+        launch.environment(run_settings(load({"cluster": {"gpus_per_node": gpus}}, {}), "pretrain/broad"))
+        for gpus in (0, 8)
+    ]
+    assert [of.get("OMP_WAIT_POLICY") for of in found] == ["PASSIVE", None]
+
+
 def test_in_an_image_caches_lie_in_its_own_tmp_and_charliecloud_has_the_user(monkeypatch: pytest.MonkeyPatch):
     """$TMPDIR is a directory of the host, which the image need not see; cron and CI set no USER."""
     for name in ("TRITON_CACHE_DIR", "USER"):
