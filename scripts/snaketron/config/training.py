@@ -325,6 +325,11 @@ class Pretrain(Run):
         return spans
 
 
+NUM_SAMPLES = (
+    "held-out prompts that the model answers before, during and after the training: answers/ of the version"
+)
+
+
 class Tuning(Run):
     """What full fine-tuning and LoRA share."""
 
@@ -357,11 +362,7 @@ class Tuning(Run):
         lambda: Optimizer(learning_rate=4e-3, min_learning_rate=1e-4), "AdamW and its learning rate"
     )
     eval_samples: Positive = key(16, "packs of a validation, the same ones each time")
-    num_samples: Count = key(
-        16,
-        "held-out prompts that the model answers before, during and after the training: answers/ of the "
-        "version",
-    )
+    num_samples: Count = key(16, NUM_SAMPLES)
     sample_interval: Positive | None = key(
         None, "steps between two rounds of answers; null: only before the first and after the last step"
     )
@@ -369,10 +370,13 @@ class Tuning(Run):
 
 
 class Sft(Tuning):
-    train_iters: Positive = key(400, "steps")
+    train_iters: Positive = key(480, "steps")
     global_batch_size: Positive = key(1, "packs of a step, over all processes")
-    eval_interval: Positive = key(200, "steps between two validations")
-    save_interval: Positive = key(200, "steps between two checkpoints: what a killed run loses at most")
+    # As many steps as the blend takes to come round, so that each line has packs of all sources.
+    log_interval: Positive = key(50, "steps between two lines of metrics")
+    eval_interval: Positive = key(240, "steps between two validations")
+    save_interval: Positive = key(240, "steps between two checkpoints: what a killed run loses at most")
+    num_samples: Count = key(40, NUM_SAMPLES)
     blend: list[SourceWeight] = Field(
         default_factory=lambda: [
             SourceWeight(source="questions", weight=0.02),

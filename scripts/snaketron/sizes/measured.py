@@ -33,6 +33,7 @@ BENCHMARK = Model(
 NANO_SLICE = Model(
     hybrid_layer_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
     mtp_num_layers=0,
+    init_method_std=0.02,
     hidden_size=2688,
     num_attention_heads=32,
     num_query_groups=2,

@@ -299,7 +299,7 @@ def test_settings_survive_the_command_line():
     settings, run = train_settings(config, "sft"), run_settings(config, "sft")
     assert TrainSettings.model_validate_json(settings.model_dump_json()) == settings
     assert RunSettings.model_validate_json(run.model_dump_json()) == run
-    assert json.loads(run.model_dump_json())["num_samples"] == 16
+    assert json.loads(run.model_dump_json())["num_samples"] == 40
     lora = train_settings(config, "lora")
     assert LoraSettings.model_validate_json(lora.model_dump_json()) == lora
 
