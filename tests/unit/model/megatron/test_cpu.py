@@ -57,7 +57,7 @@ from snaketron.model.megatron.cpu import FusedAdam
 adam = FusedAdam([torch.nn.Parameter(torch.ones(2))], lr=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
 adam.zero_grad(), adam.step(), adam.load_state_dict(adam.state_dict())
 assert gc.isenabled() and gc.get_freeze_count() > 100_000
-sys.exit(" ".join({"torch._dynamo", "tensorboard", "wandb"} & set(sys.modules)) or 0)
+sys.exit(" ".join({"torch._dynamo", "tensorboard", "wandb", "triton.runtime"} & set(sys.modules)) or 0)
 """
 
 

@@ -6,10 +6,13 @@ A test runs the original piece and shows its fault. One that fails after an upgr
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import multiprocessing
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -213,6 +216,16 @@ def test_the_original_queue_is_a_process():
 def test_megatron_core_asks_for_packages_of_the_gpu():
     engine = importlib.import_module("megatron.core.extensions.transformer_engine")
     assert "import transformer_engine" in inspect.getsource(engine), CAN_GO
+
+
+@covers("Triton")
+def test_megatron_core_imports_kernels_of_triton_also_where_it_is_not_installed():
+    """Not only in a `try` that takes an ImportError."""
+    path = importlib.util.find_spec("megatron.core.transformer.moe").submodule_search_locations[0]
+    assert re.search("^import triton$", (Path(path) / "ops/paged_stash.py").read_text(), re.M), CAN_GO
+    from megatron.core.transformer.moe import paged_stash
+
+    assert paged_stash.paged_stash_copy_kernel is None
 
 
 @covers("torch.cuda")
