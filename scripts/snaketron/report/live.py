@@ -204,7 +204,7 @@ class Follower:
             total=total,
             rules=rules,
             trainings=trainings,
-            running=[_running(job, slurm) for job in begun if running and job not in waiting],
+            running=[self._running(job, slurm) for job in begun if running and job not in waiting],
             waiting=_queue(waiting, slurm) if running else (),
             failed=[job.title for job in log.jobs.values() if job.state == "failed"],
             seconds_left=left if running else None,
@@ -314,6 +314,15 @@ class Follower:
             warned=version.metrics.stat().st_mtime if version.metrics.exists() else 0.0,
         )
 
+    def _running(self, job: Job, slurm: dict[str, Queued]) -> Running:
+        where = [f"job {job.slurm}"] if job.slurm else []
+        if known := slurm.get(job.slurm):
+            where += [known.state, known.about]
+        if job.rule == "evaluate" and (version := self._version(job.wildcards, job)):
+            said = heartbeat.read(version.heartbeat)
+            where += [f"{said['iteration']} of {said['train_iters']} parts are done"] if said else []
+        return Running(job.title, max(0.0, time.time() - job.began), " ".join(where))
+
     # ------------------------------------------------------------------------------------ time left
 
     def _left(
@@ -366,13 +375,6 @@ def _queue(waiting: Sequence[Job], slurm: dict[str, Queued]) -> list[tuple[str, 
 
 def _waits(job: Job, slurm: dict[str, Queued]) -> bool:
     return job.slurm in slurm and slurm[job.slurm].waits
-
-
-def _running(job: Job, slurm: dict[str, Queued]) -> Running:
-    where = f"job {job.slurm}" if job.slurm else ""
-    if known := slurm.get(job.slurm):
-        where += f" {known.state} {known.about}"
-    return Running(job.title, max(0.0, time.time() - job.began), where)
 
 
 def _benchmark(path: Path) -> float | None:

@@ -144,6 +144,20 @@ def test_a_new_run_is_followed_when_it_comes(run: RunLog, tmp_path: Path):
     assert follower.look().total == 1
 
 
+def test_an_evaluation_says_how_many_of_its_parts_are_done(tmp_path: Path):
+    log = RunLog(tmp_path, {"evaluate": 2})
+    for number, stage in enumerate(("pretrain/broad", "sft")):
+        log.begins(number, "evaluate", f"eval/{stage}.json", stage=stage)
+    version = tmp_path / "eval/versions/pretrain_broad-0123456789ab"
+    files.write_json(version / "attempts.json", [{"outcome": None}])
+    files.write_json(version / "progress.json", {"iteration": 3, "train_iters": 6})
+    running = Follower(tmp_path, alive=True).look().running
+    assert [(job.title, job.where) for job in running] == [
+        ("evaluate pretrain/broad", "3 of 6 parts are done"),
+        ("evaluate sft", ""),
+    ]
+
+
 def test_a_directory_without_a_run(tmp_path: Path):
     assert Follower(tmp_path).look().state == ""
 
