@@ -14,7 +14,13 @@ from snaketron.wording import large
 
 TRAININGS = ("pretrain", "sft", "lora")  # the rules that train
 MAX_ANSWERS = 20  # prompts whose answers are shown
-_VERBS = {"failed": "failed", "running": "is running", "stopped": "has stopped", "waiting": "waits"}
+_VERBS = {
+    "failed": "failed",
+    "running": "is running",
+    "partly": "is not complete",
+    "stopped": "has stopped",
+    "waiting": "waits",
+}
 
 
 def summary_part(runs: Sequence[Run]) -> Part:
@@ -73,7 +79,7 @@ def missing(run: Run) -> list[str]:
         about = next(iter(rule.failed.items()), None)
         because = f": {about[1] or 'without a word'} (logs/{about[0]})" if about else ""
         said.append(
-            f"{rule.name} {sign(rule.state)[2:]}, {rule.done} of {rule.expected} jobs are done{because}."
+            f"{rule.name} {_VERBS[rule.state]}, {rule.done} of {rule.expected} jobs are done{because}."
         )
     if run.planned:
         waiting = "what they are made from is not there yet"

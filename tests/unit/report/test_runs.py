@@ -74,6 +74,12 @@ def test_the_lock_of_the_directory_counts_unless_the_workflow_makes_the_page(job
         assert read(tmp_path, alone=True).state == "failed"
 
 
+def test_a_rule_of_which_jobs_are_still_to_be_done_says_how_many(job, tmp_path: Path):
+    job("tokenize_shard/docs/a", seconds=2.5)
+    run = read_run(tmp_path, {}, PLAN | {"jobs": {"tokenize_shard": 3}}, name="run", alone=False)
+    assert missing(run)[0] == "tokenize_shard is not complete, 1 of 3 jobs are done."
+
+
 def test_losses_by_corpus_are_before_after_and_tested(training, tmp_path: Path):
     """Of 400 trained tokens 300 are code."""
     directory = training("pretrain/broad", steps=0)
