@@ -4,10 +4,11 @@
     python -m tests.benchmarks.gpu_training baseline graphs       # some
 
 Each variant trains a model with `Trainer`, in processes of its own that start (import) while another one
-measures: that of `MODEL`, or a slice of Nemotron 3 Super or Nano at its own widths, as one GPU of a training
-with expert parallelism holds it, without the exchange between GPUs. Tokens are random, or those of a text
-(`text_tokens`) with the routing that follows from it. Lines of JSON come on standard output and a table at
-the end; with --profile NAME also what took the time, by kind of kernel, and a trace for chrome://tracing.
+measures: that of `MODEL` (`shapes`), or a slice of Nemotron 3 Super or Nano at its own widths, as one GPU of
+a training with expert parallelism holds it, without the exchange between GPUs. Tokens are random, or those of
+a text (`text_tokens`) with the routing that follows from it. Lines of JSON come on standard output and a
+table at the end; with --profile NAME also what took the time, by kind of kernel, and a trace for
+chrome://tracing.
 The estimate is that of `sizes.memory.memory_of_process`, the peak that of the fullest GPU. "Load" is the
 tokens of the fullest expert over the mean in the last step: of the worst layer, and the mean over layers.
 """
@@ -18,84 +19,15 @@ import argparse
 import json
 import os
 import re
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
 
 from snaketron.config import Config, load
 
+from tests.benchmarks.shapes import BF16_STATE, FP8, MODEL, SLICES, VOCABULARY, text_tokens
 from tests.benchmarks.turns import Turn, take, wait_for_turn
 
-VOCABULARY = 131072
-MODEL = {
-    "hybrid_layer_pattern": "MEMEM*EMEMEM*EMEMEM*EMEME",
-    "mtp_hybrid_layer_pattern": "*E",
-    "mtp_num_layers": 2,
-    "hidden_size": 2048,
-    "num_attention_heads": 16,
-    "num_query_groups": 2,
-    "kv_channels": 128,
-    "mamba_num_heads": 64,
-    "mamba_head_dim": 64,
-    "mamba_num_groups": 8,
-    "mamba_state_dim": 128,
-    "num_moe_experts": 64,
-    "moe_router_topk": 6,
-    "moe_ffn_hidden_size": 1344,
-    "moe_latent_size": 512,
-    "moe_shared_expert_intermediate_size": 2688,
-    "init_method_std": 0.02,
-    "precision": "bf16",
-}
-SUPER = {  # 11 of 88 layers and 64 of 512 experts
-    "hybrid_layer_pattern": "MEMEMEM*EME",
-    "mtp_hybrid_layer_pattern": "*E",
-    "mtp_num_layers": 1,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_query_groups": 2,
-    "kv_channels": 128,
-    "mamba_num_heads": 128,
-    "mamba_head_dim": 64,
-    "mamba_num_groups": 8,
-    "mamba_state_dim": 128,
-    "num_moe_experts": 64,
-    "moe_router_topk": 22,
-    "moe_ffn_hidden_size": 2688,
-    "moe_latent_size": 1024,
-    "moe_shared_expert_intermediate_size": 5376,
-    "init_method_std": 0.02,
-    "precision": "bf16",
-}
-NANO = {  # all 52 layers, and 16 of 128 experts
-    "hybrid_layer_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    "mtp_num_layers": 0,
-    "hidden_size": 2688,
-    "num_attention_heads": 32,
-    "num_query_groups": 2,
-    "kv_channels": 128,
-    "mamba_num_heads": 64,
-    "mamba_head_dim": 64,
-    "mamba_num_groups": 8,
-    "mamba_state_dim": 128,
-    "num_moe_experts": 16,
-    "moe_router_topk": 6,
-    "moe_ffn_hidden_size": 1856,
-    "moe_latent_size": None,
-    "moe_shared_expert_intermediate_size": 3712,
-    "init_method_std": 0.02,
-    "precision": "bf16",
-}
-BF16_STATE = {"gradient_precision": "bf16", "moment_precision": "bf16"}
-SLICE = {"micro_batch_size": 1, "optimizer": BF16_STATE}
-SLICES = {
-    "super_8k": SLICE | {"of": SUPER, "length": 8192, "micro_batches": 2},
-    "super_4k": SLICE | {"of": SUPER, "length": 4096, "micro_batches": 4},
-    "nano_8k": SLICE | {"of": NANO, "length": 8192, "micro_batches": 4},
-    "nano_4k": SLICE | {"of": NANO, "length": 4096, "micro_batches": 8},
-}
-FP8 = ("fp8_current", "fp8_blockwise", "fp8_delayed")
 # megatron-core's own defaults, with the switches that the first attempt had.
 PLAIN = {
     "moe_router_fusion": False,
@@ -139,6 +71,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"{name}_text": shape | {"text": True} for name, shape in SLICES.items()},
     **{f"{name}_{p}": shape | {"model": {"precision": p}} for name, shape in SLICES.items() for p in FP8},
     "nano_4k_layers": SLICES["nano_4k"] | {"run": GRAPHS},
+    **{
+        f"nano_8k_ep{n}": SLICES["nano_8k"]
+        | {"model": {"num_moe_experts": 16 * n}, "text": True}
+        | {"parallel": {"expert_model_parallel_size": n, "data_parallel_size": n}}
+        for n in (2, 4, 8)
+    },
     "dp2": {"parallel": {"data_parallel_size": 2}},
     "dp2_overlap": {"parallel": {"data_parallel_size": 2}, "ddp": {"overlap_grad_reduce": True}},
     "dp2_x4": {"parallel": {"data_parallel_size": 2}, "micro_batches": 4},
@@ -154,7 +92,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def gpus(name: str) -> int:
-    return max([1, *VARIANTS[name].get("parallel", {}).values()])  # each of ours is of two GPUs in all
+    return max([1, *VARIANTS[name].get("parallel", {}).values()])  # of no two layouts that multiply
 
 
 def configured(variant: dict[str, Any]) -> Config:
@@ -175,27 +113,9 @@ def steady(seconds: list[float]) -> float:
     return sorted(seconds[-6:])[2]
 
 
-def text_tokens(count: int) -> list[int]:
-    """The first tokens of the sources of Python's standard library: a word, a space or a sign is one.
-
-    A token's number is the order of its first appearance, so that frequent ones have small numbers. Their
-    frequencies fall as in any text whose tokens are words; what comes after 131,072 others is one of them.
-    """
-    library = Path(sysconfig.get_path("stdlib"))
-    known: dict[str, int] = {}
-    tokens: list[int] = []
-    for path in sorted(library.rglob("*.py")):
-        if "site-packages" in path.parts or "dist-packages" in path.parts:
-            continue
-        for piece in re.findall(r"\w+|\s+|[^\w\s]", path.read_text("utf-8", "replace")):
-            tokens.append(known.setdefault(piece, len(known)) % VOCABULARY)
-        if len(tokens) >= count:
-            return tokens[:count]
-    raise ValueError(f"{library} has {len(tokens)} tokens, and {count} are wanted")
-
-
 # Kinds of kernels by what their names contain; the first that fits.
 KINDS = {
+    "exchanges and sums": r"nccl|deep_ep|hybrid_ep",
     "experts' products": r"GroupProblemShape|grouped|Grouped|^_product|^_activate|^_round_rows|^_transpose",
     "matrix products": r"nvjet|gemm|Gemm|cutlass|cublas",
     "Mamba": r"_chunk_|_state_passing|_bmm_chunk|causal_conv1d|_dstates|ddt|_layer_norm",

@@ -1,7 +1,8 @@
 """LoRA against full fine-tuning in one run: memory, size of a checkpoint, tokens/s.
 
-    python tests/benchmarks/lora.py                  # a model of 100 M parameters (tiny: --model tiny)
-    python tests/benchmarks/lora.py --gpu-fit        # one of 15 B on a GPU of which 80 GB may be used
+    python -m tests.benchmarks.lora                  # a model of 100 M parameters (tiny: --model tiny)
+    python -m tests.benchmarks.lora --model nano     # the slice of Nano (`shapes`), on a GPU
+    python -m tests.benchmarks.lora --gpu-fit        # one of 15 B on a GPU of which 80 GB may be used
 
 Trains on random tokens, one after the other, each in a process of its own, and prints a line of JSON for each
 and a table. With --gpu-fit full fine-tuning does not fit (18 bytes a parameter), which is shown and not
@@ -20,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks import shapes
 
 VOCABULARY = 2048
 MODELS: dict[str, dict[str, Any]] = {
@@ -42,6 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "seq_length": 512,
     },
+    "nano": {"model": shapes.NANO, "seq_length": 8192, "vocabulary": shapes.VOCABULARY},
     # Layers of Nemotron 3 Super with half of its experts: 15 B parameters, 30 GB in bf16.
     "fit": {
         "model": {
@@ -96,6 +100,8 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     pretrain = {"seq_length": length, "global_batch_size": 1, "micro_batch_size": 1, "phases": [phase]}
     pretrain |= {"warmup_tokens": 0, "decay_tokens": 64, "cpus_per_task": 2, "save_in_background": False}
     pretrain["optimizer"] = {"learning_rate": 1e-4, "min_learning_rate": 1e-5}
+    if args.model == "nano" and kind == "full":
+        pretrain["optimizer"] |= shapes.BF16_STATE
     config = load({"model": model, "pretrain": pretrain}, {})
     settings, run = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
     adapters = None
@@ -227,7 +233,7 @@ def main() -> int:
         return 0
     results: dict[str, dict[str, Any]] = {}
     for kind in ("full", "lora"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", kind]
+        command = [sys.executable, "-m", "tests.benchmarks.lora", *sys.argv[1:], "--one", kind]
         with contextlib.suppress(subprocess.TimeoutExpired):
             done = subprocess.run(
                 command,

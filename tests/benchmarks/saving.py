@@ -26,7 +26,7 @@ from snaketron.train.build import build_training
 from snaketron.train.losses import Batch
 
 import torch
-from tests.benchmarks.gpu_training import MODEL
+from tests.benchmarks.shapes import MODEL
 
 LENGTH, VOCABULARY, STEPS = 128, 4096, 3  # steps before each save
 

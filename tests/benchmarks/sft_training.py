@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.sft_training                     # the default model, on the CPU or a GPU
     python -m tests.benchmarks.sft_training --pack-size 4096
-    python -m tests.benchmarks.sft_training --large --pack-size 16384 --packs 24  # of gpu_training
+    python -m tests.benchmarks.sft_training --model large --pack-size 16384 --packs 24  # of gpu_training
+    python -m tests.benchmarks.sft_training --model nano --pack-size 8192 --packs 40
 
 The same conversations, of lognormal lengths as in `packing`, are trained once in packs and once in batches
 of as many as fill a pack on average, each padded to the longest of its batch. The second half of each is the
@@ -35,10 +36,16 @@ from snaketron.train.sft_batches import SftBatches
 
 import numpy as np
 import torch
-from tests.benchmarks import gpu_training
+from tests.benchmarks import shapes
 from tests.benchmarks.packing import chat_lengths
 
 VOCABULARY = 2048  # that the tokens are of
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "tiny": ({}, VOCABULARY),
+    "large": (shapes.MODEL, shapes.VOCABULARY),
+    "nano": (shapes.NANO, shapes.VOCABULARY),
+    "super": (shapes.SUPER, shapes.VOCABULARY),
+}
 
 
 class PaddedBatches(Batches):
@@ -119,7 +126,7 @@ def main() -> None:
     parser.add_argument("--pack-size", type=int, default=1024)
     parser.add_argument("--packs", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--model", choices=MODELS, default="tiny")
     args = parser.parse_args()
     lengths = chat_lengths(args.packs * args.pack_size // 250, args.pack_size)
     conversations = made(lengths)
@@ -131,8 +138,10 @@ def main() -> None:
     a_pack = len(used) // len(bins)
     steps_padded = len(in_order) // a_pack
     sft = {"train_iters": 10_000, "global_batch_size": 1, "cpus_per_task": args.threads}
-    sft |= {"optimizer": {"learning_rate": 1e-4, "min_learning_rate": 1e-5}}
-    model, vocabulary = (gpu_training.MODEL, gpu_training.VOCABULARY) if args.large else ({}, VOCABULARY)
+    sft["optimizer"] = {"learning_rate": 1e-4, "min_learning_rate": 1e-5}
+    if args.model in ("nano", "super"):
+        sft["optimizer"] |= shapes.BF16_STATE
+    model, vocabulary = MODELS[args.model]
     config = load({"model": model, "sft": sft, "sft_data": {"pack_size": args.pack_size}}, {})
     settings, run = train_settings(config, "sft"), run_settings(config, "sft")
     with distributed(settings.seed, run), tempfile.TemporaryDirectory() as directory:

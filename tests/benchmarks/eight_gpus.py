@@ -1,0 +1,392 @@
+"""What needs several GPUs of one host: parity, speed, exchange, checkpoints, estimates.
+
+    python -m tests.benchmarks.eight_gpus                        # all parts, on the GPUs that are there
+    python -m tests.benchmarks.eight_gpus --parts 2 3 --seconds 580
+    python -m tests.benchmarks.eight_gpus --tiny --parts 1 5     # on CPUs: the same code, small
+    python -m tests.benchmarks.eight_gpus --table one.json two.json
+
+1  tests/gpu; layouts against one GPU (losses, gradient norms); a checkpoint of one layout goes on in another
+2  Nano 30B whole, bf16 and fp8, random tokens and a text
+3  a quarter of Super: 22 layers, in two layouts
+4  where the time goes: kinds of kernels with the exchange of experts, dispatchers, 1 to 8 GPUs at the same
+   work on each, sums of gradients, bubbles
+5  checkpoints: how long a training stands still, bytes; a killed process and the first step after it
+6  step time and memory against `sizes`: of all trainings of parts 2 to 5
+
+Trainings are those of scripts/pretrain.py. What needs more GPUs or memory than there is, is listed as not
+run, with the reason, as is what there is no time for. The first weights are random, and so are routers.
+Results are written after each training, below $OUT (or --out): eight_gpus.json, and a log for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from snaketron.config import Parallel
+from snaketron.files import read_json, write_json
+from snaketron.sizes.gpus import GPUS
+from snaketron.sizes.layout import SHORT_NAMES, layout_words
+from snaketron.sizes.plan import checkpoint_bytes
+from snaketron.train.metrics import Metrics
+
+import psutil
+from tests.benchmarks import trainings
+from tests.benchmarks.shapes import BF16_STATE, NANO, SUPER
+from tests.benchmarks.trainings import REPOSITORY, Training
+
+PARITY = {"mamba_num_heads": 16, "mamba_head_dim": 16, "mamba_num_groups": 8}  # fits TP 8 and EP 8
+LAYOUTS = (
+    *("TP 2", "EP 2, DP 2", "PP 2", "CP 2", "DP 2"),
+    *("TP 4", "TP 2, EP 4, DP 2", "PP 2, EP 2, DP 2", "CP 2, TP 2"),
+    *("TP 4, EP 8, DP 2", "EP 8, DP 8", "PP 2, EP 4, DP 4", "TP 2, CP 2, PP 2", "DP 8"),
+)
+CHAINS = (
+    ("TP 2", "PP 2"),
+    ("TP 2, EP 4, DP 2", "PP 2, EP 2, DP 2"),
+    ("TP 4, EP 8, DP 2", "PP 2, EP 4, DP 4"),
+)
+TOLERANCE = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 3e-2)}  # as in tests/gpu
+# Without the search for the fastest kernels, which takes a minute for each new shape.
+UNTUNED = {"MAMBA_DETERMINISTIC": "1", "TRITON_CACHE_AUTOTUNING": "0"}
+TEXT = ("text",)
+CORPORA = (("random",), TEXT)
+NANO_30B = NANO | {"num_moe_experts": 128}
+QUARTER = SUPER | {"hybrid_layer_pattern": "MEMEMEM*EMEMEMEM*EMEME", "num_moe_experts": 512}
+# Of H100s: tokens/s for Nano (the 30B Lightning; in fp8 Nano on 16), TFLOP/s for Super on 64.
+PUBLISHED = {
+    "nano bf16 random": "14,195 tokens/s",
+    "nano bf16 text": "7,110 tokens/s",
+    "nano fp8_current random": "14,719 tokens/s",
+    "super random": "248.6 TFLOP/s",
+    "super text": "236.3 TFLOP/s",
+}
+USABLE_GIB = GPUS["h200"].usable_gb * 1e9 / 2**30
+WRITTEN_S = 60  # for a checkpoint, at a GB a second
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A training of a part, and the longest that it may take."""
+
+    part: int
+    training: Training
+    limit: float = 150
+    like: str = ""  # the training whose losses it should have
+    goes_on_from: int = 0  # steps of the training of its place
+    published: str = ""
+
+
+def sizes(words: str) -> dict[str, int]:
+    """Parallel sizes of words such as "TP 4, EP 8, DP 2"."""
+    pairs = (word.split() for word in words.split(", ") if word)
+    return {SHORT_NAMES[name]: int(size) for name, size in pairs}
+
+
+def small(name: str, layout: str, precision: str, **keys: Any) -> Training:
+    """A training of part 1."""
+    model = PARITY | {"precision": precision}
+    run = {"cpus_per_task": 1, "cuda_graphs": False} if precision == "bf16" else {"cpus_per_task": 1}
+    values = {"length": 128, "batch": 16, "steps": 6, "corpora": TEXT, "vocabulary": 1024} | keys
+    return Training(name, model, sizes(layout), run=run, environment=UNTUNED, **values)
+
+
+def parity(precision: str) -> Iterator[Row]:
+    yield Row(1, small("one GPU", "", precision))
+    for layout in LAYOUTS:
+        yield Row(1, small(layout, layout, precision), like="one GPU")
+    for first, then in CHAINS:
+        place = f"{first} then {then}"
+        yield Row(1, small(f"{place}, before", first, precision, steps=3, place=place), like="one GPU")
+        yield Row(1, small(place, then, precision, place=place), like="one GPU", goes_on_from=3)
+
+
+def large(name: str, model: dict[str, Any], parallel: str, micro_batches: int = 4, **keys: Any) -> Training:
+    """A training of 8,192 tokens a sequence, that recomputes no more than its memory asks for."""
+    groups = sizes(parallel)
+    batch = micro_batches * groups.get("data_parallel_size", 1)
+    keys = {"optimizer": BF16_STATE, "length": 8192, "steps": 40, "stop_after": 12} | keys
+    made = Training(name, model, groups, batch=batch, **keys)
+    for recompute in ([], ["moe"], ["layer"]):
+        made = dataclasses.replace(made, run=keys.get("run", {}) | {"recompute": recompute})
+        if trainings.estimates(made)["fullest_gib"] < USABLE_GIB:
+            break
+    return made
+
+
+def nano(there: int) -> Iterator[Row]:
+    for precision in ("bf16", "fp8_current"):
+        for corpora in CORPORA:
+            kind = f"nano {precision} {corpora[0]}"
+            model = NANO_30B | {"precision": precision}
+            made = large(kind, model, f"EP {there}, DP {there}", corpora=corpora)
+            yield Row(2, made, 200, published=PUBLISHED.get(kind, ""))
+
+
+def super_quarter(there: int) -> Iterator[Row]:
+    half = max(1, there // 2)
+    for layout in (f"PP 2, EP {half}, DP {half}", f"TP 4, EP {there}, DP {max(1, there // 4)}"):
+        for corpora in CORPORA:
+            made = large(f"super {layout} {corpora[0]}", QUARTER, layout, 8, corpora=corpora)
+            yield Row(3, made, 240, published=PUBLISHED[f"super {corpora[0]}"])
+
+
+def scaling(there: int) -> Iterator[Row]:
+    """The same work on each GPU: 16 experts of Nano and four sequences."""
+    for count in (1, 2, 4, 8):
+        more = NANO | {"num_moe_experts": 16 * count}
+        yield Row(4, large(f"exchange: EP {count}", more, f"EP {count}, DP {count}", corpora=TEXT))
+    yield Row(4, large(f"sums: DP {there}", NANO, f"DP {there}", corpora=TEXT))
+    for micro_batches in (4, 16):
+        name = f"bubbles: PP 2, {micro_batches} micro-batches"
+        yield Row(4, large(name, NANO, "PP 2", micro_batches, corpora=TEXT))
+    for dispatcher in ("deepep", "hybridep") if there > 1 else ():
+        name, run = f"exchange: EP {there}, {dispatcher}", {"moe_token_dispatcher": dispatcher}
+        made = large(
+            name, NANO | {"num_moe_experts": 16 * there}, f"EP {there}, DP {there}", corpora=TEXT, run=run
+        )
+        yield Row(4, made)
+
+
+def saved(there: int, room: float) -> Row:
+    """The largest part of Nano of which two checkpoints have room, and one is written in `WRITTEN_S`."""
+    for layers in (52, 26, 13, 6, 3):
+        model = NANO_30B | {"hybrid_layer_pattern": NANO["hybrid_layer_pattern"][:layers]}
+        run = {"save_interval": 16, "keep_checkpoints": 1, "max_restarts": 1}
+        layout = f"EP {there}, DP {there}"
+        made = large(f"saved: {layers} layers of Nano", model, layout, 2, stop_after=0, corpora=TEXT, run=run)
+        config = made.config(there)
+        size = checkpoint_bytes(config, config.training("pretrain/one"))
+        if size < min(room / 2.2, WRITTEN_S * 1e9):
+            break
+    return Row(5, made, 240)
+
+
+def rows(parts: list[int], there: int, tiny: bool, root: Path) -> list[Row]:
+    if tiny:
+        run = {"save_interval": 4, "max_restarts": 1, "cpus_per_task": 1}
+        made = dataclasses.replace(small("saved: tiny", "DP 2", "fp32", steps=40), run=run)
+        found = [*parity("fp32"), Row(5, made)]
+    else:
+        room = shutil.disk_usage(root).free
+        found = [*parity("bf16"), *nano(there), *super_quarter(there), *scaling(there), saved(there, room)]
+    return [row for row in found if row.part in parts]
+
+
+def missing(row: Row, there: int) -> str:
+    """Why a training cannot run here; empty where it can."""
+    training = row.training
+    if training.gpus > there:
+        return f"needs {training.gpus} GPUs, and there are {there}"
+    if (needed := trainings.estimates(training)["fullest_gib"]) > USABLE_GIB:
+        return f"needs {needed:.0f} GiB of a GPU, by the estimate"
+    dispatcher = training.run.get("moe_token_dispatcher")
+    if dispatcher and not importlib.util.find_spec("deep_ep"):
+        return f"{dispatcher}: the package deep_ep is not installed"
+    return ""
+
+
+# ----------------------------------------------------------------------------------------------- measuring
+
+
+class Results:
+    """What was found, in a file that is written anew after each training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        write_json(self.path, self.rows)
+        print(json.dumps(row), flush=True)
+
+
+def measure(row: Row, root: Path, there: int, tiny: bool, left: float) -> dict[str, Any]:
+    """A row's training; that of part 5 has a process killed, and starts again by itself."""
+    training, per_node = row.training, 0 if tiny else there
+    about = {"part": row.part, "layout": layout_words(Parallel(**training.parallel)) or "one"}
+    about |= {"like": row.like, "published": row.published, "precision": training.model["precision"]}
+    about |= {"recompute": training.run.get("recompute", []), "goes_on_from": row.goes_on_from}
+    if why := missing(row, there):
+        return about | {"name": training.name, "not_run": why}
+    if left < 30:
+        return about | {"name": training.name, "not_run": f"{left:.0f} s were left"}
+    limit = min(row.limit * (5 if tiny else 1), left)
+    if row.part == 5:
+        return about | kill(root, training, per_node, limit)
+    return about | trainings.train(root, training, per_node, limit)
+
+
+def kill(root: Path, training: Training, per_node: int, limit: float) -> dict[str, Any]:
+    """Train, kill a process after the first checkpoint, and see how soon the next step is done."""
+    found: dict[str, Any] = {"name": training.name, "gpus": training.gpus}
+    process, deadline = trainings.start(root, training, per_node), time.monotonic() + limit
+    killed, before, file, stalls = 0.0, 0, 0, [0.0]
+    while process.poll() is None and time.monotonic() < deadline:
+        here = trainings.version(root, training)
+        latest, lines = here.latest_iteration() or 0, Metrics.read(here.metrics)
+        if not killed and latest and lines[-1]["iteration"] > latest:
+            checkpoint = here.iteration_directory(latest)
+            found["checkpoint_gb"] = sum(p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()) / 1e9
+            stalls += [line["timing"]["checkpoint_seconds"] for line in lines if "timing" in line]
+            ranks = [p for p in psutil.Process(process.pid).children() if "--settings" in p.cmdline()]
+            ranks[0].send_signal(signal.SIGKILL)
+            killed, before, file = time.monotonic(), latest, here.metrics.stat().st_ino
+        # The next attempt writes its metrics into another file.
+        elif killed and here.metrics.stat().st_ino != file and lines[-1]["iteration"] > before:
+            found |= {"resumed_s": time.monotonic() - killed, "stood_still_s": max(stalls)}
+            trainings.end(process, 0)
+            return found | trainings.summary(training, lines)
+        time.sleep(0.2)
+    status = trainings.end(process, 0)
+    said = (root / f"{training.name}.out").read_text(errors="replace")[-1500:]
+    return found | {"failed": f"status {status}, {'killed' if killed else 'not killed'}: {said}"}
+
+
+def tests(out: Path, left: float) -> dict[str, Any]:
+    """tests/gpu on all GPUs: the last line of pytest."""
+    command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-q", "-s", "tests/gpu"]
+    with (out / "tests.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+        status = trainings.end(process, min(400, left))
+    lines = (out / "tests.log").read_text(errors="replace").splitlines() or [""]
+    within = [line.strip(".sFE") for line in lines if "within" in line or "differ by" in line]
+    return {"part": 1, "name": "tests/gpu", "status": status, "said": lines[-1], "within": within}
+
+
+def profile(there: int, out: Path, left: float) -> dict[str, Any]:
+    """Milliseconds of a step by kind of kernel, of the Nano slice with experts on all GPUs."""
+    name = f"nano_8k_ep{there}"
+    command = [sys.executable, "-m", "tests.benchmarks.gpu_training", name, "--profile", name]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"OUT": str(out)})
+    trainings.end(process, min(200, left))
+    found = read_json(out / "results.json") if (out / "results.json").exists() else []
+    values = {key: found[0][key] for key in ("kinds_ms", "busy_ms", "step_ms")} if found else {}
+    return {"part": 4, "name": f"kernels of {name}"} | (values or {"failed": "see its log"})
+
+
+def run(args: argparse.Namespace, results: Results) -> None:
+    there = 4 if args.tiny else gpu_count()
+    root, out, deadline = args.directory, args.out, time.monotonic() + args.seconds
+    root.mkdir(parents=True, exist_ok=True)
+    chosen = [row for row in rows(args.parts, there, args.tiny, root) if args.only in row.training.name]
+    trainings.prepare(root, [row.training for row in chosen if not missing(row, there)])
+    if 1 in args.parts and not args.tiny and args.only in "tests/gpu":
+        results.add(tests(out, deadline - time.monotonic()))
+    if 4 in args.parts and there > 1 and not args.tiny and args.only in "kernels":
+        results.add(profile(there, out, deadline - time.monotonic()))
+
+    def one(row: Row) -> dict[str, Any]:
+        return measure(row, root, there, args.tiny, deadline - time.monotonic())
+
+    # Small trainings mostly import: on GPUs several at once. One that goes on from another waits for it.
+    first = [row for row in chosen if row.part == 1 and not row.training.place]
+    with ThreadPoolExecutor(1 if args.tiny else 4) as pool:
+        for found in pool.map(one, first):
+            results.add(found)
+    for row in chosen:
+        if row not in first:
+            results.add(one(row))
+    for log in [*root.glob("*.log"), *root.glob("*.out")]:
+        shutil.copyfile(log, out / log.name.replace(" ", "_").replace(",", "").replace(":", ""))
+
+
+def gpu_count() -> int:
+    try:
+        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return 0
+    return len(said.splitlines())
+
+
+# ------------------------------------------------------------------------------------------------- reporting
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Everything that was found, for people."""
+    ran = [row for row in found if "losses" in row]
+    by_name = {row["name"]: row for row in ran}
+    lines = ["", "| parity | losses (nats) | gradient norms | |", "|---|--:|--:|---|"]
+    for row in ran:
+        if other := by_name.get(row["like"]):
+            limits = TOLERANCE[row["precision"]]
+            worst = differences(row, other)
+            same = "same" if worst[0] < limits[0] and worst[1] < limits[1] else "DIFFERS"
+            if row["went_on_from"] != row["goes_on_from"]:
+                same = f"WENT ON FROM STEP {row['went_on_from']}"
+            lines.append(f"| {row['name']} | {worst[0]:.1e} | {worst[1]:.1e} | {same} |")
+    heads = "part, training, layout, recompute, tokens/s/GPU, TFLOP/s/GPU, published, step s, estimated, "
+    heads += "GiB, estimated, fullest expert, last loss"
+    lines += ["", f"| {heads.replace(', ', ' | ')} |", "|--:|---|---|---|" + "--:|" * 9]
+    for row in ran:
+        if row["part"] == 1:
+            continue
+        cells = [row["part"], row["name"], row["layout"], "+".join(row["recompute"])]
+        cells += [f"{row['tokens_per_second']:,.0f}", f"{row['tflops']:.0f}", row["published"]]
+        cells += [f"{row[key]:.3f}" for key in ("step_s", "estimated_step_s")]
+        cells += [f"{row[key]:.1f}" for key in ("peak_gib", "estimated_gib")]
+        cells += [row["fullest_expert"], f"{row['losses'][-1]:.4f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for row in found:
+        if "resumed_s" in row:
+            lines += ["", f"{row['name']}: a checkpoint of {row['checkpoint_gb']:.2f} GB, still for "]
+            lines[-1] += (
+                f"{row['stood_still_s']:.2f} s at most; first step {row['resumed_s']:.1f} s after a SIGKILL"
+            )
+        if "kinds_ms" in row:
+            lines += ["", f"{row['name']}: {row['kinds_ms']}, {row['busy_ms']} of {row['step_ms']:.0f} ms"]
+        if "said" in row:
+            lines += ["", f"{row['name']}: {row['said']}"]
+    for key, word in (("failed", "FAILED"), ("not_run", "not run")):
+        lines += [
+            "",
+            *(f"{word}: part {row['part']}, {row['name']}: {row[key]}" for row in found if key in row),
+        ]
+    return "\n".join(lines)
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float]:
+    """Largest difference of the losses, and of the gradient norms against their size."""
+    losses = (abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=False))
+    norms = (abs(x / y - 1) for x, y in zip(a["norms"], b["norms"], strict=False))
+    return max(losses), max(norms)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--parts", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument("--only", default="", help="trainings whose names hold this")
+    parser.add_argument("--seconds", type=float, default=580, help="start nothing that ends after this")
+    parser.add_argument(
+        "--directory", type=Path, default=Path("/tmp/eight_gpus"), help="data and checkpoints"
+    )
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
+    parser.add_argument("--tiny", action="store_true", help="up to four processes on CPUs: parts 1 and 5")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="JSON", help="the table of earlier results")
+    args = parser.parse_args()
+    if args.table:
+        print(table([row for path in args.table for row in read_json(path)]))
+        return 0
+    if not args.tiny and not gpu_count():
+        parser.error("nvidia-smi shows no GPU; --tiny runs on CPUs")
+    results = Results(args.out / "eight_gpus.json")
+    run(args, results)
+    print(table(results.rows))
+    return int(any("failed" in row for row in results.rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
