@@ -76,7 +76,11 @@ def test_the_plan_says_what_is_taken_and_what_it_needs(
     kept = sum(one["checkpoints_kept"] * one["checkpoint_bytes"] for one in (broad, focused, sft))
     assert found["disk"]["checkpoints"] == kept
     text = capsys.readouterr().out
-    assert re.search(r"\| pretrain/broad: docs +\| +50.0% \| +6.1 k \| +- \|", text)
+    # Half of the 12,288 tokens of one phase, and all 8,192 of the other.
+    assert re.search(r"\| corpus \| broad \| focused \|", text)
+    assert re.search(r"\| docs +\| +50.0% \| +100.0% \| +14.3 k \| +- \|", text)
+    assert re.search(r"\| code +\| +50.0% \| +- \| +6.1 k \| +- \|", text)
+    assert found["disk"]["packs"] is None and found["trainings"][0]["sent"] is None
 
 
 def test_tokens_are_estimated_from_raw_files_before_they_are_counted(
@@ -92,7 +96,10 @@ def test_tokens_are_estimated_from_raw_files_before_they_are_counted(
     found = of(workspace, monkeypatch, "tests/config/micro.yaml", "more.yaml")
     assert found["corpora"]["docs"]["estimated_tokens"] == pytest.approx(10_000)
     assert found["trainings"][0]["corpora"]["docs"]["epochs"] == pytest.approx(1.2288)
-    assert "about 10.0 k" in capsys.readouterr().out
+    assert found["disk"]["training_tokens"] == pytest.approx(20_000)
+    assert found["disk"]["estimated"] == ["training_tokens"]
+    text = capsys.readouterr().out
+    assert "about 10.0 k" in text and "about 20.0 kB" in text
 
 
 def test_what_does_not_fit_is_named_with_a_change_that_does(
@@ -111,6 +118,7 @@ def test_what_does_not_fit_is_named_with_a_change_that_does(
     step = found["trainings"][0]["step"]
     assert step["total"] == pytest.approx(sum(seconds for term, seconds in step.items() if term != "total"))
     broad, *_, lora = found["trainings"]
+    assert min(broad["sent"]["experts"].values()) > 0  # experts lie in several nodes
     assert broad["memory"]["fits"] is False and broad["change_that_fits"].startswith("pretrain.parallel: ")
     assert lora["memory"]["fits"] is True and lora["change_that_fits"] is None
     assert 2_700 < broad["tokens_per_second_per_process"] < 2_800  # 2,789 were published

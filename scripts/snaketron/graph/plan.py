@@ -10,6 +10,7 @@ from typing import Any
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus, Phase, Training
 from snaketron.graph.base import Base, BaseGraph
+from snaketron.graph.disk import disk, made
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.settings.keeping import num_kept
@@ -19,8 +20,9 @@ from snaketron.sizes.fitting import smallest_change
 from snaketron.sizes.gpus import GPUS
 from snaketron.sizes.layout import layout
 from snaketron.sizes.plan import Estimate, components, estimate
-from snaketron.sizes.search import measure
+from snaketron.sizes.search import measure, work
 from snaketron.sizes.speed import flops_per_token
+from snaketron.sizes.traffic import traffic
 from snaketron.sources.lockfile import Lock, read_lock
 from snaketron.sources.models import tokenizer_model
 from snaketron.sources.pairs import SIZES, dtype_of
@@ -47,13 +49,19 @@ def plan(config: Config) -> dict[str, Any]:
         for training in config.trainings()
         if training.section != "pretrain" or training.phase in trained
     ]
+    trained_on = {c.name: corpora[c.name] for c in _used_corpora(config, _trained(config))}
+    conversations = {
+        c.name: _conversations(config, c, chats[c.name], lock)
+        for c in config.chats
+        if c.name in {entry.source for entry in config.sft.blend}
+    }
     unknown = [n for n, found in (*text.items(), *chats.items()) if found is None or n in lock.unlisted]
     return {
         "jobs": jobs(config, text, chats),
         "not_listed": unknown,  # sources of which one shard is assumed
         "corpora": corpora,
         "trainings": trainings,
-        "disk": _disk(config, corpora, trainings),
+        "disk": disk(config, trained_on, conversations, trainings),
     }
 
 
@@ -180,20 +188,48 @@ def _corpus(
     config: Config, corpus: Corpus, found: Mapping[str, Sequence[str]] | None, lock: Lock
 ) -> dict[str, Any]:
     """Shards and bytes of the raw files as far as they are known, and tokens once they are counted."""
-    files = [path for of_shard in (found or {}).values() for path in of_shard]
-    sizes = [_size(corpus.name, path, lock) for path in files]
-    known = [size for size in sizes if size is not None]
-    complete = found is not None and len(known) == len(sizes)
-    text = sum(
-        n * (1 if f.lower().endswith(PLAIN) else PACKED) for f, n in zip(files, sizes, strict=True) if n
-    )
-    tokens = _ids(config, found or {}) if corpus.registered else text / BYTES_OF_TOKEN
+    raw, estimated = _raw(corpus, found, lock)
+    if corpus.registered and estimated is not None:
+        estimated = _ids(config, found or {})
     return {
         "shards": len(found) if found is not None else None,
-        "raw_bytes": sum(known) if complete else None,
+        "raw_bytes": raw,
         "train_tokens": _tokens(config, corpus.name, found) if found else None,
-        "estimated_tokens": tokens if complete and not corpus.limited else None,
+        "estimated_tokens": estimated,
     }
+
+
+def _conversations(
+    config: Config, source: ChatSource, found: Mapping[str, Sequence[str]] | None, lock: Lock
+) -> dict[str, Any]:
+    """Shards and bytes of the raw files, and of what is made from them once it is made."""
+    raw, estimated = _raw(source, found, lock)
+    data = Path(dict(config.pathvars).get("data", "data"))
+    packed = ["all"] if config.sft_data.pack_across_shards else found
+    if source.registered:  # packs of elsewhere stay where they are
+        return {"shards": len(found or {}), "raw_bytes": raw} | dict.fromkeys(
+            ("estimated_tokens", "rendered_bytes", "packed_bytes"), 0
+        )
+    return {
+        "shards": len(found) if found is not None else None,
+        "raw_bytes": raw,
+        "estimated_tokens": estimated,
+        "rendered_bytes": made(data / "chat" / source.name, found) if found else None,
+        "packed_bytes": made(data / "sft" / source.name, packed) if found and packed else None,
+    }
+
+
+def _raw(
+    source: Corpus | ChatSource, found: Mapping[str, Sequence[str]] | None, lock: Lock
+) -> tuple[int | None, float | None]:
+    """Bytes of the raw files of a source, and the tokens that they hold roughly; None where not known."""
+    files = [path for of_shard in (found or {}).values() for path in of_shard]
+    sizes = [_size(source.name, path, lock) for path in files]
+    known = [size for size in sizes if size is not None]
+    if found is None or len(known) < len(sizes):
+        return None, None
+    text = sum(n * (1 if f.lower().endswith(PLAIN) else PACKED) for f, n in zip(files, known, strict=True))
+    return sum(known), None if source.limited else text / BYTES_OF_TOKEN
 
 
 def _ids(config: Config, found: Mapping[str, Sequence[str]]) -> float:
@@ -250,19 +286,27 @@ def _training(config: Config, training: Training, corpora: Mapping[str, Any]) ->
         **_time(needs),
         "memory": asdict(parts) | {"total": parts.total, "limit": limit and limit * 1e9, "fits": fits},
         "change_that_fits": change and change[0],
-        "step": _step(config, training),
+        **_step(config, training),
         "checkpoint_bytes": needs.checkpoint_bytes,
         "checkpoints_kept": num_kept(training.run, steady, training.train_iters),
         "corpora": _mix(config, training, corpora),
     }
 
 
-def _step(config: Config, training: Training) -> dict[str, float] | None:
-    """The seconds of a step by what they go to, by the estimate; None where the GPU is not known."""
+def _step(config: Config, training: Training) -> dict[str, dict[str, Any] | None]:
+    """The seconds of a step by what they go to, and the bytes that a GPU sends in it, by the estimate.
+
+    None where the GPU is not known.
+    """
     if config.cluster.gpu is None or not config.cluster.gpus_per_node:
-        return None
-    found = measure(config, training, GPUS[config.cluster.gpu])
-    return asdict(found.step) | {"total": found.step.total}
+        return {"step": None, "sent": None}
+    gpu = GPUS[config.cluster.gpu]
+    found = measure(config, training, gpu)
+    sent = traffic(work(config, training), gpu)
+    return {
+        "step": asdict(found.step) | {"total": found.step.total},
+        "sent": {kind: asdict(moved) for kind, moved in sent.items()},
+    }
 
 
 def _time(needs: Estimate) -> dict[str, Any]:
@@ -288,20 +332,3 @@ def _mix(config: Config, training: Training, corpora: Mapping[str, Any]) -> dict
             "epochs": tokens / there if there else None,
         }
     return mix
-
-
-def _disk(
-    config: Config, corpora: Mapping[str, Any], trainings: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Bytes on disk. While a training saves, it has one checkpoint more than it keeps."""
-    raw = [corpus["raw_bytes"] for corpus in corpora.values()]
-    tokens = [corpus["train_tokens"] for corpus in corpora.values()]
-    width = 2 if config.tokenizer.vocab_size <= 65536 else 4
-    trained = [one for one in trainings if not one["on_request"]]
-    kept = [one["checkpoint_bytes"] * one["checkpoints_kept"] for one in trained]
-    return {
-        "raw_text": None if None in raw else sum(raw),
-        "training_tokens": None if None in tokens else width * sum(tokens),
-        "checkpoints": sum(kept),
-        "checkpoints_while_saving": sum(kept) + max(one["checkpoint_bytes"] for one in trained),
-    }

@@ -18,7 +18,7 @@ from snaketron.config import Model, Optimizer
 from snaketron.log import UserError
 from snaketron.model.megatron import replacements
 from snaketron.settings.training import RunSettings, TrainSettings
-from snaketron.sizes.layout import layout
+from snaketron.sizes.layout import layout, recordable
 
 import torch
 
@@ -93,26 +93,11 @@ def check(model: Model, run: RunSettings, optimizer: Optimizer | None = None) ->
 
 
 def records_micro_batches(settings: TrainSettings, run: RunSettings) -> bool:
-    """Whether the kernels of whole micro-batches are recorded (`megatron.recording`).
-
-    They are where one process holds the whole model and nothing in a micro-batch waits for the host. The
-    exchange of tokens between GPUs waits, as do experts in fp32 and nvfp4 (`megatron.gpu`). Packs differ in
-    their sequences. Recomputation wants random numbers that a recording does not have. Between nodes,
-    gradients are summed while others are computed.
-    """
-    if not HAS_GPU or run.cuda_graphs is not None:
-        return False
-    sizes, precision = run.parallel, settings.model.precision
+    """Whether the kernels of whole micro-batches are recorded (`megatron.recording`)."""
     return (
-        sizes.world_size == sizes.data_parallel_size
-        and sizes.expert_model_parallel_size == sizes.expert_tensor_parallel_size == 1
-        and not settings.packed
-        and settings.seq_length >= gpu.SHORTEST_RECORDED
-        and not run.recompute
-        and run.moe_token_dispatcher == "alltoall"
-        and not run.moe_shared_expert_overlap
-        and (precision == "bf16" or precision.startswith("fp8"))
-        and not data_parallel_options(run)["overlap_grad_reduce"]
+        HAS_GPU
+        and run.cuda_graphs is None
+        and recordable(settings.model, run, settings.seq_length, packed=settings.packed, cluster=run.cluster)
     )
 
 

@@ -11,6 +11,7 @@ from snaketron.sizes.layout import layout_words
 from snaketron.sizes.published import Compared
 from snaketron.wording import BYTES, hours, large
 
+KINDS = ("experts", "TP", "CP", "PP", "DP")  # of what a GPU sends
 MEMORY = ("weights", "gradients", "main_weights", "moments", "activations", "total")
 
 
@@ -25,6 +26,7 @@ def markdown(plan: Mapping[str, Any]) -> str:
         "## Time\n\n" + _time(trainings),
         "## Memory of a process\n\n" + _memory(trainings),
         *_steps(trainings),
+        *_sent(trainings),
         "## Text\n\n" + _text(plan),
         "## Disk\n\n" + _disk(plan["disk"]),
     ]
@@ -40,6 +42,21 @@ def _not_listed(names: Sequence[str]) -> list[str]:
         return []
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
     return [f"The files of {shown} are not known yet; each counts as one file and one shard."]
+
+
+def _alike(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Trainings whose rows differ in their names alone, in one row."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, *cells in rows:
+        names.setdefault(tuple(cells), []).append(name)
+    return [[_joined(of_row), *cells] for cells, of_row in names.items()]
+
+
+def _joined(names: Sequence[str]) -> str:
+    """As `pretrain/broad, focused`."""
+    first, *others = names
+    section = f"{first.partition('/')[0]}/"
+    return ", ".join([first, *(name.removeprefix(section) for name in others)])
 
 
 def _number(number: float | None) -> str:
@@ -67,11 +84,11 @@ def _trainings(trainings: Sequence[Mapping[str, Any]]) -> str:
         for one in trainings
     ]
     header = ["training", "steps", "tokens", "length", "batch", "parameters", "active", "adapters"]
-    return table([*header, "GFLOP a token", "FLOP"], rows)
+    return table([*header, "GFLOP a token", "FLOP"], _alike(rows))
 
 
 def _time(trainings: Sequence[Mapping[str, Any]]) -> str:
-    rows, sources = [], []
+    rows, sources = [], dict[str, list[str]]()
     for one in trainings:
         lies = layout_words(Parallel(**one["parallel"])) or "-"
         known = one["hours"] is not None
@@ -88,9 +105,10 @@ def _time(trainings: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
         if known:
-            sources.append(f"- {one['name']}: {one['speed_source']}")
+            sources.setdefault(one["speed_source"], []).append(one["name"])
     header = ["training", "nodes", "processes", "layout", "tokens/s of each", "time", "hours of all"]
-    return "\n\n".join([table(header, rows), *(["\n".join(sources)] if sources else [])])
+    told = [f"- {_joined(names)}: {source}" for source, names in sources.items()]
+    return "\n\n".join([table(header, _alike(rows)), *(["\n".join(told)] if told else [])])
 
 
 def _memory(trainings: Sequence[Mapping[str, Any]]) -> str:
@@ -103,7 +121,7 @@ def _memory(trainings: Sequence[Mapping[str, Any]]) -> str:
             change = one["change_that_fits"] or "no change of layout was found"
             lines.append(f"- {one['name']} does not fit. What would: {change}")
     header = ["training", *(part.replace("_", " ") for part in MEMORY), "limit", "fits"]
-    return "\n\n".join([table(header, rows), *(["\n".join(lines)] if lines else [])])
+    return "\n\n".join([table(header, _alike(rows)), *(["\n".join(lines)] if lines else [])])
 
 
 def _steps(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -112,28 +130,56 @@ def _steps(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
     if not known:
         return []
     terms = [term for term in known[0]["step"] if any(one["step"][term] for one in known)]
-    rows = [[one["name"], *(f"{one['step'][term]:.3g}" for term in terms)] for one in known]
-    return ["## A step (s), by the estimate\n\n" + table(["training", *terms], rows)]
+    rows = [[one["name"], *(_seconds(one["step"][term]) for term in terms)] for one in known]
+    return ["## A step (s), by the estimate\n\n" + table(["training", *terms], _alike(rows))]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g}" if seconds >= 0.0005 else "0"
+
+
+def _sent(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a GPU sends to others in a step, where the GPU is known and there are others."""
+    rows = []
+    for one in (one for one in trainings if one["sent"]):
+        links = {link: sum(moved[link] for moved in one["sent"].values()) for link in ("nvlink", "network")}
+        if any(links.values()):
+            kinds = [_bytes(moved["nvlink"] + moved["network"]) for moved in one["sent"].values()]
+            speed = links["network"] / one["step"]["total"]
+            a_second = f"{large(speed, BYTES)}/s" if speed else "-"
+            rows.append([one["name"], *kinds, *map(_bytes, links.values()), a_second])
+    header = ["training", *KINDS, "over NVLink", "over the network", "network a second"]
+    return ["## Sent by a GPU in a step, by the estimate\n\n" + table(header, _alike(rows))] if rows else []
 
 
 def _text(plan: Mapping[str, Any]) -> str:
-    rows = []
+    """A row for each corpus, with its share of each blend; phases may have the same one."""
+    blends: dict[tuple[Any, ...], list[str]] = {}
+    taken: dict[str, float] = {}
     for one in plan["trainings"]:
-        for corpus, part in one["corpora"].items():
-            there = plan["corpora"][corpus]
-            rows.append(
-                [
-                    f"{one['name']}: {corpus}",
-                    f"{part['share']:.1%}",
-                    large(part["tokens"]),
-                    _number(there["train_tokens"]) if there["train_tokens"] else _about(there),
-                    "-" if part["epochs"] is None else f"{part['epochs']:.2f}",
-                    "-" if there["shards"] is None else f"{there['shards']:,}",
-                    _bytes(there["raw_bytes"]),
-                ]
-            )
-    header = ["phase: corpus", "share", "tokens taken", "tokens there", "epochs", "shards", "raw files"]
-    return table(header, rows)
+        if parts := one["corpora"]:
+            shares = tuple((corpus, part["share"]) for corpus, part in parts.items())
+            blends.setdefault(shares, []).append(one["name"].rpartition("/")[2])
+            for corpus, part in parts.items():
+                taken[corpus] = taken.get(corpus, 0) + part["tokens"]
+    rows = []
+    for corpus, tokens in taken.items():
+        there = plan["corpora"][corpus]
+        known = there["train_tokens"] or there["estimated_tokens"]
+        shares = [dict(blend).get(corpus) for blend in blends]
+        rows.append(
+            [
+                corpus,
+                *("-" if share is None else f"{share:.1%}" for share in shares),
+                large(tokens),
+                _number(there["train_tokens"]) if there["train_tokens"] else _about(there),
+                f"{tokens / known:.2f}" if known else "-",
+                "-" if there["shards"] is None else f"{there['shards']:,}",
+                _bytes(there["raw_bytes"]),
+            ]
+        )
+    phases = [f"{first} and {len(more)} more" if more else first for first, *more in blends.values()]
+    return table(["corpus", *phases, "tokens taken", "tokens there", "epochs", "shards", "raw files"], rows)
 
 
 def _about(corpus: Mapping[str, Any]) -> str:
@@ -143,7 +189,12 @@ def _about(corpus: Mapping[str, Any]) -> str:
 
 
 def _disk(disk: Mapping[str, Any]) -> str:
-    return table(["what", "size"], [[what.replace("_", " "), _bytes(size)] for what, size in disk.items()])
+    rows = [
+        [what.replace("_", " "), ("about " if what in disk["estimated"] else "") + _bytes(size)]
+        for what, size in disk.items()
+        if what != "estimated"
+    ]
+    return table(["what", "size"], rows)
 
 
 def comparison(numbers: Sequence[Compared]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from snaketron.config import Model, Optimizer, Run
-from snaketron.sizes.step import Work
+from snaketron.sizes.traffic import Work
 
 HERE = "docs/measurements.md"
 CARD = "Megatron Bridge's verification card"
@@ -81,6 +81,7 @@ def _work(
     *,
     precision: str = "bf16",
     graphs: bool = False,
+    recorded: bool = False,
     dispatcher: str = "alltoall",
     run: dict[str, Any] | None = None,
     **parallel: int,
@@ -94,6 +95,7 @@ def _work(
         run=Run.model_validate({"micro_batch_size": micro_batch, "parallel": sizes} | (run or {})),
         optimizer=optimizer or Optimizer(),
         cuda_graphs=graphs,
+        recorded=recorded,
         dispatcher=dispatcher,
     )
 
@@ -149,6 +151,9 @@ def _of_slices(super_slice: Model) -> list[Point]:
         ("slice of Nano, 4K", of(nano, 4096, 8), 10_557, None),
         ("slice of Nano, 4K, CUDA graphs", of(nano, 4096, 8, graphs=True), 19_478, None),
         ("slice of Nano, 8K, fp8", of(nano, 8192, 4, **fp8), 17_950, None),
+        ("slice of Super, 8K, recorded", of(super_slice, 8192, 2, recorded=True), 29_968, 58.6),
+        ("slice of Nano, 8K, recorded", of(nano, 8192, 4, recorded=True), 21_729, 83.4),
+        ("slice of Nano, 4K, recorded", of(nano, 4096, 8, recorded=True), 21_580, 70.3),
     ]
     return [Point(what, "h200", work, speed, peak, HERE) for what, work, speed, peak in rows]
 

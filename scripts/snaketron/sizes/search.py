@@ -11,7 +11,9 @@ from snaketron.config import Config, Parallel, Pretrain, Training
 from snaketron.config.base import Module
 from snaketron.config.checks import check_training
 from snaketron.sizes.gpus import GPUS, Gpu
-from snaketron.sizes.step import Step, Work, peak_bytes, step_time
+from snaketron.sizes.layout import recordable
+from snaketron.sizes.step import Step, peak_bytes, step_time
+from snaketron.sizes.traffic import Work
 
 MICRO_BATCHES = (1, 2, 4)
 RECOMPUTE: tuple[list[Module], ...] = ([], ["moe"], ["layernorm", "moe", "core_attn"], ["layer"])
@@ -40,6 +42,11 @@ def work(config: Config, training: Training) -> Work:
         run=run,
         optimizer=run.optimizer,
         cuda_graphs=isinstance(run, Pretrain) and bool(run.cuda_graphs),
+        recorded=isinstance(run, Pretrain)
+        and run.cuda_graphs is None
+        and recordable(
+            training.model, run, training.seq_length, packed=training.packed, cluster=config.cluster
+        ),
         dispatcher=run.moe_token_dispatcher,
         frozen=training.adapters is not None,
     )

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
 
-from snaketron.config import Model, Optimizer, Run
+from snaketron.config import Model
 from snaketron.sizes.flops import layer_flops
 from snaketron.sizes.gpus import Gpu
-from snaketron.sizes.memory import layer_activations, memory_of_process, static_of_run
+from snaketron.sizes.memory import layer_activations, memory_of_process
 from snaketron.sizes.parameters import (
     expert_parameters,
-    expert_width,
     mamba_widths,
     padded_vocab_size,
     pipeline_pattern,
-    stage_parameters,
+)
+from snaketron.sizes.traffic import (
+    Work,
+    context,
+    exchange,
+    output_sums,
+    sums_of_stages,
+    tensor,
+    tokens_of_process,
 )
 
 # Shares of the peaks, from the profile of a step of 65,536 tokens on an H200 (docs/measurements.md).
@@ -32,7 +38,6 @@ SCAN = 0.10  # Mamba's scan and convolution, its FLOPs counted as in `sizes.flop
 PASSES = 13.0  # how often the bytes that a layer keeps are read or written: copies, norms, activations
 LOSS_PASSES = 4.0  # of the logits: 56 ms
 MEMORY = 0.8  # of the memory's peak
-NVLINK, NETWORK = 0.62, 0.8  # 282 GB/s were measured between two H100s
 LAYER_ON_HOST = 6.8e-3  # seconds in which the host starts the kernels of a layer, forwards and backwards
 RECORDED_ON_HOST = 1.5e-3  # of a layer that is recorded as a CUDA graph
 CASTS_ON_HOST = 1.2  # as much more under fp8 and nvfp4
@@ -64,22 +69,6 @@ class Step:
     @property
     def total(self) -> float:
         return sum(asdict(self).values())
-
-
-class Work(NamedTuple):
-    """What a training does, for the estimate of its step."""
-
-    model: Model
-    vocab_size: int
-    seq_length: int
-    global_batch_size: int
-    run: Run
-    optimizer: Optimizer
-    cuda_graphs: bool = False
-    dispatcher: str = (
-        "alltoall"  # each copy of a token crosses by itself; hybridep: once to each NVLink domain
-    )
-    frozen: bool = False  # adapters: no gradients of weights
 
 
 @dataclass
@@ -145,11 +134,6 @@ def _stages(work: Work, gpu: Gpu) -> list[_Stage]:
     return stages
 
 
-def _tokens(work: Work) -> float:
-    """Tokens of a micro-batch on a process of context parallelism."""
-    return work.run.micro_batch_size * work.seq_length / work.run.parallel.context_parallel_size
-
-
 def _in_bf16(model: Model, number: int) -> bool:
     """Whether a layer of the decoder stays in bf16 under fp8 and nvfp4."""
     return number >= len(model.hybrid_layer_pattern) - model.bf16_layers_at_end
@@ -157,38 +141,13 @@ def _in_bf16(model: Model, number: int) -> bool:
 
 def _add_layers(stage: _Stage, work: Work, gpu: Gpu, layer: str, in_bf16: bool, count: int) -> None:
     """Add `count` layers of a kind."""
-    model, parallel = work.model, work.run.parallel
-    tp, tokens = parallel.tensor_model_parallel_size, _tokens(work)
-    seconds = count * tokens / tp * _compute(work, gpu, layer, in_bf16)
+    tp = work.run.parallel.tensor_model_parallel_size
+    seconds = count * tokens_of_process(work) / tp * _compute(work, gpu, layer, in_bf16)
     name = {"M": "mamba", "*": "attention", "E": "experts", "-": "dense"}[layer]
     setattr(stage, name, getattr(stage, name) + seconds)
-    passes = count * _passes(work, layer)
-    if layer == "E":
-        stage.exchange += 2 * passes * tokens / tp * _exchange(work, gpu)  # there and back
-    if tp > 1:
-        # A gathering and a scattered sum forwards, one more gathering backwards.
-        moved = (2.5 * passes) * tokens * model.hidden_size * 2
-        stage.tensor += moved * _per_byte(gpu, tp)
-    if (cp := parallel.context_parallel_size) > 1:
-        stage.context += _context(work, gpu, layer, tokens / tp, tp * cp) * passes
-
-
-def _exchange(work: Work, gpu: Gpu) -> float:
-    """Seconds in which the copies of a token reach their experts."""
-    model, group = work.model, work.run.parallel.expert_model_parallel_size
-    copies = model.moe_router_topk
-    of_copy = 2.0 * expert_width(model)  # bytes
-    if work.dispatcher == "alltoall" or group <= gpu.domain:
-        return copies * of_copy * _per_byte(gpu, group)
-    domains = group / gpu.domain
-    others = (domains - 1) * (1 - (1 - 1 / domains) ** copies)
-    return of_copy * (others / (gpu.network * NETWORK) + copies / (gpu.nvlink * NVLINK))
-
-
-def _passes(work: Work, layer: str) -> float:
-    """Forward and backward pass of exchanges; recomputation adds a forward pass."""
-    again = "layer" in work.run.recompute or (layer == "E" and "moe" in work.run.recompute)
-    return 3.0 if again else 2.0
+    stage.exchange += count * exchange(work, gpu, layer).seconds(gpu)
+    stage.tensor += count * tensor(work, gpu, layer).seconds(gpu)
+    stage.context += count * context(work, gpu, layer).seconds(gpu)
 
 
 def _compute(work: Work, gpu: Gpu, layer: str, in_bf16: bool) -> float:
@@ -219,21 +178,10 @@ def _faster(model: Model, in_bf16: bool) -> float:
     return 1.0 if in_bf16 and model.precision != "fp32" else FASTER.get(model.precision, FP8)
 
 
-def _context(work: Work, gpu: Gpu, layer: str, tokens: float, group: int) -> float:
-    """Seconds of the exchanges of context parallelism in a layer, for one pass."""
-    model, cp = work.model, work.run.parallel.context_parallel_size
-    if layer == "M":  # from parts of the sequence to parts of the heads, and back
-        inner, conv = mamba_widths(model)
-        return tokens * 2 * (2 * inner + conv) * _per_byte(gpu, group)
-    if layer == "*":  # keys and values go round
-        return tokens * 2 * 2 * model.num_query_groups * model.kv_channels * (cp - 1) * _per_byte(gpu, group)
-    return 0.0
-
-
 def _add_output(stage: _Stage, work: Work, gpu: Gpu) -> None:
     """Add the output layer and the loss, and as often again as there are depths of multi-token prediction."""
     model, parallel = work.model, work.run.parallel
-    tp, tokens, hidden = parallel.tensor_model_parallel_size, _tokens(work), model.hidden_size
+    tp, tokens, hidden = parallel.tensor_model_parallel_size, tokens_of_process(work), model.hidden_size
     rows = padded_vocab_size(model, work.vocab_size, tp)
     products = gpu.tflops * PRODUCTS
     backward = 1.0 if work.frozen else 2.0
@@ -245,12 +193,16 @@ def _add_output(stage: _Stage, work: Work, gpu: Gpu) -> None:
     stage.output += tokens / tp * (head * (1 + depths) + joined * depths)
     for layer in model.mtp_hybrid_layer_pattern:  # which stays in bf16
         _add_layers(stage, work, gpu, layer, True, depths)
-    if tp > 1:
-        stage.tensor += 3 * (1 + depths) * tokens * hidden * 2 * _per_byte(gpu, tp)
+    stage.tensor += output_sums(work, gpu).seconds(gpu)
 
 
 def _wait_for_host(stage: _Stage, work: Work) -> None:
-    """Add what the GPU waits for the host: both overlap, the less the nearer they are."""
+    """Add what the GPU waits for the host: both overlap, the less the nearer they are.
+
+    The host starts a recorded micro-batch as a whole.
+    """
+    if work.recorded:
+        return
     model, parallel = work.model, work.run.parallel
     pattern = model.hybrid_layer_pattern
     share = 1 / parallel.pipeline_model_parallel_size
@@ -267,15 +219,6 @@ def _wait_for_host(stage: _Stage, work: Work) -> None:
     stage.host = (there**8 + busy**8) ** (1 / 8) - there
 
 
-def _per_byte(gpu: Gpu, group: int) -> float:
-    """Seconds for each byte that a process exchanges with a group: within the node, and over the network."""
-    if group == 1:
-        return 0.0
-    near = min(group, gpu.domain)
-    over_network = 1 - near / group
-    return ((near - 1) / group) / (gpu.nvlink * NVLINK) + over_network / (gpu.network * NETWORK)
-
-
 # ------------------------------------------------------------------------------------------- the update
 
 
@@ -288,28 +231,12 @@ def _update(work: Work, gpu: Gpu, micro_batch: float) -> tuple[float, float]:
     copies = parallel.data_parallel_size * parallel.context_parallel_size
     of_expert = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     processes = parallel.world_size // parallel.pipeline_model_parallel_size
-    near = _ring(gpu, copies, parallel.tensor_model_parallel_size)
-    among = _ring(gpu, processes // of_expert, of_expert)
     sums = optimizer = 0.0
-    held = stage_parameters(work.model, work.vocab_size, parallel)
-    kept = static_of_run(work.model, work.vocab_size, work.run, work.optimizer)
-    for stage, memory in zip(held, kept, strict=True):
-        dense, expert = stage.dense_of_process(parallel), stage.expert_of_process(parallel)
-        # Bytes of a gradient, and of a weight that is gathered after the update.
-        width = memory.gradients / (dense + expert) + (0 if work.frozen else 2)
-        sums = max(sums, width * (dense * near + expert * among))
-        moved = 2 * (memory.gradients + 2 * (memory.main_weights + memory.moments) + memory.weights)
+    for (dense, expert), memory, moved in zip(*sums_of_stages(work, gpu), strict=True):
+        sums = max(sums, moved.seconds(gpu))
+        touched = 2 * (memory.gradients + 2 * (memory.main_weights + memory.moments) + memory.weights)
         on_host = off * (dense / copies + expert * of_expert / processes) * HOST_ADAM
-        optimizer = max(optimizer, moved / (gpu.memory_speed * MEMORY) + on_host)
+        optimizer = max(optimizer, touched / (gpu.memory_speed * MEMORY) + on_host)
     if parallel.world_size > gpu.domain:
         sums = max(0.0, sums - 2 / 3 * micro_batch)
     return sums, optimizer
-
-
-def _ring(gpu: Gpu, copies: int, between: int) -> float:
-    """Seconds for each byte of a sum over `copies` processes, `between` ranks apart."""
-    if copies == 1:
-        return 0.0
-    share = (copies - 1) / copies
-    speed = gpu.nvlink * NVLINK if copies * between <= gpu.domain else gpu.network * NETWORK
-    return share / speed

@@ -7,7 +7,8 @@ from typing import Any
 from snaketron.config import Model, Optimizer, Parallel, Run
 from snaketron.sizes import step
 from snaketron.sizes.gpus import Gpu
-from snaketron.sizes.step import Step, Work, step_time
+from snaketron.sizes.step import Step, step_time
+from snaketron.sizes.traffic import Work
 
 import pytest
 

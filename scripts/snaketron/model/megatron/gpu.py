@@ -40,12 +40,6 @@ PACKED = {"moe_router_fusion": False}
 CUDA_GRAPHS = {"cuda_graph_impl": "local", "cuda_graph_modules": ["attn", "mamba"]}
 
 
-# Tokens of a sequence from which on micro-batches are recorded. At 64 tokens cuDNN's backward pass of
-# attention takes a kernel that reads memory of an earlier call when a recording starts it: gradients were
-# wrong, or the process ended (Transformer Engine 2.20.2). From 512 on gradients are right.
-SHORTEST_RECORDED = 512
-
-
 def _accumulate_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
     """main_grad += grad_output^T inputs, in one kernel, whatever the type of main_grad."""
     from transformer_engine.pytorch.cpp_extensions import general_gemm
