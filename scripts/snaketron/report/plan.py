@@ -166,11 +166,11 @@ def _text(plan: Mapping[str, Any]) -> str:
     for corpus, tokens in taken.items():
         there = plan["corpora"][corpus]
         known = there["train_tokens"] or there["estimated_tokens"]
-        shares = [dict(blend).get(corpus) for blend in blends]
+        of_blends = [dict(blend).get(corpus) for blend in blends]
         rows.append(
             [
                 corpus,
-                *("-" if share is None else f"{share:.1%}" for share in shares),
+                *("-" if share is None else f"{share:.1%}" for share in of_blends),
                 large(tokens),
                 _number(there["train_tokens"]) if there["train_tokens"] else _about(there),
                 f"{tokens / known:.2f}" if known else "-",
