@@ -184,7 +184,7 @@ class Follower:
         if any(job.slurm for job in begun):
             self.queue.look()
         slurm = {job.number: job for job in self.queue.jobs or ()}
-        trainings = [self._training(name, planned, running) for name, planned in log.trainings.items()]
+        trainings = [self._training(*one, running, slurm) for one in log.trainings.items()]
         rules = self._rules(running)
         states = {one.state for one in trainings} | {rule.state for rule in rules}
         waiting = [job for job in begun if _waits(job, slurm)]
@@ -256,7 +256,7 @@ class Follower:
 
     # ------------------------------------------------------------------------------------ trainings
 
-    def _training(self, name: str, planned: Planned, running: bool) -> Training:
+    def _training(self, name: str, planned: Planned, running: bool, slurm: dict[str, Queued]) -> Training:
         rule, _, phase = name.partition("/")
         rule = "merge_lora" if name == "lora_merged" else rule
         jobs = [job for job in self.log.jobs.values() if job.rule == rule and job.wildcards == phase]
@@ -266,12 +266,15 @@ class Follower:
         version = self._version(name, job)
         if version is None:
             state = job.state if running or job.state != "running" else "stopped"
+            state = "waiting" if state == "running" and _waits(job, slurm) else state
             about = "is being started" if state == "running" else ""
             left = 0.0 if state == "finished" else planned.seconds
             return Training(name, state, planned.done, planned.steps, about, seconds_left=left)
         state = job.state
         if state == "running" and not running and not is_owned(version):
             state = "stopped"
+        if state == "running" and _waits(job, slurm):  # it was requeued
+            state = "waiting"
         return self._of_version(name, state, version, planned)
 
     def _version(self, name: str, job: Job) -> Version | None:

@@ -167,7 +167,7 @@ def _folded(rules: Iterable[Rule]) -> tuple[list[Rule], list[Rule]]:
 
 def _said(one: Training, width: int) -> str:
     """Loss, speed and time of a training that has begun, in one line."""
-    if one.state == "waiting":
+    if one.state == "waiting" and one.loss is None:
         return ""
     said = [f"loss {one.loss:.3f}"] if one.loss is not None else []
     said += filter(None, [one.about, curve(one.curve, CURVE if width >= NARROW else NARROW_CURVE)])

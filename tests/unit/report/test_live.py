@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from snaketron import files
@@ -181,6 +182,11 @@ def test_what_waits_in_the_queue_of_slurm(tmp_path: Path, monkeypatch: pytest.Mo
     view = follower.look()
     assert view.waiting == [("tokens_tokenize_shard  job 42  PENDING (Priority)", 1)]
     assert [job.where for job in view.running] == ["job 43 RUNNING 3:12 on 4 nodes"]
+    assert (view.trainings[0].state, view.trainings[0].about) == ("running", "is being started")
+    follower.queue.jobs[1] = replace(follower.queue.jobs[1], state="PENDING")
+    assert (follower.look().trainings[0].state, follower.look().trainings[0].about) == ("waiting", "")
+    train(tmp_path, "sft", 20, 90)  # it was requeued after 20 steps
+    assert (follower.look().trainings[0].state, follower.look().trainings[0].done) == ("waiting", 20)
 
 
 def test_slurm_is_asked_in_a_thread_and_no_answer_is_no_fault(tmp_path: Path, monkeypatch):
