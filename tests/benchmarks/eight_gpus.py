@@ -46,8 +46,9 @@ import psutil
 from tests.benchmarks import trainings
 from tests.benchmarks.shapes import BF16_STATE, NANO, SUPER
 from tests.benchmarks.trainings import REPOSITORY, Training
+from tests.unit.sizes.models import SMALL
 
-PARITY = {"mamba_num_heads": 16, "mamba_head_dim": 16, "mamba_num_groups": 8}  # fits TP 8 and EP 8
+PARITY = SMALL | {"mamba_num_heads": 16, "mamba_head_dim": 16, "mamba_num_groups": 8}  # fits TP 8 and EP 8
 LAYOUTS = (
     *("TP 2", "EP 2, DP 2", "PP 2", "CP 2", "DP 2"),
     *("TP 4", "TP 2, EP 4, DP 2", "PP 2, EP 2, DP 2", "CP 2, TP 2"),
