@@ -227,7 +227,7 @@ def parts(config: Config) -> dict[str, str]:
         "run pretrain": run_settings(config, LAST).model_dump_json(),
         "run sft": run_settings(config, "sft").model_dump_json(),
         "run lora": run_settings(config, "lora").model_dump_json(),
-        "eval": eval_settings(config, "sft").model_dump_json(),
+        "eval": eval_settings(config, "sft", {}).model_dump_json(),
         "run eval": eval_run(config).model_dump_json(),
     }
 
