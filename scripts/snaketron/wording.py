@@ -43,7 +43,7 @@ def short(value: float, _position: int = 0) -> str:
     >>> short(1200), short(0.25)
     ('1.2 k', '0.25')
     """
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"

@@ -22,7 +22,7 @@ def test_sizes_are_written_for_people():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(5, "5"), (999, "999"), (1200, "1.2 k"), (2_500_000, "2.5 M"), (3e9, "3 G"), (1e12, "1 T")],
+    [(5, "5"), (999, "999"), (1200, "1.2 k"), (2_500_000, "2.5 M"), (3e9, "3 B"), (1e12, "1 T")],
 )
 def test_numbers_of_an_axis(value, text):
     assert short(value) == text
