@@ -115,10 +115,12 @@ def sft_begun(copy: Workspace) -> bool:
 
 # What a rule makes and what follows from it; of the rules that are not here, all data.
 MADE_AGAIN = {
+    "build_tokenizer": ("tokenizer", "tokens", "pretrain", "chat", "sft"),
     "tokenize_shard": ("tokens", "pretrain"),
     "render_chat": ("chat", "sft"),
     "pack_sft": ("sft",),
     "blend_sft": ("sft",),
+    "index_pretrain": ("pretrain",),
 }
 
 
