@@ -89,7 +89,8 @@ except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 
 
-swift.remember()
+if workflow.dryrun:
+    swift.remember()
 published.keep_links()
 reasons.tell_changes(graph.config)
 unknown.tell_errors()
