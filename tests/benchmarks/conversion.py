@@ -56,13 +56,21 @@ def write(directory: Path, model: Model) -> None:
 
 
 def measure(name: str, size: int, act: Callable[[], object]) -> None:
-    """Do something, and print its bytes a second and by how much the memory of this process grew."""
+    """Do something, and print its bytes a second and by how much the memory of this process grew.
+
+    Pages of files that are mapped, which the system takes back when it needs them, are not counted.
+    """
     process, done = psutil.Process(), threading.Event()
-    before, peak = process.memory_info().rss, [0]
+
+    def own() -> int:
+        found = process.memory_info()
+        return int(found.rss - found.shared)
+
+    before, peak = own(), [0]
 
     def watch() -> None:
         while not done.wait(0.02):
-            peak[0] = max(peak[0], process.memory_info().rss)
+            peak[0] = max(peak[0], own())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
