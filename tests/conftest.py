@@ -62,6 +62,7 @@ SLOW = (
     ),
     "tests/graph/test_entry.py::test_snakemake_runs_without_an_activated_environment",
     *("tests/unit/data/curation/test_curate.py", "tests/graph/test_changed_files.py"),
+    "tests/graph/test_registered.py",
     "tests/unit/data/curation/test_filters.py::test_remembered_words_are_the_same_words",
     "tests/unit/sources/test_listing.py::test_the_command_lists_what_the_merged_configuration_asks_for",
 )
