@@ -145,7 +145,7 @@ def super_quarter(there: int) -> Iterator[Row]:
 
 
 def scaling(there: int) -> Iterator[Row]:
-    """The same work on each GPU: 16 experts of Nano and four sequences."""
+    """Equal work on each GPU: 16 experts of Nano and four sequences."""
     for count in (1, 2, 4, 8):
         more = NANO | {"num_moe_experts": 16 * count}
         yield Row(4, large(f"exchange: EP {count}", more, f"EP {count}, DP {count}", corpora=TEXT))

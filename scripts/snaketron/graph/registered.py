@@ -1,4 +1,7 @@
-"""Which results are given and not made: names for the constraints of the two rules that could make each."""
+"""Which results are given and not made: one rule registers the given ones, and another makes the others.
+
+Both rules have the names in their wildcard constraints.
+"""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _by_source(name: str, runs: Sequence[Run]) -> list[Block]:
 
 
 def _losses(stage: Stage, source: str) -> list[str]:
-    """Of the first and the last validation, and of the test."""
+    """The losses of the first and the last validation, and of the test."""
 
     def losses(key: str) -> list[float]:
         return [line[key][source] for line in stage.lines if source in line.get(key, {})]

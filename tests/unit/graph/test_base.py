@@ -172,7 +172,7 @@ def test_a_model_of_the_hub_is_downloaded_first(tmp_path: Path):
 
 
 def test_a_checkpoint_of_megatron_is_compared_by_the_list_of_its_tensors(tmp_path: Path):
-    """Of a model with a tensor less, and one of another shape; the last of two iterations counts."""
+    """A checkpoint without one tensor, another one reshaped; the last of its two iterations counts."""
     found = values(MODEL)
     found["decoder.layers.3.mlp.linear_fc1.weight"] = torch.zeros(25, 16)
     del found["decoder.final_norm.weight"]

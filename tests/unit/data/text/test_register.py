@@ -164,7 +164,7 @@ def test_another_tokenizer_is_refused_and_its_own_is_known(register, tmp_path: P
 
 
 def test_the_file_that_the_tokenizer_was_made_of_has_a_hash_of_its_own(tmp_path: Path, tokenizer_dir: Path):
-    """The same tokenizer in other bytes; whoever made the tokens knows the hash of the original."""
+    """A tokenizer written again in other bytes; whoever made the tokens knows the hash of the original."""
     original = tmp_path / "original"
     original.mkdir()
     compact = json.dumps(json.loads((tokenizer_dir / "tokenizer.json").read_text()))
