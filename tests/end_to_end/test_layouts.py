@@ -103,7 +103,6 @@ def test_packs_are_tuned_on_alike_in_every_layout(copy: Workspace):
 
     The losses of the first step are equal but for the order of sums. After it they drift further than in
     pretraining: megatron-core weighs the load balancing loss of a rank by that rank's tokens without padding.
-    Under TP the norm of the gradient is 7e-6 of itself larger, although the gradients are equal to 1e-7.
     """
     steps = "cpus_per_task: 1, train_iters: 4, log_interval: 1, num_samples: 0, switch_loss_average_after: 2"
     steps += ", optimizer: {learning_rate: 0.001, min_learning_rate: 0.0001}"
@@ -123,7 +122,6 @@ def test_packs_are_tuned_on_alike_in_every_layout(copy: Workspace):
         found[layout] = {key: [line[key] for line in lines if key in line] for key in keys}
     for layout in LAYOUTS:
         first = {key: abs(found[layout][key][0] - found["one"][key][0]) for key in keys}
-        first["grad_norm"] /= found["one"]["grad_norm"][0]  # a share: the norm is no number of nats
         later = worst(found[layout], found["one"])
         print(f"{layout}: of the first step {first}, of all {later}")
         assert max(first.values()) < TOLERANCE and max(later.values()) < 1e-3, layout

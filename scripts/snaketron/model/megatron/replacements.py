@@ -219,6 +219,15 @@ TABLE = (
         },
     ),
     Replacement(
+        "the norm of gradients",
+        "CPU",
+        why="the original adds up the squares of a tensor in float32: a step's norm came out 9e-6 of itself "
+        "too small in one process and 3e-6 under TP 2, and gradients are clipped by it",
+        upstream=NO_CPU,
+        until="the original adds up in float64, or in many short sums",
+        pieces={"megatron.core.optimizer.clip_grads:l2_norm_impl": "cpu.l2_norm"},
+    ),
+    Replacement(
         "Transformer Engine's layers that no spec chooses",
         "CPU",
         why="the last norm of a stack and the latent projections of experts are Transformer Engine's always",

@@ -280,6 +280,15 @@ def test_the_original_optimizer_is_torchs_which_has_no_state_before_its_first_st
     assert pieces["Adam"] is torch.optim.AdamW and not pieces["Adam"]([weight]).state, CAN_GO
 
 
+@covers("the norm of gradients")
+def test_the_original_norm_adds_up_in_float32():
+    """The norm of 1,024 x 1,024 numbers 0.1 is 102.4."""
+    gradients = [[torch.full((1024, 1024), 0.1)]]
+    (original_norm,) = originals_of("the norm of gradients").values()
+    assert abs(float(original_norm(0, torch.zeros(1), gradients, False)[0]) - 102.4) > 0.01, CAN_GO
+    assert float(cpu.l2_norm(0, torch.zeros(1), gradients, False)[0]) == pytest.approx(102.4, rel=1e-7)
+
+
 @covers("Transformer Engine's layers that no spec chooses")
 def test_the_original_layers_are_not_there_without_transformer_engine():
     pieces = originals_of("Transformer Engine's layers that no spec chooses")
