@@ -66,12 +66,12 @@ def test_tasks_give_the_numbers_of_the_export_in_lm_evals_hf(
     eos = tokenizer_info(tokenizer_dir).eos_id
     own = CheckpointLM(open_checkpoint(path), load_tokenizer(tokenizer_dir), eos, template, batch_size=2)
     export_checkpoint(path, tasks / "hf/one")
-    with _offline():
+    with _offline(cached=False):
         other = HFLM(pretrained=str(tasks / "hf/one"), device="cpu", batch_size=2, dtype="float32")
     assert (own.max_length, own.eot_token_id) == (other.max_length, other.eot_token_id) == (48, eos)
     here = {name: run_task(own, Task(name=name), directories=[tasks])[name] for name in KINDS}
     manager = task_manager("choice", (str(tasks),))
-    with _offline():
+    with _offline(cached=False):
         found = lm_eval.simple_evaluate(other, tasks=list(KINDS), task_manager=manager, bootstrap_iters=0)
     assert found is not None
     for name, measures in here.items():

@@ -246,6 +246,7 @@ corpora:
 - name: math
   hub: {repository: lab/math, configuration: CONFIGURATION}
 - {name: web, paths: ["hf://datasets/lab/math@main/b", "hf://datasets/lab/math/**/part_*.jsonl"]}
+- {name: requests, paths: [data/sample/requests/part_0.jsonl]}
 """
 
 
