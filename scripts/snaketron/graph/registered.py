@@ -1,4 +1,4 @@
-"""Which results are given and not made: one rule registers the given ones, and another makes the others.
+"""Name the results that are given and not made: a rule registers them, and another one makes the rest.
 
 Both rules have the names in their wildcard constraints.
 """

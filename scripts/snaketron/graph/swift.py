@@ -1,6 +1,6 @@
 """What Snakemake does for each job of a dry-run, and nobody sees: left out, for graphs of thousands of jobs.
 
-A dry-run of 6,928 jobs wrote ten lines and three commands a job, of which `graph.lines` shows one line. It
+A dry-run of 6,928 jobs wrote ten lines and three commands a job; `graph.lines` shows one of the lines. It
 also asked 100,000 times what it knew: the signatures of forty functions, the rule that makes the tokenizer,
 the flags of a file. No check and no message is lost; a test compares each replacement with what it replaces.
 A run has Snakemake as it is.

@@ -1,4 +1,4 @@
-"""Which files of --configfile the newest run had, by its log, whose words are Snakemake's."""
+"""The newest log of Snakemake tells which files of --configfile its run had; the words are Snakemake's."""
 
 from __future__ import annotations
 

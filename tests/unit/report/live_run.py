@@ -15,7 +15,7 @@ from snakemake.logging import DefaultFormatter
 from snakemake_interface_logger_plugins.common import LogEvent
 
 LOG = ".snakemake/log/2026-11-28T205240.183890.snakemake.log"
-# 196 steps of 1,000 tokens, of which no run before says how long they take, and 90 at 50 tokens a second.
+# 196 steps of 1,000 tokens, without an earlier run that says how long they take; 90 at 50 tokens a second.
 BROAD = f"pretrain/broad     {outlook(Progress(), 196, 1000, None)}"
 SFT = f"sft                {outlook(Progress(), 90, 1000, 50.0)}"
 

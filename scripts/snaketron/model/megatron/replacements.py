@@ -282,7 +282,7 @@ TABLE = (
     Replacement(
         "the logits of what is not trained",
         "CPU",
-        why="the original computes the logits of all positions, of which a tuning trains about half",
+        why="the original computes the logits of all positions, and a tuning trains about half of them",
         upstream=NONE_FOUND,
         until="HybridModel leaves positions without a loss out of its output layer",
         pieces={_LANGUAGE + "compute_language_model_loss": "packed.compute_language_model_loss"},
