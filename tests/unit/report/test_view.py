@@ -45,6 +45,7 @@ handler.emit(record("a line about Slurm", in_view=True))
 job = "import sys; from snaketron import log as l; l.show_progress('1'); sys.stderr.write('a job warns\\\\n')"
 subprocess.run([sys.executable, "-c", job])
 try:
+    Path("ready").touch()  # from here on Ctrl-C is caught
     while not Path("go").exists():
         time.sleep(0.05)
     if Path("go").read_text() == "crash":
@@ -174,6 +175,7 @@ def test_a_run_ends_with_its_lines_and_a_clean_terminal(directory: Path, columns
 def test_ctrl_c_leaves_what_was_said(directory: Path):
     terminal = Terminal(directory, 80)
     terminal.read(lambda: "120/196" in terminal.output and "a job warns" in terminal.output)
+    terminal.read(lambda: (directory / "ready").exists())
     os.write(terminal.master, b"\x03")
     assert terminal.wait() == 130
     assert [line.removeprefix("^C") for line in screen(terminal.output)] == [*SAID, "stopped", ""]
