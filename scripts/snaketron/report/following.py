@@ -15,7 +15,7 @@ HOURS = {"min": 1 / 60, "h": 1.0, "days": 24.0}  # of `wording.hours`
 # Lines of `graph.outlook`, which the log has of each training that a run contains.
 TRAINING = re.compile(r"(pretrain/\w+|sft|lora\w*) +(trains|continues|was trained|was merged|adds) ?(.*)")
 JOB = re.compile(r"( *)(?:local)?(?:rule|checkpoint) (\w+):$")
-FIELD = re.compile(r" +(output|jobid|wildcards): (.*)")
+FIELD = re.compile(r" +(output|log|jobid|wildcards): (.*)")
 FINISHED = re.compile(r"Finished jobid: (\d+)")
 SUBMITTED = re.compile(r"Job (\S+) has been submitted with SLURM jobid (\S+) \(log: ")
 TIME = re.compile(r" *\[(\w{3} \w{3} [ \d]\d [\d:]{8} \d{4})\](.*)")
@@ -71,6 +71,7 @@ class Job:
     began: float  # seconds since the epoch
     wildcards: str = ""
     output: str = ""  # the first file of it
+    log: str = ""
     slurm: str = ""  # number of its Slurm job
     state: str = "running"  # finished, failed, stopped
 
@@ -108,6 +109,7 @@ class Log:
     _table: bool = False
     _rule: str = ""
     _output: str = ""
+    _log: str = ""
     _grouped: bool = False
     _error: bool = False
     _job: Job | None = None
@@ -146,11 +148,13 @@ class Log:
 
     def _begin(self, rule: str, *, grouped: bool = False) -> None:
         self._rule, self._job, self._error = rule, None, self._error and grouped
-        self._output, self._grouped = "", grouped
+        self._output, self._log, self._grouped = "", "", grouped
 
     def _read_field(self, name: str, value: str) -> None:
         if name == "output":
             self._output = value.partition(",")[0].partition(" (")[0]
+        elif name == "log":
+            self._log = value
         elif name == "wildcards" and self._job:
             self._job.wildcards = " ".join(part.partition("=")[2] for part in value.split(", "))
         elif name == "jobid" and self._rule:
@@ -158,7 +162,9 @@ class Log:
                 if job := self.jobs.get(value):
                     job.state = "stopped" if self.stopping else "failed"
                 return
-            self._job = self.jobs[value] = Job(value, self._rule, self.now, output=self._output)
+            self._job = self.jobs[value] = Job(
+                value, self._rule, self.now, output=self._output, log=self._log
+            )
             if self._grouped:
                 self._group.append(self._job)
 

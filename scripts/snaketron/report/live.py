@@ -175,7 +175,7 @@ class Follower:
 
     def look(self) -> View:
         """What there is to show now."""
-        self._read_log()
+        self.read_log()
         log = self.log
         if not log.totals:
             return View("")
@@ -185,7 +185,7 @@ class Follower:
             self.queue.look()
         slurm = {job.number: job for job in self.queue.jobs or ()}
         trainings = [self._training(*one, running, slurm) for one in log.trainings.items()]
-        rules = self._rules(running)
+        rules = self._rules(running, slurm)
         states = {one.state for one in trainings} | {rule.state for rule in rules}
         waiting = [job for job in begun if _waits(job, slurm)]
         left, at_least = self._left(trainings, rules, [job for job in begun if job not in waiting])
@@ -212,7 +212,7 @@ class Follower:
             warning=warned and warned[1:],
         )
 
-    def _read_log(self) -> None:
+    def read_log(self) -> None:
         """Read on in the log of the newest run; one that was refused, or had no job, is none."""
         logs = sorted((self.directory / ".snakemake/log").glob("*.snakemake.log"), reverse=True)
         for path in logs[:LOGS]:
@@ -237,12 +237,14 @@ class Follower:
 
     # ---------------------------------------------------------------------------------------- rules
 
-    def _rules(self, running: bool) -> list[Rule]:
+    def _rules(self, running: bool, slurm: dict[str, Queued]) -> list[Rule]:
+        """The rules that are not trainings. One waits whose jobs are all in Slurm's queue."""
         trained = {name.partition("/")[0] for name in self.log.trainings}
         trained = {"merge_lora" if name == "lora_merged" else name for name in trained}
         states: dict[str, Counter[str]] = {name: Counter() for name in self.log.totals}
         for job in self.log.jobs.values():
-            states.setdefault(job.rule, Counter())[job.state] += 1
+            waits = job.state == "running" and _waits(job, slurm)
+            states.setdefault(job.rule, Counter())["waiting" if waits else job.state] += 1
         found = []
         for name, total in self.log.totals.items():
             if name in trained or name == "all":
@@ -250,7 +252,8 @@ class Follower:
             of = states[name]
             state = "finished" if of["finished"] >= total else "failed" if of["failed"] else "waiting"
             if state == "waiting" and of:
-                state = "running" if running else "stopped"
+                queued = of["waiting"] and not of["running"]
+                state = "stopped" if not running else "waiting" if queued else "running"
             found.append(Rule(name, state, of["finished"], total))
         return found
 

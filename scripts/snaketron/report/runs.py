@@ -18,6 +18,7 @@ from snaketron.lineage.record import Record, read
 from snaketron.lineage.walk import ancestors
 from snaketron.log import UserError
 from snaketron.report.collect import Data, add_up, collect
+from snaketron.report.live import Follower
 from snaketron.report.workflow import Rule, rules
 
 import orjson
@@ -153,7 +154,13 @@ def read_run(
         roots=at,
         stages=stages,
         rules=rules(
-            at["logs"], at["benchmarks"], plan["jobs"] if plan else {}, records.values(), running=running
+            directory,
+            at["logs"],
+            at["benchmarks"],
+            plan["jobs"] if plan else {},
+            records.values(),
+            running=running,
+            begun=_begun(directory) if running else None,
         ),
         data=data,
         records=records,
@@ -162,6 +169,13 @@ def read_run(
         plan=plan,
         trouble=trouble,
     )
+
+
+def _begun(directory: Path) -> dict[Path, float]:
+    """When the Snakemake of a directory began the jobs that have not ended, by their logs."""
+    follower = Follower(directory, alive=True)
+    follower.read_log()
+    return {directory / job.log: job.began for job in follower.log.jobs.values() if job.state == "running"}
 
 
 # ------------------------------------------------------------------------------------------- trainings

@@ -1,12 +1,16 @@
 """The rules of the workflow as a person looks at them: what comes from what, and how far each is.
 
 What is done, and when, is read from `logs/` and `benchmarks/`, which every rule writes: a log begins with its
-job, and a benchmark comes after it. Where both were removed, lineage records tell what is done.
+job, and Snakemake writes a benchmark after it. A log that no benchmark follows begins with a command, which
+says what the job makes. Whether that is there tells how the job ended, where the command was run by hand or a
+copy of the directory lost the times of its files. Where logs and benchmarks were removed, lineage records
+tell what is done.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -61,6 +65,13 @@ RULES: dict[str, tuple[int, tuple[str, ...], str]] = {
 }
 
 
+# The options that say what a job makes. Snakemake removes that before the job runs, but not where the rule
+# marks it with `update()`: there the last line of the log must name it.
+MADE = ("--record", "--output")
+ERROR = re.compile(r"(\S+ \S+ )?error: ")  # the last line of a program that failed
+SLACK_S = 5.0  # between the clocks of two machines that share a file system
+
+
 @dataclass
 class Rule:
     """How far a rule is."""
@@ -71,6 +82,7 @@ class Rule:
     seconds: list[float] = field(default_factory=list)  # of each job that is done
     peak_mb: float = 0.0
     unfinished: dict[str, str] = field(default_factory=dict)  # what each log says last, by its name
+    waiting: int = 0  # jobs that an earlier run has left a log of, and that have not started yet in this one
     running: bool = False
 
     @property
@@ -92,24 +104,34 @@ class Rule:
 
 
 def rules(
-    logs: Path, benchmarks: Path, jobs: Mapping[str, int], records: Iterable[Record], *, running: bool
+    directory: Path,
+    logs: Path,
+    benchmarks: Path,
+    jobs: Mapping[str, int],
+    records: Iterable[Record],
+    *,
+    running: bool,
+    begun: Mapping[Path, float] | None = None,
 ) -> dict[str, Rule]:
     """The rules that a run has or will have, in the order of the workflow.
 
     Args:
+        directory: where its commands run.
         jobs: how many jobs of each rule the configuration asks for; empty where it is not known.
         records: the lineage records that were found.
         running: whether a Snakemake is working in the directory.
+        begun: when it began the jobs that have not ended (seconds since 1970), by their logs. One whose log
+            is older has not started: it waits, in Slurm's queue say.
     """
     found: dict[str, Rule] = {}
     made = _by_rule(records)
     for name in RULES:
         rule = Rule(name, jobs.get(name, 0), running=running)
         _read_benchmarks(rule, benchmarks)
-        _read_logs(rule, logs, benchmarks)
+        _read_logs(rule, directory, logs, benchmarks, begun or {})
         if not rule.done and not rule.unfinished:
             rule.done, rule.seconds = len(made[name]), made[name]
-        rule.expected = max(rule.expected, rule.done + len(rule.unfinished))
+        rule.expected = max(rule.expected, rule.done + len(rule.unfinished) + rule.waiting)
         if rule.expected:
             found[name] = rule
     return found
@@ -134,18 +156,40 @@ def _read_benchmarks(rule: Rule, root: Path) -> None:
             rule.peak_mb = max(rule.peak_mb, float(measured["max_rss"]))
 
 
-def _read_logs(rule: Rule, logs: Path, benchmarks: Path) -> None:
-    """Find the jobs that have a log, and no benchmark that came after it."""
+def _read_logs(
+    rule: Rule, directory: Path, logs: Path, benchmarks: Path, begun: Mapping[Path, float]
+) -> None:
+    """Find the jobs that have a log, no benchmark that came after it, and did not make what they make."""
     for path in _files(logs, rule.name, ".log"):
         benchmark = benchmarks / path.relative_to(logs).with_suffix(".tsv")
-        old = benchmark.exists() and benchmark.stat().st_mtime < path.stat().st_mtime - 5
-        if benchmark.exists() and not old:
+        old, written = benchmark.exists(), path.stat().st_mtime
+        if written < begun.get(path, 0.0) - SLACK_S:
+            rule.waiting += 1
+            rule.done = max(0, rule.done - old)
             continue
-        if old:  # the job was begun again
-            rule.done -= 1
+        if old and benchmark.stat().st_mtime >= written - SLACK_S:
+            continue
         lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        if lines and _was_made(lines[0], lines[-1], directory):
+            rule.done += not old
+            continue
+        rule.done = max(0, rule.done - old)  # the job was begun again
         said = next((line for line in reversed(lines) if _is_error(line)), lines[-1] if lines else "")
         rule.unfinished[str(path.relative_to(logs))] = "" if said.startswith("$ ") else said
+
+
+def _was_made(command: str, last: str, directory: Path) -> bool:
+    """Whether what a command names as its product is there, by the last line of its log not from before."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # cut off
+        return False
+    for option in MADE:
+        if option in words[:-1]:
+            path = words[words.index(option) + 1]
+            said = not ERROR.match(last) if option == "--record" else path in last and last != command
+            return said and (directory / path).exists()
+    return False
 
 
 def _is_error(line: str) -> bool:

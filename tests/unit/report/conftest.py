@@ -207,8 +207,15 @@ def _metrics(steps: int) -> list[dict[str, Any]]:
 def job(tmp_path: Path):
     """job(name, said=..., seconds=...): the log of a job, and where it was done its benchmark."""
 
-    def write(name: str, *, said: str = "", seconds: float | None = None, root: Path = tmp_path) -> None:
-        files.write_text(root / f"logs/{name}.log", f"$ python scripts/x.py\n{said}\n")
+    def write(
+        name: str,
+        *,
+        said: str = "",
+        seconds: float | None = None,
+        options: str = "",
+        root: Path = tmp_path,
+    ) -> None:
+        files.write_text(root / f"logs/{name}.log", f"$ python scripts/x.py {options}\n{said}\n")
         if seconds is not None:
             files.write_text(root / f"benchmarks/{name}.tsv", f"s\tmax_rss\n{seconds}\t120.5\n")
 

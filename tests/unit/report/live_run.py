@@ -40,7 +40,14 @@ class RunLog:
             file.write(self.words.format(made) + "\n")
 
     def begins(
-        self, number: int, rule: str, output: str = "a.json", *, grouped: bool = False, **wildcards: str
+        self,
+        number: int,
+        rule: str,
+        output: str = "a.json",
+        *,
+        grouped: bool = False,
+        log: str = "c.log",
+        **wildcards: str,
     ) -> None:
         job: dict[str, Any] = {"jobid": number, "rule_name": rule, "wildcards": wildcards, "indent": grouped}
         job |= {
@@ -48,7 +55,7 @@ class RunLog:
             "local": not grouped,
             "is_checkpoint": False,
             "input": ["b"],
-            "log": ["c.log"],
+            "log": [log],
         }
         job |= {"output": [output], "benchmark": None, "reason": "Missing", "priority": 0, "threads": 1}
         self.add("", LogEvent.JOB_INFO, resources={}, **job)

@@ -181,6 +181,7 @@ def test_what_waits_in_the_queue_of_slurm(tmp_path: Path, monkeypatch: pytest.Mo
     ]
     view = follower.look()
     assert view.waiting == [("tokens_tokenize_shard  job 42  PENDING (Priority)", 1)]
+    assert [(rule.name, rule.state) for rule in view.rules] == [("tokenize_shard", "waiting")]
     assert [job.where for job in view.running] == ["job 43 RUNNING 3:12 on 4 nodes"]
     assert (view.trainings[0].state, view.trainings[0].about) == ("running", "is being started")
     follower.queue.jobs[1] = replace(follower.queue.jobs[1], state="PENDING")

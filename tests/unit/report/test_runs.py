@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from snaketron import files
@@ -9,6 +10,7 @@ from snaketron.report.blocks import Figures, Table
 from snaketron.report.curves import curves_part
 from snaketron.report.overview import missing
 from snaketron.report.runs import Run, read_run
+from tests.unit.report.live_run import RunLog
 
 import orjson
 import pytest
@@ -72,6 +74,11 @@ def test_the_lock_of_the_directory_counts_unless_the_workflow_makes_the_page(job
         assert files.lock(file)
         assert read(tmp_path).state == "running"
         assert read(tmp_path, alone=True).state == "failed"
+        # Another run submits the job again. Until Slurm starts it, its log is that of the run before.
+        RunLog(tmp_path, {"sft": 1}).begins(1, "sft", log="logs/sft.log")
+        assert read(tmp_path).rules["sft"].state == "running"  # its log is as young as the job
+        os.utime(tmp_path / "logs/sft.log", (1e9, 1e9))
+        assert read(tmp_path).rules["sft"].state == "waiting"
 
 
 def test_a_rule_of_which_jobs_are_still_to_be_done_says_how_many(job, tmp_path: Path):

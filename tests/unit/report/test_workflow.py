@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 def read(
     root: Path, records: tuple[Record, ...] = (), *, running: bool = False, **jobs: int
 ) -> dict[str, Rule]:
-    return rules(root / "logs", root / "benchmarks", jobs, records, running=running)
+    return rules(root, root / "logs", root / "benchmarks", jobs, records, running=running)
 
 
 def test_every_rule_but_those_of_reports_is_drawn():
@@ -54,6 +54,54 @@ def test_a_job_that_was_begun_again_is_not_done(job, tmp_path: Path):
     job("sft", seconds=60)
     os.utime(tmp_path / "benchmarks/sft.tsv", (1e9, 1e9))
     assert read(tmp_path, running=True)["sft"].state == "running"
+
+
+def test_a_job_whose_command_was_run_by_hand_is_done_where_its_product_is_there(job, tmp_path: Path):
+    """Nothing measures a run by hand, and a copy may lose the times: both logs are newer than benchmarks."""
+    shard, b = "--record data/tokens/docs/a.json", "tokenize_shard/docs/b"
+    job(
+        "tokenize_shard/docs/a",
+        seconds=2.5,
+        options=shard,
+        said="2026-11-29 10:00:00,1 raw/error.txt: 9 tokens",
+    )
+    job(b, options="--record data/tokens/docs/b.json", said="2026-11-29 10:00:00,1 b.txt: 9 tokens")
+    job("sft", seconds=60, options="--output ckpt/sft", said="sft: ckpt/sft is ckpt/versions/sft-1")
+    for name in ("tokenize_shard/docs/a", "sft"):
+        os.utime(tmp_path / f"benchmarks/{name}.tsv", (1e9, 1e9))
+    assert {name: rule.done for name, rule in read(tmp_path).items()} == {"tokenize_shard": 0, "sft": 0}
+    for path in ("data/tokens/docs/a.json", "data/tokens/docs/b.json", "ckpt/sft"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    found = read(tmp_path)
+    assert [(rule.state, rule.done) for rule in found.values()] == [("finished", 2), ("finished", 1)]
+    # The next commands by hand fail, while what was made before is still there.
+    job(b, options="--record data/tokens/docs/b.json", said="2026-11-29 11:00:00,1 error: b.txt: not UTF-8")
+    job("sft", options="--output ckpt/sft", said="sft: starts after step 0")
+    found = read(tmp_path)
+    assert found["tokenize_shard"].failed == {f"{b}.log": "2026-11-29 11:00:00,1 error: b.txt: not UTF-8"}
+    assert (found["tokenize_shard"].done, found["sft"].done, found["sft"].state) == (1, 0, "failed")
+
+
+def test_a_job_that_waits_to_be_run_again_neither_runs_nor_has_failed(job, tmp_path: Path):
+    """Both logs are of the run before. This run has submitted the jobs again, and Slurm starts one by one."""
+    job("tokenize_shard/docs/a", said="12 rows so far")
+    job("tokenize_shard/docs/b", said="error: the disk is full")
+    a, b = (tmp_path / f"logs/tokenize_shard/docs/{name}.log" for name in "ab")
+    os.utime(a, (1e9, 1e9))
+    os.utime(b, (1e9, 1e9))
+
+    def state() -> str:
+        begun = {a: 1e9 + 60, b: 1e9 + 60}
+        jobs = {"tokenize_shard": 2}
+        found = rules(tmp_path, a.parents[2], tmp_path, jobs, (), running=True, begun=begun)
+        return found["tokenize_shard"].state
+
+    assert state() == "waiting"
+    os.utime(a, (1e9 + 120, 1e9 + 120))
+    assert state() == "running"
+    os.utime(b, (1e9 + 120, 1e9 + 120))
+    assert state() == "failed"
 
 
 def test_records_tell_what_is_done_where_the_logs_were_removed(tmp_path: Path):
