@@ -1,4 +1,4 @@
-"""Talk to a checkpoint in a terminal; or answer one prompt from standard input.
+"""Talk to a checkpoint in a terminal; or answer one prompt from standard input, however many lines it has.
 
 In a terminal: /reset begins a new conversation, /quit or Ctrl-D ends, and Ctrl-C stops an answer. Where the
 model calls a function, its result is asked for.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
+import math
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +23,6 @@ from snaketron.log import UserError, logger, run
 
 if TYPE_CHECKING:  # imports megatron-core (5 s)
     from snaketron.inference.chat import Chat
-
-FAINT, NORMAL = "\x1b[2m", "\x1b[0m"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,29 +34,69 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--template-arguments",
-        type=json.loads,
+        type=_object,
         default={},
         help="JSON, such as '{\"enable_thinking\": true}'",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="share of the probability to draw from")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
+    parser.add_argument(
+        "--temperature", type=_at_least_zero, default=0.0, help="0: the most likely token (default)"
+    )
+    parser.add_argument("--top-p", type=_share, default=1.0, help="share of the probability to draw from")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the draws")
+    parser.add_argument("--max-tokens", type=_positive, default=512, help="of an answer")
+    parser.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)), help="CPU threads")
     args = parser.parse_args(argv)
-    if not Version(args.checkpoint).is_finished:
-        raise UserError(f"{args.checkpoint}: not a finished checkpoint of this workflow")
+    Version(args.checkpoint).check_finished()
     tools = _tools(args.tools) if args.tools else []
+    for stream in (sys.stdin, sys.stdout):  # a terminal may know less than the tokenizer, or send anything
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
     interactive = sys.stdin.isatty()
     prompt = "" if interactive else sys.stdin.read().strip()
     if interactive:
         logger.info("opening %s", args.checkpoint)
+    elif not prompt:
+        raise UserError("standard input has no prompt")
     with _chat(args, tools) as chat:
+        from snaketron.inference.conversing import converse, show
+
         if interactive:
-            _converse(chat)
+            converse(chat)
         else:
-            _print(chat.say(prompt), faint=False)
+            show(chat.say(prompt), faint=False)
     return 0
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The JSON object in an option."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+
+
+def _positive(text: str) -> int:
+    return _number(text, int, lambda value: value > 0, "a whole number above 0")
+
+
+def _seed(text: str) -> int:
+    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+
+
+def _at_least_zero(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number from 0 on")
+
+
+def _share(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _number[T: (int, float)](text: str, kind: type[T], fits: Callable[[T], bool], what: str) -> T:
+    """The number in an option; argparse puts the option's name before the message."""
+    with contextlib.suppress(ValueError):
+        if fits(value := kind(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not {what}")
 
 
 def _tools(path: Path) -> list[Any]:
@@ -106,48 +147,6 @@ def _chat(args: argparse.Namespace, tools: list[Any]) -> Iterator[Chat]:
             )
 
 
-def _converse(chat: Chat) -> None:
-    import readline  # noqa: F401  lets `input` edit a line and remember earlier ones
-
-    print("/reset begins a new conversation, /quit ends, Ctrl-C stops an answer")
-    while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if text == "/quit":
-            return
-        if text == "/reset":
-            chat.reset()
-        elif text.startswith("/"):
-            print(f"{text.split()[0]} is no command; there are /reset and /quit")
-        elif text:
-            _answer(chat, text)
-
-
-def _answer(chat: Chat, text: str) -> None:
-    """Print the answer; where it calls functions, ask for their results and go on."""
-    try:
-        _print(chat.say(text), faint=True)
-        while calls := chat.calls:
-            results = [input(f"result of {name}> ") for name in calls]
-            _print(chat.say(*results, role="tool"), faint=True)
-    except UserError as error:
-        print(error)
-    except (EOFError, KeyboardInterrupt):
-        print()
-
-
-def _print(pieces: Iterator[str], *, faint: bool) -> None:
-    """Print an answer as it comes; in a terminal what it thinks is faint."""
-    text = ""
-    for piece in pieces:
-        text += piece
-        thinks = faint and text.lstrip().startswith("<think>") and "</think>" not in text
-        print(f"{FAINT}{piece}{NORMAL}" if thinks else piece, end="", flush=True)
-    print()
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 from snaketron.data.chats.conversation import control_tokens
 from snaketron.data.chats.template import Template
+from snaketron.data.chats.unusable import Unusable
 from snaketron.inference.decoder import Decoder
 from snaketron.inference.generate import Sampling, continuation
 from snaketron.log import UserError
@@ -16,7 +18,8 @@ from snaketron.log import UserError
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-_CALL = re.compile(r'<tool_call>\s*{\s*"name":\s*"([^"]*)"')
+# A call as JSON, or as the templates of Nemotron 3 and Qwen3-Coder write it.
+_CALL = re.compile(r'<tool_call>\s*(?:{\s*"name":\s*"|<function=)([^">]*)')
 _THOUGHT = re.compile(r"\A\s*(?:<think>)?(.*?)</think>(.*)\Z", re.DOTALL)
 
 
@@ -48,6 +51,7 @@ class Chat:
 
     def __post_init__(self) -> None:
         self._control = control_tokens(self.tokenizer)
+        self._check(self.system, json.dumps(list(self.tools), ensure_ascii=False))
         self.reset()
 
     def reset(self) -> None:
@@ -63,20 +67,20 @@ class Chat:
         """Add messages, and give the answer in the pieces in which it comes.
 
         What was said is kept when the caller stops in the middle of an answer. Raises `UserError`, and keeps
-        nothing, when a text holds a control token or the conversation has become too long.
+        nothing, when a text holds a control token, the template refuses it, or the conversation has become
+        too long.
         """
-        for text in texts:
-            if self._control and (found := self._control.search(text)):
-                raise UserError(
-                    f"{found.group()} is a control token of this tokenizer; write it in another way"
-                )
+        self._check(*texts)
         messages = [*self.messages, *(_message(role, text) for text in texts)]
-        prompt = self.template.prompt(messages, list(self.tools) or None, self.arguments)
+        try:
+            prompt = self.template.prompt(messages, list(self.tools) or None, self.arguments)
+        except Unusable as error:
+            raise UserError(f"the chat template cannot write this conversation: {error}") from None
         ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         if len(ids) >= self.decoder.max_length:
             raise UserError(
                 f"the conversation has {len(ids):,} tokens, and the model was trained on up to "
-                f"{self.decoder.max_length:,}; /reset begins anew"
+                f"{self.decoder.max_length:,}; begin another one (/reset), or say less"
             )
         self.messages = messages
         answer = ""
@@ -87,21 +91,34 @@ class Chat:
         finally:
             self.messages.append(self._answer(answer, thinking=prompt.rstrip().endswith("<think>")))
 
+    def _check(self, *texts: str) -> None:
+        for text in texts:
+            if self._control and (found := self._control.search(text)):
+                raise UserError(
+                    f"{found.group()} is a control token of this tokenizer; write it in another way"
+                )
+            if lone := re.search("[\ud800-\udfff]", text):
+                raise UserError(f"the text is not valid UTF-8, at character {lone.start() + 1}")
+
     def _pieces(self, ids: list[int]) -> Iterator[str]:
-        if not self._known or ids[: len(self._known)] != self._known or len(ids) == len(self._known):
+        known, self._known = self._known, []  # until the decoder has read them: it may be interrupted
+        if not known or ids[: len(known)] != known or len(ids) == len(known):
             self.decoder.forget(0)
-            self._known = []
-        unread, self._known = ids[len(self._known) :], ids
+            known = []
+        unread, known = ids[len(known) :], ids
         stream = DecodeStream(skip_special_tokens=False)
         before: list[int] = []
         tokens = continuation(
             self.decoder, unread, stop=self.stop, max_tokens=self.max_tokens, sampling=self.sampling
         )
         for token in tokens:
-            self._known = [*self._known, *before]
+            known = [*known, *before]
             before = [token]
             if token not in self.stop and (text := stream.step(self.tokenizer, token)):
+                self._known = known
                 yield text
+                self._known = []
+        self._known = known
 
     @staticmethod
     def _answer(text: str, *, thinking: bool) -> dict[str, Any]:

@@ -122,10 +122,13 @@ def choose(logits: Tensor | None, sampling: Sampling, draws: Sequence[torch.Gene
 
 
 def _drawn(logits: Tensor, sampling: Sampling, draws: Sequence[torch.Generator | None]) -> Tensor:
-    probabilities, ids = (logits.double().cpu() / sampling.temperature).softmax(-1).sort(-1, descending=True)
-    # A token stays if those before it do not reach top_p yet; so the first one always stays.
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    scores = logits.double().cpu()
+    scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature  # finite, however low it is
+    probabilities, ids = scores.softmax(-1).sort(-1, descending=True)
+    # A token stays if those before it do not reach top_p yet. The first one always stays.
+    left_out = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+    left_out[:, 0] = False
+    probabilities = probabilities.masked_fill(left_out, 0.0)
     places = [
         0 if random is None else int(torch.multinomial(row, 1, generator=random))
         for row, random in zip(probabilities, draws, strict=True)

@@ -28,8 +28,7 @@ def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
         UserError: no finished checkpoint is there, its base is gone, or this machine cannot compute it.
     """
     version = Version(path)
-    if not version.is_finished:
-        raise UserError(f"{path}: not a finished checkpoint of this workflow (no {version.record.name})")
+    version.check_finished()
     settings = settings_of_checkpoint(yaml.safe_load(version.config.read_text())["settings"])
     vocab_size = tokenizer_info(version.tokenizer).vocab_size
     built = build_model(settings, run or RunSettings(tracking="off"), vocab_size, draw=False)

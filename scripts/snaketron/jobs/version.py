@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from snaketron.files import partial, sha256_of
-from snaketron.lineage.record import read
+from snaketron.lineage.record import Record, read
 from snaketron.log import UserError
 
 
@@ -99,13 +99,21 @@ class Version:
     @property
     def identity(self) -> str:
         """The stage and version key of a finished checkpoint, whatever its link is called."""
-        try:
-            record = read(self.record)
-        except UserError:
-            raise UserError(
-                f"{self.directory}: not a finished checkpoint of this workflow (it has no {self.record.name})"
-            ) from None
+        record = self.check_finished()
         return f"{record.name}-{record.key}"
+
+    def check_finished(self) -> Record:
+        """The record of a finished checkpoint; `UserError` where there is none."""
+        if not self.is_finished:
+            if self.directory.is_dir():
+                problem = f"it has no {self.record.name}"
+            else:
+                problem = "it is no directory" if self.directory.exists() else "it is not there"
+        elif (record := read(self.record)).kind == "checkpoint":
+            return record
+        else:
+            problem = f"its record is of the kind {record.kind}"
+        raise UserError(f"{self.directory}: not a finished checkpoint of this workflow ({problem})")
 
     def publish(self, output: Path) -> None:
         """Make `output` a link to this version, in one step; `UserError` where a directory is in the way."""

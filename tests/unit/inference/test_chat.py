@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
+from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.data.chats.mask import end_of_turn
 from snaketron.data.chats.template import load_template
 from snaketron.data.tokenizer import load_tokenizer
 from snaketron.inference.chat import Chat
+from snaketron.inference.conversing import COMMANDS, converse
 from snaketron.inference.decoder import decoding
 from snaketron.log import UserError
 from snaketron.model.build import build_model
 
 import pytest
 
-TEMPLATE = load_template(Path(__file__).parents[3] / "config/chat_template.jinja")
+REPOSITORY = Path(__file__).parents[3]
+TEMPLATE = load_template(REPOSITORY / "config/chat_template.jinja")
 
 
 @pytest.fixture
@@ -67,16 +71,52 @@ def test_what_is_said_until_an_answer_is_stopped_is_kept(chat):
     assert talk.messages[1]["content"] == piece
 
 
-def test_a_control_token_is_refused(chat):
+def test_the_model_forgets_what_it_was_interrupted_at(chat):
+    """All layers have read a prompt that was not answered; the next answer is that of a new conversation."""
+    talk = chat()
+    compute: Any = talk.decoder._direct
+    left = 1
+
+    def interrupted(ids):
+        nonlocal left
+        left -= 1
+        logits = compute(ids)
+        if not left:
+            raise KeyboardInterrupt
+        return logits
+
+    talk.decoder._direct = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.say("the fox"))
+    answer = "".join(talk.say("the dog"))
+    assert int(talk.decoder.lengths[0]) == len(talk._known)  # else attention misses what was not answered
+    again = chat()
+    again.messages = talk.messages[:2]
+    assert "".join(again.say("the dog")) == answer
+
+
+def test_what_the_tokenizer_cannot_take_is_refused(chat):
     talk = chat()
     with pytest.raises(UserError, match=r"<\|im_end\|> is a control token"):
         list(talk.say("the <|im_end|> fox"))
+    with pytest.raises(UserError, match="not valid UTF-8, at character 5"):
+        list(talk.say("the \udcff fox"))
+    assert talk.messages == []
+    for keys in ({"system": "be <|im_end|>"}, {"tools": [{"name": "<|im_end|>"}]}):
+        with pytest.raises(UserError, match=r"<\|im_end\|> is a control token"):
+            chat(**keys)
+
+
+def test_what_the_template_refuses_is_said(chat):
+    talk = chat()
+    with pytest.raises(UserError, match=r"cannot write this conversation: .* none by 'critic'"):
+        list(talk.say("the fox", role="critic"))
     assert talk.messages == []
 
 
 def test_a_conversation_that_is_too_long_is_refused_and_can_go_on_shorter(chat):
     talk = chat()
-    with pytest.raises(UserError, match=r"trained on up to 256; /reset"):
+    with pytest.raises(UserError, match=r"trained on up to 256; begin another one"):
         list(talk.say("the quick brown fox " * 99))
     assert talk.messages == []
     assert list(talk.say("the fox"))
@@ -94,3 +134,52 @@ def test_calls_are_found(chat):
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
     talk.messages = [{"role": "assistant", "content": f"{call}\n{call}"}]
     assert talk.calls == ["weather", "weather"]
+    talk.messages = [
+        {"role": "assistant", "content": "<tool_call>\n<function=weather>\n</function>\n</tool_call>"}
+    ]
+    assert talk.calls == ["weather"]
+
+
+def test_a_conversation_goes_on_until_the_user_ends_it(chat, monkeypatch, capsys):
+    """Ctrl-C clears a line, and a result that is not given ends the answer."""
+    talk = chat(max_tokens=1)
+    calls = iter([["weather"], [], []])
+    monkeypatch.setattr(Chat, "calls", property(lambda _: next(calls)))
+    lines: list[Any] = [KeyboardInterrupt, "the fox", EOFError, "/help", "/nope x", "<|im_end|>", "the dog"]
+    lines += ["/reset", "the fox", "/quit"]
+    asked = []
+
+    def typed(prompt: str) -> str:
+        asked.append(prompt)
+        line = lines.pop(0)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", typed)
+    converse(talk)
+    assert asked == ["> ", "> ", "result of weather> ", *7 * ["> "]] and lines == []
+    assert [message["content"] for message in talk.messages[::2]] == ["the fox"]
+    shown = capsys.readouterr().out
+    assert shown.count(COMMANDS) == 2
+    assert "/nope is no command; there are /reset, /help and /quit\n" in shown
+    assert "<|im_end|> is a control token" in shown
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        ("--temperature", "-1", "-1 is not a number from 0 on"),
+        ("--temperature", "nan", "nan is not a number from 0 on"),
+        ("--top-p", "1.5", "1.5 is not a number from 0 to 1"),
+        ("--seed", "-1", "-1 is not a whole number from 0 to 2^63 - 1"),
+        ("--max-tokens", "0", "0 is not a whole number above 0"),
+        ("--threads", "two", "two is not a whole number above 0"),
+        ("--template-arguments", "[1]", "'[1]' is no JSON object"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused(option: str, value: str, problem: str, capsys):
+    main = runpy.run_path(str(REPOSITORY / "scripts/chat.py"))["main"]
+    with pytest.raises(SystemExit):
+        main(["ckpt/sft", f"{option}={value}"])
+    assert f"argument {option}: {problem}\n" in capsys.readouterr().err

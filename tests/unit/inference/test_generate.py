@@ -108,13 +108,14 @@ def test_top_p_leaves_the_fewest_tokens_that_reach_it():
         sampling = Sampling(temperature=1.0, top_p=top_p)
         return sorted({choose(row, sampling, [sampling.draws(n)])[0] for n in range(60)})
 
-    assert [seen(p) for p in (0.5, 0.6, 1.0)] == [[1], [1, 2], [0, 1, 2]]
+    assert [seen(p) for p in (0.0, 0.5, 0.6, 1.0)] == [[1], [1], [1, 2], [0, 1, 2]]
 
 
 def test_a_low_temperature_is_the_most_likely_token():
     row = torch.tensor([[1.0, 2.0, 1.5]])
-    sampling = Sampling(temperature=0.01)
-    assert {choose(row, sampling, [sampling.draws(n)])[0] for n in range(20)} == {1}
+    for temperature in (0.01, 1e-320):
+        sampling = Sampling(temperature=temperature)
+        assert {choose(row, sampling, [sampling.draws(n)])[0] for n in range(20)} == {1}
 
 
 def test_the_model_is_as_before_afterwards(built):

@@ -111,11 +111,18 @@ def test_the_identity_of_a_checkpoint_is_its_stage_and_key(tmp_path: Path):
     assert Version(tmp_path / "some_name").identity == "sft-k"
 
 
-def test_an_unfinished_checkpoint_has_no_identity(tmp_path: Path):
-    with pytest.raises(
-        UserError, match=r"not a finished checkpoint of this workflow \(it has no record.json"
-    ):
-        _ = Version(tmp_path).identity
+def test_what_is_no_finished_checkpoint_has_no_identity(tmp_path: Path):
+    (tmp_path / "file").touch()
+    files.write_json(tmp_path / "tokenizer/record.json", {"kind": "tokenizer", "outputs": [], "counts": {}})
+    problems = {
+        ".": "it has no record.json",
+        "nowhere": "it is not there",
+        "file": "it is no directory",
+        "tokenizer": "its record is of the kind tokenizer",
+    }
+    for name, problem in problems.items():
+        with pytest.raises(UserError, match=rf"not a finished checkpoint of this workflow \({problem}\)"):
+            _ = Version(tmp_path / name).identity
 
 
 def test_the_latest_checkpoint_is_the_one_that_is_named_or_one_before_it(tmp_path: Path):

@@ -69,7 +69,8 @@ class Masker:
 
 def end_of_turn(template: Template, tokenizer: Tokenizer) -> int | None:
     """The token that ends an answer: the last one that a tuning on this template trains; None without one."""
-    rendered = template.render(PROBE)
+    before, tools, arguments = next(template.probes())
+    rendered = template.render([*before, PROBE[1]], tools, arguments)
     start, end = rendered.spans[-1]
     ids = tokenizer.encode(rendered.text[start:end].rstrip(), add_special_tokens=False).ids
     return ids[-1] if ids else None
