@@ -117,7 +117,7 @@ def chromium(directory: Path) -> Iterator[Page]:
         yield page
         page._session = ""
         page.do("Browser.close")
-        process.wait(60)
+        process.wait(300)
     finally:
         process.terminate()
         process.wait()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron import files
+from snaketron.log import PLAIN
 from tests.warm import Warm
 
 import pytest
@@ -24,6 +27,10 @@ REPOSITORY = Path(__file__).parent.parent
 # Else some 700 processes would each compile this package anew, and others that `uv sync` has not compiled.
 sys.dont_write_bytecode = False
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""
+# What a person's terminal, or a Slurm job that the tests run in, would change in what programs print and do.
+for name in [*os.environ]:
+    if name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", PLAIN) or name.startswith("SLURM_"):
+        del os.environ[name]
 # Tests that share a run of the workflow, or a cluster, which each worker of pytest would make for itself, and
 # in which order. The longest are first, so that no worker is left alone with them at the end.
 TOGETHER = {
@@ -154,8 +161,11 @@ def run_module(module: str, *arguments: str, processes: int = 1) -> Result:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A port below those that Linux gives to connections, one of which could take it before it is used."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @dataclass

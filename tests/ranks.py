@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from tests.conftest import free_port
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["snaketron.train.build", "snaketron.inference.generate"])
@@ -22,9 +23,7 @@ def on_two_ranks(function: Callable[..., Any], *args: Any) -> list[Any]:
 
     The function and its arguments are pickled, so the function must be one of a module.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     results = _server.Queue()
     processes = [
         _server.Process(target=_run, args=(rank, port, function, args, results), daemon=True)
@@ -44,7 +43,7 @@ def _run(rank: int, port: int, function: Callable[..., Any], args: tuple[Any, ..
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost",
+        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
     try:

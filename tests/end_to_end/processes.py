@@ -84,6 +84,15 @@ def run_until(
     return process.returncode, log.read_text()
 
 
+def newest(root: Path, version: str) -> int:
+    """The step of the newest complete checkpoint of such a version below `root`.
+
+    On a busy machine a kill may come later than the moment that it is for, after one more checkpoint.
+    """
+    (file,) = root.glob(f"versions/{version}/latest_checkpointed_iteration.txt")
+    return int(file.read_text())
+
+
 def exists(root: Path, pattern: str) -> Callable[[], bool]:
     return lambda: next(root.glob(pattern), None) is not None
 

@@ -26,7 +26,8 @@ import orjson
 import yaml
 
 PROJECT = "snaketron"
-TIMEOUT_S = 30  # for W&B to answer at the start of a run, and to take what is left at its end
+OPEN_S = 30  # for W&B to answer at the start of a run
+TAKE_S = 30  # for W&B to take what is left at the end of a run
 SHORTEST_WAIT_S = 0.001  # between two alerts of one title; 0 would be a minute
 ROOM = 1 << 20  # bytes; a disk with less room is full
 
@@ -65,7 +66,7 @@ class WandB:
             logger.warning(
                 "%s: W&B has not taken all within %d s; send it with %s",
                 self.of.stage,
-                TIMEOUT_S,
+                TAKE_S,
                 _sync(self.run),
             )
         if lacking := _lack_of_room(Path(self.run.dir).parent):
@@ -140,8 +141,8 @@ class Client:
             disable_code=True,
             disable_git=True,
             save_code=False,
-            init_timeout=TIMEOUT_S,
-            finish_timeout=0 if self.upload else TIMEOUT_S,  # 0: as long as `follow` lets it
+            init_timeout=OPEN_S,
+            finish_timeout=0 if self.upload else TAKE_S,  # 0: as long as `follow` lets it
             finish_timeout_raises=True,
             x_disable_machine_info=True,
             x_disable_meta=True,

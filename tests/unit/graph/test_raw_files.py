@@ -40,6 +40,9 @@ def without_times(record: Path) -> None:
     for entry in value["inputs"]:
         del entry["bytes"], entry["modified"]
     record.write_text(json.dumps(value))
+    other = record.with_name("other")
+    while not other.exists() or other.stat().st_ctime_ns <= record.stat().st_ctime_ns:
+        other.touch()  # what comes after it has another time also where the clock of files ticks in 4 ms
 
 
 def changed(*files: str) -> list[str]:

@@ -90,7 +90,9 @@ rule fails:
 
 rule stops:
     output: "stopped"
-    shell: "kill -INT $PPID; sleep 1; exit 1"
+    shell:
+        "kill -INT $PPID; "
+        "until grep -qs 'Terminating[ ]processes' .snakemake/log/*; do sleep 0.1; done; exit 1"
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -85,13 +86,14 @@ class Terminal:
             preexec_fn=prepare,
         )
         self.slave, self.output, self.directory = slave, "", directory
+        self.decoder = codecs.getincrementaldecoder("utf-8")()  # a character may come in two parts
 
     def read(self, until: Callable[[], bool], seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not until():
             assert time.monotonic() < deadline, self.output
             if select.select([self.master], [], [], 0.1)[0]:
-                self.output += os.read(self.master, 1 << 16).decode()
+                self.take()
 
     def resize(self, columns: int) -> int:
         """Make it narrower; returns how much of the output was for the old size."""
@@ -103,7 +105,10 @@ class Terminal:
 
     def drain(self) -> None:
         while select.select([self.master], [], [], 0.2)[0]:
-            self.output += os.read(self.master, 1 << 16).decode()
+            self.take()
+
+    def take(self) -> None:
+        self.output += self.decoder.decode(os.read(self.master, 1 << 16))
 
     def go(self, how: str = "on") -> None:
         temporary = self.directory / ".go"

@@ -43,7 +43,7 @@ def test_a_follower_that_hangs_is_left(run: Run, monkeypatch, caplog):
     before = set(psutil.Process().children())
     with following(run, {}, None):
         pass
-    assert set(psutil.Process().children()) == before
+    assert set(psutil.Process().children()) <= before  # one of an earlier test may have ended
     assert caplog.messages == [
         "sft: tracking did not end within 1 s and was left; `wandb sync` sends what W&B lacks"
     ]
@@ -52,7 +52,7 @@ def test_a_follower_that_hangs_is_left(run: Run, monkeypatch, caplog):
 def test_nothing_is_started_where_there_is_nothing_to_tell(run: Run, tmp_path: Path):
     before = set(psutil.Process().children())
     with following(Run(run.directory, "sft", [], {}), {}, None):
-        assert set(psutil.Process().children()) == before
+        assert set(psutil.Process().children()) <= before
 
 
 def test_tensorboard_has_the_numbers_of_the_file(run: Run):

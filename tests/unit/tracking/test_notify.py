@@ -58,14 +58,14 @@ def test_a_run_that_the_user_stopped_has_not_failed(version: Version):
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "timeout", "said"),
     [
-        (["/no/such/command"], "No such file or directory: '/no/such/command'"),
-        (["sh", "-c", "exit 3"], "sh ended with status 3"),
-        (["sh", "-c", "sleep 1000 & wait"], "sh had not ended after 1 s and was killed"),
+        (["/no/such/command"], 300, "No such file or directory: '/no/such/command'"),
+        (["sh", "-c", "exit 3"], 300, "sh ended with status 3"),
+        (["sh", "-c", "sleep 1000 & wait"], 1, "sh had not ended after 1 s and was killed"),
     ],
 )
-def test_a_command_that_fails_or_hangs_is_a_warning(command, said, monkeypatch, caplog):
-    monkeypatch.setattr(notify, "TIMEOUT_S", 1)
+def test_a_command_that_fails_or_hangs_is_a_warning(command, timeout, said, monkeypatch, caplog):
+    monkeypatch.setattr(notify, "TIMEOUT_S", timeout)
     notify.tell(command, "finished", None)
     assert [record.getMessage().partition(": ")[2][-len(said) :] for record in caplog.records] == [said]

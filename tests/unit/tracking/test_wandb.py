@@ -262,7 +262,7 @@ import sys
 from snaketron.tracking import wandb
 from tests.unit.tracking import test_wandb as story
 
-wandb.TIMEOUT_S = float(sys.argv[1])
+wandb.OPEN_S, wandb.TAKE_S = map(float, sys.argv[1:])
 with story.caught() as said:
     story.%s()
 print(said.getvalue())
@@ -271,11 +271,15 @@ print(said.getvalue())
 
 @contextlib.contextmanager
 def online(
-    story: Callable[[], None], address: str, directory: Path, timeout: float = 120.0
+    story: Callable[[], None],
+    address: str,
+    directory: Path,
+    opening: float = 120.0,
+    taking: float = 120.0,
 ) -> Iterator[list[str]]:
     """Tell a story in a process of its own, since wandb keeps the environment it saw first; what was logged.
 
-    The block runs meanwhile. W&B waits `timeout` seconds for the server.
+    The block runs meanwhile. W&B waits `opening` seconds for the server, and `taking` seconds at the end.
     """
     home = directory / "home"
     home.mkdir()
@@ -286,7 +290,7 @@ def online(
         "HOME": str(home),
     }
     variables |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address}
-    command = [sys.executable, "-c", ONLINE % story.__name__, str(timeout)]
+    command = [sys.executable, "-c", ONLINE % story.__name__, str(opening), str(taking)]
     said: list[str] = []
     with subprocess.Popen(
         command, env=variables, cwd=directory, stdout=subprocess.PIPE, text=True
@@ -349,7 +353,7 @@ def test_a_server_that_dies_leaves_what_it_lacks_on_disk(tmp_path: Path):
     """The story ends with status 0, and says how to send the run later."""
     with contextlib.ExitStack() as servers:
         server = servers.enter_context(serving())
-        with online(waits_for_the_death_of_the_server, server.address, tmp_path, timeout=3.0) as said:
+        with online(waits_for_the_death_of_the_server, server.address, tmp_path, taking=3.0) as said:
             wait_for(tmp_path / "open")
             servers.close()
             (tmp_path / "dead").touch()
