@@ -89,7 +89,8 @@ except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 
 
-if workflow.dryrun:
+# workflow.dryrun is known only after this file was read.
+if workflow.output_settings.dryrun:
     swift.remember()
 published.keep_links()
 reasons.tell_changes(graph.config)

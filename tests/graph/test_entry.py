@@ -64,3 +64,13 @@ def test_snakemake_runs_without_an_activated_environment(workspace: Workspace):
         timeout=600,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(("option", "remembered"), [("-n", True), ("--list-rules", False)])
+def test_a_dry_run_alone_asks_snakemakes_repeated_questions_once(
+    workspace: Workspace, option: str, remembered: bool
+):
+    asked = "print('remembered:', hasattr(snakemake.common.get_function_params, 'cache_info'))"
+    workspace.write("asked.smk", f'include: "Snakefile"\nimport snakemake.common\n{asked}\n')
+    result = workspace.snakemake("-s", "asked.smk", option, "data/sample/questions/record.json")
+    assert f"remembered: {remembered}\n" in result.output
