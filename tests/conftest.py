@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,12 @@ class Result:
 
     status: int
     output: str
-    jobs: dict[str, int] = field(default_factory=dict)  # of Snakemake's table of jobs, by rule
+
+    @property
+    def jobs(self) -> dict[str, int]:
+        """How many jobs of each rule Snakemake's table has."""
+        found = re.findall(r"^([a-z_]+) +(\d+)$", self.output, re.MULTILINE)
+        return {name: int(count) for name, count in found if name != "total"}
 
 
 def run_module(module: str, *arguments: str, processes: int = 1) -> Result:
@@ -196,13 +201,7 @@ class Workspace:
         return [*command, "--config", *config] if config else command
 
     def snakemake(self, *arguments: str, config: tuple[str, ...] = (), **options) -> Result:
-        result = self.run(*self.command(*arguments, config=config), **options)
-        result.jobs = {
-            name: int(count)
-            for name, count in re.findall(r"^([a-z_]+) +(\d+)$", result.output, re.MULTILINE)
-            if name != "total"
-        }
-        return result
+        return self.run(*self.command(*arguments, config=config), **options)
 
     def write(self, name: str, text: str) -> Path:
         path = self.path / name

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from snaketron.jobs import status
-from tests.conftest import REPOSITORY, Workspace
+from tests.conftest import REPOSITORY, Result, Workspace, copy_of
 from tests.end_to_end.test_kill import begin_again, contents, metrics, weights
 from tests.slurm.cluster import CLIENTS, DAEMONS
 from tests.slurm.conftest import Slurm
 
 import pytest
 import yaml
+
+# Prints a line of JSON whenever what the package says of the jobs of a directory has changed.
+WATCH = [
+    *(sys.executable, "-c"),
+    "import json, sys; from pathlib import Path; from snaketron.jobs import status;"
+    "here = Path(sys.argv[1]);"
+    "status.report_every(0.2, here, here / 'ckpt', lambda said: print(json.dumps(said), flush=True)).join()",
+]
 
 
 def test_the_main_job_on_two_nodes(slurm: Slurm, two_nodes: Workspace, finished: Workspace):
@@ -50,51 +59,69 @@ def test_logs_and_the_efficiency_report_are_at_known_places(two_nodes: Workspace
     (log,) = (two_nodes.path / "logs/slurm/rule_sft").glob("*.log")
     assert "step 10/10" in log.read_text()
     (report,) = (two_nodes.path / "logs/slurm").glob("efficiency_report_*.csv")
-    assert "rule_sft" in report.read_text()
+    assert all(name in report.read_text() for name in ("rule_sft", "rule_build_tokenizer"))
 
 
-def test_a_training_on_one_node_ends_with_the_weights_of_a_local_one(slurm: Slurm, copy: Workspace):
-    target = "ckpt/pretrain/broad"
-    undisturbed = begin_again(copy, target)
-    result = slurm.run(copy, target)
+@dataclass
+class OneNode:
+    """A phase of pretraining, done again on one node, and what was said of its job before and meanwhile."""
+
+    workspace: Workspace
+    undisturbed: Path
+    result: Result
+    before: str
+    meanwhile: list[str]
+
+
+@pytest.fixture(scope="module")
+def one_node(slurm: Slurm, finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> OneNode:
+    copy = copy_of(finished, tmp_path_factory.mktemp("one_node") / "work")
+    undisturbed = begin_again(copy, "ckpt/pretrain/broad")
+    programs = {"cwd": copy.path, "env": slurm.environment(), "text": True}
+    command = [sys.executable, str(REPOSITORY / "scripts/status.py")]
+    before = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **programs)
+    said = copy.path / "said.jsonl"
+    with said.open("w") as file, subprocess.Popen([*WATCH, str(copy.path)], stdout=file, **programs) as watch:
+        try:
+            with slurm.start(copy, "ckpt/pretrain/broad") as running:
+                result = running.result()
+        finally:
+            watch.kill()
     assert result.status == 0, result.output[-5000:]
-    assert result.jobs == {"pretrain": 1}
-    (job,) = slurm.jobs(copy)
-    cpus = yaml.safe_load((undisturbed / "config.yaml").read_text())["run"]["cpus_per_task"]
+    meanwhile = [json.loads(line) for line in said.read_text().splitlines()]
+    return OneNode(copy, undisturbed, result, before.stdout, meanwhile)
+
+
+def test_a_training_on_one_node_ends_with_the_weights_of_a_local_one(slurm: Slurm, one_node: OneNode):
+    assert one_node.result.jobs == {"pretrain": 1}
+    (job,) = slurm.jobs(one_node.workspace)
+    cpus = yaml.safe_load((one_node.undisturbed / "config.yaml").read_text())["run"]["cpus_per_task"]
     assert (job.rule, job.state, job.cpus, job.gres) == ("pretrain", "COMPLETED", cpus, "")
-    assert weights(copy.path / target) == weights(undisturbed)
-    assert metrics(copy.path / target) == metrics(undisturbed)
+    again = one_node.workspace.path / "ckpt/pretrain/broad"
+    assert weights(again) == weights(one_node.undisturbed)
+    assert metrics(again) == metrics(one_node.undisturbed)
+
+
+def test_a_job_is_a_line_with_the_progress_of_its_training(one_node: OneNode):
+    said = one_node.meanwhile
+    assert one_node.before == "Slurm has no job of this directory\n"
+    assert all(line.startswith("pretrain broad  ") and "\n" not in line for line in said)
+    assert any(" RUNNING " in line and " on 1 node  step " in line and " loss " in line for line in said)
+    assert len(said) == len(set(said))  # only what has changed
 
 
 def test_gpus_are_asked_for_on_each_node_and_missed_where_torch_sees_none(slurm: Slurm, copy: Workspace):
     """The nodes declare GPUs that they do not have."""
     begin_again(copy, "ckpt/sft")
-    config = ("cluster={gpus_per_node: 2}", "sft={parallel: {data_parallel_size: 4}, global_batch_size: 4}")
+    config = ("cluster={gpus_per_node: 1}", "sft={parallel: {data_parallel_size: 2}}")
     result = slurm.run(copy, "ckpt/sft", config=config)
     assert result.status != 0
-    assert "cluster.gpus_per_node is 2 and torch sees no GPU on " in result.output
+    assert "cluster.gpus_per_node is 1 and torch sees no GPU on " in result.output
     jobs = slurm.jobs(copy)
     assert {(job.rule, job.nodes, job.gres, job.state) for job in jobs} == {
-        ("sft", "node[1-2]", "gres:gpu:2", "FAILED")
+        ("sft", "node[1-2]", "gres:gpu:1", "FAILED")
     }
     assert not (copy.path / "ckpt/sft").exists()
-
-
-def test_a_job_is_a_line_with_the_progress_of_its_training(
-    slurm: Slurm, copy: Workspace, monkeypatch: pytest.MonkeyPatch
-):
-    begin_again(copy, "ckpt/sft")
-    monkeypatch.setenv("PATH", slurm.environment()["PATH"])
-    command = [sys.executable, str(REPOSITORY / "scripts/status.py")]
-    before = subprocess.run(command, cwd=copy.path, capture_output=True, text=True)
-    assert before.stdout == "Slurm has no job of this directory\n"
-    said: list[str] = []
-    with slurm.start(copy, "ckpt/sft") as running:
-        status.report_every(0.2, copy.path, copy.path / "ckpt", said.append)
-        assert running.result().status == 0
-    assert all(line.startswith("sft  ") and "\n" not in line for line in said)
-    assert any(" RUNNING " in line and " on 1 node  step " in line and " loss " in line for line in said)
-    assert len(said) == len(set(said))  # only what has changed
 
 
 def test_a_dry_run_needs_no_slurm(workspace: Workspace, tmp_path: Path):

@@ -8,6 +8,7 @@ It is the executor plugin `slurm` in all but this:
 - A submission that Slurm could not take now is tried again, and one that it refuses is not.
 - A job that ended with an error that another try would meet again is not submitted again.
 - A job waits for one that an earlier Snakemake, which was killed, left behind.
+- One Snakemake runs in a job, as a step of Slurm. The plugin has it start a second one for that.
 
 What it takes from the plugin is pinned with the plugin's version in pyproject.toml.
 """
@@ -25,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.executor import queue, request
-from snaketron.executor.records import Record, Records
+from snaketron.executor.records import COMMAND, Record, Records
 from snaketron.executor.submitter import Submitter, title
 from snaketron.executor.verdict import ABSENT, explanation, verdict
 from snaketron.log import NO_SPACE
 
 import snakemake_executor_plugin_slurm as plugin
+from snakemake_interface_common.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 from snakemake_interface_logger_plugins.common import LogEvent
 
@@ -47,6 +49,10 @@ class Executor(plugin.Executor):
     def __post_init__(self, test_mode: bool = False) -> None:
         settings = self.workflow.executor_settings
         settings.requeue = not settings.no_requeue  # a job whose node is lost, or that is pre-empted
+        if settings.array_jobs:
+            raise WorkflowError(
+                "snaketron-slurm-array-jobs: jobs of arrays are not followed (docs/slurm.md); leave it out"
+            )
         super().__post_init__(test_mode)
         here = Path(self.workflow.workdir_init)
         _delete_old(here / RECORDS)
@@ -67,7 +73,14 @@ class Executor(plugin.Executor):
     def get_job_exec_prefix(self, job: Any) -> str:
         jobs = job.jobs if job.is_group() else [job]
         # Trainings and evaluations, which have settings of a run, requeue themselves at their time limit.
-        return self.records.before(bounded=not any(one.resources.get("run") for one in jobs))
+        bounded = not any(one.resources.get("run") for one in jobs)
+        return self.records.before(bounded=bounded, step=request.step_options(job))
+
+    def get_python_executable(self) -> str:
+        return f"{COMMAND} {super().get_python_executable()}"
+
+    def additional_general_args(self) -> str:
+        return "--executor local"
 
     def get_job_exec_suffix(self, job: Any) -> str:
         return self.records.after

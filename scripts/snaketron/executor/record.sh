@@ -16,6 +16,22 @@ if [ "${SLURM_RESTART_COUNT:-0}" -gt "${JOB_REQUEUES:-1000000}" ]; then
   exit 1
 fi
 
+# Runs the command of the job, in a step of Slurm where JOB_STEP has options of srun for that. The command does not see
+# Slurm's variables of the whole job, which an srun in it would take for options; these are those that say which job it is.
+job_runs() {
+  for job_name in $(env | sed -n 's/^\(\(SLURM\|SRUN\|SBATCH\)_[A-Za-z0-9_]*\)=.*/\1/p'); do
+    case $job_name in
+      SLURM_JOB_ID | SLURM_JOBID | SLURM_CLUSTER_NAME | SLURM_SUBMIT_DIR | SLURM_SUBMIT_HOST) ;;
+      *) unset "$job_name" ;;
+    esac
+  done
+  if [ -n "${JOB_STEP:-}" ]; then
+    # shellcheck disable=SC2086 # several options
+    set -- srun $JOB_STEP "$@"
+  fi
+  "$@"
+}
+
 # Called as `command && job_ended || job_ended`.
 job_ended() {
   job_status=$?

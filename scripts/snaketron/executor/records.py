@@ -16,6 +16,7 @@ from pathlib import Path
 
 MAX_REQUEUES = 3  # of a job that is no training: the default of max_restarts
 SCRIPT = Path(__file__).with_name("record.sh")
+COMMAND = "job_runs"  # what stands before the command of a job
 # How Slurm writes into the log of a job why it ends it.
 _ENDED = re.compile(r"\*\*\* (?:JOB|STEP) .* CANCELLED AT \S+(?: DUE TO ([A-Z ]+))?")
 
@@ -35,10 +36,17 @@ class Records:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def before(self, *, bounded: bool) -> str:
-        """What the shell of a job does first; a `bounded` one gives up after `MAX_REQUEUES`."""
+    def before(self, *, bounded: bool, step: str = "") -> str:
+        """What the shell of a job does first; a `bounded` one gives up after `MAX_REQUEUES`.
+
+        `step` are options of srun for the command, which follows `COMMAND`.
+        """
         limit = f"export JOB_REQUEUES={MAX_REQUEUES} && " if bounded else ""
-        return f"{limit}export JOB_RECORDS={shlex.quote(str(self.directory))} && . {shlex.quote(str(SCRIPT))}"
+        options = f"JOB_STEP={shlex.quote(step)} && " if step else ""
+        return (
+            f"{limit}{options}export JOB_RECORDS={shlex.quote(str(self.directory))}"
+            f" && . {shlex.quote(str(SCRIPT))}"
+        )
 
     @property
     def after(self) -> str:

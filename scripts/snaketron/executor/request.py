@@ -8,6 +8,7 @@ from typing import Any
 
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
+from snakemake_executor_plugin_slurm_jobstep import get_cpu_setting, get_gpu_setting, get_node_setting
 
 ALWAYS = "--open-mode=append"  # for every job: the log of a requeued job is continued
 _SETTINGS = SimpleNamespace(requeue=True, qos=None, reservation=None)
@@ -32,3 +33,14 @@ def sbatch_options(job: Any) -> str:
     call = get_submit_command(job, params, settings=_SETTINGS)
     options = call.partition(" --comment - ")[2] + set_gres_string(job)
     return " ".join(options.split())
+
+
+def step_options(job: Any) -> str:
+    """The options of srun for the step that a job runs in; a job of several nodes starts steps itself.
+
+    The efficiency report is about steps, and a step has the CPUs that the job asked for.
+    """
+    if job.resources.get("mpi") is not None:
+        return ""
+    options = ("-n1 --cpu-bind=q", get_cpu_setting(job, True), get_gpu_setting(job), get_node_setting(job))
+    return " ".join(option for option in options if option)

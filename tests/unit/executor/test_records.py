@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from snaketron.executor.records import Record, Records
+from snaketron.executor.records import COMMAND, Record, Records
 
 import pytest
 
@@ -31,6 +31,19 @@ def records(tmp_path: Path) -> Records:
 def test_a_job_notes_its_exit_status_and_ends_with_it(records: Records, command: str, status: int):
     assert run(records, command) == status
     assert records.read() == {"7": Record(status=status)}
+
+
+def test_a_command_sees_which_job_it_is_in_and_no_other_variable_of_slurm(
+    records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An srun in it would take the others for options."""
+    for name in ("SLURM_NTASKS", "SLURM_NODELIST", "SRUN_CPUS_PER_TASK", "SBATCH_PARTITION"):
+        monkeypatch.setenv(name, "2\nSLURM_TRES_PER_TASK=3")
+    seen = tmp_path / "seen"
+    assert run(records, f"{COMMAND} sh -c 'env > {seen}; exit 3'") == 3
+    names = {line.split("=")[0] for line in seen.read_text().splitlines()}
+    assert {name for name in names if name.startswith(("SLURM_", "SRUN_", "SBATCH_"))} == {"SLURM_JOB_ID"}
+    assert records.read() == {"7": Record(status=3)}
 
 
 def test_a_job_that_is_killed_leaves_no_exit_status(records: Records):
