@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
+from snaketron.config import Adapters
 from snaketron.config.evaluation import Task
 from snaketron.data.chats.template import load_template
 from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
@@ -13,7 +17,11 @@ from snaketron.files import write_json
 from snaketron.inference.exporting import export_checkpoint
 from snaketron.inference.harness import CheckpointLM, _offline, run_task, task_manager
 from snaketron.inference.opening import open_checkpoint
+from snaketron.jobs.version import Version
+from snaketron.model import lora
+from snaketron.model.checkpoint import Saver
 from snaketron.report.evaluations import read_evaluations, table
+from snaketron.settings.training import LoraSettings
 
 import lm_eval
 import pytest
@@ -56,35 +64,86 @@ def tasks(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def own_model(path: Path, tokenizer_dir: Path) -> CheckpointLM:
+    template = load_template(Path(__file__).parents[3] / "config/chat_template.jinja")
+    eos = tokenizer_info(tokenizer_dir).eos_id
+    return CheckpointLM(open_checkpoint(path), load_tokenizer(tokenizer_dir), eos, template, batch_size=2)
+
+
+def hf_model(path: Path, peft: Path | None = None) -> HFLM:
+    with _offline(cached=False):
+        return HFLM(
+            pretrained=str(path), peft=peft and str(peft), device="cpu", batch_size=2, dtype="float32"
+        )
+
+
+def results_of(model: HFLM, tasks: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    with _offline(cached=False):
+        manager = task_manager("choice", (str(tasks),))
+        found = lm_eval.simple_evaluate(model, tasks=list(names), task_manager=manager, bootstrap_iters=0)
+    assert found is not None
+    return found["results"]
+
+
+def check_equal(here: dict[str, dict[str, Any]], there: dict[str, dict[str, Any]]) -> None:
+    for name, measures in here.items():
+        other = {key.removesuffix(",none"): value for key, value in there[name].items()}
+        assert {key: other[key] for key in measures if key != "questions"} == pytest.approx(
+            {key: value for key, value in measures.items() if key != "questions"}, rel=1e-4
+        )
+        assert measures["questions"] == len(ROWS)
+
+
 def test_tasks_give_the_numbers_of_the_export_in_lm_evals_hf(
     publish, settings, tokenizer_dir: Path, tasks: Path
 ):
     """Texts of up to 60 tokens, and a model of 48, so that some are cut and some are scored in windows."""
     publish("pretrain/one", "0a", settings(seq_length=48, model={"init_method_std": 0.2})[0])
     path = tasks / "ckpt/pretrain/one"
-    template = load_template(Path(__file__).parents[3] / "config/chat_template.jinja")
-    eos = tokenizer_info(tokenizer_dir).eos_id
-    own = CheckpointLM(open_checkpoint(path), load_tokenizer(tokenizer_dir), eos, template, batch_size=2)
+    own = own_model(path, tokenizer_dir)
     export_checkpoint(path, tasks / "hf/one")
-    with _offline(cached=False):
-        other = HFLM(pretrained=str(tasks / "hf/one"), device="cpu", batch_size=2, dtype="float32")
-    assert (own.max_length, own.eot_token_id) == (other.max_length, other.eot_token_id) == (48, eos)
+    other = hf_model(tasks / "hf/one")
+    assert (own.max_length, own.eot_token_id) == (other.max_length, other.eot_token_id)
+    assert own.max_length == 48
     here = {name: run_task(own, Task(name=name), directories=[tasks])[name] for name in KINDS}
-    manager = task_manager("choice", (str(tasks),))
-    with _offline(cached=False):
-        found = lm_eval.simple_evaluate(other, tasks=list(KINDS), task_manager=manager, bootstrap_iters=0)
-    assert found is not None
-    for name, measures in here.items():
-        there = {key.removesuffix(",none"): value for key, value in found["results"][name].items()}
-        assert {key: there[key] for key in measures if key != "questions"} == pytest.approx(
-            {key: value for key, value in measures.items() if key != "questions"}, rel=1e-4
-        )
-        assert measures["questions"] == len(ROWS)
+    there = results_of(other, tasks, KINDS)
+    check_equal(here, there)
     # lm-eval's own file is a column beside ours.
     write_json(tasks / "own.json", {"stage": "pretrain/one", "tasks": here})
-    write_json(tasks / "hf.json", {"results": found["results"], "model_name": "hf/one"})
+    write_json(tasks / "hf.json", {"results": there, "model_name": "hf/one"})
     lines = table(read_evaluations([tasks / "own.json", tasks / "hf.json"])).splitlines()
     assert lines[0].split() == ["|", "data", "|", "measure", "|", "pretrain/one", "|", "hf/one", "|"]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert len(cells) == 5
     assert all(float(ours) == pytest.approx(float(theirs), rel=1e-4) for _, _, ours, theirs in cells)
+
+
+def test_adapters_give_their_numbers_in_lm_evals_hf_beside_their_base_and_within_it(
+    publish, settings, tokenizer_dir: Path, tasks: Path
+):
+    """The checkpoint of adapters as it is; in PEFT on the exported base; and merged, as a whole model."""
+    values, run = settings(seq_length=48, model={"init_method_std": 0.2})
+    base, path = tasks / "ckpt/pretrain/one", tasks / "ckpt/lora"
+    publish("pretrain/one", "0a", values)
+    # PEFT refuses out_proj.
+    adapters = Adapters(target_modules=["linear_*", "in_proj", "router"], rank=4, alpha=8)
+    tuned = publish("lora", "0b", LoraSettings(**values.model_dump(), lora=adapters), base)
+    names = ("choice", "text")
+    here = {n: run_task(own_model(path, tokenizer_dir), Task(name=n), directories=[tasks])[n] for n in names}
+    plain = run_task(own_model(base, tokenizer_dir), Task(name="text"), directories=[tasks])["text"]
+    assert here["text"]["bits_per_byte"] != pytest.approx(plain["bits_per_byte"], rel=1e-2)
+
+    export_checkpoint(base, tasks / "hf/one")
+    export_checkpoint(path, tasks / "hf/lora", base=str(tasks / "hf/one"))
+    check_equal(here, results_of(hf_model(tasks / "hf/one", peft=tasks / "hf/lora"), tasks, names))
+
+    publish("lora_merged", "0c", values)  # whose weights are replaced by those of base and adapters
+    tuned.load_base(base)
+    lora.merge(tuned.model)
+    whole = Version(tasks / "ckpt/lora_merged")
+    shutil.rmtree(whole.iteration_directory(1))
+    Saver.configured(run).save(
+        whole.directory, 1, lora.Part(tuned.model, adapters=False), None, {"iteration": 1}
+    )
+    export_checkpoint(whole.directory, tasks / "hf/lora_merged")
+    check_equal(here, results_of(hf_model(tasks / "hf/lora_merged"), tasks, names))
