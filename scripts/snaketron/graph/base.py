@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from snaketron.config import Config, ConfigError
 from snaketron.graph.unknown import find
-from snaketron.huggingface.config import differences
+from snaketron.huggingface.config import differences, read_config
 from snaketron.huggingface.metadata import listed_tensors, megatron_differences
 from snaketron.huggingface.names import megatron_tensors, tensors
 from snaketron.log import UserError
@@ -131,8 +131,11 @@ class BaseGraph:
             if not base.hub and not directory.is_dir():
                 yield f"{where}: {base.path!r} is no directory, and no OWNER/NAME of the Hugging Face hub"
                 continue
-            for problem in self._differences(base, directory):
-                yield f"{where}: {problem}"
+            try:
+                for problem in self._differences(base, directory):
+                    yield f"{where}: {problem}"
+            except UserError as error:  # a file that cannot be read
+                yield f"{where}: {error}"
 
     def _differences(self, base: Base, directory: Path) -> Iterator[str]:
         model, vocabulary = self.config.model, self.config.tokenizer.vocab_size
@@ -141,13 +144,8 @@ class BaseGraph:
             if settings["stage"] == "lora":
                 yield f"{base.path} holds adapters and not the model; name its lora_merged"
             yield from model_differences(settings["model"], model)
-        elif (path := directory / "config.json").is_file():
-            try:
-                values = json.loads(path.read_bytes())
-            except ValueError as error:
-                yield f"{path}: not JSON ({error})"
-                return
-            yield from differences(values, model, vocabulary)
+        elif (directory / "config.json").is_file():
+            yield from differences(read_config(directory), model, vocabulary)
             yield from self._tokenizer(base, directory)
         elif base.hub:  # not downloaded yet; the import compares
             yield from self._tokenizer(base, directory)
@@ -164,13 +162,13 @@ class BaseGraph:
             if not latest.exists():
                 yield f"{latest}: no such file; name the directory of one iteration, iter_*"
                 return
-            directory /= f"iter_{int(latest.read_text()):07d}"
+            if not (text := latest.read_text().strip()).isdecimal():
+                yield f"{latest}: {text!r} is no iteration; name the directory that holds .metadata"
+                return
+            directory /= f"iter_{int(text):07d}"
         vocab_size = tokenizer.vocab_size if tokenizer.path is None else None
         wanted = megatron_tensors(tensors(model, tokenizer.vocab_size), {})
-        try:
-            problems = megatron_differences(listed_tensors(directory), wanted, vocab_size)
-        except UserError as error:
-            problems = [str(error)]
+        problems = megatron_differences(listed_tensors(directory), wanted, vocab_size)
         yield from problems[:_SHOWN]
         if len(problems) > _SHOWN:
             yield f"and {len(problems) - _SHOWN} more in {directory}"
@@ -199,7 +197,10 @@ class BaseGraph:
 
 def _vocabulary(path: Path) -> dict[str, int]:
     """The ids of all tokens in a tokenizer.json; empty for a kind that has no such table."""
-    values = json.loads(path.read_bytes())
-    found = values.get("model", {}).get("vocab", {})
-    ids = dict(found) if isinstance(found, dict) else {entry[0]: i for i, entry in enumerate(found)}
-    return ids | {token["content"]: token["id"] for token in values.get("added_tokens", [])}
+    try:
+        values = json.loads(path.read_bytes())
+        found = values.get("model", {}).get("vocab", {})
+        ids = dict(found) if isinstance(found, dict) else {entry[0]: i for i, entry in enumerate(found)}
+        return ids | {token["content"]: token["id"] for token in values.get("added_tokens", [])}
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: not a tokenizer ({type(error).__name__}: {error})") from None

@@ -5,10 +5,13 @@ The keys are those of transformers' NemotronHConfig and of the published files; 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from snaketron.config import Model
+from snaketron.log import UserError
 from snaketron.sizes.parameters import CONV_WIDTH
 
 LETTERS = {
@@ -59,6 +62,20 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "tie_word_embeddings": (False, "ME*-"),
     "residual_in_fp32": (False, "ME*-"),
 }
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a published checkpoint; `UserError` where there is none."""
+    path = directory / "config.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a published checkpoint has one") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a configuration of a model")
+    return found
 
 
 def published(
@@ -140,6 +157,8 @@ def differences(config: Mapping[str, Any], model: Model, vocab_size: int | None)
     ]
     if "vocab_size" not in config:
         problems.append("vocab_size: missing in the checkpoint")
+    elif not isinstance(config["vocab_size"], int):
+        problems.append(_no_number("vocab_size", config["vocab_size"]))
     elif vocab_size is not None and config["vocab_size"] < vocab_size:
         problems.append(
             f"vocab_size: {config['vocab_size']} in the checkpoint, fewer than the {vocab_size} tokens of "
@@ -155,7 +174,9 @@ def _patterns(config: Mapping[str, Any], model: Model) -> list[str]:
     elif there != model.hybrid_layer_pattern:
         problems.append(_differ("hybrid_layer_pattern", there, model.hybrid_layer_pattern))
     depths = config.get("num_nextn_predict_layers", 0)
-    if depths > 1:
+    if not isinstance(depths, int):
+        problems.append(_no_number("num_nextn_predict_layers", depths))
+    elif depths > 1:
         problems.append(
             f"num_nextn_predict_layers: {depths} in the checkpoint; only 1, a block that all depths share, "
             "is supported"
@@ -180,7 +201,7 @@ def _pattern(config: Mapping[str, Any], prefix: str) -> str | None:
     written = config.get(f"{prefix}hybrid_override_pattern")
     kinds = config.get(f"{prefix}layers_block_type")
     if written is None and kinds:
-        return "".join(_KINDS.get(kind, "?") for kind in kinds)
+        return "".join(_KINDS.get(str(kind), "?") for kind in (kinds if isinstance(kinds, list) else [kinds]))
     return written
 
 
@@ -192,5 +213,11 @@ def _size(config: Mapping[str, Any], name: str, key: str, here: Any) -> list[str
     return [] if there == here else [_differ(key, there, here)]
 
 
+def _no_number(name: str, value: Any) -> str:
+    return f"{name}: {value!r} in the checkpoint is no whole number"
+
+
 def _differ(key: str, there: Any, here: Any) -> str:
+    if str(there) == str(here):  # a number that is written as text
+        there, here = repr(there), repr(here)
     return f"model.{key}: {there} in the checkpoint, {here} in the configuration"

@@ -5,9 +5,8 @@ Both give the tensors of a checkpoint of Megatron one by one, to be written as o
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from snaketron.config import Model
 from snaketron.huggingface import config
@@ -31,20 +30,6 @@ class Weights(NamedTuple):
     not_finite: list[str]  # names of tensors, filled while they are made
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a published checkpoint; `UserError` where there is none."""
-    path = directory / "config.json"
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a published checkpoint has one") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a configuration of a model")
-    return found
-
-
 def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
     """The tensors of a published checkpoint as Megatron has them; only headers are read here.
 
@@ -54,7 +39,7 @@ def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights
     Raises:
         UserError: it is of another model, incomplete or damaged; all differences at once.
     """
-    values = read_config(directory)
+    values = config.read_config(directory)
     problems = config.differences(values, model, vocab_size)
     shards = Shards(directory)
     rows = values.get("vocab_size", vocab_size)

@@ -152,7 +152,10 @@ class Shards:
                 self.problems.append(f"neither {INDEX} nor {SINGLE} is there")
             return {}
         try:
-            return dict(json.loads(path.read_bytes())["weight_map"])
+            found = dict(json.loads(path.read_bytes())["weight_map"])
+            if wrong := [name for name, file in found.items() if not isinstance(file, str)]:
+                raise TypeError(f"the file of {wrong[0]} is no name")
+            return found
         except (ValueError, KeyError, TypeError) as error:
             self.problems.append(f"{INDEX}: not an index of safetensors ({type(error).__name__}: {error})")
             return {}

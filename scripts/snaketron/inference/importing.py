@@ -38,6 +38,8 @@ def import_base(
         UserError: it is of another model, incomplete or damaged, or there is no room; nothing is published.
     """
     started = time.monotonic()
+    if not source.is_dir():
+        raise UserError(f"{source}: no such directory")
     info = tokenizer_info(tokenizer)
     check_tokenizer(source, tokenizer)
     weights = _weights(source, model, info)

@@ -79,9 +79,14 @@ class Version:
         newest one before it.
         """
         try:
-            latest = int(self.latest.read_text())
+            text = self.latest.read_text().strip()
         except FileNotFoundError:
             return None
+        if not text.isdecimal():
+            raise UserError(
+                f"{self.latest}: {text!r} is no iteration; name the directory that holds .metadata"
+            )
+        latest = int(text)
         return max((iteration for iteration in self.iterations() if iteration <= latest), default=None)
 
     def remove_partial(self) -> None:

@@ -91,6 +91,33 @@ def test_everything_that_differs_is_said_at_once(checkpoint: Path, tmp_path: Pat
     ]
 
 
+def test_files_that_cannot_be_read_are_named(checkpoint: Path, tmp_path: Path):
+    """Of a published checkpoint; and of one of Megatron that was converted and never trained."""
+    released = tmp_path / "released"
+    (released / "iter_0000001").mkdir(parents=True)
+    (released / "latest_checkpointed_iteration.txt").write_text("release")
+    (checkpoint / "tokenizer.json").write_text("[]")
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "tokenizer.json").write_text(vocabulary(a=1, b=2))
+    keys = {
+        "tokenizer": {"path": str(own)},
+        "sft": {"base": str(checkpoint)},
+        "lora": {"base": str(released)},
+    }
+    problem = "'release' is no iteration; name the directory that holds .metadata"
+    unread = f"lora.base: {released}/latest_checkpointed_iteration.txt: {problem}"
+    with pytest.raises(ConfigError) as refused:
+        graph(**keys)
+    there, last = str(refused.value).splitlines()
+    assert there.startswith(f"sft.base: {checkpoint}/tokenizer.json: not a tokenizer (") and last == unread
+    (checkpoint / "config.json").write_text("[]")
+    with pytest.raises(ConfigError) as refused:
+        graph(**keys)
+    wrong = f"sft.base: {checkpoint}/config.json: not a configuration of a model"
+    assert str(refused.value).splitlines() == [wrong, unread]
+
+
 def test_a_tokenizer_of_ones_own_does_not_fit_a_published_checkpoint(checkpoint: Path, tmp_path: Path):
     """Unless it is the one that the checkpoint was exported with."""
     roots = {"data": str(tmp_path / "data")}

@@ -107,6 +107,21 @@ def test_all_keys_of_another_architecture_are_named_at_once(published: Path):
     ]
 
 
+def test_values_of_another_type_are_named(published: Path):
+    index = json.loads((published / INDEX).read_bytes())
+    index["weight_map"]["lm_head.weight"] = 1
+    (published / INDEX).write_text(json.dumps(index))
+    changed(published, lambda c: [c.pop("hybrid_override_pattern"), c.update(layers_block_type=7)])
+    changed(published, lambda c: c.update(vocab_size="200", num_nextn_predict_layers=None, hidden_size="16"))
+    assert refusal(published)[:5] == [
+        "model.hybrid_layer_pattern: ? in the checkpoint, ME*- in the configuration",
+        "num_nextn_predict_layers: None in the checkpoint is no whole number",
+        "model.hidden_size: '16' in the checkpoint, 16 in the configuration",
+        "vocab_size: '200' in the checkpoint is no whole number",
+        f"{INDEX}: not an index of safetensors (TypeError: the file of lm_head.weight is no name)",
+    ]
+
+
 def test_a_vocabulary_that_is_too_small_and_another_kind_of_model_are_refused(published: Path):
     assert refusal(published, tokens=201) == [
         "vocab_size: 200 in the checkpoint, fewer than the 201 tokens of the tokenizer"

@@ -164,5 +164,7 @@ def test_what_cannot_be_imported_leaves_nothing(bring, exported: Path, tmp_path:
     assert not list((tmp_path / "ckpt/versions").glob("base*/*iter*"))
     with pytest.raises(UserError, match="neither a published checkpoint"):
         bring(tokenizer_dir)
+    with pytest.raises(UserError, match=r"config\.json: no such directory"):
+        bring(exported / "config.json")
     shutil.rmtree(tmp_path / "ckpt")
     assert bring(exported).is_dir()

@@ -134,6 +134,10 @@ def test_the_latest_checkpoint_is_the_one_that_is_named_or_one_before_it(tmp_pat
     assert version.iterations() == [9, 20, 100]
     version.latest.write_text("20")
     assert version.latest_iteration() == 20
+    version.latest.write_text("release")
+    with pytest.raises(UserError, match=r"latest_checkpointed_iteration.txt: 'release' is no iteration"):
+        version.latest_iteration()
+    version.latest.write_text("20")
     version.iteration_directory(20).rmdir()  # by a person, because it cannot be read
     assert version.latest_iteration() == 9
 
