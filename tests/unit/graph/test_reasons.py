@@ -47,7 +47,7 @@ def test_a_changed_key_is_named_as_in_the_configuration():
             ["sft.optimizer.learning_rate: 0.004 -> 0.5", "sft.warmup_iters: 10 -> 7"],
         ),
         ("pretrain/broad", {}, {"model": {"moe_router_topk": 3}}, ["model.moe_router_topk: 2 -> 3"]),
-        ("lora", {}, {"lora": {"rank": 4}}, ["lora.rank: 8 -> 4"]),
+        ("lora", {}, {"lora": {"rank": 4}}, ["lora.rank: 64 -> 4"]),
         (
             "pretrain/broad",
             {"pretrain": {"phases": PHASES, "warmup_tokens": 1024, "decay_tokens": 0}},

@@ -84,7 +84,7 @@ def test_what_merges_adapters_is_told_what_trained_them():
         json.loads(training().settings("lora", stage=stage)(job())) for stage in (None, "lora_merged")
     )
     assert (trained.pop("stage"), merged.pop("stage")) == ("lora", "lora_merged")
-    assert trained == merged and trained["lora"]["rank"] == 8
+    assert trained == merged and trained["lora"]["rank"] == 64
 
 
 def test_lora_that_does_not_fit_is_refused_only_when_it_is_to_run():
