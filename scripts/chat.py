@@ -122,12 +122,10 @@ def _chat(args: argparse.Namespace, tools: list[Any]) -> Iterator[Chat]:
     from snaketron.model.distributed import distributed
     from snaketron.settings.training import RunSettings, template_date
 
-    import yaml
-
     version = Version(args.checkpoint)
     directory = version.tokenizer
     tokenizer = load_tokenizer(directory)
-    day = template_date(yaml.safe_load(version.config.read_text()))
+    day = template_date(version.read_config())
     template = load_template(directory / "chat_template.jinja", special_tokens(directory), day=day)
     ends = end_of_turn(template, tokenizer), tokenizer_info(directory).eos_id
     settings = RunSettings(tracking="off", cpus_per_task=args.threads)

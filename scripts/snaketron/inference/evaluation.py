@@ -23,8 +23,6 @@ from snaketron.log import logger
 from snaketron.settings.evaluation import EvalSettings
 from snaketron.settings.training import RunSettings, template_date
 
-import yaml
-
 if TYPE_CHECKING:  # imports megatron-core (5 s), which the supervisor does not need
     from snaketron.model.build import BuiltModel
 
@@ -127,7 +125,7 @@ def parts(job: Evaluation) -> Iterator[tuple[str, Part]]:
     if settings.tasks:
         from snaketron.inference.harness import CheckpointLM, run_task
 
-        day = template_date(yaml.safe_load(Version(job.checkpoint).config.read_text()))
+        day = template_date(Version(job.checkpoint).read_config())
         template = load_template(directory / "chat_template.jinja", special_tokens(directory), day=day)
         for task in settings.tasks:
 

@@ -25,19 +25,19 @@ from snaketron.settings.training import (
     template_date,
 )
 
-import yaml
-
 
 def export_checkpoint(path: Path, output: Path, base: str | None = None) -> Record:
     """Write the finished checkpoint at `path`, such as ckpt/sft, to the directory `output`.
 
     `base` is the exported model below adapters (ckpt/lora), as transformers is to load it.
-    Raises `UserError` where it is no finished checkpoint, or cannot be read or expressed.
+    Raises `UserError` where it is no finished checkpoint, or cannot be read or expressed; and where something
+    else than an export is at `output`.
     """
+    _check_place(output)
     version = Version(path)
     # The version itself: the link may lead to another one when somebody follows the record.
     source = Entry("checkpoint", os.path.relpath(path.resolve()), version=version.identity)
-    settings = settings_of_checkpoint(yaml.safe_load(version.config.read_text())["settings"])
+    settings = settings_of_checkpoint(version.read_config()["settings"])
     checkpoint = _checkpoint(version, settings)
     if isinstance(settings, LoraSettings):
         if base is None:
@@ -49,13 +49,24 @@ def export_checkpoint(path: Path, output: Path, base: str | None = None) -> Reco
     return export(checkpoint, output, source=source, card=text)
 
 
+def _check_place(output: Path) -> None:
+    """`UserError` where an export would take the place of what is none."""
+    record = output / "record.json"
+    if record.exists():
+        replaced = read(record).kind == "export"
+    else:
+        replaced = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not replaced:
+        raise UserError(f"{output} is there and no export, so it is not replaced; move it away")
+
+
 def _checkpoint(version: Version, settings: TrainSettings) -> Checkpoint:
     iteration = version.latest_iteration()
     if iteration is None:
         raise UserError(f"{version.directory}: no checkpoint there")
     tokenizer = tokenizer_info(version.tokenizer)
     stops = [tokenizer.eos_id]
-    day = template_date(yaml.safe_load(version.config.read_text()))
+    day = template_date(version.read_config())
     if settings.packed and (end := end_of_answer(version.tokenizer, day)) not in (None, tokenizer.eos_id):
         assert end is not None
         stops.append(end)

@@ -11,8 +11,6 @@ from snaketron.log import UserError
 from snaketron.model.build import BuiltModel, build_model
 from snaketron.settings.training import RunSettings, settings_of_checkpoint
 
-import yaml
-
 
 def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
     """The model of a finished checkpoint such as ckpt/sft, with its weights and no optimizer.
@@ -29,7 +27,7 @@ def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
     """
     version = Version(path)
     version.check_finished()
-    settings = settings_of_checkpoint(yaml.safe_load(version.config.read_text())["settings"])
+    settings = settings_of_checkpoint(version.read_config()["settings"])
     vocab_size = tokenizer_info(version.tokenizer).vocab_size
     built = build_model(settings, run or RunSettings(tracking="off"), vocab_size, draw=False)
     built.load_base(base_of(version) if built.adapters else path)

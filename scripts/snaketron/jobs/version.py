@@ -17,6 +17,8 @@ from snaketron.files import partial, sha256_of
 from snaketron.lineage.record import Record, read
 from snaketron.log import UserError
 
+import yaml
+
 
 def version_key(settings: dict[str, Any], inputs: list[str]) -> str:
     """Hash of the settings that matter and of the inputs' identities, as 12 hexadecimal digits."""
@@ -89,6 +91,27 @@ class Version:
         latest = int(text)
         return max((iteration for iteration in self.iterations() if iteration <= latest), default=None)
 
+    def _named(self) -> int:
+        text = self.latest.read_text().strip()
+        if not text.isdecimal():
+            fix = "name the directory that holds .metadata"
+            raise UserError(f"{self.latest}: {text!r} is no iteration; {fix}")
+        return int(text)
+
+    def _last(self) -> Path:
+        return self.iteration_directory(self._named())
+
+    def read_config(self) -> dict[str, Any]:
+        """config.yaml of a checkpoint; `UserError` where it is not one."""
+        try:
+            values: dict[str, Any] = yaml.safe_load(self.config.read_text())
+            values["settings"]["stage"]
+        except FileNotFoundError:
+            raise UserError(f"{self.config}: no such file; the checkpoint is damaged") from None
+        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError):
+            raise UserError(f"{self.config}: not the configuration of a checkpoint") from None
+        return values
+
     def remove_partial(self) -> None:
         """Delete checkpoints that a killed attempt left half-written or half-deleted."""
         pattern = f"{partial(self.directory / 'iter_').name.removesuffix('.partial')}*.partial"
@@ -114,10 +137,12 @@ class Version:
                 problem = f"it has no {self.record.name}"
             else:
                 problem = "it is no directory" if self.directory.exists() else "it is not there"
-        elif (record := read(self.record)).kind == "checkpoint":
-            return record
-        else:
+        elif (record := read(self.record)).kind != "checkpoint":
             problem = f"its record is of the kind {record.kind}"
+        elif self.latest.exists() and not self._last().is_dir():
+            problem = f"its {self._last().name} is not there any more"
+        else:
+            return record
         raise UserError(f"{self.directory}: not a finished checkpoint of this workflow ({problem})")
 
     def publish(self, output: Path) -> None:

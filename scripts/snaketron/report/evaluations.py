@@ -51,8 +51,8 @@ def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     for part, shown in _SHOWN.items():
         for name, values in evaluation.get(part, {}).items():
             for key, measure in shown.items():
-                if values[key] is not None:
-                    yield name, measure, values[key]
+                if (value := values.get(key)) is not None:
+                    yield name, measure, value
     for name, kinds in evaluation.get("answers", {}).items():
         for kind, values in kinds.items():
             yield name, f"exact {kind} (of {values['asked']})", values["share"]

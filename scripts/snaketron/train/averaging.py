@@ -71,7 +71,7 @@ def average(source: Path, output: Path, *, stage: str, tokens: int | None) -> No
     version.directory.mkdir(parents=True, exist_ok=True)
     with owned(version.lock):
         if not version.is_finished:
-            config = yaml.safe_load(phase.config.read_text())
+            config = phase.read_config()
             inputs = [Entry("checkpoint", str(source), version=identity)]
             _write(version, phase, iterations, stage, config, inputs, started)
     version.publish(output)
@@ -80,7 +80,7 @@ def average(source: Path, output: Path, *, stage: str, tokens: int | None) -> No
 
 def _steady(phase: Version, tokens: int | None) -> list[int]:
     """The steps whose checkpoints are averaged."""
-    settings = settings_of_checkpoint(yaml.safe_load(phase.config.read_text())["settings"])
+    settings = settings_of_checkpoint(phase.read_config()["settings"])
     last = steady_steps(settings.schedule, settings.optimizer, settings.train_iters)
     there = [iteration for iteration in phase.iterations() if 0 < iteration <= last]
     first = there[-1] - tokens / (settings.global_batch_size * settings.seq_length) if there and tokens else 0

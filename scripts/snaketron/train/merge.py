@@ -12,8 +12,6 @@ from snaketron.log import UserError, logger
 from snaketron.train.metrics import Metrics
 from snaketron.train.stage import Stage
 
-import yaml
-
 if TYPE_CHECKING:  # imports megatron-core (5 s)
     from snaketron.model.build import BuiltModel
     from snaketron.train.batches import Batches
@@ -21,7 +19,7 @@ if TYPE_CHECKING:  # imports megatron-core (5 s)
 
 def check_adapters(stage: Stage, adapters: Path) -> None:
     """Raise `UserError` unless the adapters were trained with these settings and on the named base."""
-    trained = yaml.safe_load(Version(adapters).config.read_text())
+    trained = Version(adapters).read_config()
     ours = stage.settings.model_dump() | {"stage": trained["settings"]["stage"]}
     if differ := [key for key in ours if trained["settings"].get(key) != ours[key]]:
         raise UserError(

@@ -321,7 +321,7 @@ def has_optimizer(base: Path | None) -> bool:
     """Whether a checkpoint was trained here and has its optimizer's state; others have weights alone."""
     if base is None:
         return False
-    trained: int = yaml.safe_load(Version(base).config.read_text())["settings"]["train_iters"]
+    trained: int = Version(base).read_config()["settings"]["train_iters"]
     if not trained:
         logger.info("%s: comes from elsewhere without the optimizer's state, so AdamW begins anew", base)
     return trained > 0
@@ -329,7 +329,7 @@ def has_optimizer(base: Path | None) -> bool:
 
 def check_base(base: Path, model: Model, tokenizer_sha256: str) -> None:
     """`UserError` unless a checkpoint is of this architecture, with this tokenizer."""
-    config = yaml.safe_load(Version(base).config.read_text())
+    config = Version(base).read_config()
     if config["settings"]["stage"] == "lora":
         raise UserError(
             f"{base} holds adapters and not the model: merge them (`snakemake ckpt/lora_merged`), "
