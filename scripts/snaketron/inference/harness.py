@@ -24,6 +24,8 @@ from snaketron.model.build import BuiltModel
 import datasets.config
 import huggingface_hub.constants
 import lm_eval
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
@@ -113,6 +115,11 @@ class CheckpointLM(TemplateLM):
         until = options.get("until") or []
         ends = [text for text in ([until] if isinstance(until, str) else until) if text]
         most = int(options.get("max_gen_toks", MAX_TOKENS))
+        if most >= self.max_length:  # `hf` refuses it, too
+            raise UserError(
+                f"eval.tasks: answers of up to {most} tokens leave no room for a question: the model was "
+                f"trained on up to {self.max_length}; give the task a lower max_gen_toks"
+            )
         drawn = bool(options.get("do_sample")) and float(options.get("temperature", 0)) > 0
         sampling = Sampling(
             temperature=float(options["temperature"]) if drawn else 0.0,
@@ -120,7 +127,10 @@ class CheckpointLM(TemplateLM):
         )
         found = generate(
             self.built,
-            [self.tok_encode(context)[-(self.max_length - most) :] for context in contexts],
+            [
+                self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
+                for context in contexts
+            ],
             stop=[self._eos_id],
             ends=lambda ids: any(end in self._decode(ids) for end in ends),
             max_tokens=most,
@@ -202,19 +212,9 @@ def run_task(
         raise UserError(f"eval.tasks: {task.name} is no task of lm-eval {lm_eval.__version__}{where}")
     try:
         with _offline(cached=task.data is None):
-            made: Any = task.name
-            if task.data:
-                if not Path(task.data).is_dir():
-                    raise UserError(f"eval.tasks: {task.name}: {task.data} is no directory")
-                # The manager passes nothing on to a task that it knows by name; what builds them does.
-                made = manager._factory.build(
-                    manager.task_index[task.name],
-                    overrides={"dataset_path": task.data},
-                    registry=manager.task_index,
-                )
             found = lm_eval.simple_evaluate(
                 model,
-                tasks=made if isinstance(made, list) else [made],
+                tasks=_made(task, manager),
                 num_fewshot=task.num_fewshot,
                 limit=limit,
                 bootstrap_iters=0,
@@ -232,6 +232,27 @@ def run_task(
         name: _numbers(metrics) | {"questions": found["n-samples"].get(name, {}).get("effective")}
         for name, metrics in found["results"].items()
     }
+
+
+def _made(task: Task, manager: TaskManager) -> list[Any]:
+    """The task, or those of its group or tag, with the data that it names."""
+    if task.data and not Path(task.data).is_dir():
+        raise UserError(f"eval.tasks: {task.name}: {task.data} is no directory")
+    try:
+        # The manager passes nothing on to a task that it knows by name; what builds them does.
+        made: Any = manager._factory.build(
+            manager.task_index[task.name],
+            overrides={"dataset_path": task.data} if task.data else None,
+            registry=manager.task_index,
+        )
+    except (ConnectionError, FileNotFoundError):
+        raise
+    except (LookupError, TypeError, ValueError, StopIteration, TemplateError, DatasetsError) as error:
+        raise UserError(
+            f"eval.tasks: {task.name} cannot be made of its data ({type(error).__name__}: {error}); compare "
+            "the keys of its YAML with the first row"
+        ) from error
+    return made if isinstance(made, list) else [made]
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

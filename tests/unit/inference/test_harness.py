@@ -90,6 +90,15 @@ def test_an_answer_ends_before_the_text_that_ends_it(model):
     assert found[1] == found[0].partition(texts[2])[0]
 
 
+def test_an_answer_to_nothing_begins_a_text_and_one_without_room_is_refused(model):
+    options = {"until": [], "max_gen_toks": 6}
+    (found,) = model.generate_until([request("generate_until", "", options)], disable_tqdm=True)
+    (whole,) = generate(model.built, [[model.eot_token_id]], stop=[model.eot_token_id], max_tokens=6)
+    assert found == model._decode(whole)
+    with pytest.raises(UserError, match=r"answers of up to 64 tokens leave no room .* trained on up to 64;"):
+        model.generate_until([request("generate_until", "fox", {"max_gen_toks": 64})], disable_tqdm=True)
+
+
 def test_a_task_of_a_directory_runs_offline(model, tmp_path: Path):
     """Of four questions the label is the more probable choice, or the other one, as we say."""
     questions = ["the quick brown", "the lazy", "jumps over", "quick"]
@@ -207,3 +216,9 @@ def test_a_task_that_is_not_known_or_has_no_data_here_is_refused(model, tmp_path
         run_task(model, Task(name="openbookqa", data=str(tmp_path / "none")))
     with pytest.raises(UserError, match="the data of openbookqa is not on this machine"):
         run_task(model, Task(name="openbookqa"))
+    data = tmp_path / "data.jsonl"
+    (tmp_path / "rows.yaml").write_text(CHOICE.format(name="rows", data=data))
+    for text, problem in (("", "StopIteration"), ('{"text": "a"}\n', "'question' is undefined")):
+        data.write_text(text)
+        with pytest.raises(UserError, match=f"rows cannot be made of its data .*{problem}.* its YAML"):
+            run_task(model, Task(name="rows"), directories=[tmp_path])
