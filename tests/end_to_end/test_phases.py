@@ -60,6 +60,7 @@ def curriculum(steps: int) -> dict[str, Any]:
         },
         {
             "name": "mixed",
+            "seed": 5,
             "tokens": 3 * 16 * 32,
             "blend": MIX[:1],
             "seq_length": 32,

@@ -19,6 +19,7 @@ from snaketron.graph.unknown import find
 from snaketron.settings.chats import padding_multiple, render_settings
 from snaketron.settings.registering import register_settings
 from snaketron.settings.text import read_settings, tokenize_settings
+from snaketron.settings.training import train_settings
 from snaketron.sizes.checks import check_trainings
 from snaketron.sources.local import unread
 from snaketron.sources.lockfile import LockedFile, read_lock
@@ -266,11 +267,9 @@ class Graph:
 
     def index_settings(self, wildcards: Any) -> dict[str, int]:
         """What defines the index of a phase, together with the blend."""
-        phase = self.config.training(f"pretrain/{wildcards.phase}")
+        phase = train_settings(self.config, f"pretrain/{wildcards.phase}")
         samples = phase.train_iters * phase.global_batch_size
-        own = self.phases[wildcards.phase].seed
-        seed = self.config.seed if own is None else own
-        return {"seed": seed, "seq_length": phase.seq_length, "train_samples": samples}
+        return {"seed": phase.order_seed, "seq_length": phase.seq_length, "train_samples": samples}
 
     def sft_weights(self) -> list[str]:
         return [f"{e.source}={e.weight}" for e in self.config.sft.blend]

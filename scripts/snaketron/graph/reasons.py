@@ -147,8 +147,9 @@ def _of_training(config: Config, training: Training, path: str) -> str:
     first, dot, rest = path.partition(".")
     tuning = training.section if training.packed else ""
     if first == "train_iters" and not tuning:
-        index = [phase.name for phase in config.pretrain.phases].index(training.phase)
-        return f"pretrain.phases[{index}].tokens (steps)"
+        return f"pretrain.phases[{_index(config, training)}].tokens (steps)"
+    if first == "data_seed":
+        return f"pretrain.phases[{_index(config, training)}].seed"
     if first == "schedule":
         keys = {"warmup": "warmup_iters", "end": "train_iters"}
         if tuning:
@@ -158,6 +159,10 @@ def _of_training(config: Config, training: Training, path: str) -> str:
     if first in ("seed", "model", "lora"):
         return path
     return training.at(first) + dot + rest
+
+
+def _index(config: Config, training: Training) -> int:
+    return [phase.name for phase in config.pretrain.phases].index(training.phase)
 
 
 def _sections(config: Config, wildcards: Mapping[str, str]) -> Iterator[tuple[str, Section]]:

@@ -31,6 +31,8 @@ class TrainSettings(Section):
 
     stage: str
     seed: int
+    # Of the order of the text, where a phase has its own; the training itself draws by `seed`.
+    data_seed: int | None = Field(default=None, exclude_if=lambda value: value is None)
     model: Model
     optimizer: Optimizer
     seq_length: int
@@ -40,6 +42,11 @@ class TrainSettings(Section):
     packed: bool = False  # whether samples are packs, which have padding
     loss_average: Literal["token", "sample"] = "token"
     switch_loss_average_after: int | None = None
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the text, which the index of a phase has too."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 class LoraSettings(TrainSettings):
@@ -123,10 +130,12 @@ def train_settings(config: Config, name: str) -> TrainSettings:
         values["switch_loss_average_after"] = run.switch_loss_average_after
     else:
         values["schedule"] = _wsd(config.pretrain, training)
+        own = next(phase.seed for phase in config.pretrain.phases if phase.name == training.phase)
+        values["data_seed"] = None if own == config.seed else own
     if (adapters := training.adapters) is None:
         return TrainSettings(**values)
-    own = {key: getattr(adapters, key) for key in Adapters.model_fields}
-    return LoraSettings(**values, lora=Adapters(**own))
+    lora = {key: getattr(adapters, key) for key in Adapters.model_fields}
+    return LoraSettings(**values, lora=Adapters(**lora))
 
 
 def _wsd(pretrain: Pretrain, training: Training) -> Schedule:

@@ -95,7 +95,7 @@ class PretrainBatches(Batches):
             index,
             blend,
             tokenizer,
-            seed=settings.seed,
+            seed=settings.order_seed,
             seq_length=settings.seq_length,
             train_samples=settings.train_iters * settings.global_batch_size,
         )

@@ -148,6 +148,12 @@ def test_a_phase_orders_its_text_by_its_own_seed_or_by_that_of_all():
     one, two, _ = VALUES["pretrain"]["phases"]
     made = graph(seed=7, pretrain={"phases": [one | {"seed": 0}, two]})
     assert [made.index_settings(job(phase=name))["seed"] for name in ("one", "two")] == [0, 7]
+    # The training is told the same, or it would refuse the index; its weights are those of `seed`.
+    one_told, two_told = (
+        json.loads(made.training.settings("pretrain")(job(phase=name))) for name in ("one", "two")
+    )
+    assert (one_told["seed"], one_told["data_seed"]) == (7, 0)
+    assert two_told["seed"] == 7 and "data_seed" not in two_told
 
 
 def test_packs_leave_the_room_that_the_trainings_on_them_need():

@@ -56,6 +56,12 @@ def test_a_changed_key_is_named_as_in_the_configuration():
         ),
         (
             "pretrain/focused",
+            {"pretrain": {"phases": PHASES}},
+            {"pretrain": {"phases": [PHASES[0], PHASES[1] | {"seed": 5}]}},
+            ["pretrain.phases[1].seed: nothing -> 5"],
+        ),
+        (
+            "pretrain/focused",
             {"pretrain": {"phases": PHASES, "warmup_tokens": 1024, "decay_tokens": 0}},
             {
                 "pretrain": {

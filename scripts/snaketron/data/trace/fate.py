@@ -127,7 +127,7 @@ def _index(catalogue: Catalogue, blend: Made, training: Made) -> Path:
     """The directory of the index that a training read."""
     settings = training.record.settings
     wanted = {
-        "seed": settings["seed"],
+        "seed": settings.get("data_seed", settings["seed"]),
         "seq_length": settings["seq_length"],
         "train_samples": _num_samples(training),
     }

@@ -122,11 +122,14 @@ def test_a_document_that_was_not_trained_on_says_why(trained: Path):
     )
 
 
-def test_a_training_whose_index_is_gone_is_named(trained: Path):
+def test_a_training_whose_index_is_gone_is_named(trained: Path, train):
+    train("pretrain/ordered", "0d", "data/pretrain/one/blend.json", seed=1, data_seed=7)
+    train("pretrain/other", "0e", "data/pretrain/one/blend.json", seed=7, data_seed=1)
     (fate,) = look(1)
     problems = {t.made.version: t.problem for t in fate.trainings}
-    assert problems["pretrain/one-0a"] == ""
-    assert problems["pretrain/longer-0b"].startswith("the index that it read is not here any more")
+    assert problems["pretrain/one-0a"] == problems["pretrain/ordered-0d"] == ""
+    for gone in ("pretrain/longer-0b", "pretrain/other-0e"):
+        assert problems[gone].startswith("the index that it read is not here any more")
 
 
 def test_the_answer_in_words(trained: Path):
