@@ -83,7 +83,8 @@ def shards(
     owners = _owners(buckets)
     # An owner takes the place of the first rank, which megatron-core has for the main replica.
     replicas = [described[place.parameter].replica_id for bucket in buckets for place in bucket]
-    torch.distributed.broadcast_object_list(replicas, group_src=0, group=group)
+    if replicas:  # a pipeline stage without experts has none in the optimizer of experts
+        torch.distributed.broadcast_object_list(replicas, group_src=0, group=group)
     shards: dict[Any, dict[str, Any]] = {}
     number = 0
     for bucket in buckets:
