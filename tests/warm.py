@@ -46,10 +46,10 @@ class Warm:
         self.kind = kind
         self.process: subprocess.Popen[str] | None = None
 
-    def run(
-        self, arguments: list[str], directory: Path, environments: list[dict[str, str]], timeout: float
-    ) -> tuple[list[int], str]:
-        """Exit statuses and output of processes with these environments.
+    def start(
+        self, arguments: list[str], directory: Path, environments: list[dict[str, str]], output: str
+    ) -> list[int]:
+        """The numbers of processes with these environments, which print into the file `output`.
 
         `arguments` are what stands after `snakemake`, or after `python`: `-m MODULE ...` or `SCRIPT ...`.
         """
@@ -61,19 +61,35 @@ class Warm:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=one_thread
             )
         assert self.process.stdin and self.process.stdout
+        request = {"arguments": arguments, "directory": str(directory), "output": output}
+        print(json.dumps(request | {"environments": environments}), file=self.process.stdin)
+        return json.loads(self.process.stdout.readline())
+
+    def ended(self, timeout: float = 0) -> bool:
+        """Whether the processes of the last start have ended, within so many seconds."""
+        assert self.process and self.process.stdout
+        return bool(select.select([self.process.stdout], [], [], timeout)[0])
+
+    def statuses(self) -> list[int]:
+        """Exit statuses, once they have ended."""
+        assert self.process and self.process.stdout
+        return json.loads(self.process.stdout.readline())
+
+    def run(
+        self, arguments: list[str], directory: Path, environments: list[dict[str, str]], timeout: float
+    ) -> tuple[list[int], str]:
+        """Exit statuses and output of processes that are started and waited for."""
         with tempfile.NamedTemporaryFile("r") as output:
-            request = {"arguments": arguments, "directory": str(directory), "output": output.name}
-            print(json.dumps(request | {"environments": environments}), file=self.process.stdin)
-            numbers = json.loads(self.process.stdout.readline())
+            numbers = self.start(arguments, directory, environments, output.name)
             try:
-                if not select.select([self.process.stdout], [], [], timeout)[0]:
+                if not self.ended(timeout):
                     raise subprocess.TimeoutExpired([self.kind, *arguments], timeout, output.read())
             except BaseException:  # a keyboard interrupt too: nothing of the run may live on
                 for number in numbers:
                     os.killpg(number, signal.SIGKILL)
                 raise
             finally:
-                statuses = json.loads(self.process.stdout.readline())
+                statuses = self.statuses()
             return statuses, output.read()
 
     def stop(self) -> None:

@@ -15,7 +15,7 @@ from snaketron.jobs.launch import Ranks
 from snaketron.jobs.owner import own
 from snaketron.settings.training import LoraSettings, TrainSettings
 from snaketron.train.stage import Stage, training_parser
-from tests.conftest import MEGATRON, Result, Workspace
+from tests.conftest import MEGATRON, SNAKEMAKE, Result, Workspace
 
 import psutil
 
@@ -53,6 +53,25 @@ def run_forked(workspace: Workspace, line: str) -> Result:
     return result
 
 
+class Forked:
+    """Snakemake from a process that has imported it, with what is used here of `Popen`."""
+
+    def __init__(self, arguments: list[str], directory: Path, output: Path) -> None:
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        (self.pid,) = SNAKEMAKE.start(arguments, directory, [environment], str(output))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and SNAKEMAKE.ended():
+            (self.returncode,) = SNAKEMAKE.statuses()
+        return self.returncode
+
+    def wait(self, timeout: float) -> int | None:
+        if self.returncode is None:
+            SNAKEMAKE.ended(timeout)
+        return self.poll()
+
+
 def run_until(
     workspace: Workspace, command: list[str], reached: Callable[[], bool], number: signal.Signals
 ) -> tuple[int, str]:
@@ -61,26 +80,32 @@ def run_until(
     It must be reached before the command ends.
     """
     log = workspace.path / "killed.log"
+    process: Forked | subprocess.Popen[bytes]
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=workspace.path, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            deadline = time.monotonic() + 900
-            while not reached():
-                assert process.poll() is None, f"ended before the moment came:\n{log.read_text()[-3000:]}"
-                assert time.monotonic() < deadline, f"the moment never came:\n{log.read_text()[-3000:]}"
-                time.sleep(0.002)
-            # All at once: torchrun puts its workers in sessions of their own.
-            everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            for one in everyone:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.send_signal(number)
+        if command[0] == "snakemake":
+            process = Forked(command[1:], workspace.path, log)
+        else:
+            process = subprocess.Popen(
+                command, cwd=workspace.path, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+    try:
+        deadline = time.monotonic() + 900
+        while not reached():
+            assert process.poll() is None, f"ended before the moment came:\n{log.read_text()[-3000:]}"
+            assert time.monotonic() < deadline, f"the moment never came:\n{log.read_text()[-3000:]}"
+            time.sleep(0.002)
+        # All at once: torchrun puts its workers in sessions of their own.
+        everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for one in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
+        process.wait(timeout=600)
+        psutil.wait_procs(everyone, timeout=600)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait(timeout=600)
-            psutil.wait_procs(everyone, timeout=600)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode is not None
     return process.returncode, log.read_text()
 
 
