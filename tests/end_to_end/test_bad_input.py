@@ -184,12 +184,12 @@ def test_shards_of_another_tokenizer_are_refused_by_the_blend_and_by_the_trainin
 
 def test_a_base_checkpoint_of_another_model_is_refused(copy: Workspace):
     line = line_for(copy, "ckpt/pretrain/focused", "seed=5")
-    edited = line.replace('"hidden_size":128', '"hidden_size":64')
+    edited = line.replace('"hidden_size":64', '"hidden_size":32')
     assert edited != line
     refused(
         run(copy, edited),
         "ckpt/pretrain/broad is a checkpoint of another model:\n"
-        "model.hidden_size: 128 in the checkpoint, 64 in the configuration",
+        "model.hidden_size: 64 in the checkpoint, 32 in the configuration",
     )
     assert len(list((copy.path / "ckpt/versions").iterdir())) == 3
 
