@@ -47,6 +47,9 @@ TOGETHER = {
     "tests/unit/train/test_lora.py": "layouts",
     "tests/end_to_end/test_curation.py": "curation",
     "tests/end_to_end/test_main_job.py": "main job",
+    # They read tokens with megatron-core, which nothing else of `-m quick` imports.
+    "tests/unit/data/text/test_tokenize.py": "tokens",
+    "tests/unit/data/test_encode.py": "tokens",
 }
 ORDER = (*TOGETHER, "tests/end_to_end/", "tests/unit/train/", "tests/unit/model/", "tests/")
 LAST = "tests/graph/"  # of which those that wait for the finished workflow are short
@@ -70,6 +73,9 @@ SLOW = (
     "tests/graph/test_entry.py::test_snakemake_runs_without_an_activated_environment",
     *("tests/unit/data/curation/test_curate.py", "tests/graph/test_changed_files.py"),
     "tests/graph/test_registered.py",
+    "tests/unit/data/text/test_index.py",
+    "tests/unit/tracking/test_warnings.py::"
+    "test_a_continued_training_has_the_same_warnings_but_those_about_time_are_apart",
     "tests/unit/data/curation/test_filters.py::test_remembered_words_are_the_same_words",
     "tests/unit/sources/test_listing.py::test_the_command_lists_what_the_merged_configuration_asks_for",
 )

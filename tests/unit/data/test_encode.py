@@ -12,9 +12,9 @@ from snaketron import files
 from snaketron.data import encode
 from snaketron.data.tokenizer import encode_as_text, load_tokenizer, tokenizer_info
 from snaketron.log import UserError
+from tests.unit.data.text.test_tokenize import sequences
 
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 HARD = [
@@ -88,7 +88,7 @@ def test_a_tokenizer_that_is_not_supported_is_used_all_the_same(
     assert (counts["encoder"], counts["checked"]) == ("tokenizers", 0)
     assert "unsupported" in counts["fallback"]
     end = tokenizer_info(directory).eos_id
-    read = [ids.tolist() for ids in IndexedDataset(str(record.parent / "train/a"))]
+    read = sequences(record, "train")
     assert read == [[*ids, end] for ids in exact(directory, texts)]
 
 
@@ -122,7 +122,7 @@ def test_a_document_with_other_ids_is_named_and_the_shard_is_encoded_again(
     assert f"encoding all of this shard again with `tokenizers`, slower: fastokens: {detail}" in caplog.text
     counts = files.read_json(record)["counts"]
     assert (counts["encoder"], counts["fallback"], counts["documents"]) == ("tokenizers", detail, 6)
-    read = [ids.tolist()[:-1] for ids in IndexedDataset(str(record.parent / "train/a"))]
+    read = [ids[:-1] for ids in sequences(record, "train")]
     assert read == exact(tokenizer_dir, texts)
 
 
@@ -191,7 +191,7 @@ def test_a_document_beyond_both_encoders_is_a_bad_row(
     policy = {"bad_rows": "drop", "max_dropped_fraction": 0.5}
     _, _, record = tokenize(path, valid=0.0, test=0.0, **policy)
     assert files.read_json(record)["counts"]["dropped"] == {"bad row": 2}
-    read = [ids.tolist()[:-1] for ids in IndexedDataset(str(record.parent / "train/a"))]
+    read = [ids[:-1] for ids in sequences(record, "train")]
     assert read == exact(tokenizer_dir, ["one", "two"])
     status, stderr, _ = tokenize(path, bad_rows="drop")
     assert (status, "2 of 4 rows are bad or invalid" in stderr) == (1, True)

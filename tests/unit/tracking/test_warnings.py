@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.tracking.warnings import Watch, warnings_of
-from snaketron.train.metrics import Metrics
 
 import pytest
 
@@ -92,6 +91,8 @@ def test_time_is_lost_to_data_or_to_one_process():
 
 
 def test_a_continued_training_has_the_same_warnings_but_those_about_time_are_apart(tmp_path: Path):
+    from snaketron.train.metrics import Metrics  # megatron-core, for this test alone
+
     path = tmp_path / "metrics.jsonl"
     lines = [*CALM, *(timed(i, 1.1) | {"loss": 9.0} for i in range(16, 20))]
 

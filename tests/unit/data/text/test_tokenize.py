@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 SCRIPT = Path(__file__).parents[4] / "scripts" / "tokenize_shard.py"
 TEXTS = [f"document {i}: the quick brown fox {'jumps ' * i}" for i in range(40)]
@@ -29,6 +28,8 @@ TEXTS = [f"document {i}: the quick brown fox {'jumps ' * i}" for i in range(40)]
 
 def sequences(record: Path, split: str) -> list[list[int]]:
     """What Megatron reads of a split."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # 3 s, for the tests that read
+
     prefix = record.parent / split / record.stem
     if not prefix.with_suffix(".bin").stat().st_size:
         return []
