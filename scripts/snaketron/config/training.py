@@ -384,6 +384,7 @@ class Sft(Tuning):
 
 
 RANK = "rows of A and columns of B; on GPUs a multiple of 8 is fastest"
+EXPERT_RANK = "rank of the routed experts' adapters, of which there are many; null: rank"
 ALPHA = "scale of all adapters: their output times alpha / rank"
 
 
@@ -391,9 +392,7 @@ class Adapters(Section):
     """Low-rank adapters: W x becomes W x + alpha / rank * B A x, with W frozen."""
 
     rank: Positive = key(8, RANK)
-    expert_rank: Positive | None = key(
-        None, "rank of the routed experts' adapters, of which there are many; null: rank"
-    )
+    expert_rank: Positive | None = key(None, EXPERT_RANK)
     alpha: Annotated[float, Field(gt=0)] = key(16, ALPHA)
     dropout: Fraction = key(0.0, "share of an adapter's inputs that a step of training leaves out")
     target_modules: list[str] = key(
@@ -406,9 +405,10 @@ class Adapters(Section):
 
 
 class Lora(Tuning, Adapters):
-    # The base of the sample has seen 48 steps: of 37 held-out calls, rank 16 gives 1, and rank 64 9 after 480
-    # steps and all after 1,200. A real model wants a rank of 8 to 64.
+    # The base of the sample has seen 48 steps: of 37 held-out calls, rank 16 gives 1 after 480 steps, rank 64
+    # gives 9, and 35 after 1,200. A real model learns with a rank of 8 to 64.
     rank: Positive = key(64, RANK)
+    expert_rank: Positive | None = key(8, EXPERT_RANK)
     alpha: Annotated[float, Field(gt=0)] = key(64, ALPHA)
     train_iters: Positive = key(1200, "steps")
     optimizer: Optimizer = key(

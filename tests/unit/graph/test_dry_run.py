@@ -59,7 +59,7 @@ def test_the_layout_names_what_is_shared():
 
 def test_the_plan_of_lora_counts_its_adapters_and_little_memory():
     """An eighth of the gradients and moments is left: 9.9 MB instead of 29.5 MB."""
-    config = load({"tokenizer": {"vocab_size": 2048}, "lora": {"rank": 8}}, {})
+    config = load({"tokenizer": {"vocab_size": 2048}, "lora": {"rank": 8, "expert_rank": None}}, {})
     full, lora = (
         size_lines(config, one, estimate(config, one)) for one in map(config.training, ("sft", "lora"))
     )

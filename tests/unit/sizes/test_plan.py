@@ -32,7 +32,7 @@ def test_without_a_throughput_no_time_is_estimated():
 
 
 def test_only_adapters_are_counted_as_trained():
-    config = load(COUNTED | {"lora": {"rank": 8}}, {})
+    config = load(COUNTED | {"lora": {"rank": 8, "expert_rank": None}}, {})
     full, lora = (estimate(config, config.training(name)) for name in ("sft", "lora"))
     assert full.num_adapter_parameters is None and lora.num_adapter_parameters == 158_400
     assert full.num_parameters == lora.num_parameters
@@ -53,7 +53,7 @@ def test_the_components_of_memory_add_up_to_the_peak(name: str):
 
 def test_a_checkpoint_holds_weights_main_weights_and_moments():
     """4 + 4 + 8 bytes under fp32, 2 + 4 + 8 under bf16; on disk the default model took 30.4 MB, 4 % more."""
-    config = load(COUNTED | {"lora": {"rank": 8}}, {})
+    config = load(COUNTED | {"lora": {"rank": 8, "expert_rank": None}}, {})
     broad = config.training("pretrain/broad")
     assert checkpoint_bytes(config, broad) == 16 * estimate(config, broad).num_parameters == 29_198_464
     assert checkpoint_bytes(config, config.training("lora")) == 16 * 158_400
