@@ -125,7 +125,7 @@ def _chat(args: argparse.Namespace, tools: list[Any]) -> Iterator[Chat]:
     version = Version(args.checkpoint)
     directory = version.tokenizer
     tokenizer = load_tokenizer(directory)
-    day = template_date(version.read_config())
+    day = template_date(version.describe().run)
     template = load_template(directory / "chat_template.jinja", special_tokens(directory), day=day)
     ends = end_of_turn(template, tokenizer), tokenizer_info(directory).eos_id
     settings = RunSettings(tracking="off", cpus_per_task=args.threads)

@@ -125,7 +125,7 @@ def parts(job: Evaluation) -> Iterator[tuple[str, Part]]:
     if settings.tasks:
         from snaketron.inference.harness import CheckpointLM, run_task
 
-        day = template_date(Version(job.checkpoint).read_config())
+        day = template_date(Version(job.checkpoint).describe().run)
         template = load_template(directory / "chat_template.jinja", special_tokens(directory), day=day)
         for task in settings.tasks:
 

@@ -37,7 +37,7 @@ def export_checkpoint(path: Path, output: Path, base: str | None = None) -> Reco
     version = Version(path)
     # The version itself: the link may lead to another one when somebody follows the record.
     source = Entry("checkpoint", os.path.relpath(path.resolve()), version=version.identity)
-    settings = settings_of_checkpoint(version.read_config()["settings"])
+    settings = settings_of_checkpoint(version.describe().settings)
     checkpoint = _checkpoint(version, settings)
     if isinstance(settings, LoraSettings):
         if base is None:
@@ -66,7 +66,7 @@ def _checkpoint(version: Version, settings: TrainSettings) -> Checkpoint:
         raise UserError(f"{version.directory}: no checkpoint there")
     tokenizer = tokenizer_info(version.tokenizer)
     stops = [tokenizer.eos_id]
-    day = template_date(version.read_config())
+    day = template_date(version.describe().run)
     if settings.packed and (end := end_of_answer(version.tokenizer, day)) not in (None, tokenizer.eos_id):
         assert end is not None
         stops.append(end)

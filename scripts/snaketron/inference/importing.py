@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 from snaketron.config import Model, Optimizer
 from snaketron.data.tokenizer import Info, load_tokenizer, tokenizer_info
@@ -13,13 +12,11 @@ from snaketron.files import owned, sha256, writing, writing_directory
 from snaketron.huggingface.load import Weights, megatron_weights, published_weights
 from snaketron.huggingface.save import TOKENIZER_FILES, listed
 from snaketron.huggingface.torch_dist import write
-from snaketron.jobs.version import Version, version_key
+from snaketron.jobs.version import Description, Version, version_key
 from snaketron.lineage.record import Entry, making, of_file
 from snaketron.log import NO_SPACE, UserError, logger
 from snaketron.settings.schedule import Schedule
 from snaketron.settings.training import TrainSettings
-
-import yaml
 
 
 def import_base(
@@ -116,13 +113,7 @@ def _write(
     for name in TOKENIZER_FILES:
         if (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, version.tokenizer / name)
-    with writing(version.config) as (temporary,):
-        values: dict[str, Any] = {
-            "settings": settings.model_dump(),
-            "inputs": [entry.reference for entry in inputs],
-            "tokenizer_sha256": info.sha256,
-        }
-        temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+    Description(settings.model_dump(), inputs, info.sha256).write(version.config)
     with writing(version.latest) as (temporary,):
         temporary.write_text("0")
     losses = dict.fromkeys(("valid_loss_before", "valid_loss_after", "test_loss"))

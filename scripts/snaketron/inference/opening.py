@@ -27,7 +27,7 @@ def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
     """
     version = Version(path)
     version.check_finished()
-    settings = settings_of_checkpoint(version.read_config()["settings"])
+    settings = settings_of_checkpoint(version.describe().settings)
     vocab_size = tokenizer_info(version.tokenizer).vocab_size
     built = build_model(settings, run or RunSettings(tracking="off"), vocab_size, draw=False)
     built.load_base(base_of(version) if built.adapters else path)

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from snaketron.files import read_json, write_json
 from snaketron.log import UserError
 
 Outcome = Literal["finished", "stopped", "requeued", "time limit", "failed", "hung"]
+
+
+@dataclass
+class Attempt:
+    """A start of a training's processes."""
+
+    started: str = ""  # ISO 8601, UTC
+    job: str | None = None  # of Slurm
+    from_iteration: int = 0
+    iteration: int = 0  # at its end, as far as its supervisor knows
+    outcome: Outcome | None = None  # None: it runs, or ended without a word
+    error: str | None = None
+    seconds: float | None = None  # None until it has ended
+    gave_up: str | None = None  # why only a person may ask for another one
+
+
+def read_attempts(path: Path) -> list[Attempt]:
+    """The attempts in a file, oldest first; none where there is no file.
+
+    Raises `UserError` where it holds something else.
+    """
+    known = [field.name for field in fields(Attempt)]
+    try:
+        said = [dict(one) for one in read_json(path)]
+        return [Attempt(**{key: one[key] for key in known if key in one}) for one in said]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a list of attempts ({error}); delete it and run again") from None
 
 
 class Attempts:
@@ -22,39 +52,32 @@ class Attempts:
 
     def __init__(self, name: str, path: Path, max_restarts: int) -> None:
         self.name, self.path, self.max_restarts = name, path, max_restarts
-        self.all: list[dict[str, Any]] = read_json(path) if path.exists() else []
+        self.all = read_attempts(path)
 
     def begin(self, iteration: int, job: str | None) -> None:
         """Note a start after `iteration` steps."""
-        self.all.append(
-            {
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "job": job,
-                "from_iteration": iteration,
-                "iteration": iteration,
-                "outcome": None,
-                "error": None,
-            }
-        )
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.all.append(Attempt(now, job, from_iteration=iteration, iteration=iteration))
         self._began = time.monotonic()
-        write_json(self.path, self.all)
+        self._write()
 
     def end(self, outcome: Outcome, iteration: int, error: str | None = None) -> None:
         """Note how the current attempt ended, and after how many steps."""
-        seconds = round(time.monotonic() - self._began, 1)
-        self.all[-1] |= {"outcome": outcome, "iteration": iteration, "error": error, "seconds": seconds}
-        write_json(self.path, self.all)
+        last = self.all[-1]
+        last.outcome, last.iteration, last.error = outcome, iteration, error
+        last.seconds = round(time.monotonic() - self._began, 1)
+        self._write()
 
     def give_up(self, reason: str) -> UserError:
         """Note that only a person may ask for another attempt; the error to raise."""
-        self.all[-1]["gave_up"] = reason
-        write_json(self.path, self.all)
+        self.all[-1].gave_up = reason
+        self._write()
         return UserError(f"{self.name}: {reason}")
 
     @property
     def gave_up(self) -> str | None:
         """Why there is no attempt after the last one; None when there may be."""
-        return self.all[-1].get("gave_up") if self.all else None
+        return self.all[-1].gave_up if self.all else None
 
     def check(self, iteration: int) -> None:
         """`UserError` when the attempts so far forbid another one after `iteration` steps.
@@ -63,12 +86,12 @@ class Attempts:
         `max_restarts` in a row ended without a new checkpoint.
         """
         recent = self._recent()
-        failures = [(a["iteration"], a["error"]) for a in recent[:2] if a["outcome"] in ("failed", "hung")]
+        failures = [(a.iteration, a.error) for a in recent[:2] if a.outcome in ("failed", "hung")]
         if len(failures) == 2 and failures[0] == failures[1]:
             raise self.give_up(f"failed twice in the same way after step {failures[0][0]}: {failures[0][1]}")
         in_vain = 0
         for attempt in recent:
-            if attempt["from_iteration"] != iteration:
+            if attempt.from_iteration != iteration:
                 break
             in_vain += 1
         if in_vain > self.max_restarts:
@@ -76,14 +99,22 @@ class Attempts:
             raise self.give_up(
                 f"{in_vain} starts in a row ended without a checkpoint after step {iteration} "
                 f"(max_restarts {self.max_restarts}); the last one: "
-                f"{last['error'] or last['outcome'] or 'it ended without a word (a lost node, or killed)'}"
+                f"{last.error or last.outcome or 'it ended without a word (a lost node, or killed)'}"
             )
 
-    def _recent(self) -> list[dict[str, Any]]:
+    def _recent(self) -> list[Attempt]:
         """The attempts since a person last started the training, newest first."""
         recent = []
         for attempt in reversed(self.all):
-            if attempt.get("gave_up") or attempt["outcome"] in ("stopped", "finished"):
+            if attempt.gave_up or attempt.outcome in ("stopped", "finished"):
                 break
             recent.append(attempt)
         return recent
+
+    def _write(self) -> None:
+        may_lack = ("seconds", "gave_up")
+        values = [asdict(attempt) for attempt in self.all]
+        write_json(
+            self.path,
+            [{k: v for k, v in one.items() if v is not None or k not in may_lack} for one in values],
+        )

@@ -16,7 +16,7 @@ from typing import Any
 
 from snaketron import files
 from snaketron.config import Optimizer
-from snaketron.jobs.version import Version, versions
+from snaketron.jobs.version import Description, Version, versions
 from snaketron.log import UserError
 from snaketron.settings.schedule import Schedule, same_steps
 from snaketron.settings.training import RunSettings
@@ -24,7 +24,6 @@ from snaketron.sizes.epochs import BY_EPOCH, repeats, resized
 from snaketron.sizes.outlook import Inputs
 
 import orjson
-import yaml
 from pydantic import ValidationError
 
 # What makes a training longer; all other settings must be the same.
@@ -49,7 +48,7 @@ def find(version: Version, settings: dict[str, Any], inputs: Inputs) -> Origin |
     for other in _others(version, settings["stage"]):
         config = _config(other)
         if config and not _differences(config, settings, inputs):
-            steps = min(_same_steps(config["settings"], settings), settings["train_iters"] - 1)
+            steps = min(_same_steps(config.settings, settings), settings["train_iters"] - 1)
             latest = other.latest_iteration() or 0
             there = [n for n in other.iterations() if 0 < n <= min(steps, latest)]
             found += [(there[-1], other.directory.name, other)] if there else []
@@ -66,7 +65,7 @@ def why_not(version: Version, before: Version, settings: dict[str, Any], inputs:
         return ""
     if differ := _differences(config, settings, inputs):
         return f"other than before: {', '.join(differ)}"
-    old = config["settings"]
+    old = config.settings
     if settings["schedule"]["style"] == "cosine" and not _same_rates(settings):
         return "a cosine cannot be prolonged: the rate falls from the warm-up on"
     steps = _same_steps(old, settings)
@@ -113,7 +112,7 @@ def take_over(version: Version, origin: Origin, run: RunSettings) -> bool:
 def check_order(version: Version, inputs: Inputs, settings: Mapping[str, Any]) -> None:
     """`UserError` where a version was begun with the samples in another order than the index has now."""
     config = _config(version)
-    if inputs.blend and config and version.latest_iteration() and config.get("order") != inputs.order:
+    if inputs.blend and config and version.latest_iteration() and config.order != inputs.order:
         samples = settings["train_iters"] * settings["global_batch_size"]
         if repeats(inputs.blend, samples, settings["seq_length"]):
             raise UserError(
@@ -131,25 +130,24 @@ def _others(version: Version, stage: str) -> Iterator[Version]:
             yield other
 
 
-def _config(version: Version) -> dict[str, Any]:
-    """What a version was made of; nothing where it is not there or has another shape."""
+def _config(version: Version) -> Description | None:
+    """What a version was made of; None where that is not there or has another shape."""
     try:
-        found = yaml.safe_load(version.config.read_text())
-        return found if found.keys() >= {"settings", "inputs"} else {}
-    except (FileNotFoundError, yaml.YAMLError, AttributeError):
-        return {}
+        return version.describe()
+    except UserError:
+        return None
 
 
-def _differences(config: Mapping[str, Any], settings: Mapping[str, Any], inputs: Inputs) -> list[str]:
+def _differences(config: Description, settings: Mapping[str, Any], inputs: Inputs) -> list[str]:
     """What else than its length is different in a training, in words."""
-    old = config["settings"]
+    old = config.settings
     differ = [
         path
         for key in dict.fromkeys((*settings, *old))
         if key not in LENGTH
         for path in _paths(key, old.get(key), settings.get(key))
     ]
-    there = [entry.get("sha256") or entry.get("version") for entry in config["inputs"]]
+    there = [entry.sha256 or entry.version for entry in config.inputs]
     wanted = list(inputs.identities)
     if inputs.blend and old.keys() >= settings.keys():
         samples = old["train_iters"] * old["global_batch_size"]
@@ -170,11 +168,11 @@ def _paths(path: str, old: Any, new: Any) -> Iterator[str]:
         yield path
 
 
-def _is_prefix(config: Mapping[str, Any], settings: Mapping[str, Any], inputs: Inputs) -> bool:
+def _is_prefix(config: Description, settings: Mapping[str, Any], inputs: Inputs) -> bool:
     """Whether the samples of a version begin like those of a training on the same blend."""
     assert inputs.blend is not None
     length, batch = settings["seq_length"], settings["global_batch_size"]
-    orders = (config.get("order"), config["settings"]["train_iters"]), (inputs.order, settings["train_iters"])
+    orders = (config.order, config.settings["train_iters"]), (inputs.order, settings["train_iters"])
     return all(
         order == BY_EPOCH or not repeats(inputs.blend, steps * batch, length) for order, steps in orders
     )

@@ -3,50 +3,76 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from snaketron.files import read_json, write_json
+from snaketron.log import UserError
 
 INTERVAL_S = 1.0  # a file system may serve thousands of trainings
+
+
+@dataclass
+class Beat:
+    """How far a training is."""
+
+    iteration: int
+    train_iters: int
+    loss: float | None = None
+    tokens_per_second: float | None = None
 
 
 class Heartbeat:
     """Writes how far a training is to `path`, on the rank that writes metrics; nothing on the others."""
 
     def __init__(self, path: Path, total: int, *, writer: bool) -> None:
-        self.path, self.total, self.writer = path, total, writer
-        self.values: dict[str, Any] = {}
+        self.path, self.writer = path, writer
+        self.now = Beat(0, total)
         self.written = -INTERVAL_S
 
-    def beat(self, iteration: int, **values: Any) -> None:
-        """Say that `iteration` steps are done. `values` are added to those of earlier calls."""
+    def beat(
+        self, iteration: int, *, loss: float | None = None, tokens_per_second: float | None = None
+    ) -> None:
+        """Say that `iteration` steps are done; None leaves the loss or the speed of an earlier call."""
         if not self.writer:
             return
-        self.values |= {"iteration": iteration, "train_iters": self.total, **values}
+        before = self.now
+        self.now = Beat(
+            iteration,
+            before.train_iters,
+            before.loss if loss is None else loss,
+            before.tokens_per_second if tokens_per_second is None else tokens_per_second,
+        )
         now = time.monotonic()
-        if now - self.written >= INTERVAL_S or iteration == self.total:
-            write_json(self.path, self.values)
+        if now - self.written >= INTERVAL_S or iteration == self.now.train_iters:
+            said = {key: value for key, value in asdict(self.now).items() if value is not None}
+            write_json(self.path, said)
             self.written = now
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The last word of a training; empty before its first, and while it is started again."""
+def read(path: Path) -> Beat | None:
+    """The last word of a training; None before its first, and while it is started again.
+
+    Raises `UserError` where the file holds something else.
+    """
     try:
-        return read_json(path)
+        said = read_json(path)
+        return Beat(said["iteration"], said["train_iters"], said.get("loss"), said.get("tokens_per_second"))
     except FileNotFoundError:
-        return {}
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path}: does not say how far a training is; delete it") from None
 
 
-def sentence(values: dict[str, Any]) -> str:
+def sentence(beat: Beat) -> str:
     """The progress of a training in words, as on its terminal.
 
-    >>> sentence({"iteration": 20, "train_iters": 100, "loss": 5.25, "tokens_per_second": 3343.0})
+    >>> sentence(Beat(20, 100, loss=5.25, tokens_per_second=3343.0))
     'step 20/100  loss 5.2500  3,343 tokens/s'
     """
-    parts = [f"step {values['iteration']}/{values['train_iters']}"]
-    if (loss := values.get("loss")) is not None:
-        parts.append(f"loss {loss:.4f}")
-    if speed := values.get("tokens_per_second"):
-        parts.append(f"{speed:,.0f} tokens/s")
+    parts = [f"step {beat.iteration}/{beat.train_iters}"]
+    if beat.loss is not None:
+        parts.append(f"loss {beat.loss:.4f}")
+    if beat.tokens_per_second:
+        parts.append(f"{beat.tokens_per_second:,.0f} tokens/s")
     return "  ".join(parts)

@@ -13,14 +13,13 @@ from typing import Any
 
 from snaketron import files
 from snaketron.jobs import continuation
+from snaketron.jobs.attempts import read_attempts
 from snaketron.jobs.owner import Holder, is_owned, own
-from snaketron.jobs.version import Version, published, version_key, versions
+from snaketron.jobs.version import Description, Version, published, version_key, versions
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.sizes.outlook import Inputs, Progress
 from snaketron.wording import hours, size_text
-
-import yaml
 
 OUTCOMES = {
     "failed": "failed",
@@ -180,25 +179,25 @@ def _item(version: Version, links: dict[Path, list[Path]]) -> Item:
         f"running ({Holder.of(version)})" if is_running else state_of(version, config),
         is_running,
         links.get(version.directory.resolve(), []),
-        [entry["version"].replace("/", "_") for entry in config.get("inputs", []) if "version" in entry],
+        [entry.version.replace("/", "_") for entry in config.inputs if entry.version] if config else [],
         size,
         changed,
     )
 
 
-def state_of(version: Version, config: dict[str, Any] | None = None) -> str:
+def state_of(version: Version, config: Description | None = None) -> str:
     """Finished, or how the last attempt ended and the step from which the next one would continue."""
     if version.is_finished:
         return "finished"
-    config = _config(version) if config is None else config
-    attempts = files.read_json(version.attempts) if version.attempts.exists() else []
-    outcome = OUTCOMES.get(attempts[-1]["outcome"], "killed") if attempts else "stopped"
-    total = config.get("settings", {}).get("train_iters")
+    config = config or _config(version)
+    attempts = read_attempts(version.attempts)
+    outcome = OUTCOMES.get(attempts[-1].outcome or "", "killed") if attempts else "stopped"
+    total = config and config.settings.get("train_iters")
     return f"{outcome} at step {version.latest_iteration() or 0}" + (f" of {total}" if total else "")
 
 
-def _config(version: Version) -> dict[str, Any]:
-    return yaml.safe_load(version.config.read_text()) if version.config.exists() else {}
+def _config(version: Version) -> Description | None:
+    return version.describe() if version.config.exists() else None
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -111,7 +111,7 @@ def _progress(ckpt: Path) -> dict[str, str]:
     """How far trainings are, in their own words, by the number of their Slurm job."""
     found = {}
     for version in versions(ckpt):
-        holder, values = Holder.of(version), heartbeat.read(version.heartbeat)
-        if holder and holder.job and values:
-            found[holder.job] = heartbeat.sentence(values)
+        holder, beat = Holder.of(version), heartbeat.read(version.heartbeat)
+        if holder and holder.job and beat:
+            found[holder.job] = heartbeat.sentence(beat)
     return found

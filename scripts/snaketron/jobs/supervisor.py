@@ -210,7 +210,8 @@ class Supervisor:
     def judge(self, ended: Ended, attempts: Attempts) -> int | None:
         """Note how an attempt ended; the exit status of the job, or None to start once more."""
         saved = self.version.latest_iteration() or 0
-        done = max(heartbeat.read(self.version.heartbeat).get("iteration", 0), saved)
+        beat = heartbeat.read(self.version.heartbeat)
+        done = max(beat.iteration if beat else 0, saved)
         if ended.status == 0 and self.version.is_finished:
             attempts.end("finished", done)
             return 0

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from snaketron.files import partial, sha256_of
-from snaketron.lineage.record import Record, read
+from snaketron.files import partial, sha256_of, write_text
+from snaketron.lineage.record import Entry, Record, read
 from snaketron.log import UserError
 
 import yaml
@@ -23,6 +25,50 @@ import yaml
 def version_key(settings: dict[str, Any], inputs: list[str]) -> str:
     """Hash of the settings that matter and of the inputs' identities, as 12 hexadecimal digits."""
     return sha256_of({"settings": settings, "inputs": inputs})[:12]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the `config.yaml` of a version says: what defines its result, how it is run, and from what."""
+
+    settings: dict[str, Any]  # perhaps of another version of Snaketron, so they are not `TrainSettings` yet
+    inputs: Sequence[Entry] = ()  # without names
+    tokenizer_sha256: str = ""
+    run: dict[str, Any] = field(default_factory=dict)  # empty where nothing was trained
+    order: str | None = None  # of the samples in its index (`sizes.epochs`)
+    continues: dict[str, Any] | None = None  # the shorter version that it went on from, and its step
+
+    @property
+    def stage(self) -> str:
+        return str(self.settings["stage"])
+
+    @classmethod
+    def read(cls, path: Path) -> Description:
+        """Raises `UserError` where there is no such file, or it says something else."""
+        try:
+            value = yaml.safe_load(path.read_text())
+            value["settings"]["stage"]
+            inputs = [Entry(**{"name": "", "path": ""} | entry) for entry in value.get("inputs", ())]
+            more = {key: value.get(key) for key in ("order", "continues")}
+            settings, run = dict(value["settings"]), dict(value.get("run") or {})
+            return cls(settings, inputs, value.get("tokenizer_sha256", ""), run, **more)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; the checkpoint is damaged") from None
+        except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError):
+            raise UserError(f"{path}: not the configuration of a checkpoint") from None
+
+    def write(self, path: Path) -> None:
+        value = {
+            "settings": self.settings,
+            "run": self.run,
+            "inputs": [entry.reference for entry in self.inputs],
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "order": self.order,
+            "continues": self.continues,
+        }
+        always = ("settings", "inputs", "tokenizer_sha256")
+        value = {key: part for key, part in value.items() if part or key in always}
+        write_text(path, yaml.safe_dump(value, sort_keys=False))
 
 
 class Version:
@@ -57,6 +103,10 @@ class Version:
 
     def is_of(self, stage: str) -> bool:
         return self.directory.name.rpartition("-")[0] == stage.replace("/", "_")
+
+    def describe(self) -> Description:
+        """What its `config.yaml` says; `UserError` where there is none, or it says something else."""
+        return Description.read(self.config)
 
     def answers_after(self, iteration: int) -> Path:
         return self.answers / f"step_{iteration:07d}.json"
@@ -100,17 +150,6 @@ class Version:
 
     def _last(self) -> Path:
         return self.iteration_directory(self._named())
-
-    def read_config(self) -> dict[str, Any]:
-        """config.yaml of a checkpoint; `UserError` where it is not one."""
-        try:
-            values: dict[str, Any] = yaml.safe_load(self.config.read_text())
-            values["settings"]["stage"]
-        except FileNotFoundError:
-            raise UserError(f"{self.config}: no such file; the checkpoint is damaged") from None
-        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError):
-            raise UserError(f"{self.config}: not the configuration of a checkpoint") from None
-        return values
 
     def remove_partial(self) -> None:
         """Delete checkpoints that a killed attempt left half-written or half-deleted."""

@@ -117,6 +117,7 @@ class Data:
     mixes: dict[str, list[Share]] = field(default_factory=dict)  # by phase
     indexed: set[str] = field(default_factory=set)  # phases whose mix is counted from the index
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # by kind
+    lacking: list[str] = field(default_factory=list)  # records of shards that a blend names, and that changed
 
     def remove(
         self,
@@ -197,6 +198,8 @@ def collect(paths: Sequence[Path]) -> Data:
     last = {path: read(path) for path in paths}
     records = ancestors(entry for record in last.values() for entry in record.inputs) | last
     data = add_up(record for _, record in sorted(records.items()))
+    named = [entry for record in records.values() for entry in record.inputs_named("records")]
+    data.lacking = list(dict.fromkeys(entry.path for entry in named if entry.file not in records))
     indices = {r.name: r for r in records.values() if r.kind == "index"}
     for record in records.values():
         if record.kind == "blend":

@@ -296,10 +296,10 @@ class Follower:
     def _of_version(self, name: str, state: str, version: Version, planned: Planned) -> Training:
         measured = self.metrics.setdefault(version.directory, Measured(Tail(version.metrics)))
         measured.look()
-        said = heartbeat.read(version.heartbeat)
-        done = max(measured.step, said.get("iteration", 0))
-        total = said.get("train_iters") or planned.steps
-        pace, speed = measured.seconds_per_step, said.get("tokens_per_second")
+        beat = heartbeat.read(version.heartbeat)
+        done = max(measured.step, beat.iteration if beat else 0)
+        total = (beat and beat.train_iters) or planned.steps
+        pace, speed = measured.seconds_per_step, beat.tokens_per_second if beat else None
         if pace is None and planned.seconds is not None and planned.steps > planned.done:
             pace = planned.seconds / (planned.steps - planned.done)
         elif pace is None and speed and planned.tokens and planned.steps > planned.done:
@@ -311,8 +311,8 @@ class Follower:
             state=state,
             done=done,
             total=total,
-            about="is being started" if state == "running" and not said else "",
-            loss=said.get("loss", curve[-1] if curve else None),
+            about="is being started" if state == "running" and not beat else "",
+            loss=beat.loss if beat and beat.loss is not None else curve[-1] if curve else None,
             curve=curve,
             tokens_per_second=speed,
             seconds_left=0.0 if state == "finished" else left,
@@ -325,8 +325,8 @@ class Follower:
         if known := slurm.get(job.slurm):
             where += [known.state, known.about]
         if job.rule == "evaluate" and (version := self._version(job.wildcards, job)):
-            said = heartbeat.read(version.heartbeat)
-            where += [f"{said['iteration']} of {said['train_iters']} parts are done"] if said else []
+            beat = heartbeat.read(version.heartbeat)
+            where += [f"{beat.iteration} of {beat.train_iters} parts are done"] if beat else []
         return Running(job.title, max(0.0, time.time() - job.began), " ".join(where))
 
     # ------------------------------------------------------------------------------------ time left

@@ -133,13 +133,13 @@ def _attempts(runs: Sequence[Run]) -> list[Block]:
         return [
             [
                 stage.name,
-                attempt["started"],
-                attempt["job"] or UNKNOWN,
-                attempt["outcome"] or "no word",
-                attempt["error"] or "",
-                f"{attempt['from_iteration']:,}",
-                f"{attempt['iteration']:,}",
-                duration(attempt["seconds"]) if "seconds" in attempt else UNKNOWN,
+                attempt.started,
+                attempt.job or UNKNOWN,
+                attempt.outcome or "no word",
+                attempt.error or "",
+                f"{attempt.from_iteration:,}",
+                f"{attempt.iteration:,}",
+                UNKNOWN if attempt.seconds is None else duration(attempt.seconds),
             ]
             for stage in run.stages
             if len(stage.attempts) > 1 or stage.state != "finished"

@@ -12,6 +12,7 @@ from typing import Any
 from snaketron.config import Parallel
 from snaketron.files import is_locked, read_json
 from snaketron.jobs import heartbeat
+from snaketron.jobs.attempts import Attempt, read_attempts
 from snaketron.jobs.owner import is_owned
 from snaketron.jobs.version import Version, versions
 from snaketron.lineage.record import Record, read
@@ -20,9 +21,9 @@ from snaketron.log import UserError
 from snaketron.report.collect import Data, add_up, collect
 from snaketron.report.live import Follower
 from snaketron.report.workflow import Rule, rules
+from snaketron.wording import plural
 
 import orjson
-import yaml
 
 LARGEST_RECORD = 1 << 28  # bytes; a larger file of JSON is data
 
@@ -38,7 +39,7 @@ class Stage:
     settings: dict[str, Any]
     run: dict[str, Any]  # how it is run
     lines: list[dict[str, Any]]  # of metrics
-    attempts: list[dict[str, Any]]
+    attempts: list[Attempt]
     record: Record | None  # None until it is finished
 
     @property
@@ -73,7 +74,7 @@ class Stage:
     @property
     def seconds(self) -> float:
         """Time of all its attempts, and of the one that is running as far as its metrics tell."""
-        ended = sum(attempt.get("seconds", 0.0) for attempt in self.attempts)
+        ended = sum(attempt.seconds or 0.0 for attempt in self.attempts)
         return ended or (self.last("timing.seconds") or 0.0)
 
     @property
@@ -187,7 +188,7 @@ def read_stages(ckpt: Path, plan: dict[str, Any] | None, trouble: list[str]) -> 
     for version in versions(ckpt):
         try:
             stage = _stage(version)
-        except (OSError, ValueError, KeyError, UserError, yaml.YAMLError) as error:
+        except (OSError, ValueError, KeyError, UserError) as error:
             trouble.append(f"{version.directory} cannot be read: {error}")
             continue
         if stage and (stage.name not in found or _began(found[stage.name]) < _began(stage)):
@@ -200,25 +201,25 @@ def read_stages(ckpt: Path, plan: dict[str, Any] | None, trouble: list[str]) -> 
 
 def _began(stage: Stage) -> str:
     created = stage.record.created if stage.record else ""
-    return stage.attempts[-1]["started"] if stage.attempts else created
+    return stage.attempts[-1].started if stage.attempts else created
 
 
 def _stage(version: Version) -> Stage | None:
     """A training from its version directory; None where it has not said yet what it is told."""
     if not version.config.exists():
         return None
-    config = yaml.safe_load(version.config.read_text())
-    if not version.attempts.exists() or config["settings"]["stage"] == "lora_merged":
+    told = version.describe()
+    if not version.attempts.exists() or told.stage == "lora_merged":
         return None  # nothing is trained in it
-    attempts = read_json(version.attempts)
+    attempts = read_attempts(version.attempts)
     state, reason = _state(version, attempts)
     return Stage(
-        name=config["settings"]["stage"],
+        name=told.stage,
         version=version,
         state=state,
         reason=reason,
-        settings=config["settings"],
-        run=config.get("run") or {},
+        settings=told.settings,
+        run=told.run,
         lines=_metrics(version.metrics),
         attempts=attempts,
         record=read(version.record) if version.is_finished else None,
@@ -231,22 +232,22 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in lines]
 
 
-def _state(version: Version, attempts: Sequence[dict[str, Any]]) -> tuple[str, str]:
+def _state(version: Version, attempts: Sequence[Attempt]) -> tuple[str, str]:
     """The state of a training, and in words why it is not finished."""
     if version.is_finished:
         return "finished", ""
-    said = heartbeat.read(version.heartbeat)
     if is_owned(version):
-        return "running", heartbeat.sentence(said) if said else "it is being started"
-    last = attempts[-1] if attempts else {"outcome": None, "error": None, "iteration": 0}
-    after = f"after step {last['iteration']}"
-    if reason := last.get("gave_up"):
-        return "failed", str(reason)
-    if last["outcome"] in ("failed", "hung"):
-        return "failed", f"{last['error'] or last['outcome']} ({after})"
-    if last["outcome"] in ("requeued", "time limit"):
+        beat = heartbeat.read(version.heartbeat)
+        return "running", heartbeat.sentence(beat) if beat else "it is being started"
+    last = attempts[-1] if attempts else Attempt()
+    after = f"after step {last.iteration}"
+    if last.gave_up:
+        return "failed", last.gave_up
+    if last.outcome in ("failed", "hung"):
+        return "failed", f"{last.error or last.outcome} ({after})"
+    if last.outcome in ("requeued", "time limit"):
         return "waiting", f"waits for its next job, {after}"
-    if last["outcome"] == "stopped":
+    if last.outcome == "stopped":
         return "stopped", f"somebody stopped it {after}"
     step = version.latest_iteration() or 0
     return (
@@ -269,13 +270,19 @@ def _read_data(
         made = ancestors(entry for stage in stages if stage.record for entry in stage.record.inputs)
         made |= {stage.version.record: stage.record for stage in stages if stage.record}
         if all(path.is_file() for path in last):
-            return collect(last), made | {path: read(path) for path in last}
+            data = collect(last)
+            if data.lacking:
+                trouble.append(
+                    f"Of the shards that the blends name, {plural(len(data.lacking), 'record')} cannot be "
+                    f"counted (removed, damaged or made again since): {', '.join(data.lacking[:3])}."
+                )
+            return data, made | {path: read(path) for path in last}
         there = {path: record for path in _json_files(root) if (record := _record(path))}
         data = collect([path for path in last if path.is_file()])
         every = add_up(there.values())
         every.mixes, every.indexed = data.mixes, data.indexed
         return every, made | there
-    except (UserError, OSError, KeyError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         trouble.append(f"The records of the data cannot be followed: {error}")
         return Data(), {}
 

@@ -105,9 +105,9 @@ class RunSettings(Run):
     template_date: str = Field(default=TEMPLATE_DATE, exclude_if=lambda value: value == TEMPLATE_DATE)
 
 
-def template_date(checkpoint: Mapping[str, Any]) -> date:
-    """The date that the chat template of a checkpoint is told, by the checkpoint's config.yaml."""
-    return date.fromisoformat(checkpoint.get("run", {}).get("template_date", TEMPLATE_DATE))
+def template_date(run: Mapping[str, Any]) -> date:
+    """The date that the chat template of a checkpoint is told, by how the checkpoint was run."""
+    return date.fromisoformat(run.get("template_date", TEMPLATE_DATE))
 
 
 def train_settings(config: Config, name: str) -> TrainSettings:

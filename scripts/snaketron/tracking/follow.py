@@ -18,12 +18,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import snaketron
-from snaketron.files import read_json
+from snaketron.jobs.attempts import read_attempts
 from snaketron.lineage.record import Entry
-from snaketron.log import log_to, logger
+from snaketron.log import UserError, log_to, logger
 from snaketron.log import run as run_script
 from snaketron.tracking.notify import tell
 from snaketron.tracking.sinks import Run, Sink
@@ -162,20 +161,20 @@ class Follower:
     def outcomes(self) -> str | None:
         """Tell how attempts ended; the outcome of the last one."""
         try:
-            attempts: list[dict[str, Any]] = read_json(self.run.version.attempts)
-        except (OSError, ValueError):
+            attempts = read_attempts(self.run.version.attempts)
+        except (OSError, UserError):
+            return None
+        if not attempts:
             return None
         for attempt in attempts[self.attempts :]:
-            if attempt["outcome"] is None:
+            if attempt.outcome is None:
                 break
             self.attempts += 1
-            if attempt["outcome"] in ("failed", "hung"):
-                self.alert(
-                    attempt["outcome"], f"after step {attempt['iteration']}: {attempt['error']}", failed=True
-                )
-            if attempt["outcome"] == "hung" and self.run.notify:
-                tell(self.run.notify, "stalled", self.run.version, error=attempt["error"])
-        return "finished" if self.run.version.is_finished else attempts[-1]["outcome"]
+            if attempt.outcome in ("failed", "hung"):
+                self.alert(attempt.outcome, f"after step {attempt.iteration}: {attempt.error}", failed=True)
+            if attempt.outcome == "hung" and self.run.notify:
+                tell(self.run.notify, "stalled", self.run.version, error=attempt.error)
+        return "finished" if self.run.version.is_finished else attempts[-1].outcome
 
     def alert(self, kind: str, text: str, *, failed: bool) -> None:
         title = f"{self.run.stage}: {kind}"

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from snaketron.files import read_json
 from snaketron.jobs import heartbeat
+from snaketron.jobs.attempts import read_attempts
 from snaketron.jobs.version import Version, versions
 from snaketron.log import logger
 
@@ -59,12 +59,12 @@ def tell(command: list[str], what: What, version: Version | None, **facts: Any) 
 
 def of_training(version: Version) -> dict[str, Any]:
     """How far a training is."""
-    values = heartbeat.read(version.heartbeat)
+    beat = heartbeat.read(version.heartbeat)
     return {
         "stage": re.sub("^pretrain_", "pretrain/", version.directory.resolve().name.rpartition("-")[0]),
-        "step": values.get("iteration"),
-        "steps": values.get("train_iters"),
-        "loss": values.get("loss"),
+        "step": beat and beat.iteration,
+        "steps": beat and beat.train_iters,
+        "loss": beat and beat.loss,
         "version": str(version.directory),
         "training_log": str(version.log),
     }
@@ -87,10 +87,10 @@ def tell_of_workflow(
 ) -> None:
     """Tell how this process' workflow ended, which jobs failed, and the training that was heard of last."""
     version = last_training(ckpt, BEGAN) if command else None
-    last = read_json(version.attempts)[-1] if version and version.attempts.exists() else {}
-    if what == "failed" and last.get("outcome") == "stopped":
+    last = next(reversed(read_attempts(version.attempts)), None) if version else None
+    if what == "failed" and last and last.outcome == "stopped":
         what = "stopped"
-    error = last.get("error") if what == "failed" else None
+    error = last.error if last and what == "failed" else None
     log = next(iter(logs), None)
     failed = jobs if what == "failed" and jobs else None
     tell(command, what, version, jobs=failed, log=log, seconds=round(time.time() - BEGAN, 1), error=error)

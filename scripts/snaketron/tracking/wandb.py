@@ -23,7 +23,6 @@ from snaketron.tracking.artifacts import Artifact
 from snaketron.tracking.sinks import Run
 
 import orjson
-import yaml
 
 PROJECT = "snaketron"
 OPEN_S = 30  # for W&B to answer at the start of a run
@@ -99,8 +98,8 @@ class WandB:
             return
         for base in artifacts.trainings(record.inputs):
             self._log_untracked(base)
-        values = yaml.safe_load(version.config.read_text())
-        run = self.client.open(name, record.name, {key: values[key] for key in ("settings", "run")})
+        told = version.describe()
+        run = self.client.open(name, record.name, {"settings": told.settings, "run": told.run})
         for line in version.metrics.read_bytes().splitlines():
             log(run, orjson.loads(line))
         for artifact in artifacts.leading_to(record.inputs, record.name.replace("/", "_")):

@@ -12,12 +12,11 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from snaketron.files import owned, writing, writing_directory
 from snaketron.huggingface.save import TOKENIZER_FILES, TensorReader, open_tensors
 from snaketron.huggingface.torch_dist import Chunk, Reader, is_finite, write
-from snaketron.jobs.version import Version, version_key
+from snaketron.jobs.version import Description, Version, version_key
 from snaketron.lineage.record import Entry, making, of_file
 from snaketron.log import UserError, logger
 from snaketron.settings.schedule import steady_steps
@@ -25,7 +24,6 @@ from snaketron.settings.training import settings_of_checkpoint
 from snaketron.wording import plural
 
 import torch
-import yaml
 
 
 def coefficients(iterations: Sequence[int]) -> list[float]:
@@ -71,16 +69,15 @@ def average(source: Path, output: Path, *, stage: str, tokens: int | None) -> No
     version.directory.mkdir(parents=True, exist_ok=True)
     with owned(version.lock):
         if not version.is_finished:
-            config = phase.read_config()
             inputs = [Entry("checkpoint", str(source), version=identity)]
-            _write(version, phase, iterations, stage, config, inputs, started)
+            _write(version, phase, iterations, stage, phase.describe(), inputs, started)
     version.publish(output)
     logger.info("%s: %s is %s", stage, output, version.directory)
 
 
 def _steady(phase: Version, tokens: int | None) -> list[int]:
     """The steps whose checkpoints are averaged."""
-    settings = settings_of_checkpoint(phase.read_config()["settings"])
+    settings = settings_of_checkpoint(phase.describe().settings)
     last = steady_steps(settings.schedule, settings.optimizer, settings.train_iters)
     there = [iteration for iteration in phase.iterations() if 0 < iteration <= last]
     first = there[-1] - tokens / (settings.global_batch_size * settings.seq_length) if there and tokens else 0
@@ -99,7 +96,7 @@ def _write(
     phase: Version,
     iterations: list[int],
     stage: str,
-    config: dict[str, Any],
+    trained: Description,
     inputs: list[Entry],
     started: float,
 ) -> None:
@@ -115,14 +112,8 @@ def _write(
     for name in TOKENIZER_FILES:
         if (phase.tokenizer / name).exists():
             shutil.copyfile(phase.tokenizer / name, version.tokenizer / name)
-    settings = config["settings"] | {"stage": stage}
-    with writing(version.config) as (temporary,):
-        values = {
-            "settings": settings,
-            "inputs": [entry.reference for entry in inputs],
-            "tokenizer_sha256": config["tokenizer_sha256"],
-        }
-        temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+    settings = trained.settings | {"stage": stage}
+    Description(settings, inputs, trained.tokenizer_sha256).write(version.config)
     with writing(version.latest) as (temporary,):
         temporary.write_text(str(iterations[-1]))
     with making("checkpoint", stage, outputs={}, record=version.record, started=started) as job:

@@ -19,14 +19,14 @@ if TYPE_CHECKING:  # imports megatron-core (5 s)
 
 def check_adapters(stage: Stage, adapters: Path) -> None:
     """Raise `UserError` unless the adapters were trained with these settings and on the named base."""
-    trained = Version(adapters).read_config()
-    ours = stage.settings.model_dump() | {"stage": trained["settings"]["stage"]}
-    if differ := [key for key in ours if trained["settings"].get(key) != ours[key]]:
+    trained = Version(adapters).describe()
+    ours = stage.settings.model_dump() | {"stage": trained.stage}
+    if differ := [key for key in ours if trained.settings.get(key) != ours[key]]:
         raise UserError(
             f"{adapters} was trained with other settings ({', '.join(differ)}); run `snakemake ckpt/lora` "
             "first"
         )
-    bases = [entry["version"] for entry in trained["inputs"] if "version" in entry]
+    bases = [entry.version for entry in trained.inputs if entry.version]
     if stage.base is None or Version(stage.base).identity not in bases:
         raise UserError(
             f"{adapters} was trained on {', '.join(bases)}, which {stage.base} is not (any more); run "

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from snaketron.config import Model, Section
 from snaketron.data.tokenizer import Info, tokenizer_info
-from snaketron.files import read_json, sha256, writing
+from snaketron.files import read_json, sha256
 from snaketron.jobs import continuation, launch, supervisor
-from snaketron.jobs.attempts import Attempts
-from snaketron.jobs.version import Version, check_place, published, version_key
+from snaketron.jobs.attempts import Attempts, read_attempts
+from snaketron.jobs.version import Description, Version, check_place, published, version_key
 from snaketron.lineage.record import Entry, making, of_file
 from snaketron.lineage.walk import record_about
 from snaketron.log import UserError, begin_log, log_to, logger
@@ -29,7 +29,6 @@ from snaketron.tracking.sinks import Run
 from snaketron.train.metrics import Metrics, mix, performance
 from snaketron.wording import size_text
 
-import yaml
 from pydantic import ValidationError
 
 if TYPE_CHECKING:  # imports megatron-core (5 s), which a finished version does not need
@@ -253,16 +252,11 @@ class Stage:
 
     def write_config(self) -> None:
         """Write what this version is to it, with the files of the tokenizer."""
-        with writing(self.version.config) as (temporary,):
-            values = {
-                "settings": self.settings.model_dump(),
-                "run": self.run.model_dump(),
-                "inputs": [entry.reference for entry in self.inputs],
-                "tokenizer_sha256": self.tokenizer.sha256,
-                **({"order": order} if (order := self.order) else {}),
-                **self._origin(),
-            }
-            temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+        settings, run = self.settings.model_dump(), self.run.model_dump()
+        described = Description(
+            settings, self.inputs, self.tokenizer.sha256, run, self.order, **self._origin()
+        )
+        described.write(self.version.config)
         self.version.tokenizer.mkdir(exist_ok=True)
         for name in TOKENIZER_FILES:
             if (self.tokenizer_directory / name).exists():
@@ -307,8 +301,8 @@ class Stage:
     def _share(self) -> tuple[dict[str, int], dict[str, float]]:
         """The nodes and processes, and the time of the GPUs, or else CPUs, that all attempts had."""
         nodes, per_node, _ = layout(self.run, self.run.cluster)
-        before = read_json(self.version.attempts) if self.version.attempts.exists() else []
-        seconds = time.monotonic() - self.started + sum(attempt.get("seconds", 0) for attempt in before)
+        before = sum(attempt.seconds or 0 for attempt in read_attempts(self.version.attempts))
+        seconds = time.monotonic() - self.started + before
         processes = nodes * per_node
         if self.run.cluster.gpus_per_node:
             cost = {"gpu_seconds": round(seconds * processes, 1)}
@@ -321,7 +315,7 @@ def has_optimizer(base: Path | None) -> bool:
     """Whether a checkpoint was trained here and has its optimizer's state; others have weights alone."""
     if base is None:
         return False
-    trained: int = Version(base).read_config()["settings"]["train_iters"]
+    trained: int = Version(base).describe().settings["train_iters"]
     if not trained:
         logger.info("%s: comes from elsewhere without the optimizer's state, so AdamW begins anew", base)
     return trained > 0
@@ -329,16 +323,16 @@ def has_optimizer(base: Path | None) -> bool:
 
 def check_base(base: Path, model: Model, tokenizer_sha256: str) -> None:
     """`UserError` unless a checkpoint is of this architecture, with this tokenizer."""
-    config = Version(base).read_config()
-    if config["settings"]["stage"] == "lora":
+    config = Version(base).describe()
+    if config.stage == "lora":
         raise UserError(
             f"{base} holds adapters and not the model: merge them (`snakemake ckpt/lora_merged`), "
             "and start from that"
         )
-    differ = model_differences(config["settings"]["model"], model)
-    if config["tokenizer_sha256"] != tokenizer_sha256:
+    differ = model_differences(config.settings["model"], model)
+    if config.tokenizer_sha256 != tokenizer_sha256:
         differ.append(
-            f"the tokenizer: sha256 {config['tokenizer_sha256'][:12]} in the checkpoint, "
+            f"the tokenizer: sha256 {config.tokenizer_sha256[:12]} in the checkpoint, "
             f"{tokenizer_sha256[:12]} here"
         )
     if differ:

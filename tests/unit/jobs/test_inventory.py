@@ -29,7 +29,8 @@ def make(
         *([{"path": "base", "version": base}] if base else []),
     ]
     files.write_text(
-        version.config, yaml.safe_dump({"settings": {"train_iters": 59}, "inputs": inputs}).encode()
+        version.config,
+        yaml.safe_dump({"settings": {"stage": "sft", "train_iters": 59}, "inputs": inputs}).encode(),
     )
     if finished:
         files.write_json(version.record, {})

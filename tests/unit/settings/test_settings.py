@@ -352,7 +352,7 @@ def test_keys_that_came_later_are_in_the_settings_of_chats_only_where_they_are_g
 def test_a_checkpoint_keeps_the_date_that_its_template_was_told():
     """So chat, evaluation and export tell it the same; the default changes no checkpoint of before."""
     assert "template_date" not in run_settings(load({}, {}), "sft").model_dump()
-    assert template_date({"settings": {}}) == date(2026, 1, 1)
+    assert template_date({}) == date(2026, 1, 1)
     run = run_settings(load({"sft_data": {"template_date": "2026-07-04"}}, {}), "sft")
-    assert template_date({"run": run.model_dump()}) == date(2026, 7, 4)
+    assert template_date(run.model_dump()) == date(2026, 7, 4)
     assert RunSettings.model_validate_json(run.model_dump_json(exclude_defaults=True)) == run

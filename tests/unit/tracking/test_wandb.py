@@ -31,7 +31,7 @@ from tests.wandb_log import LoggedRun, read_run, read_runs
 
 import pytest
 
-CONFIG = {"settings": {"seed": 1}, "run": {"log_interval": 2}}
+CONFIG = {"settings": {"stage": "sft"}, "run": {"log_interval": 2}}
 LINES: list[dict[str, Any]] = [
     {"iteration": 0, "valid_loss": 7.5},
     {
