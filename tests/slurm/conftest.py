@@ -281,6 +281,11 @@ def two_processes(finished: Workspace, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def disturbed(slurm: Slurm, two_processes: Workspace, tmp_path: Path) -> Disturbed:
     """A copy of the main job whose last training is to be done again, on two nodes."""
+    return disturb(slurm, two_processes, tmp_path)
+
+
+def disturb(slurm: Slurm, two_processes: Workspace, path: Path) -> Disturbed:
+    """The same in `path`, for a training that several stories are about."""
     from tests.slurm.disturbed import Disturbed
 
-    return Disturbed(slurm, copy_of(two_processes, tmp_path / "work"))
+    return Disturbed(slurm, copy_of(two_processes, path / "work"))

@@ -17,6 +17,15 @@ from tests.slurm.conftest import Job, Running, Slurm, wait_for
 import psutil
 
 
+def state_of(process: psutil.Process) -> str:
+    """As psutil says it; a process that has ended is dead, whoever waits for it."""
+    try:
+        state = process.status()
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_DEAD
+    return psutil.STATUS_DEAD if state == psutil.STATUS_ZOMBIE else state
+
+
 class Disturbed:
     """A copy of the main job that tunes its model again, on two nodes."""
 
@@ -27,6 +36,7 @@ class Disturbed:
         self.version = self.published.resolve()
         self.version.rename(self.undisturbed)
         self.published.unlink()
+        self.started: dict[int, list[psutil.Process]] = {}  # processes by attempt
 
     @contextlib.contextmanager
     def start(self, config: tuple[str, ...] = (), *arguments: str) -> Iterator[Running]:
@@ -35,18 +45,36 @@ class Disturbed:
             yield self.running
 
     def has_done(self, step: int) -> bool:
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((self.version / "progress.json").read_text())["iteration"] >= step
+        """Whether the current attempt is at this step, by its metrics: a heartbeat comes once a second.
+
+        An attempt first removes the heartbeat of the one before, and the lines of metrics that it will write
+        again before its own first heartbeat.
+        """
+        with contextlib.suppress(OSError):
+            lines = (self.version / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+            return (self.version / "progress.json").exists() and any(
+                json.loads(line)["iteration"] >= step for line in lines
+            )
         return False
 
-    def wait_for(self, step: int) -> None:
-        """Wait until a step is done, which must come before Snakemake ends."""
+    def wait_for(self, step: int, attempt: int = 1) -> list[psutil.Process]:
+        """Wait until an attempt has done a step, before Snakemake ends; its processes, by rank.
 
-        def done() -> bool:
+        They are looked for while they start, so that a fast training is not over when it is to be disturbed.
+        """
+
+        def lives[T](found: T) -> T:
             assert self.running.process.poll() is None, self.running.log.read_text()[-3000:]
-            return self.has_done(step)
+            return found
 
-        wait_for(done, 600)
+        def started() -> bool:
+            earlier = [one for n, ranks in self.started.items() if n != attempt for one in ranks]
+            self.started[attempt] = [one for one in self.ranks() if one not in earlier]
+            return len(self.started[attempt]) == 2
+
+        wait_for(lambda: lives(self.begun >= attempt and started()), 600, every=0.5)
+        wait_for(lambda: lives(self.has_done(step)), 600, every=0.01)
+        return self.started[attempt]
 
     def pre_empt(self) -> None:
         """Have a job of another partition ask for both nodes, for 2 s; it need not wait for jobs of `low`."""
@@ -70,6 +98,11 @@ class Disturbed:
         return read_json(self.version / "attempts.json")
 
     @property
+    def begun(self) -> int:
+        """How many attempts have begun."""
+        return len(self.attempts) if (self.version / "attempts.json").exists() else 0
+
+    @property
     def outcomes(self) -> list[str | None]:
         return [attempt["outcome"] for attempt in self.attempts]
 
@@ -78,18 +111,19 @@ class Disturbed:
         found: dict[int, psutil.Process] = {}
         for process in sorted(psutil.process_iter(), key=lambda process: process.pid, reverse=True):
             with contextlib.suppress(psutil.Error):
-                environment = process.environ()
-                if TOKEN in environment and process.cwd() == str(self.workspace.path):
-                    command = process.cmdline()
-                    if "scripts/sft.py" in command and "python" in Path(command[0]).name:
+                command = process.cmdline()
+                if "scripts/sft.py" in command and "python" in Path(command[0]).name:
+                    environment = process.environ()
+                    if TOKEN in environment and process.cwd() == str(self.workspace.path):
                         # The first: later ones are its children, which write checkpoints.
                         found[int(environment["SLURM_PROCID"])] = process
         return [found[rank] for rank in sorted(found)]
 
     @contextlib.contextmanager
-    def suspended(self, *ranks: int) -> Iterator[list[psutil.Process]]:
-        """Processes that do not go on for a while."""
-        processes = [self.ranks()[rank] for rank in ranks]
+    def suspended(self, *ranks: int, step: int, attempt: int = 1) -> Iterator[list[psutil.Process]]:
+        """Processes that do not go on for a while, from when an attempt has done a step."""
+        all_of_them = self.wait_for(step, attempt)
+        processes = [all_of_them[rank] for rank in ranks]
         for process in processes:
             process.suspend()
         try:

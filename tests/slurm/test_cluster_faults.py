@@ -6,11 +6,13 @@ import os
 import signal
 import time
 
+from tests.conftest import Workspace
 from tests.end_to_end.test_kill import weights
-from tests.slurm.conftest import wait_for
-from tests.slurm.disturbed import Disturbed
+from tests.slurm.conftest import Slurm, disturb, wait_for
+from tests.slurm.disturbed import Disturbed, state_of
 
 import psutil
+import pytest
 
 
 def test_a_pre_empted_job_saves_and_goes_on_later(disturbed: Disturbed):
@@ -24,11 +26,11 @@ def test_a_pre_empted_job_saves_and_goes_on_later(disturbed: Disturbed):
         wait_for(lambda: len(disturbed.ranks()) == 2)
         disturbed.pre_empt()
         wait_for(lambda: disturbed.outcomes[0] is not None)
-        disturbed.wait_for(3)
-        with disturbed.suspended(1) as (process,):  # so that there is something left to do then
+        # so that there is something left to do then
+        with disturbed.suspended(1, step=3, attempt=2) as (process,):
             disturbed.pre_empt()
             # Slurm wakes what it tells to end.
-            wait_for(lambda: process.status() != psutil.STATUS_STOPPED)
+            wait_for(lambda: state_of(process) != psutil.STATUS_STOPPED)
         assert running.result().status == 0
     assert disturbed.outcomes == ["stopped", "stopped", "finished"]
     assert disturbed.job.restarts == 2 and len(disturbed.jobs) == 1
@@ -36,65 +38,76 @@ def test_a_pre_empted_job_saves_and_goes_on_later(disturbed: Disturbed):
     assert weights(disturbed.published) == weights(disturbed.undisturbed)
 
 
-def test_a_requeue_inside_a_checkpoint_write_goes_on_from_the_one_before(disturbed: Disturbed):
-    with disturbed.start() as running:
-        disturbed.wait_for(4)
-        ranks = disturbed.ranks()
-        wait_for(lambda: any(disturbed.version.glob(".iter_0000008.*.partial/*")), every=0.001)
-        ranks[0].suspend()
-        disturbed.slurm.scontrol("requeue", str(disturbed.job.id))
-        assert running.result().status == 0
-    assert disturbed.job.restarts == 1 and disturbed.job.state == "COMPLETED"
-    assert disturbed.attempts[-1]["from_iteration"] in (4, 8)
-    disturbed.is_undisturbed()
+@pytest.fixture(scope="module")
+def weathered(
+    slurm: Slurm, two_processes: Workspace, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Disturbed, str]:
+    """A training that stays in one job while the controller is away, a node is lost, and the job is requeued.
 
-
-def test_a_lost_node_stops_one_attempt_and_its_processes_write_nothing_more(disturbed: Disturbed):
-    """The daemon of node2 dies. Its process lives on, unnoticed, and comes back when the job runs again."""
-    slurm = disturbed.slurm
+    With what it had said when the node came back.
+    """
+    disturbed = disturb(slurm, two_processes, tmp_path_factory.mktemp("weathered"))
     with disturbed.start() as running:
-        disturbed.wait_for(5)
-        with disturbed.suspended(1):  # else it would end before Slurm notices
+        with disturbed.suspended(0, step=1):
+            slurm.kill_controller()
+            try:
+                time.sleep(30)  # Snakemake asks every second here, and nobody answers
+                assert running.process.poll() is None
+            finally:
+                slurm.start_controller()
+        with disturbed.suspended(1, step=5):  # else it would end before Slurm notices
             slurm.kill_node("node2")
             wait_for(lambda: disturbed.job.state == "PENDING" and disturbed.job.restarts == 1)
         slurm.start_node("node2")
+        ranks = disturbed.wait_for(5, attempt=2)
+        said = (disturbed.version / "train.log").read_text()
+        while not any(disturbed.version.glob(".iter_0000008.*.partial/*")):
+            ranks[0].resume()
+            time.sleep(0.005)  # a write is short
+            ranks[0].suspend()
+        slurm.scontrol("requeue", str(disturbed.job.id))
         assert running.result().status == 0
+    assert len(disturbed.attempts) == 3
+    return disturbed, said
+
+
+def test_a_controller_that_is_away_for_a_while_is_waited_for(weathered: tuple[Disturbed, str]):
+    """Nothing is submitted again, and the Snakemake that got no answer notices the end of its job."""
+    disturbed, _ = weathered
+    assert [job.state for job in disturbed.jobs] == ["COMPLETED"]
+    assert "Slurm answers again, after " in disturbed.running.log.read_text()
+    disturbed.is_undisturbed()
+
+
+def test_a_lost_node_stops_one_attempt_and_its_processes_write_nothing_more(
+    weathered: tuple[Disturbed, str],
+):
+    """The daemon of node2 dies. Its process lives on, unnoticed, and comes back when the job runs again."""
+    disturbed, said = weathered
     assert len(disturbed.jobs) == 1
-    assert disturbed.attempts[-1]["from_iteration"] in (4, 8)
-    said = (disturbed.version / "train.log").read_text()
+    assert disturbed.attempts[1]["from_iteration"] in (4, 8)
     assert f"Slurm requeues (a node was lost or taken down, say) job {disturbed.job.id}, which then" in said
     assert "run the same command again" not in said
     disturbed.is_undisturbed()
 
 
-def test_a_controller_that_is_away_for_a_while_is_waited_for(disturbed: Disturbed):
-    """Snakemake asks it every second here, and nobody answers for half a minute."""
-    with disturbed.start() as running:
-        disturbed.wait_for(1)
-        with disturbed.suspended(0):
-            disturbed.slurm.kill_controller()
-            try:
-                time.sleep(30)
-                assert running.process.poll() is None
-            finally:
-                disturbed.slurm.start_controller()
-        assert running.result().status == 0
-    assert [job.state for job in disturbed.jobs] == ["COMPLETED"]
+def test_a_requeue_inside_a_checkpoint_write_goes_on_from_the_one_before(weathered: tuple[Disturbed, str]):
+    disturbed, _ = weathered
+    assert disturbed.job.restarts == 2 and disturbed.job.state == "COMPLETED"
+    assert disturbed.attempts[2]["from_iteration"] in (4, 8)
     disturbed.is_undisturbed()
 
 
 def test_a_second_snakemake_waits_for_the_job_that_the_first_one_left(disturbed: Disturbed):
     """It publishes what that job trained, by a job that finds the training finished."""
-    with disturbed.start() as running:
-        disturbed.wait_for(2)
+    with disturbed.start() as running, disturbed.suspended(0, step=2) as (process,):
         first = disturbed.job.id
-        with disturbed.suspended(0):
-            os.killpg(running.process.pid, signal.SIGKILL)
-            running.process.wait()
-            with disturbed.start() as second:
-                wait_for(lambda: disturbed.job.id != first and disturbed.job.reason == "Dependency", 180)
-                disturbed.ranks()[0].resume()
-                assert second.result().status == 0
+        os.killpg(running.process.pid, signal.SIGKILL)
+        running.process.wait()
+        with disturbed.start() as second:
+            wait_for(lambda: disturbed.job.id != first and disturbed.job.reason == "Dependency", 180)
+            process.resume()
+            assert second.result().status == 0
     assert [job.state for job in disturbed.jobs] == ["COMPLETED", "COMPLETED"]
     assert disturbed.outcomes == ["finished"]
     disturbed.is_undisturbed()

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 from tests.slurm.conftest import give_up, wait_for
-from tests.slurm.disturbed import Disturbed
+from tests.slurm.disturbed import Disturbed, state_of
 from tests.slurm.image import environment_of_tests, make_image
 
 import psutil
@@ -54,25 +54,23 @@ def test_a_training_in_an_image_is_that_of_the_machine(
     )
     config = (f"cluster={{{cluster}, mounts: {mounts}}}", "sft={save_interval: 1000}")
     with disturbed.start(config, "--set-resources", "sft:slurm_partition=low") as running:
-        disturbed.wait_for(3)
-        for rank in disturbed.ranks():
-            inside = rank.environ()
-            assert {name: inside[name] for name in SECRETS} == SECRETS
-            assert inside["CH_RUNNING"] and inside["PATH"].endswith("/bin:/usr/bin:/bin")
-            seen = Path(f"/proc/{rank.pid}/root")
-            assert (seen / "ch/environment").samefile(root / "ch/environment")
-            assert (seen / str(cache).lstrip("/")).samefile(cache) and inside["TRITON_CACHE_DIR"].startswith(
-                f"{cache}/"
+        with disturbed.suspended(0, 1, step=3) as ranks:  # so that there is something left to do then
+            for rank in ranks:
+                inside = rank.environ()
+                assert {name: inside[name] for name in SECRETS} == SECRETS
+                assert inside["CH_RUNNING"] and inside["PATH"].endswith("/bin:/usr/bin:/bin")
+                seen = Path(f"/proc/{rank.pid}/root")
+                assert (seen / "ch/environment").samefile(root / "ch/environment")
+                assert (seen / str(cache).lstrip("/")).samefile(cache)
+                assert inside["TRITON_CACHE_DIR"].startswith(f"{cache}/")
+            commands = [
+                word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or ()
+            ]
+            assert "--set-env" in commands and not any(
+                secret in word for secret in SECRETS.values() for word in commands
             )
-        commands = [
-            word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or ()
-        ]
-        assert "--set-env" in commands and not any(
-            secret in word for secret in SECRETS.values() for word in commands
-        )
-        with disturbed.suspended(1) as (process,):  # so that there is something left to do then
             disturbed.pre_empt()
-            wait_for(lambda: process.status() != psutil.STATUS_STOPPED)  # Slurm wakes what it tells to end
+            wait_for(lambda: state_of(ranks[1]) != psutil.STATUS_STOPPED)  # Slurm wakes what it tells to end
         wait_for(lambda: len(disturbed.attempts) == 2 and len(disturbed.ranks()) == 2, 600)
         disturbed.ranks()[0].kill()
         assert running.result().status == 0

@@ -7,10 +7,12 @@ import re
 import signal
 from pathlib import Path
 
-from tests.slurm.conftest import MINUTES, wait_for
-from tests.slurm.disturbed import Disturbed
+from tests.conftest import Workspace
+from tests.slurm.conftest import MINUTES, Slurm, disturb, wait_for
+from tests.slurm.disturbed import Disturbed, state_of
 
 import psutil
+import pytest
 
 
 def test_a_time_limit_ends_a_job_and_not_the_training(disturbed: Disturbed):
@@ -19,8 +21,7 @@ def test_a_time_limit_ends_a_job_and_not_the_training(disturbed: Disturbed):
     In 75 s a busy machine gets through the start of a job and two steps, which take 15 s on an idle one.
     """
     with disturbed.start((f"sft={{stop_before_limit: {60 * MINUTES - 75}}}",)) as running:
-        disturbed.wait_for(2)
-        with disturbed.suspended(0) as (process,):  # so that there is something left to do then
+        with disturbed.suspended(0, step=2) as (process,):  # so that there is something left to do then
             wait_for(lambda: is_pending(signal.SIGUSR1, process))
         assert running.result().status == 0
     assert disturbed.job.restarts >= 1 and len(disturbed.jobs) == 1
@@ -38,40 +39,43 @@ def is_pending(number: signal.Signals, process: psutil.Process) -> bool:
     return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
-def test_a_cancelled_job_is_submitted_again(disturbed: Disturbed):
-    with disturbed.start() as running:
-        disturbed.wait_for(5)
-        disturbed.slurm.scancel(str(disturbed.job.id))
-        assert running.result().status == 0
-    assert [job.state for job in disturbed.jobs] == [
-        "CANCELLED",
-        "COMPLETED",
-    ]
-    assert disturbed.attempts[-1]["from_iteration"] >= 4
-    disturbed.is_undisturbed()
-
-
-def test_a_process_that_dies_is_replaced_within_the_job(disturbed: Disturbed):
-    with disturbed.start() as running:
-        disturbed.wait_for(5)
-        disturbed.ranks()[1].kill()
-        assert running.result().status == 0
-    assert disturbed.outcomes == ["failed", "finished"]
-    assert "was killed by SIGKILL" in disturbed.attempts[0]["error"]
-    assert disturbed.attempts[1]["from_iteration"] in (4, 8)
-    assert disturbed.job.restarts == 0
-    disturbed.is_undisturbed()
-
-
-def test_processes_that_hang_are_replaced_within_the_job(disturbed: Disturbed):
+@pytest.fixture(scope="module")
+def thrice(slurm: Slurm, two_processes: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
+    """A training that loses a process, then hangs, and whose job is cancelled then; it ends all the same."""
+    disturbed = disturb(slurm, two_processes, tmp_path_factory.mktemp("thrice"))
     with disturbed.start(("sft={step_timeout: 60}",)) as running:
-        disturbed.wait_for(5)
-        with disturbed.suspended(0) as (process,):
-            wait_for(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+        with disturbed.suspended(1, step=5) as (process,):
+            process.kill()
+        with disturbed.suspended(0, step=5, attempt=2) as (process,):
+            wait_for(lambda: state_of(process) == psutil.STATUS_DEAD)
+        with disturbed.suspended(1, step=5, attempt=3):
+            disturbed.slurm.scancel(str(disturbed.job.id))
         assert running.result().status == 0
-    assert disturbed.outcomes == ["hung", "finished"]
-    assert disturbed.attempts[1]["from_iteration"] in (4, 8)
-    disturbed.is_undisturbed()
+    assert len(disturbed.attempts) == 4
+    return disturbed
+
+
+def test_a_process_that_dies_is_replaced_within_the_job(thrice: Disturbed):
+    first, second, *_ = thrice.attempts
+    assert first["outcome"] == "failed" and "was killed by SIGKILL" in first["error"]
+    assert second["from_iteration"] in (4, 8)
+    assert second["job"] == first["job"]
+    thrice.is_undisturbed()
+
+
+def test_processes_that_hang_are_replaced_within_the_job(thrice: Disturbed):
+    _, second, third, _ = thrice.attempts
+    assert second["outcome"] == "hung"
+    assert third["from_iteration"] in (4, 8)
+    assert third["job"] == second["job"]
+    thrice.is_undisturbed()
+
+
+def test_a_cancelled_job_is_submitted_again(thrice: Disturbed):
+    assert [(job.state, job.restarts) for job in thrice.jobs] == [("CANCELLED", 0), ("COMPLETED", 0)]
+    assert [attempt["job"] for attempt in thrice.attempts[2:]] == [str(job.id) for job in thrice.jobs]
+    assert thrice.attempts[-1]["from_iteration"] >= 4 and thrice.attempts[-1]["outcome"] == "finished"
+    thrice.is_undisturbed()
 
 
 def test_a_run_that_fails_the_same_way_again_stops_with_its_error(disturbed: Disturbed):

@@ -35,8 +35,8 @@ def test_secrets_are_in_no_file_and_no_record_of_slurm(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     config = (f"cluster={{secrets_file: {secrets}}}", "tracking=offline")
     with disturbed.start(config, "--verbose") as running:
-        disturbed.wait_for(1)
-        environments = [rank.environ() for rank in disturbed.ranks()]
+        with disturbed.suspended(0, 1, step=1) as ranks:
+            environments = [rank.environ() for rank in ranks]
         result = running.result()
     assert result.status == 0
     assert [(e["WANDB_API_KEY"], e["HF_TOKEN"]) for e in environments] == [(FROM_ENVIRONMENT, FROM_FILE)] * 2
