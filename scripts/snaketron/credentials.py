@@ -44,7 +44,7 @@ def read(path: str | None) -> dict[str, str]:
 class Redact(logging.Filter):
     """Takes the values of secrets in this process' environment out of a log.
 
-    `snakemake --verbose` is passed on to every job, and there the executor logs the whole environment.
+    `snakemake --verbose` is passed on to every job, and some executors then log the whole environment there.
     """
 
     def __init__(self) -> None:
