@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.model.megatron import mamba2
+from snaketron.model.megatron import mamba2_layer
 from tests.unit.model.megatron.test_experts import errors
 
 import pytest
@@ -65,7 +65,7 @@ def test_the_scan_that_stands_in_on_a_cpu_has_the_gradients_of_the_kernel(dtype,
         weight,
     )
     exact = gradients(
-        lambda **x: mamba2.mamba_split_conv1d_scan_combined(**x, **options),
+        lambda **x: mamba2_layer.mamba_split_conv1d_scan_combined(**x, **options),
         {name: value.double() for name, value in inputs.items()},
         weight,
     )

@@ -102,7 +102,8 @@ def is_te_min_version(*_: Any) -> bool:
 
 _LINEAR = "megatron.core.tensor_parallel.layers:ColumnParallelLinear._forward_impl"
 _REDUCE = "megatron.core.tensor_parallel.layers:reduce_from_tensor_model_parallel_region"
-_EXPERTS = "megatron.core.transformer.moe.experts:SequentialMLP.forward"
+_GATHER = "megatron.core.distributed.param_and_grad_buffer:dist_all_gather_func"
+_SCATTER = "megatron.core.distributed.param_and_grad_buffer:dist_reduce_scatter_func"
 
 
 def linear(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
@@ -119,19 +120,16 @@ def reduce_over_ranks(input_: Tensor, group: Any = None) -> Tensor:
     return originals.original(_REDUCE)(input_, group)
 
 
-def experts_forward(
-    self: Any, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The routed experts; without gradients only those that have tokens, which are few for few tokens.
+def gather_weights(output: Tensor, part: Tensor, *, group: Any, **options: Any) -> Any:
+    """The weights of all ranks in `output`, of which `part` is this rank's view; one rank has them all."""
+    return None if group.size() == 1 else originals.original(_GATHER)(output, part, group=group, **options)
 
-    In a training each expert takes part, so that each has gradients.
-    """
-    if torch.is_grad_enabled():
-        return originals.original(_EXPERTS)(self, hidden, tokens_per_expert, probs)
-    counts = tokens_per_expert.tolist()
-    parts = zip(self.local_experts, hidden.split(counts), probs.split(counts), strict=True)
-    out = [expert(tokens, weights)[0] for expert, tokens, weights in parts if len(tokens)]
-    return torch.cat(out) if out else hidden, None
+
+def scatter_gradients(part: Tensor, gradients: Tensor, *, group: Any, **options: Any) -> Any:
+    """The sum of all ranks' `gradients` in `part`, a view of them; one rank has it already."""
+    return (
+        None if group.size() == 1 else originals.original(_SCATTER)(part, gradients, group=group, **options)
+    )
 
 
 def l2_norm(

@@ -23,34 +23,49 @@ CHUNK_SIZE = 32
 
 
 class _CausalConv1d(torch.autograd.Function):
-    """One pass over the data for each column of the weight, without padded copies."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, seq_idx)
-        y = torch.addcmul(bias, x, weight[:, -1])
-        for back, column, same in _taps(weight, seq_idx):
-            y[:, back:].addcmul_(_masked(x[:, :-back], same), column)
-        return y
+        return convolve(x, weight, bias, seq_idx)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         x, weight, seq_idx = ctx.saved_tensors
-        grad_x = grad * weight[:, -1]
-        grad_columns = [(grad * x).sum((0, 1))]
-        for back, column, same in _taps(weight, seq_idx):
-            later = _masked(grad[:, back:], same)
-            grad_x[:, :-back].addcmul_(later, column)
-            grad_columns.append((later * x[:, :-back]).sum((0, 1)))
-        return grad_x, torch.stack(grad_columns[::-1], 1), grad.sum((0, 1)), None
+        grad_x = torch.empty_like(x)
+        return grad_x, *convolve_backward(grads[0], x, weight, seq_idx, out=grad_x), None
 
 
-def _taps(weight: Tensor, seq_idx: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """How far back, its weights, and where that token is of the same sequence (None: everywhere)."""
-    for back in range(1, weight.shape[1]):
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """`causal_conv1d` by one pass over the data for each column of the weight, without padded copies."""
+    columns = weight.t().contiguous()
+    y = torch.addcmul(bias, x, columns[-1])
+    for back, column, same in _taps(columns, seq_idx):
+        y[:, back:].addcmul_(_masked(x[:, :-back], same), column)
+    return y
+
+
+def convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, seq_idx: Tensor | None, *, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias; that of x, shaped as x, is written to `out`."""
+    columns = weight.t().contiguous()
+    torch.mul(grad, columns[-1], out=out)
+    grad_columns = [(grad * x).sum((0, 1))]
+    for back, column, same in _taps(columns, seq_idx):
+        later = _masked(grad[:, back:], same)
+        out[:, :-back].addcmul_(later, column)
+        grad_columns.append((later * x[:, :-back]).sum((0, 1)))
+    return torch.stack(grad_columns[::-1], 1), grad.sum((0, 1))
+
+
+def _taps(columns: Tensor, seq_idx: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """How far back, its weights, and where that token is of the same sequence (None: everywhere).
+
+    `columns` (width, channels) is the transposed weight.
+    """
+    for back in range(1, len(columns)):
         same = None if seq_idx is None else (seq_idx[:, back:] == seq_idx[:, :-back]).unsqueeze(-1)
-        yield back, weight[:, -1 - back], same
+        yield back, columns[-1 - back], same
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -108,7 +123,7 @@ def ssd_scan(
         """(b, c, h, ...) as (b, c, g, heads of the group, ...)."""
         return t.unflatten(2, (groups, -1))
 
-    within, to_end, from_start, keep = _same_sequence(seq_idx, batch, chunks, chunk_size, pad, x)
+    within, to_end, from_start, keep = same_sequence(seq_idx, batch, chunks, chunk_size, pad, x)
     x = split(x * dt.unsqueeze(-1)).reshape(-1, chunk_size, head_dim)
     B, C = (split(t).reshape(-1, chunk_size, state_dim) for t in (B, C))
     log_decay = split((dt * A).unsqueeze(-1)).squeeze(-1).cumsum(-1)  # b c h l, since the start of the chunk
@@ -159,7 +174,7 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tens
     return (C.unsqueeze(-2) @ state).squeeze(-2), state
 
 
-def _same_sequence(
+def same_sequence(
     seq_idx: Tensor | None, batch: int, chunks: int, chunk_size: int, pad: int, like: Tensor
 ) -> tuple[Tensor, ...]:
     """Zero where tokens are of one sequence, minus infinity elsewhere, to be added to log decays.
@@ -181,50 +196,6 @@ def _same_sequence(
 
     within = torch.where(seq.unsqueeze(-1) == seq.unsqueeze(-2), causal, -torch.inf)
     return within, where(seq == last), where(seq == before), where(last == before)
-
-
-def mamba_split_conv1d_scan_combined(
-    zxbcdt: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    chunk_size: int,
-    seq_idx: Tensor | None = None,
-    activation: str = "silu",
-    headdim: int | None = None,
-    ngroups: int = 1,
-    norm_before_gate: bool = True,
-) -> Tensor:
-    """mamba-ssm's fused kernel, for the arguments that megatron-core passes (no norm, no projection).
-
-    Args:
-        zxbcdt: (batch, length, 2 * inner + 2 * groups * state_dim + heads), z x B C dt side by side.
-        conv1d_weight, conv1d_bias: (channels, width) and (channels,), channels = those of x B C.
-        dt_bias, A, D: (heads,).
-        chunk_size: of the GPU kernel; here it is `CHUNK_SIZE`, which changes nothing but speed.
-        seq_idx: (batch, length) as in `causal_conv1d`.
-        headdim: width of a head, inner / heads.
-
-    Returns:
-        (batch, length, inner), of zxbcdt's type; computed in float32 (float64 for float64).
-    """
-    if headdim is None or activation != "silu":
-        raise ValueError(f"only headdim given and silu are supported, not {headdim} and {activation}")
-    heads = A.shape[0]
-    inner = heads * headdim
-    batch, length, width = zxbcdt.shape
-    bc = (width - 2 * inner - heads) // 2
-    work = torch.promote_types(zxbcdt.dtype, torch.float32)
-    z, xbc, dt = zxbcdt.to(work).split([inner, inner + 2 * bc, heads], -1)
-    xbc = F.silu(causal_conv1d(xbc, conv1d_weight.to(work), conv1d_bias.to(work), seq_idx))
-    x, B, C = xbc.split([inner, bc, bc], -1)
-    x = x.view(batch, length, heads, headdim)
-    B, C = (t.view(batch, length, ngroups, bc // ngroups) for t in (B, C))
-    y, _ = ssd_scan(x, F.softplus(dt + dt_bias), A, B, C, seq_idx)
-    y = y + x * D.to(work).view(heads, -1)
-    return (y.reshape(batch, length, inner) * F.silu(z)).to(zxbcdt.dtype)
 
 
 class RMSNormGated(torch.nn.Module):

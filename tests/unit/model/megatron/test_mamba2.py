@@ -2,7 +2,7 @@
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.model import backend
-from snaketron.model.megatron import mamba2
+from snaketron.model.megatron import mamba2, mamba2_layer
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def mamba_arguments():
 
 
 def scan(arguments, seq_idx):
-    return mamba2.mamba_split_conv1d_scan_combined(
+    return mamba2_layer.mamba_split_conv1d_scan_combined(
         **arguments, chunk_size=128, seq_idx=seq_idx, headdim=HEAD_DIM, ngroups=GROUPS, norm_before_gate=False
     )
 
@@ -46,7 +46,7 @@ def token_by_token(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, seq_idx):
         start = 0
         for t in range(LENGTH):
             if t == 0 or seq_idx[b, t] != seq_idx[b, t - 1]:
-                start, states = t, torch.zeros(HEADS, HEAD_DIM, STATE_DIM, dtype=z.dtype)
+                start, states = t, [torch.zeros(HEAD_DIM, STATE_DIM, dtype=z.dtype)] * HEADS
             window = range(max(start, t - WIDTH + 1), t + 1)
             conv = conv1d_bias + sum(xbc[b, s] * conv1d_weight[:, WIDTH - 1 - (t - s)] for s in window)
             x, B, C = F.silu(conv).split([INNER, BC, BC])
@@ -66,6 +66,18 @@ def test_scan_is_the_recurrence_and_starts_afresh_with_each_sequence(starts):
     torch.testing.assert_close(scan(arguments, seq_idx), token_by_token(**arguments, seq_idx=seq_idx))
     if not starts:
         torch.testing.assert_close(scan(arguments, None), scan(arguments, seq_idx))
+
+
+@pytest.mark.parametrize("starts", [(), (1, 40, 63, 64)])
+def test_gradients_are_those_of_the_recurrence(starts):
+    """Length 75 is padded to whole chunks of 32."""
+    arguments, seq_idx = mamba_arguments(), sequences(*starts)
+    given = [value.requires_grad_() for value in arguments.values()]
+    weights = torch.randn(BATCH, LENGTH, INNER, dtype=torch.float64)
+    expected = torch.autograd.grad((token_by_token(**arguments, seq_idx=seq_idx) * weights).sum(), given)
+    found = torch.autograd.grad((scan(arguments, seq_idx) * weights).sum(), given)
+    for name, of_scan, of_recurrence in zip(arguments, found, expected, strict=True):
+        torch.testing.assert_close(of_scan, of_recurrence, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_gradients_do_not_cross_sequences():

@@ -18,13 +18,14 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.model import backend
-from snaketron.model.megatron import adam, cpu, gpu, originals, packed, padding, replacements
+from snaketron.model.megatron import adam, cpu, cpu_experts, gpu, originals, packed, padding, replacements
 from snaketron.model.megatron.originals import MISSING, original
 from snaketron.model.megatron.replacements import TABLE, Replacement
 
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,7 +86,9 @@ def test_what_is_replaced_in_objects_is_there(row: Replacement):
         assert callable(original(name)) and callable(replacements.stand_in(by)), name
 
 
-@pytest.mark.parametrize("module", [adam, cpu, gpu, packed, padding], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [adam, cpu, cpu_experts, gpu, packed, padding], ids=lambda module: module.__name__
+)
 def test_what_calls_an_original_names_a_piece_of_the_table(module: ModuleType):
     """Another name would stand for what is there now: the replacement would call itself."""
     named = {v for v in vars(module).values() if isinstance(v, str) and v.startswith("megatron.core.")}
@@ -334,6 +337,42 @@ def test_the_original_layers_of_one_rank_are_functions_in_python():
     (name, *numbers), (_, *own) = results
     assert name == "LinearWithGradAccumulationAndAsyncCommunicationBackward", CAN_GO
     assert all(torch.equal(a, b) for a, b in zip(numbers, own, strict=True))
+
+
+@covers("linear layers and experts of one rank")
+def test_experts_without_a_function_for_each_are_the_original_ones(build, unreplaced):
+    """Outputs and gradients in float64: for experts with tokens, and for one that gets none."""
+    model = build().double()
+    experts = next(module for module in model.modules() if isinstance(module, SequentialMLP))
+    counts = torch.tensor([5, 0, *[3] * (experts.num_local_experts - 2)])
+    width = experts.local_experts[0].linear_fc1.weight.shape[1]
+    tokens = torch.randn(int(counts.sum()), width, dtype=torch.float64, requires_grad=True)
+    probs = torch.rand(len(tokens), dtype=torch.float64, requires_grad=True)
+    weights = torch.randn_like(tokens)
+    given = [tokens, probs, *experts.parameters()]
+
+    def results() -> list[torch.Tensor]:
+        out, bias = experts(tokens, counts, probs)
+        assert bias is None
+        return [out, *torch.autograd.grad((out * weights).sum(), given)]
+
+    own = results()
+    assert own[0].grad_fn.name() == "_ExpertsBackward"
+    unreplaced("linear layers and experts of one rank")
+    for found, expected in zip(own, results(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@covers("the sums of gradients and the weights of one rank")
+def test_the_original_sums_of_one_rank_ask_gloo():
+    of = originals_of("the sums of gradients and the weights of one rank")
+    values, group = torch.arange(3.0), torch.distributed.group.WORLD
+    for original_piece, own in (
+        (of["dist_all_gather_func"], cpu.gather_weights),
+        (of["dist_reduce_scatter_func"], cpu.scatter_gradients),
+    ):
+        assert original_piece(values, values, group=group, async_op=True) is not None, CAN_GO
+        assert own(values, values, group=group) is None and values.tolist() == [0, 1, 2]
 
 
 @covers("APEX's sum of gradients")
