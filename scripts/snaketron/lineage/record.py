@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from snaketron.files import sha256, to_json, writing
 from snaketron.lineage.provenance import cpu_seconds, provenance
@@ -27,8 +27,33 @@ PACKAGES = (
     *("snaketron", "datatrove", "tokenizers", "fastokens", "pyarrow", "torch", "megatron-core"),
     *("numpy", "transformers", "transformer-engine", "mamba-ssm", "causal-conv1d"),
 )
-
-
+# What a record may be about; each rule has its own.
+Kind = Literal[
+    "raw",
+    "sample",
+    "tokenizer",
+    "chat_template",
+    "filtered",
+    "exact_signature",
+    "exact_duplicates",
+    "minhash_signature",
+    "minhash_pairs",
+    "near_duplicates",
+    "decontamination_index",
+    "curated",
+    "tokens",
+    "registered_tokens",
+    "blend",
+    "index",
+    "render_chat",
+    "pack_sft",
+    "registered_packs",
+    "blend_sft",
+    "checkpoint",
+    "export",
+    "evaluation",
+    "report",
+]
 _MAY_LACK = ("key", "provenance")
 
 
@@ -65,7 +90,7 @@ class Entry:
 class Record:
     """What one job made. Several inputs may have the same name; each output has its own."""
 
-    kind: str
+    kind: Kind
     name: str
     created: str  # ISO 8601, UTC
     seconds: float  # time that the job took
@@ -149,12 +174,12 @@ def _entries(values: list[dict[str, Any]], unnamed: Any) -> tuple[Entry, ...]:
 
 
 # Records of before November 2026 have no names. Readers of that time went by the position of these outputs.
-_OUTPUTS = {
+_OUTPUTS: dict[Kind, tuple[str, ...]] = {
     "tokens": ("train.bin", "train.idx", "valid.bin", "valid.idx", "test.bin", "test.idx", "documents"),
     "pack_sft": ("train", "valid", "test"),
     "index": ("index",),
 }
-_INPUTS = {
+_INPUTS: dict[Kind, str] = {
     "tokens": "text",
     "tokenizer": "text",
     "filtered": "text",
@@ -165,12 +190,12 @@ _INPUTS = {
 }
 
 
-def _unnamed_outputs(kind: str, outputs: list[dict[str, Any]]) -> list[str]:
+def _unnamed_outputs(kind: Kind, outputs: list[dict[str, Any]]) -> list[str]:
     names = _OUTPUTS.get(kind, ())
     return [names[i] if i < len(names) else _file_name(entry) for i, entry in enumerate(outputs)]
 
 
-def _unnamed_inputs(kind: str, inputs: list[dict[str, Any]]) -> list[str]:
+def _unnamed_inputs(kind: Kind, inputs: list[dict[str, Any]]) -> list[str]:
     checkpoints = iter(("base", "adapters"))
 
     def name(entry: dict[str, Any]) -> str:
@@ -217,7 +242,7 @@ class Job:
 
 @contextlib.contextmanager
 def making(
-    kind: str, name: str, *, outputs: Mapping[str, Path], record: Path, started: float | None = None
+    kind: Kind, name: str, *, outputs: Mapping[str, Path], record: Path, started: float | None = None
 ) -> Iterator[Job]:
     """Write `outputs` and then their `record`: all of them appear when the block succeeds, else nothing.
 

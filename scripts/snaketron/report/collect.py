@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from snaketron import files
 from snaketron.data.split import SPLITS
-from snaketron.lineage.record import Record, read
+from snaketron.lineage.record import Kind, Record, read
 from snaketron.lineage.walk import ancestors
 
 MAX_EXAMPLES = 3  # removed rows that are quoted, for each source, step and reason
@@ -301,7 +301,7 @@ def _add_packed(data: Data, record: Record) -> None:
             data.remove(source, "pack", reason, number)
 
 
-_ADD = {
+_ADD: dict[Kind, Callable[[Data, Record], None]] = {
     "tokens": _add_text,
     "curated": _add_curated,
     "render_chat": _add_rendered,

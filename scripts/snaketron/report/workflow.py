@@ -15,12 +15,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from snaketron.lineage.record import Record
+from snaketron.lineage.record import Kind, Record
 
 # Each rule with what it is made from, what its records are called, and the lane that it is drawn in: text to
 # the left, conversations to the right. A test compares them with Snakemake's own graph.
-RULES: dict[str, tuple[int, tuple[str, ...], str]] = {
+RULES: dict[str, tuple[int, tuple[str, ...], Kind | Literal[""]]] = {
     "sample_corpus": (0, (), "sample"),
     "sample_chat": (2, (), "sample"),
     "download": (0, (), "raw"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from snaketron.config import ChatSource, Config, Corpus, Section
 from snaketron.settings.chats import padding_multiple
 
-TOKENS, PACKS = "registered_tokens", "registered_packs"  # kinds of records
+TOKENS: Final = "registered_tokens"  # kinds of records
+PACKS: Final = "registered_packs"
 
 
 class RegisterSettings(Section):
