@@ -113,13 +113,13 @@ def test_a_job_is_a_line_with_the_progress_of_its_training(one_node: OneNode):
 def test_gpus_are_asked_for_on_each_node_and_missed_where_torch_sees_none(slurm: Slurm, copy: Workspace):
     """The nodes declare GPUs that they do not have."""
     begin_again(copy, "ckpt/sft")
-    config = ("cluster={gpus_per_node: 1}", "sft={parallel: {data_parallel_size: 2}}")
+    config = ("cluster={gpus_per_node: 2}", "sft={parallel: {data_parallel_size: 4}, global_batch_size: 4}")
     result = slurm.run(copy, "ckpt/sft", config=config)
     assert result.status != 0
-    assert "cluster.gpus_per_node is 1 and torch sees no GPU on " in result.output
+    assert "cluster.gpus_per_node is 2 and torch sees no GPU on " in result.output
     jobs = slurm.jobs(copy)
     assert {(job.rule, job.nodes, job.gres, job.state) for job in jobs} == {
-        ("sft", "node[1-2]", "gres:gpu:1", "FAILED")
+        ("sft", "node[1-2]", "gres:gpu:2", "FAILED")
     }
     assert not (copy.path / "ckpt/sft").exists()
 
