@@ -30,6 +30,6 @@ class Evaluation(Section):
     task_limit: Positive | None = key(None, "questions of each task; null: all")
     apply_chat_template: bool = key(False, "ask the tasks' questions in the chat template")
     batch_size: Positive = key(8, "texts that one process computes at a time")
-    cpus_per_task: CpusPerTask = 2
+    cpus_per_task: CpusPerTask = 1
     mem_gb_per_task: MemGbPerTask = 4
     parallel: Parallel = key(Parallel, "how many processes share the model, in any layout")

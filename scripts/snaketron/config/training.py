@@ -173,7 +173,10 @@ class Optimizer(Section):
 # Of trainings and of evaluations.
 CpusPerTask = Annotated[
     Positive,
-    Field(description="CPU threads of a process; another number may change the last bits of a result"),
+    Field(
+        description="CPU threads of a process; another number may change the last bits of a result. The tiny "
+        "model is too small to gain from a second one, whose core other jobs can use"
+    ),
 ]
 MemGbPerTask = Annotated[float, Field(gt=0, description="memory of the node that a process needs, in GB")]
 
@@ -194,7 +197,7 @@ class Run(Section):
         "to: from the last one a longer training goes on, and ckpt/merged/<phase> averages all",
     )
     steady_interval: Positive | None = key(None, "steps between those checkpoints; null: save_interval")
-    cpus_per_task: CpusPerTask = 2
+    cpus_per_task: CpusPerTask = 1
     mem_gb_per_task: MemGbPerTask = 4
     stop_before_limit: Positive = key(
         120, "seconds before a Slurm job's time limit at which it saves and hands over to the next job"

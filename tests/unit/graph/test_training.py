@@ -43,7 +43,7 @@ def test_settings_are_json_of_one_stage():
 def test_a_training_has_the_threads_of_its_processes_on_a_node():
     parallel = {"tensor_model_parallel_size": 2, "data_parallel_size": 2}
     sft = {"cpus_per_task": 3, "global_batch_size": 2, "parallel": parallel}
-    assert training().threads("pretrain") == 2
+    assert training().threads("pretrain") == 1
     assert training(sft=sft).threads("sft") == 4 * 3
     assert training(sft=sft, cluster={"tasks_per_node": 2}).threads("sft") == 2 * 3
 
@@ -70,7 +70,7 @@ def test_a_phase_of_another_layout_asks_for_its_own():
     assert of("gres") == ["gpu:1", "gpu:2", "gpu:1"]
     assert of("mpi") == [None, "srun", None] and of("tasks_per_node") == [None, 2, None]
     assert [json.loads(run).get("save_interval") for run in of("run")] == [None, 20, None]
-    assert [made.threads("pretrain")(job(phase=phase)) for phase in ("one", "two")] == [2, 4]
+    assert [made.threads("pretrain")(job(phase=phase)) for phase in ("one", "two")] == [1, 2]
 
 
 def test_a_retry_of_snakemake_is_told_to_the_training():

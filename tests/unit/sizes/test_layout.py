@@ -36,27 +36,27 @@ START = "-p gpu --open-mode=append -t 240"
 @pytest.mark.parametrize(
     ("parallel", "cluster", "expected"),
     [
-        ({}, {}, "--mem 4000 --nodes=1 --requeue --ntasks=1 --cpus-per-task=2"),
-        ({}, {"gpus_per_node": 8}, "--mem 4000 --nodes=1 --requeue --cpus-per-task=2 --gres=gpu:1"),
+        ({}, {}, "--mem 4000 --nodes=1 --requeue --ntasks=1 --cpus-per-task=1"),
+        ({}, {"gpus_per_node": 8}, "--mem 4000 --nodes=1 --requeue --cpus-per-task=1 --gres=gpu:1"),
         (  # of one node: one task, with the CPUs of all
             {"data_parallel_size": 8},
             {"gpus_per_node": 8},
-            "--mem 32000 --nodes=1 --requeue --cpus-per-task=16 --gres=gpu:8",
+            "--mem 32000 --nodes=1 --requeue --cpus-per-task=8 --gres=gpu:8",
         ),
         (
             {"tensor_model_parallel_size": 2, "data_parallel_size": 16},
             {"gpus_per_node": 8},
-            "--mem 32000 --nodes=4 --requeue --ntasks-per-node=8 --cpus-per-task=2 --gres=gpu:8",
+            "--mem 32000 --nodes=4 --requeue --ntasks-per-node=8 --cpus-per-task=1 --gres=gpu:8",
         ),
         (  # tasks_per_node=1 is refused by the plugin, and `tasks` alone would become --ntasks-per-gpu
             {"data_parallel_size": 2},
             {"gpus_per_node": 1},
-            "--mem 4000 --nodes=2 --requeue --ntasks=2 --cpus-per-task=2 --gres=gpu:1",
+            "--mem 4000 --nodes=2 --requeue --ntasks=2 --cpus-per-task=1 --gres=gpu:1",
         ),
         (
             {"data_parallel_size": 2},
             {"tasks_per_node": 1},
-            "--mem 4000 --nodes=2 --requeue --ntasks=2 --cpus-per-task=2",
+            "--mem 4000 --nodes=2 --requeue --ntasks=2 --cpus-per-task=1",
         ),
     ],
 )
