@@ -28,12 +28,12 @@ CITIES = (
     *("Lisbon", "Madrid", "Oslo", "Paris", "Rome", "Tokyo"),
 )
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-COUNTS = tuple(map(str, range(2, 100)))
+COUNTS = tuple(map(str, range(2, 22)))
 COLORS = ("black", "blue", "green", "red", "white", "yellow")
 ITEMS = ("bags", "books", "boxes", "chairs", "cups", "hats", "lamps", "pens")
 PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Karl", "Lena")
 ROOMS = ("attic", "garden", "hall", "kitchen", "library", "office")
-HOURS = tuple(map(str, range(6, 23)))
+HOURS = tuple(map(str, range(8, 21)))
 
 # What each argument of a tool may be, in the order of tools.json, and how its request may be worded. The
 # arguments stand in the request in that order, so that a small model soon learns to copy them.
