@@ -119,8 +119,8 @@ def rank(item: pytest.Item) -> tuple[bool, int]:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many tests at a time, also on two cores.
 
-    Four, because those on a cluster mostly wait. For `-m quick` three: the workflow takes most of its time, and
-    more would only slow that down.
+    Four, because those on a cluster mostly wait. For `-m quick` three: the workflow takes most of its time,
+    and more would only slow that down.
     """
     return 3 if config.option.markexpr == "quick" else 4
 

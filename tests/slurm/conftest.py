@@ -285,7 +285,7 @@ def disturbed(slurm: Slurm, two_processes: Workspace, tmp_path: Path) -> Disturb
 
 
 def disturb(slurm: Slurm, two_processes: Workspace, path: Path) -> Disturbed:
-    """The same in `path`, for a training that several stories are about."""
+    """A copy below `path`, for a training that several stories are about."""
     from tests.slurm.disturbed import Disturbed
 
     return Disturbed(slurm, copy_of(two_processes, path / "work"))

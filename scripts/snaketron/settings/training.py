@@ -31,7 +31,7 @@ class TrainSettings(Section):
 
     stage: str
     seed: int
-    # Of the order of the text, where a phase has its own; the training itself draws by `seed`.
+    # Draws the order of the text where a phase has a seed of its own; the training itself draws by `seed`.
     data_seed: int | None = Field(default=None, exclude_if=lambda value: value is None)
     model: Model
     optimizer: Optimizer

@@ -92,7 +92,7 @@ def test_everything_that_differs_is_said_at_once(checkpoint: Path, tmp_path: Pat
 
 
 def test_files_that_cannot_be_read_are_named(checkpoint: Path, tmp_path: Path):
-    """Of a published checkpoint; and of one of Megatron that was converted and never trained."""
+    """The files of a published checkpoint; and of one of Megatron that was converted and never trained."""
     released = tmp_path / "released"
     (released / "iter_0000001").mkdir(parents=True)
     (released / "latest_checkpointed_iteration.txt").write_text("release")
