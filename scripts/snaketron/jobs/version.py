@@ -131,25 +131,19 @@ class Version:
         newest one before it.
         """
         try:
-            text = self.latest.read_text().strip()
+            latest = self._named()
         except FileNotFoundError:
             return None
+        return max((iteration for iteration in self.iterations() if iteration <= latest), default=None)
+
+    def _named(self) -> int:
+        """The steps of the checkpoint that `latest` names."""
+        text = self.latest.read_text().strip()
         if not text.isdecimal():
             raise UserError(
                 f"{self.latest}: {text!r} is no iteration; name the directory that holds .metadata"
             )
-        latest = int(text)
-        return max((iteration for iteration in self.iterations() if iteration <= latest), default=None)
-
-    def _named(self) -> int:
-        text = self.latest.read_text().strip()
-        if not text.isdecimal():
-            fix = "name the directory that holds .metadata"
-            raise UserError(f"{self.latest}: {text!r} is no iteration; {fix}")
         return int(text)
-
-    def _last(self) -> Path:
-        return self.iteration_directory(self._named())
 
     def remove_partial(self) -> None:
         """Delete checkpoints that a killed attempt left half-written or half-deleted."""
@@ -178,8 +172,8 @@ class Version:
                 problem = "it is no directory" if self.directory.exists() else "it is not there"
         elif (record := read(self.record)).kind != "checkpoint":
             problem = f"its record is of the kind {record.kind}"
-        elif self.latest.exists() and not self._last().is_dir():
-            problem = f"its {self._last().name} is not there any more"
+        elif self.latest.exists() and not (last := self.iteration_directory(self._named())).is_dir():
+            problem = f"its {last.name} is not there any more"
         else:
             return record
         raise UserError(f"{self.directory}: not a finished checkpoint of this workflow ({problem})")

@@ -121,12 +121,12 @@ def reduce_over_ranks(input_: Tensor, group: Any = None) -> Tensor:
 
 
 def gather_weights(output: Tensor, part: Tensor, *, group: Any, **options: Any) -> Any:
-    """The weights of all ranks in `output`, of which `part` is this rank's view; one rank has them all."""
+    """Gather all ranks' weights in `output`; `part` is this rank's view of it. One rank has them all."""
     return None if group.size() == 1 else originals.original(_GATHER)(output, part, group=group, **options)
 
 
 def scatter_gradients(part: Tensor, gradients: Tensor, *, group: Any, **options: Any) -> Any:
-    """The sum of all ranks' `gradients` in `part`, a view of them; one rank has it already."""
+    """Add up all ranks' `gradients`, this rank's share in `part`, a view of them. One rank has it already."""
     return (
         None if group.size() == 1 else originals.original(_SCATTER)(part, gradients, group=group, **options)
     )
