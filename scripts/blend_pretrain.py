@@ -13,7 +13,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--phase", required=True, help="name of the phase")
     parser.add_argument(
-        "--weights", type=_weight, nargs="+", required=True, metavar="CORPUS=WEIGHT", help="relative weights"
+        "--weights", nargs="+", required=True, metavar="CORPUS=WEIGHT", help="relative weights"
     )
     parser.add_argument("--train-tokens", type=int, required=True, help="tokens that the phase trains on")
     parser.add_argument(
@@ -25,24 +25,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="blend.json")
     parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
-    args = parser.parse_args(argv)
-    if len(dict(args.weights)) < len(args.weights):
-        parser.error("--weights: a corpus has two weights; add them up")
-    return args
-
-
-def _weight(option: str) -> tuple[str, float]:
-    corpus, _, weight = option.partition("=")
-    return corpus, float(weight)
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.text import blend
+    from snaketron.settings.weights import parse_weights
 
     result = blend.build(
         args.phase,
-        weights=dict(args.weights),
+        weights=parse_weights(args.weights),
         train_tokens=args.train_tokens,
         max_epochs=args.max_epochs,
         records=args.records,

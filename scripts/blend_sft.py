@@ -23,7 +23,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
-    from snaketron.data.chats.blend import build, parse_weights
+    from snaketron.data.chats.blend import build
+    from snaketron.settings.weights import parse_weights
 
     record = build(parse_weights(args.weights), args.records, args.output, args.record)
     for split, total in record.counts.items():

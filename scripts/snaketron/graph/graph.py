@@ -20,6 +20,7 @@ from snaketron.settings.chats import padding_multiple, render_settings
 from snaketron.settings.registering import register_settings
 from snaketron.settings.text import read_settings, tokenize_settings
 from snaketron.settings.training import train_settings
+from snaketron.settings.weights import weight_options
 from snaketron.sizes.checks import check_trainings
 from snaketron.sources.local import unread
 from snaketron.sources.lockfile import LockedFile, read_lock
@@ -259,7 +260,7 @@ class Graph:
         return render_settings(self.config, self.chats[wildcards.source]).model_dump_json()
 
     def phase_weights(self, wildcards: Any) -> list[str]:
-        return [f"{e.corpus}={e.weight}" for e in self.phases[wildcards.phase].blend]
+        return weight_options({e.corpus: e.weight for e in self.phases[wildcards.phase].blend})
 
     def phase_tokens(self, wildcards: Any) -> int:
         """Tokens of a phase, in whole steps."""
@@ -272,7 +273,7 @@ class Graph:
         return {"seed": phase.order_seed, "seq_length": phase.seq_length, "train_samples": samples}
 
     def sft_weights(self) -> list[str]:
-        return [f"{e.source}={e.weight}" for e in self.config.sft.blend]
+        return weight_options({e.source: e.weight for e in self.config.sft.blend})
 
     def download_size(self, wildcards: Any) -> int:
         """Bytes of a file to download."""

@@ -12,6 +12,7 @@ from snaketron.config import Config
 from snaketron.files import read_json, sha256, to_json
 from snaketron.lineage.record import read
 from snaketron.log import UserError
+from snaketron.settings.weights import parse_weights
 from snaketron.sizes.epochs import BY_EPOCH, resized
 from snaketron.sizes.outlook import Inputs, Progress, outlook
 from snaketron.sizes.speed import speed
@@ -99,7 +100,7 @@ def _longer(dag: Any, job: Any, path: Path, known: Mapping[str, str | None]) -> 
     if reason.updated_input or reason.updated_input_run or reason.missing_output:
         return None
     blend = read_json(path)
-    weights = {name: float(weight) for name, _, weight in (w.partition("=") for w in job.params.weights)}
+    weights = parse_weights(job.params.weights)
     shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     train = blend["train"]
     shards = len(train["shards"]) + sum(corpus["empty_shards"] for corpus in train["corpora"])

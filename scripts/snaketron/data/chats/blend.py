@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +16,6 @@ from snaketron.settings.registering import PACKS
 
 SAME = ("tokenizer_sha256", "pack_size", "algorithm", "padding_multiple")
 COUNTS = ("packs", "tokens", "trained_tokens")
-
-
-def parse_weights(texts: Sequence[str]) -> dict[str, float]:
-    """`questions=0.5 tools=0.5` as a mapping; the weights need not sum to 1."""
-    weights: dict[str, float] = {}
-    for text in texts:
-        source, _, number = text.partition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not source or not 0 < weight < math.inf:
-            raise UserError(f"--weights {text}: give SOURCE=WEIGHT with a weight above 0")
-        if source in weights:
-            raise UserError(f"--weights {text}: source {source!r} is given twice; add the two weights up")
-        weights[source] = weight
-    return weights
 
 
 def check_unique(records: Sequence[Path]) -> None:

@@ -201,10 +201,8 @@ def _check_weights(
     shards: Mapping[str, Sequence[Shard]],
     dropped: Mapping[str, Mapping[str, int]],
 ) -> None:
-    """Check that each corpus has a usable weight and documents; `dropped` counts what it lost, by reason."""
+    """Check that each corpus has documents; `dropped` counts what it lost, by reason."""
     for corpus, weight in weights.items():
-        if not 0 < weight < float("inf"):
-            raise UserError(f"phase {phase!r}: weight {weight} of corpus {corpus!r} is not a positive number")
         count = sum(s.corpus == corpus for s in shards["train"])
         if not count:
             raise UserError(f"phase {phase!r}: no record of corpus {corpus!r} (weight {weight}) was given")

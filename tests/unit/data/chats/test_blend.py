@@ -172,13 +172,13 @@ def test_another_record_is_an_error(tmp_path):
 )
 def test_a_wrong_weight_is_an_error(tmp_path, weight):
     assert refused(tmp_path, [shard(tmp_path, "questions", 0)], weight).startswith(
-        f"--weights {weight}: give SOURCE=WEIGHT"
+        f"--weights {weight}: give NAME=WEIGHT"
     )
 
 
 def test_a_source_that_is_given_twice_is_an_error(tmp_path):
     message = refused(tmp_path, [shard(tmp_path, "questions", 0)], "questions=1", "questions=2")
-    assert "source 'questions' is given twice" in message
+    assert "'questions' is given twice" in message
 
 
 def test_the_same_shard_twice_is_an_error(tmp_path):

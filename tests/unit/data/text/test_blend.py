@@ -225,7 +225,8 @@ def test_a_record_without_a_weight_is_named(build, records, tmp_path):
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
 def test_a_weight_is_a_positive_number(build, records, tmp_path, weight):
-    assert_refused(build(records, "docs=1", f"code={weight}"), tmp_path, f"weight {float(weight)}")
+    message = f"--weights code={weight}: give NAME=WEIGHT"
+    assert_refused(build(records, "docs=1", f"code={weight}"), tmp_path, message)
 
 
 def test_a_missing_file_is_named(build, records, tmp_path):
