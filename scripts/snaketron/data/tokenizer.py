@@ -64,10 +64,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def encode_as_text(tokenizer: Tokenizer) -> None:
-    """Make `tokenizer` encode all of a document and only its text: a text that mentions `<|im_end|>` gets the
-    ids of these characters, not the control token."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    """Make `tokenizer` encode only text: where it mentions `<|im_end|>`, the ids of these characters."""
     tokenizer.encode_special_tokens = True
 
 

@@ -18,7 +18,7 @@ from snaketron.graph.training import TrainingGraph
 from snaketron.graph.unknown import find
 from snaketron.settings.chats import padding_multiple, render_settings
 from snaketron.settings.registering import register_settings
-from snaketron.settings.text import read_settings, tokenize_settings
+from snaketron.settings.text import tokenize_settings
 from snaketron.settings.training import train_settings
 from snaketron.settings.weights import weight_options
 from snaketron.sizes.checks import check_trainings
@@ -243,9 +243,6 @@ class Graph:
     def register_packs_settings(self, wildcards: Any) -> str:
         source = self.chats[wildcards.source]
         return register_settings(self.config, source, wildcards.shard).model_dump_json()
-
-    def read_settings(self, wildcards: Any) -> str:
-        return read_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()
 
     def packing(self) -> str:
         """Options of pack_sft that say how it packs; the seed only where it matters."""

@@ -95,7 +95,6 @@ class Run:
     Args:
         plan: what the configuration would take (`graph.plan`); None where it is not known.
         changes: keys that differ from the defaults, with the default and the value.
-        trained_by_plan: the settings of each training that the configuration asks for now.
     """
 
     name: str

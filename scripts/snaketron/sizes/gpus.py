@@ -8,20 +8,19 @@ from typing import NamedTuple
 class Gpu(NamedTuple):
     """Peaks of a GPU; what programs reach of them are the shares in `sizes.step`."""
 
-    tflops: float  # dense products in bf16, 10^12 a second
-    memory_gb: float  # 10^9 bytes
+    flops: float  # of dense products in bf16, a second
     memory_speed: float  # bytes a second
     nvlink: float  # bytes a second in one direction
     domain: int  # GPUs that NVLink connects
     network: float  # bytes a second of its share of the adapters, in one direction
     gpus_per_node: int
-    usable_gb: float  # what a plan may fill: without libraries (2 GB) and what the allocator cannot use
+    usable_gb: float  # 10^9 bytes that a plan may fill: without libraries (2 GB) and what the allocator loses
 
 
 GPUS = {
-    "h100": Gpu(989e12, 80, 3.35e12, 450e9, 8, 50e9, 8, 74),
-    "h200": Gpu(989e12, 141, 4.8e12, 450e9, 8, 50e9, 8, 132),
-    "b200": Gpu(2250e12, 180, 8.0e12, 900e9, 8, 50e9, 8, 170),
-    "gb200": Gpu(2500e12, 186, 8.0e12, 900e9, 72, 50e9, 4, 176),
-    "gb300": Gpu(2500e12, 279, 8.0e12, 900e9, 72, 100e9, 4, 265),
+    "h100": Gpu(989e12, 3.35e12, 450e9, 8, 50e9, 8, 74),
+    "h200": Gpu(989e12, 4.8e12, 450e9, 8, 50e9, 8, 132),
+    "b200": Gpu(2250e12, 8.0e12, 900e9, 8, 50e9, 8, 170),
+    "gb200": Gpu(2500e12, 8.0e12, 900e9, 72, 50e9, 4, 176),
+    "gb300": Gpu(2500e12, 8.0e12, 900e9, 72, 100e9, 4, 265),
 }

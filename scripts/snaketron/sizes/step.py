@@ -153,7 +153,7 @@ def _add_layers(stage: _Stage, work: Work, gpu: Gpu, layer: str, in_bf16: bool, 
 def _compute(work: Work, gpu: Gpu, layer: str, in_bf16: bool) -> float:
     """Seconds of a layer for a token of one process without tensor parallelism."""
     model, recompute = work.model, work.run.recompute
-    peak = gpu.tflops
+    peak = gpu.flops
     whole = layer_flops(model, layer, work.seq_length)
     core, share = 0.0, 1.0  # what is no dense product, and its share of the peak
     if layer == "M":
@@ -183,7 +183,7 @@ def _add_output(stage: _Stage, work: Work, gpu: Gpu) -> None:
     model, parallel = work.model, work.run.parallel
     tp, tokens, hidden = parallel.tensor_model_parallel_size, tokens_of_process(work), model.hidden_size
     rows = padded_vocab_size(model, work.vocab_size, tp)
-    products = gpu.tflops * PRODUCTS
+    products = gpu.flops * PRODUCTS
     backward = 1.0 if work.frozen else 2.0
     head = 2 * hidden * rows * (1 + backward) / products + LOSS_PASSES * 2 * rows / (
         gpu.memory_speed * MEMORY

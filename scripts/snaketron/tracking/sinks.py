@@ -42,7 +42,7 @@ class Run:
         """Seconds that W&B may take for the files of the finished training, at `SLOWEST`."""
         if not self.upload or not self.version.record.exists():
             return 0.0
-        return sum(output.bytes or 0 for output in read(self.version.record).outputs) / SLOWEST
+        return sum(output.bytes for output in read(self.version.record).outputs) / SLOWEST
 
 
 class Sink(Protocol):

@@ -134,7 +134,7 @@ def test_a_corpus_is_read_once_by_its_own_settings():
         settings = json.loads(made.tokenize_settings(job(corpus="web")))
         assert (settings["text_field"], settings["where"]) == expected
         assert (settings["bad_rows"], settings["max_line_bytes"]) == ("drop", 99_000_000)
-        assert json.loads(made.read_settings(job(corpus="web")))["where"] == {"lang": ["en"]}
+        assert json.loads(made.curation.filter_settings(job(corpus="web")))["where"] == {"lang": ["en"]}
 
 
 def test_the_seed_reaches_the_packs_only_where_it_matters():

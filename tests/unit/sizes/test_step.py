@@ -13,7 +13,7 @@ from snaketron.sizes.traffic import Work
 import pytest
 
 # 1 GB/s over the network and 10 GB/s over NVLink, of which programs reach 80 and 62 %; 2 GPUs a node.
-GPU = Gpu(1e12, 80, 1e12, 10e9, 2, 1e9, 2, 70)
+GPU = Gpu(1e12, 1e12, 10e9, 2, 1e9, 2, 70)
 
 
 def of(model: dict[str, Any], batch: int = 4, **run: Any) -> Step:

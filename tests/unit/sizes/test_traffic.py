@@ -10,7 +10,7 @@ from snaketron.sizes.traffic import Moved, Work, traffic
 
 import pytest
 
-GPU = Gpu(1e12, 80, 1e12, 10e9, 2, 1e9, 2, 70)  # two GPUs a node; 10 GB/s over NVLink, 1 over the network
+GPU = Gpu(1e12, 1e12, 10e9, 2, 1e9, 2, 70)  # two GPUs a node; 10 GB/s over NVLink, 1 over the network
 MODEL: dict[str, Any] = {"hidden_size": 128, "moe_latent_size": 64, "mtp_num_layers": 0}
 
 

@@ -116,8 +116,6 @@ class Renderer:
     settings: RenderSettings
     read: list[Path] = field(default_factory=list)  # the files that were opened
     _checked: Counter[tuple[Any, ...]] = field(default_factory=Counter)
-    noted: Counter[str] = field(default_factory=Counter)  # what is trained in another way than it is written
-    unread: Counter[str] = field(default_factory=Counter)  # conversations with keys that nobody reads
     _added: set[int] = field(init=False)
     _ends: tuple[str, ...] = field(init=False)  # the added tokens as text
     notes: Notes = field(init=False)
