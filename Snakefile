@@ -13,9 +13,8 @@ from snakemake.utils import min_version
 min_version("9.27")
 # At its end Python would look at every object again: 0.5 of the 2.3 s of CPU that a small dry-run takes.
 atexit.register(gc.freeze)
-gc.set_threshold(
-    200_000, 50, 1000
-)  # the defaults spend 15 % of a dry-run of 7,000 jobs on garbage collection of the graph
+# The defaults spend 15 % of a dry-run of 7,000 jobs on garbage collection of the graph.
+gc.set_threshold(200_000, 50, 1000)
 sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from snaketron import credentials

@@ -11,9 +11,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-_END = re.compile(
-    rb'"[ \t\r]*:'
-)  # of a key; also an escaped quote within a text, or a text that begins with `:`
+# The end of a key; also an escaped quote within a text, or a text that begins with `:`.
+_END = re.compile(rb'"[ \t\r]*:')
 
 
 class DoubledKey(ValueError):

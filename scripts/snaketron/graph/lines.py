@@ -158,9 +158,8 @@ class Lines:
         self.failed.append(title)
         members = {self._job(member.get("jobid"), title).title for member in said["job_error_info"]}
         self.groups.setdefault(title, set()).update(members)
-        why = (
-            f", {_cut(said['rule_msg'])}" if said.get("rule_msg") else ""
-        )  # from the executor of this workflow
+        # The executor of this workflow says why.
+        why = f", {_cut(said['rule_msg'])}" if said.get("rule_msg") else ""
         logs = [f"  Log of its Slurm job: {log}" for log in said["aux_logs"]]
         return "\n".join((_at(f"{title} has failed{why}"), *logs))
 

@@ -90,9 +90,8 @@ class RawFiles:
             if now.st_mtime_ns == entry.modified:
                 return True
         elif now.st_mtime <= record.st_mtime and now.st_ctime <= max(record.st_mtime, record.st_ctime):
-            return (
-                True  # the record has no times, and nothing came after it: not even a file with an older time
-            )
+            # The record has no times, and nothing came after it: not even a file with an older time.
+            return True
         return self._hashes.of(entry.file, now) == entry.sha256
 
     def _read(self, record: str) -> tuple[Record, os.stat_result] | None:

@@ -59,9 +59,7 @@ def check_words(where: str, words: Iterable[str]) -> list[str]:
             why = "mixes quotes"
         elif not word.isprintable():
             why = "holds a line break or another control character"
-        elif (
-            word != word.strip()
-        ):  # a job reads more than 20 inputs from a file, line by line, and strips each
+        elif word != word.strip():  # a job strips each line of the file that lists more than 20 inputs
             why = "begins or ends with a space"
         else:
             continue

@@ -15,14 +15,8 @@ from snaketron.log import PLAIN
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 
 RED, YELLOW, RESET, CLEAR = "\x1b[31m", "\x1b[33m", "\x1b[0m", "\r\x1b[K"
-FAULTS = (
-    AttributeError,
-    KeyError,
-    OSError,
-    TypeError,
-    ValueError,
-)  # an event of another shape, a closed pipe
-
+# An event of another shape, a closed pipe.
+FAULTS = (AttributeError, KeyError, OSError, TypeError, ValueError)
 
 _handlers: list[LogHandler] = []  # of this process
 
@@ -83,9 +77,8 @@ class LogHandler(LogHandlerBase):
     @property
     def wants_view(self) -> bool:
         plain = os.environ.get(PLAIN, "") not in ("", "0") or os.environ.get("TERM", "dumb") == "dumb"
-        plain = plain or not (self.stream.encoding or "").lower().startswith(
-            "utf"
-        )  # bars and curves are drawn in it
+        # Bars and curves are drawn in Unicode.
+        plain = plain or not (self.stream.encoding or "").lower().startswith("utf")
         return self.terminal and not (plain or self.in_full or self.common_settings.dryrun)
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -284,9 +284,8 @@ FIGURES: dict[str, Callable[[Data], bytes]] = {
 }
 
 
-type Rates = Sequence[
-    tuple[str, Sequence[tuple[float, float]]]
-]  # by phase: tokens before a step, and its rate
+# By phase: tokens before a step, and its rate.
+type Rates = Sequence[tuple[str, Sequence[tuple[float, float]]]]
 
 
 def draw_rate(phases: Rates, closer: Rates = ()) -> bytes:

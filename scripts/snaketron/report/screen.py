@@ -16,11 +16,8 @@ from rich.text import Text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 DOTS = "╌"  # what a bar still lacks, also without colours
-CURVE, NARROW_CURVE, NARROW = (
-    24,
-    10,
-    60,
-)  # columns of a curve; of one on a terminal of fewer columns than that
+CURVE = 24  # columns of a curve
+NARROW, NARROW_CURVE = 60, 10  # columns below which a terminal is narrow, and those of a curve there
 SHORTEST_BAR = 6
 RULES, JOBS, FAILED, QUEUE = 8, 5, 3, 4  # lines of each
 STYLES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from snaketron.config import Model, Optimizer, Run
+from snaketron.config.base import Dispatcher
 from snaketron.sizes.traffic import Work
 
 HERE = "docs/measurements.md"
@@ -82,7 +83,7 @@ def _work(
     precision: str = "bf16",
     graphs: bool = False,
     recorded: bool = False,
-    dispatcher: str = "alltoall",
+    dispatcher: Dispatcher = "alltoall",
     run: dict[str, Any] | None = None,
     **parallel: int,
 ) -> Work:

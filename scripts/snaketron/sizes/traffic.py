@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from snaketron.config import Model, Optimizer, Run
+from snaketron.config.base import Dispatcher
 from snaketron.sizes.gpus import Gpu
 from snaketron.sizes.memory import StaticMemory, static_of_run
 from snaketron.sizes.parameters import expert_width, mamba_widths, pipeline_pattern, stage_parameters
@@ -28,9 +29,8 @@ class Work(NamedTuple):
     optimizer: Optimizer
     cuda_graphs: bool = False  # of attention and Mamba layers
     recorded: bool = False  # whole micro-batches (`layout.recordable`)
-    dispatcher: str = (
-        "alltoall"  # each copy of a token crosses by itself; hybridep: once to each NVLink domain
-    )
+    # alltoall: each copy of a token crosses by itself; hybridep: once to each NVLink domain.
+    dispatcher: Dispatcher = "alltoall"
     frozen: bool = False  # adapters: no gradients of weights
 
 

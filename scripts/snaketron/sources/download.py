@@ -37,9 +37,8 @@ def download(
     output.parent.mkdir(parents=True, exist_ok=True)
     with _partial(output) as file:
         resumed_at = os.fstat(file.fileno()).st_size
-        if _is(
-            output, size, sha256
-        ):  # made by another process while this one waited: Snakemake deletes older outputs
+        # Another process may have made it while this one waited: Snakemake deletes older outputs.
+        if _is(output, size, sha256):
             output.replace(partial(output))
         else:
             _complete_or_again(file, output, address, size, sha256, patience)

@@ -14,14 +14,8 @@ from snaketron.sources.streams import TEMPORARY, Broken, watched
 _LONGEST_PAUSE = 60.0  # seconds
 _LONG = 10  # times as long as one answer may take a question that a client asks in many parts
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-_FAILED = (
-    "Timeout",
-    "TimedOut",
-    "Connect",
-    "Disconnected",
-    "Network",
-    "ProtocolError",
-)  # names of exceptions
+# In names of exceptions.
+_FAILED = ("Timeout", "TimedOut", "Connect", "Disconnected", "Network", "ProtocolError")
 
 
 @dataclass(frozen=True)

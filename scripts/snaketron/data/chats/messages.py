@@ -19,11 +19,7 @@ Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys in use, the usual one first
 _ARGUMENTS = ("arguments", "parameters", "args", "input")  # keys in use, the usual one first
-_TRAINED = (
-    "weight",
-    "train",
-    "loss",
-)  # keys in use for: 1 or true if the answer is trained, 0 or false if not
+_TRAINED = ("weight", "train", "loss")  # keys in use: 1 or true where the answer is trained, else 0 or false
 _CALLS = ("tool_calls", "function_call")
 _CALL_TYPES = (None, "function", "tool_call", "tool_use")
 _TEXT_TYPES = (None, "text", "input_text", "output_text")

@@ -42,9 +42,7 @@ def interleave(weights: Sequence[float], num_samples: int) -> np.ndarray:
     total_weight = sum(weights)
     shares = [max(1, round(weight / total_weight * 2**_WEIGHT_BITS)) for weight in weights]
     total = sum(shares)
-    waiting = [
-        (0, source, 0) for source in range(len(shares))
-    ]  # (first place, source, count), by first place
+    waiting = [(0, source, 0) for source in range(len(shares))]  # (first place, source, count), by place
     ready: list[tuple[int, int, int]] = []  # (deadline, source, count), by deadline
     sources = np.empty(num_samples, dtype=np.int32)
     for place in range(num_samples):

@@ -215,10 +215,7 @@ class _Shard:
             mine = np.flatnonzero(of_sequences == split)
             indices[mine] = before + np.arange(len(mine))
         alone = np.ones(len(batch) - 1, bool) if self._sinks is not self._writers else np.diff(splits) != 0
-        ends = [
-            *(np.flatnonzero(alone) + 1).tolist(),
-            len(batch),
-        ]  # where a run of documents for one file ends
+        ends = [*(np.flatnonzero(alone) + 1).tolist(), len(batch)]  # of each run of documents for one file
         token_ends, sequence_ends = np.cumsum(num_tokens), np.cumsum(pieces)
         token = sequence = 0
         for end in ends:

@@ -23,9 +23,7 @@ class Removal:
     """What would have to be made again; each in an order in which it may be."""
 
     again: list[Made] = field(default_factory=list)
-    unseen: list[Made] = field(
-        default_factory=list
-    )  # trainings on a blend that changes, which saw none of it
+    unseen: list[Made] = field(default_factory=list)  # trainings on a changed blend that saw none of it
     influenced: list[Made] = field(default_factory=list)  # by a tokenizer or a list; they hold nothing of it
     fates: list[Fate] = field(default_factory=list)
     files: list[str] = field(default_factory=list)  # that are removed whole

@@ -28,9 +28,8 @@ def stacked(parts: Sequence[Tensor]) -> Tensor | None:
     """Tensors of one shape that follow each other in memory as one (count, ...); None if they do not."""
     first = parts[0]
     step, start = first.numel() * first.element_size(), first.data_ptr()
-    memory = (
-        first.untyped_storage().data_ptr()
-    )  # tensors with memory of their own may follow each other by chance
+    # Tensors with memory of their own may follow each other by chance.
+    memory = first.untyped_storage().data_ptr()
     for i, part in enumerate(parts):
         if part.untyped_storage().data_ptr() != memory:
             return None
