@@ -9,12 +9,12 @@ from typing import Any
 from snaketron.config import Adapters
 from snaketron.files import to_json, writing_directory
 from snaketron.huggingface import shards
+from snaketron.huggingface.config import copy_tokenizer
 from snaketron.huggingface.peft import Factor, adapter_config, factors, refused
 from snaketron.huggingface.save import (
     Checkpoint,
     Rows,
     compare,
-    copy_tokenizer,
     entry_of,
     listed,
     open_tensors,

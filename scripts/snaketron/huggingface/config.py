@@ -1,11 +1,13 @@
 """config.json of a published checkpoint: what it says about a model, and how it differs from a configuration.
 
-The keys are those of transformers' NemotronHConfig and of the published files; vLLM reads the same ones.
+The keys are those of transformers' NemotronHConfig and of the published files; vLLM reads the same ones. The
+files of the tokenizer, which a checkpoint has beside it, are named here too.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 from snaketron.config import Model
 from snaketron.log import UserError
 from snaketron.sizes.parameters import CONV_WIDTH
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 LETTERS = {
     "M": "linear_attention",
@@ -62,6 +66,15 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "tie_word_embeddings": (False, "ME*-"),
     "residual_in_fp32": (False, "ME*-"),
 }
+
+
+def copy_tokenizer(tokenizer: Path, target: Path) -> list[str]:
+    """Put the files of a tokenizer and its template into a directory; the names of those that there are."""
+    target.mkdir(exist_ok=True)
+    found = [name for name in TOKENIZER_FILES if (tokenizer / name).exists()]
+    for name in found:
+        shutil.copyfile(tokenizer / name, target / name)
+    return found
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from snaketron.wording import plural
 
 import torch
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _SHOWN = 20  # lines of a list of problems
 
 
@@ -218,15 +216,7 @@ def _small_files(checkpoint: Checkpoint, aside: Path, reader: Reader, card: str)
     (aside / "generation_config.json").write_bytes(to_json(generation))
     (aside / "README.md").write_text(card)
     names = ["config.json", "generation_config.json", "README.md"]
-    return [entry_of(aside / name) for name in (*names, *copy_tokenizer(checkpoint.tokenizer, aside))]
-
-
-def copy_tokenizer(tokenizer: Path, aside: Path) -> list[str]:
-    """Put the files of a tokenizer and its template into a directory; their names."""
-    found = [name for name in TOKENIZER_FILES if (tokenizer / name).exists()]
-    for name in found:
-        shutil.copyfile(tokenizer / name, aside / name)
-    return found
+    return [entry_of(aside / name) for name in (*names, *config.copy_tokenizer(checkpoint.tokenizer, aside))]
 
 
 def entry_of(path: Path) -> Entry:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from snaketron.config import Model, Optimizer
 from snaketron.data.tokenizer import Info, load_tokenizer, tokenizer_info
-from snaketron.files import owned, sha256, writing, writing_directory
+from snaketron.files import owned, sha256, writing_directory
 from snaketron.huggingface.load import Weights, megatron_weights, published_weights
-from snaketron.huggingface.save import TOKENIZER_FILES, listed
+from snaketron.huggingface.save import listed
 from snaketron.huggingface.torch_dist import write
 from snaketron.jobs.version import Description, Version, version_key
-from snaketron.lineage.record import Entry, making, of_file
+from snaketron.lineage.record import Entry
 from snaketron.log import NO_SPACE, UserError, logger
 from snaketron.settings.schedule import Schedule
 from snaketron.settings.training import TrainSettings
@@ -109,26 +109,14 @@ def _write(
         ) from error
     size = sum(path.stat().st_size for path in target.iterdir())
     seconds = time.monotonic() - begun
-    version.tokenizer.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).exists():
-            shutil.copyfile(tokenizer / name, version.tokenizer / name)
-    Description(settings.model_dump(), inputs, info.sha256).write(version.config)
-    with writing(version.latest) as (temporary,):
-        temporary.write_text("0")
-    losses = dict.fromkeys(("valid_loss_before", "valid_loss_after", "test_loss"))
-    with making("checkpoint", settings.stage, outputs={}, record=version.record, started=started) as job:
-        job.present = [of_file(path.name, path) for path in sorted(target.iterdir())]
-        job.inputs = {"weights": inputs}
-        job.settings, job.key = settings.model_dump(), version.directory.name.rpartition("-")[2]
-        job.counts = {
-            "iterations": 0,
-            "tokens": 0,
-            "train_seconds": 0.0,
-            **losses,
-            "bytes": size,
-            "bytes_per_second": round(size / max(seconds, 1e-9)),
-        }
+    version.complete(
+        Description(settings.model_dump(), inputs, info.sha256),
+        tokenizer,
+        0,
+        {"bytes": size, "bytes_per_second": round(size / max(seconds, 1e-9))},
+        inputs={"weights": inputs},
+        started=started,
+    )
     logger.info("%s: %.3f GB, %.0f MB/s", target, size / 1e9, size / 1e6 / max(seconds, 1e-9))
 
 

@@ -105,7 +105,7 @@ def take_over(version: Version, origin: Origin, run: RunSettings) -> bool:
         version.origin, {"version": origin.version.directory.name, "iteration": origin.iteration}
     )
     aside.replace(target)
-    files.write_text(version.latest, str(origin.iteration))
+    version.name_latest(origin.iteration)
     return True
 
 

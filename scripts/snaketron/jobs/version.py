@@ -10,16 +10,25 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from snaketron.files import partial, sha256_of, write_text
-from snaketron.lineage.record import Entry, Record, read
+from snaketron.huggingface.config import copy_tokenizer
+from snaketron.lineage.record import Entry, Given, Record, making, of_file, read
 from snaketron.log import UserError
 
 import yaml
+
+# What the record of a checkpoint counts that was imported or averaged, and not trained.
+UNTRAINED: dict[str, Any] = {
+    "iterations": 0,
+    "tokens": 0,
+    "train_seconds": 0.0,
+    **dict.fromkeys(("valid_loss_before", "valid_loss_after", "test_loss")),
+}
 
 
 def version_key(settings: dict[str, Any], inputs: list[str]) -> str:
@@ -145,6 +154,10 @@ class Version:
             )
         return int(text)
 
+    def name_latest(self, iteration: int) -> None:
+        """Say that the checkpoint after so many steps is complete, and the newest one."""
+        write_text(self.latest, str(iteration))
+
     def remove_partial(self) -> None:
         """Delete checkpoints that a killed attempt left half-written or half-deleted."""
         pattern = f"{partial(self.directory / 'iter_').name.removesuffix('.partial')}*.partial"
@@ -177,6 +190,35 @@ class Version:
         else:
             return record
         raise UserError(f"{self.directory}: not a finished checkpoint of this workflow ({problem})")
+
+    def complete(
+        self,
+        description: Description,
+        tokenizer: Path,
+        iteration: int,
+        counts: Mapping[str, Any],
+        *,
+        inputs: Mapping[str, Given],
+        started: float,
+    ) -> None:
+        """Write what says that the checkpoint after `iteration` is complete, where no training made it.
+
+        Args:
+            description: its settings, and what it was made from.
+            tokenizer: directory whose files are copied.
+            counts: for the record, beside those of `UNTRAINED`.
+            inputs: for the record, by name.
+            started: when its making began (`time.monotonic()`).
+        """
+        copy_tokenizer(tokenizer, self.tokenizer)
+        description.write(self.config)
+        self.name_latest(iteration)
+        with making("checkpoint", description.stage, outputs={}, record=self.record, started=started) as job:
+            files = sorted(self.iteration_directory(iteration).iterdir())
+            job.present = [of_file(path.name, path) for path in files]
+            job.inputs, job.settings = inputs, description.settings
+            job.key = self.directory.name.rpartition("-")[2]
+            job.counts = {**UNTRAINED, **counts}
 
     def publish(self, output: Path) -> None:
         """Make `output` a link to this version, in one step; `UserError` where a directory is in the way."""

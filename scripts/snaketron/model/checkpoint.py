@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from snaketron.files import partial, writing
+from snaketron.files import partial
 from snaketron.jobs.owner import check_owner
 from snaketron.jobs.version import Version
 from snaketron.log import NO_SPACE, UserError
@@ -125,8 +125,7 @@ class Saver:
             target = version.iteration_directory(iteration)
             shutil.rmtree(target, ignore_errors=True)  # a killed attempt did not name it latest
             temporary.replace(target)
-            with writing(version.latest) as (text,):
-                text.write_text(str(iteration))
+            version.name_latest(iteration)
             iterations = version.iterations()
             for old in set(iterations) - kept(iterations, self.run, self.steady):
                 self._delete(version.iteration_directory(old))

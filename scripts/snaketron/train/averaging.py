@@ -7,17 +7,16 @@ are, but for what later gradients would have been, a weighted average of those a
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from snaketron.files import owned, writing, writing_directory
-from snaketron.huggingface.save import TOKENIZER_FILES, TensorReader, open_tensors
+from snaketron.files import owned, writing_directory
+from snaketron.huggingface.save import TensorReader, open_tensors
 from snaketron.huggingface.torch_dist import Chunk, Reader, is_finite, write
 from snaketron.jobs.version import Description, Version, version_key
-from snaketron.lineage.record import Entry, making, of_file
+from snaketron.lineage.record import Entry
 from snaketron.log import UserError, logger
 from snaketron.settings.schedule import steady_steps
 from snaketron.settings.training import settings_of_checkpoint
@@ -69,8 +68,8 @@ def average(source: Path, output: Path, *, stage: str, tokens: int | None) -> No
     version.directory.mkdir(parents=True, exist_ok=True)
     with owned(version.lock):
         if not version.is_finished:
-            inputs = [Entry("checkpoint", str(source), version=identity)]
-            _write(version, phase, iterations, stage, phase.describe(), inputs, started)
+            entry = Entry("checkpoint", str(source), version=identity)
+            _write(version, phase, iterations, stage, entry, started)
     version.publish(output)
     logger.info("%s: %s is %s", stage, output, version.directory)
 
@@ -92,41 +91,24 @@ def _steady(phase: Version, tokens: int | None) -> list[int]:
 
 
 def _write(
-    version: Version,
-    phase: Version,
-    iterations: list[int],
-    stage: str,
-    trained: Description,
-    inputs: list[Entry],
-    started: float,
+    version: Version, phase: Version, iterations: list[int], stage: str, source: Entry, started: float
 ) -> None:
     """Write the tensors, then what says that they are complete."""
     weights = coefficients(iterations)
     said = ", ".join(f"{n:,} {weight:.4f}" for n, weight in zip(iterations, weights, strict=True))
     logger.info("%s: averaging the checkpoints after steps %s", stage, said)
-    target = version.iteration_directory(iterations[-1])
-    with writing_directory(target) as aside:
+    with writing_directory(version.iteration_directory(iterations[-1])) as aside:
         readers = [open_tensors(phase.iteration_directory(iteration)) for iteration in iterations]
         write(aside, _chunks(readers, weights), {"iteration": iterations[-1]})
-    version.tokenizer.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (phase.tokenizer / name).exists():
-            shutil.copyfile(phase.tokenizer / name, version.tokenizer / name)
-    settings = trained.settings | {"stage": stage}
-    Description(settings, inputs, trained.tokenizer_sha256).write(version.config)
-    with writing(version.latest) as (temporary,):
-        temporary.write_text(str(iterations[-1]))
-    with making("checkpoint", stage, outputs={}, record=version.record, started=started) as job:
-        job.present = [of_file(path.name, path) for path in sorted(target.iterdir())]
-        job.inputs = {entry.name: entry for entry in inputs}
-        job.settings, job.key = settings, version.directory.name.rpartition("-")[2]
-        job.counts = {
-            "iterations": 0,
-            "tokens": 0,
-            "train_seconds": 0.0,
-            **dict.fromkeys(("valid_loss_before", "valid_loss_after", "test_loss")),
-            "averaged": {str(n): weight for n, weight in zip(iterations, weights, strict=True)},
-        }
+    trained = phase.describe()
+    version.complete(
+        Description(trained.settings | {"stage": stage}, [source], trained.tokenizer_sha256),
+        phase.tokenizer,
+        iterations[-1],
+        {"averaged": {str(n): weight for n, weight in zip(iterations, weights, strict=True)}},
+        inputs={"checkpoint": source},
+        started=started,
+    )
 
 
 def _chunks(readers: Sequence[Reader], weights: Sequence[float]) -> list[Chunk]:

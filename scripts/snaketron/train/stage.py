@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from snaketron.config import Model, Section
 from snaketron.data.tokenizer import Info, tokenizer_info
 from snaketron.files import read_json, sha256
+from snaketron.huggingface.config import copy_tokenizer
 from snaketron.jobs import continuation, launch, supervisor
 from snaketron.jobs.attempts import Attempts, read_attempts
 from snaketron.jobs.version import Description, Version, check_place, published, version_key
@@ -35,8 +35,6 @@ if TYPE_CHECKING:  # imports megatron-core (5 s), which a finished version does 
     from snaketron.model.build import BuiltModel
     from snaketron.train.batches import Batches
     from snaketron.train.loop import Trainer
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def training_parser(description: str | None) -> argparse.ArgumentParser:
@@ -257,10 +255,7 @@ class Stage:
             settings, self.inputs, self.tokenizer.sha256, run, self.order, **self._origin()
         )
         described.write(self.version.config)
-        self.version.tokenizer.mkdir(exist_ok=True)
-        for name in TOKENIZER_FILES:
-            if (self.tokenizer_directory / name).exists():
-                shutil.copyfile(self.tokenizer_directory / name, self.version.tokenizer / name)
+        copy_tokenizer(self.tokenizer_directory, self.version.tokenizer)
 
     def _origin(self) -> dict[str, Any]:
         """The shorter version that this one went on from, and at which step; nothing where there is none."""

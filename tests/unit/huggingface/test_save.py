@@ -8,7 +8,8 @@ import weakref
 from pathlib import Path
 
 from snaketron.config import Model
-from snaketron.huggingface import save, shards
+from snaketron.huggingface import shards
+from snaketron.huggingface.config import TOKENIZER_FILES
 from snaketron.huggingface.torch_dist import Reader
 from snaketron.log import UserError
 from tests.unit.huggingface.checkpoints import MODEL, ROWS, TOKENS, export_of, files, values, write
@@ -67,11 +68,11 @@ def test_config_json_says_what_transformers_and_vllm_want(checkpoint, tmp_path: 
 
 def test_the_tokenizer_and_its_template_come_along(checkpoint, tmp_path: Path):
     (tmp_path / "tokenizer").mkdir()
-    for name in save.TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         (tmp_path / "tokenizer" / name).write_text(name)
     here = export_of(checkpoint, tmp_path / "hf", tokenizer=tmp_path / "tokenizer")
-    assert {name: (here / name).read_text() for name in save.TOKENIZER_FILES} == {
-        name: name for name in save.TOKENIZER_FILES
+    assert {name: (here / name).read_text() for name in TOKENIZER_FILES} == {
+        name: name for name in TOKENIZER_FILES
     }
     record = json.loads((here / "record.json").read_bytes())
     outputs = {entry["name"]: entry for entry in record["outputs"]}
