@@ -1,15 +1,22 @@
-"""What the README shows is what the workflow does."""
+"""What the README and the other pages show is what the workflow does."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from tests.conftest import REPOSITORY, Workspace
 
 import pytest
 import yaml
 
-README = (REPOSITORY / "README.md").read_text()
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{page.name}" for page in (REPOSITORY / "docs").glob("*.md")),
+)
+TEXTS = {page: (REPOSITORY / page).read_text() for page in PAGES}
+README = TEXTS["README.md"]
 
 
 # What the boxes of the picture are called, and the files that the jobs of the demonstration know them by.
@@ -55,44 +62,71 @@ def test_the_picture_is_the_graph(workspace: Workspace):
     assert {box for arrow in arrows for box in arrow} == set(boxes)
 
 
-def commands(document: str) -> list[str]:
-    """The snakemake commands that a document shows, without `uv run`."""
-    return re.findall(r"^    uv run (snakemake .*)$", (REPOSITORY / document).read_text(), re.MULTILINE)
+def commands(page: str) -> list[str]:
+    """The snakemake commands that a page shows, without `uv run`, as dry-runs."""
+    shown = re.findall(r"^    uv run (snakemake [^#\n]*)", TEXTS[page], re.MULTILINE)
+    return [command.replace(" -n ", " ").strip() + " -n" for command in shown]
 
 
-@pytest.fixture
-def mine(workspace: Workspace) -> Workspace:
-    """A workspace with the overlay of the README, and files like the ones that it names."""
-    (overlay,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    workspace.write("mine.yaml", overlay)
-    values = yaml.safe_load(overlay)
-    for source in values["corpora"] + values["chats"]:
-        for path in source["paths"]:
-            workspace.write(path.replace("*", "part_0"), "")
-    return workspace
+def overlays(page: str) -> dict[str, str]:
+    """The configuration files that a page shows: blocks whose first line is the name as a comment."""
+    blocks = re.findall(r"^```yaml\n# ([\w.]+\.yaml)(.*?)^```", TEXTS[page], re.MULTILINE | re.DOTALL)
+    return {name: f"#{rest}" for name, rest in blocks}
 
 
-def test_your_own_data_as_the_readme_shows_it(mine: Workspace):
-    (command,) = [c for c in commands("README.md") if "mine.yaml" in c and " -n " in c]
-    result = mine.run(*command.split())
+# Each command once, with the page that shows the files it names.
+SHOWN = {
+    (command, page if "--configfile" in command else "README.md"): None
+    for page in PAGES
+    for command in commands(page)
+    if "--report" not in command  # needs a finished run: tests/end_to_end/test_main_job.py
+}
+
+
+def write_files(workspace: Workspace, page: str) -> None:
+    """Write what the page tells to write, and text and conversations where its files look for them."""
+    for name, text in (overlays("README.md") | overlays(page)).items():
+        overlay = text.replace("/shared/", f"{workspace.path}/shared/")
+        workspace.write(name, overlay)
+        values = yaml.safe_load(overlay)
+        for source in values.get("corpora", []) + values.get("chats", []):
+            for path in source["paths"]:
+                file = path.replace("*", "part_0") if Path(path).suffix else f"{path}/part_0.jsonl"
+                workspace.write(file, "")
+    for line in re.findall(r"^    (sed .*)$", TEXTS[page], re.MULTILINE):
+        assert workspace.run("sh", "-c", line).status == 0
+
+
+def test_your_own_data_as_the_readme_shows_it(workspace: Workspace):
+    write_files(workspace, "README.md")
+    command = "snakemake --profile profiles/local ckpt/sft --configfile mine.yaml -n"
+    assert command in commands("README.md")
+    result = workspace.run(*command.split())
     assert result.status == 0, result.output
     assert "tokenize_shard notes" in result.output and "pack_sft support" in result.output
     assert "sample_corpus" not in result.output
 
 
-SHOWN = [
-    c for page in ("README.md", "docs/data.md", "docs/tuning.md", "docs/slurm.md") for c in commands(page)
-]
-
-
-@pytest.mark.parametrize("command", [c for c in SHOWN if "--report" not in c])
-def test_every_command_is_one_that_snakemake_takes(mine: Workspace, command: str):
-    """As dry-runs. The one with --report needs a finished run: tests/end_to_end/test_main_job.py."""
-    result = mine.run(*command.split(), "-n")
+@pytest.mark.parametrize(("command", "page"), SHOWN)
+def test_every_command_is_one_that_snakemake_takes(workspace: Workspace, command: str, page: str):
+    write_files(workspace, page)
+    result = workspace.run(*command.split())
     assert result.status == 0, result.output
 
 
-def test_every_file_the_readme_names_is_there():
-    names = re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(r"python (scripts/\S+\.py)", README)
-    assert names
-    assert [name for name in names if not (REPOSITORY / name).exists()] == []
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page in its addresses."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_and_heading_that_a_page_names_is_there(page: str):
+    programs = re.findall(r"python ((?:scripts|tests)/[\w/]+\.py)", TEXTS[page])
+    modules = [name.replace(".", "/") + ".py" for name in re.findall(r"python -m (tests[\w.]+)", TEXTS[page])]
+    assert [name for name in programs + modules if not (REPOSITORY / name).exists()] == []
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", TEXTS[page]):
+        name, _, heading = link.partition("#")
+        file = (REPOSITORY / page).parent / name if name else REPOSITORY / page
+        assert file.exists(), link
+        assert not heading or heading in anchors(file.read_text()), link
