@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 from snaketron.log import run
-from snaketron.report.evaluations import read_evaluations, rows, table
+from snaketron.report.evaluations import markdown, read_evaluations, rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         )
     else:
-        print(table(found))
+        print(markdown(found))
     return 0
 
 

@@ -20,6 +20,7 @@ from snaketron.inference.generate import Sampling, generate
 from snaketron.inference.score import score
 from snaketron.log import UserError
 from snaketron.model.build import BuiltModel
+from snaketron.report.evaluations import plain_numbers
 
 import datasets.config
 import huggingface_hub.constants
@@ -229,7 +230,7 @@ def run_task(
         ) from None
     assert found is not None  # None is for ranks that lm-eval knows of
     return {
-        name: _numbers(metrics) | {"questions": found["n-samples"].get(name, {}).get("effective")}
+        name: plain_numbers(metrics) | {"questions": found["n-samples"].get(name, {}).get("effective")}
         for name, metrics in found["results"].items()
     }
 
@@ -253,12 +254,3 @@ def _made(task: Task, manager: TaskManager) -> list[Any]:
             "the keys of its YAML with the first row"
         ) from error
     return made if isinstance(made, list) else [made]
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The metrics that are numbers, without the filter `none` in their names."""
-    return {
-        name.removesuffix(",none"): value
-        for name, value in metrics.items()
-        if isinstance(value, int | float) and "_stderr" not in name and name != "sample_len"
-    }

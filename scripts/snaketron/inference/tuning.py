@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from snaketron.files import write_text
 from snaketron.jobs.launch import is_rank
 from snaketron.jobs.version import Version
-from snaketron.report.run import summarize
+from snaketron.report.summary import summarize
 from snaketron.settings.training import TrainSettings
 from snaketron.train.stage import Stage, run_stage, training_parser
 

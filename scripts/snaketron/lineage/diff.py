@@ -94,7 +94,7 @@ def values(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     >>> values({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "c": 2}, "d": 4})
     ['a.b: 1 | 3', 'd: not set | 4']
     """
-    ours, theirs = _flat(one), _flat(other)
+    ours, theirs = flat(one), flat(other)
     keys = [*ours, *(key for key in theirs if key not in ours)]
     none = "not set"
     return [
@@ -104,11 +104,16 @@ def values(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their path.
+
+    >>> flat({"sft": {"seed": 1}, "chats": []})
+    {'sft.seed': 1, 'chats': []}
+    """
     found: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
-            found |= _flat(item, f"{before}{key}.")
+            found |= flat(item, f"{before}{key}.")
         else:
             found[f"{before}{key}"] = item
     return found

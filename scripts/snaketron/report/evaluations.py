@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from snaketron.files import read_json
 from snaketron.log import UserError
+from snaketron.report.tables import table
 
 # What is shown of a part, in order: the key of the result, and its name in the table.
 _SHOWN = {
@@ -34,16 +35,18 @@ def read_evaluations(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _of_lm_eval(value: dict[str, Any]) -> dict[str, Any]:
-    """What `lm_eval --output_path` wrote, as an evaluation; the filter `none` is in no name here."""
-    tasks = {
-        name: {
-            measure.removesuffix(",none"): number
-            for measure, number in measures.items()
-            if isinstance(number, int | float) and "_stderr" not in measure and measure != "sample_len"
-        }
-        for name, measures in value["results"].items()
-    }
+    """What `lm_eval --output_path` wrote, as an evaluation."""
+    tasks = {name: plain_numbers(metrics) for name, metrics in value["results"].items()}
     return {"stage": value["model_name"], "tasks": tasks}
+
+
+def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a task of lm-eval that are numbers, without the filter `none` in their names."""
+    return {
+        name.removesuffix(",none"): value
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and "_stderr" not in name and name != "sample_len"
+    }
 
 
 def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
@@ -62,25 +65,15 @@ def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
                 yield name, measure, value
 
 
-def table(evaluations: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table with a column for each checkpoint; an empty field was not measured."""
+def markdown(evaluations: dict[str, dict[str, Any]]) -> str:
+    """A table with a column for each checkpoint; an empty field was not measured."""
     values = {stage: {(a, b): v for a, b, v in rows(e)} for stage, e in evaluations.items()}
     measured = dict.fromkeys(key for of_stage in values.values() for key in of_stage)
-    head = ["data", "measure", *values]
     lines = [
         [name, measure, *(value_text(v.get((name, measure)), measure) for v in values.values())]
         for name, measure in measured
     ]
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    rule = [("-" * (w + 1) + ":" if i > 1 else "-" * (w + 2)) for i, w in enumerate(widths)]
-
-    def row(cells: Sequence[str]) -> str:
-        texts = [
-            c.rjust(w) if i > 1 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(texts)} |"
-
-    return "\n".join([row(head), f"|{'|'.join(rule)}|", *(row(line) for line in lines)])
+    return table(["data", "measure", *values], lines, names=2)
 
 
 def value_text(value: float | None, measure: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from snaketron.config import Training
-from snaketron.report.page import table
+from snaketron.report.tables import table
 from snaketron.sizes.layout import layout_words
 from snaketron.sizes.search import Found, place
 from snaketron.wording import BYTES, large, plural

@@ -12,6 +12,7 @@ from snaketron.report.blocks import OWN, Block, Figure, Listing, Part, Table, Te
 from snaketron.report.collect import Data, collect
 from snaketron.report.progress import SIGNS
 from snaketron.report.sections import Section, sections
+from snaketron.report.tables import table
 
 import jinja2
 
@@ -98,17 +99,3 @@ def data_parts(parts: Sequence[Section], figures: Mapping[str, bytes]) -> list[P
             blocks.append(Listing(f"{len(section.details)} details", section.details))
         made.append(Part(section.title, blocks))
     return made
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table that also reads well as plain text: names to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        aligned = [
-            c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(aligned) + " |"
-
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from snaketron.config import Parallel
-from snaketron.report.page import table
+from snaketron.report.tables import table
 from snaketron.sizes.layout import layout_words
 from snaketron.sizes.published import Compared
 from snaketron.wording import BYTES, hours, large

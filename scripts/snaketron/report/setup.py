@@ -8,26 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from snaketron.lineage.diff import flat
 from snaketron.lineage.provenance import hardware
 from snaketron.report.blocks import UNKNOWN, Block, Facts, Folded, Part, Table, Text
 from snaketron.report.measured import across
 from snaketron.report.runs import Run, Stage
 
 MAX_CHARACTERS = 160  # of a value
-
-
-def flat(value: Any, at: str = "") -> dict[str, Any]:
-    """The values of nested mappings by their path.
-
-    >>> flat({"sft": {"seed": 1}, "chats": []})
-    {'sft.seed': 1, 'chats': []}
-    """
-    if not isinstance(value, Mapping) or not value:
-        return {at: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= flat(inner, f"{at}.{key}" if at else str(key))
-    return found
 
 
 def differences(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

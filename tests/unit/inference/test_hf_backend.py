@@ -20,7 +20,7 @@ from snaketron.inference.opening import open_checkpoint
 from snaketron.jobs.version import Version
 from snaketron.model import lora
 from snaketron.model.checkpoint import Saver
-from snaketron.report.evaluations import read_evaluations, table
+from snaketron.report.evaluations import markdown, read_evaluations
 from snaketron.settings.training import LoraSettings
 
 import lm_eval
@@ -111,7 +111,7 @@ def test_tasks_give_the_numbers_of_the_export_in_lm_evals_hf(
     # lm-eval's own file is a column beside ours.
     write_json(tasks / "own.json", {"stage": "pretrain/one", "tasks": here})
     write_json(tasks / "hf.json", {"results": there, "model_name": "hf/one"})
-    lines = table(read_evaluations([tasks / "own.json", tasks / "hf.json"])).splitlines()
+    lines = markdown(read_evaluations([tasks / "own.json", tasks / "hf.json"])).splitlines()
     assert lines[0].split() == ["|", "data", "|", "measure", "|", "pretrain/one", "|", "hf/one", "|"]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert len(cells) == 5

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from snaketron.files import write_json
 from snaketron.log import UserError
-from snaketron.report.evaluations import read_evaluations, table
+from snaketron.report.evaluations import markdown, read_evaluations
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_each_checkpoint_has_a_column(tmp_path: Path):
     }
     write_json(tmp_path / "base.json", base)
     write_json(tmp_path / "sft.json", tuned)
-    assert table(read_evaluations([tmp_path / "base.json", tmp_path / "sft.json"])).splitlines() == [
+    assert markdown(read_evaluations([tmp_path / "base.json", tmp_path / "sft.json"])).splitlines() == [
         "| data     | measure            | pretrain/one |    sft |",
         "|----------|--------------------|-------------:|-------:|",
         "| docs     | loss               |       5.0000 | 5.2500 |",
@@ -38,7 +38,7 @@ def test_a_file_of_lm_eval_is_a_column(tmp_path: Path):
     measures = {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 10}
     there = {"results": {"arc_easy": measures}, "model_name": "hf/sft"}
     write_json(tmp_path / "hf.json", there)
-    assert table(read_evaluations([tmp_path / "own.json", tmp_path / "hf.json"])).splitlines() == [
+    assert markdown(read_evaluations([tmp_path / "own.json", tmp_path / "hf.json"])).splitlines() == [
         "| data     | measure |    sft | hf/sft |",
         "|----------|---------|-------:|-------:|",
         "| arc_easy | acc     | 0.5000 | 0.5000 |",

@@ -8,7 +8,7 @@ from typing import Any
 
 from snaketron import files
 from snaketron.log import UserError
-from snaketron.report.run import summarize
+from snaketron.report.summary import summarize
 
 import pytest
 

@@ -11,8 +11,9 @@ from snaketron.files import read_json
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import Record, read
 from snaketron.lineage.walk import ancestors
+from snaketron.report.blocks import number
 from snaketron.report.collect import Data, add_up
-from snaketron.report.page import table
+from snaketron.report.tables import table
 
 
 def summarize(checkpoint: Path) -> str:
@@ -39,10 +40,6 @@ def summarize(checkpoint: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
 def _training(stages: list[Record]) -> str:
     rows = []
     for stage in stages:
@@ -54,7 +51,7 @@ def _training(stages: list[Record]) -> str:
                 stage.name,
                 f"{counts['iterations']:,}",
                 f"{counts['tokens']:,}",
-                *map(_number, losses),
+                *map(number, losses),
                 f"{speed:,.0f}",
             ]
         )
@@ -76,7 +73,7 @@ def _mix(last: Record) -> list[str]:
             f"{source['share']:.1%}",
             *(f"{source[key]:,}" for key in keys),
             f"{source['epochs']:.2f}",
-            _number(source["valid_loss"]),
+            number(source["valid_loss"]),
         ]
         for name, source in sources.items()
     ]
@@ -141,15 +138,15 @@ def _time(stages: list[Record], data: Data) -> str:
 def _answers(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
     """How many held-out prompts the base and the tuned model answer exactly, and the first of each kind."""
     kinds: dict[str, list[int]] = {}
-    for number, entry in enumerate(before):
-        kinds.setdefault("calls" if CALL in entry["reference"] else "texts", []).append(number)
+    for index, entry in enumerate(before):
+        kinds.setdefault("calls" if CALL in entry["reference"] else "texts", []).append(index)
     rows = []
-    for kind, numbers in sorted(kinds.items()):
-        exact = (sum(_is_exact(said[number]) for number in numbers) for said in (before, after))
-        rows.append([kind, *map(str, (len(numbers), *exact))])
+    for kind, indices in sorted(kinds.items()):
+        exact = (sum(_is_exact(said[i]) for i in indices) for said in (before, after))
+        rows.append([kind, *map(str, (len(indices), *exact))])
     parts = ["## Answers", table(["held out", "asked", "exact by the base", "exact after tuning"], rows)]
-    for _, (number, *_others) in sorted(kinds.items()):
-        base, tuned = before[number], after[number]
+    for _, (first, *_others) in sorted(kinds.items()):
+        base, tuned = before[first], after[first]
         texts = {name: base[name] for name in ("prompt", "reference")}
         texts |= {"base model": base["answer"], "tuned model": tuned["answer"]}
         quoted = {name: text.strip().replace("\n", "\n    ") for name, text in texts.items()}
