@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from snaketron.report.blocks import Block, Figure, Figures, Listing, Part, Text, number
-from snaketron.report.charts import Curve, draw
+from snaketron.report.blocks import UNKNOWN, Block, Figure, Figures, Listing, Part, Text, number
+from snaketron.report.charts import MAX_POINTS, Curve, draw
+from snaketron.report.history import BLOCK, STRETCH
 from snaketron.report.measured import across
 from snaketron.report.runs import Run, Stage
 
@@ -41,35 +41,42 @@ def _of_training(name: str, runs: Sequence[Run]) -> Part:
     found = {run.name: stage for run in runs if (stage := run.stage(name))}
     figures = [figure for title in CHARTS if (figure := _chart(name, title, found, len(runs) > 1))]
     blocks: list[Block] = [Figures(figures)] if figures else [Text("It has no metrics yet.", attention=True)]
+    blocks += _thinned(found.values())
     blocks += _by_source(name, runs)
     for run, stage in found.items():
-        if warnings := warnings_of(stage):
+        if warnings := stage.history.warnings:
             of_run = f" of {run}" if len(runs) > 1 else ""
             blocks.append(Listing(f"{len(warnings)} warnings{of_run} while training", warnings))
     return Part(f"Curves of {name}", blocks)
 
 
-def warnings_of(stage: Stage) -> list[str]:
-    """What the training warned of, a line each."""
-    return [
-        f"step {line['iteration']}: {said['text']}"
-        for line in stage.lines
-        for part in (line, line.get("timing", {}))
-        for said in part.get("warnings", ())
-    ]
+def _thinned(stages: Iterable[Stage]) -> list[Block]:
+    """What is left out of the drawings of a long training; nothing for others."""
+    most = max(stage.history.lines for stage in stages)
+    if most <= MAX_POINTS:
+        return []
+    said = (
+        f"There are {most:,} lines of metrics. A curve has up to {MAX_POINTS} points: the lowest and the "
+        "highest value of each stretch of steps."
+    )
+    if most > BLOCK:
+        said += f" Sums are of all lines, and medians of every {STRETCH}th."
+    return [Text(said)]
 
 
 def _by_source(name: str, runs: Sequence[Run]) -> list[Block]:
     """The losses of each corpus or source before, after and on the test split, where there are several."""
 
     def rows(run: Run) -> list[list[str]]:
-        stage, tokens = run.stage(name), Counter[str]()
-        for line in stage.lines if stage else ():
-            tokens.update({one: said["trained_tokens"] for one, said in line.get("sources", {}).items()})
-        if stage is None or len(tokens) < 2:
+        stage = run.stage(name)
+        names = _sources(stage, "sources") if stage else []
+        if stage is None or len(names) < 2:
             return []
+        tokens = {one: int(stage.total("sources", one, "trained_tokens")) for one in names}
+        total = sum(tokens.values())
         return [
-            [one, *_losses(stage, one), f"{n:,}", f"{n / tokens.total():.1%}"] for one, n in tokens.items()
+            [one, *_losses(stage, one), f"{n:,}", f"{n / total:.1%}" if total else UNKNOWN]
+            for one, n in tokens.items()
         ]
 
     header = [_word(name), "validation loss before", "after", "test loss", "trained tokens", "share"]
@@ -78,13 +85,15 @@ def _by_source(name: str, runs: Sequence[Run]) -> list[Block]:
 
 def _losses(stage: Stage, source: str) -> list[str]:
     """The losses of the first and the last validation, and of the test."""
+    valid = [loss for _, loss in stage.values("valid_sources", source)]
+    found = valid[0] if valid else None, valid[-1] if len(valid) > 1 else None
+    return [number(loss) for loss in (*found, stage.last("test_sources", source))]
 
-    def losses(key: str) -> list[float]:
-        return [line[key][source] for line in stage.lines if source in line.get(key, {})]
 
-    valid, test = losses("valid_sources"), losses("test_sources")
-    found = valid[0] if valid else None, valid[-1] if len(valid) > 1 else None, test[-1] if test else None
-    return [number(loss) for loss in found]
+def _sources(stage: Stage, of: str) -> list[str]:
+    """The corpora or sources that metrics tell apart, in the order in which they came."""
+    group = stage.history.metrics.parts.get(of)
+    return list({**group.parts, **group.series}) if group else []
 
 
 def _word(name: str) -> str:
@@ -95,37 +104,24 @@ def _word(name: str) -> str:
 def _chart(name: str, title: str, found: dict[str, Stage], several: bool) -> Figure | None:
     curves = []
     for run_place, (run, stage) in enumerate(found.items()):
-        for place, (key, label) in enumerate(_metrics(title, stage).items()):
-            points = _points(stage, key)
+        for place, (path, label) in enumerate(_metrics(title, stage).items()):
+            points = stage.values(*path)
             called = ": ".join(word for word in (run if several else "", label) if word)
             colour = run_place if several else place
-            curves.append(Curve(called, points, colour, place, dots=key.startswith(FEW) or len(points) < 4))
+            curves.append(Curve(called, points, colour, place, dots=path[0] in FEW or len(points) < 4))
     title = title.replace("source", _word(name))
     figure = draw(title, curves)
     return figure and Figure(title, f"{name}, {figure.alt}", figure.svg)
 
 
-def _points(stage: Stage, key: str) -> list[tuple[float, float]]:
-    if not key.startswith(("sources/", "valid_sources/")):
-        return stage.values(key)
-    outer, _, source = key.partition("/")
-    points = []
-    for line in stage.lines:
-        value = line.get(outer, {}).get(source)
-        value = value.get("loss") if isinstance(value, dict) else value
-        if value is not None:
-            points.append((float(line["iteration"]), float(value)))
-    return points
-
-
-def _metrics(title: str, stage: Stage) -> dict[str, str]:
+def _metrics(title: str, stage: Stage) -> dict[tuple[str, ...], str]:
     """The metrics of a drawing, those included whose names depend on the model and the data."""
-    keys = dict.fromkeys(key for line in stage.lines for key in line)
     if "multi-token" in title:
+        keys = stage.history.metrics.series
         depths = [found for key in keys if (found := re.fullmatch(r"mtp_(\d+)_loss", key))]
-        return {found[0]: f"token {int(found[1]) + 1} ahead" for found in depths}
-    if "by source" in title:
-        outer = "valid_sources" if "validation" in title else "sources"
-        names = dict.fromkeys(name for line in stage.lines for name in line.get(outer, {}))
-        return {f"{outer}/{name}": name for name in names}
-    return CHARTS[title]
+        return {(found[0],): f"token {int(found[1]) + 1} ahead" for found in depths}
+    if title == "Loss by source, validation":
+        return {("valid_sources", name): name for name in _sources(stage, "valid_sources")}
+    if title == "Loss by source, training":
+        return {("sources", name, "loss"): name for name in _sources(stage, "sources")}
+    return {tuple(key.split(".")): label for key, label in CHARTS[title].items()}

@@ -8,6 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import orjson
 
 CHUNK = 1 << 20  # bytes that are read at a time
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}  # of `wording.large`
@@ -60,6 +63,15 @@ class Tail:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read()
+
+
+def line_of_metrics(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is no JSON, which has no NaN, or has no step."""
+    try:
+        line = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("iteration"), int) else None
 
 
 @dataclass

@@ -17,10 +17,8 @@ from snaketron.jobs.owner import is_owned
 from snaketron.jobs.status import Queued, queued
 from snaketron.jobs.version import Version, published, versions
 from snaketron.log import UserError
-from snaketron.report.following import Job, Log, Planned, Tail
+from snaketron.report.following import Job, Log, Planned, Tail, line_of_metrics
 from snaketron.tracking.warnings import Warning, warnings_of
-
-import orjson
 
 RECENT = 8  # lines of metrics that say how fast a training is
 MOST_POINTS = 4096  # of a curve; above it, every second one goes
@@ -105,7 +103,9 @@ class Measured:
         if self.tail.changed():
             self.curve, self.every, self.recent, self.lines, self.warning = [], 1, [], 0, None
         for raw in self.tail.lines():
-            line = orjson.loads(raw)
+            line = line_of_metrics(raw)
+            if line is None:
+                continue
             if found := warnings_of([line]):
                 self.warning = found[-1]
             if (loss := line.get("loss")) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 
 from snaketron.report.blocks import UNKNOWN, Block, Part, Table, Text, number
@@ -48,26 +47,26 @@ def cost(stages: Sequence[Stage]) -> str:
 
 
 def median_of(stage: Stage, key: str) -> float | None:
-    values = [value for _, value in stage.values(f"timing.{key}")]
-    return statistics.median(values) if values else None
+    found = stage.history.metrics.find("timing", key)
+    return found.median if found else None
+
+
+def _peak(stage: Stage) -> float | None:
+    return max((value for _, value in stage.values("timing", "peak_memory_gib")), default=None)
 
 
 def _speed(runs: Sequence[Run]) -> list[Block]:
     def rows(run: Run) -> list[list[str]]:
         found = []
         for stage in run.stages:
-            peak = max((value for _, value in stage.values("timing.peak_memory_gib")), default=None)
-            spent = [
-                sum(v for _, v in stage.values(f"timing.{name}_seconds"))
-                for name in ("step", "data", "checkpoint")
-            ]
+            spent = [stage.total("timing", f"{name}_seconds") for name in ("step", "data", "checkpoint")]
             found.append(
                 [
                     stage.name,
                     f"{stage.processes:,}",
                     number(median_of(stage, "tokens_per_second_per_process"), 0),
                     number(median_of(stage, "tflops_per_process"), 3),
-                    number(peak, 2),
+                    number(_peak(stage), 2),
                     *(duration(seconds) for seconds in spent),
                     duration(stage.seconds),
                     f"{stage.seconds * stage.processes / 3600:,.3f}",
@@ -92,7 +91,6 @@ def _planned(runs: Sequence[Run]) -> list[Block]:
                 one["seq_length"],
             ):
                 continue
-            peak = max((v for _, v in stage.values("timing.peak_memory_gib")), default=None)
             planned, speed = one["hours"], one["tokens_per_second_per_process"]
             found.append(
                 [
@@ -102,9 +100,9 @@ def _planned(runs: Sequence[Run]) -> list[Block]:
                     number(speed, 0),
                     number(median_of(stage, "tokens_per_second_per_process"), 0),
                     hours(planned) if planned else UNKNOWN,
-                    hours(sum(v for _, v in stage.values("timing.step_seconds")) / 3600),
+                    hours(stage.total("timing", "step_seconds") / 3600),
                     number(one["memory"]["total"] / 2**30, 2),
-                    number(peak, 2),
+                    number(_peak(stage), 2),
                 ]
             )
         return found

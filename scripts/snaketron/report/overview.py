@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from snaketron.report.blocks import Block, Facts, Part, Quotes, Table, Text, number
-from snaketron.report.curves import warnings_of
 from snaketron.report.measured import across, cost, parameters
 from snaketron.report.progress import short_duration, sign
 from snaketron.report.runs import Run, Stage
@@ -42,7 +41,7 @@ def summary_part(runs: Sequence[Run]) -> Part:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    trained = [stage for stage in run.stages if stage.lines]
+    trained = [stage for stage in run.stages if stage.history.lines]
     facts = [("State", sign(run.state))]
     if said := parameters(run):
         facts.append(("Model", said))
@@ -54,7 +53,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
             facts.append(("Validation loss", f"{number(loss)} ({trained[-1].name})"))
         facts.append(("Time of the trainings", short_duration(sum(s.seconds for s in trained))))
         facts.append(("Cost of the trainings", cost(trained)))
-        if warned := sum(len(warnings_of(stage)) for stage in trained):
+        if warned := sum(len(stage.history.warnings) for stage in trained):
             facts.append(("Warnings while training", f"{warned} (under Curves)"))
     if seconds := sum(sum(rule.seconds) for name, rule in run.rules.items() if name not in TRAININGS):
         facts.append(("Time of all other jobs", short_duration(seconds)))

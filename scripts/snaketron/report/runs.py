@@ -19,11 +19,10 @@ from snaketron.lineage.record import Record, read
 from snaketron.lineage.walk import ancestors
 from snaketron.log import UserError
 from snaketron.report.collect import Data, add_up, collect
+from snaketron.report.history import History, read_history
 from snaketron.report.live import Follower
 from snaketron.report.workflow import Rule, rules
 from snaketron.wording import plural
-
-import orjson
 
 LARGEST_RECORD = 1 << 28  # bytes; a larger file of JSON is data
 
@@ -38,14 +37,14 @@ class Stage:
     reason: str  # why it is not finished
     settings: dict[str, Any]
     run: dict[str, Any]  # how it is run
-    lines: list[dict[str, Any]]  # of metrics
+    history: History  # its metrics and warnings
     attempts: list[Attempt]
     record: Record | None  # None until it is finished
 
     @property
     def done(self) -> int:
         """Steps that were trained."""
-        return max((line["iteration"] for line in self.lines), default=0)
+        return self.history.done
 
     @property
     def steps(self) -> int:
@@ -53,19 +52,21 @@ class Stage:
 
     @property
     def tokens(self) -> int:
-        return max((line.get("consumed_train_tokens", 0) for line in self.lines), default=0)
+        return int(max((value for _, value in self.values("consumed_train_tokens")), default=0))
 
-    def values(self, key: str) -> list[tuple[float, float]]:
-        """A metric by step; `timing.seconds` is one within another."""
-        outer, _, inner = key.partition(".")
-        found = [(line["iteration"], line.get(outer)) for line in self.lines]
-        if inner:
-            found = [(step, value.get(inner)) for step, value in found if isinstance(value, dict)]
-        return [(step, value) for step, value in found if isinstance(value, int | float)]
+    def values(self, *path: str) -> list[tuple[float, float]]:
+        """A metric by step, of a long training thinned (`Series.points`); a path of two is within another."""
+        found = self.history.metrics.find(*path)
+        return found.points if found else []
 
-    def last(self, key: str) -> float | None:
-        values = self.values(key)
+    def last(self, *path: str) -> float | None:
+        values = self.values(*path)
         return values[-1][1] if values else None
+
+    def total(self, *path: str) -> float:
+        """The sum of all values of a metric."""
+        found = self.history.metrics.find(*path)
+        return found.total if found else 0.0
 
     @property
     def processes(self) -> int:
@@ -75,7 +76,7 @@ class Stage:
     def seconds(self) -> float:
         """Time of all its attempts, and of the one that is running as far as its metrics tell."""
         ended = sum(attempt.seconds or 0.0 for attempt in self.attempts)
-        return ended or (self.last("timing.seconds") or 0.0)
+        return ended or (self.last("timing", "seconds") or 0.0)
 
     @property
     def on_gpus(self) -> bool:
@@ -186,7 +187,7 @@ def read_stages(ckpt: Path, plan: dict[str, Any] | None, trouble: list[str]) -> 
     found: dict[str, Stage] = {}
     for version in versions(ckpt):
         try:
-            stage = _stage(version)
+            stage = _stage(version, trouble)
         except (OSError, ValueError, KeyError, UserError) as error:
             trouble.append(f"{version.directory} cannot be read: {error}")
             continue
@@ -203,7 +204,7 @@ def _began(stage: Stage) -> str:
     return stage.attempts[-1].started if stage.attempts else created
 
 
-def _stage(version: Version) -> Stage | None:
+def _stage(version: Version, trouble: list[str]) -> Stage | None:
     """A training from its version directory; None where it has not said yet what it is told."""
     if not version.config.exists():
         return None
@@ -212,6 +213,12 @@ def _stage(version: Version) -> Stage | None:
         return None  # nothing is trained in it
     attempts = read_attempts(version.attempts)
     state, reason = _state(version, attempts)
+    history = read_history(version.metrics)
+    if bad := history.unreadable:
+        trouble.append(
+            f"{version.metrics}: {len(bad):,} of {history.lines + len(bad):,} lines cannot be read and are "
+            f"left out, the first of them line {bad[0]:,} (JSON has no NaN and no Infinity, but null)."
+        )
     return Stage(
         name=told.stage,
         version=version,
@@ -219,16 +226,10 @@ def _stage(version: Version) -> Stage | None:
         reason=reason,
         settings=told.settings,
         run=told.run,
-        lines=_metrics(version.metrics),
+        history=history,
         attempts=attempts,
         record=read(version.record) if version.is_finished else None,
     )
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics; the last one may still be being written."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [orjson.loads(line) for line in lines]
 
 
 def _state(version: Version, attempts: Sequence[Attempt]) -> tuple[str, str]:

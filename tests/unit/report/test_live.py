@@ -48,6 +48,14 @@ def test_a_run_on_its_way(run: RunLog, tmp_path: Path):
     assert view.warning and (view.warning[0], view.warning[1].iteration) == ("pretrain/broad", 20)
 
 
+def test_a_line_of_metrics_that_is_no_json_is_passed_over(run: RunLog, tmp_path: Path):
+    before = Follower(tmp_path, alive=True).look().trainings[0]
+    (metrics,) = tmp_path.glob("ckpt/versions/pretrain_broad-*/metrics.jsonl")
+    with metrics.open("a") as file:
+        file.write('{"iteration": 121, "loss": NaN}\n')
+    assert Follower(tmp_path, alive=True).look().trainings[0].curve == before.curve
+
+
 def test_the_time_left_is_what_was_measured_and_else_what_was_planned(run: RunLog, tmp_path: Path):
     """76 steps at 2 s as measured, and 90 steps of SFT at the planned speed; a shard took no time here."""
     follower = Follower(tmp_path, alive=True)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from snaketron import files
-from snaketron.report.blocks import Figures, Table
+from snaketron.report.blocks import Figures, Table, Text
 from snaketron.report.curves import curves_part
 from snaketron.report.overview import missing
 from snaketron.report.runs import Run, read_run
@@ -120,6 +120,29 @@ def test_a_metric_that_is_being_written_is_left_out(training, tmp_path: Path):
     with (directory / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 13, "lo')
     assert read(tmp_path).stages[0].done == 12
+
+
+def test_a_line_that_is_no_json_hides_no_training(training, tmp_path: Path):
+    """Other tools write NaN, which JSON does not have. The training has 42 lines."""
+    directory = training("sft")
+    lines = (directory / "metrics.jsonl").read_bytes().split(b"\n")
+    lines[4] = b'{"iteration": 4, "loss": NaN}'
+    (directory / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    run = read(tmp_path)
+    assert [(stage.name, stage.state, stage.done) for stage in run.stages] == [("sft", "finished", 40)]
+    (said,) = (said for said in missing(run) if "metrics" in said)
+    assert "1 of 42 lines cannot be read and are left out, the first of them line 5" in said
+
+
+def test_a_long_training_says_what_its_drawings_leave_out(training, tmp_path: Path):
+    """Each of the 10,000 steps has 1,000 tokens a second and its number."""
+    training("sft", steps=10_000)
+    (part,) = curves_part([read(tmp_path)]).parts
+    (said,) = (block.text for block in part.blocks if isinstance(block, Text))
+    assert said.startswith("There are 10,002 lines of metrics. A curve has up to 300 points")
+    assert said.endswith("Sums are of all lines, and medians of every 128th.")
+    stage = read(tmp_path).stages[0]
+    assert (stage.done, stage.tokens, stage.total("timing", "step_seconds")) == (10_000, 10_240_000, 100_000)
 
 
 def test_an_empty_directory_is_a_run_that_was_not_begun(tmp_path: Path):
