@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -24,7 +25,11 @@ def script(body: str, *arguments: Path, limit: int | None = None) -> subprocess.
 
     code = f"{DOOR}def main():\n    {body}\nrun(main)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, preexec_fn=prepare, capture_output=True, text=True, timeout=300)
+    # A module that is compiled under the limit would be left cut off, in the cache of all later processes.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        command, preexec_fn=prepare, capture_output=True, text=True, timeout=300, env=environment
+    )
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def arrow_rows(
             schema, batches = _parquet(raw) if kind == "Parquet" else _ipc(raw)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{path}: not a complete {kind} file ({_first_line(error)}); {REPLACE}") from None
-        places = _places(path, schema, (*required, *settings.where), optional)
+        wanted = (*required, *settings.where)
+        places = _places(path, schema, wanted, optional)
         number = 0
         iterator = batches(list(places.values()))
         while True:
@@ -41,7 +42,7 @@ def arrow_rows(
             except (pa.ArrowException, OSError) as error:
                 reason = f"damaged after row {number} ({_first_line(error)})"
                 raise UserError(f"{path}: {reason}; {REPLACE}") from None
-            for row in _rows_of(batch, places, required):
+            for row in _rows_of(batch, places, wanted):
                 number += 1
                 drops.num_rows += 1
                 try:

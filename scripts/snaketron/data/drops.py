@@ -74,6 +74,9 @@ class Bad(Exception):
     reason: str = BAD_ROW
 
 
+TOO_DEEP = Bad("objects or lists are nested too deeply", "correct or remove the row")
+
+
 def place(path: Path, number: int) -> str:
     """How errors name row `number` (from 1) of a file: FILE:LINE, or a row of Parquet or Arrow."""
     return f"{path}: row {number}" if suffix_of(path.name) in ARROW else f"{path}:{number}"

@@ -14,7 +14,17 @@ from typing import Any, BinaryIO
 
 from snaketron.data import doubled_keys
 from snaketron.data.doubled_keys import DoubledKey
-from snaketron.data.drops import BUFFER, INVALID_TEXT, REPLACE, Bad, Drops, no_field, open_raw, reject
+from snaketron.data.drops import (
+    BUFFER,
+    INVALID_TEXT,
+    REPLACE,
+    TOO_DEEP,
+    Bad,
+    Drops,
+    no_field,
+    open_raw,
+    reject,
+)
 from snaketron.log import UserError
 from snaketron.settings.text import ReadSettings
 from snaketron.sources.formats import suffix_of
@@ -53,8 +63,9 @@ def json_rows(
             for name in required:
                 if name not in row:
                     raise Bad(no_field(name, row), "name one of them in the configuration")
-        except Bad as bad:
-            if drops.num_rows == before + 1:
+        except (Bad, RecursionError) as error:
+            bad = error if isinstance(error, Bad) else TOO_DEEP
+            if drops.num_rows == before + 1 and not too_long:  # the rest of a long line was not kept
                 _check_kind(path, line)
             reject(bad, path, number, settings, drops)
         else:
@@ -103,7 +114,7 @@ def _parse(line: bytes, settings: ReadSettings, drops: Drops, exact: bool) -> di
         row = orjson.loads(line)
         if exact and _LONG_NUMBER.search(line):
             row = doubled_keys.loads(line)  # orjson makes floating-point numbers of them
-        elif doubled_keys.may_be_doubled(line, row):
+        elif isinstance(row, dict) and doubled_keys.may_be_doubled(line, row):
             doubled_keys.loads(line)
     except orjson.JSONDecodeError as error:
         row = _repaired(line, error, settings)

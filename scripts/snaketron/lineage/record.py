@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -288,6 +289,34 @@ def of_user(path: Path) -> Entry:
     """
     state = path.stat()
     return Entry("", str(path), sha256(path), state.st_size, state.st_mtime_ns)
+
+
+class Opened:
+    """The files of the user that a job reads, in their order; each is noted before it is read.
+
+    The hash in a record is of the file at the end of the job, and says that its data is from that file.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[Path, os.stat_result | None] = {}
+
+    def note(self, path: Path) -> None:
+        """Remember the state of a file; what is wrong with one that is not there, its reader says."""
+        try:
+            self._states[path] = path.stat()
+        except OSError:
+            self._states[path] = None
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._states)
+
+    def entries(self) -> Iterator[Entry]:
+        """The files for the record; `UserError` when one was written or replaced since it was noted."""
+        for path, state in self._states.items():
+            entry = of_user(path)
+            if state and (state.st_size, state.st_mtime_ns) != (entry.bytes, entry.modified):
+                raise UserError(f"{path}: was changed while it was read; run again when it stays as it is")
+            yield entry
 
 
 def _named(inputs: Mapping[str, Given]) -> Iterator[Entry]:

@@ -288,6 +288,22 @@ def test_bad_rows_are_dropped_and_counted_where_the_settings_say_so(tmp_path: Pa
     assert {row["file"] for row in drops.listed} == {str(path)}
 
 
+@pytest.mark.parametrize("value", ["3", "null", "true", '"text"', "[" * 5000 + "]" * 5000])
+def test_a_row_of_any_other_json_is_a_bad_row(tmp_path: Path, value: str):
+    (tmp_path / "a.jsonl").write_bytes(value.encode() + b"\n" + GOOD)
+    kept, drops = read(tmp_path / "a.jsonl", bad_rows="drop")
+    assert (kept, drops.reasons) == ([(2, "good")], {"bad row": 1})
+
+
+def test_a_row_that_is_nested_as_deeply_as_orjson_reads_is_read_or_a_bad_row(tmp_path: Path):
+    row = b'{"a":' * 1000 + b"1" + b"}" * 999 + b',"text":": it seems to hold a key twice"}\n'
+    (tmp_path / "a.jsonl").write_bytes(row + GOOD)
+    drops, settings = Drops(), ReadSettings(bad_rows="drop")
+    kept = list(read_documents(tmp_path / "a.jsonl", "text", settings=settings, drops=drops))
+    assert [number for number, *_ in kept][-1] == 2
+    assert drops.num_rows == len(kept) + drops.reasons["bad row"] == 2
+
+
 def test_invalid_text_is_replaced_where_the_settings_say_so(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(ROWS[2:4]))
@@ -345,6 +361,11 @@ def test_where_keeps_the_rows_with_one_of_the_values(tmp_path: Path, suffix: str
     kept, drops = read(path, where={"lang": ["en", "fr"], "used": ["y"], "ok": [True]})
     assert kept == [(1, "a"), (6, "f")]
     assert (drops.num_rows, drops.reasons, drops.listed) == (6, {"filtered by where": 4}, [])
+
+
+def test_bytes_are_text_to_filter_by(tmp_path: Path):
+    path = parquet(tmp_path / "a.parquet", pa.table({"text": ["a", "b"], "lang": [b"en", b"de"]}))
+    assert read(path, where={"lang": ["en"]})[0] == [(1, "a")]
 
 
 def test_a_number_is_not_a_truth_value(tmp_path: Path):

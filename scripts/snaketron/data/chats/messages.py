@@ -6,6 +6,7 @@ the template could read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,8 +57,8 @@ class Reader:
         role = {"function": "tool"}.get(form.roles.get(name, name), form.roles.get(name, name))
         if role not in ROLES:
             raise Unusable("unknown role", f"message {number} is by {name!r}; known: {', '.join(ROLES)}")
-        checked = {"role": role, "content": _text_of(given.pop(form.content, None), "content", number)}
-        thoughts = {name: _text_of(given.pop(name, None), name, number) for name in REASONING}
+        checked = {"role": role, "content": self._text_of(given.pop(form.content, None), "content", number)}
+        thoughts = {name: self._text_of(given.pop(name, None), name, number) for name in REASONING}
         calls = [from_json(given.pop(name, None)) for name in _CALLS]
         self._weigh(given, role, number)
         rest = {name: value for name, value in given.items() if name not in checked}
@@ -68,6 +69,27 @@ class Reader:
             held = thoughts | dict(zip(_CALLS, calls, strict=True))
             self.unread |= {f"{name} of {role}" for name, value in held.items() if value}
         return checked | rest
+
+    def _text_of(self, content: Any, name: str, number: int) -> str:
+        """The text of a string, of null, or of a list of text parts."""
+        if content is None or isinstance(content, str):
+            return content or ""
+        parts = content if isinstance(content, list) else [None]
+        texts = []
+        for part in parts:
+            text = part
+            if isinstance(part, dict):
+                if (kind := part.get("type")) not in _TEXT_TYPES:
+                    raise Unusable(
+                        "content that is not text", f"{name} of message {number} has a part of type {kind!r}"
+                    )
+                text = part.get("text")
+                more = (key for key, value in part.items() if key not in ("type", "text") and value)
+                self.unread |= {f"{key} of a part of {name}" for key in more}
+            if not isinstance(text, str):
+                raise Unusable("content that is not text", f"{name} of message {number}")
+            texts.append(text)
+        return "".join(texts)
 
     def _answer(
         self, checked: Message, thoughts: dict[str, str], calls: list[Any], number: int, others: str
@@ -83,6 +105,8 @@ class Reader:
         if found:
             checked["reasoning_content"] = found[0]
         many, one = calls
+        if one and not isinstance(one, dict):
+            raise Unusable("malformed tool call", f"function_call of message {number} is not an object")
         if isinstance(one, dict) and any(value is not None for value in one.values()):
             if many:
                 raise Unusable("malformed tool call", f"message {number} has tool_calls and function_call")
@@ -111,7 +135,7 @@ class Reader:
         """A call as `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with its id."""
         call = from_json(call)
         function = from_json(call.get("function") or call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not isinstance(function, dict) or not isinstance(name := function.get("name"), str) or not name:
             raise Unusable("malformed tool call", f"message {number} calls a function without a name")
         if call.get("type") not in _CALL_TYPES:
             raise Unusable("malformed tool call", f"message {number} has a call of type {call['type']!r}")
@@ -129,15 +153,17 @@ class Reader:
                 arguments = doubled_keys.loads(arguments, parse_constant=_refuse)
             except DoubledKey as error:
                 raise Unusable(DOUBLED, f"{error} of the arguments in message {number}") from None
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise Unusable("malformed tool call", f"arguments in message {number} are not JSON") from None
-        if arguments and not isinstance(arguments, dict):
+        if not isinstance(arguments, dict) and arguments not in (None, "", []):
             raise Unusable("malformed tool call", f"arguments in message {number} are not an object")
+        if (wrong := _not_finite(arguments)) is not None:
+            raise Unusable("malformed tool call", f"arguments in message {number} hold {wrong}, not JSON")
         self.num_nulls += None in (arguments or {}).values()
         named = {"id": call["id"]} if call.get("id") is not None else {}
         return named | {
             "type": "function",
-            "function": {"name": function["name"], "arguments": arguments or {}},
+            "function": {"name": name, "arguments": arguments or {}},
         }
 
 
@@ -173,7 +199,7 @@ def from_json(value: Any) -> Any:
         return doubled_keys.loads(value)
     except DoubledKey as error:
         raise Unusable(DOUBLED, str(error)) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -184,25 +210,13 @@ def filled(value: Any) -> Any:
     return [filled(item) for item in value] if isinstance(value, list) else value
 
 
+def _not_finite(value: Any) -> float | None:
+    """A number in a value that is infinite or none, which JSON cannot write; None where there is none."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((wrong for item in inner if (wrong := _not_finite(item)) is not None), None)
+
+
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
-
-
-def _text_of(content: Any, name: str, number: int) -> str:
-    """The text of a string, of null, or of a list of text parts."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    parts = content if isinstance(content, list) else [None]
-    texts = []
-    for part in parts:
-        text = part
-        if isinstance(part, dict):
-            if (kind := part.get("type")) not in _TEXT_TYPES:
-                raise Unusable(
-                    "content that is not text", f"{name} of message {number} has a part of type {kind!r}"
-                )
-            text = part.get("text")
-        if not isinstance(text, str):
-            raise Unusable("content that is not text", f"{name} of message {number}")
-        texts.append(text)
-    return "".join(texts)

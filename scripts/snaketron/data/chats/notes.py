@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from snaketron.data.chats.conversation import Conversation
 from snaketron.data.chats.template import Template
 from snaketron.data.chats.unusable import ADVICE
 from snaketron.data.drops import FILTERED, Drops, place
+from snaketron.lineage.record import Opened
 from snaketron.log import UserError, logger
 from snaketron.settings.chats import RenderSettings
 from snaketron.wording import counted
@@ -34,7 +34,7 @@ class Notes:
 
     settings: RenderSettings
     template: Template
-    read: Sequence[Path]
+    read: Opened
     fields: set[str] = field(default_factory=set)  # of any row
     noted: Counter[str] = field(default_factory=Counter)  # by the names of NOTES
     unread: Counter[str] = field(default_factory=Counter)  # conversations with keys that nobody reads

@@ -28,12 +28,12 @@ from snaketron.data.chats.reading import optional_fields, read_conversation
 from snaketron.data.chats.sequences import SCHEMA, Sequence, num_tokens, table
 from snaketron.data.chats.template import Template, load_template
 from snaketron.data.chats.unusable import ADVICE, LEFT_OUT, NO_END, Unusable
-from snaketron.data.drops import FILTERED, Bad, Drops, place, reject
+from snaketron.data.drops import FILTERED, TOO_DEEP, Bad, Drops, place, reject
 from snaketron.data.encode import Mismatch, Unencodable
 from snaketron.data.rows import read_rows
 from snaketron.data.split import SPLITS, split_of
 from snaketron.files import sha256
-from snaketron.lineage.record import Record, making, of_user
+from snaketron.lineage.record import Opened, Record, making, of_user
 from snaketron.log import UserError, logger
 from snaketron.settings.chats import RenderSettings
 
@@ -77,7 +77,7 @@ def render_chats(
         job.counts = renderer.write(job.aside[output.name], chats, made_with)
         job.settings = made_with | settings.model_dump(mode="json")
         job.inputs = {
-            "chats": map(of_user, renderer.read),
+            "chats": renderer.read.entries(),
             "tokenizer": tokenizer / "tokenizer.json",
             "template": of_user(template),
         }
@@ -114,7 +114,7 @@ class Renderer:
     template: Template
     masker: Masker
     settings: RenderSettings
-    read: list[Path] = field(default_factory=list)  # the files that were opened
+    read: Opened = field(default_factory=Opened)
     _checked: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     _added: set[int] = field(init=False)
     _ends: tuple[str, ...] = field(init=False)  # the added tokens as text
@@ -213,7 +213,7 @@ class Renderer:
         control = control_tokens(self.masker.tokenizer, allowed)
         optional = [*optional_fields(settings), *settings.metadata_fields]
         for path in chats:
-            self.read.append(path)
+            self.read.note(path)
             rows = read_rows(
                 path,
                 required=[settings.messages_field],
@@ -231,7 +231,8 @@ class Renderer:
                     texts, whole = self.texts(found)
                 except Unusable as error:
                     drops.add(path, number, error.reason, error.detail)
-                except Bad as bad:
+                except (Bad, RecursionError) as error:
+                    bad = error if isinstance(error, Bad) else TOO_DEEP
                     reject(bad, path, number, settings, drops)
                 else:
                     split = split_of(whole, settings.valid_fraction, settings.test_fraction)

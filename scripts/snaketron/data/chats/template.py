@@ -146,6 +146,7 @@ class Template:
             TypeError,
             ValueError,
             ArithmeticError,
+            RecursionError,
             LookupError,
             AttributeError,
         ) as error:

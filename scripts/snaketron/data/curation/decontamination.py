@@ -12,7 +12,7 @@ from snaketron.data.curation.documents import Removed
 from snaketron.data.curation.folder import Folder
 from snaketron.data.curation.words import learn, simplify_text
 from snaketron.data.rows import read_texts
-from snaketron.lineage.record import Record, making, of_user
+from snaketron.lineage.record import Opened, Record, making
 from snaketron.log import UserError, logger
 from snaketron.wording import plural
 
@@ -85,7 +85,9 @@ def decontamination_index(
         index: dict[str, np.ndarray] = {}
         ignored: list[np.ndarray] = []
         counted: dict[str, Any] = {}
+        opened = Opened()
         for path in texts:
+            opened.note(path)
             made = index_of((text for _, text in read_texts(path, text_field)), n)
             if not len(made.hashes):
                 raise UserError(
@@ -98,7 +100,7 @@ def decontamination_index(
         index[IGNORED] = np.unique(np.concatenate(ignored))
         about = {"kind": "decontamination_index", "n": n}
         lists.write(job.aside["index"], index, np.uint64, about)
-        job.inputs, job.counts = {"text": map(of_user, texts)}, counted
+        job.inputs, job.counts = {"text": opened.entries()}, counted
         job.settings = {"n": n, "text_field": text_field}
     return job.record
 

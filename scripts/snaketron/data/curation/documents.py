@@ -18,6 +18,7 @@ from snaketron.data.arrow import KEY, text_of
 from snaketron.data.drops import Drops, place
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.rows import read_documents
+from snaketron.lineage.record import Opened
 from snaketron.log import UserError, logger
 from snaketron.settings.curation import FilterSettings
 from snaketron.wording import counted
@@ -199,13 +200,11 @@ def describe(removed: dict[str, dict[str, Any]]) -> str:
 # ------------------------------------------------------------------------------------- reading and writing
 
 
-def raw(
-    paths: Sequence[Path], settings: FilterSettings, drops: Drops, opened: list[Path]
-) -> Iterator[Document]:
+def raw(paths: Sequence[Path], settings: FilterSettings, drops: Drops, opened: Opened) -> Iterator[Document]:
     """The documents of raw files, one file after the other, up to `max_documents`; adds to `opened`."""
     number, fields = 0, settings.metadata_fields
     for path in paths:
-        opened.append(path)
+        opened.note(path)
         for row, text, values in read_documents(
             path, settings.text_field, optional=fields, settings=settings, drops=drops
         ):

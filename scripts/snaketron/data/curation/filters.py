@@ -12,7 +12,7 @@ from snaketron.data import curation
 from snaketron.data.curation import documents
 from snaketron.data.curation.words import learn
 from snaketron.data.drops import Drops
-from snaketron.lineage.record import Record, making, of_user
+from snaketron.lineage.record import Opened, Record, making, of_user
 from snaketron.log import UserError, logger
 from snaketron.settings.curation import FilterSettings
 
@@ -93,7 +93,7 @@ def filter_shard(
     curation.quiet()
     name = f"{output.parent.name}/{output.stem}"
     tally = documents.Tally(documents.token_counter(tokenizer), num_examples)
-    drops, opened = Drops(), list[Path]()
+    drops, opened = Drops(), Opened()
     outputs = {"documents": output}
     with making("filtered", name, outputs=outputs, record=record) as job, tally.locating():
         stream = tally.enter(documents.raw(text, settings, drops, opened))
@@ -112,7 +112,7 @@ def filter_shard(
             logger.warning(
                 "%s: NOTHING IS LEFT of %d rows: %s", name, drops.num_rows, documents.describe(tally.removed)
             )
-        job.inputs = {"text": map(of_user, opened), "model": map(of_user, models(settings))}
+        job.inputs = {"text": opened.entries(), "model": map(of_user, models(settings))}
         job.settings = settings.model_dump()
         job.counts = tally.counts() | {
             "rows": drops.num_rows,

@@ -14,6 +14,7 @@ from snaketron.data.arrow import KEY, text_of
 from snaketron.data.drops import Drops
 from snaketron.data.rows import read_documents
 from snaketron.data.split import SPLITS, split_of
+from snaketron.lineage.record import Opened
 from snaketron.log import UserError
 from snaketron.settings.text import TokenizeSettings
 
@@ -41,7 +42,7 @@ class Reader:
     texts: Sequence[Path]
     settings: TokenizeSettings
     drops: Drops = field(default_factory=Drops)
-    read: list[Path] = field(default_factory=list)  # the files that were opened
+    read: Opened = field(default_factory=Opened)
     found: set[str] = field(default_factory=set)  # the metadata fields that a row had
     curated: bool = False
     room: int | None = None  # documents that may still be written; None: any number
@@ -49,7 +50,7 @@ class Reader:
     def documents(self) -> Iterator[Document]:
         settings, fields = self.settings, self.settings.metadata_fields
         for path in self.texts:
-            self.read.append(path)
+            self.read.note(path)
             origin = ("file", "row") if _is_curated(path) else ()
             self.curated |= bool(origin)
             before = self.drops.num_rows

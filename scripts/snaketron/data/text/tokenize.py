@@ -14,7 +14,7 @@ from snaketron.data.split import SPLITS
 from snaketron.data.text import binidx, origins
 from snaketron.data.text.reading import Document, Reader, ahead
 from snaketron.data.tokenizer import Info, tokenizer_info
-from snaketron.lineage.record import Entry, Record, making, of_user
+from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import UserError, logger
 from snaketron.settings.text import TokenizeSettings
 from snaketron.sources.pairs import paths
@@ -59,7 +59,7 @@ def tokenize_shard(
             shard = _Shard(texts, settings, info, outputs, job.aside)
             shard.run(Encoder(tokenizer, problem=str(error)), threads)
         identity = Entry("tokenizer", str(tokenizer / "tokenizer.json"), info.sha256)
-        job.inputs = {"text": map(of_user, shard.reader.read), "tokenizer": identity}
+        job.inputs = {"text": shard.reader.read.entries(), "tokenizer": identity}
         job.hashes = shard.hashes
         job.settings = {
             **settings.model_dump(mode="json"),

@@ -62,6 +62,30 @@ def test_a_call_of_another_kind_is_malformed():
     assert "a call of type 'custom'" in reason([user("a"), assistant(None, tool_calls=[call])])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ('{"n": 1e999}', "hold inf, not JSON"),
+        ({"of": [{"n": float("nan")}]}, "hold nan, not JSON"),
+        (False, "are not an object"),
+        ("0", "are not an object"),
+        ("[" * 100_000, "are not JSON"),
+    ],
+)
+def test_arguments_that_json_cannot_hold_are_malformed(arguments, what):
+    call = {"name": "weather", "arguments": arguments}
+    expected = f"malformed tool call: arguments in message 1 {what}"
+    assert reason([user("a"), assistant("b", tool_calls=[call])]) == expected
+
+
+def test_a_call_that_nobody_would_read_is_malformed():
+    called = [{"name": "weather", "arguments": "{}"}]
+    messages = [user("a"), assistant("Let me see.", function_call=called)]
+    assert reason(messages) == "malformed tool call: function_call of message 1 is not an object"
+    nameless = {"name": "", "arguments": {}}
+    assert "calls a function without a name" in reason([user("a"), assistant("b", tool_calls=[nameless])])
+
+
 def test_the_older_form_of_a_call_is_a_call_and_its_role_a_tool():
     called = {"name": "weather", "arguments": '{"city": "Oslo"}'}
     messages = [
@@ -118,6 +142,12 @@ def test_keys_that_only_the_template_could_read_are_named():
     assert (
         reason([user("a"), assistant(None, refusal="No.")]) == "an empty answer: message 1 has only refusal"
     )
+
+
+def test_what_a_part_of_text_holds_beside_it_is_named():
+    part = {"text": "What is this?", "image": "cat.png", "annotations": []}
+    found = conversation([{"role": "user", "content": [part]}, assistant("A cat.")])
+    assert found.messages[0]["content"] == "What is this?" and found.unread == {"image of a part of content"}
 
 
 def test_parts_that_are_not_text_are_refused_by_name():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from snaketron import files
 from snaketron.data.split import SPLITS, split_of
 from snaketron.data.text import binidx
+from snaketron.data.text.reading import Reader
 from snaketron.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, tokenizer_info
 from snaketron.log import UserError
 from snaketron.settings.text import TokenizeSettings
@@ -169,7 +171,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer_dir, wri
         *("--bins", *(root / split / "a.bin" for split in SPLITS)),
         *("--documents", root / "a.parquet", "--record", root / "a.json"),
     ]
-    done = subprocess.run(command, preexec_fn=full_disk, capture_output=True, text=True)
+    # A module that is compiled under the limit would be left cut off, in the cache of all later processes.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, preexec_fn=full_disk, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: cannot write {root}/train/a.bin: file too large"), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -241,6 +245,20 @@ def test_curated_documents_keep_their_origin(tokenize, tmp_path, tokenizer_dir):
     pq.write_table(schema.empty_table(), path)  # curation removed every document
     status, _, record = tokenize(path)
     assert (status, files.read_json(record)["counts"]["documents"]) == (0, 0)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, write_jsonl):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"before {i}"} for i in range(3)])
+    settings = TokenizeSettings(corpus="docs", text_field="text", valid_fraction=0, test_fraction=0)
+    reader = Reader([path], settings)
+    documents = reader.documents()
+    assert next(documents).text == "before 0"
+    other = write_jsonl(tmp_path / "b.jsonl", [{"text": "after"}])
+    other.replace(path)
+    assert [document.text for document in documents] == ["before 1", "before 2"]
+    # Else the record would say that these documents are those of the file that has replaced it.
+    with pytest.raises(UserError, match=r"a\.jsonl: was changed while it was read; run again"):
+        list(reader.read.entries())
 
 
 def test_bad_rows_are_counted_in_the_record(tokenize, tmp_path, tokenizer_dir, write_jsonl):
