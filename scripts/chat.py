@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             converse(chat)
         else:
             show(chat.say(prompt), faint=False)
+            if chat.cut:  # not on standard output, which holds the answer and nothing else
+                logger.warning("the answer was %s", chat.cut)
     return 0
 
 
@@ -99,14 +101,31 @@ def _number[T: (int, float)](text: str, kind: type[T], fits: Callable[[T], bool]
     raise argparse.ArgumentTypeError(f"{text} is not {what}")
 
 
-def _tools(path: Path) -> list[Any]:
+_SCHEMA = '{"type": "function", "function": {"name": ..., "parameters": {...}}}'
+
+
+def _tools(path: Path) -> list[dict[str, Any]]:
+    """The functions in a file; `UserError` where one is no object with a name."""
     try:
         tools = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; a JSON list of function schemas is expected") from None
     if not isinstance(tools, list):
         raise UserError(f"{path}: a JSON list of function schemas is expected")
+    named = [(number, _problem(tool)) for number, tool in enumerate(tools, start=1)]
+    if problems := [f"entry {number} {problem}" for number, problem in named if problem]:
+        raise UserError(f"{path}: {', '.join(problems)}; each entry is a function: {_SCHEMA}")
     return tools
+
+
+def _problem(tool: Any) -> str:
+    """What is wrong with an entry of a list of functions; empty where it has a name."""
+    if not isinstance(tool, dict):
+        kinds = {str: "a text", list: "a list", type(None): "null", bool: "true or false"}
+        return f"is {kinds.get(type(tool), 'a number')}"
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    return "" if isinstance(name, str) and name else "has no name"
 
 
 @contextlib.contextmanager

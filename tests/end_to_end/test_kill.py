@@ -95,6 +95,7 @@ def test_killed_while_a_checkpoint_is_written_in_the_background(copy: Workspace)
 def test_a_killed_sft_ends_as_an_undisturbed_one(copy: Workspace):
     undisturbed = begin_again(copy, "ckpt/sft")
     answers = (undisturbed / "answers/step_0000010.json").read_text()
+    assert {entry["finish_reason"] for entry in json.loads(answers)} <= {"stop", "length"}
     inside = half_written(copy.path / "ckpt")
     for version in (copy.path / "ckpt/versions").iterdir():
         (version / "latest_checkpointed_iteration.txt").rename(version / "latest")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from snaketron.data.chats.packs import Pack
 from snaketron.data.tokenizer import load_tokenizer
 from snaketron.files import write_json
-from snaketron.inference.generate import generate
+from snaketron.inference.generate import finish_reason, generate
 from snaketron.jobs.launch import is_writer, rank
 from snaketron.log import logger
 from snaketron.model.build import BuiltModel
@@ -59,16 +59,18 @@ def write_answers(stage: Stage, built: BuiltModel, iteration: int, batches: SftB
         what = plural(stage.run.num_samples, "prompt")
         logger.info("%s: answering %s after step %d", stage.settings.stage, what, iteration)
     prompts = held_out_prompts(batches, stage.run.num_samples)
+    stop = {prompt.reference[-1] for prompt in prompts}
     given = generate(
         built,
         [prompt.input_ids for prompt in prompts],
-        stop={prompt.reference[-1] for prompt in prompts},
+        stop=stop,
         max_tokens=stage.run.sample_tokens,
         batch_size=16,
     )
     answers: list[dict[str, str]] = []
     for prompt, ids in zip(prompts, given, strict=True):
         entry = {"prompt": prompt.input_ids, "reference": prompt.reference, "answer": ids}
-        answers.append({name: text.decode(ids, skip_special_tokens=False) for name, ids in entry.items()})
+        texts = {name: text.decode(ids, skip_special_tokens=False) for name, ids in entry.items()}
+        answers.append(texts | {"finish_reason": finish_reason(ids, stop)})
     if rank() == 0 and answers:
         write_json(stage.version.answers_after(iteration), answers)

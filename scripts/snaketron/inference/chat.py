@@ -12,8 +12,9 @@ from snaketron.data.chats.conversation import control_tokens
 from snaketron.data.chats.template import Template
 from snaketron.data.chats.unusable import Unusable
 from snaketron.inference.decoder import Decoder
-from snaketron.inference.generate import Sampling, continuation
+from snaketron.inference.generate import Sampling, continuation, finish_reason
 from snaketron.log import UserError
+from snaketron.wording import plural
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -47,6 +48,7 @@ class Chat:
     tools: Sequence[Any] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] = field(init=False)
+    cut: str = field(init=False, default="")  # why the last answer has no end; empty where it has one
     _known: list[int] = field(init=False, default_factory=list)  # what the decoder has read
 
     def __post_init__(self) -> None:
@@ -101,6 +103,7 @@ class Chat:
                 raise UserError(f"the text is not valid UTF-8, at character {lone.start() + 1}")
 
     def _pieces(self, ids: list[int]) -> Iterator[str]:
+        self.cut = ""
         known, self._known = self._known, []  # until the decoder has read them: it may be interrupted
         if not known or ids[: len(known)] != known or len(ids) == len(known):
             self.decoder.forget(0)
@@ -119,6 +122,11 @@ class Chat:
                 yield text
                 self._known = []
         self._known = known
+        if finish_reason(before, self.stop) == "length":
+            said = len(known) + len(before) - len(ids)
+            most = f"the model was trained on {self.decoder.max_length:,} with the conversation"
+            limit = "--max-tokens" if said == self.max_tokens else most
+            self.cut = f"cut after {plural(said, 'token')} ({limit})"
 
     @staticmethod
     def _answer(text: str, *, thinking: bool) -> dict[str, Any]:

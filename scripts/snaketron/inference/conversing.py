@@ -39,14 +39,20 @@ def converse(chat: Chat) -> None:
 def _answer(chat: Chat, text: str) -> None:
     """Show the answer; where it calls functions, ask for their results and go on."""
     try:
-        show(chat.say(text), faint=True)
+        _show(chat, chat.say(text))
         while calls := chat.calls:
             results = [input(f"result of {name}> ") for name in calls]
-            show(chat.say(*results, role="tool"), faint=True)
+            _show(chat, chat.say(*results, role="tool"))
     except UserError as error:
         print(error)
     except EOFError:  # no result; the next line is the user's
         print()
+
+
+def _show(chat: Chat, pieces: Iterator[str]) -> None:
+    show(pieces, faint=True)
+    if chat.cut:
+        print(f"{FAINT}… {chat.cut}{NORMAL}")
 
 
 def show(pieces: Iterator[str], *, faint: bool) -> None:

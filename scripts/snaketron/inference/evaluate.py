@@ -13,7 +13,7 @@ from snaketron.data.chats.blend import Source, check_packed_blend
 from snaketron.data.chats.mask import byte_lengths
 from snaketron.data.chats.packs import Pack, PackedDataset
 from snaketron.files import read_json
-from snaketron.inference.generate import generate
+from snaketron.inference.generate import finish_reason, generate
 from snaketron.inference.score import Scores, score
 from snaketron.model.build import BuiltModel
 
@@ -164,7 +164,7 @@ def exact_answers(
     """How many of the first answers of a source's test split the model gives to the letter, greedily.
 
     Answers that call functions are counted apart from the others. An answer that is longer than `max_tokens`
-    counts as wrong.
+    is cut, and counts as wrong.
     """
     asked: list[tuple[list[int], list[int]]] = []
     for conversation in conversations(files):
@@ -177,9 +177,11 @@ def exact_answers(
         built, [prompt for prompt, _ in asked], stop=ends, max_tokens=max_tokens, batch_size=batch_size
     )
     kinds = ["calls" if CALL in tokenizer.decode(r, skip_special_tokens=False) else "texts" for _, r in asked]
-    right = [answer == reference for answer, (_, reference) in zip(given, asked, strict=True)]
     result: dict[str, Any] = {}
     for kind in sorted(set(kinds)):
-        of_kind = [ok for ok, its in zip(right, kinds, strict=True) if its == kind]
-        result[kind] = {"asked": len(of_kind), "exact": sum(of_kind), "share": sum(of_kind) / len(of_kind)}
+        of_kind = [number for number, its in enumerate(kinds) if its == kind]
+        exact = sum(given[number] == asked[number][1] for number in of_kind)
+        cut = sum(finish_reason(given[number], ends) == "length" for number in of_kind)
+        counts = {"asked": len(of_kind), "exact": exact, "cut": cut}
+        result[kind] = counts | {"share": exact / len(of_kind)}
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from snaketron.inference.decoder import Decoder, decoding
 from snaketron.model import backend
@@ -35,6 +36,18 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+# How an answer ended, in the words of OpenAI's interface, vLLM's and others: by a token that ends it, or cut.
+type Finish = Literal["stop", "length"]
+
+
+def finish_reason(ids: Sequence[int], stop: Collection[int]) -> Finish:
+    """How an answer of `generate` ended.
+
+    >>> finish_reason([5, 2], stop={2}), finish_reason([5, 6], stop={2})
+    ('stop', 'length')
+    """
+    return "stop" if ids and ids[-1] in stop else "length"
 
 
 def generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,27 @@ _SHOWN = {
 
 
 def read_evaluations(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """The results of `eval/<stage>.json` files, by stage; those of lm-eval's own files by its model."""
-    found: dict[str, dict[str, Any]] = {}
+    """The results of `eval/<stage>.json` files, by stage; those of lm-eval's own files by its model.
+
+    Several of one stage, of yesterday and of today, are told apart by their files: "sft (old/sft.json)".
+    """
+    found: dict[Path, dict[str, Any]] = {}
     for path in paths:
+        if path in found:
+            raise UserError(f"{path}: named twice")
         try:
             value = read_json(path)
             if "results" in value and "model_name" in value:
                 value = _of_lm_eval(value)
-            stage = value["stage"]
+            value["stage"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not an evaluation of this workflow ({error})") from None
-        if stage in found:
-            raise UserError(f"{path}: there are two evaluations of {stage}; name each once")
-        found[stage] = value
-    return found
+        found[path] = value
+    number = Counter(value["stage"] for value in found.values())
+    return {
+        stage if number[stage := value["stage"]] == 1 else f"{stage} ({path})": value
+        for path, value in found.items()
+    }
 
 
 def _of_lm_eval(value: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +67,8 @@ def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     for name, kinds in evaluation.get("answers", {}).items():
         for kind, values in kinds.items():
             yield name, f"exact {kind} (of {values['asked']})", values["share"]
+            if values.get("cut"):  # there is none in evaluations of before it was counted
+                yield name, f"cut {kind} (of {values['asked']})", values["cut"] / values["asked"]
     for name, values in evaluation.get("tasks", {}).items():
         for measure, value in values.items():
             if measure != "questions" and value is not None:
@@ -80,4 +90,4 @@ def value_text(value: float | None, measure: str) -> str:
     """A value as a table shows it; empty where it was not measured."""
     if value is None:
         return ""
-    return f"{value:.1%}" if measure.startswith("exact") else f"{value:.4f}"
+    return f"{value:.1%}" if measure.startswith(("exact", "cut")) else f"{value:.4f}"

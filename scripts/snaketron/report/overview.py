@@ -130,9 +130,13 @@ def _answers(run: Run, *, of: bool) -> list[Quotes]:
         (first, before), (last, after) = answers[0], answers[-1]
         for place, base in enumerate(before, start=1):
             texts = [("prompt", base["prompt"]), ("reference", base["reference"])]
-            texts.append((f"answer after step {first}", base["answer"]))
+            texts.append((_title(first, base), base["answer"]))
             if last != first and place <= len(after):
-                texts.append((f"answer after step {last}", after[place - 1]["answer"]))
+                texts.append((_title(last, after[place - 1]), after[place - 1]["answer"]))
             title = f"Prompt {place} of {stage.name}" + (f", {run.name}" if of else "")
             found.append(Quotes(title, [(name, text.strip()) for name, text in texts]))
     return found
+
+
+def _title(step: int, entry: dict[str, str]) -> str:
+    return f"answer after step {step}" + (", cut" if entry.get("finish_reason") == "length" else "")

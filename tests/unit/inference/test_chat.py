@@ -63,6 +63,25 @@ def test_reset_begins_anew(chat):
     assert list(talk.say("the fox")) == first
 
 
+def test_an_answer_that_was_cut_says_so(chat, capsys, monkeypatch):
+    """The model, which was never trained, ends no answer. The last one goes on until 256 tokens are read."""
+    talk = chat(max_tokens=1)
+    list(talk.say("the fox"))
+    assert talk.cut == "cut after 1 token (--max-tokens)"
+    lines = iter(["the fox", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    converse(talk)
+    assert "… cut after 1 token (--max-tokens)" in capsys.readouterr().out
+    talk.stop = range(300)  # any token ends an answer
+    list(talk.say("the fox"))
+    assert talk.cut == ""
+    long = chat(max_tokens=256)
+    list(long.say("the fox"))
+    prompt = long.tokenizer.encode(TEMPLATE.prompt(long.messages[:1], None, {}), add_special_tokens=False)
+    said = f"cut after {257 - len(prompt)} tokens (the model was trained on 256 with the conversation)"
+    assert long.cut == said
+
+
 def test_what_is_said_until_an_answer_is_stopped_is_kept(chat):
     talk = chat()
     answer = talk.say("the fox")
@@ -164,6 +183,35 @@ def test_a_conversation_goes_on_until_the_user_ends_it(chat, monkeypatch, capsys
     assert shown.count(COMMANDS) == 2
     assert "/nope is no command; there are /reset, /help and /quit\n" in shown
     assert "<|im_end|> is a control token" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[1, "a"]', "entry 1 is a number, entry 2 is a text"),
+        (
+            '[{"type": "function", "function": {"name": "a"}}, {}, null]',
+            "entry 2 has no name, entry 3 is null",
+        ),
+        ('[{"type": "function", "function": {"name": ""}}]', "entry 1 has no name"),
+        ('{"name": "weather"}', "a JSON list of function schemas is expected"),
+        ("[", "a JSON list of function schemas is expected"),
+    ],
+)
+def test_functions_without_a_name_are_refused(text: str, problem: str, tmp_path: Path):
+    tools = runpy.run_path(str(REPOSITORY / "scripts/chat.py"))["_tools"]
+    (tmp_path / "tools.json").write_text(text)
+    with pytest.raises(UserError, match=problem):
+        tools(tmp_path / "tools.json")
+
+
+def test_functions_may_stand_in_an_object_or_alone(tmp_path: Path):
+    tools = runpy.run_path(str(REPOSITORY / "scripts/chat.py"))["_tools"]
+    (tmp_path / "tools.json").write_text('[{"name": "a"}, {"type": "function", "function": {"name": "b"}}]')
+    assert tools(tmp_path / "tools.json") == [
+        {"name": "a"},
+        {"type": "function", "function": {"name": "b"}},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,10 @@ def test_answers_that_are_the_same_to_the_letter_are_counted(built, tokenizer_di
     blend = packed_blend(train={"a": [[QUESTION]]}, test={"a": [[right], [wrong]]})
     (source,) = evaluate.held_out_sources(blend)
     found = evaluate.exact_answers(built, source.files, load_tokenizer(tokenizer_dir), 9, 2, batch_size=2)
-    assert found == {"texts": {"asked": 2, "exact": 1, "share": 0.5}}
+    assert found == {"texts": {"asked": 2, "exact": 1, "cut": 0, "share": 0.5}}
+    # A single token is the end of neither reference.
+    found = evaluate.exact_answers(built, source.files, load_tokenizer(tokenizer_dir), 9, 1, batch_size=2)
+    assert found == {"texts": {"asked": 2, "exact": 0, "cut": 2, "share": 0.0}}
 
 
 def test_corpora_of_several_phases_are_read_once(tmp_path: Path):

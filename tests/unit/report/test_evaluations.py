@@ -45,10 +45,32 @@ def test_a_file_of_lm_eval_is_a_column(tmp_path: Path):
     ]
 
 
+def test_two_evaluations_of_one_stage_are_told_apart_by_their_files(tmp_path: Path):
+    for name, loss in (("old/sft", 5.0), ("sft", 4.0), ("base", 6.0)):
+        stage = name.rpartition("/")[2]
+        write_json(tmp_path / f"{name}.json", {"stage": stage, "text": {"docs": {"loss": loss}}})
+    paths = [tmp_path / f"{name}.json" for name in ("base", "old/sft", "sft")]
+    head, _, row = markdown(read_evaluations(paths)).splitlines()
+    names = ["base", f"sft ({paths[1]})", f"sft ({paths[2]})"]
+    assert [name.strip() for name in head.split("|")[3:-1]] == names
+    assert row.split() == ["|", "docs", "|", "loss", "|", "6.0000", "|", "5.0000", "|", "4.0000", "|"]
+
+
+def test_answers_that_were_cut_are_shown_where_there_are_any(tmp_path: Path):
+    """Two of eight calls were as long as an answer may be; an evaluation of before does not say it."""
+    calls = {"asked": 8, "exact": 4, "share": 0.5}
+    write_json(tmp_path / "a.json", {"stage": "a", "answers": {"tools": {"calls": calls | {"cut": 2}}}})
+    write_json(tmp_path / "b.json", {"stage": "b", "answers": {"tools": {"calls": calls}}})
+    assert markdown(read_evaluations([tmp_path / "a.json", tmp_path / "b.json"])).splitlines()[2:] == [
+        "| tools | exact calls (of 8) | 50.0% | 50.0% |",
+        "| tools | cut calls (of 8)   | 25.0% |       |",
+    ]
+
+
 def test_what_is_no_evaluation_is_refused(tmp_path: Path):
     write_json(tmp_path / "a.json", {"stage": "sft"})
     write_json(tmp_path / "b.json", {"phase": "one"})
     with pytest.raises(UserError, match=r"b\.json: not an evaluation"):
         read_evaluations([tmp_path / "b.json"])
-    with pytest.raises(UserError, match="two evaluations of sft"):
+    with pytest.raises(UserError, match=r"a\.json: named twice"):
         read_evaluations([tmp_path / "a.json", tmp_path / "a.json"])

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from snaketron import files
-from snaketron.report.blocks import Figures, Table, Text
+from snaketron.report.blocks import Figures, Quotes, Table, Text
 from snaketron.report.curves import curves_part
-from snaketron.report.overview import missing
+from snaketron.report.overview import answers_part, missing
 from snaketron.report.runs import Run, read_run
 from tests.unit.report.live_run import RunLog
 
@@ -105,6 +105,17 @@ def test_losses_by_corpus_are_before_after_and_tested(training, tmp_path: Path):
     (drawn,) = (block for block in blocks if isinstance(block, Figures))
     titles = ["Loss (nats a token)", "Loss by corpus, training", "Loss by corpus, validation"]
     assert [figure.title for figure in drawn.figures] == titles
+
+
+def test_an_answer_that_was_cut_says_so(training, tmp_path: Path):
+    """An entry of before has no word of how the answer ended."""
+    directory = training("sft")
+    answer = {"prompt": "Why?", "reference": "So.", "answer": "Since", "finish_reason": "length"}
+    files.write_json(directory / "answers/step_0000040.json", [answer])
+    (quotes,) = answers_part([read(tmp_path)]).blocks
+    assert isinstance(quotes, Quotes)
+    names = [name for name, _ in quotes.texts]
+    assert names == ["prompt", "reference", "answer after step 0", "answer after step 40, cut"]
 
 
 def test_evaluations_are_in_the_order_of_the_trainings(training, tmp_path: Path):
