@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from snaketron.config.base import ConfigError, Count, Section, key, suggest
+from snaketron.config.base import ConfigError, Section, Seed, Text, key, suggest
 from snaketron.config.checks import (
     SECRET,
     check_blends,
@@ -123,11 +123,11 @@ def _off(value: Any) -> Any:
 
 
 class Config(Section):
-    pathvars: dict[Literal["data", "ckpt", "hf", "eval", "logs", "benchmarks"], str] = key(
+    pathvars: dict[Literal["data", "ckpt", "hf", "eval", "logs", "benchmarks"], Text] = key(
         lambda: {"data": "data", "ckpt": "ckpt", "hf": "hf", "eval": "eval"},
         "roots of the outputs; move them to a parallel file system here",
     )
-    seed: Count = key(1234, "seed of initial weights, shuffling and sampling")
+    seed: Seed = key(1234, "seed of initial weights, shuffling and sampling")
     tracking: Annotated[Literal["off", "offline", "online"], BeforeValidator(_off)] = key(
         "off",
         "Weights & Biases: off, offline (below ./wandb, for `wandb sync`) or online (needs WANDB_API_KEY); "
@@ -144,7 +144,7 @@ class Config(Section):
     )
     notify: Notify = key(Notify, "whom to tell")
     tokenizer: Tokenizer = key(Tokenizer, "trained from text, or taken from a path")
-    sources_lock: str = key(
+    sources_lock: Text = key(
         "sources.lock.json", "what scripts/lock_sources.py writes: the files of sources that lie elsewhere"
     )
     corpora: list[Corpus] = Field(default_factory=sample_corpora, description="text for pretraining")

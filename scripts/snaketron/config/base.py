@@ -8,10 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+_MOST = 2**53  # beyond it floating-point numbers, in which times and sizes are computed, have gaps
+Positive = Annotated[int, Field(gt=0, le=_MOST)]
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+# numpy.random.RandomState, with which megatron-core shuffles, takes no larger seed.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "nvfp4"]
 Module = Literal["layer", "core_attn", "layernorm", "mlp", "moe", "shared_experts"]
 Dispatcher = Literal["alltoall", "deepep", "hybridep"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from snaketron.config.base import Count, Fraction, Name, Positive, Section, Share, key
+from snaketron.config.base import Count, Fraction, Name, Positive, Section, Share, Text, key
 
 from pydantic import Field
 
@@ -13,25 +13,25 @@ from pydantic import Field
 class Hub(Section):
     """A data set of the Hugging Face hub. The lock file pins its commit and files."""
 
-    repository: str = Field(description="owner/name of the data set")
-    configuration: str | None = key(
+    repository: Text = Field(description="owner/name of the data set")
+    configuration: Text | None = key(
         None, "its configuration, by its exact name; null: the only one, or the default one"
     )
-    split: str = key("train", "its split, by its exact name")
-    revision: str = key("main", "branch, tag or commit that lock_sources pins")
+    split: Text = key("train", "its split, by its exact name")
+    revision: Text = key("main", "branch, tag or commit that lock_sources pins")
 
 
 class Registered(Section):
     """Data that was made elsewhere, by split. It is verified and recorded, and not made again."""
 
-    train: list[str] = Field(
+    train: list[Text] = Field(
         min_length=1,
         description="to train on, by path or glob: PREFIX of each pair PREFIX.bin and PREFIX.idx of tokens, "
         "or Parquet files of packs",
     )
-    valid: list[str] = key(list, "held out for validation; []: none, so it has no validation loss")
-    test: list[str] = key(list, "held out for the test; []: none")
-    tokenizer_sha256: str | None = key(
+    valid: list[Text] = key(list, "held out for validation; []: none, so it has no validation loss")
+    test: list[Text] = key(list, "held out for the test; []: none")
+    tokenizer_sha256: Text | None = key(
         None,
         "sha256 of the tokenizer.json that it was made with, which that of this workflow must have; null: "
         "what packs say themselves, else only their ids are compared with the vocabulary",
@@ -42,7 +42,7 @@ class Source(Section):
     """Rows from files: of this machine, or of elsewhere and then listed in the lock file."""
 
     name: Name = Field(description="directory name of what is made from it")
-    paths: list[str] = key(
+    paths: list[Text] = key(
         list,
         "files, directories or globs: .jsonl, .ndjson or .json (also .gz, .zst, .bz2, .xz), .parquet, "
         ".arrow; or addresses (s3://, gs://, hf://, https://), which scripts/lock_sources.py lists",
@@ -60,7 +60,7 @@ class Source(Section):
     max_tokens: Positive | None = key(
         None, "take whole documents of the first files up to so many tokens; null: all"
     )
-    metadata_fields: list[str] = key(list, "columns or JSON keys to keep beside the tokens")
+    metadata_fields: list[Text] = key(list, "columns or JSON keys to keep beside the tokens")
 
     @property
     def limited(self) -> bool:
@@ -163,7 +163,7 @@ class Corpus(Source):
     tokens: Registered | None = key(
         None, "pairs of .bin and .idx that Megatron's tools have made elsewhere, in place of `paths`"
     )
-    text_field: str = key(
+    text_field: Text = key(
         "text", "column or JSON key that holds the document; `a.b`: the field b of the object a"
     )
     curation: Curation | None = key(None, "what is removed before it is tokenized; null: nothing")
@@ -173,7 +173,7 @@ class Corpus(Source):
         return self.tokens
 
 
-Tags = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)]
+Tags = Annotated[list[Text], Field(min_length=2, max_length=2)]
 
 
 class Reasoning(Section):
@@ -211,7 +211,7 @@ class ChatSource(Source):
     packs: Registered | None = key(
         None, "packed Parquet files as Megatron-Bridge reads them, made elsewhere, in place of `paths`"
     )
-    messages_field: str = key("messages", "column or JSON key that holds the list of messages")
+    messages_field: Text = key("messages", "column or JSON key that holds the list of messages")
     tools_field: str = key(
         "tools", "column or JSON key that holds the tool definitions; may be absent in a row"
     )
@@ -219,8 +219,8 @@ class ChatSource(Source):
         "system",
         "column or JSON key that holds the text of a system message; may be absent in a row; null: not read",
     )
-    role_key: str = key("role", "key of a message that says who speaks; from: ShareGPT")
-    content_key: str = key("content", "key of a message that holds its text; value: ShareGPT")
+    role_key: Text = key("role", "key of a message that says who speaks; from: ShareGPT")
+    content_key: Text = key("content", "key of a message that holds its text; value: ShareGPT")
     roles: dict[str, Literal["system", "developer", "user", "assistant", "tool"]] = key(
         dict, "roles of other names: {human: user, gpt: assistant} and the like"
     )
@@ -229,7 +229,7 @@ class ChatSource(Source):
         "what lies between these tags at the beginning of an answer's text is taken for its reasoning, and "
         "counted; null: it stays text",
     )
-    chat_template: str | None = key(
+    chat_template: Text | None = key(
         None, "Jinja file that renders this source; null: the one of `tokenizer`, which inference uses"
     )
     template_arguments: dict[str, Any] = key(
@@ -248,14 +248,14 @@ class ChatSource(Source):
 
 
 class CorpusWeight(Section):
-    corpus: str = Field(description="name of a corpus")
+    corpus: Text = Field(description="name of a corpus")
     weight: Annotated[float, Field(gt=0)] = Field(
         description="share of the mix, relative to the other weights"
     )
 
 
 class SourceWeight(Section):
-    source: str = Field(description="name of a chat source")
+    source: Text = Field(description="name of a chat source")
     weight: Annotated[float, Field(gt=0)] = Field(
         description="share of the mix, relative to the other weights"
     )
@@ -300,24 +300,24 @@ SPECIAL_TOKENS = (
 
 
 class Tokenizer(Section):
-    path: str | None = key(
+    path: Text | None = key(
         None,
         "Hugging Face tokenizer to use: a directory, or OWNER/NAME or OWNER/NAME@REVISION of the hub, whose "
         "files scripts/lock_sources.py lists; null trains one from `text`",
     )
-    chat_template: str | None = key(
+    chat_template: Text | None = key(
         "config/chat_template.jinja",
         "Jinja file saved with the tokenizer; null keeps the template that comes with `path`",
     )
     vocab_size: Positive = key(
         2048, "tokens of a trained tokenizer, special ones included; 32k to 131k for a real model"
     )
-    text: list[str] = key(
+    text: list[Text] = key(
         lambda: [p for c in sample_corpora() for p in c.paths if c.name == "requests" or "part_0" in p],
         "files that a new tokenizer is trained on (no globs: a file that joins a corpus later must not "
         "change the tokenizer); edit it, or run with `-R build_tokenizer`, to ask for a new one",
     )
-    text_field: str = key("text", "column or JSON key of those files that holds the document")
+    text_field: Text = key("text", "column or JSON key of those files that holds the document")
 
 
 class MinHash(Section):
@@ -334,10 +334,10 @@ class CurationData(Section):
     """What the curation of all corpora shares. A corpus is curated only where it says so."""
 
     minhash: MinHash = key(MinHash, "how near-duplicates are found")
-    evaluation: list[str] = key(
+    evaluation: list[Text] = key(
         list, "files with the texts of evaluations, for `decontaminate`: the same formats as a corpus"
     )
-    evaluation_field: str = key("text", "column or JSON key of those files that holds the text")
+    evaluation_field: Text = key("text", "column or JSON key of those files that holds the text")
     decontamination_n_grams: Positive = key(
         12,
         "words of an n-gram that must not be shared; n-grams of numbers or of few different words do not "

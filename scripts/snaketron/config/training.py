@@ -14,7 +14,10 @@ from snaketron.config.base import (
     Positive,
     Precision,
     Section,
+    Seed,
     Share,
+    Text,
+    Weight,
     key,
 )
 from snaketron.config.data import CorpusWeight, SourceWeight
@@ -48,18 +51,20 @@ class Model(Section):
     moe_shared_expert_intermediate_size: Positive = key(
         256, "inner width of the expert that every token visits"
     )
-    moe_router_topk_scaling_factor: float = key(2.5, "factor on the routed experts' output")
-    moe_aux_loss_coeff: float = key(1e-4, "weight of the router's load balancing loss")
-    moe_router_bias_update_rate: float = key(
+    moe_router_topk_scaling_factor: Annotated[float, Field(gt=0)] = key(
+        2.5, "factor on the routed experts' output"
+    )
+    moe_aux_loss_coeff: Weight = key(1e-4, "weight of the router's load balancing loss")
+    moe_router_bias_update_rate: Weight = key(
         1e-3, "step of the expert bias towards an even load, a step of training"
     )
     mtp_num_layers: Count = key(1, "depths of multi-token prediction; they share one block. 0 turns it off")
     mtp_hybrid_layer_pattern: Annotated[str, Field(pattern=r"^[ME*\-]+$")] = key(
         "*E", "layers of the multi-token prediction block"
     )
-    mtp_loss_scaling_factor: float = key(0.3, "weight of the multi-token prediction loss")
-    init_method_std: float = key(0.06, "standard deviation of the initial weights")
-    layernorm_epsilon: float = key(1e-5, "epsilon of RMSNorm")
+    mtp_loss_scaling_factor: Weight = key(0.3, "weight of the multi-token prediction loss")
+    init_method_std: Annotated[float, Field(gt=0)] = key(0.06, "standard deviation of the initial weights")
+    layernorm_epsilon: Annotated[float, Field(gt=0)] = key(1e-5, "epsilon of RMSNorm")
     make_vocab_size_divisible_by: Positive = key(
         128, "the embedding is padded to a multiple of this and of TP"
     )
@@ -126,7 +131,7 @@ class Cluster(Section):
         "memory of a GPU (10^9 bytes); a training that needs more, by the estimate of the dry-run, is an "
         "error; leave some for libraries (2 GB) and the allocator; null: not checked",
     )
-    container: str | None = key(
+    container: Text | None = key(
         None, "image that the processes of a training run in (envs/); null: the environment of the workflow"
     )
     container_runtime: Literal["apptainer", "pyxis", "charliecloud"] = key(
@@ -137,14 +142,14 @@ class Cluster(Section):
         list,
         "paths of the host that the image sees beside the working directory: `path` or `path:path_inside`",
     )
-    cache_dir: str | None = key(
+    cache_dir: Text | None = key(
         None,
         "directory on a disk of each node for compiled kernels, kept from job to job; null: below $TMPDIR",
     )
     environment: dict[str, str] = key(
         dict, "variables of the environment of a training's processes, over our defaults (docs/slurm.md)"
     )
-    secrets_file: str | None = key(
+    secrets_file: Text | None = key(
         None, "file of mode 600 with lines NAME=value, such as WANDB_API_KEY, for the trainings alone"
     )
 
@@ -238,12 +243,12 @@ class Phase(Section):
     name: Name = Field(description="directory name below ckpt/pretrain")
     tokens: Positive = Field(description="tokens to train on; rounded up to whole steps")
     blend: list[CorpusWeight] = Field(min_length=1, description="corpora and their weights")
-    seed: Count | None = key(
+    seed: Seed | None = key(
         None,
         "seed of the order of its text; null: `seed`. Phases with the same blend, length and seed read the "
         "same text",
     )
-    checkpoint: str | None = key(
+    checkpoint: Text | None = key(
         None,
         "checkpoint from elsewhere that is the result of this phase, in place of training it: what "
         "pretrain.base may name; later phases, SFT and LoRA go on from it; null: the phase is trained",
@@ -282,7 +287,7 @@ def sample_phases() -> list[Phase]:
 
 
 class Pretrain(Run):
-    base: str | None = key(
+    base: Text | None = key(
         None,
         "checkpoint whose weights the first phase starts from: a published one (a directory, or OWNER/NAME "
         "of the hub, pinned by scripts/lock_sources.py), one of Megatron (torch_dist) or of this workflow; "
@@ -331,7 +336,7 @@ class Pretrain(Run):
 class Tuning(Run):
     """What full fine-tuning and LoRA share."""
 
-    base: str | None = key(
+    base: Text | None = key(
         None,
         "checkpoint to tune: a published one (a directory, or OWNER/NAME of the hub, pinned by "
         "scripts/lock_sources.py), one of Megatron (torch_dist) or of this workflow; null: that of the last "
@@ -398,7 +403,7 @@ class Adapters(Section):
     expert_rank: Positive | None = key(None, EXPERT_RANK)
     alpha: Annotated[float, Field(gt=0)] = key(16, ALPHA)
     dropout: Fraction = key(0.0, "share of an adapter's inputs that a step of training leaves out")
-    target_modules: list[str] = key(
+    target_modules: list[Text] = key(
         lambda: ["linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2"],
         "names of the linear layers to adapt, or their last parts: linear_fc1 and linear_fc2 of dense "
         "layers, shared and routed experts (experts.linear_fc1: of routed ones alone), fc1_latent_proj, "

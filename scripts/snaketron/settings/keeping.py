@@ -29,7 +29,8 @@ def kept(iterations: Iterable[int], run: Run, steady: int) -> set[int]:
 
 
 def num_kept(run: Run, steady: int, steps: int) -> int:
-    """How many checkpoints a training of so many steps leaves."""
-    interval = run.steady_interval or run.save_interval
-    saved = {*range(run.save_interval, steps, run.save_interval), *range(interval, steady, interval), steps}
+    """How many checkpoints a training of so many steps leaves; a plan may ask that of trillions of steps."""
+    interval, most = run.steady_interval or run.save_interval, run.keep_checkpoints + run.keep_steady
+    newest = range(run.save_interval, steps, run.save_interval)[-most:]
+    saved = {*newest, *range(interval, steady, interval)[-most:], steps}
     return len(kept({*saved, steady} - {0}, run, steady))

@@ -121,6 +121,8 @@ def read_lock(path: str | Path, configfiles: Iterable[str | Path] = ()) -> Lock:
         text = path.read_bytes()
     except FileNotFoundError:
         return Lock(path, {}, command)
+    except OSError as error:
+        raise ConfigError(f"sources_lock: {str(path)!r} cannot be read ({error.strerror})") from None
     try:
         content = json.loads(text)
         if content["version"] != LOCK_VERSION:

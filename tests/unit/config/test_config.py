@@ -122,6 +122,12 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
     [
         ("seed", "soon", "seed: input should be a valid integer"),
         ("seed", -1, "seed: input should be greater than or equal to 0 (it is -1)"),
+        ("seed", 2**32, "seed: input should be less than 4294967296"),
+        ("sft.train_iters", 2**60, "sft.train_iters: input should be less than or equal to 90071992547409"),
+        ("model.init_method_std", 0, "model.init_method_std: input should be greater than 0"),
+        ("model.moe_aux_loss_coeff", -1, "model.moe_aux_loss_coeff: input should be greater than or equal"),
+        ("pathvars.data", "", "pathvars.data: string should have at least 1 character"),  # it would be /
+        ("tokenizer.text", [""], "tokenizer.text[0]: string should have at least 1 character"),
         ("sft.train_iters", 0, "sft.train_iters: input should be greater than 0 (it is 0)"),
         ("sft.train_iters", 1.5, "sft.train_iters: input should be a valid integer"),
         (

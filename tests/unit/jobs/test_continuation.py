@@ -245,6 +245,12 @@ def test_the_newest_checkpoints_and_those_before_the_decay_are_kept(keys: dict[s
     assert num_kept(run, steady=45, steps=80) == len(left)
 
 
+def test_the_checkpoints_of_trillions_of_steps_are_counted_in_no_time():
+    """A large phase on the batches of the sample: the newest 2, and 3 from before the rate falls."""
+    run = run_settings(load({"pretrain": {"save_interval": 10, "keep_steady": 3}}, {}), "pretrain/broad")
+    assert num_kept(run, steady=4 * 10**12, steps=5 * 10**12) == 5
+
+
 def test_the_blend_of_another_length_is_known_without_making_it():
     """Half of 1,000 tokens is taken of a corpus of 400: 1.25 epochs; of 3,000 tokens it is 3.75."""
     corpus = {"corpus": "a", "share": 0.5, "tokens": 400, "taken": 500, "epochs": 1.25}
