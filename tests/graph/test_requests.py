@@ -12,7 +12,7 @@ from tests.conftest import Workspace
 import pytest
 
 BEGIN = "To be submitted to Slurm:"
-TARGETS = ("ckpt/sft", "ckpt/lora_merged")
+TARGETS = ("ckpt/sft", "ckpt/lora_merged", "eval/sft.json", "hf/sft")
 REQUESTS = Path(__file__).parent / "requests"
 
 
