@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,24 +28,44 @@ if TYPE_CHECKING:  # imports megatron-core (5 s)
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, help="such as ckpt/sft")
-    parser.add_argument("--system", default="", help="the system's message")
+    parser.add_argument("checkpoint", type=Path, help="directory of a checkpoint, such as ckpt/sft")
     parser.add_argument(
-        "--tools", type=Path, help="JSON file with a list of the functions that may be called"
+        "--system", default="", metavar="TEXT", help="message of the system, before all others"
+    )
+    parser.add_argument(
+        "--tools",
+        type=Path,
+        metavar="FILE",
+        help="JSON file with a list of the functions that the model may call",
     )
     parser.add_argument(
         "--template-arguments",
         type=_object,
         default={},
-        help="JSON, such as '{\"enable_thinking\": true}'",
+        metavar="JSON",
+        help="what the chat template is told, such as '{\"enable_thinking\": true}'",
     )
-    parser.add_argument(
-        "--temperature", type=_at_least_zero, default=0.0, help="0: the most likely token (default)"
+    add_number = partial(parser.add_argument, metavar="N")
+    add_number(
+        "--temperature",
+        type=_at_least_zero,
+        default=0.0,
+        help="how freely tokens are drawn (default: 0, always the most likely one)",
     )
-    parser.add_argument("--top-p", type=_share, default=1.0, help="share of the probability to draw from")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the draws")
-    parser.add_argument("--max-tokens", type=_positive, default=512, help="of an answer")
-    parser.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)), help="CPU threads")
+    add_number(
+        "--top-p",
+        type=_share,
+        default=1.0,
+        help="draw from the likeliest tokens that have this share of the probability (default: 1, from all)",
+    )
+    add_number("--seed", type=_seed, default=0, help="what the draws begin with (default: 0)")
+    add_number("--max-tokens", type=_positive, default=512, help="longest answer (default: 512 tokens)")
+    add_number(
+        "--threads",
+        type=_positive,
+        default=len(os.sched_getaffinity(0)),
+        help="CPU threads (default: all CPUs, %(default)s here)",
+    )
     args = parser.parse_args(argv)
     Version(args.checkpoint).check_finished()
     tools = _tools(args.tools) if args.tools else []

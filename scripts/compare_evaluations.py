@@ -13,8 +13,15 @@ from snaketron.report.evaluations import markdown, read_evaluations, rows
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("evaluations", type=Path, nargs="+", help="files of the rule evaluate, or of lm-eval")
-    parser.add_argument("--json", action="store_true", help="a list of {stage, data, measure, value}")
+    parser.add_argument(
+        "evaluations",
+        type=Path,
+        nargs="+",
+        help="eval/*.json of the rule evaluate, or results_*.json of lm-eval",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print a list of {stage, data, measure, value} as JSON"
+    )
     args = parser.parse_args(argv)
     found = read_evaluations(args.evaluations)
     if args.json:

@@ -13,8 +13,20 @@ from snaketron.log import run
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--directory", type=Path, default=Path("ckpt"), help="where checkpoints will lie")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs that must be there, on each node")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=Path("ckpt"),
+        metavar="DIRECTORY",
+        help="where checkpoints will lie (default: ckpt)",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        default=0,
+        metavar="N",
+        help="GPUs that each node must have (default: however many)",
+    )
     args = parser.parse_args(argv)
     from snaketron.train import doctor, doctor_nodes
 

@@ -20,16 +20,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("path", type=Path, nargs="?", help="checkpoint, shard, blend, export or record whose tree is shown")
-    add("--format", choices=FORMATS, default="text", help="of the answer; a tree may have any of them")
+    add(
+        "--format",
+        choices=FORMATS,
+        default="text",
+        help="form of the answer; json for all questions but --diff, mermaid and openlineage for a tree "
+        "(default: text)",
+    )
     add("--verify", action="store_true", help="compare all files of the tree with their hashes")
     add("--all", action="store_true", help="with --verify: read files again that have not changed, too")
-    add("--who-uses", metavar="FILE", help="which jobs used a file, or the file of a hash")
+    add("--who-uses", metavar="FILE", help="which jobs used a file; it may be named by its hash")
     add("--diff", type=Path, nargs=2, metavar=("A", "B"), help="why two artifacts differ")
     add(
-        "--without", metavar="FILE", help="what has to be made again without a file, or without the documents"
+        "--without",
+        metavar="FILE",
+        help="what has to be made again without a file, or without the rows of it that --row or --text name",
     )
-    add("--row", type=int, nargs="+", help="rows (from 1) of that file: when was each trained on")
-    add("--text", help="a part of a document of that file, in place of --row")
+    add(
+        "--row",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="with --who-uses or --without: these rows of the file, from 1; --who-uses then says at which "
+        "steps each was trained on",
+    )
+    add("--text", help="in place of --row: the rows that hold this text")
     add("--root", type=Path, nargs="+", help="directories with records, if not the working directory")
     args = parser.parse_args(argv)
     asked = [name for name in ("path", "who_uses", "diff", "without") if getattr(args, name) is not None]

@@ -8,7 +8,7 @@ from pathlib import Path
 from snaketron.config import Config, ConfigError, load
 from snaketron.files import write_json, writing
 from snaketron.graph.configfiles import merged
-from snaketron.log import UserError, argument_parser, run
+from snaketron.log import UserError, argument_parser, logger, run
 from snaketron.sizes.gpus import GPUS
 
 SUPER = Path("config/super.yaml")
@@ -23,7 +23,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         help="configuration files, as you give them to snakemake",
     )
-    parser.add_argument("--json", type=Path, help="write the plan there as JSON, too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the plan or the layouts there as JSON, too"
+    )
     parser.add_argument(
         "--published",
         action="store_true",
@@ -34,9 +36,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="TRAINING",
         help="list layouts for a training, such as pretrain/broad, the fastest first, and plan nothing",
     )
-    parser.add_argument("--rate", type=Path, help="draw the learning rate of all phases there, as SVG")
-    parser.add_argument("--gpu", choices=sorted(GPUS), help="of the search; as a rule cluster.gpu")
-    parser.add_argument("--gpus", type=int, help="GPUs of the search; as a rule those of the training")
+    parser.add_argument(
+        "--rate",
+        type=Path,
+        metavar="FILE",
+        help="draw the learning rate of all phases there, as SVG, and plan nothing",
+    )
+    parser.add_argument(
+        "--gpu", choices=sorted(GPUS), help="with --search: the kind of GPU (default: cluster.gpu)"
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="with --search: the number of GPUs (default: that of the configured layout)",
+    )
     return parser.parse_args(argv)
 
 
@@ -56,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
             with writing(args.rate) as [path]:
                 path.write_bytes(draw(config))
+            logger.info("the learning rate of all phases: %s", args.rate)
             return 0
         if args.search:
             return search_layouts(config, args)

@@ -12,7 +12,13 @@ from snaketron.log import argument_parser, logger, run
 
 def main(argv: list[str] | None = None) -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--ckpt", type=Path, default=Path("ckpt"), help="root of the checkpoints")
+    parser.add_argument(
+        "--ckpt",
+        type=Path,
+        default=Path("ckpt"),
+        metavar="DIRECTORY",
+        help="root of the checkpoints, where pathvars.ckpt has moved it (default: ckpt)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     parser.add_argument("--stopped", action="store_true", help="delete interrupted trainings as well")
     parser.add_argument(

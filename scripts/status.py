@@ -1,4 +1,7 @@
-"""Show where the jobs of this directory's workflow stand in Slurm, a line a job; or watch the whole run."""
+"""Show where the jobs of this directory's workflow stand in Slurm, a line a job.
+
+With --watch show the whole run, on Slurm or not, running or finished.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,13 @@ from snaketron.log import argument_parser, run
 
 def main(argv: list[str] | None = None) -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--ckpt", type=Path, default=Path("ckpt"), help="root of the checkpoints")
+    parser.add_argument(
+        "--ckpt",
+        type=Path,
+        default=Path("ckpt"),
+        metavar="DIRECTORY",
+        help="root of the checkpoints, where pathvars.ckpt has moved it (default: ckpt)",
+    )
     parser.add_argument(
         "--watch",
         action="store_true",

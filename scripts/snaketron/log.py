@@ -123,7 +123,11 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the option that every script has: --log-file."""
     made = argparse.ArgumentParser(description=description, allow_abbrev=False)
     made.add_argument(
-        "--log-file", type=Path, action=_LogFile, help="write the log there, and only warnings here"
+        "--log-file",
+        type=Path,
+        action=_LogFile,
+        metavar="FILE",
+        help="write the log to this file, and only warnings to the terminal",
     )
     return made
 

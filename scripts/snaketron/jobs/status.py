@@ -98,7 +98,9 @@ def _jobs() -> list[list[str]]:
             timeout=slurm.TIMEOUT_S,
         )
     except FileNotFoundError:
-        raise UserError("squeue: no such command; run this on a machine of the cluster") from None
+        raise UserError(
+            "squeue: no such command; run this on a machine of the cluster, or with --watch without Slurm"
+        ) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"squeue: no answer within {slurm.TIMEOUT_S} s") from None
     if done.returncode:
