@@ -7,10 +7,11 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import Workspace
+from tests.conftest import Workspace, copy_of
 from tests.end_to_end.processes import exists, newest, run_until, saved
 
 import pytest
@@ -50,30 +51,51 @@ def first_line(root: Path) -> Callable[[], bool]:
     return lambda: any(file.stat().st_size > 0 for file in root.glob("versions/*/metrics.jsonl"))
 
 
+# In the order in which a training comes to them that is killed at each and started again.
 MOMENTS = {
     "at start": lambda root: exists(root, "versions/*/config.yaml"),
     "before the first checkpoint": first_line,
     "inside a checkpoint write": half_written,
-    "after a checkpoint": lambda root: saved(root, 4),
+    "after a checkpoint": lambda root: saved(root, 8),
     "before publishing": lambda root: saved(root, 12),
 }
+TARGET = "ckpt/pretrain/broad"
+
+
+@dataclass
+class Kills:
+    """A workspace in which one kill followed the other, and what each did: status, and what was published."""
+
+    workspace: Workspace
+    undisturbed: Path
+    statuses: dict[str, int] = field(default_factory=dict)
+    published: set[str] = field(default_factory=set)
+
+
+@pytest.fixture(scope="module")
+def killed(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Kills:
+    """A pretraining that is killed at each moment, and then left to end."""
+    workspace = copy_of(finished, tmp_path_factory.mktemp("killed") / "work")
+    kills, ckpt = Kills(workspace, begin_again(workspace, TARGET)), workspace.path / "ckpt"
+    for version in list((ckpt / "versions").iterdir()):  # so that only the killed version is looked at
+        version.rename(workspace.path / version.name)
+    for moment, reached in MOMENTS.items():
+        command = workspace.command(TARGET)
+        kills.statuses[moment], _ = run_until(workspace, command, reached(ckpt), signal.SIGKILL)
+        if (workspace.path / TARGET).exists():
+            kills.published.add(moment)
+    again = workspace.snakemake(TARGET)
+    assert again.status == 0, again.output[-3000:]
+    return kills
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_pretraining_ends_as_an_undisturbed_one(copy: Workspace, moment: str):
-    target = "ckpt/pretrain/broad"
-    undisturbed = begin_again(copy, target)
-    hidden = list((copy.path / "ckpt/versions").iterdir())
-    for version in hidden:  # so that only the killed version is looked at
-        version.rename(copy.path / version.name)
-    killed, _ = run_until(copy, copy.command(target), MOMENTS[moment](copy.path / "ckpt"), signal.SIGKILL)
-    assert killed == -signal.SIGKILL
-    assert not (copy.path / target).exists()
-    again = copy.snakemake(target)
-    assert again.status == 0, again.output[-3000:]
-    assert weights(copy.path / target) == weights(undisturbed)
-    assert metrics(copy.path / target) == metrics(undisturbed)
-    assert list((copy.path / "ckpt/versions").glob("*/.*.partial")) == []
+def test_a_killed_pretraining_ends_as_an_undisturbed_one(killed: Kills, moment: str):
+    assert killed.statuses[moment] == -signal.SIGKILL and moment not in killed.published
+    path = killed.workspace.path
+    assert weights(path / TARGET) == weights(killed.undisturbed)
+    assert metrics(path / TARGET) == metrics(killed.undisturbed)
+    assert list((path / "ckpt/versions").glob("*/.*.partial")) == []
 
 
 def test_killed_while_a_checkpoint_is_written_in_the_background(copy: Workspace):
@@ -115,43 +137,47 @@ def sft_begun(copy: Workspace) -> bool:
     return exists(copy.path / "ckpt", "versions/sft-*/iter_0000004")()
 
 
-# What a rule makes and what follows from it; of the rules that are not here, all data.
-MADE_AGAIN = {
-    "build_tokenizer": ("tokenizer", "tokens", "pretrain", "chat", "sft"),
-    "tokenize_shard": ("tokens", "pretrain"),
-    "render_chat": ("chat", "sft"),
-    "pack_sft": ("sft",),
-    "blend_sft": ("sft",),
-    "index_pretrain": ("pretrain",),
+# What each rule leaves half-written, in the order in which a run that is killed in each comes to them.
+PARTIAL = {
+    "sample_corpus": "data/sample/*/.part_*.partial",
+    "build_tokenizer": "data/tokenizer/.*.partial",
+    "tokenize_shard": "data/tokens/*/*/.*.partial",
+    "render_chat": "data/chat/*/.*.partial",
+    "pack_sft": "data/sft/*/*/.*.partial",
+    "blend_sft": "data/sft/.*.partial",
+    "index_pretrain": "data/pretrain/broad/.index.partial/*-sample_index.npy",
 }
+BESIDE = {"render_chat": ("chat", "sft"), "index_pretrain": ("pretrain",)}  # made beside the rule before
+DATA = ("data/sft/blend.json", "data/pretrain/broad/index")
 
 
-@pytest.mark.parametrize(
-    ("rule", "partial"),
-    [
-        ("sample_corpus", "data/sample/*/.part_*.partial"),
-        ("build_tokenizer", "data/tokenizer/.*.partial"),
-        ("tokenize_shard", "data/tokens/*/*/.*.partial"),
-        ("render_chat", "data/chat/*/.*.partial"),
-        ("pack_sft", "data/sft/*/*/.*.partial"),
-        ("blend_sft", "data/sft/.*.partial"),
-        ("index_pretrain", "data/pretrain/broad/.index.partial/*-sample_index.npy"),
-    ],
-)
-def test_killed_data_rules_end_with_the_same_files(copy: Workspace, rule: str, partial: str):
-    """Data is made again from `rule` on, and the run is killed while that writes."""
-    expected = contents(copy.path / "data")
-    for directory in MADE_AGAIN.get(rule, [path.name for path in (copy.path / "data").iterdir()]):
-        shutil.rmtree(copy.path / "data" / directory)
-    shutil.rmtree(copy.path / "ckpt")
-    targets = ["data/sft/blend.json", "data/pretrain/broad/index"]
-    run_until(copy, copy.command(*targets), exists(copy.path, partial), signal.SIGKILL)
-    result = copy.snakemake(*targets)
+@pytest.fixture(scope="module")
+def killed_data(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Kills:
+    """Data that is made from nothing while every rule is killed, one after the other."""
+    workspace = copy_of(finished, tmp_path_factory.mktemp("killed_data") / "work")
+    shutil.rmtree(workspace.path / "ckpt")
+    shutil.rmtree(workspace.path / "data")
+    kills = Kills(workspace, finished.path / "data")
+    for rule, partial in PARTIAL.items():
+        for directory in BESIDE.get(rule, ()):
+            shutil.rmtree(workspace.path / "data" / directory, ignore_errors=True)
+        moment = exists(workspace.path, partial)
+        kills.statuses[rule], _ = run_until(workspace, workspace.command(*DATA), moment, signal.SIGKILL)
+    result = workspace.snakemake(*DATA)
     assert result.status == 0, result.output[-3000:]
-    found = contents(copy.path / "data")
+    return kills
+
+
+@pytest.mark.parametrize("rule", PARTIAL)
+def test_killed_data_rules_end_with_the_same_files(killed_data: Kills, rule: str):
+    assert killed_data.statuses[rule] == -signal.SIGKILL
+    expected, data = contents(killed_data.undisturbed), killed_data.workspace.path / "data"
+    found = contents(data)
     assert found == {name: digest for name, digest in expected.items() if name in found}
     assert {"sft/blend.json", "tokens/code/train/part_0.bin", "tokenizer/tokenizer.json"} <= found.keys()
-    assert not list((copy.path / "data").rglob(".*.partial"))
+    directory = Path(PARTIAL[rule]).parts[1]
+    assert any(name.startswith(f"{directory}/") for name in found)
+    assert not list(data.rglob(".*.partial"))
 
 
 def contents(root: Path) -> dict[str, str]:
