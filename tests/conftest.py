@@ -31,28 +31,37 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 for name in [*os.environ]:
     if name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", PLAIN) or name.startswith("SLURM_"):
         del os.environ[name]
-# Tests that share a run of the workflow, or a cluster, which each worker of pytest would make for itself, and
-# in which order. The longest are first, so that no worker is left alone with them at the end.
+# Tests that share a run of the workflow, a cluster or a process that they fork from, which each worker of
+# pytest would make for itself, and in which order. Stories on a cluster mostly wait: four clusters at a time
+# would leave the processors idle. So two begin, one of which first needs the finished workflow, beside two
+# groups that compute meanwhile. What takes longest is before the rest, so that no worker is alone at the end.
 TOGETHER = {
-    "tests/slurm/test_faults.py": "cluster for faults",
-    "tests/slurm/test_cluster_faults.py": "cluster for faults of its own",
-    "tests/slurm/test_without_accounting.py": "cluster without accounting",
-    "tests/slurm/": "cluster",
-    "tests/end_to_end/test_lora.py": "adapters",
-    # They fork from one process with megatron-core.
-    "tests/end_to_end/test_layouts.py": "layouts",
-    "tests/end_to_end/test_phases.py": "layouts",
-    "tests/unit/model/megatron/test_optimizer_state.py": "layouts",
-    "tests/unit/sizes/test_parameters.py": "layouts",
-    "tests/unit/train/test_lora.py": "layouts",
-    "tests/end_to_end/test_curation.py": "curation",
-    "tests/end_to_end/test_main_job.py": "main job",
+    "cluster": ("tests/slurm/",),
+    "cluster without accounting": ("tests/slurm/test_without_accounting.py",),
+    "curation": ("tests/end_to_end/test_curation.py",),
+    # They fork from one process with megatron-core. Those that need no finished workflow are first.
+    "layouts": (
+        "tests/unit/model/megatron/test_optimizer_state.py",
+        "tests/unit/train/test_lora.py",
+        "tests/unit/sizes/test_parameters.py",
+        "tests/end_to_end/test_layouts.py",
+        "tests/end_to_end/test_phases.py",
+    ),
+    "cluster for faults": ("tests/slurm/test_faults.py",),
+    "cluster for faults of its own": ("tests/slurm/test_cluster_faults.py",),
+    "adapters": ("tests/end_to_end/test_lora.py",),
+    "killed pretraining": ("tests/end_to_end/test_kill.py::test_a_killed_pretraining",),
+    "main job": ("tests/end_to_end/test_main_job.py",),
+    "killed data": ("tests/end_to_end/test_kill.py::test_killed_data_rules",),
     # They read tokens with megatron-core, which nothing else of `-m quick` imports.
-    "tests/unit/data/text/test_tokenize.py": "tokens",
-    "tests/unit/data/test_encode.py": "tokens",
+    "tokens": ("tests/unit/data/text/test_tokenize.py", "tests/unit/data/test_encode.py"),
 }
-ORDER = (*TOGETHER, "tests/end_to_end/", "tests/unit/train/", "tests/unit/model/", "tests/")
-LAST = "tests/graph/"  # of which those that wait for the finished workflow are short
+PLACES = {place: name for name, places in TOGETHER.items() for place in places}
+ORDER = (
+    *(*PLACES, "tests/graph/test_registered.py", "tests/graph/test_names.py"),
+    *("tests/end_to_end/", "tests/unit/train/", "tests/unit/model/", "tests/"),
+)
+LAST = "tests/graph/"  # of which those that wait for the finished workflow are short, but for the two above
 # What `-m quick` leaves out: what trains, what imports megatron-core, what waits for processes to hang, and
 # what takes longest of the rest.
 SLOW = (
@@ -111,9 +120,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
+def place_of(nodeid: str) -> str:
+    """What `ORDER` says of a test: the longest beginning of its name that is there."""
+    return max((place for place in ORDER if nodeid.startswith(place)), key=len)
+
+
 def rank(item: pytest.Item) -> tuple[bool, int]:
-    waits = item.nodeid.startswith(LAST) and "finished" in item.fixturenames  # type: ignore[attr-defined]
-    return waits, next(i for i, place in enumerate(ORDER) if item.nodeid.startswith(place))
+    place = place_of(item.nodeid)
+    short = place == "tests/" and item.nodeid.startswith(LAST)
+    return short and "finished" in item.fixturenames, ORDER.index(place)  # type: ignore[attr-defined]
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -140,7 +155,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((name for place, name in TOGETHER.items() if nodeid.startswith(place)), nodeid)
+            return PLACES.get(place_of(nodeid), nodeid)
 
     return Scheduling(config, log)
 
