@@ -15,12 +15,11 @@ from snaketron.graph.unknown import find
 from snaketron.huggingface.config import differences, read_config
 from snaketron.huggingface.metadata import listed_tensors, megatron_differences
 from snaketron.huggingface.names import megatron_tensors, tensors
+from snaketron.jobs.version import Version
 from snaketron.log import UserError
 from snaketron.settings.training import FREE, model_differences
 from snaketron.sources.lockfile import Lock
 from snaketron.sources.models import HubRepository, base_keys, base_model
-
-import yaml
 
 _SHOWN = 20  # lines about one checkpoint
 
@@ -44,8 +43,8 @@ class Base(NamedTuple):
 
     def is_of_this_workflow(self, config: Config) -> bool:
         """Whether it is a finished checkpoint of a training, which needs no import."""
-        directory = self.directory(config)
-        return (directory / "record.json").exists() and (directory / "config.yaml").exists()
+        version = Version(self.directory(config))
+        return version.is_finished and version.config.exists()
 
 
 class BaseGraph:
@@ -140,10 +139,10 @@ class BaseGraph:
     def _differences(self, base: Base, directory: Path) -> Iterator[str]:
         model, vocabulary = self.config.model, self.config.tokenizer.vocab_size
         if base.is_of_this_workflow(self.config):
-            settings = yaml.safe_load((directory / "config.yaml").read_text())["settings"]
-            if settings["stage"] == "lora":
+            trained = Version(directory).describe()
+            if trained.stage == "lora":
                 yield f"{base.path} holds adapters and not the model; name its lora_merged"
-            yield from model_differences(settings["model"], model)
+            yield from model_differences(trained.settings.get("model") or {}, model)
         elif (directory / "config.json").is_file():
             yield from differences(read_config(directory), model, vocabulary)
             yield from self._tokenizer(base, directory)
@@ -157,15 +156,14 @@ class BaseGraph:
     def _megatron(self, directory: Path) -> Iterator[str]:
         """What the list of the tensors of a checkpoint of Megatron says; the weights are not read."""
         model, tokenizer = self.config.model, self.config.tokenizer
-        latest = directory / "latest_checkpointed_iteration.txt"
         if not (directory / ".metadata").exists():
-            if not latest.exists():
-                yield f"{latest}: no such file; name the directory of one iteration, iter_*"
+            version = Version(directory)
+            if (iteration := version.latest_iteration()) is None:
+                there = version.latest.exists()
+                problem = "the checkpoint that it names is not there" if there else "no such file"
+                yield f"{version.latest}: {problem}; name the directory of one iteration, iter_*"
                 return
-            if not (text := latest.read_text().strip()).isdecimal():
-                yield f"{latest}: {text!r} is no iteration; name the directory that holds .metadata"
-                return
-            directory /= f"iter_{int(text):07d}"
+            directory = version.iteration_directory(iteration)
         vocab_size = tokenizer.vocab_size if tokenizer.path is None else None
         wanted = megatron_tensors(tensors(model, tokenizer.vocab_size), {})
         problems = megatron_differences(listed_tensors(directory), wanted, vocab_size)

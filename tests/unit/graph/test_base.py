@@ -139,6 +139,12 @@ def test_a_checkpoint_of_this_workflow_is_taken_as_it_is(tmp_path: Path):
     assert str(refused.value) == (
         "pretrain.base and lora.base: model.hidden_size: 64 in the checkpoint, 128 in the configuration"
     )
+    (tmp_path / "config.yaml").write_text("settings: [1]")
+    with pytest.raises(ConfigError) as refused:
+        graph(pretrain=same)
+    assert (
+        str(refused.value) == f"pretrain.base: {tmp_path}/config.yaml: not the configuration of a checkpoint"
+    )
 
 
 def test_a_checkpoint_may_be_the_result_of_a_phase(checkpoint: Path, tmp_path: Path):
