@@ -238,7 +238,7 @@ def _state(version: Version, attempts: Sequence[Attempt]) -> tuple[str, str]:
         return "finished", ""
     if is_owned(version):
         beat = heartbeat.read(version.heartbeat)
-        return "running", heartbeat.sentence(beat) if beat else "it is being started"
+        return "running", heartbeat.sentence(beat).replace("  ", ", ") if beat else "it is being started"
     last = attempts[-1] if attempts else Attempt()
     after = f"after step {last.iteration}"
     if last.gave_up:
