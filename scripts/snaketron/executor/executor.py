@@ -29,6 +29,7 @@ from snaketron.executor import queue, request
 from snaketron.executor.records import COMMAND, Record, Records
 from snaketron.executor.submitter import Submitter, title
 from snaketron.executor.verdict import ABSENT, explanation, verdict
+from snaketron.jobs import slurm
 from snaketron.log import NO_SPACE
 
 import snakemake_executor_plugin_slurm as plugin
@@ -165,7 +166,7 @@ class Executor(plugin.Executor):
         self.pause = min(self.pause + self.first_pause / 4, 4.5 * self.first_pause)
         try:
             states = queue.states(self.run_uuid, self._submitted_job_clusters)
-        except queue.NoAnswer as error:
+        except slurm.NoAnswer as error:
             if self.silent_since is None:
                 self.silent_since = self.asked
                 self.logger.warning(
@@ -189,7 +190,7 @@ class Executor(plugin.Executor):
         if self.accounting and state in ("CANCELLED", ABSENT):
             try:
                 return queue.cancelled_by(job)
-            except queue.NoAnswer:
+            except slurm.NoAnswer:
                 self.accounting = False
         return None
 
@@ -267,16 +268,16 @@ class Executor(plugin.Executor):
         clusters = [f"--clusters={','.join(sorted(self._submitted_job_clusters))}"]
         command = ["scancel", f"--name={self.run_uuid}", *(clusters if self._submitted_job_clusters else [])]
         try:
-            queue.ask(*command)
-        except queue.NoAnswer as error:
+            slurm.ask(*command)
+        except slurm.NoAnswer as error:
             self.logger.error(f"{error}. The jobs live on; when Slurm answers again: {' '.join(command)}")
 
     def shutdown(self) -> None:
         settings = self.workflow.executor_settings
         if settings.efficiency_report:
             try:
-                queue.ask("sacct", "-X", "--noheader", f"--name={self.run_uuid}", "--format=State")
-            except queue.NoAnswer:
+                slurm.ask("sacct", "-X", "--noheader", f"--name={self.run_uuid}", "--format=State")
+            except slurm.NoAnswer:
                 settings.efficiency_report = False  # there is no accounting
         super().shutdown()
         shutil.rmtree(self.records.directory, ignore_errors=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pwd
 import re
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-TIMEOUT_S = 60.0  # for a busy controller to answer
+from snaketron.jobs import slurm
+
 # States in which a job is over. In all others it waits, runs, or is about to.
 OVER = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED"),
@@ -17,28 +17,10 @@ OVER = {
 }
 
 
-class NoAnswer(Exception):
-    """A command of Slurm failed, or did not end in time."""
-
-
-def ask(*command: str, seconds: float = TIMEOUT_S) -> str:
-    """What a command of Slurm prints; `NoAnswer` with its error."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise NoAnswer(f"{command[0]}: no answer within {seconds:.0f} s") from None
-    except OSError as error:
-        raise NoAnswer(f"{command[0]}: {(error.strerror or str(error)).lower()}") from None
-    if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise NoAnswer(f"{command[0]}: {said.removeprefix(f'{command[0]}: error: ')}")
-    return done.stdout
-
-
 def states(name: str, clusters: Iterable[str] = ()) -> dict[str, str]:
-    """The states of all jobs of a name that Slurm still knows, by number; `NoAnswer`."""
+    """The states of all jobs of a name that Slurm still knows, by number; `slurm.NoAnswer`."""
     where = [f"--clusters={','.join(sorted(clusters))}"] if clusters else []
-    said = ask("squeue", "--noheader", "--states=all", f"--name={name}", "--format=%i|%T", *where)
+    said = slurm.ask("squeue", "--noheader", "--states=all", f"--name={name}", "--format=%i|%T", *where)
     rows = (line.strip().split("|") for line in said.splitlines())
     return {row[0]: row[1] for row in rows if len(row) == 2}
 
@@ -55,17 +37,17 @@ class Other:
 
 
 def others(directory: Path, name: str) -> list[Other]:
-    """Jobs of rules in `directory` that are not of the run `name`; `NoAnswer`."""
+    """Jobs of rules in `directory` that are not of the run `name`; `slurm.NoAnswer`."""
     return [job for job in _mine() if job.directory == directory and job.name != name]
 
 
 def of_run(name: str) -> list[Other]:
-    """Jobs of the run `name`; `NoAnswer`."""
+    """Jobs of the run `name`; `slurm.NoAnswer`."""
     return [job for job in _mine() if job.name == name]
 
 
 def _mine() -> list[Other]:
-    rows = (line.strip().split("|", 4) for line in ask(*_MINE).splitlines())
+    rows = (line.strip().split("|", 4) for line in slurm.ask(*_MINE).splitlines())
     return [
         Other(number, name, state == "PENDING", Path(where), comment)
         for number, state, name, where, comment in (row for row in rows if len(row) == 5)
@@ -77,8 +59,10 @@ _MINE = ("squeue", "--me", "--noheader", "--format=%i|%T|%j|%Z|%k")
 
 
 def cancelled_by(job: str) -> str | None:
-    """Who cancelled a job, from accounting; None where it does not say. Raises `NoAnswer`."""
-    said = ask("sacct", "-X", "--noheader", "--parsable2", f"--jobs={job}", "--format=State", seconds=10)
+    """Who cancelled a job, from accounting; None where it does not say. Raises `slurm.NoAnswer`."""
+    said = slurm.ask(
+        "sacct", "-X", "--noheader", "--parsable2", f"--jobs={job}", "--format=State", seconds=10
+    )
     if not (match := re.search(r"CANCELLED by (\d+)", said)):
         return None
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.executor import queue
+from snaketron.jobs import slurm
 
 from snakemake_executor_plugin_slurm.utils import get_job_wildcards
 
@@ -100,7 +101,7 @@ class Submitter:
             if may_be_in:
                 self._withdraw(comment(job))
             self._after[job] = self._clear_the_way(comment(job))
-        except queue.NoAnswer as error:
+        except slurm.NoAnswer as error:
             return str(error)
         self._errors.pop(job, None)
         try_to()
@@ -108,15 +109,15 @@ class Submitter:
         return None if message is None else f"sbatch: {said(message)}"
 
     def _withdraw(self, named: str) -> None:
-        """Cancel jobs that Slurm took although sbatch did not hear of it; `queue.NoAnswer`."""
+        """Cancel jobs that Slurm took although sbatch did not hear of it; `slurm.NoAnswer`."""
         for other in queue.of_run(self.name):
             if other.comment == named and other.number not in self.submitted:
-                queue.ask("scancel", other.number)
+                slurm.ask("scancel", other.number)
 
     def _clear_the_way(self, named: str) -> list[str]:
         """The jobs with this comment that an earlier Snakemake left running; those that wait are cancelled.
 
-        Two jobs of one rule and wildcards would write the same files. Raises `queue.NoAnswer`.
+        Two jobs of one rule and wildcards would write the same files. Raises `slurm.NoAnswer`.
         """
         if self._others is None or any(other.comment == named for other in self._others):
             known = self._others is not None
@@ -131,5 +132,5 @@ class Submitter:
         same = [other for other in self._others if other.comment == named]
         for other in same:
             if other.waits:
-                queue.ask("scancel", "--state=PENDING", other.number)
+                slurm.ask("scancel", "--state=PENDING", other.number)
         return [other.number for other in same]

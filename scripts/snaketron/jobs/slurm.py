@@ -1,15 +1,36 @@
-"""What a job asks Slurm about itself and other jobs; without Slurm's commands each answer is None or no."""
+"""What Slurm is asked, and what a job asks about itself and others; no answer counts as None or as no."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 from dataclasses import dataclass
 
-TIMEOUT_S = 60  # for a busy controller to answer
+TIMEOUT_S = 60.0  # for a busy controller to answer
 # States in which the processes of a job may be alive.
 ALIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "CONFIGURING"}
+
+
+class NoAnswer(Exception):
+    """A command of Slurm failed, or did not end in time."""
+
+
+def ask(*command: str, seconds: float = TIMEOUT_S) -> str:
+    """What a command of Slurm prints; `NoAnswer` with its error."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"{command[0]}: no answer within {seconds:.0f} s") from None
+    except FileNotFoundError:
+        raise NoAnswer(f"{command[0]}: no such command") from None
+    except OSError as error:
+        raise NoAnswer(f"{command[0]}: {(error.strerror or str(error)).lower()}") from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        raise NoAnswer(f"{command[0]}: {said.removeprefix(f'{command[0]}: error: ')}")
+    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -25,18 +46,18 @@ def current_job() -> Job | None:
     if not (number := os.environ.get("SLURM_JOB_ID")):
         return None
     # The executor plugin writes the rule into the comment.
-    of_rule = (_squeue(number, "--format=%k") or "").startswith("rule_")
+    of_rule = _squeue(number, "--format=%k").startswith("rule_")
     return Job(number, of_rule, _restarts(number))
 
 
 def seconds_left(job: Job) -> float | None:
     """Seconds until the time limit of a job; None when there is no limit, or Slurm does not tell."""
-    return parse_time(_squeue(job.id, "--format=%L") or "")
+    return parse_time(_squeue(job.id, "--format=%L"))
 
 
 def is_preempted(job: Job) -> bool:
     """Whether Slurm has told a job to make room for another one, and ends it when its grace time is over."""
-    return bool(re.match(r"\d{4}-", _squeue(job.id, "--Format=PreemptTime") or ""))
+    return bool(re.match(r"\d{4}-", _squeue(job.id, "--Format=PreemptTime")))
 
 
 def is_requeued(job: Job) -> bool:
@@ -59,45 +80,38 @@ def parse_time(text: str) -> float | None:
 def is_over(number: str) -> bool:
     """Whether Slurm says that a job does not run any more: then its processes are gone, or cut off."""
     try:
-        done = _run("squeue", "--noheader", f"--jobs={number}", "--format=%T")
-    except OSError:
-        return False
-    if done.returncode:
-        return "Invalid job id" in done.stderr  # it ended so long ago that Slurm has forgotten it
-    return not set(done.stdout.split()) & ALIVE
+        states = ask("squeue", "--noheader", f"--jobs={number}", "--format=%T")
+    except NoAnswer as error:
+        return "Invalid job id" in str(error)  # it ended so long ago that Slurm has forgotten it
+    return not set(states.split()) & ALIVE
 
 
 def requeue(job: Job) -> bool:
     """Put a job back into the queue, to run again under the same number; it is then ended by Slurm."""
     try:
-        return _run("scontrol", "requeue", job.id).returncode == 0
-    except OSError:
+        ask("scontrol", "requeue", job.id)
+    except NoAnswer:
         return False
+    return True
 
 
 def kill_steps(job: Job) -> None:
     """Kill what srun started in a job. A killed srun would leave its tasks behind."""
-    listed = _run("squeue", "--steps", "--noheader", f"--jobs={job.id}", "--format=%i").stdout
-    steps = [step for step in listed.split() if step.rpartition(".")[2].isdigit()]
-    if steps:
-        _run("scancel", "--signal=KILL", *steps)
+    with contextlib.suppress(NoAnswer):  # Slurm does so itself when the job ends
+        listed = ask("squeue", "--steps", "--noheader", f"--jobs={job.id}", "--format=%i")
+        steps = [step for step in listed.split() if step.rpartition(".")[2].isdigit()]
+        if steps:
+            ask("scancel", "--signal=KILL", *steps)
 
 
 def _restarts(number: str) -> int:
-    said = _squeue(number, "--Format=RestartCnt") or ""
+    said = _squeue(number, "--Format=RestartCnt")
     return int(said) if said.isdigit() else 0
 
 
-def _squeue(number: str, form: str) -> str | None:
+def _squeue(number: str, form: str) -> str:
+    """What squeue says of a job in a form; empty where it does not answer."""
     try:
-        done = _run("squeue", "--noheader", f"--jobs={number}", form)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"no answer within {TIMEOUT_S} s")
+        return ask("squeue", "--noheader", f"--jobs={number}", form).strip()
+    except NoAnswer:
+        return ""

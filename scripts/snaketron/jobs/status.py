@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -90,22 +90,15 @@ def report_every(seconds: float, directory: Path, ckpt: Path, say: Callable[[str
 
 
 def _jobs() -> list[list[str]]:
-    try:
-        done = subprocess.run(
-            ["squeue", "--me", "--noheader", f"--format={FIELDS}"],
-            capture_output=True,
-            text=True,
-            timeout=slurm.TIMEOUT_S,
-        )
-    except FileNotFoundError:
+    if not shutil.which("squeue"):
         raise UserError(
             "squeue: no such command; run this on a machine of the cluster, or with --watch without Slurm"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"squeue: no answer within {slurm.TIMEOUT_S} s") from None
-    if done.returncode:
-        raise UserError(f"squeue: {done.stderr.strip()}")
-    rows = [line.split("|", 6) for line in done.stdout.splitlines()]
+        )
+    try:
+        said = slurm.ask("squeue", "--me", "--noheader", f"--format={FIELDS}")
+    except slurm.NoAnswer as error:
+        raise UserError(str(error)) from None
+    rows = [line.split("|", 6) for line in said.splitlines()]
     return [row for row in rows if len(row) == 7]
 
 

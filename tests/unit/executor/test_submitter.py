@@ -49,7 +49,7 @@ class Slurm:
         self.cancelled: list[tuple[str, ...]] = []
         self.asked_for: list[str] = []
         self.submitter = Submitter("run", HERE, logging.getLogger("test"))
-        monkeypatch.setattr(submitter.queue, "ask", self.ask)
+        monkeypatch.setattr(submitter.slurm, "ask", self.ask)
         monkeypatch.setattr(submitter, "PAUSE_S", 0)
 
     def ask(self, *command: str, seconds: float = 0) -> str:
