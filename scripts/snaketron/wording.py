@@ -6,7 +6,7 @@ durations as phrases, where lines that follow each other want "26:03:04".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 THOUSANDS = ("T", "B", "M", "k")
 BYTES = ("TB", "GB", "MB", "kB")
@@ -99,3 +99,13 @@ def plural(number: int, noun: str) -> str:
     ('1 GPU', '2 processes')
     """
     return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
+def some(names: Sequence[object], most: int = 12) -> str:
+    """Names, the first ones of many.
+
+    >>> some(range(14)), some("abc", 2)
+    ('0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more', 'a, b and 1 more')
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more

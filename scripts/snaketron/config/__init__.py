@@ -67,7 +67,7 @@ from snaketron.config.trainings import Training, trainings
 from snaketron.log import PLAIN
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 __all__ = [
     "FILTERS",
@@ -122,9 +122,17 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
+Root = Literal["data", "ckpt", "hf", "eval", "logs", "benchmarks"]
+_ROOTS: dict[Root, str] = {"data": "data", "ckpt": "ckpt", "hf": "hf", "eval": "eval"}
+
+
+def _complete(roots: dict[Root, str]) -> dict[Root, str]:
+    return _ROOTS | roots
+
+
 class Config(Section):
-    pathvars: dict[Literal["data", "ckpt", "hf", "eval", "logs", "benchmarks"], Text] = key(
-        lambda: {"data": "data", "ckpt": "ckpt", "hf": "hf", "eval": "eval"},
+    pathvars: Annotated[dict[Root, Text], AfterValidator(_complete)] = key(
+        lambda: dict(_ROOTS),
         "roots of the outputs; move them to a parallel file system here",
     )
     seed: Seed = key(1234, "seed of initial weights, shuffling and sampling")
@@ -184,6 +192,13 @@ class Config(Section):
         if problems:
             raise ConfigError("\n".join(dict.fromkeys(problems)))  # phases share most of their keys
         return self
+
+    def sources(self) -> list[tuple[str, Corpus | ChatSource]]:
+        """Every source of text and of conversations, after the key at which it stands."""
+        return [
+            *((f"corpora[{i}]", corpus) for i, corpus in enumerate(self.corpora)),
+            *((f"chats[{i}]", source) for i, source in enumerate(self.chats)),
+        ]
 
     def trainings(self) -> list[Training]:
         """Every training, in the order in which they run."""

@@ -74,10 +74,7 @@ RESERVED = (  # columns that the workflow adds to the data
 
 def check_sources(config: Config) -> list[str]:
     problems = []
-    sources: list[tuple[str, Corpus | ChatSource]] = []
-    sources += [(f"corpora[{i}]", c) for i, c in enumerate(config.corpora)]
-    sources += [(f"chats[{i}]", c) for i, c in enumerate(config.chats)]
-    for at, source in sources:
+    for at, source in config.sources():
         made = "tokens" if isinstance(source, Corpus) else "packs"
         if sum(map(bool, (source.paths, source.hub, source.registered))) != 1:
             problems.append(f"{at} ({source.name}): give one of paths, hub and {made}")

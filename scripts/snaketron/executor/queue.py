@@ -60,9 +60,8 @@ _MINE = ("squeue", "--me", "--noheader", "--format=%i|%T|%j|%Z|%k")
 
 def cancelled_by(job: str) -> str | None:
     """Who cancelled a job, from accounting; None where it does not say. Raises `slurm.NoAnswer`."""
-    said = slurm.ask(
-        "sacct", "-X", "--noheader", "--parsable2", f"--jobs={job}", "--format=State", seconds=10
-    )
+    command = ("sacct", "-X", "--noheader", "--parsable2", f"--jobs={job}", "--format=State")
+    said = slurm.ask(*command, seconds=10)
     if not (match := re.search(r"CANCELLED by (\d+)", said)):
         return None
     try:

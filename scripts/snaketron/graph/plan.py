@@ -204,7 +204,7 @@ def _conversations(
 ) -> dict[str, Any]:
     """Shards and bytes of the raw files, and of what is made from them once it is made."""
     raw, estimated = _raw(source, found, lock)
-    data = Path(dict(config.pathvars).get("data", "data"))
+    data = Path(config.pathvars["data"])
     packed = ["all"] if config.sft_data.pack_across_shards else found
     if source.registered:  # packs of elsewhere stay where they are
         return {"shards": len(found or {}), "raw_bytes": raw} | dict.fromkeys(
@@ -247,7 +247,7 @@ def _size(source: str, path: str, lock: Lock) -> int | None:
 
 def _tokens(config: Config, corpus: str, found: Mapping[str, Sequence[str]]) -> int | None:
     """The training tokens of a corpus by the records of its shards; None unless all are tokenized."""
-    root = Path(dict(config.pathvars).get("data", "data")) / "tokens" / corpus
+    root = Path(config.pathvars["data"]) / "tokens" / corpus
     try:
         return sum(read(root / f"{shard}.json").counts["train"]["tokens"] for shard in found)
     except (UserError, OSError):

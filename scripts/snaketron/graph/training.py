@@ -69,7 +69,7 @@ class TrainingGraph:
         """The export of the model that adapters belong to; `ConfigError` where PEFT cannot express them."""
         if problems := refused(self.config.lora, self.config.model):
             raise ConfigError("\n".join(problems))
-        return self.base("lora").replace("<ckpt>", self.config.pathvars.get("hf", "hf"))
+        return self.base("lora").replace("<ckpt>", self.config.pathvars["hf"])
 
     # Resources: a change runs nothing again.
 
@@ -102,7 +102,7 @@ class TrainingGraph:
         of_hub = task_data(self.config)
         if problems := list(missing_tasks(self.config.eval, of_hub)):
             raise ConfigError("\n".join(problems))
-        root = self.config.pathvars.get("data", "data")
+        root = self.config.pathvars["data"]
         downloaded = {name: f"{root}/hub/{data.place(self.bases.lock)}" for name, data in of_hub.items()}
         return eval_settings(self.config, wildcards.stage, downloaded).model_dump_json()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from snaketron.config import ConfigError
 from snaketron.config.base import suggest
+from snaketron.wording import some
 
 MOST = 10  # names that a message lists
 
@@ -21,8 +22,7 @@ def find[T](what: str, name: str, known: Mapping[str, T]) -> T:
 def message(what: str, name: str, known: Iterable[str]) -> str:
     """As `no phase of pretraining is called 'foo'; did you mean 'focused'? Known: broad, focused`."""
     names = sorted(known)
-    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
-    listed = f" Known: {', '.join(names[:MOST])}{more}" if names else ""
+    listed = f" Known: {some(names, MOST)}" if names else ""
     close = suggest(name, set(names)) if names else ""
     close = f"{close.rstrip('?')}?" if "did you mean" in close else "."
     return f"no {what} is called {name!r}{close}{listed}"

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from snaketron.lineage.catalogue import Made
 from snaketron.lineage.uses import Reach, Source, by_kind
-from snaketron.wording import plural
-
-SHOWN = 12  # names, steps
+from snaketron.wording import plural, some
 
 KINDS = {
     "tokens": "tokenized shards",
@@ -40,16 +38,6 @@ def used(source: Source, found: Reach) -> list[str]:
 def kinds(found: Iterable[Made], indent: str = "  ") -> list[str]:
     """A line for each kind of job."""
     return [f"{indent}{KINDS.get(kind, kind)}: {some(names)}" for kind, names in by_kind(found).items()]
-
-
-def some(names: Sequence[object]) -> str:
-    """Names, the first ones of many.
-
-    >>> some(range(14))
-    '0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more'
-    """
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(map(str, names[:SHOWN])) + more
 
 
 def steps(numbers: Sequence[int], num_steps: int) -> str:

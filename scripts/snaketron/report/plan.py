@@ -9,7 +9,7 @@ from snaketron.config import Parallel
 from snaketron.report.tables import table
 from snaketron.sizes.layout import layout_words
 from snaketron.sizes.published import Compared
-from snaketron.wording import BYTES, hours, large
+from snaketron.wording import BYTES, hours, large, some
 
 KINDS = ("experts", "TP", "CP", "PP", "DP")  # of what a GPU sends
 MEMORY = ("weights", "gradients", "main_weights", "moments", "activations", "total")
@@ -40,8 +40,7 @@ def _with_total(jobs: Mapping[str, int]) -> list[tuple[str, int]]:
 def _not_listed(names: Sequence[str]) -> list[str]:
     if not names:
         return []
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
-    return [f"The files of {shown} are not known yet; each counts as one file and one shard."]
+    return [f"The files of {some(names, 5)} are not known yet; each counts as one file and one shard."]
 
 
 def _alike(rows: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -7,7 +7,6 @@ import functools
 import posixpath
 import re
 import tempfile
-from collections.abc import Iterable
 
 from snaketron.config import Hub
 from snaketron.log import UserError
@@ -15,8 +14,10 @@ from snaketron.sources.addresses import Found, list_files, readable
 from snaketron.sources.formats import READABLE
 from snaketron.sources.models import MODEL_FILE, TASK_FILE, HubRepository
 from snaketron.sources.patience import Patience, ask
+from snaketron.wording import some
 
 _AT_A_TIME = 100  # paths of one question to the hub
+_MOST = 50  # names in a message
 
 
 def list_hub(hub: Hub, at: str, patience: Patience, max_files: int | None = None) -> tuple[str, list[Found]]:
@@ -56,7 +57,7 @@ def _files_of_split(hub: Hub, commit: str, at: str) -> list[str]:
         configuration = hub.configuration or default
         if configuration is None:
             raise UserError(
-                f"{at}.configuration: {hub.repository} has several; name one of {_list_of(names)}"
+                f"{at}.configuration: {hub.repository} has several; name one of {some(names, _MOST)}"
             )
         if configuration not in names:
             raise UserError(_unknown(f"{at}.configuration", configuration, names, hub.repository))
@@ -163,10 +164,4 @@ def _described(
 def _unknown(at: str, name: str, known: list[str], of: str) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{at}: {of} has no {name!r}{hint} There are {_list_of(known)}"
-
-
-def _list_of(names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(names[:50])
-    return f"{shown} and {len(names) - 50} more" if len(names) > 50 else shown
+    return f"{at}: {of} has no {name!r}{hint} There are {some(known, _MOST)}"

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from snaketron.config import ChatSource, Config, ConfigError, Corpus
+from snaketron.config import Config, ConfigError
 from snaketron.sources.formats import READABLE, suffix_of
 from snaketron.sources.lockfile import request
+from snaketron.wording import some
 
 SAMPLE = re.compile(r"data/sample/([a-z0-9_]+)/part_\d+\.jsonl")
 _DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `datasets` writes beside data
@@ -55,17 +56,11 @@ def list_files(pattern: str, at: str) -> Listed:
 def unread(config: Config) -> list[str]:
     """A line for each path of a source beside whose files something lies that is not read."""
     lines = []
-    sections: list[tuple[str, Sequence[Corpus | ChatSource]]] = [
-        ("corpora", config.corpora),
-        ("chats", config.chats),
-    ]
-    for section, sources in sections:
-        for i, source in enumerate(sources):
-            for j, pattern in enumerate(source.paths if request(source) is None else ()):
-                at = f"{section}[{i}].paths[{j}]"
-                if names := list_files(pattern, at).unread:
-                    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-                    lines.append(f"{at}: not read: {', '.join(map(_shown, names[:_MAX_NAMED]))}{more}")
+    for where, source in config.sources():
+        for j, pattern in enumerate(source.paths if request(source) is None else ()):
+            at = f"{where}.paths[{j}]"
+            if names := list_files(pattern, at).unread:
+                lines.append(f"{at}: not read: {some([_shown(name) for name in names], _MAX_NAMED)}")
     return lines
 
 

@@ -186,10 +186,7 @@ def enough(entry: dict[str, Any], source: Corpus | ChatSource) -> bool:
 def remote(config: Config) -> dict[str, tuple[str, Corpus | ChatSource]]:
     """The sources that lie elsewhere, by name, with their places in the configuration."""
     found: dict[str, tuple[str, Corpus | ChatSource]] = {}
-    sources: list[tuple[str, Corpus | ChatSource]] = []
-    sources += [(f"corpora[{i}]", c) for i, c in enumerate(config.corpora)]
-    sources += [(f"chats[{i}]", c) for i, c in enumerate(config.chats)]
-    for where, source in sources:
+    for where, source in config.sources():
         if request(source) is None:
             continue
         if source.name in found:

@@ -73,7 +73,7 @@ class HubRepository(NamedTuple):
 
     def directory(self, config: Config) -> str:
         """Where the files of a model are downloaded to."""
-        return f"{config.pathvars.get('data', 'data')}/hub/{self.path}"
+        return f"{config.pathvars['data']}/hub/{self.path}"
 
     def files(self, lock: Lock) -> list[str]:
         """The downloaded files that it needs; `ConfigError` when they are not listed for this request."""

@@ -156,7 +156,7 @@ def _with_hash(name: str, path: str) -> str:
 
 def to_download(config: Config, lock: Lock) -> str | None:
     """A line that counts the listed files that are not here yet, by source; None when all are here."""
-    root = Path(config.pathvars.get("data", "data"))
+    root = Path(config.pathvars["data"])
     used: dict[str, tuple[Path, list[LockedFile]]] = {}
     for name, (_, source) in remote(config).items():
         used[name] = root / "raw" / name, list(itertools.islice(lock.files(name).values(), source.max_files))

@@ -10,9 +10,9 @@ from pathlib import Path
 from snaketron.data.trace.fate import READERS, Fate, fates
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.uses import reach, source
-from snaketron.lineage.words import kinds, some, steps
+from snaketron.lineage.words import kinds, steps
 from snaketron.log import UserError
-from snaketron.wording import duration, plural
+from snaketron.wording import duration, plural, some
 
 LIST = ".txt"  # the name of a list of documents ends so; no raw file's does
 _LINE = re.compile(r"(?P<file>.+?)(?::(?: row )?(?P<row>\d+))?")

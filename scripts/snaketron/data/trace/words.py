@@ -10,7 +10,8 @@ from snaketron.data.drops import place
 from snaketron.data.trace.fate import Fate
 from snaketron.lineage.catalogue import Catalogue
 from snaketron.lineage.uses import Source, reach
-from snaketron.lineage.words import some, steps
+from snaketron.lineage.words import steps
+from snaketron.wording import some
 
 
 def told(catalogue: Catalogue, fates: Iterable[Fate]) -> list[str]:
