@@ -49,7 +49,7 @@ def test_a_conversation_renders_to_this_text(name, case):
 
 
 def test_the_documentation_shows_what_is_tested():
-    documentation = Path(__file__).parents[4] / "docs/data.md"
+    documentation = Path(__file__).parents[4] / "docs/conversations.md"
     assert f"```text\n{table()}```\n" in documentation.read_text()
 
 
