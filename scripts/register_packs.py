@@ -12,7 +12,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--packs", type=Path, required=True, help="Parquet file, as Megatron-Bridge reads it")
-    add("--settings", required=True, help="JSON of snaketron.settings.RegisterPacksSettings")
+    add("--settings", required=True, help="RegisterPacksSettings as JSON")
     add("--tokenizer", type=Path, required=True, help="directory of the tokenizer")
     add("--train", type=Path, required=True, help="Parquet file to write")
     add("--valid", type=Path, required=True, help="Parquet file to write")

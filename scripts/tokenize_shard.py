@@ -19,7 +19,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         required=True,
         help="raw files: .jsonl or .json (also .gz, .zst), .parquet, .arrow; what curate_shard wrote, too",
     )
-    parser.add_argument("--settings", required=True, help="JSON of snaketron.settings.TokenizeSettings")
+    parser.add_argument("--settings", required=True, help="TokenizeSettings as JSON")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; the result is the same")
     parser.add_argument(

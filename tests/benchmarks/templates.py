@@ -23,7 +23,7 @@ from typing import Any
 
 from snaketron.data.chats.mask import Masker
 from snaketron.data.chats.render import Renderer
-from snaketron.data.chats.template import compile_template
+from snaketron.data.chats.template import Template
 from snaketron.data.chats.unusable import Unusable
 from snaketron.data.drops import Drops
 from snaketron.log import UserError
@@ -206,7 +206,7 @@ def build_tokenizer(source: str, folder: Path) -> Path:
 def render(source: str, name: str, folder: Path, files: dict[str, Path]) -> Iterator[tuple[str, Any]]:
     """For each case its sequences, or the message that refuses it."""
     try:
-        template = compile_template(source, name=name, variables=SPECIAL, off_arguments=OFF)
+        template = Template(source, name=name, variables=SPECIAL, off_arguments=OFF)
         masker = Masker(build_tokenizer(source, folder))
     except UserError as error:
         yield from ((case, str(error)) for case in files)

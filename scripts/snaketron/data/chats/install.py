@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from snaketron.data.chats.probes import ANSWER, PROBE
-from snaketron.data.chats.template import compile_template
+from snaketron.data.chats.template import Template
 from snaketron.data.chats.unusable import Unusable
 from snaketron.data.tokenizer import from_hugging_face, origin
 from snaketron.lineage.record import Record, making, of_user
@@ -62,7 +62,7 @@ def template_of(source: str) -> str:
 
 def check_template(text: str, name: str) -> None:
     """Check that a template renders a conversation and marks what the assistant says; `UserError` if not."""
-    template = compile_template(text, name=name, variables=_VARIABLES)
+    template = Template(text, name=name, variables=_VARIABLES)
     before, tools, arguments = next(template.probes())
     try:
         rendered, spans, *_ = template.render([*before, PROBE[1]], tools, arguments)

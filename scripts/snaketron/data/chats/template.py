@@ -61,6 +61,14 @@ class Template:
         off_arguments: Mapping[str, Any] | None = None,
         day: date = _DAY,
     ) -> None:
+        """Raises `UserError` where the template does not parse, or does not show what is generated.
+
+        Args:
+            variables: special tokens (`bos_token`, ...) that some templates use.
+            arguments: those of the configuration.
+            off_arguments: further ones, for a conversation without reasoning.
+            day: told to a template that asks for the date: another day must not give another text.
+        """
         self.name = name
         self.arguments = dict(arguments or {})
         self.off_arguments = dict(off_arguments or {})
@@ -355,35 +363,15 @@ class Template:
         return True
 
 
-def compile_template(
-    source: str,
-    *,
-    name: str = "chat template",
-    variables: Mapping[str, str] | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    off_arguments: Mapping[str, Any] | None = None,
-    day: date = _DAY,
-) -> Template:
-    """Compile a chat template; `UserError` when it does not parse, or does not show what is generated.
-
-    `variables` are the special tokens (`bos_token`, ...) that some templates use. `arguments` come from the
-    configuration; a conversation without reasoning also gets `off_arguments`. A template that asks for the
-    date is told `day`: another day must not give another text.
-    """
-    return Template(
-        source, name=name, variables=variables, arguments=arguments, off_arguments=off_arguments, day=day
-    )
-
-
 def load_template(path: Path, variables: Mapping[str, str] | None = None, **arguments: Any) -> Template:
-    """Compile the chat template of a file; see `compile_template`."""
+    """Compile the chat template of a file; the other arguments are those of `Template`."""
     try:
         source = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such chat template (rule install_chat_template)") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: invalid UTF-8 ({error.reason} at byte {error.start})") from None
-    return compile_template(source, name=str(path), variables=variables, **arguments)
+    return Template(source, name=str(path), variables=variables, **arguments)
 
 
 def _is_tag(text: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from snaketron.data.chats import conversation
 from snaketron.data.chats.marks import Rendered
-from snaketron.data.chats.template import Template, compile_template
+from snaketron.data.chats.template import Template
 from tests.unit.data.chats.chat_samples import TEMPLATE, question
 
 SOURCES = {
@@ -22,7 +22,7 @@ OFF = {"enable_thinking": False}
 
 
 def compiled(name: str, **arguments: Any) -> Template:
-    return compile_template(
+    return Template(
         SOURCES[name],
         name=name,
         variables={"bos_token": "<|endoftext|>"},

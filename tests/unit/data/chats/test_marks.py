@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snaketron.data.chats.template import compile_template
+from snaketron.data.chats.template import Template
 from snaketron.log import UserError
 from tests.unit.data.chats.chat_samples import question
 from tests.unit.data.chats.golden import LOOP, PROMPT, assistant, marked
@@ -11,7 +11,7 @@ import pytest
 
 
 def test_spans_are_right_when_the_block_lies_in_a_macro():
-    template = compile_template(
+    template = Template(
         "{% macro say(m) %}A: {% generation %}{{ m.content }}{% endgeneration %}!{% endmacro %}"
         "{% for m in messages %}{{ say(m) }}{% endfor %}"
     )
@@ -58,7 +58,7 @@ def test_spans_are_right_when_the_block_lies_in_a_macro():
     ],
 )
 def test_what_the_assistant_writes_is_found(source, expected):
-    assert marked(compile_template(source).render(question("a", "b"))) == expected
+    assert marked(Template(source).render(question("a", "b"))) == expected
 
 
 @pytest.mark.parametrize(
@@ -86,5 +86,5 @@ def test_what_the_assistant_writes_is_found(source, expected):
 )
 def test_a_template_in_which_it_cannot_be_told_is_refused(source, message):
     with pytest.raises(UserError, match=f"^my.jinja: .*{message}") as caught:
-        compile_template(source, name="my.jinja")
+        Template(source, name="my.jinja")
     assert "{% generation %}" in str(caught.value)

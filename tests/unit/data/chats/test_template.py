@@ -10,7 +10,7 @@ from typing import Any
 from snaketron.data.chats import conversation, unusable
 from snaketron.data.chats.environment import special_tokens
 from snaketron.data.chats.mask import tokenize
-from snaketron.data.chats.template import compile_template
+from snaketron.data.chats.template import Template
 from snaketron.log import UserError
 from tests.unit.data.chats.chat_samples import build_tokenizer, question
 from tests.unit.data.chats.golden import (
@@ -250,7 +250,7 @@ def test_arguments_reach_the_template(name, arguments, expected):
 def test_arguments_are_also_given_as_one():
     """As `chat_template_kwargs`: the template of the Nemotron recipe reads them there."""
     source = "{{ chat_template_kwargs.mode }}{% generation %}{{ messages[0].content }}{% endgeneration %}"
-    assert compile_template(source, arguments={"mode": "x"}).render([assistant("a")]).text == "xa"
+    assert Template(source, arguments={"mode": "x"}).render([assistant("a")]).text == "xa"
 
 
 @pytest.mark.parametrize("given", [{"city": "Oslo", "n": 1.0}, '{"city": "Oslo", "n": 1.0}'])
@@ -276,7 +276,7 @@ def test_arguments_of_calls_come_in_the_form_that_a_template_wants(given, wants,
     )
     function = call(given) | {"function": {"name": "f", "arguments": given}}
     found = conversation.conversation([user("a"), assistant(None, tool_calls=[function])])
-    assert compile_template(source).render(found.messages).text == f"af{expected}"
+    assert Template(source).render(found.messages).text == f"af{expected}"
 
 
 # --------------------------------------------------------------------------- templates that mark nothing
@@ -285,7 +285,7 @@ def test_arguments_of_calls_come_in_the_form_that_a_template_wants(given, wants,
 def test_a_text_that_inference_does_not_ask_for_is_refused():
     """This one names the date in every prompt, but not in what it writes afterwards."""
     source = LOOP + "{% if add_generation_prompt %}<|assistant|>{{ messages | length }}. {% endif %}"
-    made = compile_template(source, name="my.jinja", off_arguments=OFF)
+    made = Template(source, name="my.jinja", off_arguments=OFF)
     messages = question("a", "b")
     with pytest.raises(
         UserError, match=r"message 1 of a conversation is not written as inference asks for it"
@@ -324,7 +324,7 @@ def test_a_text_that_inference_does_not_ask_for_is_refused():
 )
 def test_a_conversation_that_is_not_written_whole_is_unusable(source, messages, reason):
     with pytest.raises(unusable.Unusable) as caught:
-        compile_template(source).render(conversation.conversation(messages).messages)
+        Template(source).render(conversation.conversation(messages).messages)
     assert caught.value.reason == reason
 
 
@@ -333,7 +333,7 @@ def test_a_role_that_needs_tools_is_tried_with_tools():
         "{% for m in messages %}{% if m.role == 'tool' and not tools %}{{ raise_exception('no tools') }}"
         "{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}" + PROMPT
     )
-    assert "tool" in compile_template(source).roles and "developer" in compile_template(source).roles
+    assert "tool" in Template(source).roles and "developer" in Template(source).roles
 
 
 def test_rendering_is_linear_in_the_number_of_turns(monkeypatch):
@@ -358,24 +358,24 @@ def test_special_tokens_are_variables_of_the_template(tmp_path):
     variables = special_tokens(tmp_path)
     assert variables == {"bos_token": "<s>", "eos_token": "</s>"}
     source = "{{ bos_token }}{% generation %}{{ messages[0].content }}{{ eos_token }}{% endgeneration %}"
-    assert marked(compile_template(source, variables=variables).render([assistant("a")])) == "<s>⟦a</s>⟧"
+    assert marked(Template(source, variables=variables).render([assistant("a")])) == "<s>⟦a</s>⟧"
 
 
 def test_a_template_that_does_not_parse_is_refused_with_its_line():
     with pytest.raises(UserError, match=r"my\.jinja:3: .*does not parse"):
-        compile_template("a\nb\n{% if %}", name="my.jinja")
+        Template("a\nb\n{% if %}", name="my.jinja")
     with pytest.raises(UserError, match=r"my\.jinja:2: .*does not parse.*No filter named 'shout'"):
-        compile_template("a\n{{ a | shout }}", name="my.jinja")
+        Template("a\n{{ a | shout }}", name="my.jinja")
     with pytest.raises(UserError, match=r"my\.jinja:1: .*does not parse.*endgeneration"):
-        compile_template("{% generation %}a", name="my.jinja")
+        Template("{% generation %}a", name="my.jinja")
 
 
 def test_a_template_that_asks_for_the_date_is_told_the_configured_one():
     """Whatever the day: the same text, and so the same bytes."""
     source = "{{ strftime_now('%d %b %Y %H:%M') }}" + LOOP + PROMPT
-    template = compile_template(source, day=date(2025, 2, 3))
+    template = Template(source, day=date(2025, 2, 3))
     assert template.render(question("a", "b")).text.startswith("03 Feb 2025 00:00<|user|>a<|end|>")
-    assert compile_template(source).render(question("a", "b")).text.startswith("01 Jan 2026 00:00<")
+    assert Template(source).render(question("a", "b")).text.startswith("01 Jan 2026 00:00<")
 
 
 def test_other_names_that_transformers_gives_to_templates_are_there():
@@ -384,7 +384,7 @@ def test_other_names_that_transformers_gives_to_templates_are_there():
         "{% if loop.first %}{% continue %}{% endif %}{{ b | tojson }}{{ b | tojson(ensure_ascii=True) }}"
         "{{ [b, 1] | tojson(separators=(',', ':'), indent=1) }}{{ a.x }}<|end|>{% break %}{% endfor %}"
     )
-    text = compile_template(source).render(question("a", "b")).text
+    text = Template(source).render(question("a", "b")).text
     assert text == 'a<|end|>b<|end|>{"c": "<é>"}{"c": "<\\u00e9>"}[\n {\n  "c":"<é>"\n },\n 1\n]1<|end|>'
 
 
@@ -397,18 +397,18 @@ TAIL = "{% endif %}{% endfor %}" + PROMPT
 def test_a_role_header_inside_the_generation_block_is_refused():
     source = HEAD + "{% generation %}<|assistant|>{{ m.content }}<|end|>{% endgeneration %}" + TAIL
     with pytest.raises(UserError, match=r"'<\|assistant\|>' lies in the generation block"):
-        compile_template(source).check_marks()
+        Template(source).check_marks()
     right = HEAD + "<|assistant|>{% generation %}{{ m.content }}<|end|>{% endgeneration %}" + TAIL
-    compile_template(right).check_marks()
+    Template(right).check_marks()
     # what opens thinking may be trained although the prompt has it, too
     thinks = right.replace("{% generation %}", "{% generation %}<think></think>")
-    compile_template(thinks.replace(PROMPT, PROMPT.replace("|>{", "|><think>{"))).check_marks()
+    Template(thinks.replace(PROMPT, PROMPT.replace("|>{", "|><think>{"))).check_marks()
 
 
 def test_text_between_the_prompt_and_the_generation_block_is_refused():
     """The model is not given it, and would not learn to write it."""
     source = HEAD + "<|assistant|>Sure: {% generation %}{{ m.content }}<|end|>{% endgeneration %}" + TAIL
-    made, messages = compile_template(source), question("a", "b")
+    made, messages = Template(source), question("a", "b")
     with pytest.raises(UserError, match=r"before it stands .*Sure: ', but inference gives"):
         made.check(messages, None, None, made.render(messages))
 
@@ -419,7 +419,7 @@ def test_a_call_that_the_template_leaves_out_is_noticed(marks):
     said = "{{ m.content }}{% for c in m.tool_calls %}{% if loop.first %}{{ c.function | tojson }}{% endif %}"
     said += "{% endfor %}<|end|>"
     block = "{% generation %}" + said + "{% endgeneration %}" if marks else said
-    template = compile_template(HEAD + "<|assistant|>" + block + TAIL)
+    template = Template(HEAD + "<|assistant|>" + block + TAIL)
     one, two = call({"city": "Oslo"}), call({"city": "Bergen"})
     assert "Oslo" in template.render([user("a"), assistant("", tool_calls=[one])]).text
     with pytest.raises(unusable.Unusable, match="a tool call of message 1"):
@@ -428,13 +428,13 @@ def test_a_call_that_the_template_leaves_out_is_noticed(marks):
         template.render([user("a"), assistant("weather, weather", tool_calls=[one, two])])
     silent = HEAD.replace("{{ m.content }}<|end|>{% else %}", "<|end|>{% else %}") + "<|assistant|>" + block
     with pytest.raises(unusable.Unusable, match="the content of message 0"):
-        compile_template(silent + TAIL).render(question("xyz", "b"))
+        Template(silent + TAIL).render(question("xyz", "b"))
 
 
 def test_a_template_that_needs_tools_is_tried_with_tools():
     source = LOOP + "{% for tool in tools %}{{ tool.function.name | upper }}{% endfor %}" + PROMPT
     source = source.replace("{% for m", "{{ tools | length }}{% for m")
-    made = compile_template(source)
+    made = Template(source)
     assert marked(made.render(question("a", "b"), [WEATHER])) == (
         "1<|user|>a<|end|>\n<|assistant|>⟦b<|end|>⟧\nWEATHER"
     )
@@ -445,7 +445,7 @@ def test_a_template_that_needs_tools_is_tried_with_tools():
 def test_a_prompt_that_opens_thinking_before_an_answer_without_any_is_accepted_and_noted():
     """At inference stands <think></think> before the answer; the text of the answer has none."""
     prompt = "{% if add_generation_prompt %}<|assistant|><think>\n\n</think>\n\n{% endif %}"
-    made, messages = compile_template(LOOP + prompt), question("a", "b")
+    made, messages = Template(LOOP + prompt), question("a", "b")
     rendered = made.render(messages)
     made.check(messages, None, None, rendered)
     assert marked(rendered) == "<|user|>a<|end|>\n<|assistant|>⟦b<|end|>⟧\n"
@@ -456,5 +456,5 @@ def test_what_the_model_must_write_before_its_answer_is_trained():
     """Inference gives <|assistant|>, and thinking that is off; <|say|> is for the model to write."""
     source = LOOP.replace("|>{{ m.content }}", "|>{{ '<|say|>' if m.role == 'assistant' }}{{ m.content }}")
     prompt = "{% if add_generation_prompt %}<|assistant|><|think|><|/think|>{% endif %}"
-    rendered = compile_template(source + prompt).render(question("a", "b"))
+    rendered = Template(source + prompt).render(question("a", "b"))
     assert marked(rendered) == "<|user|>a<|end|>\n<|assistant|>⟦<|say|>b<|end|>⟧\n"
