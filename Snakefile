@@ -19,6 +19,7 @@ sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from snaketron import credentials
 from snaketron.config import ConfigError, load
+from snaketron.config.data import SPLITS
 from snaketron.config.doubled import check_doubled
 from snaketron.executor import request
 from snaketron.graph import (
@@ -41,8 +42,6 @@ from snaketron.sources import registered
 from snaketron.sources.formats import DOWNLOADED
 from snaketron.sources.models import MODEL_FILE, TASK_FILE
 from snaketron.tracking import notify
-
-SPLITS = ("train", "valid", "test")
 
 if elsewhere := single_run.elsewhere(Path(workflow.basedir)):
     raise WorkflowError(elsewhere)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from snaketron.data.split import SPLITS
+from snaketron.config.data import SPLITS
 from snaketron.log import argument_parser, logger, run
 
 

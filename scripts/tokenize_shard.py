@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from snaketron.data.split import SPLITS
+from snaketron.config.data import SPLITS
 from snaketron.log import argument_parser, logger, run
 
 

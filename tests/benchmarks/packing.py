@@ -22,9 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from snaketron.config.data import SPLITS
 from snaketron.data import arrow
 from snaketron.data.chats import packing, render, sequences
-from snaketron.data.split import SPLITS
 
 import numpy as np
 import pyarrow as pa

@@ -21,6 +21,9 @@ class Hub(Section):
     revision: Text = key("main", "branch, tag or commit that lock_sources pins")
 
 
+SPLITS = ("train", "valid", "test")
+
+
 class Registered(Section):
     """Data that was made elsewhere, by split. It is verified and recorded, and not made again."""
 

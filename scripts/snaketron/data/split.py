@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 
-SPLITS = ("train", "valid", "test")
-
 
 def split_of(text: str, valid_fraction: float, test_fraction: float) -> str:
     """The split of a document, from a hash of its text.

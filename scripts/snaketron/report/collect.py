@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from snaketron import files
-from snaketron.data.split import SPLITS
+from snaketron.config.data import SPLITS
 from snaketron.lineage.record import Kind, Record, read
 from snaketron.lineage.walk import ancestors
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from snaketron.data.split import SPLITS
+from snaketron.config.data import SPLITS
 from snaketron.report.collect import Data
 from snaketron.wording import binary, short
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from snaketron.data.split import SPLITS
+from snaketron.config.data import SPLITS
 from snaketron.report.collect import ChatSource, Data, Text
 
 # Kinds of records, in the order of the steps that write them, and what the report calls these steps.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from snaketron.config.data import CALL
-from snaketron.data.split import SPLITS
+from snaketron.config.data import CALL, SPLITS
 from snaketron.files import read_json
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import Record, read

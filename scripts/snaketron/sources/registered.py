@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
+from snaketron.config.data import SPLITS
 from snaketron.sources import pairs
 
-SPLITS = ("train", "valid", "test")
 COLUMNS = ("input_ids", "loss_mask", "seq_start_id")
 FOOTER = b"snaketron"  # the key of a Parquet footer under which this workflow says what it has written
 

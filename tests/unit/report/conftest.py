@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from snaketron import files
+from snaketron.config.data import SPLITS
 
 import orjson
 import pytest
 import yaml
-
-SPLITS = ("train", "valid", "test")
 
 
 @pytest.fixture

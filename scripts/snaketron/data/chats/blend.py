@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from snaketron.config.data import SPLITS
 from snaketron.data.arrow import check_expected
-from snaketron.data.split import SPLITS
 from snaketron.files import read_json, to_json
 from snaketron.lineage.record import Record, making, read
 from snaketron.log import UserError, logger

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from snaketron.config.data import SPLITS
 from snaketron.data.arrow import check_expected, flatten, read_footer, view
 from snaketron.data.chats import packing, packs
 from snaketron.data.chats.sequences import SCHEMA
-from snaketron.data.split import SPLITS
 from snaketron.lineage.record import Record, making
 from snaketron.log import UserError, logger
 from snaketron.wording import counted

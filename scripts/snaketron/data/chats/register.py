@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import ConfigError
+from snaketron.config.data import SPLITS
 from snaketron.data.arrow import flatten
 from snaketron.data.chats import packs
 from snaketron.data.chats.pack import length_histogram
-from snaketron.data.split import SPLITS
 from snaketron.data.tokenizer import known_hashes, tokenizer_info
 from snaketron.lineage.record import Entry, Record, making, of_user
 from snaketron.log import UserError

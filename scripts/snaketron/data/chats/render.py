@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from snaketron.config.data import SPLITS
 from snaketron.data.arrow import KEY, text_of
 from snaketron.data.chats import reasoning
 from snaketron.data.chats.conversation import (
@@ -31,7 +32,7 @@ from snaketron.data.chats.unusable import ADVICE, LEFT_OUT, NO_END, Unusable
 from snaketron.data.drops import FILTERED, TOO_DEEP, Bad, Drops, place, reject
 from snaketron.data.encode import Mismatch, Unencodable
 from snaketron.data.rows import read_rows
-from snaketron.data.split import SPLITS, split_of
+from snaketron.data.split import split_of
 from snaketron.files import sha256
 from snaketron.lineage.record import Opened, Record, making, of_user
 from snaketron.log import UserError, logger

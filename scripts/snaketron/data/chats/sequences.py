@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from snaketron.config.data import SPLITS
 from snaketron.data.arrow import list_array, number_array, string_array
 from snaketron.data.chats import reasoning
-from snaketron.data.split import SPLITS
 
 import numpy as np
 import pyarrow as pa

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron import files
-from snaketron.data.split import SPLITS
+from snaketron.config.data import SPLITS
 from snaketron.data.text import binidx
 from snaketron.lineage.record import Entry, Record, making, read
 from snaketron.log import UserError, logger

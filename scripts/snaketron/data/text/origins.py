@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from snaketron.config.data import SPLITS
 from snaketron.data.arrow import KEY, number_array, string_array
-from snaketron.data.split import SPLITS
 from snaketron.data.text.binidx import naming
 from snaketron.log import UserError
 

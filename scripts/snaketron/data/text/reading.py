@@ -10,10 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from snaketron.config.data import SPLITS
 from snaketron.data.arrow import KEY, text_of
 from snaketron.data.drops import Drops
 from snaketron.data.rows import read_documents
-from snaketron.data.split import SPLITS, split_of
+from snaketron.data.split import split_of
 from snaketron.lineage.record import Opened
 from snaketron.log import UserError
 from snaketron.settings.text import TokenizeSettings

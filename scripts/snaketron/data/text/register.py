@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.split import SPLITS
+from snaketron.config.data import SPLITS
 from snaketron.data.text import binidx
 from snaketron.data.tokenizer import Info, known_hashes, tokenizer_info
 from snaketron.lineage.record import Entry, Record, making, of_user

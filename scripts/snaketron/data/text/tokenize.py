@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from snaketron.config.data import SPLITS
 from snaketron.data.drops import FILTERED, Bad, Drops, place, reject
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
-from snaketron.data.split import SPLITS
 from snaketron.data.text import binidx, origins
 from snaketron.data.text.reading import Document, Reader, ahead
 from snaketron.data.tokenizer import Info, tokenizer_info

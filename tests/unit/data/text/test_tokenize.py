@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from snaketron import files
-from snaketron.data.split import SPLITS, split_of
+from snaketron.config.data import SPLITS
+from snaketron.data.split import split_of
 from snaketron.data.text import binidx
 from snaketron.data.text.reading import Reader
 from snaketron.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, tokenizer_info
