@@ -103,6 +103,7 @@ if workflow.is_main_process:
             else None
         ),
         graph.to_download(),
+        *graph.bases.unread(),
         notes.from_sample(graph.config),
         *notes.unmeasured(graph.config),
     ):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from snaketron.config import Config, ConfigError
 from snaketron.graph.unknown import find
-from snaketron.huggingface.config import differences, read_config
+from snaketron.huggingface.config import differences, read_config, unread
 from snaketron.huggingface.metadata import listed_tensors, megatron_differences
 from snaketron.huggingface.names import megatron_tensors, tensors
 from snaketron.jobs.version import Version
@@ -109,6 +109,14 @@ class BaseGraph:
         return self.config.model.model_copy(
             update={key: type(self.config.model).model_fields[key].default for key in FREE}
         ).model_dump_json()
+
+    def unread(self) -> Iterator[str]:
+        """What the configurations of published checkpoints say and nobody reads, a sentence for each."""
+        for base in self.bases.values():
+            directory = base.directory(self.config)
+            published = (directory / "config.json").is_file() and not base.is_of_this_workflow(self.config)
+            if published and (said := unread(read_config(directory))):
+                yield f"{' and '.join(base.keys)}: {said}."
 
     # Resources: a change runs nothing again.
 

@@ -7,6 +7,7 @@ files of the tokenizer, which a checkpoint has beside it, are named here too.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,6 +66,25 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "n_shared_experts": (1, "E"),
     "tie_word_embeddings": (False, "ME*-"),
     "residual_in_fp32": (False, "ME*-"),
+    "quantization_config": (None, "ME*-"),
+}
+
+# Keys of transformers 5.23 and of published files that change nothing that this architecture computes.
+_WITHOUT_EFFECT = {
+    "the file": "model_type architectures auto_map transformers_version dtype torch_dtype id2label label2id",
+    "what is returned": "return_dict output_router_logits use_cache num_logits_to_keep",
+    "ids that the tokenizer has": "bos_token_id eos_token_id pad_token_id",
+    "said by other keys": "num_hidden_layers expand norm_eps",
+    "first weights": "initializer_range rescale_prenorm_residual time_step_min time_step_max time_step_floor",
+    "trainings elsewhere": "attention_dropout hidden_dropout moe_shared_expert_overlap keep_mtp_spec_in_bf16",
+    "kernels and caches": "chunk_size use_mamba_kernels mamba_ssm_cache_dtype",
+    "positions, of which attention knows nothing": "max_position_embeddings rope_theta partial_rotary_factor",
+}
+# Keys that `differences` reads beside the tables above.
+_READ = {
+    *("vocab_size", "norm_topk_prob", "num_nextn_predict_layers", "time_step_limit"),
+    *("hybrid_override_pattern", "mtp_hybrid_override_pattern"),
+    *("layers_block_type", "mtp_layers_block_type"),
 }
 
 
@@ -168,6 +188,8 @@ def differences(config: Mapping[str, Any], model: Model, vocab_size: int | None)
         for name, value in fixed.items()
         if name in config and config[name] != value
     ]
+    if "M" in letters and not _is_unlimited(limit := config.get("time_step_limit")):
+        problems.append(f"time_step_limit: {limit!r} in the checkpoint; only [0, Infinity] is supported")
     if "vocab_size" not in config:
         problems.append("vocab_size: missing in the checkpoint")
     elif not isinstance(config["vocab_size"], int):
@@ -180,12 +202,45 @@ def differences(config: Mapping[str, Any], model: Model, vocab_size: int | None)
     return problems
 
 
+def unread(config: Mapping[str, Any]) -> str:
+    """A sentence about the keys that nothing here knows; empty where there are none, or they say nothing."""
+    known = {*_READ, *_SIZES, *_OTHER_NAMES.values(), *_FIXED}
+    known |= {name for names in _WITHOUT_EFFECT.values() for name in names.split()}
+    found = [
+        f"{name}: {value!r}"
+        for name, value in config.items()
+        if value and name not in known and not name.startswith("_")
+    ]
+    if not found:
+        return ""
+    return (
+        f"config.json says {', '.join(found)}, which is not read here; where that changes what the model "
+        "computes, the imported one computes something else"
+    )
+
+
+def _is_unlimited(limit: Any) -> bool:
+    """Whether a range of time steps leaves them as they are; JSON has no infinity, so files differ."""
+    if limit is None:
+        return True
+    try:
+        low, high = (float(end["__float__"] if isinstance(end, dict) else end) for end in limit)
+    except (TypeError, ValueError, KeyError):
+        return False
+    return low <= 0 and high == math.inf
+
+
 def _patterns(config: Mapping[str, Any], model: Model) -> list[str]:
     there, problems = pattern(config), []
     if there is None:
         problems.append("hybrid_override_pattern: missing in the checkpoint (layers_block_type too)")
     elif there != model.hybrid_layer_pattern:
         problems.append(_differ("hybrid_layer_pattern", there, model.hybrid_layer_pattern))
+    kinds = _of_kinds(config, "")
+    if there and kinds and there != kinds:  # transformers would take the kinds, and vLLM the pattern
+        problems.append(
+            f"hybrid_override_pattern: {there} in the checkpoint, whose layers_block_type is {kinds}"
+        )
     depths = config.get("num_nextn_predict_layers", 0)
     if not isinstance(depths, int):
         problems.append(_no_number("num_nextn_predict_layers", depths))
@@ -212,10 +267,15 @@ def pattern(config: Mapping[str, Any]) -> str | None:
 
 def _pattern(config: Mapping[str, Any], prefix: str) -> str | None:
     written = config.get(f"{prefix}hybrid_override_pattern")
+    return _of_kinds(config, prefix) if written is None else written
+
+
+def _of_kinds(config: Mapping[str, Any], prefix: str) -> str | None:
+    """The letters of the layers whose kinds are listed; None where they are not."""
     kinds = config.get(f"{prefix}layers_block_type")
-    if written is None and kinds:
-        return "".join(_KINDS.get(str(kind), "?") for kind in (kinds if isinstance(kinds, list) else [kinds]))
-    return written
+    if not kinds:
+        return None
+    return "".join(_KINDS.get(str(kind), "?") for kind in (kinds if isinstance(kinds, list) else [kinds]))
 
 
 def _size(config: Mapping[str, Any], name: str, key: str, here: Any) -> list[str]:

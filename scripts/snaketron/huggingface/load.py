@@ -28,6 +28,7 @@ class Weights(NamedTuple):
     files: list[Path]  # that it is read from
     precision: str  # of the model: fp32 or bf16
     not_finite: list[str]  # names of tensors, filled while they are made
+    unread: str = ""  # a sentence about keys of its configuration
 
 
 def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
@@ -58,7 +59,8 @@ def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights
     if (directory / INDEX).exists():
         files.append(directory / INDEX)
     main = DTYPES[shards.described["lm_head.weight"][1]]
-    return Weights(chunks, files, "fp32" if main is torch.float32 else "bf16", bad)
+    precision = "fp32" if main is torch.float32 else "bf16"
+    return Weights(chunks, files, precision, bad, config.unread(values))
 
 
 def _tensor_problems(shards: Shards, model: Model, rows: int) -> list[str]:

@@ -40,6 +40,8 @@ def import_base(
     info = tokenizer_info(tokenizer)
     check_tokenizer(source, tokenizer)
     weights = _weights(source, model, info)
+    if weights.unread:
+        logger.warning("%s: %s", source, weights.unread)
     logger.info("%s: hashing %d files", source, len(weights.files))
     inputs = [Entry("weights", str(path), sha256=sha256(path)) for path in weights.files]
     identities = [entry.sha256 for entry in inputs]

@@ -91,6 +91,15 @@ def test_everything_that_differs_is_said_at_once(checkpoint: Path, tmp_path: Pat
     ]
 
 
+def test_keys_that_nobody_reads_are_named_before_anything_runs(checkpoint: Path):
+    keys: dict[str, dict] = {"tokenizer": {"path": str(checkpoint)}, "sft": {"base": str(checkpoint)}}
+    assert list(graph(**keys).unread()) == []
+    values = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(values | {"logit_scale": 0.5}))
+    (said,) = graph(**keys).unread()
+    assert said.startswith("sft.base: config.json says logit_scale: 0.5, which is not read here")
+
+
 def test_files_that_cannot_be_read_are_named(checkpoint: Path, tmp_path: Path):
     """The files of a published checkpoint; and of one of Megatron that was converted and never trained."""
     released = tmp_path / "released"
