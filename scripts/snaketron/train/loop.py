@@ -66,6 +66,7 @@ class Trainer:
         model = self.settings.model
         possible = model.num_moe_experts / model.moe_router_topk if model.routed_layers else 1.0
         self.watch = Watch(possible, layout(self.run, self.run.cluster).tasks_per_node)
+        self.cleared = False  # whether the gradients are those of no step
         self.totals = Totals()  # since the last line of metrics
         self.sources: tuple[str, ...] = ()
         self.mixed = False  # whether sequences of several sources share a micro-batch
@@ -178,12 +179,14 @@ class Trainer:
         if adapters and adapters.dropout:
             lora.seed_dropout(self.settings.seed, self.iteration)
         seek(self.schedule, self.settings.schedule, self.iteration)
-        self.parallel_model.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        if not self.cleared:
+            self._clear_gradients()
         first = self.iteration * self.settings.global_batch_size
         self.observed.begin(is_due=self._is_logged(self.iteration + 1))
         outputs = self._forward_backward(batches, first)
         success, norm, _ = self.optimizer.step()
+        # What the next step needs is started before the host waits for this one, so that a GPU has no pause.
+        self._clear_gradients()
         grad_norm = math.nan if norm is None else float(norm)
         self.observed.end()
         if not (success and math.isfinite(grad_norm)):
@@ -195,8 +198,15 @@ class Trainer:
         self._add_up(outputs, batches.num_micro_batches(self.settings.global_batch_size))
         return grad_norm
 
+    def _clear_gradients(self) -> None:
+        """Forget the gradients of the step before: to a GPU it is one more task in its queue."""
+        self.parallel_model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.cleared = True
+
     def _forward_backward(self, batches: Batches, first: int) -> list[Sums]:
         """Compute the global batch that begins with sample `first`; the sums of each micro-batch."""
+        self.cleared = False
         count = self.settings.global_batch_size
         return compute(
             self.parallel_model,
