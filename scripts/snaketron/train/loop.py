@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import signal
 import time
@@ -26,7 +27,7 @@ from snaketron.tracking.warnings import Warning, Watch, warnings_of
 from snaketron.train.batches import Batches
 from snaketron.train.build import Trainable
 from snaketron.train.evaluate import evaluate
-from snaketron.train.losses import Sums, Totals, compute, sum_over_ranks
+from snaketron.train.losses import Batch, Sums, Totals, compute, sum_over_ranks
 from snaketron.train.metrics import Clock, Metrics, Progress
 from snaketron.train.observed import Observed
 from snaketron.train.schedule import seek
@@ -66,6 +67,7 @@ class Trainer:
         model = self.settings.model
         possible = model.num_moe_experts / model.moe_router_topk if model.routed_layers else 1.0
         self.watch = Watch(possible, layout(self.run, self.run.cluster).tasks_per_node)
+        self.ahead: tuple[Batches, int, Batch, Iterator[Batch]] | None = None
         self.cleared = False  # whether the gradients are those of no step
         self.totals = Totals()  # since the last line of metrics
         self.sources: tuple[str, ...] = ()
@@ -187,6 +189,8 @@ class Trainer:
         success, norm, _ = self.optimizer.step()
         # What the next step needs is started before the host waits for this one, so that a GPU has no pause.
         self._clear_gradients()
+        if self.iteration + 1 < self.settings.train_iters:
+            self._read_ahead(batches, first + self.settings.global_batch_size)
         grad_norm = math.nan if norm is None else float(norm)
         self.observed.end()
         if not (success and math.isfinite(grad_norm)):
@@ -208,14 +212,31 @@ class Trainer:
         """Compute the global batch that begins with sample `first`; the sums of each micro-batch."""
         self.cleared = False
         count = self.settings.global_batch_size
+        known, self.ahead = self.ahead, None
+        if known and known[:2] == (batches, first):
+            micro_batches = itertools.chain([known[2]], known[3])
+        else:
+            micro_batches = self._micro_batches(batches, first)
         return compute(
             self.parallel_model,
-            self.clock.waiting(batches.micro_batches("train", first, count)),
+            micro_batches,
             count=batches.num_micro_batches(count),
             micro_batch_size=batches.micro_batch_size,
             seq_length=self.settings.seq_length,
             schedule=self.micro_batches,
         )
+
+    def _micro_batches(self, batches: Batches, first: int) -> Iterator[Batch]:
+        return self.clock.waiting(batches.micro_batches("train", first, self.settings.global_batch_size))
+
+    def _read_ahead(self, batches: Batches, first: int) -> None:
+        """Read the first micro-batch of the next step while a GPU computes this one.
+
+        Those after it are read beside the computation of the ones before them.
+        """
+        micro_batches = self._micro_batches(batches, first)
+        if (batch := next(micro_batches, None)) is not None:
+            self.ahead = (batches, first, batch, micro_batches)
 
     def _validate(self, batches: Batches, metrics: Metrics) -> None:
         if not batches.has("valid"):
