@@ -3,7 +3,7 @@
 Two pieces of the model are exchanged while it decodes: attention reads the keys and values of earlier tokens
 too, and Mamba-2 goes on from its last states. All other pieces are those of a training; so adapters, tensor,
 expert and pipeline parallelism and the kernels of a GPU are as they are there. One process on a CPU calls
-them without megatron-core's wrappers (`direct`).
+them without megatron-core's wrappers (`direct`), and one with a GPU records their kernels (`recorded`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snaketron.inference.direct import Direct, Piece, applies, linear, wrapped
+from snaketron.inference.recorded import Recorded, recordable
 from snaketron.model import backend
 from snaketron.model.build import BuiltModel
 from snaketron.model.megatron import internals
@@ -26,6 +27,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass
@@ -34,6 +36,7 @@ class _Reading:
 
     rows: slice
     before: Tensor  # (rows,)
+    span: int  # tokens that attention looks at, those that are read included
 
 
 class Decoder:
@@ -46,8 +49,11 @@ class Decoder:
     def __init__(self, built: BuiltModel, batch_size: int, max_length: int) -> None:
         self.built, self.max_length = built, max_length
         self.device = backend.device()
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        self._reading = _Reading(slice(0), self.lengths[:0])
+        self.lengths = [0] * batch_size  # tokens that each row has read
+        self._lengths = torch.zeros(
+            batch_size, dtype=torch.int64, device=self.device
+        )  # the same, for kernels
+        self._reading = _Reading(slice(0), self._lengths[:0], 0)
         decoder = built.model.decoder
         self._layers = {
             module.core_attention: _Attention(module, batch_size, max_length, self.device)
@@ -62,10 +68,11 @@ class Decoder:
             module: functools.partial(layer.forward, self._reading) for module, layer in self._layers.items()
         }
         self._direct = Direct(built, remembering) if applies(built) else None
+        self._recorded = Recorded(self._compute) if recordable(built) else None
 
     def forget(self, row: int) -> None:
         """Begin the row anew, without a token."""
-        self.lengths[row] = 0
+        self.lengths[row] = self._lengths[row] = 0
         for layer in self._layers.values():
             layer.forget(row)
 
@@ -91,14 +98,25 @@ class Decoder:
         return self._forward(slice(0, len(self.lengths)), ids.to(self.device))
 
     def _forward(self, rows: slice, ids: Tensor) -> Tensor | None:
-        before = self.lengths[rows]
-        if int(before.max()) + ids.shape[1] > self.max_length:
+        longest = max(self.lengths[rows]) + ids.shape[1]
+        if longest > self.max_length:
             raise ValueError(
-                f"row of {int(before.max())} + {ids.shape[1]} tokens, space for {self.max_length}"
+                f"row of {longest - ids.shape[1]} + {ids.shape[1]} tokens, space for {self.max_length}"
             )
-        self._reading.rows, self._reading.before = rows, before
+        self._reading.rows, self._reading.before = rows, self._lengths[rows]
+        if self._recorded and ids.shape == (len(self.lengths), 1):
+            self._reading.span = self.max_length  # a recording looks at as many whenever it is started
+            logits = self._recorded(ids)
+        else:
+            self._reading.span = longest
+            logits = self._compute(ids)
+        self.lengths[rows] = [length + ids.shape[1] for length in self.lengths[rows]]
+        return logits
+
+    def _compute(self, ids: Tensor) -> Tensor | None:
+        """Logits of the tokens that the rows of `_reading` read, which are longer afterwards."""
         logits = self._direct(ids) if self._direct else self._by_megatron(ids)
-        self.lengths[rows] += ids.shape[1]
+        self._reading.before += ids.shape[1]
         return None if logits is None else logits[..., : self.built.vocab_size].float()
 
     def _by_megatron(self, ids: Tensor) -> Tensor | None:
@@ -168,7 +186,7 @@ class _Attention:
 
     def __init__(self, layer: SelfAttention, batch_size: int, max_length: int, device: torch.device) -> None:
         heads, width = layer.num_query_groups_per_partition, layer.hidden_size_per_attention_head
-        shape = batch_size, max_length, heads, width
+        shape = batch_size, heads, max_length, width
         self.keys = torch.zeros(shape, dtype=layer.config.params_dtype, device=device)
         self.values = torch.zeros_like(self.keys)
 
@@ -177,26 +195,32 @@ class _Attention:
 
     def forward(self, reading: _Reading, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query (new, rows, heads, width), key and value with fewer heads, to (new, rows, heads * width)."""
-        device, new = query.device, len(query)
+        device, new, span = query.device, len(query), reading.span
         keys, values = self.keys[reading.rows], self.values[reading.rows]
-        if new == len(keys) == 1:  # a token of a single row sees all before it
-            last = int(reading.before[0])
-            keys[0, last], values[0, last] = key[0, 0], value[0, 0]
-            seen, said = (t[:, : last + 1].transpose(1, 2) for t in (keys, values))
-            out = F.scaled_dot_product_attention(query.permute(1, 2, 0, 3), seen, said, enable_gqa=True)
-            return out.permute(2, 0, 1, 3).flatten(2)
-        row = torch.arange(len(keys), device=device)[:, None]
-        position = reading.before[:, None] + torch.arange(new, device=device)  # (rows, new)
-        keys[row, position], values[row, position] = key.transpose(0, 1), value.transpose(0, 1)
-        length = int(position[:, -1].max()) + 1
-        out = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            keys[:, :length].transpose(1, 2),
-            values[:, :length].transpose(1, 2),
-            (torch.arange(length, device=device) <= position[..., None])[:, None],  # (rows, 1, new, length)
-            enable_gqa=True,
-        )
+        seen = None
+        if new == len(keys) == 1 and device.type == "cpu":  # a token of a single row sees all before it
+            keys[0, :, span - 1], values[0, :, span - 1] = key[0, 0], value[0, 0]
+        else:
+            row = torch.arange(len(keys), device=device)[:, None]
+            position = reading.before[:, None] + torch.arange(new, device=device)  # (rows, new)
+            keys[row, :, position], values[row, :, position] = key.transpose(0, 1), value.transpose(0, 1)
+            # (rows, 1, new, span)
+            seen = (torch.arange(span, device=device) <= position[..., None])[:, None]
+        keys, values = keys[:, :, :span], values[:, :, :span]
+        if new == 1:  # the heads that share keys are the rows of one product
+            grouped = query[0].unflatten(1, (keys.shape[1], -1))
+            return _attend(grouped, keys, values, seen).flatten(1)[None]
+        out = _attend(query.permute(1, 2, 0, 3), keys, values, seen, enable_gqa=True)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, *, enable_gqa: bool = False
+) -> Tensor:
+    # cuDNN's attention is left out: recorded with few tokens, it has read memory of an earlier call.
+    kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels) if query.is_cuda else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(query, keys, values, seen, enable_gqa=enable_gqa)
 
 
 class _Mamba:

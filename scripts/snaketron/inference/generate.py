@@ -114,7 +114,7 @@ def continuation(
     """
     draws, unread = [sampling.draws(0)], list(ids)
     for number in range(max_tokens):
-        if number and (unread[0] in stop or int(decoder.lengths[0]) == decoder.max_length):
+        if number and (unread[0] in stop or decoder.lengths[0] == decoder.max_length):
             return
         unread = choose(decoder.read(0, unread), sampling, draws)
         yield unread[0]

@@ -9,6 +9,7 @@ from snaketron.jobs.version import Version
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.model.build import BuiltModel, build_model
+from snaketron.model.lora import freeze
 from snaketron.settings.training import RunSettings, settings_of_checkpoint
 
 
@@ -30,6 +31,8 @@ def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
     settings = settings_of_checkpoint(version.describe().settings)
     vocab_size = tokenizer_info(version.tokenizer).vocab_size
     built = build_model(settings, run or RunSettings(tracking="off"), vocab_size, draw=False)
+    if not built.adapters:  # which have frozen it
+        freeze(built.model)
     built.load_base(base_of(version) if built.adapters else path)
     if built.adapters:
         built.load_trained(path)

@@ -202,6 +202,21 @@ def canonical(name: str) -> str:
     return re.sub(r"\.\d+(?=\.)", "", name).replace(".local_experts.", ".")
 
 
+@torch.no_grad()
+def freeze(model: HybridModel) -> None:
+    """Let nothing train the weights of a model of `build_model`.
+
+    Those of a layer's experts are put one after the other in memory, as the grouped product wants them.
+    Trained ones lie so in the buffer of DistributedDataParallel.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if is_grouped(module):
+            weights = weights_of(module)
+            for weight, place in zip(weights, torch.stack(weights), strict=True):
+                weight.data = place
+
+
 def add_adapters(model: HybridModel, settings: Adapters, seed: int) -> None:
     """Freeze a model of `build_model`, and give its targeted linear layers adapters; before it is wrapped.
 
@@ -214,12 +229,10 @@ def add_adapters(model: HybridModel, settings: Adapters, seed: int) -> None:
         settings: rank, scale, dropout and targets, which `config.linears.check_targets` has checked.
         seed: of A, which depends on it and on the name, and not on how processes share the model.
     """
-    model.requires_grad_(False)
+    freeze(model)
     for module in model.modules():
         if isinstance(module, TopKRouter):
             module.frozen_expert_bias = True
-        if is_grouped(module):
-            _stack(weights_of(module))
     found = 0
     for name, module in list(model.named_modules()):
         kind = name.rpartition(".")[2]
@@ -245,16 +258,6 @@ def _draw_a(_key: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
     bound = shape[-1] ** -0.5
     values = torch.empty(shape, dtype=torch.float32, device=generator.device)
     return values.uniform_(-bound, bound, generator=generator)
-
-
-@torch.no_grad()
-def _stack(weights: list[Tensor]) -> None:
-    """Put the weights of frozen experts one after the other in memory, as the grouped product wants them.
-
-    Trained ones lie so in the buffer of DistributedDataParallel.
-    """
-    for weight, place in zip(weights, torch.stack(weights), strict=True):
-        weight.data = place
 
 
 def _adapt(linear: Any, adapter: Adapter) -> None:

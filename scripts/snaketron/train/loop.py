@@ -214,7 +214,7 @@ class Trainer:
         count = self.settings.global_batch_size
         known, self.ahead = self.ahead, None
         if known and known[:2] == (batches, first):
-            micro_batches = itertools.chain([known[2]], known[3])
+            micro_batches: Iterator[Batch] = itertools.chain([known[2]], known[3])
         else:
             micro_batches = self._micro_batches(batches, first)
         return compute(
