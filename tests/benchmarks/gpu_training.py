@@ -70,6 +70,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **SLICES,
     **{f"{name}_text": shape | {"text": True} for name, shape in SLICES.items()},
     **{f"{name}_{p}": shape | {"model": {"precision": p}} for name, shape in SLICES.items() for p in FP8},
+    **{
+        f"{name}_mbs2": shape | {"micro_batch_size": 2, "micro_batches": shape["micro_batches"] // 2}
+        for name, shape in SLICES.items()
+    },
+    "nano_8k_cudnn_norms": SLICES["nano_8k"]
+    | {"environment": {"NVTE_NORM_FWD_USE_CUDNN": "1", "NVTE_NORM_BWD_USE_CUDNN": "1"}},
     "nano_4k_layers": SLICES["nano_4k"] | {"run": GRAPHS},
     **{
         f"nano_8k_ep{n}": SLICES["nano_8k"]
@@ -280,7 +286,7 @@ def ceiling() -> float:
 def turn_of(name: str, profile: list[str]) -> Turn:
     """A variant in processes of its own."""
     command = ["-m", "tests.benchmarks.gpu_training", "--one", name, "--profile", *profile]
-    return Turn(name, command, lambda text: json.loads(f"{text}\n".splitlines()[-1]), gpus(name))
+    return Turn(name, command, lambda text: json.loads(text.strip().rpartition("\n")[2]), gpus(name))
 
 
 def main() -> None:

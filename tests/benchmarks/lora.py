@@ -133,7 +133,8 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         "computed_bytes": static.total,
     }
     began, seconds, losses, at = time.monotonic(), [], [], "building the model"
-    with distributed(settings.seed, run):
+    recorded = backend.records_micro_batches(settings, run)
+    with distributed(settings.seed, run, recorded=recorded):
         try:
             trainer = loop.Trainer(build_training(settings, run, vocabulary))
             result["build_s"] = time.monotonic() - began

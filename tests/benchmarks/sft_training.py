@@ -144,7 +144,8 @@ def main() -> None:
     model, vocabulary = MODELS[args.model]
     config = load({"model": model, "sft": sft, "sft_data": {"pack_size": args.pack_size}}, {})
     settings, run = train_settings(config, "sft"), run_settings(config, "sft")
-    with distributed(settings.seed, run), tempfile.TemporaryDirectory() as directory:
+    recorded = backend.records_micro_batches(settings, run)
+    with distributed(settings.seed, run, recorded=recorded), tempfile.TemporaryDirectory() as directory:
         trainer = loop.Trainer(build_training(settings, run, vocabulary))
         packs = [join([conversations[i] for i in items]) for items in bins]
         padded = PaddedBatches(in_order, a_pack, settings.model.mtp_num_layers)

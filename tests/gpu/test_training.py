@@ -88,8 +88,8 @@ class Runs:
 
     def __init__(self, root: Path, chosen: str) -> None:
         self.root, self.chosen = root, chosen  # names of tests
-        # Of one or two processes, each of which imports for 20 s and compiles: more at once only wait.
-        self.pool = ThreadPoolExecutor(max(4, (os.cpu_count() or 4) // 4))
+        # Of one or two processes, each of which imports for 20 s and compiles.
+        self.pool = ThreadPoolExecutor(max(4, (os.cpu_count() or 4) // 2))
         self.futures: dict[str, Future] = {}
         for precision in PRECISIONS:
             self.futures[f"cpu {precision}"] = self.pool.submit(self._cpu, precision)
