@@ -49,7 +49,7 @@ from snaketron.config.data import (
 )
 from snaketron.config.doubled import doubled
 from snaketron.config.evaluation import Evaluation
-from snaketron.config.names import check_paths
+from snaketron.config.names import check_paths, check_roots
 from snaketron.config.training import (
     Adapters,
     Cluster,
@@ -180,6 +180,7 @@ class Config(Section):
             *check_reasoning(self),
             *check_tokenizer(self.tokenizer),
             *check_paths(self),
+            *check_roots(self),
             *check_model(self.model),
             *check_environment(self.cluster),
             *check_container(self.cluster, Path.cwd()),

@@ -6,7 +6,9 @@ programs take what starts with a dash for an option.
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snaketron.config.data import Curation
@@ -60,6 +62,24 @@ def check_paths(config: Config) -> list[str]:
         for at, path in named_paths(config)
         if (problem := unusable(path) or _an_option(path))
     ]
+
+
+def check_roots(config: Config) -> list[str]:
+    """Roots of outputs that cannot be made, or in which two rules would make the same file."""
+    problems, roots = [], {str(name): root for name, root in config.pathvars.items()}
+    for name, root in roots.items():
+        there = Path(root)
+        while not os.path.lexists(there):  # a forbidden place is not there either
+            there = there.parent
+        if not there.is_dir():
+            problems.append(
+                f"pathvars.{name}: {root!r} cannot be made, because {str(there)!r} is no directory"
+            )
+    first: dict[Path, str] = {}
+    for name in ("data", "ckpt", "hf"):
+        if name in roots and (other := first.setdefault(Path(roots[name]).absolute(), name)) != name:
+            problems.append(f"pathvars.{name}: is {roots[name]!r} like pathvars.{other}; both hold `sft`")
+    return problems
 
 
 def _an_option(path: str) -> str | None:
