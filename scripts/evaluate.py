@@ -18,8 +18,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--text", type=Path, nargs="*", default=[], help="blend.json of phases of pretraining"
     )
     parser.add_argument("--chats", type=Path, help="blend.json of SFT")
-    parser.add_argument("--settings", type=EvalSettings.model_validate_json, required=True, help="JSON")
-    parser.add_argument("--run-settings", type=RunSettings.model_validate_json, required=True, help="JSON")
+    parser.add_argument(
+        "--settings",
+        type=EvalSettings.model_validate_json,
+        required=True,
+        help="JSON of EvalSettings: what is measured",
+    )
+    parser.add_argument(
+        "--run-settings",
+        type=RunSettings.model_validate_json,
+        required=True,
+        help="JSON of RunSettings: how it is run",
+    )
     parser.add_argument(
         "--output", type=Path, required=True, help="JSON file to write, such as eval/sft.json"
     )

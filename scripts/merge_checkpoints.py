@@ -13,7 +13,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="such as ckpt/pretrain/broad")
     parser.add_argument("--stage", required=True, help="name of the average below <ckpt>: merged/...")
     parser.add_argument(
-        "--tokens", type=int, required=True, help="over which the average is taken; 0: all that is kept"
+        "--tokens", type=int, required=True, help="tokens that it averages over; 0: all that is kept"
     )
     parser.add_argument("--output", type=Path, required=True, help="link to make: <ckpt>/<stage>")
     return parser.parse_args(argv)

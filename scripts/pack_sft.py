@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=1.0,
         help="share of the conversations that may be left out; more is an error",
     )
-    add("--algorithm", choices=ALGORITHMS, required=True)
+    add("--algorithm", choices=ALGORITHMS, required=True, help="which conversations share a pack")
     add("--seed", type=int, help="seed of first_fit_shuffle; other algorithms take none")
     add("--train", type=Path, required=True, help="Parquet file to write")
     add("--valid", type=Path, required=True, help="Parquet file to write")

@@ -10,7 +10,14 @@ from snaketron.log import argument_parser, logger, run
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--pair", type=Path, nargs=2, required=True, metavar=("PREFIX.bin", "PREFIX.idx"))
+    parser.add_argument(
+        "--pair",
+        type=Path,
+        nargs=2,
+        required=True,
+        metavar=("PREFIX.bin", "PREFIX.idx"),
+        help="both files of the pair",
+    )
     parser.add_argument("--settings", required=True, help="RegisterSettings as JSON")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer")
     parser.add_argument("--record", type=Path, required=True, help="lineage record to write")
