@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shutil
 import sys
@@ -89,6 +90,22 @@ def moved_targets(config: Config, targets: Iterable[str]) -> list[str]:
     return lines
 
 
+def meant(config: Config, targets: Iterable[str], rules: Iterable[str] = ()) -> list[str]:
+    """What a target that no rule makes may mean: a result or a rule of nearly the same name."""
+    ckpt, hf, measured = (config.pathvars[name].rstrip("/") for name in ("ckpt", "hf", "eval"))
+    merged = [f"merged/{phase.name}" for phase in config.pretrain.phases]
+    stages = [*(training.name for training in config.trainings()), "lora_merged", *merged]
+    known = [
+        path for stage in stages for path in (f"{ckpt}/{stage}", f"{hf}/{stage}", f"{measured}/{stage}.json")
+    ]
+    lines = []
+    for target in targets:
+        near = difflib.get_close_matches(os.path.normpath(target), [*known, *rules], n=1, cutoff=0.75)
+        if near and near[0] != os.path.normpath(target):
+            lines.append(f"{target}: did you mean {near[0]}?")
+    return lines
+
+
 def explain(workflow: Any, config: Config) -> None:
     """Print at the end what targets are called, and in a dry-run what would be replaced.
 
@@ -96,6 +113,9 @@ def explain(workflow: Any, config: Config) -> None:
     """
     settings, dag = workflow.dag_settings, getattr(workflow, "dag", None)
     lines = moved_targets(config, sorted(settings.targets)) if settings else []
+    if dag is not None and not lines:
+        made = {file for job in dag.targetjobs for file in job.output}
+        lines = meant(config, sorted(set(dag.targetfiles) - made), (rule.name for rule in workflow.rules))
     if workflow.dryrun and dag and (warning := replaced_by(workflow)):
         lines.append(warning)
     for line in lines:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from snaketron.config import load
-from snaketron.graph.notes import find_python, from_sample, moved_targets, replaced, unmeasured
+from snaketron.graph.notes import find_python, from_sample, meant, moved_targets, replaced, unmeasured
 
 import pytest
 
@@ -69,6 +69,18 @@ def test_a_target_below_a_moved_root_has_another_name():
     assert moved_targets(moved, ["data/sample/docs/record.json", "data/tokenizer/record.json"]) == [
         "data/tokenizer/record.json: pathvars.data is store, so ask for store/tokenizer/record.json"
     ]
+
+
+def test_a_misspelt_target_is_answered_by_a_result_or_a_rule():
+    targets = ["ckpt/stf", "eval/sft", "./ckpt/pretrain", "data_reprot", "ckpt/sft", "elsewhere"]
+    assert meant(load({}, {}), targets, ["data_report"]) == [
+        "ckpt/stf: did you mean ckpt/sft?",
+        "eval/sft: did you mean eval/sft.json?",
+        "./ckpt/pretrain: did you mean ckpt/pretrain/broad?",
+        "data_reprot: did you mean data_report?",
+    ]
+    moved = load({"pathvars": {"hf": "/store/hf/"}}, {})
+    assert meant(moved, ["/store/hf/sfd"]) == ["/store/hf/sfd: did you mean /store/hf/sft?"]
 
 
 def test_a_source_that_is_not_validated_is_told():
