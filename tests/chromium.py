@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -90,14 +89,6 @@ class Page:
                 if not url.startswith("data:") and url != values["documentURL"]:
                     said.append(f"asked for {url}")
         return said
-
-    def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        found = self.do("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(found["data"]))
-
-    def print(self, path: Path) -> None:
-        found = self.do("Page.printToPDF", printBackground=True)
-        path.write_bytes(base64.b64decode(found["data"]))
 
 
 @contextmanager

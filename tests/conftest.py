@@ -29,7 +29,8 @@ sys.dont_write_bytecode = False
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 # What a person's terminal, or a Slurm job that the tests run in, would change in what programs print and do.
 for name in [*os.environ]:
-    if name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", PLAIN) or name.startswith("SLURM_"):
+    of_terminal = name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", PLAIN)
+    if of_terminal or name.startswith(("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_")):
         del os.environ[name]
 # Tests that share a run of the workflow, a cluster or a process that they fork from, which each worker of
 # pytest would make for itself, and in which order. Stories on a cluster mostly wait: four clusters at a time

@@ -243,14 +243,6 @@ def started(path: Path, *options: str) -> Iterator[Slurm]:
         process.terminate()  # a process that a test forked may hold our end of its input open
 
 
-@pytest.fixture(autouse=True)
-def outside_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget a Slurm job that the tests themselves may run in."""
-    for name in os.environ:
-        if name.startswith(("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_")):
-            monkeypatch.delenv(name)
-
-
 @pytest.fixture(scope="session")
 def two_nodes(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The main job, run once on two nodes from raw text to its end. Tests work on copies."""

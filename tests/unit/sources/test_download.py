@@ -26,8 +26,7 @@ SHORT_PATIENCE = Patience(retries=3, stall_timeout=20, first_pause=0.01)
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    monkeypatch.setenv("NO_PROXY", "*")
+def server() -> Iterator[FaultyServer]:
     with FaultyServer() as server:
         yield server
 

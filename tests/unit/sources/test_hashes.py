@@ -174,7 +174,6 @@ def test_what_is_stored_compressed_under_another_name_is_decompressed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_PROXY", "*")
     stored = gzip.compress(LINES * 3, mtime=0)
     with FaultyServer() as server:
         source = config(server.put("/a.jsonl", stored), server.put("/b.jsonl.gz", stored))

@@ -218,7 +218,6 @@ def test_a_table_says_what_can_be_read(answers: dict[str, Any]):
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config").symlink_to(REPOSITORY / "config")
     (tmp_path / "scripts").symlink_to(REPOSITORY / "scripts")

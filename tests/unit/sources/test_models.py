@@ -42,7 +42,6 @@ def config(path: str | None) -> Config:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with FakeHub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)

@@ -25,11 +25,6 @@ def answering(answer: bytes) -> str:
     return f"http://127.0.0.1:{server.getsockname()[1]}/a.jsonl"
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "*")
-
-
 def test_what_a_server_compressed_although_it_was_asked_not_to_stays_compressed():
     header = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n"
     stream = open_stream(answering(header + b"\x1f\x8b\x08\x00"), 0, 20)

@@ -189,9 +189,8 @@ def test_a_training_is_one_run_with_all_that_leads_to_it(offline: Offline):
     }
     assert base.made.keys() == {"model-pretrain_broad"}
     assert base.used.keys() == {"pretraining-blend-broad", "tokenizer", "raw-docs", "raw-tokenizer"}
-    assert (
-        base.made["model-pretrain_broad"] == sft.used["model-pretrain_broad"]
-    )  # one artifact, and so an edge
+    # One artifact, and so an edge.
+    assert base.made["model-pretrain_broad"] == sft.used["model-pretrain_broad"]
     kinds = {name: kind for run in offline.runs.values() for name, kind in run.kinds.items()}
     assert kinds == {
         "model-sft": "sft-model",

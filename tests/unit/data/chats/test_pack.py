@@ -122,17 +122,10 @@ def test_everything_is_counted(tmp_path):
 
 
 LONG = [
-    (
-        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
-        [0, 1, 1, 0, 0, 1, 1, 1, 1, 0],
-        "train",
-    ),  # the second answer does not fit
-    (
-        [11, 12, 13, 14, 15, 16, 17, 18, 19],
-        [0, 0, 0, 0, 0, 0, 0, 1, 1],
-        "train",
-    ),  # nor does this, the only one
-    ([21, 22, 23, 24, 25, 26, 27, 28, 29], [0, 0, 0, 0, 0, 0, 1, 1, 0], "train"),  # this ends at the border
+    # The second answer does not fit; nor does the only one of the next; that of the last ends at the border.
+    ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [0, 1, 1, 0, 0, 1, 1, 1, 1, 0], "train"),
+    ([11, 12, 13, 14, 15, 16, 17, 18, 19], [0, 0, 0, 0, 0, 0, 0, 1, 1], "train"),
+    ([21, 22, 23, 24, 25, 26, 27, 28, 29], [0, 0, 0, 0, 0, 0, 1, 1, 0], "train"),
 ]
 
 
