@@ -133,7 +133,8 @@ def _complete(roots: dict[Root, str]) -> dict[Root, str]:
 class Config(Section):
     pathvars: Annotated[dict[Root, Text], AfterValidator(_complete)] = key(
         lambda: dict(_ROOTS),
-        "roots of the outputs; move them to a parallel file system here",
+        "roots of the outputs, also of `logs` and `benchmarks`; move them to a parallel file system here, or "
+        "keep two configurations apart",
     )
     seed: Seed = key(1234, "seed of initial weights, shuffling and sampling")
     tracking: Annotated[Literal["off", "offline", "online"], BeforeValidator(_off)] = key(
