@@ -158,22 +158,29 @@ def test_a_prompt_from_standard_input_is_answered(finished: Workspace):
     assert "data: not a finished checkpoint" in refused.output
 
 
-def test_an_evaluation_is_made_by_a_rule_and_goes_on_where_it_was_killed(copy: Workspace):
-    """Its parts are kept: one that is there already is not computed again."""
+def test_an_average_and_its_evaluation_are_made_by_rules_and_go_on_where_they_were_killed(copy: Workspace):
+    """The average is that of the two checkpoints that the phase has kept.
+
+    The parts of an evaluation are kept: one that is there already is not computed again.
+    """
     config = "eval={text_tokens: 300, chat_packs: 1, answers: 2, answer_tokens: 4}"
-    made = copy.snakemake("eval/sft.json", "--config", config)
-    assert made.status == 0 and made.jobs == {"evaluate": 1}, made.output
-    result = (copy.path / "eval/sft.json").read_text()
-    found = json.loads(result)
+    target = "eval/merged/broad.json"
+    made = copy.snakemake(target, "--config", config)
+    assert made.status == 0 and made.jobs == {"merge_checkpoints": 1, "evaluate": 1}, made.output
+    average = read(copy.path / "ckpt/merged/broad/record.json")
+    assert list(average.counts["averaged"]) == ["8", "12"]
+    found = json.loads((copy.path / target).read_text())
+    assert found["stage"] == "merged/broad" and found["checkpoint"] == f"merged/broad-{average.key}"
     assert set(found["text"]) == {"docs", "code"}
     assert all(0 < values["loss"] < 7 for values in found["text"].values())
     assert sum(kind["asked"] for kind in found["answers"]["tools"].values()) == 2
-    (part,) = copy.path.glob("eval/versions/sft-*/text_docs.part.json")
+    (part,) = copy.path.glob("eval/versions/merged_broad-*/text_docs.part.json")
     (part.parent / "record.json").unlink()
     part.write_text(json.dumps(found["text"]["docs"] | {"loss": 1.0}))
-    (copy.path / "eval/sft.json").unlink()
-    assert copy.snakemake("eval/sft.json", "--config", config).status == 0
-    again = json.loads((copy.path / "eval/sft.json").read_text())
+    (copy.path / target).unlink()
+    made = copy.snakemake(target, "--config", config)
+    assert made.status == 0 and made.jobs == {"evaluate": 1}, made.output
+    again = json.loads((copy.path / target).read_text())
     assert again["text"]["docs"]["loss"] == 1.0
     again["text"]["docs"] = found["text"]["docs"]
     assert again == found

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
@@ -257,5 +258,14 @@ class Ranks:
 
 
 def _free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return int(server.getsockname()[1])
+    """A port at which nothing listens, and which the kernel gives to no outgoing connection.
+
+    The first process listens there some seconds later. A port of the kernel's own range, as port 0 gives,
+    may be that of any connection of the machine by then.
+    """
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    others = [port for port in range(20_000, 65_536) if not low <= port <= high]
+    for port in [*random.sample(others, min(100, len(others))), 0]:
+        with contextlib.suppress(OSError), socket.create_server(("", port)) as server:
+            return int(server.getsockname()[1])
+    raise UserError("no port is free for the processes of a training to meet at")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -412,3 +414,14 @@ def test_slurm_says_that_it_runs_a_job_again(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     job = slurm.Job("7", of_rule=True, restarts=1)
     assert (slurm.is_requeued(job), slurm.is_preempted(job)) == (requeued, pre_empted)
+
+
+def test_processes_meet_at_a_port_that_no_connection_is_given(monkeypatch: pytest.MonkeyPatch):
+    """One at which somebody listens already is passed over."""
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    taken = launch._free_port()
+    assert not low <= taken <= high
+    with socket.create_server(("", taken)):
+        free = launch._free_port()
+        monkeypatch.setattr(random, "sample", lambda *_: [taken, free])
+        assert launch._free_port() == free
