@@ -78,7 +78,8 @@ class Executor(plugin.Executor):
         return self.records.before(bounded=bounded, step=request.step_options(job))
 
     def get_python_executable(self) -> str:
-        return f"{COMMAND} {super().get_python_executable()}"
+        # The plugin puts `-m snakemake` after it.
+        return f"{COMMAND} {super().get_python_executable()} -m snaketron.executor.inside"
 
     def additional_general_args(self) -> str:
         return "--executor local"

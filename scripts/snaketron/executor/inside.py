@@ -1,0 +1,43 @@
+"""The Snakemake in a Slurm job: `python -m snaketron.executor.inside -m snakemake ...`.
+
+Every Snakemake imports all executor plugins, and that of Slurm imports pandas, for a report that only the
+Snakemake that submits makes. That is a third of the CPU time for which a job starts Snakemake.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class Late(ModuleType):
+    """Stands for a module, which is imported when something of it is used.
+
+    `importlib.util.LazyLoader` would import it at the next `import` statement already.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.util.find_spec(name)  # Snakemake asks whether there is a pandas
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what importing asks for
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def main(arguments: list[str]) -> None:
+    """Run Snakemake with what follows `-m snakemake`."""
+    sys.modules.setdefault("pandas", Late("pandas"))
+    from snakemake import cli
+
+    sys.argv = ["snakemake", *arguments[2:]]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
