@@ -60,6 +60,7 @@ TOGETHER = {
 PLACES = {place: name for name, places in TOGETHER.items() for place in places}
 ORDER = (
     *(*PLACES, "tests/graph/test_registered.py", "tests/graph/test_names.py"),
+    "tests/unit/jobs/test_supervisor.py",  # it mostly waits
     *("tests/end_to_end/", "tests/unit/train/", "tests/unit/model/", "tests/"),
 )
 LAST = "tests/graph/"  # of which those that wait for the finished workflow are short, but for the two above

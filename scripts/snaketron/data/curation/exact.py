@@ -1,6 +1,6 @@
 """Documents with the same text: a hash of each, then which ones are repeated, with datatrove's blocks.
 
-Of equal documents the first stays, in the order of the group's corpora, their shards and rows.
+The first of several equal documents stays, in the order of the group's corpora, their shards and rows.
 """
 
 from __future__ import annotations
