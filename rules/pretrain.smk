@@ -37,7 +37,7 @@ rule merge_checkpoints:
     The output is a link, like the output of rule pretrain. One tensor is in memory at a time.
     """
     input:
-        "<ckpt>/pretrain/{phase}",
+        graph.training.averaged,
     output:
         update(directory("<ckpt>/merged/{phase}")),
     log:

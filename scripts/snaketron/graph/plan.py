@@ -13,7 +13,7 @@ from snaketron.graph.base import Base, BaseGraph
 from snaketron.graph.disk import disk, made
 from snaketron.lineage.record import read
 from snaketron.log import UserError
-from snaketron.settings.keeping import num_kept
+from snaketron.settings.keeping import kept_at_end
 from snaketron.settings.schedule import steady_steps
 from snaketron.settings.training import train_settings
 from snaketron.sizes.fitting import smallest_change
@@ -288,7 +288,7 @@ def _training(config: Config, training: Training, corpora: Mapping[str, Any]) ->
         "change_that_fits": change and change[0],
         **_step(config, training),
         "checkpoint_bytes": needs.checkpoint_bytes,
-        "checkpoints_kept": num_kept(training.run, steady, training.train_iters),
+        "checkpoints_kept": len(kept_at_end(training.run, steady, training.train_iters)),
         "corpora": _mix(config, training, corpora),
     }
 

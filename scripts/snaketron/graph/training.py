@@ -13,12 +13,15 @@ from snaketron.graph.base import BaseGraph
 from snaketron.graph.unknown import find
 from snaketron.huggingface.peft import refused
 from snaketron.settings.evaluation import eval_run, eval_settings
+from snaketron.settings.keeping import kept_at_end
+from snaketron.settings.schedule import steady_steps
 from snaketron.settings.training import run_settings, train_settings
 from snaketron.sizes.checks import check_requested
 from snaketron.sizes.layout import layout, resources
 from snaketron.sizes.limits import Limits
 from snaketron.sizes.memory import conversion_memory
 from snaketron.sources.models import task_data
+from snaketron.wording import plural
 
 
 class TrainingGraph:
@@ -37,6 +40,14 @@ class TrainingGraph:
         if index := find("phase of pretraining", wildcards.phase, numbers):
             return [f"<ckpt>/pretrain/{self.phases[index - 1]}"]
         return [base] if (base := self.bases.start("pretrain")) else []
+
+    def averaged(self, wildcards: Any) -> str:
+        """The phase whose checkpoints are averaged; `ConfigError` where it would keep fewer than two."""
+        phase: str = wildcards.phase
+        find("phase of pretraining", phase, dict.fromkeys(self.phases))
+        if not Path(self.config.pathvars["ckpt"], "pretrain", phase).exists():  # else its checkpoints decide
+            self._check_averaged(self.config.training(f"pretrain/{phase}"))
+        return f"<ckpt>/pretrain/{phase}"
 
     def base(self, section: str) -> str:
         """The checkpoint that SFT or LoRA starts from."""
@@ -121,6 +132,18 @@ class TrainingGraph:
     def conversion_mb(self) -> int:
         """Memory of a job that exports or imports the model."""
         return math.ceil(conversion_memory(self.config.model, self.config.tokenizer.vocab_size) / 1e6)
+
+    def _check_averaged(self, training: Training) -> None:
+        settings, run, steps = train_settings(self.config, training.name), training.run, training.train_iters
+        steady = steady_steps(settings.schedule, settings.optimizer, steps)
+        found = [step for step in kept_at_end(run, steady, steps) if step <= steady]
+        if len(found) < 2:
+            raise ConfigError(
+                f"pretrain.keep_steady {run.keep_steady}, steady_interval "
+                f"{run.steady_interval or run.save_interval}: {training.name} would keep "
+                f"{plural(len(found), 'checkpoint')} from before its learning rate falls, after step "
+                f"{steady:,} of {steps:,}, and an average takes two"
+            )
 
     def _of(self, rule: str) -> list[Training]:
         """The trainings of a rule: all phases of pretraining, else one."""

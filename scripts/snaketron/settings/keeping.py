@@ -28,9 +28,9 @@ def kept(iterations: Iterable[int], run: Run, steady: int) -> set[int]:
     return {*there[-run.keep_checkpoints :], *(before[-run.keep_steady :] if run.keep_steady else ())}
 
 
-def num_kept(run: Run, steady: int, steps: int) -> int:
-    """How many checkpoints a training of so many steps leaves; a plan may ask that of trillions of steps."""
+def kept_at_end(run: Run, steady: int, steps: int) -> set[int]:
+    """The steps whose checkpoints a training leaves; a plan may ask that of trillions of steps."""
     interval, most = run.steady_interval or run.save_interval, run.keep_checkpoints + run.keep_steady
     newest = range(run.save_interval, steps, run.save_interval)[-most:]
     saved = {*newest, *range(interval, steady, interval)[-most:], steps}
-    return len(kept({*saved, steady} - {0}, run, steady))
+    return kept({*saved, steady} - {0}, run, steady)

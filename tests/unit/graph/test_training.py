@@ -34,6 +34,23 @@ def test_a_phase_starts_from_the_one_before_it():
     assert training().last_phase == "three"
 
 
+def test_an_average_takes_two_checkpoints_and_the_graph_says_so_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Phases of 98 steps (100,000 tokens, 1,024 a step); every 100 steps leaves the last checkpoint alone."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        training().averaged(job(phase="one"))
+    assert str(error.value) == (
+        "pretrain.keep_steady 1, steady_interval 100: pretrain/one would keep 1 checkpoint from before its "
+        "learning rate falls, after step 98 of 98, and an average takes two"
+    )
+    more = training(pretrain={"phases": PHASES, "keep_steady": 3, "steady_interval": 30})
+    assert more.averaged(job(phase="one")) == "<ckpt>/pretrain/one"
+    (tmp_path / "ckpt/pretrain/one").mkdir(parents=True)  # trained with other keys: its checkpoints decide
+    assert training().averaged(job(phase="one")) == "<ckpt>/pretrain/one"
+
+
 def test_settings_are_json_of_one_stage():
     assert json.loads(training().settings("pretrain")(job(phase="two")))["stage"] == "pretrain/two"
     assert json.loads(training().settings("sft")(job()))["stage"] == "sft"

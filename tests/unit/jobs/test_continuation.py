@@ -12,7 +12,7 @@ from snaketron.jobs import inventory
 from snaketron.jobs.continuation import Origin, check_order, find, take_over, why_not
 from snaketron.jobs.version import Version, version_key
 from snaketron.log import UserError
-from snaketron.settings.keeping import kept, num_kept
+from snaketron.settings.keeping import kept, kept_at_end
 from snaketron.settings.training import run_settings, train_settings
 from snaketron.sizes.epochs import resized
 from snaketron.sizes.outlook import Inputs
@@ -242,13 +242,13 @@ def test_the_newest_checkpoints_and_those_before_the_decay_are_kept(keys: dict[s
     there = [10, 20, 30, 40, 45, 50, 60, 70, 80]
     assert kept(there, run, steady=45) == left
     # Saved with a shorter interval, there are others before the decay, of which as many are kept.
-    assert num_kept(run, steady=45, steps=80) == len(left)
+    assert len(kept_at_end(run, steady=45, steps=80)) == len(left)
 
 
 def test_the_checkpoints_of_trillions_of_steps_are_counted_in_no_time():
     """A large phase on the batches of the sample: the newest 2, and 3 from before the rate falls."""
     run = run_settings(load({"pretrain": {"save_interval": 10, "keep_steady": 3}}, {}), "pretrain/broad")
-    assert num_kept(run, steady=4 * 10**12, steps=5 * 10**12) == 5
+    assert len(kept_at_end(run, steady=4 * 10**12, steps=5 * 10**12)) == 5
 
 
 def test_the_blend_of_another_length_is_known_without_making_it():
