@@ -17,11 +17,10 @@ from typing import IO, Any, TextIO
 
 logger = logging.getLogger("snaketron")
 
-# Variables of the environment. The first asks for plain lines in place of the live view; it is no key of the
-# configuration. The second says which file takes standard error while a live view shows the progress.
-PLAIN = "SNAKETRON_PLAIN"
-SHOWN = "LIVE_VIEW_TAKES"
-RECORD = "JOB_RECORD"  # variable of the environment: where a Slurm job notes how it fares
+# Variables of the environment:
+PLAIN = "SNAKETRON_PLAIN"  # asks for plain lines in place of the live view; it is no key of the configuration
+SHOWN = "LIVE_VIEW_TAKES"  # which file takes standard error while a live view shows the progress
+RECORD = "JOB_RECORD"  # where a Slurm job notes how it fares
 
 NO_SPACE = {
     errno.ENOSPC: "no space left",
@@ -86,6 +85,11 @@ def end_progress() -> None:
 
 class UserError(Exception):
     """What is wrong, where (file and line, or configuration path), and what to do about it."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says, or its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def run(main: Callable[[], int], *, may_pass: bool = False) -> None:

@@ -68,6 +68,7 @@ from snaketron.log import PLAIN
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 __all__ = [
     "FILTERS",
@@ -259,7 +260,7 @@ def _set(values: dict[str, Any], variable: str, text: str) -> None:
     values[path[-1]] = value
 
 
-def _explain(error: Any) -> str:
+def _explain(error: ErrorDetails) -> str:
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error["loc"]).lstrip(".")
     if error["type"] == "extra_forbidden":
         return f"{path}: unknown key{suggest(str(error['loc'][-1]), _keys_at(error['loc'][:-1]))}"

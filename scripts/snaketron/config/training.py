@@ -175,7 +175,7 @@ class Optimizer(Section):
     )
 
 
-# Of trainings and of evaluations.
+# The key of a training and of an evaluation.
 CpusPerTask = Annotated[
     Positive,
     Field(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from snaketron.data.drops import BUFFER, INVALID_TEXT, REPLACE, Bad, Drops, missing, open_raw, reject
-from snaketron.log import UserError
+from snaketron.log import UserError, first_line
 from snaketron.settings.text import ReadSettings
 from snaketron.sources.formats import suffix_of
 
@@ -29,7 +29,7 @@ def arrow_rows(
         try:
             schema, batches = _parquet(raw) if kind == "Parquet" else _ipc(raw)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{path}: not a complete {kind} file ({_first_line(error)}); {REPLACE}") from None
+            raise UserError(f"{path}: not a complete {kind} file ({first_line(error)}); {REPLACE}") from None
         wanted = (*required, *settings.where)
         places = _places(path, schema, wanted, optional)
         number = 0
@@ -40,7 +40,7 @@ def arrow_rows(
             except StopIteration:
                 return
             except (pa.ArrowException, OSError) as error:
-                reason = f"damaged after row {number} ({_first_line(error)})"
+                reason = f"damaged after row {number} ({first_line(error)})"
                 raise UserError(f"{path}: {reason}; {REPLACE}") from None
             for row in _rows_of(batch, places, wanted):
                 number += 1
@@ -220,7 +220,3 @@ def _ipc(raw: BinaryIO) -> tuple[pa.Schema, Batches]:
                     yield batch.slice(start, _BATCH_ROWS)
 
     return schema, batches
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -16,7 +16,7 @@ from snaketron.config.checks import check_vocab_size
 from snaketron.config.data import SPECIAL_TOKENS
 from snaketron.data.rows import read_texts
 from snaketron.lineage.record import Entry, Record, making, read
-from snaketron.log import UserError, logger
+from snaketron.log import UserError, first_line, logger
 from snaketron.sources.pairs import dtype_of
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -254,8 +254,5 @@ def from_hugging_face(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer.path {path}: no tokenizer in this directory ({_brief(error)})") from None
-
-
-def _brief(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        why = first_line(error)
+        raise UserError(f"tokenizer.path {path}: no tokenizer in this directory ({why})") from None

@@ -18,7 +18,7 @@ from snaketron.config.evaluation import Task
 from snaketron.data.chats.template import Template
 from snaketron.inference.generate import Sampling, generate
 from snaketron.inference.score import score
-from snaketron.log import UserError
+from snaketron.log import UserError, first_line
 from snaketron.model.build import BuiltModel
 from snaketron.report.evaluations import plain_numbers
 
@@ -225,7 +225,7 @@ def run_task(
             )
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
-            f"eval.tasks: the data of {task.name} is not on this machine ({str(error).splitlines()[0]}); "
+            f"eval.tasks: the data of {task.name} is not on this machine ({first_line(error)}); "
             "download its data set on a machine with a network, and name the directory as `data` of the task"
         ) from None
     assert found is not None  # None is for ranks that lm-eval knows of

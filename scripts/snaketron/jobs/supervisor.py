@@ -33,11 +33,14 @@ REQUEUED, PRE_EMPTED = "requeues (a node was lost or taken down, say)", "pre-emp
 HANDOVER_S = 600.0  # for Slurm to end a job that was requeued or told to go
 
 
+type End = Literal["exit", "signal", "time limit", "hang"]
+
+
 @dataclass
 class Ended:
     """How an attempt ended."""
 
-    why: Literal["exit", "signal", "time limit", "hang"]
+    why: End
     status: int
 
 
@@ -95,7 +98,7 @@ def watch(
     They are stopped at a first signal and near the time limit. They are killed at a second signal, and when
     the file `beats` has not changed for `step_timeout` seconds. `on_signal` is called after a first signal.
     """
-    why: Literal["exit", "signal", "time limit", "hang"] = "exit"
+    why: End = "exit"
     heard, last = time.monotonic(), None
     seen = len(signals.received)
     while (status := ranks.poll()) is None:

@@ -12,7 +12,7 @@ from snaketron.files import sha256
 from snaketron.lineage.record import Entry, Record, read
 from snaketron.log import UserError
 
-_LARGEST_RECORD = 1 << 28  # bytes
+LARGEST_RECORD = 1 << 28  # bytes; a larger file of JSON is data
 
 
 def places(path: Path) -> tuple[Path, ...]:
@@ -31,7 +31,7 @@ def record_of(entry: Entry) -> tuple[Path, Record] | None:
         return path / "record.json", read(path / "record.json")
     for candidate in places(path):
         try:
-            if candidate == path and path.stat().st_size > _LARGEST_RECORD:
+            if candidate == path and path.stat().st_size > LARGEST_RECORD:
                 continue  # raw JSON, which may be larger than the memory
             record = read(candidate)
         except (UserError, FileNotFoundError):

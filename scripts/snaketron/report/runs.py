@@ -16,15 +16,13 @@ from snaketron.jobs.attempts import Attempt, read_attempts
 from snaketron.jobs.owner import is_owned
 from snaketron.jobs.version import Version, versions
 from snaketron.lineage.record import Record, read
-from snaketron.lineage.walk import ancestors
+from snaketron.lineage.walk import LARGEST_RECORD, ancestors
 from snaketron.log import UserError
 from snaketron.report.collect import Data, add_up, collect
 from snaketron.report.history import History, read_history
 from snaketron.report.live import Follower
 from snaketron.report.workflow import Rule, rules
 from snaketron.wording import plural
-
-LARGEST_RECORD = 1 << 28  # bytes; a larger file of JSON is data
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snaketron.files import writing
+from snaketron.log import first_line
 from snaketron.train.doctor import KERNELS, Finding, disk, local
 
 PACKAGES = ("torch", "megatron-core", *KERNELS)
@@ -120,10 +121,9 @@ def _join(here: Rank, directory: Path) -> None:
         )
         _all_reduce(1, None)
     except RuntimeError as error:
-        first = str(error).splitlines()[0]
         raise RuntimeError(
-            f"{backend} does not connect the nodes: {first}; NCCL_DEBUG=INFO says where it waits, and "
-            "NCCL_SOCKET_IFNAME, in cluster.environment for trainings, names the interface"
+            f"{backend} does not connect the nodes: {first_line(error)}; NCCL_DEBUG=INFO says where it "
+            "waits, and NCCL_SOCKET_IFNAME, in cluster.environment for trainings, names the interface"
         ) from None
     finally:
         if here.number == 0:

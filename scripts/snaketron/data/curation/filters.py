@@ -10,6 +10,7 @@ from typing import Any
 from snaketron.config import FILTERS, Filter
 from snaketron.data import curation
 from snaketron.data.curation import documents
+from snaketron.data.curation.folder import shard_name
 from snaketron.data.curation.words import learn
 from snaketron.data.drops import Drops
 from snaketron.lineage.record import Opened, Record, making, of_user
@@ -91,7 +92,7 @@ def filter_shard(
     The tokenizer is for counting tokens. Returns the record.
     """
     curation.quiet()
-    name = f"{output.parent.name}/{output.stem}"
+    name = shard_name(output)
     tally = documents.Tally(documents.token_counter(tokenizer), num_examples)
     drops, opened = Drops(), Opened()
     outputs = {"documents": output}

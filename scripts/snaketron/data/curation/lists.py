@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.arrow import KEY, number_array, read_footer
+from snaketron.data.arrow import KEY, number_array, read_footer, view
 from snaketron.log import UserError
 
 import numpy as np
@@ -59,6 +59,4 @@ class Lists:
             return np.empty(0, dtype=np.uint32)
         with pq.ParquetFile(self.path, metadata=self._footer) as file:
             column = file.read_row_group(group, columns=[COLUMN], use_threads=False).column(COLUMN)
-        dtype = np.dtype(column.type.to_pandas_dtype())
-        parts = [(chunk.buffers()[1], len(chunk), chunk.offset) for chunk in column.chunks]
-        return np.concatenate([np.frombuffer(data, dtype, n, at * dtype.itemsize) for data, n, at in parts])
+        return np.concatenate([view(chunk) for chunk in column.chunks])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from snaketron.config.data import SPLITS
-from snaketron.data.arrow import KEY, number_array, string_array
+from snaketron.data.arrow import KEY, number_array, string_array, view
 from snaketron.data.text.binidx import naming
 from snaketron.log import UserError
 
@@ -96,7 +96,7 @@ def renumber(source: IO[bytes], writer: Writer, new: Mapping[int, np.ndarray]) -
     """Copy all rows to `writer`; the sequence `old` of a split gets the index new[split][old]."""
     with pq.ParquetFile(source) as file:
         for batch in file.iter_batches(_ROW_GROUP):
-            splits, old = (_numbers(column) for column in (batch.column(0).indices, batch.column(1)))
+            splits, old = (view(column) for column in (batch.column(0).indices, batch.column(1)))
             indices = np.empty_like(old)
             for split, numbers in new.items():
                 mine = splits == split
@@ -104,7 +104,3 @@ def renumber(source: IO[bytes], writer: Writer, new: Mapping[int, np.ndarray]) -
             columns = [*batch.columns]
             columns[1] = number_array(indices, pa.int64())
             writer._write(pa.Table.from_arrays(columns, schema=writer._schema))
-
-
-def _numbers(column: pa.Array) -> np.ndarray:
-    return np.frombuffer(column.buffers()[1], column.type.to_pandas_dtype())[column.offset :][: len(column)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,9 +91,7 @@ def _of_text(catalogue: Catalogue, shard: Made, file: str, rows: Sequence[int]) 
         fate.splits.append(value["split"])
         fate.numbers.append(value["sequence"])
     for fate in found.values():
-        fate.why = _held_out(fate.splits) or (
-            "" if fate.splits else why_dropped(catalogue, shard, file, fate.row)
-        )
+        fate.why = _why_not_trained(catalogue, fate)
         if "train" in fate.splits:
             prefix = shard.record.output("train.bin").path.removesuffix(".bin")
             numbers = [n for n, split in zip(fate.numbers, fate.splits, strict=True) if split == "train"]
@@ -153,9 +151,7 @@ def _of_chats(catalogue: Catalogue, shard: Made, file: str, rows: Sequence[int])
     except FileNotFoundError:
         raise UserError(f"{path}: not here any more, so the rows of {file} cannot be found") from None
     for fate in found.values():
-        fate.why = _held_out(fate.splits) or (
-            "" if fate.splits else why_dropped(catalogue, shard, file, fate.row)
-        )
+        fate.why = _why_not_trained(catalogue, fate)
         if "train" in fate.splits:
             for packing in _users(catalogue, shard, "pack_sft"):
                 _of_pack(catalogue, fate, packing)
@@ -188,12 +184,14 @@ def _of_pack(catalogue: Catalogue, fate: Fate, packing: Made) -> None:
 # ---------------------------------------------------------------------------------------------- shared
 
 
-def _held_out(splits: Iterable[str]) -> str:
-    splits = set(splits)
-    if not splits or "train" in splits:
+def _why_not_trained(catalogue: Catalogue, fate: Fate) -> str:
+    """Why no training reads a row; empty where one may."""
+    if not fate.splits:
+        return why_dropped(catalogue, fate.shard, fate.file, fate.row)
+    if "train" in fate.splits:
         return ""
     purpose = {"valid": "validation", "test": "the test"}
-    return f"held out for {' and '.join(purpose[split] for split in sorted(splits))}"
+    return f"held out for {' and '.join(purpose[split] for split in sorted(set(fate.splits)))}"
 
 
 def _users(catalogue: Catalogue, made: Made, kind: str) -> list[Made]:
