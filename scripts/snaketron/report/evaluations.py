@@ -32,6 +32,8 @@ def read_evaluations(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
             if "results" in value and "model_name" in value:
                 value = _of_lm_eval(value)
             value["stage"]
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; `snakemake eval/<stage>.json` makes one") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not an evaluation of this workflow ({error})") from None
         found[path] = value
@@ -67,7 +69,7 @@ def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     for name, kinds in evaluation.get("answers", {}).items():
         for kind, values in kinds.items():
             yield name, f"exact {kind} (of {values['asked']})", values["share"]
-            if values.get("cut"):  # there is none in evaluations of before it was counted
+            if "cut" in values:  # an evaluation of before has not counted them
                 yield name, f"cut {kind} (of {values['asked']})", values["cut"] / values["asked"]
     for name, values in evaluation.get("tasks", {}).items():
         for measure, value in values.items():
@@ -75,19 +77,27 @@ def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
                 yield name, measure, value
 
 
-def markdown(evaluations: dict[str, dict[str, Any]]) -> str:
-    """A table with a column for each checkpoint; an empty field was not measured."""
-    values = {stage: {(a, b): v for a, b, v in rows(e)} for stage, e in evaluations.items()}
-    measured = dict.fromkeys(key for of_stage in values.values() for key in of_stage)
+def beside(evaluations: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a table with a column for each evaluation; an empty field was not measured.
+
+    Measures of answers that were cut have no row where none was.
+    """
+    values = {name: {(a, b): v for a, b, v in rows(one)} for name, one in evaluations.items()}
+    measured = dict.fromkeys(key for of_one in values.values() for key in of_one)
     lines = [
-        [name, measure, *(value_text(v.get((name, measure)), measure) for v in values.values())]
-        for name, measure in measured
+        [data, measure, *(_value_text(v.get((data, measure)), measure) for v in values.values())]
+        for data, measure in measured
+        if not measure.startswith("cut") or any(v.get((data, measure)) for v in values.values())
     ]
-    return table(["data", "measure", *values], lines, names=2)
+    return ["data", "measure", *values], lines
 
 
-def value_text(value: float | None, measure: str) -> str:
-    """A value as a table shows it; empty where it was not measured."""
+def markdown(evaluations: Mapping[str, dict[str, Any]]) -> str:
+    """Evaluations beside each other as Markdown."""
+    return table(*beside(evaluations), names=2)
+
+
+def _value_text(value: float | None, measure: str) -> str:
     if value is None:
         return ""
     return f"{value:.1%}" if measure.startswith(("exact", "cut")) else f"{value:.4f}"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from snaketron.report.blocks import UNKNOWN, Block, Part, Table, Text, number
-from snaketron.report.evaluations import rows as values_of_evaluation
-from snaketron.report.evaluations import value_text
+from snaketron.report.evaluations import beside
 from snaketron.report.runs import Run, Stage
 from snaketron.wording import duration, hours, large
 
@@ -151,24 +150,15 @@ def _attempts(runs: Sequence[Run]) -> list[Block]:
 def evaluations_part(runs: Sequence[Run]) -> Part:
     """Evaluations of all checkpoints beside each other; what was not measured is empty."""
     several = len(runs) > 1
-    columns = {
-        (f"{run.name}: {stage}" if several else stage): {
-            (a, b): value for a, b, value in values_of_evaluation(one)
-        }
+    evaluations = {
+        (f"{run.name}: {stage}" if several else stage): one
         for run in runs
         for stage, one in run.evaluations.items()
     }
-    if not columns:
+    if not evaluations:
         said = "No checkpoint was evaluated. The target eval/sft.json evaluates the one of SFT."
         return Part("Evaluation", [Text(said)])
-    measured = dict.fromkeys(key for values in columns.values() for key in values)
-    rows = [
-        [name, measure, *(value_text(values.get((name, measure)), measure) for values in columns.values())]
-        for name, measure in measured
-    ]
-    return Part(
-        "Evaluation", [Table("Evaluations on the test splits", ["data", "measure", *columns], rows, names=2)]
-    )
+    return Part("Evaluation", [Table("Evaluations on the test splits", *beside(evaluations), names=2)])
 
 
 def parameters(run: Run) -> str:

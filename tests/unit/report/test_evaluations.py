@@ -57,14 +57,19 @@ def test_two_evaluations_of_one_stage_are_told_apart_by_their_files(tmp_path: Pa
 
 
 def test_answers_that_were_cut_are_shown_where_there_are_any(tmp_path: Path):
-    """Two of eight calls were as long as an answer may be; an evaluation of before does not say it."""
+    """Two of eight calls of a were as long as an answer may be, and none of b; c was not counted."""
     calls = {"asked": 8, "exact": 4, "share": 0.5}
-    write_json(tmp_path / "a.json", {"stage": "a", "answers": {"tools": {"calls": calls | {"cut": 2}}}})
-    write_json(tmp_path / "b.json", {"stage": "b", "answers": {"tools": {"calls": calls}}})
-    assert markdown(read_evaluations([tmp_path / "a.json", tmp_path / "b.json"])).splitlines()[2:] == [
-        "| tools | exact calls (of 8) | 50.0% | 50.0% |",
-        "| tools | cut calls (of 8)   | 25.0% |       |",
+    for name, cut in (("a", {"cut": 2}), ("b", {"cut": 0}), ("c", {})):
+        write_json(tmp_path / f"{name}.json", {"stage": name, "answers": {"tools": {"calls": calls | cut}}})
+
+    def table(*names: str) -> list[str]:
+        return markdown(read_evaluations([tmp_path / f"{name}.json" for name in names])).splitlines()[2:]
+
+    assert table("a", "b", "c") == [
+        "| tools | exact calls (of 8) | 50.0% | 50.0% | 50.0% |",
+        "| tools | cut calls (of 8)   | 25.0% |  0.0% |       |",
     ]
+    assert table("b", "c") == ["| tools | exact calls (of 8) | 50.0% | 50.0% |"]
 
 
 def test_what_is_no_evaluation_is_refused(tmp_path: Path):
@@ -72,5 +77,7 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path):
     write_json(tmp_path / "b.json", {"phase": "one"})
     with pytest.raises(UserError, match=r"b\.json: not an evaluation"):
         read_evaluations([tmp_path / "b.json"])
+    with pytest.raises(UserError, match=r"nowhere\.json: no such file"):
+        read_evaluations([tmp_path / "nowhere.json"])
     with pytest.raises(UserError, match=r"a\.json: named twice"):
         read_evaluations([tmp_path / "a.json", tmp_path / "a.json"])
