@@ -23,6 +23,7 @@ from snaketron.config.data import SPLITS
 from snaketron.config.doubled import check_doubled
 from snaketron.executor import request
 from snaketron.graph import (
+    configfiles,
     dry_run,
     notes,
     outlook,
@@ -104,6 +105,7 @@ if workflow.is_main_process:
         ),
         graph.to_download(),
         *graph.bases.unread(),
+        configfiles.mixed(workflow.overwrite_configfiles),
         notes.from_sample(graph.config),
         *notes.unmeasured(graph.config),
     ):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snaketron.config import Config, ConfigError, load
 from snaketron.files import write_json, writing
-from snaketron.graph.configfiles import merged
+from snaketron.graph.configfiles import merged, mixed
 from snaketron.log import UserError, argument_parser, logger, run
 from snaketron.sizes.gpus import GPUS
 
@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
             print(comparison(compare(load(merged([SUPER])))), end="")
             return 0
         config = load(merged(args.configfile))
+        if said := mixed(args.configfile):
+            logger.warning(said)
         if args.rate:
             from snaketron.report.rate import draw
 

@@ -12,6 +12,9 @@ from typing import Any
 from snaketron.config.doubled import check_doubled
 from snaketron.log import UserError
 
+import yaml
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DEFAULT_CONFIG = Path("config/config.yaml")
 
 
@@ -29,6 +32,28 @@ def merged(configfiles: Sequence[Path]) -> dict[str, Any]:
         except (WorkflowError, OSError) as error:
             raise UserError(f"--configfile {path}: {error}") from None
     return config
+
+
+def mixed(configfiles: Sequence[str | Path]) -> str | None:
+    """What to say of files that were not written for one another; None where there is nothing to say.
+
+    A file of a machine comes after the one of a recipe, which names the layers of a model. Of two recipes,
+    of two machines or in the other order, keys of the first would stay that the second does not name.
+    """
+    before: tuple[str | Path, str, bool] | None = None
+    for path in configfiles if len(configfiles) > 1 else ():
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
+        gpu = (values.get("cluster") or {}).get("gpu")
+        if gpu is None:
+            continue
+        recipe = "hybrid_layer_pattern" in (values.get("model") or {})
+        if before and (recipe or (not before[2] and gpu != before[1])):
+            return (
+                f"cluster.gpu is {before[1]} in {before[0]} and {gpu} in {path} after it, and keys of the "
+                "first that the second does not name stay: give one recipe, and after it one machine"
+            )
+        before = path, gpu, recipe
+    return None
 
 
 def name_what_is_missing() -> None:

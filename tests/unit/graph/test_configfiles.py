@@ -1,10 +1,12 @@
-"""The newest log of Snakemake tells which files of --configfile its run had; the words are Snakemake's."""
+"""The files of --configfile: which a run had, by Snakemake's newest log, and which are no pair."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
-from snaketron.graph.configfiles import of_last_run
+from snaketron.graph.configfiles import mixed, of_last_run
+from tests.conftest import REPOSITORY
 
 
 def test_the_newest_log_names_the_files(tmp_path: Path):
@@ -17,3 +19,15 @@ def test_the_newest_log_names_the_files(tmp_path: Path):
         said = f"SNAKEMAKE\n=========\n  Date: 2026-11-{day}\n  Config file(s): {files}\n"
         (tmp_path / f"2026-11-{day}T193834.snakemake.log").write_text(said)
     assert of_last_run(tmp_path) == [Path("/run/it(s).yaml"), Path("b.yaml")]
+
+
+def test_a_recipe_and_after_it_a_machine_are_a_pair_and_no_others_are(tmp_path: Path):
+    recipes, machines = ["super", "nano"], ["b200", "h100"]
+    own = tmp_path / "own.yaml"  # names no GPU, so it may stand anywhere
+    own.write_text("seed: 3\n")
+    for pair in itertools.permutations(recipes + machines, 2):
+        first, second = (REPOSITORY / f"config/{name}.yaml" for name in pair)
+        said = mixed([first, own, second])
+        assert (said is None) == (pair[0] in recipes and pair[1] in machines)
+        assert said is None or (f"in {first} and " in said and f"in {second} after it" in said)
+    assert mixed([own]) is mixed([]) is None
