@@ -95,7 +95,7 @@ BUT_NOT = (
     "test_every_printed_command_runs_by_itself",
     "test_a_prompt_from_standard_input_is_answered",
     "test_the_reports_reach_the_report_of_snakemake",
-    "test_an_evaluation_is_made_by_a_rule_and_goes_on_where_it_was_killed",
+    "test_an_average_and_its_evaluation_are_made_by_rules_and_go_on_where_they_were_killed",
 )
 SNAKEMAKE, MEGATRON = Warm("snakemake"), Warm("megatron")
 PARTS = ("Snakefile", "rules", "scripts", "profiles", "config", "tests", "envs")
@@ -104,6 +104,20 @@ PARTS = ("Snakefile", "rules", "scripts", "profiles", "config", "tests", "envs")
 def is_quick(place: str) -> bool:
     """Whether a file, or a test of it, is part of `pytest -m quick`."""
     return (place.startswith(BUT) and not place.endswith(BUT_NOT)) or not place.startswith(SLOW)
+
+
+def is_there(place: str) -> bool:
+    """Whether there is such a directory, file, or test of a file whose name begins so."""
+    file, _, name = place.partition("::")
+    path = REPOSITORY / file
+    return path.exists() and (not name or f"def {name}" in path.read_text())
+
+
+def pytest_configure() -> None:
+    """Refuse a place that is not there any more: `-m quick` would run the test by its new name."""
+    places = (*ORDER, *SLOW, *(f"{BUT}::{name}" for name in BUT_NOT))
+    if gone := [place for place in places if not is_there(place)]:
+        raise pytest.UsageError(f"tests/conftest.py names what is not there: {', '.join(gone)}")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
