@@ -41,8 +41,10 @@ class Drops:
             self.listed.append(entry)
 
     def check(self, settings: ReadSettings, reasons: Iterable[str] = (BAD_ROW, INVALID_TEXT)) -> None:
-        """Raise `UserError` when more rows were dropped for `reasons` than the settings allow; it shows an
-        example of each reason. Call this after the last file."""
+        """`UserError`, with an example of each reason, where more rows were dropped than the settings allow.
+
+        Call this after the last file. Rows that were dropped for other reasons than `reasons` do not count.
+        """
         counted = {reason: self.reasons[reason] for reason in reasons if self.reasons[reason]}
         dropped = sum(counted.values())
         if not dropped or dropped <= settings.max_dropped_fraction * self.num_rows:

@@ -19,8 +19,10 @@ import orjson
 
 
 class Metrics:
-    """Appends one JSON object a line. The values of a line do not depend on how often a run was killed,
-    except those under `timing`."""
+    """Appends one JSON object a line, whose values do not depend on how often a run was killed.
+
+    Only those under `timing` do.
+    """
 
     def __init__(
         self,
@@ -64,8 +66,10 @@ class Metrics:
 
 
 def performance(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """How a training went, from its lines of metrics: the median speed of a process, its peak of memory, and
-    the seconds in each activity. A checkpoint's time is in the line after it."""
+    """How a training went: the median speed of a process, its peak of memory, and the seconds of activities.
+
+    A checkpoint's time is in the line after it.
+    """
     timings = [line["timing"] for line in lines if "step_seconds" in line.get("timing", {})]
     if not timings:
         return {}
@@ -79,8 +83,11 @@ def performance(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def mix(lines: list[dict[str, Any]], wanted: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    """What was trained of each source against what was wanted (`Batches.wanted`), and its last validation
-    loss; nothing for a training without sources, or whose first steps were not reported by source."""
+    """What was trained of each source against what was wanted, and its last validation loss.
+
+    `wanted` is that of `Batches`. Nothing for a training without sources, or whose first steps were not
+    reported by source.
+    """
     if any("loss" in line and "sources" not in line for line in lines):
         return {}
     trained = [line["sources"] for line in lines if "sources" in line]
@@ -146,8 +153,11 @@ class Clock:
 
 
 class Progress:
-    """One line on the terminal that says the stage, step, loss and time left; where standard error is not a
-    terminal a line every few seconds, and ever more rarely: a day of training is some 350 lines of a log."""
+    """One line on the terminal that says the stage, step, loss and time left.
+
+    Where standard error is no terminal, a line every few seconds, and ever more rarely: a day of training is
+    some 350 lines of a log.
+    """
 
     INTERVAL = 5.0
     GROWTH = 0.02  # of the time since the first line

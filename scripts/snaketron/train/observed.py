@@ -51,8 +51,10 @@ class Observed:
         self.finalize(*args, **named)
 
     def experts(self) -> dict[str, Any]:
-        """Load of the least and the most used expert of any layer, over the mean of its layer, and how many
-        are dead; nothing for a model without experts."""
+        """Load of the least and the most used expert, over the mean of its layer, and how many are dead.
+
+        Over all layers; nothing for a model without experts.
+        """
         if not self.has_experts:
             return {}
         # A pipeline stage without routed layers must take part in what follows.
@@ -75,8 +77,10 @@ class Observed:
         }
 
     def slowest(self, data_seconds: float) -> dict[str, Any]:
-        """The process that computed longest against the others of its pipeline stage, and the longest wait
-        for data of any (`data_seconds` is that of this one); nothing where there is one process."""
+        """The process that computed longest against its pipeline stage, and the longest wait for data of any.
+
+        `data_seconds` is the wait of this process. Nothing where there is no other one.
+        """
         world = torch.distributed.get_world_size()
         own, self.seconds = self.seconds, 0.0
         if world == 1:
@@ -92,8 +96,10 @@ def pipeline_stages() -> int:
 
 
 def slowest(times: list[list[float]], stages: int) -> dict[str, Any]:
-    """Of (seconds of computing, seconds of waiting for data) by rank: the rank that is slowest among those
-    that compute the same layers. Consecutive ranks are a pipeline stage.
+    """The rank that computed longest among those of the same layers, and the longest wait for data of any.
+
+    `times` are the seconds of computing and of waiting for data by rank. Consecutive ranks are a pipeline
+    stage.
 
     >>> slowest([[2.0, 0.1], [3.0, 0.0], [2.0, 0.2], [9.0, 0.0], [9.0, 0.0], [9.0, 0.0]], stages=2)
     {'rank': 1, 'ratio': 1.5, 'seconds_lost': 1.0, 'data_seconds': 0.2}

@@ -208,8 +208,10 @@ def _mixed(split: Split, sources: list[Any], expected: dict[str, Any], samples: 
 
 
 def _each_source(source_index: np.ndarray, sample_index: np.ndarray, count: int) -> None:
-    """Put the first sample of each source that has none in place of the last samples of the commonest one, as
-    far as no other source loses its only sample to it."""
+    """Give each source without a sample its first one, in place of the last one of the commonest source.
+
+    As far as no other source loses its only sample to it.
+    """
     for source in range(count):
         numbers = np.bincount(source_index, minlength=count)
         if not numbers[source] and numbers.max() > 1:

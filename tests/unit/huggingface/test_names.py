@@ -15,8 +15,10 @@ SUPER = load(yaml.safe_load((Path(__file__).parents[3] / "config/super.yaml").re
 
 
 def test_the_published_index_of_nemotron_3_super_is_computed_from_its_configuration():
-    """Its index lists 42,683 tensors of 123,611,033,088 numbers in 247,222,108,160 bytes; the 41 biases of
-    the routers are in fp32."""
+    """Its index lists 42,683 tensors of 123,611,033,088 numbers in 247,222,108,160 bytes.
+
+    The 41 biases of the routers are in fp32.
+    """
     found = tensors(SUPER, 131_072)
     assert len({tensor.name for tensor in found}) == len(found) == 42_683
     assert sum(tensor.numbers for tensor in found) == 123_611_033_088

@@ -167,8 +167,11 @@ def test_the_loss_is_averaged_the_other_way_after_some_steps(trainer_of):
 
 
 def test_no_gradient_crosses_from_one_conversation_to_another(trainer_of):
-    """Only the second conversation is trained. Tokens of the first get what rounding leaves of the cumulative
-    sums in the scan, and the padding after it nothing."""
+    """Only the second conversation is trained.
+
+    Tokens of the first get what rounding leaves of the cumulative sums in the scan, and the padding after it
+    nothing.
+    """
     silent = [(token, 0) for token, _ in B]
     trainer, batches = trainer_of([[silent, E]])
     gradient = gradients(trainer, batches)["embedding.word_embeddings.weight"].abs().sum(1)

@@ -53,8 +53,10 @@ class Conversation:
 
     @property
     def turns(self) -> list[tuple[int, int, int]]:
-        """For each turn of the user with a trained answer: its number, its first message, and the message
-        after that answer. Turns with any answer are numbered, from 1."""
+        """The user's turns with a trained answer: (number, first message, message after the answer).
+
+        Turns with any answer are numbered, from 1.
+        """
         roles = [message["role"] for message in self.messages]
         firsts = [i for i, role in enumerate(roles) if role == "user" and (i == 0 or roles[i - 1] != "user")]
         found, number = [], 0

@@ -129,8 +129,10 @@ def chunk_records(dtype: np.dtype, num_files: int) -> int:
 
 @contextlib.contextmanager
 def parts(path: Path) -> Iterator[Path]:
-    """An empty directory beside `path` for what a block writes before it is one file. Only inside
-    `files.writing(path)`, which keeps other processes out; what a killed job left is removed."""
+    """An empty directory beside `path` for what a block writes before it is one file.
+
+    Only inside `files.writing(path)`, which keeps other processes out. What a killed job left is removed.
+    """
     directory = partial(path).with_suffix(".parts")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()

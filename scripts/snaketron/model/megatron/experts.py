@@ -58,7 +58,8 @@ class Experts(torch.autograd.Function):
         grads: tuple[Tensor, Tensor] | None,
         rounded: tuple[Any, Any] | None = None,
     ) -> Tensor:
-        """
+        """The outputs, with what the backward pass needs put by.
+
         Args:
             x: (tokens, input), sorted by expert.
             probs: (tokens, 1), weight of an expert's output.

@@ -171,12 +171,11 @@ def _scan(self: Any, zxbcdt: torch.Tensor, packed: Any = None) -> torch.Tensor:
 def _our_experts(
     module: Any, x: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
 ) -> torch.Tensor | None:
-    """The output of the experts, or None where Transformer Engine must compute it: in nvfp4, in fp32, or
-    before the weights are in one buffer.
+    """The output of the experts, or None where Transformer Engine must compute it.
 
-    Under fp8 they compute in e4m3 with a scale for each token and output, whatever the recipe of the other
-    layers: on an H200 (docs/measurements.md) Transformer Engine's fp8 ones made the whole step take 2.2 times
-    as long.
+    That is in nvfp4, in fp32, and before the weights are in one buffer. Under fp8 they compute in e4m3 with a
+    scale for each token and output, whatever the recipe of the other layers: on an H200
+    (docs/measurements.md) Transformer Engine's fp8 ones made the whole step take 2.2 times as long.
     """
     from snaketron.model.megatron.experts import Experts, frozen_experts, stacked
 
@@ -229,8 +228,11 @@ def _weights(layer: Any) -> list[Any]:
 
 
 def prepare_model(model: torch.nn.Module) -> None:
-    """Register the experts of a new model from the last to the first: DistributedDataParallel lays parameters
-    out in memory the other way round, and our experts want the first one first."""
+    """Register the experts of a new model from the last to the first.
+
+    DistributedDataParallel lays parameters out in memory the other way round, and our experts want the first
+    one first.
+    """
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
     for module in model.modules():

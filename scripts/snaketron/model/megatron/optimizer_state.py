@@ -1,8 +1,8 @@
-"""The state of megatron-core's distributed optimizer in a checkpoint: for each parameter of the model its
-main weight and Adam's moments, fp32, in the parameter's shape, so that any layout can read them.
+"""The state of megatron-core's distributed optimizer in a checkpoint, which any layout can read.
 
-megatron-core 0.19.2 has this format (`fully_reshardable`), but collects the state of a whole replica in the
-host memory of each process, and in a buffer of several buckets takes values from where they would be
+It is, for each parameter of the model, its main weight and Adam's moments, in fp32 and in the parameter's
+shape. megatron-core 0.19.2 has this format (`fully_reshardable`), but collects the state of a whole replica
+in the host memory of each process, and in a buffer of several buckets takes values from where they would be
 without the padding between buckets. Here each parameter is written by one of the processes that hold a part
 of it, which is sent the rest, and read by each of them.
 """
@@ -157,8 +157,11 @@ def _whole(
 
 
 def _fp32(value: Tensor) -> Tensor:
-    """Flattened; a copy in host memory where the state is in another precision, or in memory that a GPU
-    shares, which a process that writes in the background would see change."""
+    """A value of the state in fp32, flattened.
+
+    It is a copy in host memory where the state is in another precision, or in memory that a GPU shares, which
+    a process that writes in the background would see change.
+    """
     value = value.detach().view(-1)
     if value.dtype == torch.float32 and not value.is_pinned():
         return value

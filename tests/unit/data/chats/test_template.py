@@ -87,9 +87,11 @@ def test_ids_and_mask_are_those_of_transformers(hugging_face, trim_offsets, case
 
 
 def by_prefixes(tokenizer: Any, case: Case, **arguments: Any) -> list[tuple[int, int]]:
-    """Spans from rendering each prefix with transformers: an answer begins where its prompt ends, and ends
-    with the prefix that has it, but for white space. Answers before the last message of the user are left
-    out where the history is shortened."""
+    """Spans from rendering each prefix with transformers.
+
+    An answer begins where its prompt ends, and ends with the prefix that has it, but for white space. Answers
+    before the last message of the user are left out where the history is shortened.
+    """
     found = conversation.conversation(case.messages, case.tools)
     messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in found.messages]
     shortened = arguments.get("truncate_history_thinking", True)

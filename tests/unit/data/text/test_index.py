@@ -160,8 +160,11 @@ def test_each_epoch_is_every_token_in_an_order_of_its_own(make_blend):
 
 
 def test_a_large_shard_among_many_small_ones_is_not_asked_for_too_much(make_blend, tmp_path: Path):
-    """A shard of 240 tokens, 59 samples, weighs as much as 300 others. Half of 100 samples are of it; but
-    megatron-core's builder, which takes at least one sample of each shard, wants half of 350."""
+    """A shard of 240 tokens, 59 samples, weighs as much as 300 others.
+
+    Half of 100 samples are of it; but megatron-core's builder, which takes at least one sample of each shard,
+    wants half of 350.
+    """
     small = {f"c{i}": [20] for i in range(300)}
     blend = make_blend({"big": 300} | dict.fromkeys(small, 1.0), train={"big": [240]} | small)
     counts = build(blend, train_samples=100)
