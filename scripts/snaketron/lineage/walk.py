@@ -61,14 +61,20 @@ def known(path: Path) -> Path | Entry:
 
 
 def ancestors(inputs: Iterable[Entry]) -> dict[Path, Record]:
-    """The records of everything that `inputs` were made from; each comes after those of its own inputs."""
+    """The records of everything that `inputs` were made from; each comes after those of its own inputs.
+
+    They may lead in a circle: a tokenizer that is taken from an export has the bytes of the one that the
+    exported model was trained with, and the record about them is the newer one.
+    """
     found: dict[Path, Record] = {}
+    begun: set[Path] = set()
 
     def visit(inputs: Iterable[Entry]) -> None:
         for entry in inputs:
             made = record_of(entry)
-            if made and made[0] not in found:
+            if made and made[0] not in begun:
                 path, record = made
+                begun.add(path)
                 visit(record.inputs)
                 found[path] = record
 

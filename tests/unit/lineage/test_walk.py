@@ -90,3 +90,13 @@ def test_ancestors_are_listed_once_and_after_their_own(tmp_path: Path):
         tmp_path / "blend/record.json",
     ]
     assert [record.kind for record in found.values()] == ["t", "shard", "blend"]
+
+
+def test_records_that_lead_in_a_circle_are_found_once(tmp_path: Path):
+    """The tokenizer is taken from an export of the model that was trained with it."""
+    tokenizer = make(tmp_path / "tokenizer/tokenizer.json", record=tmp_path / "tokenizer/record.json")
+    model = make(tmp_path / "ckpt/model.bin", tokenizer, record=tmp_path / "ckpt/record.json")
+    export = make(tmp_path / "hf/tokenizer.json", model, record=tmp_path / "hf/record.json")
+    make(tokenizer, export, record=tmp_path / "tokenizer/record.json")
+    found = ancestors([entry(model)])
+    assert list(found) == [tmp_path / name / "record.json" for name in ("hf", "tokenizer", "ckpt")]
