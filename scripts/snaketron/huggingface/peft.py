@@ -57,9 +57,11 @@ def refused(adapters: Adapters, model: Model) -> list[str]:
         problems.append("every target is in multi-token prediction, which transformers does not compute")
     if not problems:
         return []
+    others = [name for name in adapters.target_modules if not name.endswith("out_proj")]
+    such = f", such as [{', '.join(others)}]" if 0 < len(others) < len(adapters.target_modules) else ""
     return [
         *(f"lora.target_modules: {problem}" for problem in problems),
-        "take hf/lora_merged, a whole model with the adapters in its weights, or train other targets",
+        f"take hf/lora_merged, a whole model with the adapters in its weights, or train other targets{such}",
     ]
 
 

@@ -283,6 +283,8 @@ def test_adapters_that_peft_refuses_are_refused_with_the_way_out(build, tmp_path
             export_adapters(checkpoint, adapters, tmp_path / "hf", base="hf/one", source=SOURCE)
     assert not (tmp_path / "hf").exists()
     assert refused(Adapters(target_modules=ALL), Model(**keys)) == []
+    refusal = refused(Adapters(target_modules=["in_proj", "out_proj", "router"]), Model(**keys))
+    assert refusal[1].endswith("train other targets, such as [in_proj, router]")
 
 
 def test_adapters_that_are_missing_or_not_targeted_are_named_at_once(build, tmp_path: Path):
