@@ -38,6 +38,15 @@ def list_files(pattern: str, at: str) -> Listed:
     if SAMPLE.fullmatch(pattern):  # it may not have been written yet
         return Listed([pattern], [])
     path = Path(pattern)
+    try:
+        return _listed(path, pattern, at)
+    except OSError as error:  # a name that is too long, or a link to itself
+        where = _shown(str(error.filename or pattern))
+        raise ConfigError(f"{at}: {where} cannot be read ({error.strerror})") from None
+
+
+def _listed(path: Path, pattern: str, at: str) -> Listed:
+    """The files that `path` means, which is written as `pattern`."""
     if path.is_dir():
         listed = _sorted(_of_directories(path, at))
         where = f"no {READABLE} file in the directory {pattern}"
@@ -158,7 +167,10 @@ def _is_raw(path: Path, at: str) -> bool:
 
 def _gone(path: Path) -> str:
     if path.is_symlink():
-        return f"{_shown(str(path))} is a link to {_shown(str(path.readlink()))}, which does not exist"
+        there = "is no file" if path.exists() else "does not exist"
+        return f"{_shown(str(path))} is a link to {_shown(str(path.readlink()))}, which {there}"
+    if path.exists():
+        return f"{_shown(str(path))} is a pipe, a socket or a device; name a file"
     return f"{_shown(str(path))} does not exist"
 
 
@@ -176,12 +188,14 @@ def _data_set(here: Path, names: set[str], at: str) -> set[str] | None:
             )
         return set()
     if "state.json" in names and (listed := _said(here / "state.json", "_data_files")):
-        data = {str(entry["filename"]) for entry in listed}
+        data = {str(entry["filename"]) for entry in listed if isinstance(entry, dict) and "filename" in entry}
         if missing := data - names:
             raise ConfigError(f"{at}: {here} is a data set whose file {min(missing)} is missing")
-        return data
+        if data:
+            return data
     if "dataset_info.json" in names and any(name.endswith(".arrow") for name in names):
-        return {name for name in names if suffix_of(name) and name not in _DESCRIPTIONS}
+        found = {name for name in names if suffix_of(name) and name not in _DESCRIPTIONS}
+        return {name for name in found if not name.startswith("cache-")}  # what map and filter made of them
     return None
 
 

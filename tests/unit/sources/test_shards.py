@@ -147,6 +147,22 @@ def test_a_data_set_of_datasets_is_its_data_files():
     )
 
 
+def test_what_map_left_in_the_cache_of_datasets_is_no_data():
+    touch("cache/c4-train.arrow", "cache/cache-1f.arrow", "cache/dataset_info.json")
+    assert found("cache") == {"c4_train": "cache/c4-train.arrow"}
+
+
+def test_what_is_no_file_is_named_for_what_it_is():
+    Path("raw").mkdir()
+    Path("raw/a.jsonl").symlink_to("a.jsonl")
+    assert (
+        refusal("raw")
+        == "corpora[2].paths[0]: raw/a.jsonl cannot be read (Too many levels of symbolic links)"
+    )
+    assert refusal("x" * 300).endswith("x cannot be read (File name too long)")
+    assert "corpora[2].paths[0]: /dev/null is a pipe, a socket or a device" in refusal("/dev/null")
+
+
 def test_a_data_set_of_several_splits_is_refused_with_the_splits():
     touch("all/train/data-0.arrow", "all/test/data-0.arrow")
     Path("all/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
