@@ -44,7 +44,7 @@ class RawFiles:
     def seen_by(self, record: str, files: Iterable[str]) -> list[str]:
         """The input files of the job that writes `record` (below the root), marked for Snakemake.
 
-        What is as it was is `ancient`. What is not gets the time of now, in Snakemake's own list of times.
+        What is as it was is `ancient`. What is not gets a late time, in Snakemake's own list of times.
         Files that rules make stay as they are, because Snakemake knows the jobs that make them.
         """
         from snakemake.io import ancient
@@ -59,7 +59,9 @@ class RawFiles:
                 if self.unchanged(entry, made[1]):
                     file = ancient(file)
                 else:
-                    self._workflow.iocache.mtime[file] = Mtime(local=time.time(), local_target=time.time())
+                    # Later than all that the job wrote, also on a machine whose clock was ahead.
+                    late = max(time.time(), made[1].st_mtime + 1)
+                    self._workflow.iocache.mtime[file] = Mtime(local=late, local_target=late)
             marked.append(file)
         return marked
 

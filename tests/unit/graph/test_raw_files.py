@@ -87,6 +87,16 @@ def test_a_file_with_an_older_time_and_other_content_is_changed(hashed: list[str
     assert changed() == []
 
 
+def test_a_changed_file_is_later_than_what_a_clock_ahead_wrote(finished: Path):
+    tomorrow = time.time() + 86_400
+    os.utime(finished, (tomorrow, tomorrow))
+    replace("a.jsonl", "longer")
+    workflow = SimpleNamespace(iocache=SimpleNamespace(mtime={}))
+    RawFiles(workflow, Path("data"), Path("hashes")).seen_by("tokens/docs/a.json", ["a.jsonl", "b.jsonl"])
+    ((file, state),) = workflow.iocache.mtime.items()
+    assert file == "a.jsonl" and state.local_or_storage(follow_symlinks=True) > tomorrow
+
+
 def test_a_touched_file_is_read_once_and_not_changed(hashed: list[str]):
     Path("a.jsonl").touch()
     assert changed() == [] and hashed == ["a.jsonl"]
