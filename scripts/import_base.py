@@ -11,7 +11,7 @@ from snaketron.log import argument_parser, run
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--source", type=Path, required=True, help="directory of the checkpoint")
-    parser.add_argument("--stage", required=True, help="its name below <ckpt>: base/...")
+    parser.add_argument("--stage", required=True, help="its name below <ckpt>: base/... or pretrain/...")
     parser.add_argument("--model", required=True, help="JSON of the section `model` that it must agree with")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer directory of the trainings")
     parser.add_argument("--seq-length", type=int, required=True, help="tokens that answers of it may have")

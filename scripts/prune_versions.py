@@ -29,9 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron.jobs import inventory
     from snaketron.wording import plural, size_text
 
-    stopped = {"keep_stopped": not args.stopped}
-    items = inventory.inventory(args.ckpt, keep_bases=not args.bases, **stopped)
-    loose = inventory.superseded(items, **stopped)
+    items = inventory.inventory(args.ckpt, keep_bases=not args.bases, keep_stopped=not args.stopped)
+    loose = inventory.superseded(items, keep_stopped=not args.stopped)
     verb = "would delete" if args.dry_run else "delete"
     for item in items:
         logger.info("%-12s %s", verb if item in loose else "keep", item)

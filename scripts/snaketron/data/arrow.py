@@ -1,6 +1,6 @@
 """Arrow arrays and Parquet footers, without pandas: pyarrow's own conversions would import it (1 s a job).
 
-Every Parquet file that the package writes says in its footer, under `KEY`, what it is and what made it.
+Every Parquet file that the package writes says in its footer, under `FOOTER`, what it is and what made it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from snaketron.lineage.record import FOOTER
 from snaketron.log import UserError
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-KEY = b"snaketron"
 
 
 def list_array(arrays: Sequence[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
@@ -49,7 +48,7 @@ def number_array(values: np.ndarray, value_type: pa.DataType) -> pa.Array:
 
 
 def read_footer(path: Path, columns: Sequence[str]) -> tuple[pq.FileMetaData, dict[str, Any]]:
-    """The Parquet footer of a file, and what it says under `KEY`.
+    """The Parquet footer of a file, and what it says under `FOOTER`.
 
     Raises `UserError` for a file that the package did not write, or that lacks one of `columns`.
     """
@@ -62,7 +61,7 @@ def read_footer(path: Path, columns: Sequence[str]) -> tuple[pq.FileMetaData, di
     missing = [name for name in columns if name not in footer.schema.to_arrow_schema().names]
     if missing:
         raise UserError(f"{path}: column {', '.join(missing)} is missing; this is another kind of file")
-    written = (footer.metadata or {}).get(KEY)
+    written = (footer.metadata or {}).get(FOOTER)
     if written is None:
         raise UserError(f"{path}: the footer does not say what made it; let the workflow make the file")
     return footer, json.loads(written)

@@ -24,6 +24,8 @@ from snaketron.log import UserError
 import orjson
 
 REFERENCE = ("path", "sha256", "bytes", "modified", "version", "revision")
+# The key of a Parquet footer under which a file says what it is and what made it.
+FOOTER = b"snaketron"
 PACKAGES = (
     *("snaketron", "datatrove", "tokenizers", "fastokens", "pyarrow", "torch", "megatron-core"),
     *("numpy", "transformers", "transformer-engine", "mamba-ssm", "causal-conv1d"),

@@ -15,10 +15,10 @@ from typing import Any
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
 from snaketron.config.data import SPLITS
+from snaketron.lineage.record import FOOTER
 from snaketron.sources import pairs
 
 COLUMNS = ("input_ids", "loss_mask", "seq_start_id")
-FOOTER = b"snaketron"  # the key of a Parquet footer under which this workflow says what it has written
 
 
 def listed(source: Corpus | ChatSource, where: str) -> Iterator[tuple[str, str, str]]:

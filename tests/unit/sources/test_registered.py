@@ -9,6 +9,7 @@ from typing import Any
 from snaketron.config import Config, ConfigError, load
 from snaketron.graph.checks import check_files
 from snaketron.graph.graph import Graph
+from snaketron.lineage.record import FOOTER
 from snaketron.sources import registered
 from snaketron.sources.pairs import HEADER, MAGIC, differences
 
@@ -38,7 +39,7 @@ def write_pair(prefix: str, *lengths: int, code: int = 8, itemsize: int = 2, **c
 def write_packs(path: str, **footer: Any) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     columns = {name: pa.array([[1]], pa.list_(pa.int32())) for name in registered.COLUMNS}
-    table = pa.table(columns).replace_schema_metadata({registered.FOOTER: str(footer).replace("'", '"')})
+    table = pa.table(columns).replace_schema_metadata({FOOTER: str(footer).replace("'", '"')})
     pq.write_table(table, path)
 
 

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from snaketron.data.arrow import KEY, check_expected, flatten, list_array, read_footer
+from snaketron.data.arrow import check_expected, flatten, list_array, read_footer
+from snaketron.lineage.record import FOOTER
 from snaketron.log import UserError
 
 import numpy as np
@@ -98,7 +99,7 @@ def loss_weights(
 
 def write(path: Path, packs: Iterable[Pack], metadata: Mapping[str, Any]) -> None:
     """Write packs and the footer; without packs, a valid file of no rows."""
-    schema = SCHEMA.with_metadata({KEY: json.dumps(metadata).encode()})
+    schema = SCHEMA.with_metadata({FOOTER: json.dumps(metadata).encode()})
     # Without a dictionary, zstd sees the ids in their order and finds what is repeated: a quarter smaller.
     options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
     with pq.ParquetWriter(path, schema, **options) as writer:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snaketron.config.data import SPLITS
-from snaketron.data.arrow import KEY, text_of
+from snaketron.data.arrow import text_of
 from snaketron.data.chats import reasoning
 from snaketron.data.chats.conversation import (
     Conversation,
@@ -34,7 +34,7 @@ from snaketron.data.encode import Mismatch, Unencodable
 from snaketron.data.rows import read_rows
 from snaketron.data.split import split_of
 from snaketron.files import sha256
-from snaketron.lineage.record import Opened, Record, making, of_user
+from snaketron.lineage.record import FOOTER, Opened, Record, making, of_user
 from snaketron.log import UserError, logger
 from snaketron.settings.chats import RenderSettings
 
@@ -148,7 +148,7 @@ class Renderer:
             )
         self.check_ends()
         schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in fields)])
-        schema = schema.with_metadata({KEY: json.dumps(metadata).encode()})
+        schema = schema.with_metadata({FOOTER: json.dumps(metadata).encode()})
         texts = [name for name in schema.names if name not in ("input_ids", "loss_mask", "row", "turn")]
         options = {"compression": "zstd", "use_dictionary": texts, "write_statistics": False}
         drops = Drops(advice=ADVICE)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.arrow import KEY, text_of
+from snaketron.data.arrow import text_of
 from snaketron.data.drops import Drops, place
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.rows import read_documents
-from snaketron.lineage.record import Opened
+from snaketron.lineage.record import FOOTER, Opened
 from snaketron.log import UserError, logger
 from snaketron.settings.curation import FilterSettings
 from snaketron.wording import counted
@@ -250,7 +250,7 @@ def write(path: Path, documents: Documents, fields: Sequence[str], about: dict[s
             raise UserError(f"metadata_fields: {name!r} is a column of curated text; rename the field")
     columns = [("text", pa.large_string()), ("file", pa.string()), ("row", pa.int64())]
     schema = pa.schema([*columns, *((name, pa.string()) for name in fields)])
-    schema = schema.with_metadata({KEY: json.dumps(about).encode()})
+    schema = schema.with_metadata({FOOTER: json.dumps(about).encode()})
     dictionaries = ["file", *fields]
     with pq.ParquetWriter(
         path, schema, compression="zstd", write_statistics=False, use_dictionary=dictionaries

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.arrow import KEY, number_array, read_footer, view
+from snaketron.data.arrow import number_array, read_footer, view
+from snaketron.lineage.record import FOOTER
 from snaketron.log import UserError
 
 import numpy as np
@@ -25,7 +26,7 @@ def write(path: Path, lists: Mapping[str, np.ndarray], dtype: Any, about: dict[s
     """Write the lists; `about` goes into the footer."""
     value_type = pa.from_numpy_dtype(np.dtype(dtype))
     footer = about | {"names": list(lists), "lengths": [len(values) for values in lists.values()]}
-    schema = pa.schema([(COLUMN, value_type)], metadata={KEY: json.dumps(footer).encode()})
+    schema = pa.schema([(COLUMN, value_type)], metadata={FOOTER: json.dumps(footer).encode()})
     with pq.ParquetWriter(
         path, schema, compression="zstd", write_statistics=False, use_dictionary=False
     ) as writer:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import IO
 
 from snaketron.config.data import SPLITS
-from snaketron.data.arrow import KEY, number_array, string_array, view
+from snaketron.data.arrow import number_array, string_array, view
 from snaketron.data.text.binidx import naming
+from snaketron.lineage.record import FOOTER
 from snaketron.log import UserError
 
 import numpy as np
@@ -58,7 +59,7 @@ class Writer:
         types = [pa.dictionary(pa.int8(), pa.string()), pa.int64(), pa.string(), pa.int64(), pa.int32()]
         types += [pa.string()] * len(fields)
         names = [*COLUMNS, *fields]
-        kind = {KEY: json.dumps({"kind": "documents"}).encode()}
+        kind = {FOOTER: json.dumps({"kind": "documents"}).encode()}
         self._schema = pa.schema(list(zip(names, types, strict=True)), kind)
         self._final = final
         self._tables: list[pa.Table] = []

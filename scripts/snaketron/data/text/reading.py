@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from snaketron.config.data import SPLITS
-from snaketron.data.arrow import KEY, text_of
+from snaketron.data.arrow import text_of
 from snaketron.data.drops import Drops
 from snaketron.data.rows import read_documents
 from snaketron.data.split import split_of
-from snaketron.lineage.record import Opened
+from snaketron.lineage.record import FOOTER, Opened
 from snaketron.log import UserError
 from snaketron.settings.text import TokenizeSettings
 
@@ -105,7 +105,7 @@ def _is_curated(path: Path) -> bool:
         metadata = pq.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError):
         return False  # the reader will say what is wrong
-    return json.loads(metadata.get(KEY, b"{}")).get("kind") == "curated"
+    return json.loads(metadata.get(FOOTER, b"{}")).get("kind") == "curated"
 
 
 def ahead(batches: Iterator[list[Document]]) -> Iterator[list[Document]]:
