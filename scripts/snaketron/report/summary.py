@@ -146,11 +146,15 @@ def _answers(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
     parts = ["## Answers", table(["held out", "asked", "exact by the base", "exact after tuning"], rows)]
     for _, (first, *_others) in sorted(kinds.items()):
         base, tuned = before[first], after[first]
-        texts = {name: base[name] for name in ("prompt", "reference")}
-        texts |= {"base model": base["answer"], "tuned model": tuned["answer"]}
-        quoted = {name: text.strip().replace("\n", "\n    ") for name, text in texts.items()}
-        parts.append("\n\n".join(f"{name}:\n\n    {text}" for name, text in quoted.items()))
+        texts = {f"{name}:": base[name] for name in ("prompt", "reference")}
+        texts |= {f"base model:{_cut(base)}": base["answer"], f"tuned model:{_cut(tuned)}": tuned["answer"]}
+        quoted = {title: text.strip().replace("\n", "\n    ") for title, text in texts.items()}
+        parts.append("\n\n".join(f"{title}\n\n    {text}" for title, text in quoted.items()))
     return "\n\n".join(parts)
+
+
+def _cut(entry: dict[str, str]) -> str:
+    return " (cut)" if entry.get("finish_reason") == "length" else ""
 
 
 def _is_exact(entry: dict[str, str]) -> bool:

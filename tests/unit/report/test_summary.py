@@ -200,6 +200,7 @@ def test_answers_are_counted_and_the_first_of_each_kind_is_quoted(run: Path):
             {"prompt": prompt, "reference": reference, "answer": answer}
             for (prompt, reference), answer in zip(asked, answers, strict=True)
         ]
+        entries[0]["finish_reason"] = "length" if step else "stop"
         files.write_json(run / f"answers/step_{step:07d}.json", entries)
     text = summarize(run)
     assert text.startswith(f"# {run}\n\n## Training\n\n")
@@ -212,7 +213,7 @@ def test_answers_are_counted_and_the_first_of_each_kind_is_quoted(run: Path):
     )
     assert text.endswith(
         "prompt:\n\n    what?\n    now\n\nreference:\n\n    this\n\n"
-        "base model:\n\n    #\n\ntuned model:\n\n    that\n"
+        "base model:\n\n    #\n\ntuned model: (cut)\n\n    that\n"
     )
 
 
