@@ -94,6 +94,8 @@ def search_layouts(config: Config, args: argparse.Namespace) -> int:
     if args.search not in names:
         raise UserError(f"--search {args.search}: no training of that name; known: {', '.join(names)}")
     training = config.training(args.search)
+    if args.gpus is not None and args.gpus < 1:
+        raise UserError(f"--gpus {args.gpus}: at least 1")
     gpu, number = args.gpu or config.cluster.gpu, args.gpus or training.run.parallel.world_size
     if gpu is None:
         raise UserError(f"which GPU? Give --gpu, or cluster.gpu; known: {', '.join(GPUS)}")

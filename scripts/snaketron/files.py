@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from snaketron.log import NO_SPACE, logger
+from snaketron.log import NO_SPACE, UserError, logger
 
 import orjson
 
@@ -30,6 +30,8 @@ def writing(*paths: Path) -> Iterator[list[Path]]:
     the same files: then this waits for it.
     """
     for path in paths:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is a directory, a device or a pipe; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
     temporary = [partial(path) for path in paths]
     with contextlib.ExitStack() as locks:

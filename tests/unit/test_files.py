@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from snaketron import files
+from snaketron.log import UserError
 
 import pytest
 
@@ -68,6 +69,16 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, error
         b.write_text("new")
         raise error
     assert everything(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_a_device_a_pipe_and_a_directory_stay_what_they_are(tmp_path: Path):
+    """A rename would put a file in the place of /dev/stdout or of a pipe, for all programs."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(UserError, match=f"{name}: is a directory, a device or a pipe"):
+            files.write_text(tmp_path / name, "text")
+    assert (tmp_path / "pipe").is_fifo() and sorted(p.name for p in tmp_path.iterdir()) == ["folder", "pipe"]
 
 
 def test_a_second_writer_waits_for_the_first(tmp_path: Path, slow: subprocess.Popen):
