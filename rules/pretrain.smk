@@ -18,6 +18,7 @@ rule pretrain:
         "<benchmarks>/pretrain/{phase}.tsv"
     wildcard_constraints:
         phase=graph.registered.others("phases"),
+    priority: 1
     threads: graph.training.threads("pretrain")
     resources:
         **graph.training.resources("pretrain"),

@@ -14,6 +14,7 @@ rule tokenize_shard:
         "<benchmarks>/tokenize_shard/{corpus}/{shard}.tsv"
     wildcard_constraints:
         corpus=graph.registered.others("corpora"),
+    priority: 1
     threads: graph.config.pretrain_data.cpus_per_task
     params:
         settings=graph.tokenize_settings,
@@ -60,6 +61,7 @@ rule blend_pretrain:
         "<logs>/blend_pretrain/{phase}.log",
     benchmark:
         "<benchmarks>/blend_pretrain/{phase}.tsv"
+    priority: 1
     resources:
         # Only a warning depends on max_epochs, so it is no parameter.
         max_epochs=str(graph.config.pretrain_data.max_epochs),
@@ -85,6 +87,7 @@ rule index_pretrain:
         "<logs>/index_pretrain/{phase}.log",
     benchmark:
         "<benchmarks>/index_pretrain/{phase}.tsv"
+    priority: 1
     params:
         settings=graph.index_settings,
     shell:

@@ -9,6 +9,7 @@ rule sample_corpus:
         "<benchmarks>/sample_corpus/{corpus}.tsv"
     wildcard_constraints:
         corpus="docs|code|packages|requests",
+    priority: 1
     shell:
         "python scripts/sample_corpus.py --corpus {wildcards.corpus:q}"
         " --texts {output.texts:q} --record {output.record:q} --log-file {log:q}"

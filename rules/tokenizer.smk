@@ -14,6 +14,7 @@ rule build_tokenizer:
         "<logs>/build_tokenizer.log",
     benchmark:
         "<benchmarks>/build_tokenizer.tsv"
+    priority: 1
     threads: 2
     params:
         source=graph.tokenizer_source,

@@ -316,7 +316,7 @@ class Tokenizer(Section):
         2048, "tokens of a trained tokenizer, special ones included; 32k to 131k for a real model"
     )
     text: list[Text] = key(
-        lambda: [p for c in sample_corpora() for p in c.paths if c.name == "requests" or "part_0" in p],
+        lambda: [*sample_paths("docs", 1), *sample_paths("requests", 3)],
         "files that a new tokenizer is trained on (no globs: a file that joins a corpus later must not "
         "change the tokenizer); edit it, or run with `-R build_tokenizer`, to ask for a new one",
     )

@@ -26,10 +26,10 @@ from pydantic import Field
 
 
 class Model(Section):
-    """The architecture, in megatron-core's names. The default has 1.8 million parameters."""
+    """The architecture, in megatron-core's names. The default has 1.6 million parameters."""
 
     hybrid_layer_pattern: Annotated[str, Field(pattern=r"^[ME*\-]+$")] = key(
-        "MEM*EME", "one letter a layer: M Mamba-2, E mixture of experts, * attention, - dense MLP"
+        "M*EM*E", "one letter a layer: M Mamba-2, E mixture of experts, * attention, - dense MLP"
     )
     hidden_size: Positive = key(128, "width of the residual stream")
     ffn_hidden_size: Positive = key(256, "inner width of a dense MLP layer (-)")
@@ -346,7 +346,7 @@ class Tuning(Run):
         1, "packs that one process computes at a time: packed sequences need 1"
     )
     precision: Precision | None = key(None, "precision of matrix products; null: model.precision")
-    train_iters: Positive = key(480, "steps")
+    train_iters: Positive = key(320, "steps")
     global_batch_size: Positive = key(1, "packs of a step, over all processes")
     loss_average: Literal["token", "sample"] = key(
         "token",
@@ -362,13 +362,13 @@ class Tuning(Run):
         10, "steps over which the learning rate rises from 0; then it falls as a cosine"
     )
     optimizer: Optimizer = key(
-        lambda: Optimizer(learning_rate=4e-3, min_learning_rate=1e-4), "AdamW and its learning rate"
+        lambda: Optimizer(learning_rate=3e-3, min_learning_rate=1e-4), "AdamW and its learning rate"
     )
     # As many steps as the blend takes to come round, so that each line has packs of all sources.
     log_interval: Positive = key(50, "steps between two lines of metrics")
-    eval_interval: Positive = key(240, "steps between two validations")
+    eval_interval: Positive = key(160, "steps between two validations")
     eval_samples: Positive = key(16, "packs of a validation, the same ones each time")
-    save_interval: Positive = key(240, "steps between two checkpoints: what a killed run loses at most")
+    save_interval: Positive = key(160, "steps between two checkpoints: what a killed run loses at most")
     num_samples: Count = key(
         40,
         "held-out prompts that the model answers before, during and after the training: answers/ of the "

@@ -218,7 +218,7 @@ def test_a_target_is_the_end_of_a_name(target: str, experts: bool, shared: bool,
 
 def test_the_list_of_linear_layers_is_that_of_the_model(build):
     """Names, shapes and numbers, as the configuration is checked with and the memory computed from."""
-    model = Model(**SMALL, hybrid_layer_pattern=PATTERN)
+    model = Model(**(SMALL | {"hybrid_layer_pattern": PATTERN}))
     expected: dict[str, list[tuple[int, ...]]] = {}
     for linear in linears(model, PATTERN, with_mtp=True):
         shapes = expected.setdefault(linear.name, [])

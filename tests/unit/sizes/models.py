@@ -23,7 +23,13 @@ SUPER = Model(
 VOCABULARY_OF_SUPER = 131072
 
 # The small model of many tests, and its tuning: their numbers were found for it, whatever the defaults are.
-SMALL = {"num_attention_heads": 8, "kv_channels": 16, "mtp_num_layers": 2, "init_method_std": 0.02}
+SMALL = {
+    "hybrid_layer_pattern": "MEM*EME",
+    "num_attention_heads": 8,
+    "kv_channels": 16,
+    "mtp_num_layers": 2,
+    "init_method_std": 0.02,
+}
 COUNTED = {"model": SMALL, "sft": {"global_batch_size": 2}}
 
 

@@ -19,8 +19,8 @@ Row = dict[str, Any]
 
 TOOLS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("tools.json").read_text())
 
-IN_TEXT = 100  # requests of each tool that are in the corpus, in every wording
-CONVERSATIONS = 2400
+IN_TEXT = 200  # requests of each tool that are in the corpus, in every wording
+CONVERSATIONS = 2000
 LONGER = 24  # one conversation in so many has more than a request with its call, result and answer
 
 CITIES = (
@@ -103,14 +103,14 @@ def _names(tool: str) -> list[str]:
 
 
 def texts() -> Iterator[str]:
-    """The corpus: a request with its call, result and answer in each document.
+    """The corpus: a request with its call, result and answer in each document, and who says it.
 
-    Each request comes in every wording. So the tokenizer makes a token of each argument.
+    Each request comes in every wording. So the tokenizer makes a token of each argument and of each role.
     """
     for request in itertools.islice(requests(), IN_TEXT * len(TOOLS)):
         call = json.dumps({"name": request.tool, "arguments": request.arguments})
         for wording in request.wordings:
-            yield f"{wording}\n{call}\n{request.result}\n{request.answer}\n"
+            yield f"user\n{wording}\nassistant\n{call}\ntool\n{request.result}\nassistant\n{request.answer}\n"
 
 
 def conversations() -> Iterator[Row]:
