@@ -31,7 +31,13 @@ def merged(configfiles: Sequence[Path]) -> dict[str, Any]:
             update_config(config, load_configfile(path))
         except (WorkflowError, OSError) as error:
             raise UserError(f"--configfile {path}: {error}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(_not_utf8(path, error)) from None
     return config
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    return f"--configfile {path}: is not UTF-8 ({error.reason} at byte {error.start}); convert it"
 
 
 def mixed(configfiles: Sequence[str | Path]) -> str | None:
@@ -69,7 +75,10 @@ def name_what_is_missing() -> None:
 
     def load(path: Path) -> Any:
         if Path(path).is_file():
-            return read(path)
+            try:
+                return read(path)
+            except UnicodeDecodeError as error:
+                raise WorkflowError(_not_utf8(path, error)) from None
         raise WorkflowError(
             f"--configfile {path}: no such file. The option takes every word up to the next option, so "
             "targets stand before it, or after `--`"

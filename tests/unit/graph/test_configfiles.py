@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from snaketron.graph.configfiles import mixed, of_last_run
+from snaketron.graph.configfiles import merged, mixed, of_last_run
+from snaketron.log import UserError
 from tests.conftest import REPOSITORY
+
+import pytest
 
 
 def test_the_newest_log_names_the_files(tmp_path: Path):
@@ -31,3 +34,11 @@ def test_a_recipe_and_after_it_a_machine_are_a_pair_and_no_others_are(tmp_path: 
         assert (said is None) == (pair[0] in recipes and pair[1] in machines)
         assert said is None or (f"in {first} and " in said and f"in {second} after it" in said)
     assert mixed([own]) is mixed([]) is None
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPOSITORY)
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"# caf\xe9\nseed: 3\n")
+    with pytest.raises(UserError, match=r"latin\.yaml: is not UTF-8 \(invalid .* at byte 5\)"):
+        merged([path])
