@@ -25,6 +25,7 @@ from typing import Any
 from snaketron.config.data import SPLITS
 from snaketron.data import arrow
 from snaketron.data.chats import packing, render, sequences
+from snaketron.lineage.record import FOOTER
 
 import numpy as np
 import pyarrow as pa
@@ -96,7 +97,7 @@ def write_chats(path: Path, num_tokens: int, seed: int) -> None:
     lengths = chat_lengths(2 * num_tokens // 700, 4096, seed)
     lengths = lengths[: np.searchsorted(np.cumsum(lengths), num_tokens)]
     schema = sequences.SCHEMA.with_metadata(
-        {arrow.KEY: json.dumps({"source": "made", "tokenizer_sha256": "t", "template_sha256": "c"}).encode()}
+        {FOOTER: json.dumps({"source": "made", "tokenizer_sha256": "t", "template_sha256": "c"}).encode()}
     )
     with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["file", "split"]) as writer:
         for group in np.array_split(lengths, max(1, num_tokens // render.ROW_GROUP_TOKENS)):

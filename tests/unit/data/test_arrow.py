@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from snaketron.data import arrow
+from snaketron.lineage.record import FOOTER
 from snaketron.log import UserError
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ COLUMNS = ["input_ids", "loss_mask", "seq_start_id"]
 def file(tmp_path: Path) -> Path:
     """A file of packs without rows, as rule pack_sft writes it."""
     schema = pa.schema([(name, pa.list_(pa.int32())) for name in COLUMNS])
-    schema = schema.with_metadata({arrow.KEY: json.dumps({"pack_size": 8}).encode()})
+    schema = schema.with_metadata({FOOTER: json.dumps({"pack_size": 8}).encode()})
     pq.write_table(schema.empty_table(), tmp_path / "a.parquet")
     return tmp_path / "a.parquet"
 

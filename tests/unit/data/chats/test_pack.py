@@ -12,7 +12,7 @@ from snaketron.data.chats import pack as pack_module
 from snaketron.data.chats.packs import SCHEMA as PACKS
 from snaketron.data.chats.packs import PackedDataset
 from snaketron.data.chats.sequences import SCHEMA
-from snaketron.lineage.record import Record, read
+from snaketron.lineage.record import FOOTER, Record, read
 from snaketron.log import UserError
 
 import numpy as np
@@ -37,7 +37,7 @@ def write_chats(path: Path, chats: list[tuple[list[int], list[int], str]]) -> Pa
             "reasoning_mode": ["none"] * len(chats),
         }
     ).cast(SCHEMA)
-    schema = SCHEMA.with_metadata({arrow.KEY: json.dumps(METADATA).encode()})
+    schema = SCHEMA.with_metadata({FOOTER: json.dumps(METADATA).encode()})
     pq.write_table(table.cast(schema), path, row_group_size=40)
     return path
 

@@ -6,12 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from snaketron.data.arrow import KEY
 from snaketron.data.chats import blend, order, pack
 from snaketron.data.chats.sequences import SCHEMA, Sequence, table
 from snaketron.data.trace.fate import Fate, fates
 from snaketron.lineage.catalogue import scan
-from snaketron.lineage.record import of_user
+from snaketron.lineage.record import FOOTER, of_user
 from snaketron.lineage.uses import source
 from snaketron.log import UserError
 
@@ -41,7 +40,7 @@ def trained(work: Path, record: Callable[..., Path], train: Callable[..., Path])
     rendered = Path("data/chat/talk/chats.parquet")
     rendered.parent.mkdir(parents=True)
     made_with = {"source": "talk", "tokenizer_sha256": "t", "template_sha256": "t"}
-    schema = SCHEMA.with_metadata({KEY: json.dumps(made_with).encode()})
+    schema = SCHEMA.with_metadata({FOOTER: json.dumps(made_with).encode()})
     sequences = [
         Sequence(np.arange(row * 10, row * 10 + n), np.ones(n, np.uint8), str(raw), row, 0, split, "none", [])
         for n, row, split in CONVERSATIONS
