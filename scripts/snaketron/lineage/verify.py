@@ -18,7 +18,7 @@ from typing import Any
 from snaketron.files import directory_sha256, read_json, sha256, write_text
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.tree import is_file, trouble
-from snaketron.log import end_progress, logger, show_progress
+from snaketron.log import UserError, end_progress, logger, show_progress
 from snaketron.wording import plural, size_text
 
 import orjson
@@ -106,7 +106,7 @@ class State:
         since = None if finished and self.all_again else self.since
         try:
             write_text(self.path, orjson.dumps({"all_since": since, "files": self.files}))
-        except OSError as error:
+        except (OSError, UserError) as error:
             logger.warning("%s: cannot be written (%s); the next check reads all again", self.path, error)
         self._saved = time.monotonic()
 

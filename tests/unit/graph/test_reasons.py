@@ -44,7 +44,7 @@ def test_a_changed_key_is_named_as_in_the_configuration():
             "sft",
             {},
             {"sft": {"optimizer": {"learning_rate": 0.5, "min_learning_rate": 1e-4}, "warmup_iters": 7}},
-            ["sft.optimizer.learning_rate: 0.004 -> 0.5", "sft.warmup_iters: 10 -> 7"],
+            ["sft.optimizer.learning_rate: 0.003 -> 0.5", "sft.warmup_iters: 10 -> 7"],
         ),
         ("pretrain/broad", {}, {"model": {"moe_router_topk": 3}}, ["model.moe_router_topk: 2 -> 3"]),
         ("lora", {}, {"lora": {"rank": 4}}, ["lora.rank: 64 -> 4"]),

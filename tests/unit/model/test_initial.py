@@ -11,7 +11,7 @@ from snaketron.model.spec import build_model, transformer_config
 import pytest
 import torch
 
-MODEL = Model(init_method_std=0.02)
+MODEL = Model(hybrid_layer_pattern="MEM*EME", init_method_std=0.02)
 
 
 def build(seed: int) -> dict[str, torch.Tensor]:
