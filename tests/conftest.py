@@ -38,7 +38,7 @@ for name in [*os.environ]:
 # groups that compute meanwhile. What takes longest is before the rest, so that no worker is alone at the end.
 TOGETHER = {
     "cluster": ("tests/slurm/",),
-    "cluster without accounting": ("tests/slurm/test_without_accounting.py",),
+    "cluster for faults": ("tests/slurm/test_faults.py",),
     "curation": ("tests/end_to_end/test_curation.py",),
     # They fork from one process with megatron-core. Those that need no finished workflow are first.
     "layouts": (
@@ -48,7 +48,7 @@ TOGETHER = {
         "tests/end_to_end/test_layouts.py",
         "tests/end_to_end/test_phases.py",
     ),
-    "cluster for faults": ("tests/slurm/test_faults.py",),
+    "cluster without accounting": ("tests/slurm/test_without_accounting.py",),
     "cluster for faults of its own": ("tests/slurm/test_cluster_faults.py",),
     "adapters": ("tests/end_to_end/test_lora.py",),
     "killed pretraining": ("tests/end_to_end/test_kill.py::test_a_killed_pretraining",),

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 from tests.conftest import Workspace, make_workspace
-from tests.end_to_end.processes import exists, run_until
+from tests.end_to_end.processes import exists, kill_in
 from tests.end_to_end.test_kill import contents
 from tests.unit.data.curation.curated import changed, language_model, words
 
@@ -190,13 +190,19 @@ def killed(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Wor
     path = tmp_path_factory.mktemp("killed") / "work"
     shutil.copytree(finished.path, path, symlinks=True)
     workspace = Workspace(path, finished.overlays)
-    for name in [*PARTIAL, "curation/near_duplicates"]:
-        shutil.rmtree(path / "data" / name)
+    exact = ("curation/exact_signatures", "curation/exact_duplicates")
+    first, *middle, last = PARTIAL
+    steps = [first, *exact, *middle, "curation/near_duplicates", last]
+
+    def forget(name: str) -> None:
+        for step in steps[steps.index(name) :]:
+            shutil.rmtree(path / "data" / step, ignore_errors=True)
+
     for name, partial in PARTIAL.items():
-        shutil.rmtree(path / "data" / name, ignore_errors=True)  # begun beside the step before, perhaps
+        forget(name)  # what was begun beside the step before, too
         moment = exists(path, f"data/{name}/*/{partial}")
-        status, _ = run_until(workspace, workspace.command(*TARGETS), moment, signal.SIGKILL)
-        assert status == -signal.SIGKILL, name
+        command = workspace.command(*TARGETS)
+        assert kill_in(workspace, command, moment, lambda name=name: forget(name)) == -signal.SIGKILL, name
     result = workspace.snakemake(*TARGETS)
     assert result.status == 0, result.output[-3000:]
     return workspace

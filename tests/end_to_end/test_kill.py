@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import Workspace, copy_of
-from tests.end_to_end.processes import exists, newest, run_until, saved
+from tests.end_to_end.processes import exists, kill_in, newest, run_until, saved
 
 import pytest
 
@@ -147,6 +147,7 @@ PARTIAL = {
     "blend_sft": "data/sft/.*.partial",
     "index_pretrain": "data/pretrain/broad/.index.partial/*-sample_index.npy",
 }
+MADE = ("sample", "tokenizer", "tokens", "chat", "sft", "pretrain")
 BESIDE = {"render_chat": ("chat", "sft"), "index_pretrain": ("pretrain",)}  # made beside the rule before
 DATA = ("data/sft/blend.json", "data/pretrain/broad/index")
 
@@ -158,11 +159,16 @@ def killed_data(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -
     shutil.rmtree(workspace.path / "ckpt")
     shutil.rmtree(workspace.path / "data")
     kills = Kills(workspace, finished.path / "data")
-    for rule, partial in PARTIAL.items():
-        for directory in BESIDE.get(rule, ()):
+
+    def forget(*directories: str) -> None:
+        for directory in directories:
             shutil.rmtree(workspace.path / "data" / directory, ignore_errors=True)
-        moment = exists(workspace.path, partial)
-        kills.statuses[rule], _ = run_until(workspace, workspace.command(*DATA), moment, signal.SIGKILL)
+
+    for rule, partial in PARTIAL.items():
+        forget(*BESIDE.get(rule, ()))
+        from_here = MADE[MADE.index(Path(partial).parts[1]) :]
+        command, moment = workspace.command(*DATA), exists(workspace.path, partial)
+        kills.statuses[rule] = kill_in(workspace, command, moment, lambda names=from_here: forget(*names))
     result = workspace.snakemake(*DATA)
     assert result.status == 0, result.output[-3000:]
     return kills

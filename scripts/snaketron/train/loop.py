@@ -72,7 +72,8 @@ class Trainer:
         self.totals = Totals()  # since the last line of metrics
         self.sources: tuple[str, ...] = ()
         self.mixed = False  # whether sequences of several sources share a micro-batch
-        self.stop_signal = 0
+        self.received = 0  # a signal to stop, of this process alone
+        self.stop_signal = 0  # that of any process, the same in all of them
         self.quick: set[str] = set()  # what took less than `SILENCE_S` the last time
 
     # ------------------------------------------------------------------------------------ checkpoints
@@ -262,8 +263,9 @@ class Trainer:
         mtp = internals.take_mtp_losses(model.mtp_num_layers)
         sums, mtp = sum_over_ranks(outputs, len(self.sources), mtp, mixed=self.mixed)
         router = internals.take_router_loss(self.built.config, model.routed_layers) / micro_batches
-        # Signals reach ranks at other steps.
-        signals = torch.tensor(self.stop_signal, device=backend.device())
+        # Signals reach ranks at other moments. What one has received by now, all of them stop for after this
+        # step; for what comes later, after the next.
+        signals = torch.tensor(self.received, device=backend.device())
         torch.distributed.all_reduce(signals, op=torch.distributed.ReduceOp.MAX)
         self.stop_signal = int(signals)
         self.totals.add(sums, router, (mtp / sums.total("tokens")).tolist())
@@ -330,7 +332,7 @@ class Trainer:
         """Note a signal instead of dying: the step is finished and saved. A second one ends the process."""
 
         def note(number: int, _frame: Any) -> None:
-            self.stop_signal = number
+            self.received = number
             signal.signal(number, signal.SIG_DFL)
 
         previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +45,16 @@ def trainer(settings):
         return made
 
     return make
+
+
+def test_a_signal_counts_from_the_step_on_after_which_all_processes_know_it(trainer):
+    """One that reaches a process after a step's sums is for the next step: the others go on, too."""
+    made = trainer(steps=1)
+    with made._signals():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert made.stop_signal == 0
+    made._step(Random(2))
+    assert made.stop_signal == signal.SIGUSR1
 
 
 def state(trainer: Trainer) -> list[torch.Tensor]:
