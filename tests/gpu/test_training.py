@@ -88,7 +88,7 @@ class Runs:
 
     def __init__(self, root: Path, chosen: str) -> None:
         self.root, self.chosen = root, chosen  # names of tests
-        # Of one or two processes, each of which imports for 20 s and compiles.
+        # A training has one or two processes, and each of them imports for 20 s and compiles.
         self.pool = ThreadPoolExecutor(max(4, (os.cpu_count() or 4) // 2))
         self.futures: dict[str, Future] = {}
         for precision in PRECISIONS:

@@ -78,7 +78,7 @@ _WITHOUT_EFFECT = {
     "first weights": "initializer_range rescale_prenorm_residual time_step_min time_step_max time_step_floor",
     "trainings elsewhere": "attention_dropout hidden_dropout moe_shared_expert_overlap keep_mtp_spec_in_bf16",
     "kernels and caches": "chunk_size use_mamba_kernels mamba_ssm_cache_dtype",
-    "positions, of which attention knows nothing": "max_position_embeddings rope_theta partial_rotary_factor",
+    "positions, which attention does not use": "max_position_embeddings rope_theta partial_rotary_factor",
 }
 # Keys that `differences` reads beside the tables above.
 _READ = {
