@@ -19,7 +19,6 @@ from snaketron.config.checks import (
     check_blends,
     check_curriculum,
     check_environment,
-    check_evaluation,
     check_given,
     check_model,
     check_reasoning,
@@ -27,19 +26,15 @@ from snaketron.config.checks import (
     check_sources,
     check_splits,
     check_tokenizer,
-    check_training,
     duplicates,
 )
+from snaketron.config.cluster import Cluster, Parallel
 from snaketron.config.containers import check_container
+from snaketron.config.curation import FILTERS, Curation, CurationData, Filter, MinHash
 from snaketron.config.data import (
-    FILTERS,
     ChatSource,
     Corpus,
-    Curation,
-    CurationData,
-    Filter,
     Hub,
-    MinHash,
     PretrainData,
     Reasoning,
     SftData,
@@ -52,17 +47,16 @@ from snaketron.config.evaluation import Evaluation
 from snaketron.config.names import check_paths, check_roots
 from snaketron.config.training import (
     Adapters,
-    Cluster,
     Lora,
     Model,
     Optimizer,
-    Parallel,
     Phase,
     Pretrain,
     Run,
     Sft,
     Tuning,
 )
+from snaketron.config.training_checks import check_evaluation, check_training
 from snaketron.config.trainings import Training, trainings
 from snaketron.log import PLAIN
 

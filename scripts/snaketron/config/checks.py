@@ -1,4 +1,7 @@
-"""Checks of several keys together. Each returns problems, with the paths and both numbers."""
+"""Checks of several keys together. Each returns problems, with the paths and both numbers.
+
+Those of one training are in `training_checks`.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,19 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from snaketron.config.base import suggest
+from snaketron.config.cluster import Cluster
+from snaketron.config.curation import FILTERS, Curation
 from snaketron.config.data import (
-    FILTERS,
     SPECIAL_TOKENS,
     ChatSource,
     Corpus,
-    Curation,
     PretrainData,
     Reasoning,
     SftData,
     Tokenizer,
 )
-from snaketron.config.dispatching import check_dispatcher
-from snaketron.config.linears import check_names
-from snaketron.config.training import Adapters, Cluster, Model, Parallel, Pretrain, Tuning
-from snaketron.config.trainings import Training
+from snaketron.config.training import Model, Pretrain
+from snaketron.config.training_checks import divides
 
 if TYPE_CHECKING:
     from snaketron.config import Config
@@ -169,7 +170,7 @@ def check_model(model: Model) -> list[str]:
         ("num_attention_heads", "num_query_groups"),
         ("mamba_num_heads", "mamba_num_groups"),
     ]
-    problems = [_divides(f"model.{a}", getattr(model, a), f"model.{b}", getattr(model, b)) for a, b in checks]
+    problems = [divides(f"model.{a}", getattr(model, a), f"model.{b}", getattr(model, b)) for a, b in checks]
     if model.moe_router_topk > model.num_moe_experts:
         problems.append(
             f"model.moe_router_topk {model.moe_router_topk} is more than "
@@ -197,166 +198,6 @@ def check_environment(cluster: Cluster) -> list[str]:
         for name in cluster.environment
         if SECRET.search(name)
     ]
-
-
-def check_training(training: Training, config: Config) -> list[str]:
-    """The values of one training, against each other, the model and the nodes."""
-    return [
-        *check_parallel(training),
-        *check_nodes(training, config.cluster),
-        *check_batches(training, config.sft_data.padding_multiple),
-        *check_steps(training),
-        *check_dispatcher(training),
-        *(check_adapters(training.at("target_modules"), training.adapters) if training.adapters else ()),
-    ]
-
-
-def check_evaluation(config: Config) -> list[str]:
-    """The processes of an evaluation against the model and the nodes, as those of a training."""
-    run = Pretrain(parallel=config.eval.parallel)
-    evaluation = Training(
-        section="eval",
-        model=config.model,
-        run=run,
-        seq_length=run.seq_length,
-        global_batch_size=run.global_batch_size,
-        train_iters=1,
-        elsewhere={},
-    )
-    return [*check_parallel(evaluation), *check_nodes(evaluation, config.cluster)]
-
-
-def check_parallel(training: Training) -> list[str]:
-    """Parallel sizes against the model; the rules are megatron-core's."""
-    model, run, parallel, at = training.model, training.run, training.run.parallel, training.at("parallel")
-    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    shared = ["num_attention_heads", "mamba_num_heads", "mamba_num_groups"]
-    if model.num_query_groups >= tp:
-        shared.append("num_query_groups")
-    problems = [
-        _divides(f"model.{k}", getattr(model, k), f"{at}.tensor_model_parallel_size", tp) for k in shared
-    ]
-    problems += _check_context(at, model, parallel)
-    if model.num_query_groups < tp:  # each group is then on several processes
-        groups = model.num_query_groups
-        problems.append(_divides(f"{at}.tensor_model_parallel_size", tp, "model.num_query_groups", groups))
-    problems += _check_experts(at, training.section, model, parallel)
-    if (layers := len(model.hybrid_layer_pattern)) < stages:
-        by = f"{at}.pipeline_model_parallel_size"
-        problems.append(_divides("the layers of model.hybrid_layer_pattern", layers, by, stages))
-    if "layer" in run.recompute and len(run.recompute) > 1:
-        others = f"layer is everything; leave out the others of {run.recompute}"
-        problems.append(f"{training.at('recompute')}: {others}")
-    return [p for p in problems if p]
-
-
-def _check_context(at: str, model: Model, parallel: Parallel) -> list[str]:
-    """Under context parallelism the processes share the heads of a Mamba-2 layer, not the sequence.
-
-    Each process then has groups of its own, or several processes share one.
-    """
-    tp, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    if context == 1:
-        return []
-    by = f"{at}.tensor_model_parallel_size x context_parallel_size ="
-    problems = [_divides("model.mamba_num_heads", model.mamba_num_heads, by, tp * context)]
-    groups = max(1, model.mamba_num_groups // tp)
-    if max(groups, context) % min(groups, context):
-        problems.append(
-            f"model.mamba_num_groups {model.mamba_num_groups} / {at}.tensor_model_parallel_size {tp} and "
-            f"context_parallel_size {context}: neither divides the other"
-        )
-    return problems
-
-
-def _check_experts(at: str, section: str, model: Model, parallel: Parallel) -> list[str]:
-    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
-    width, processes = model.moe_ffn_hidden_size, parallel.world_size // parallel.pipeline_model_parallel_size
-    return [
-        _divides("model.num_moe_experts", model.num_moe_experts, f"{at}.expert_model_parallel_size", ep),
-        _divides("model.moe_ffn_hidden_size", width, f"{at}.expert_tensor_parallel_size", etp),
-        _divides(
-            f"the processes of a pipeline stage ({section})",
-            processes,
-            "expert_model_parallel_size x expert_tensor_parallel_size",
-            ep * etp,
-        ),
-    ]
-
-
-def check_nodes(training: Training, cluster: Cluster) -> list[str]:
-    """The processes of a training must fill its nodes."""
-    gpus, tasks = cluster.gpus_per_node, cluster.tasks_per_node
-    if gpus and tasks:
-        return [
-            f"cluster.tasks_per_node {tasks} beside cluster.gpus_per_node {gpus}: each GPU has one process, "
-            "so leave out tasks_per_node; to use fewer GPUs of a node, lower gpus_per_node"
-        ]
-    by = "tasks_per_node" if tasks else "gpus_per_node"
-    per_node, processes = tasks or gpus, training.run.parallel.world_size
-    if not per_node or processes <= per_node or processes % per_node == 0:
-        return []
-    return [
-        f"{training.at('parallel')}: {processes} processes do not fill nodes of cluster.{by} {per_node}; "
-        f"{processes // per_node * per_node} or {-(-processes // per_node) * per_node} would"
-    ]
-
-
-def check_batches(training: Training, padding_multiple: int | None) -> list[str]:
-    """Sequences and batches are cut into equal parts."""
-    run, parallel = training.run, training.run.parallel
-    copies, tp = parallel.data_parallel_size, parallel.tensor_model_parallel_size
-    context, multiple = parallel.context_parallel_size, parallel.sequence_multiple
-    problems = [
-        _divides(
-            training.at("global_batch_size"),
-            training.global_batch_size,
-            f"micro_batch_size {run.micro_batch_size} x data_parallel_size {copies} =",
-            run.micro_batch_size * copies,
-        ),
-        _divides(
-            training.at("seq_length"),
-            training.seq_length,
-            f"tensor {tp} x context {context} parallel parts =",
-            tp * multiple,
-        ),
-    ]
-    if training.packed and padding_multiple and context > 1:
-        by = f"2 x {training.at('parallel')}.context_parallel_size {context} ="
-        problems.append(_divides("sft_data.padding_multiple", padding_multiple, by, multiple))
-    return [p for p in problems if p]
-
-
-def check_steps(training: Training) -> list[str]:
-    """The schedule of a training fits into its steps, and its learning rate falls."""
-    run, problems = training.run, []
-    if isinstance(run, Tuning):
-        iters = f"{training.at('train_iters')} {run.train_iters}"
-        if run.switch_loss_average_after is not None and run.switch_loss_average_after >= run.train_iters:
-            at = training.at("switch_loss_average_after")
-            problems.append(
-                f"{at} {run.switch_loss_average_after} is not less than {iters}, so it would never switch; "
-                "leave it out"
-            )
-        if run.warmup_iters >= run.train_iters:
-            problems.append(f"{training.at('warmup_iters')} {run.warmup_iters} is not less than {iters}")
-    least, most = run.optimizer.min_learning_rate, run.optimizer.learning_rate
-    if least > most:
-        problems.append(
-            f"{training.at('optimizer')}.min_learning_rate {least} is more than learning_rate {most}"
-        )
-    if run.optimizer.gradient_precision == "bf16" and training.model.precision == "fp32":
-        problems.append(
-            f"{training.at('optimizer')}.gradient_precision bf16 has no effect under model.precision fp32, "
-            "whose gradients are fp32; leave it out"
-        )
-    return problems
-
-
-def check_adapters(at: str, adapters: Adapters) -> list[str]:
-    """The targets are names of some model; `sizes.checks` looks for them in this one when LoRA is to run."""
-    targets = adapters.target_modules
-    return check_names(at, targets) or ([] if targets else [f"{at}: name the layers to adapt"])
 
 
 def check_given(pretrain: Pretrain) -> list[str]:
@@ -397,9 +238,5 @@ def check_splits(config: Config) -> list[str]:
     ]
     pack_size, multiple = config.sft_data.pack_size, config.sft_data.padding_multiple
     if multiple and pack_size % multiple:
-        problems.append(_divides("sft_data.pack_size", pack_size, "sft_data.padding_multiple", multiple))
+        problems.append(divides("sft_data.pack_size", pack_size, "sft_data.padding_multiple", multiple))
     return problems
-
-
-def _divides(name: str, value: int, by_name: str, by: int) -> str:
-    return "" if value % by == 0 else f"{name} {value} is not divisible by {by_name} {by}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from snaketron.config.training import Cluster
+from snaketron.config.cluster import Cluster
 
 # What a runtime takes a mount apart at, beside the colon that all of them read.
 _SEPARATORS = {"apptainer": ",", "pyxis": ",", "charliecloud": ""}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from snaketron.config.base import Count, Positive, Section, Text, key
-from snaketron.config.training import CpusPerTask, MemGbPerTask, Parallel
+from snaketron.config.cluster import Parallel
+from snaketron.config.training import CpusPerTask, MemGbPerTask
 
 from pydantic import Field
 

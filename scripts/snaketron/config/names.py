@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from snaketron.config.data import Curation
+from snaketron.config.curation import Curation
 
 if TYPE_CHECKING:
     from snaketron.config import Config

@@ -1,4 +1,4 @@
-"""The model, the nodes that it is trained on, and the trainings."""
+"""The model, and the trainings."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from snaketron.config.base import (
     Weight,
     key,
 )
+from snaketron.config.cluster import Parallel
 from snaketron.config.data import CorpusWeight, SourceWeight
 
 from pydantic import Field
@@ -83,75 +84,6 @@ class Model(Section):
         """Layers with routed experts that a token passes; those of multi-token prediction at each depth."""
         at_each_depth = self.mtp_hybrid_layer_pattern.count("E")
         return self.hybrid_layer_pattern.count("E") + self.mtp_num_layers * at_each_depth
-
-
-class Parallel(Section):
-    """How many processes share a model. Changing it continues the same training."""
-
-    tensor_model_parallel_size: Positive = key(
-        1, "processes that share each layer (with sequence parallelism)"
-    )
-    pipeline_model_parallel_size: Positive = key(1, "processes that hold consecutive layers")
-    context_parallel_size: Positive = key(1, "processes that share each sequence")
-    expert_model_parallel_size: Positive = key(1, "processes that share the routed experts")
-    expert_tensor_parallel_size: Positive = key(1, "processes that share each routed expert")
-    data_parallel_size: Positive = key(1, "copies of the model, each with its part of the global batch")
-
-    @property
-    def sequence_multiple(self) -> int:
-        """Lengths of sequences are a multiple of it: context parallelism gives each process two chunks."""
-        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes (GPUs) of the job."""
-        return (
-            self.tensor_model_parallel_size
-            * self.pipeline_model_parallel_size
-            * self.context_parallel_size
-            * self.data_parallel_size
-        )
-
-
-class Cluster(Section):
-    """The nodes that trainings run on. The site's names (partition, account, limits) are the profile's."""
-
-    gpus_per_node: Count = key(0, "GPUs of a node, one process each; 0: trainings run on CPUs")
-    tasks_per_node: Positive | None = key(
-        None,
-        "processes of a training on a node without GPUs; null: all on one node. On GPUs each has one process",
-    )
-    gpu: Literal["h100", "h200", "b200", "gb200", "gb300"] | None = key(
-        None,
-        "the GPU: times are estimated from what was measured on it, unless tokens_per_second_per_gpu is "
-        "stated; null: not known",
-    )
-    gpu_memory_gb: Annotated[float, Field(gt=0)] | None = key(
-        None,
-        "memory of a GPU (10^9 bytes); a training that needs more, by the estimate of the dry-run, is an "
-        "error; leave some for libraries (2 GB) and the allocator; null: not checked",
-    )
-    container: Text | None = key(
-        None, "image that the processes of a training run in (envs/); null: the environment of the workflow"
-    )
-    container_runtime: Literal["apptainer", "pyxis", "charliecloud"] = key(
-        "apptainer",
-        "what starts the image: `apptainer exec`, srun's --container-image (pyxis and enroot), or `ch-run`",
-    )
-    mounts: list[str] = key(
-        list,
-        "paths of the host that the image sees beside the working directory: `path` or `path:path_inside`",
-    )
-    cache_dir: Text | None = key(
-        None,
-        "directory on a disk of each node for compiled kernels, kept from job to job; null: below $TMPDIR",
-    )
-    environment: dict[str, str] = key(
-        dict, "variables of the environment of a training's processes, over our defaults (docs/slurm.md)"
-    )
-    secrets_file: Text | None = key(
-        None, "file of mode 600 with lines NAME=value, such as WANDB_API_KEY, for the trainings alone"
-    )
 
 
 class Optimizer(Section):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from snaketron.config import Config, Parallel, Training
-from snaketron.config.checks import check_training
+from snaketron.config.training_checks import check_training
 from snaketron.sizes.plan import Estimate, estimate
 
 MAX_DOUBLINGS = 4

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from snaketron.config import Config, Parallel, Pretrain, Training
 from snaketron.config.base import Module
-from snaketron.config.checks import check_training
+from snaketron.config.training_checks import check_training
 from snaketron.sizes.gpus import GPUS, Gpu
 from snaketron.sizes.layout import recordable
 from snaketron.sizes.step import Step, peak_bytes, step_time

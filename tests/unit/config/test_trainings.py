@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from snaketron.config import Config, ConfigError, Parallel, load
-from snaketron.config.checks import check_training
+from snaketron.config.training_checks import check_training
 from snaketron.settings.training import run_settings, train_settings
 
 import pytest

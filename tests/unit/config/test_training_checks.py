@@ -1,4 +1,4 @@
-"""How tokens reach their experts: what does not fit is refused in the dry-run."""
+"""What does not fit in one training is refused in the dry-run: how tokens reach their experts."""
 
 from __future__ import annotations
 
