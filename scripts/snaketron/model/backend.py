@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from snaketron.config import Model, Optimizer
 from snaketron.log import UserError
 from snaketron.model.megatron import replacements
+from snaketron.model.megatron.row import Machine
 from snaketron.settings.training import RunSettings, TrainSettings
 from snaketron.sizes.layout import layout, recordable
 
@@ -26,7 +27,7 @@ HAS_GPU = torch.cuda.is_available()
 
 Schedule = Callable[..., list[Any]]
 
-MACHINE: replacements.Machine = "GPU" if HAS_GPU else "CPU"
+MACHINE: Machine = "GPU" if HAS_GPU else "CPU"
 
 if HAS_GPU:
     from snaketron.model.megatron import gpu

@@ -7,8 +7,7 @@ A template is rendered once, whole, and the text is tokenized once, whole, so tr
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +27,7 @@ from snaketron.data.chats.marks import (
 )
 from snaketron.data.chats.messages import ROLES, Message
 from snaketron.data.chats.probes import ANSWER, CALL, CALLED, PROBE, RESULT, TOOLS, TWO_CALLS
+from snaketron.data.chats.prompts import common, is_tag, opens, shared, without
 from snaketron.data.chats.unusable import LEFT_OUT, NO_PROMPT, REFUSED, Unusable
 from snaketron.data.chats.written import check_written, writes_reasoning
 from snaketron.log import UserError
@@ -35,11 +35,6 @@ from snaketron.log import UserError
 import jinja2
 
 _DAY = date(2026, 1, 1)
-# What only opens or closes thinking, with a tag for it. A prompt may end with it where the text of an answer
-# without thinking has nothing of the kind.
-_TAG = r"(?:<[^<>]*(?:think|thought|channel|reason)[^<>]*>|\[/?THINK\])"
-_THINKING = re.compile(rf"\s*(?:{_TAG}(?:\s|thought\b)*)+", re.IGNORECASE)
-_UNIT = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|\s+|.", re.DOTALL)  # a tag, a word, white space, a sign
 
 
 class Template:
@@ -229,9 +224,12 @@ class Template:
                     break
                 else:
                     if len(before) == 1 and not arguments:
-                        fix = f"; {MARK_IT}" if problem.reason == LEFT_OUT else ""
-                        problem_of = f"cannot render a question and an answer: {problem}{fix}"
-                        raise UserError(f"{self.name}: {problem_of}") from None
+                        raise self._no_answer(problem) from None
+
+    def _no_answer(self, problem: Unusable) -> UserError:
+        """The error for a template that cannot render even a question and its answer."""
+        fix = f"; {MARK_IT}" if problem.reason == LEFT_OUT else ""
+        return UserError(f"{self.name}: cannot render a question and an answer: {problem}{fix}")
 
     # ----------------------------------------------------------- templates that mark what is generated
 
@@ -247,8 +245,8 @@ class Template:
                 given = self.prompt(before, tools, arguments)
             except Unusable:
                 continue  # it takes no conversation without an answer
-            trained = made.text[start : _shared(made.text, given)]
-            if trained.strip() and not _opens(trained):
+            trained = made.text[start : shared(made.text, given)]
+            if trained.strip() and not opens(trained):
                 raise UserError(
                     f"{self.name}: {trained!r} lies in the generation block of an answer, but inference "
                     "gives it to the model before the answer; begin the block after it"
@@ -265,9 +263,7 @@ class Template:
                 self._try(before, tools, arguments)
             except Unusable as error:
                 if len(before) == 1 and not arguments:
-                    fix = f"; {MARK_IT}" if error.reason == LEFT_OUT else ""
-                    problem = f"cannot render a question and an answer: {error}{fix}"
-                    raise UserError(f"{self.name}: {problem}") from None
+                    raise self._no_answer(error) from None
         self._prompts["tool"] = self._prompts["tool"] or self._prompts["user"]
 
     def _try(self, before: list[Message], tools: list[Any] | None, arguments: Mapping[str, Any]) -> None:
@@ -299,13 +295,13 @@ class Template:
         prompts = self._prompts["tool" if after == "tool" else "user"]
         fitting = [len(prompt) for prompt in prompts if written.startswith(prompt)]
         if not fitting:
-            shared = [(_shared(written, prompt), prompt) for prompt in prompts]
-            fitting = [length for length, prompt in shared if length and _opens(prompt[length:])]
+            lengths = [(shared(written, prompt), prompt) for prompt in prompts]
+            fitting = [length for length, prompt in lengths if length and opens(prompt[length:])]
         fitting = fitting or [len(header) for header in self._headers if written.startswith(header)]
         begin, end = start + max(fitting, default=len(written)), start + len(written.rstrip())
         if begin >= end:
             raise Unusable(NO_PROMPT, f"message {number} is written as {written[:60]!r}")
-        for header in filter(_is_tag, (header.strip() for header in prompts | self._headers)):
+        for header in filter(is_tag, (header.strip() for header in prompts | self._headers)):
             # Some templates do so after a call. At its beginning an answer may write a header itself.
             if header in written[begin - start :].lstrip()[1:]:
                 raise Unusable(NO_PROMPT, f"message {number} holds {header!r} a second time")
@@ -341,7 +337,7 @@ class Template:
                 raise
             if before == given or self._agrees(before, given, rendered.text, messages[owner - 1]["role"]):
                 continue
-            at = max(0, _common(before, given) - 20)
+            at = max(0, common(before, given) - 20)
             raise UserError(
                 f"{self.name}: message {owner} of a conversation is not written as inference asks for it: "
                 f"before it stands {before[at : at + 60]!r}, but inference gives the model "
@@ -352,12 +348,12 @@ class Template:
         """Whether the text before an answer may differ from what inference is given."""
         if self.marked:
             gap = before[len(given) :] if before.startswith(given) else ""
-            return not gap.strip() or "add_generation_prompt" not in self.names or _opens(gap)
+            return not gap.strip() or "add_generation_prompt" not in self.names or opens(gap)
         known = self._prompts["tool" if after == "tool" else "user"]
-        if _without(before, known) & _without(given, known):
+        if without(before, known) & without(given, known):
             return True  # they differ in the prompt only, as with and without reasoning
         tail = given[len(before) :] if given.startswith(before) else ""
-        if not _opens(tail) or text.startswith(tail.strip(), len(before)):
+        if not opens(tail) or text.startswith(tail.strip(), len(before)):
             return False
         self.opened.add(tail)
         return True
@@ -372,34 +368,3 @@ def load_template(path: Path, variables: Mapping[str, str] | None = None, **argu
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: invalid UTF-8 ({error.reason} at byte {error.start})") from None
     return Template(source, name=str(path), variables=variables, **arguments)
-
-
-def _is_tag(text: str) -> bool:
-    """Whether a text begins with what looks like a control token, which no answer holds."""
-    return _UNIT.match(text) is not None and text.startswith("<") and not _opens(text)
-
-
-def _opens(text: str) -> bool:
-    """Whether a text only opens or closes thinking."""
-    return _THINKING.fullmatch(text) is not None
-
-
-def _without(text: str, endings: Iterable[str]) -> set[str]:
-    return {text.removesuffix(ending) for ending in endings if text.endswith(ending)}
-
-
-def _common(text: str, other: str) -> int:
-    """How many characters two texts share at their beginnings."""
-    different = (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b)
-    return next(different, min(len(text), len(other)))
-
-
-def _shared(text: str, other: str) -> int:
-    """How many characters two texts share at their beginnings, without a part of a tag or a word."""
-    length = 0
-    same = _common(text, other)
-    for unit in _UNIT.finditer(other):
-        if unit.end() > same:
-            break
-        length = unit.end()
-    return length

@@ -6,43 +6,15 @@ that the installed release does not need it any more: the test runs the original
 
 from __future__ import annotations
 
-import pkgutil
 import sys
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from snaketron.model.megatron import originals
+from snaketron.model.megatron.row import Machine, Replacement, Value, stand_in
 
-Machine = Literal["all", "CPU", "GPU"]
 NONE_FOUND = "none found"
 NO_CPU = "none: NVIDIA-NeMo/Speech#14244 says that megatron-core has no path for CPUs"
 _PULL = "https://github.com/NVIDIA/Megatron-LM/pull/"
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """A row of the table.
-
-    `pieces` maps names, such as "megatron.core.utils:Class.method", to what takes their place: a name in this
-    folder ("padding.apply_expert_bias"), or a `Value`. `modules` does so for whole modules, before
-    megatron-core is imported; None makes importing one an ImportError. `in_objects` are replaced in the
-    objects of one training, where its settings ask for it, and not by `apply`.
-    """
-
-    what: str
-    machine: Machine
-    why: str
-    upstream: str  # the issue or pull request
-    until: str  # when it goes
-    pieces: dict[str, Any] = field(default_factory=dict)
-    modules: dict[str, Any] = field(default_factory=dict)
-    in_objects: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Value:
-    value: Any
-
 
 _MTP = "megatron.core.transformer.multi_token_prediction:"
 _MODEL = "megatron.core.models.hybrid.hybrid_model:"
@@ -409,11 +381,3 @@ def apply(machine: Machine) -> None:
     for row in rows(machine):
         for name, by in row.pieces.items():
             originals.replace(name, stand_in(by))
-
-
-def stand_in(by: str | Value) -> Any:
-    """What a row puts in a place."""
-    if isinstance(by, Value):
-        return by.value
-    module, _, attribute = by.partition(".")
-    return pkgutil.resolve_name(f"snaketron.model.megatron.{module}:{attribute}")

@@ -20,7 +20,8 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron.model import backend
 from snaketron.model.megatron import adam, cpu, cpu_experts, gpu, originals, packed, padding, replacements
 from snaketron.model.megatron.originals import MISSING, original
-from snaketron.model.megatron.replacements import TABLE, Replacement
+from snaketron.model.megatron.replacements import TABLE
+from snaketron.model.megatron.row import Replacement, stand_in
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_rows_have_names_of_their_own_and_say_why():
 @pytest.mark.parametrize("row", replacements.rows(backend.MACHINE), ids=lambda row: row.what)
 def test_what_the_table_says_is_in_its_place(row: Replacement):
     for name, by in row.pieces.items():
-        assert originals.current(name) is replacements.stand_in(by), name
+        assert originals.current(name) is stand_in(by), name
     for module, by in row.modules.items():
         assert module in sys.modules and (by is not None or sys.modules[module] is None)
 
@@ -83,7 +84,7 @@ def test_what_the_table_says_is_in_its_place(row: Replacement):
 @pytest.mark.parametrize("row", [row for row in TABLE if row.in_objects], ids=lambda row: row.what)
 def test_what_is_replaced_in_objects_is_there(row: Replacement):
     for name, by in row.in_objects.items():
-        assert callable(original(name)) and callable(replacements.stand_in(by)), name
+        assert callable(original(name)) and callable(stand_in(by)), name
 
 
 @pytest.mark.parametrize(
