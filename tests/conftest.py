@@ -167,7 +167,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """As --dist loadgroup, of which pytest 9.2 does not see the groups."""
+    """Does what --dist loadgroup would do, if pytest 9.2 saw its groups."""
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:

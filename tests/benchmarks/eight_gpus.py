@@ -66,7 +66,7 @@ TEXT = ("text",)
 CORPORA = (("random",), TEXT)
 NANO_30B = NANO | {"num_moe_experts": 128}
 QUARTER = SUPER | {"hybrid_layer_pattern": "MEMEMEM*EMEMEMEM*EMEME", "num_moe_experts": 512}
-# Of H100s: tokens/s for Nano (the 30B Lightning; in fp8 Nano on 16), TFLOP/s for Super on 64.
+# Published for H100s: tokens/s of Nano (the 30B Lightning; in fp8 Nano on 16), TFLOP/s of Super on 64.
 PUBLISHED = {
     "nano bf16 random": "14,195 tokens/s",
     "nano bf16 text": "7,110 tokens/s",

@@ -89,7 +89,7 @@ def dry_run(root: Path) -> None:
 
 
 def real_run(root: Path, num_files: int, megabytes: float) -> None:
-    """The same text as many small jobs and as few larger ones; the difference is what a job costs."""
+    """Tokenize a text in many small jobs and in few larger ones; the difference is what a job costs."""
     path = workspace(root / "jobs")
     source = "\n".join(p.read_text(errors="ignore") for p in sorted(Path(os.__file__).parent.glob("*.py")))
     words, draw = source.split(" "), random.Random(0)

@@ -5,7 +5,7 @@
     python -m tests.benchmarks.megatron_lm --megatron-lm DIR --check            # needs no GPU
 
 DIR is a checkout of github.com/NVIDIA/Megatron-LM; the folder `megatron` and the programs beside it are
-enough. Its options follow from the settings of ours. `--check` parses them there, and compares the
+enough. Its options follow from Snaketron's settings. `--check` parses them there, and compares the
 TransformerConfig of both in every field that both have; a run compares the numbers of parameters. Each shape
 is trained there plainly and with its CUDA graphs, on its mock data. Tokens/s are those of the median of the
 last six of 12 steps, as in gpu_training; the ratio is that to the faster of the two.
@@ -87,7 +87,7 @@ ENVIRONMENT = {
     "MASTER_PORT": "29511",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "NVTE_USE_CUTLASS_GROUPED_GEMM": "1",  # its experts are a fifth faster with it
-    "TRITON_CACHE_AUTOTUNING": "1",  # kernels that ours has tuned are tuned
+    "TRITON_CACHE_AUTOTUNING": "1",  # kernels that Snaketron has tuned are tuned
 }
 # Fields of TransformerConfig that may differ without CUDA graphs.
 MAY_DIFFER = {

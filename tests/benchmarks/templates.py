@@ -284,7 +284,7 @@ def trained_header(source: str, messages: list[Any], tools: Any, trained: list[s
     """Whether some of what a prompt adds is trained: the end of it before an answer, or a token after one."""
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if len(answers) != len(trained):
-        return ""  # which part is of which answer is not known
+        return ""  # no telling what part is of what answer
     for number, text in zip(answers, trained, strict=True):
         for form in (messages, as_text(messages)):
             bare, prompt = (theirs(source, form[:number], tools, asks, {}) for asks in (False, True))

@@ -47,7 +47,7 @@ def tuned(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Work
 
 @pytest.fixture
 def again(tuned: Workspace, tmp_path: Path) -> Workspace:
-    """The same before LoRA; what one process made of it lies in `single`."""
+    """A copy of the tuned workflow from before LoRA; what one process made of it lies in `single`."""
     copy = copy_of(tuned, tmp_path / "work")
     (copy.path / "single").mkdir()
     for name in ("lora", "lora_merged"):
@@ -58,7 +58,7 @@ def again(tuned: Workspace, tmp_path: Path) -> Workspace:
 
 
 def commands(workspace: Workspace, layout: str) -> list[list[str]]:
-    """Of lora.py and merge_lora.py."""
+    """The commands of lora.py and merge_lora.py in a layout."""
     lines = shell_lines(workspace, "ckpt/lora_merged", config(layout))
     assert [line.split()[1] for line in lines] == ["scripts/lora.py", "scripts/merge_lora.py"]
     return [["bash", "-c", line] for line in lines]

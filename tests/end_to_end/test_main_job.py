@@ -83,7 +83,7 @@ def test_every_record_tells_the_truth(finished: Workspace, monkeypatch: pytest.M
 
 
 def content_hash(path: Path) -> str:
-    """Of a file, or of the names and hashes of the files of a directory; the hidden one is Snakemake's."""
+    """The hash of a file, or of the names and hashes of a directory's files; hidden ones are Snakemake's."""
     if path.is_file():
         return sha256(path)
     files = sorted(p for p in path.iterdir() if not p.name.startswith("."))

@@ -110,7 +110,7 @@ def valid_losses(ckpt: Path, phase: str) -> list[float]:
 
 
 def rate(phase: str, step: int) -> float:
-    """Of a step, by hand: 2 of warm-up, 12 in which it stays, and 4 over which it falls by 1 - sqrt."""
+    """The rate of a step by hand: it rises over 2 steps, stays for 12, and falls over 4 by 1 - sqrt."""
     done = step - 1 + {"one": 0, "two": 10}.get(phase, 0)
     if phase in ("long", "mixed"):
         return {"long": 1e-4, "mixed": 5e-5}[phase]

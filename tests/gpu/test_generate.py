@@ -30,7 +30,7 @@ def built(request: pytest.FixtureRequest) -> BuiltModel:
 
 
 def logits(built: BuiltModel, ids: list[int]) -> torch.Tensor:
-    """Of the whole text at once, (length, vocabulary)."""
+    """The logits of the whole text at once, (length, vocabulary)."""
     text = torch.tensor([ids], device="cuda")
     with built.evaluating():
         return built.module(text, torch.arange(len(ids), device="cuda")[None], None)[0, :, :512].float()

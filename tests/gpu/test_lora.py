@@ -1,6 +1,6 @@
-"""LoRA on GPUs, on Transformer Engine's layers and our experts, against the CPU and against one GPU.
+"""LoRA on GPUs, on Transformer Engine's layers and Snaketron's experts, against the CPU and against one GPU.
 
-In fp32 the experts are Transformer Engine's grouped layers with adapters in a hook, in bf16 ours.
+In fp32 the experts are Transformer Engine's grouped layers with adapters in a hook, in bf16 Snaketron's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import pytest
 import torch
 
 LORA = {"rank": 8, "target_modules": ["linear_*", "*_proj", "router"]}
-# Of the validation loss (nats) before and after merging; in bf16 the merged weights have 8 bits.
+# Largest change of the validation loss by merging, in nats; in bf16 the merged weights have 8 bits.
 MERGED = {"fp32": 1e-3, "bf16": 1e-2}
 TWO = [layout for layout in LAYOUTS if layout != "cp"]
 

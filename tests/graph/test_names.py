@@ -98,7 +98,7 @@ def harmless(path: Path) -> Workspace:
 
 
 def equal(found: Path, expected: Path) -> None:
-    """The same outputs with the same bytes, but for the names that records and tables hold."""
+    """Assert that both directories hold the same files; bytes are compared where no file names are inside."""
     outputs = {path.relative_to(expected) for path in expected.rglob("*") if path.is_file()}
     assert {path.relative_to(found) for path in found.rglob("*") if path.is_file()} == outputs
     same = [path for path in outputs if path.suffix in (".bin", ".idx")]

@@ -8,7 +8,7 @@ from tests.conftest import REPOSITORY, Workspace
 
 import pytest
 
-# A training of a second, as the rules of the workflow declare theirs.
+# A training that takes a second, declared like the rules of the workflow.
 SNAKEFILE = f"""
 import sys
 sys.path.insert(0, "{REPOSITORY}/scripts")

@@ -34,7 +34,7 @@ def drawn() -> tuple[dict[str, str], set[tuple[str, str]]]:
 
 
 def made_from(workspace: Workspace, boxes: dict[str, str]) -> set[tuple[str, str]]:
-    """From which box to which a job of the main job leads, by the files that it reads and writes."""
+    """An arrow from box to box wherever a job of the main job reads files of one and writes the other."""
     patterns = {box: RAW.get(label, label.replace("{phase}", "[a-z]+")) for box, label in boxes.items()}
 
     def boxes_of(files: str) -> set[str]:

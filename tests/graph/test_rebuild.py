@@ -29,7 +29,7 @@ def test_nothing_runs_again(copy: Workspace):
 def test_a_changed_raw_file_rebuilds_its_shard_and_what_follows(copy: Workspace):
     raw = copy.path / "data/sample/code/part_0.jsonl"
     raw.write_text(raw.read_text() + '{"text": "a new document"}\n')
-    # Of the two phases, only `broad` has code in its blend; `focused` starts from it.
+    # Only the phase `broad` has code in its blend; `focused` starts from it.
     assert jobs(copy) == TEXT
 
 
@@ -64,7 +64,7 @@ def test_a_changed_chat_file_rebuilds_its_shard_and_sft(copy: Workspace):
         ("pretrain={log_interval: 1, save_interval: 3, micro_batch_size: 2}", {}),
         ("pretrain={parallel: {tensor_model_parallel_size: 2}}", {}),
         ("sft={parallel: {tensor_model_parallel_size: 2}, sample_interval: 3}", {}),
-        # Of a conversation in a pack each context parallel process wants two chunks.
+        # Each context parallel process wants two chunks of a conversation in a pack.
         ("sft={parallel: {context_parallel_size: 2}}", {"pack_sft": 2, "blend_sft": 1, "sft": 1}),
         ("pretrain_data={cpus_per_task: 2, max_epochs: 1.5}", {}),
         ("tracking=offline", {}),

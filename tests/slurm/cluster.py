@@ -250,7 +250,7 @@ class Cluster:
                 raise Failed(f"cannot {request}")
 
     def state(self, node: str) -> str:
-        """As `idle`, `mixed` or `down*`."""
+        """The state of a node in sinfo's words, such as `idle`, `mixed` or `down*`."""
         sinfo = ["sinfo", f"--nodes={node}", f"--partition={PARTITION}", "--noheader", "--format=%T"]
         return self.run(*sinfo, check=False).stdout.strip()
 

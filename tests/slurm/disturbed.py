@@ -18,7 +18,7 @@ import psutil
 
 
 def state_of(process: psutil.Process) -> str:
-    """As psutil says it; a process that has ended is dead, whoever waits for it."""
+    """The state in psutil's words; a process that has ended is dead, whoever waits for it."""
     try:
         state = process.status()
     except psutil.NoSuchProcess:

@@ -8,7 +8,7 @@ import hashlib
 def split_of(text: str, valid_fraction: float, test_fraction: float) -> str:
     """The split of a document, from a hash of its text.
 
-    The same text is in the same split in every corpus, shard and run, so exact duplicates never
+    A text is in the same split in every corpus, shard and run, so exact duplicates never
     straddle splits. Raising a fraction only moves documents out of train: test takes the lowest
     hashes, valid the highest.
     """

@@ -43,8 +43,8 @@ def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
 def mixed(configfiles: Sequence[str | Path]) -> str | None:
     """What to say of files that were not written for one another; None where there is nothing to say.
 
-    A file of a machine comes after the one of a recipe, which names the layers of a model. Of two recipes,
-    of two machines or in the other order, keys of the first would stay that the second does not name.
+    A file of a machine comes after the one of a recipe, which names the layers of a model. Two recipes, two
+    machines or the other order are no pair: keys of the first that the second does not name would stay.
     """
     before: tuple[str | Path, str, bool] | None = None
     for path in configfiles if len(configfiles) > 1 else ():

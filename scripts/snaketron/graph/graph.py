@@ -67,7 +67,7 @@ class Graph:
         self.registered = RegisteredGraph(config)
         self.bases = BaseGraph(config, self.lock)
         self.training = TrainingGraph(config, self.bases)
-        # As one word of a command.
+        # Quoted, as they stand in a command.
         self.configfiles = shlex.join(map(str, configfiles))
         self._raw_files: RawFiles | None = None
         self._workflow: Any = None

@@ -30,7 +30,7 @@ def trainings(config: Config, dag: Any, look: Look) -> list[str]:
     jobs = [job for job in dag.needrun_jobs(exclude_finished=False) if job.rule.name in RULES]
     phases = ["", *(phase.name for phase in config.pretrain.phases)]
     jobs.sort(key=lambda job: (RULES.index(job.rule.name), phases.index(job.wildcards.get("phase", ""))))
-    # Of each file that is made, its identity where that is known ahead.
+    # The identity of each file that is made, where it is known ahead.
     makers = {str(file): job for job in dag.needrun_jobs(exclude_finished=False) for file in job.output}
     known: dict[str, str | None] = dict.fromkeys(makers)
     makers = {file: job for file, job in makers.items() if job.rule.name == "blend_pretrain"}

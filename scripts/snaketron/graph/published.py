@@ -1,9 +1,9 @@
 """What is published stays until the job that replaces it has succeeded.
 
-Snakemake deletes the output of a job before it starts and after it fails. The rules of trainings mark theirs,
-a link to a version, with `update()`, those of exports their directory, and Snakemake leaves it alone before
-the job. Two things that Snakemake 9.27 does with such an output are wrong for a checkpoint, and are replaced
-here:
+Snakemake deletes the output of a job before it starts and after it fails. The output of a training is a
+link to a version, that of an export a directory; both are marked with `update()`, so Snakemake leaves them
+alone before the job. Two things that Snakemake 9.27 does with such an output are wrong for a checkpoint, and
+are replaced here:
 
 - Before the job it copies the output, or what the link leads to, which may be terabytes, to restore it after
   a failure.

@@ -68,8 +68,7 @@ class RawFiles:
     def watch_directory(self, rule: str, record: str, directory: Path) -> None:
         """Have a rule run again if a file in a directory of the user is not as the record of the rule says.
 
-        Snakemake is not told the files. As inputs of the rule they would be other inputs than before, and
-        what was made before would be made again.
+        Snakemake is not told the files: new inputs of a rule would have it make again what is finished.
         """
         made = self._read(record)
         entries = {Path(entry.path): entry for entry in made[0].inputs} if made else {}

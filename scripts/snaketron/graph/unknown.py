@@ -20,7 +20,10 @@ def find[T](what: str, name: str, known: Mapping[str, T]) -> T:
 
 
 def message(what: str, name: str, known: Iterable[str]) -> str:
-    """As `no phase of pretraining is called 'foo'; did you mean 'focused'? Known: broad, focused`."""
+    """Say that nothing of a kind has a name, and which names are known.
+
+    Such as `no phase of pretraining is called 'foo'; did you mean 'focused'? Known: broad, focused`.
+    """
     names = sorted(known)
     listed = f" Known: {some(names, MOST)}" if names else ""
     close = suggest(name, set(names)) if names else ""

@@ -1,7 +1,7 @@
 """The forward pass of a model that one process computes on a CPU in fp32, without megatron-core's wrappers.
 
-Of a token of a tiny model these take three quarters of the time. Weights and adapters are the modules' own;
-attention and Mamba-2 come from the decoder, which remembers. All other models and layouts go through
+The wrappers take three quarters of the time of a token of a tiny model. Weights and adapters are the modules'
+own; attention and Mamba-2 come from the decoder, which remembers. All other models and layouts go through
 megatron-core, and tests compare both with the whole forward pass.
 """
 

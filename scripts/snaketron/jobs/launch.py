@@ -258,7 +258,7 @@ class Ranks:
 
 
 def _free_port() -> int:
-    """A port at which nothing listens, and which the kernel gives to no outgoing connection.
+    """A port at which nothing listens, and that the kernel gives to no outgoing connection.
 
     The first process listens there some seconds later. A port of the kernel's own range, as port 0 gives,
     may be that of any connection of the machine by then.

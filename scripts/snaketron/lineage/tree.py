@@ -143,7 +143,7 @@ def _troubles(catalogue: Catalogue, branch: Branch) -> dict[str, int]:
 
 
 def facts(made: Made) -> list[str]:
-    """When, how long, with which code and on which machine an artifact was made, in lines."""
+    """Lines that tell when an artifact was made, in how long, by what code and on what machine."""
     record, about = made.record, made.record.provenance
     lines = [f"made on {record.created}, in {duration(record.seconds)}"]
     if code := about.get("code"):

@@ -1,4 +1,4 @@
-"""From a raw file forward: which jobs its text went into, and which it only had an influence on."""
+"""From a raw file forward: the jobs that its text went into, and those that it only had an influence on."""
 
 from __future__ import annotations
 

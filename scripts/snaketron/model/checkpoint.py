@@ -52,7 +52,7 @@ class Saver:
 
     @classmethod
     def configured(cls, run: RunSettings, steady: int = 0) -> Saver:
-        """As `run` says; in the background by default where a GPU computes, since the CPU is then idle.
+        """A saver for `run`; in the background by default where a GPU computes, since the CPU is then idle.
 
         The learning rate falls after `steady` steps.
         """

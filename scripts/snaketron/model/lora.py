@@ -324,7 +324,7 @@ class Part:
         return {k: v for k, v in self.model.sharded_state_dict(metadata=metadata).items() if self._is_here(k)}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> Any:
-        """As `torch.nn.Module.load_state_dict`; only keys of this part may be missing."""
+        """Like `torch.nn.Module.load_state_dict`, but keys of other parts of the model may be missing."""
         found = self.model.load_state_dict(state, strict=False)
         missing = [key for key in found.missing_keys if self._is_here(key)]
         if strict and missing:

@@ -1,7 +1,7 @@
 """What a training said while it ran: its metrics, read in a stream and thinned on the way.
 
-A training of a million lines has some 800 MB of them. As objects that each drawing went through, a tenth of
-that took 13 s of CPU.
+A training of a million lines has some 800 MB of them. When each drawing went
+through them as Python objects, a tenth of that took 13 s of CPU.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class Measured:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """As the last lines say, waits for data and checkpoints included."""
+        """Measured between the last lines, with waits for data and checkpoints."""
         if len(self.recent) < 2:
             return None
         (first, begin), (last, end) = self.recent[0], self.recent[-1]

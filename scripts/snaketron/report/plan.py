@@ -52,7 +52,7 @@ def _alike(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def _joined(names: Sequence[str]) -> str:
-    """As `pretrain/broad, focused`."""
+    """Stages in a list that names their section once: `pretrain/broad, focused`."""
     first, *others = names
     section = f"{first.partition('/')[0]}/"
     return ", ".join([first, *(name.removeprefix(section) for name in others)])

@@ -160,7 +160,7 @@ def _passes(work: Work, layer: str) -> float:
 
 
 def _within(gpu: Gpu, group: int) -> Moved:
-    """Of each byte that a process exchanges with a group: what goes to the others, near and far."""
+    """The shares of what a process exchanges with its group that go over NVLink and over the network."""
     near = min(group, gpu.domain)
     return Moved(nvlink=(near - 1) / group, network=1 - near / group)
 
@@ -169,7 +169,7 @@ def _within(gpu: Gpu, group: int) -> Moved:
 
 
 class StageSums(NamedTuple):
-    """Of each stage of the pipeline."""
+    """What the update sums and holds, in lists with an entry for each stage of the pipeline."""
 
     parameters: list[tuple[int, int]]  # of a process: dense ones, and those of routed experts
     memory: list[StaticMemory]
@@ -196,6 +196,6 @@ def sums_of_stages(work: Work, gpu: Gpu) -> StageSums:
 
 
 def _ring(gpu: Gpu, copies: int, between: int) -> Moved:
-    """Of each byte that is summed over `copies` processes, `between` ranks apart."""
+    """What a process sends for each byte that `copies` processes, `between` ranks apart, sum in a ring."""
     share = (copies - 1) / copies
     return Moved(nvlink=share) if copies * between <= gpu.domain else Moved(network=share)

@@ -97,8 +97,8 @@ def list_hub_address(
 def list_repository(model: HubRepository, patience: Patience) -> tuple[str, list[Found]]:
     """The commit of a repository, and the files that are used of its kind.
 
-    Of a model they are those in its root that a tokenizer or a checkpoint may have; of a data set those that
-    hold rows, and the README.md that says which configuration has which.
+    A model has files in its root that belong to a tokenizer or a checkpoint. A data set has files of rows,
+    and the README.md that assigns them to configurations.
     """
     from huggingface_hub import HfApi
 

@@ -27,7 +27,7 @@ TOKENIZER = re.compile(  # config.json tells the class of a tokenizer that does 
 CHECKPOINT = re.compile(r"(?:config|generation_config|tokenizer)\.json|.*\.safetensors(?:\.index\.json)?")
 
 
-# The files of a data set that are listed, in any directory. README.md says which configuration has which.
+# The files of a data set that are listed, in any directory. README.md assigns them to configurations.
 TASK_FILE = (
     r"README\.md|(?:[^/.][^/]*/)*[^/.][^/]*"
     r"\.(?:(?:jsonl?|ndjson|csv|tsv|txt)(?:\.(?:gz|zst|bz2|xz))?|parquet|arrow)"
@@ -80,7 +80,7 @@ class HubRepository(NamedTuple):
         return [f"<data>/hub/{self.place(lock)}/{file.name}" for file in self.listed(lock)]
 
     def listed(self, lock: Lock) -> list[LockedFile]:
-        """The same files as the lock file lists them."""
+        """The files of the repository that are used, as the lock file lists them."""
         self._check(lock)
         return [file for name, file in lock.model_files(self.name).items() if self.wanted.fullmatch(name)]
 

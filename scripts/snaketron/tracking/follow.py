@@ -33,7 +33,7 @@ import orjson
 PROGRAM = [sys.executable, "-m", "snaketron.tracking.follow"]
 POLL_S = 1.0
 END_S = 75.0  # for all sinks to finish; W&B has 30 s to answer and 30 s to take what is left
-STOP_S = 5.0  # that a training which was stopped or failed waits for its follower, which goes on by itself
+STOP_S = 5.0  # that a stopped or failed training waits for its follower, which goes on by itself
 
 
 @contextlib.contextmanager

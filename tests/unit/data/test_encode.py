@@ -176,7 +176,7 @@ def test_a_batch_that_fastokens_refuses_is_encoded_by_tokenizers(tokenizer_dir: 
 def test_a_document_beyond_both_encoders_is_a_bad_row(
     tokenize, tmp_path: Path, tokenizer_dir: Path, write_jsonl, monkeypatch
 ):
-    """As 20 MB of spaces are, of which the regular expressions of both make too much."""
+    """A text of 20 MB of spaces is one: the regular expressions of both encoders give up on it."""
     flat, exactly = encode._flat, encode.Encoder._exactly
 
     def refuse(texts):

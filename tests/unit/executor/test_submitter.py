@@ -13,7 +13,7 @@ import pytest
 
 
 class Job:
-    """Of Snakemake, for one shard."""
+    """A job of Snakemake, for one shard."""
 
     name, wildcards, wildcards_dict = "tokens", ["a"], {"shard": "a"}
     rule = SimpleNamespace(name="tokens")
@@ -27,7 +27,7 @@ HERE = Path("/data/work")
 
 
 def refusal(*lines: str) -> str:
-    """As the plugin reports one."""
+    """A refusal in the words of the plugin."""
     text = "\n".join(f"sbatch: error: {line}" for line in lines)
     return f"SLURM sbatch failed. The error message was '{text}'.\n    sbatch call:\n        sbatch {{'a'}}\n"
 

@@ -66,7 +66,7 @@ def test_a_training_has_the_threads_of_its_processes_on_a_node():
 
 
 def test_phases_of_one_layout_ask_for_the_same():
-    """As before phases could have sizes of their own: Snakemake gets numbers."""
+    """Phases without sizes of their own: Snakemake gets numbers, and no functions of the phase."""
     asked = training(cluster={"gpus_per_node": 8}).resources("pretrain")
     assert (asked["nodes"], asked["mem_mb"], asked["gres"]) == (1, 4000, "gpu:1")
     assert "mpi" not in asked and isinstance(asked["run"], str)

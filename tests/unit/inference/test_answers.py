@@ -27,7 +27,7 @@ def batches(packed_blend, tokenizer_dir: Path, sft_settings):
 
 
 def test_a_prompt_ends_where_the_first_answer_begins(batches):
-    """Of a pack only the first conversation, of that only the first answer."""
+    """Only the first answer of the first conversation of a pack is asked for."""
     assert held_out_prompts(batches([[TWO_TURNS, QUESTION]]), 1) == [Prompt([10], [11, 12])]
     assert held_out_prompts(batches([[QUESTION, TWO_TURNS]]), 1) == [Prompt([5, 6], [7, 8])]
 

@@ -27,7 +27,7 @@ def built(settings) -> BuiltModel:
 
 
 def logits(built: BuiltModel, ids: list[int]) -> torch.Tensor:
-    """Of the whole text at once, (length, vocabulary)."""
+    """The logits of the whole text at once, (length, vocabulary)."""
     with built.evaluating():
         return built.model(torch.tensor([ids]), torch.arange(len(ids))[None], None)[0, :, :256]
 
@@ -47,7 +47,7 @@ def test_each_token_is_the_most_likely_after_all_before_it(built):
 
 
 def test_adapters_take_part_in_each_token(settings):
-    """Of every kind of linear layer, the router and each expert too."""
+    """Every kind of linear layer has an adapter, the router and each expert too."""
     values, run = settings()
     targets = ["linear_*", "*_proj", "router"]
     adapted = LoraSettings(**values.model_dump(), lora=Adapters(target_modules=targets, rank=2))

@@ -100,7 +100,7 @@ def test_an_answer_to_nothing_begins_a_text_and_one_without_room_is_refused(mode
 
 
 def test_a_task_of_a_directory_runs_offline(model, tmp_path: Path):
-    """Of four questions the label is the more probable choice, or the other one, as we say."""
+    """The label of each of four questions is set to the more probable choice, or to the other one."""
     questions = ["the quick brown", "the lazy", "jumps over", "quick"]
     labels = []
     for number, question in enumerate(questions):

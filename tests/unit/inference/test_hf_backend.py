@@ -1,4 +1,4 @@
-"""The same tasks through an export and lm-eval's own `hf` model give the numbers of our LM."""
+"""Tasks give the same numbers through an export and lm-eval's own `hf` model as on the checkpoint."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_tasks_give_the_numbers_of_the_export_in_lm_evals_hf(
     here = {name: run_task(own, Task(name=name), directories=[tasks])[name] for name in KINDS}
     there = results_of(other, tasks, KINDS)
     check_equal(here, there)
-    # lm-eval's own file is a column beside ours.
+    # lm-eval's own file is a column beside that of rule evaluate.
     write_json(tasks / "own.json", {"stage": "pretrain/one", "tasks": here})
     write_json(tasks / "hf.json", {"results": there, "model_name": "hf/one"})
     lines = markdown(read_evaluations([tasks / "own.json", tasks / "hf.json"])).splitlines()

@@ -149,7 +149,7 @@ def test_a_constant_rate_of_a_tuning_is_prolonged_and_a_cosine_is_not(tmp_path: 
 
 
 def test_data_that_was_repeated_in_another_order_is_not_gone_on_from(tmp_path: Path):
-    """Of 1,000 tokens 15 steps are one epoch, in any order; 20 of an index of before are not."""
+    """15 steps are one epoch of 1,000 tokens, in any order; 20 are more, and an old index mixes epochs."""
     trained(tmp_path, phase(15, 2, more=5), inputs(blend(15), order=None), 15)
     assert found(tmp_path, phase(30, 2), inputs(blend(30))) == 15
     assert found(tmp_path, phase(30, 2), inputs(blend(30), order=None)) is None
@@ -229,7 +229,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_left(tmp_path: Path, ended: V
 @pytest.mark.parametrize(
     ("keys", "left"),
     [
-        # Of checkpoints every 10 steps, and where the rate begins to fall: after 45.
+        # Kept of the checkpoints after every 10 steps, and after 45, where the rate begins to fall:
         ({}, {45, 70, 80}),
         ({"keep_steady": 3}, {30, 40, 45, 70, 80}),
         ({"keep_steady": 3, "steady_interval": 20}, {20, 40, 45, 70, 80}),

@@ -1,4 +1,4 @@
-"""Which versions there are, in which state, and which of them nothing needs any more."""
+"""The versions that there are, their states, and those that nothing needs any more."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def job(kind: str, name: str, record: str, inputs: dict, outputs: dict[str, str]
 
 
 def hashes(inputs: dict) -> Iterator[str]:
-    """Of all inputs; where one is a record, those of the outputs that it lists."""
+    """The hashes of all inputs; where one is a record, those of the outputs that it lists."""
     for given in inputs.values():
         for one in given if isinstance(given, list) else [given]:
             if isinstance(one, Path) and one.suffix == ".json" and "tokens" in one.parts:

@@ -247,7 +247,7 @@ ALL = ["linear_qkv", "linear_proj", "in_proj", "linear_fc1", "linear_fc2", "fc1_
 def test_peft_gives_the_logits_of_the_adapters_on_the_exported_base(
     build, save, tmp_path: Path, targets: list[str], expert_rank: int | None
 ):
-    """Of a model with a latent space and a block of multi-token prediction, whose adapters are left out."""
+    """The model has a latent space and a block of multi-token prediction, whose adapters are left out."""
     from peft import PeftModel
 
     keys = KEYS | {"hybrid_layer_pattern": "MEM*E-", "moe_latent_size": 16}

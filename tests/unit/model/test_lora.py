@@ -75,7 +75,7 @@ def test_an_adapter_adds_alpha_over_rank_b_a_x(by_hand):
 
 
 def test_its_gradients_by_hand(by_hand):
-    """Of y[0] at x = (1, 1, 2): 6 B[0] x for A, 6 A x for B[0], and nothing for W."""
+    """The gradients of y[0] at x = (1, 1, 2): 6 B[0] x for A, 6 A x for B[0], and nothing for W."""
     adapter = by_hand.lora
     by_hand.weight.requires_grad_(False)
     out, _ = by_hand(torch.tensor([[[1.0, 1, 2]]], device=backend.device(), requires_grad=True))

@@ -29,7 +29,7 @@ def test_a_long_training_keeps_the_first_the_last_and_the_spikes():
         number / STRETCH + 4
     )  # a block may end with a short stretch
     assert series.total == sum(values)
-    # Of every stretch the first value: the median of these lies half a stretch above that of all.
+    # The first value of every stretch counts: their median lies half a stretch above that of all values.
     assert abs(series.median - 10.0 * number / 2) <= 10 * STRETCH
     series.add(np.array([number]), np.array([7.0]))  # after it was asked
     assert series.points[-1] == (number, 7.0) and series.total == sum(values) + 7

@@ -88,7 +88,7 @@ def test_a_rule_of_which_jobs_are_still_to_be_done_says_how_many(job, tmp_path: 
 
 
 def test_losses_by_corpus_are_before_after_and_tested(training, tmp_path: Path):
-    """Of 400 trained tokens 300 are code."""
+    """Code has 300 of the 400 trained tokens."""
     directory = training("pretrain/broad", steps=0)
     corpora = {name: {"loss": 5.0, "trained_tokens": n} for name, n in (("docs", 50), ("code", 150))}
     lines = [{"iteration": i, "valid_sources": {"docs": 7.0 - i, "code": 6.0 - i}} for i in (0, 1, 2)]

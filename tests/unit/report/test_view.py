@@ -231,7 +231,7 @@ def test_after_a_resize_the_lines_that_the_terminal_broke_are_counted(area, monk
 
 
 def test_after_a_pause_nothing_that_others_wrote_is_removed(area, monkeypatch: pytest.MonkeyPatch):
-    """As after Ctrl-Z and fg, when lines of the shell are below the view."""
+    """After Ctrl-Z and fg, say, lines of the shell are below the view."""
     drawn, written = area
     drawn.draw(["a"])
     monkeypatch.setattr(view, "AWAY_S", -1.0)

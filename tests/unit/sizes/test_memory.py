@@ -78,7 +78,7 @@ def test_lower_precision_and_offloading_leave_less_on_the_gpu():
     assert found.total == (2 + 4 + 12 / 4) * mine
 
 
-# Of tests/benchmarks/gpu_training.py, measured in bf16 (docs/measurements.md): peak GiB in tensors.
+# The model of tests/benchmarks/gpu_training.py, measured in bf16 (docs/measurements.md).
 MEASURED = Model(
     hybrid_layer_pattern="MEMEM*EMEMEM*EMEMEM*EMEME",
     hidden_size=2048,

@@ -49,11 +49,11 @@ def test_copies_of_tokens_cross_nvlink_and_the_network():
 
 
 def test_stages_of_a_pipeline_wait_for_each_other():
-    """Of two equal layers, the stage with the output layer is the slower one; it waits for the other once."""
+    """The layers are equal: the stage with the output layer is slower, and waits for the other once."""
     whole = of({"hybrid_layer_pattern": "--"})
     halves = of({"hybrid_layer_pattern": "--"}, parallel={"pipeline_model": 2})
     assert halves.dense == pytest.approx(whole.dense / 2)
-    # Of 4 micro-batches: the other stage computes one without the output layer, starting it on the host.
+    # The bubble of 4 micro-batches: the other stage computes one, without the output layer.
     assert 0 < halves.bubble < (halves.dense + halves.output + halves.host) / 4
     assert halves.output == pytest.approx(whole.output)
 

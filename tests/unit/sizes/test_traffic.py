@@ -38,7 +38,7 @@ def test_a_gpu_alone_sends_nothing():
 def test_copies_of_tokens_go_to_experts_of_both_nodes():
     """1,000 tokens, 2 copies of 64 numbers of 2 bytes, there and back, forwards and backwards.
 
-    Of 4 GPUs one is in the same node: a quarter goes over NVLink, half over the network.
+    One of 4 GPUs is in the same node: a quarter goes over NVLink, half over the network.
     """
     copies = 1000 * 2 * 64 * 2 * 2 * 2
     assert of("E", expert_model=4, data=4)["experts"] == Moved(copies / 4, copies / 2)

@@ -1,4 +1,4 @@
-"""Models of the hub: which files are listed, which are used, and what is refused."""
+"""Models of the hub: what files are listed, what is used of them, and what is refused."""
 
 from __future__ import annotations
 

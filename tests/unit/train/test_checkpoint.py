@@ -296,7 +296,7 @@ def test_a_save_in_the_background_on_a_full_disk_is_told_when_it_ends(trainer, t
 
 
 def test_samples_are_taken_before_the_training_on_the_way_and_after_it(settings, tmp_path: Path):
-    """Of 5 steps every 2; a run that continues after step 4 takes the one that is left."""
+    """Every 2 of 5 steps; a run that continues after step 4 takes the one that is left."""
     taken: list[int] = []
 
     def train() -> None:

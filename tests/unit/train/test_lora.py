@@ -200,7 +200,7 @@ def test_recomputed_layers_give_the_same_adapters(settings, recompute: list[str]
 
 
 def test_gradients_in_parts_are_those_of_one_process(tmp_path: Path):
-    """Of every factor, under tensor, expert tensor, expert and pipeline parallelism: to rounding."""
+    """Every factor's gradient agrees under tensor, expert and pipeline parallelism, up to rounding."""
     program, whole = "tests.unit.train.lora_gradients", str(tmp_path / "whole.pt")
     run_module(program, whole)
     errors = json.loads(run_module(program, whole, processes=2).output.splitlines()[-1])

@@ -41,7 +41,7 @@ def conversation(seed: int, *turns: tuple[int, int]) -> list[tuple[int, int]]:
     return list(zip(ids.tolist(), said, strict=True))
 
 
-# Of very different numbers of trained tokens, so that the averages differ.
+# Conversations with very different numbers of trained tokens, so that the averages differ.
 A = conversation(1, (3, 0), (1, 1))  # one trained token: nothing for multi-token prediction to predict
 B = conversation(2, (2, 0), (6, 1))
 C = conversation(3, (1, 0), (2, 1), (3, 0), (4, 1))
@@ -66,7 +66,7 @@ def trainer_of(sft_settings, packed_blend, tokenizer_dir):
 
 
 def gradients(trainer: Trainer, batches: SftBatches, first: int = 0) -> dict[str, torch.Tensor]:
-    """Of one step over all packs, as the optimizer gets them."""
+    """The gradients of one step over all packs, as the optimizer gets them."""
     trainer.parallel_model.zero_grad_buffer()
     count = trainer.settings.global_batch_size
     trainer._add_up(trainer._forward_backward(batches, first), count)

@@ -97,7 +97,7 @@ def test_sequence_parallel_ranks_get_their_part_of_the_padding_mask(monkeypatch:
 
 
 def test_context_parallel_ranks_get_two_chunks_of_each_conversation(monkeypatch: pytest.MonkeyPatch):
-    """Of 4 chunks, rank 0 has the first and the last, rank 1 those between."""
+    """Rank 0 has the first and the last of 4 chunks, rank 1 those between."""
     four = pack([(i, 1) for i in range(1, 9)], [(i, 1) for i in range(11, 14)])
     monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 2)
     parts = []

@@ -1,4 +1,4 @@
-"""In which pack a conversation is, and in which samples of a training a pack."""
+"""Which pack holds a conversation, and at what places a training reads that pack."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def _first_fit_by_runs(decreasing: np.ndarray, pack_size: int) -> np.ndarray:
     bounds = np.flatnonzero(np.diff(decreasing, prepend=0, append=0)).tolist()
     for start, end in itertools.pairwise(bounds):
         length, count = int(decreasing[start]), end - start
-        # As if all bins that `count` more can need were open: the last ones are empty, and used last.
+        # Take all bins that `count` more can need for open ones: the last ones are empty, and used last.
         opened_after = opened + -(-count // (pack_size // length))
         with_room = np.flatnonzero(room[:opened_after] >= length)[:count]
         filled = np.cumsum(room[with_room] // length)

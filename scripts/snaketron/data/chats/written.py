@@ -16,8 +16,8 @@ _WORD = re.compile(r"\w+")
 def check_written(message: Mapping[str, Any], written: str, number: int) -> None:
     """Raise `Unusable` when message `number` is not in the text `written` for it.
 
-    Of an answer all content, and each call, must be there. Templates change what others say, for example to
-    JSON: of that the longest word must be there.
+    The content of an answer must be there whole, and each call. Templates change what others say, for
+    example to JSON, so its longest word must be there.
     """
     content = message["content"].strip()
     if message["role"] != "assistant":

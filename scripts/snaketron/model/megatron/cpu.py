@@ -150,8 +150,8 @@ class FusedAdam(torch.optim.Optimizer):
     first step, and after loading all parameters would share one `step` tensor.
     """
 
-    # As they are below the decorator that would import torch's compiler at the first call (0.6 s) to switch
-    # it off: nothing is compiled here.
+    # Without their decorator, which would import torch's compiler at the first call (0.6 s) to switch it off:
+    # nothing is compiled here.
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)

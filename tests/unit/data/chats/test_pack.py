@@ -130,7 +130,7 @@ LONG = [
 
 
 def test_the_sizes_that_all_conversations_need_are_counted(tmp_path):
-    """Of 3, 6, 2, 3, 9 and 2 tokens, those of all splits and those left out too."""
+    """Conversations of 3, 6, 2, 3, 9 and 2 tokens, in all splits, and those left out too."""
     assert pack(tmp_path, CHATS).counts["needed_pack_size"] == {"2": 2, "4": 2, "8": 1, "16": 1}
     numbers = np.array([1, 2, 3, 4, 5, 8, 1024, 1025])
     assert pack_module.smallest_packs(numbers) == {"1": 1, "2": 1, "4": 2, "8": 2, "1024": 1, "2048": 1}

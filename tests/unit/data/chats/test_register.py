@@ -23,7 +23,7 @@ ROW = {"input_ids": [1, 2, 3, 4, 5], "loss_mask": [0, 1, 0, 1, 0], "seq_start_id
 
 
 def write(path: Path, rows: list[dict[str, list[int]]], **types: pa.DataType) -> Path:
-    """As Megatron-Bridge writes them: int8 masks and no footer of ours."""
+    """Write packs like Megatron-Bridge: int8 masks, and no footer that says what made them."""
     kinds = {"input_ids": pa.int32(), "loss_mask": pa.int8(), "seq_start_id": pa.int32()} | types
     if kinds["loss_mask"] == pa.bool_():
         rows = [row | {"loss_mask": list(map(bool, row["loss_mask"]))} for row in rows]

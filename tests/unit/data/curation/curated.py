@@ -22,7 +22,7 @@ def words(prefix: str, count: int = 60) -> str:
 
 
 def changed(text: str, at: int) -> str:
-    """The same text with another word at a place."""
+    """A text with another word at a place."""
     parts = text.split()
     parts[at] = "something"
     return " ".join(parts)

@@ -102,7 +102,7 @@ def test_numbers_and_few_words_do_not_make_a_document_contaminated(
     chorus = "la di da " * 8  # 3 n-grams, of three words
     with caplog.at_level(logging.WARNING):
         record = index(steps, {"swans": [QUESTION, table, chorus, numbers]})
-    # Of the table, those that begin with its three words; of the others, "0 ... 0" and three of the chorus.
+    # N-grams of the table that begin with one of its words, "0 ... 0", and three of the chorus.
     assert record.counts[f"{steps.root}/swans.jsonl"] == {
         "texts": 4,
         "too_short": 0,

@@ -173,7 +173,7 @@ def execute(root: Path, tasks: int, pipeline: list) -> None:
 def test_near_duplicates_are_those_of_datatrove(steps: Steps, tmp_path: Path, crowd: dict[str, list[str]]):
     """Its own chain on the same documents: the same signatures, pairs and clusters, byte by byte.
 
-    Of each cluster it keeps one document, and we keep the first.
+    It keeps one document of each cluster, and Snaketron keeps the first.
     """
     for shard, texts in crowd.items():
         steps.filtered(shard, texts)

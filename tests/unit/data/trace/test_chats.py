@@ -1,4 +1,4 @@
-"""In which pack a conversation is and at which steps it was trained on: real packs, a blend and its order."""
+"""The pack that holds a conversation, and the steps that trained on it: real packs, a blend and its order."""
 
 from __future__ import annotations
 

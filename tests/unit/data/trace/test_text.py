@@ -32,7 +32,7 @@ import pytest
 ARRAYS = ([2, 0, 1], [[0, 0], [1, 0], [1, 4]], [1, 0])
 OTHER = ([0], [[0, 0], [0, 4], [0, 8], [0, 12], [0, 16], [0, 20], [0, 24]], [0, 1, 2, 3, 4, 5])
 A, B = "data/tokens/docs/train/a", "data/tokens/docs/train/b"
-# Of 8 samples, number 2 and number 5 are of shard a.
+# Samples 2 and 5 of the 8 are of shard a.
 BLENDED = ([1, 1, 0, 1, 1, 0, 1, 1], [0, 1, 0, 2, 3, 1, 4, 5])
 # Row 1 is sequence 0, row 2 is held out, row 4 was cut into the sequences 1 and 2; row 3 was dropped.
 SEQUENCES = [("train", 0, 1), ("valid", 0, 2), ("train", 1, 4), ("train", 2, 4)]

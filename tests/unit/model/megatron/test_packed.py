@@ -64,7 +64,7 @@ def test_losses_of_a_conversation_do_not_depend_on_its_pack(build, depth):
 
 
 def test_a_shift_stays_inside_a_conversation():
-    """As multi-token prediction shifts ids, positions and labels."""
+    """Multi-token prediction shifts ids, positions and labels in this way."""
     params = packed((3, 1, 2))
     shifted, total = shift(torch.tensor([[1, 2, 3, 4, 5, 6]]), -1, -1, params)
     assert shifted.tolist() == [[2, 3, 0, 0, 6, 0]] and int(total) == 11
@@ -73,7 +73,7 @@ def test_a_shift_stays_inside_a_conversation():
 
 
 def test_context_parallel_ranks_hold_the_first_and_the_last_chunks_of_each_conversation():
-    """Of 8 tokens in 4 chunks and of 12 in 4: rank 0 has chunks 0 and 3, rank 1 those between."""
+    """8 tokens in 4 chunks, and 12 in 4: rank 0 has chunks 0 and 3, rank 1 those between."""
     ends = torch.tensor([0, 8, 20])
     parts = [partition(ends, 20, 2, rank).tolist() for rank in (0, 1)]
     assert parts == [[0, 1, 6, 7, 8, 9, 10, 17, 18, 19], [2, 3, 4, 5, 11, 12, 13, 14, 15, 16]]
