@@ -1,5 +1,5 @@
 rule import_base:
-    """Make a checkpoint to begin with of one from elsewhere, and verify it.
+    """Import a checkpoint from elsewhere, which trainings begin with, and verify it.
 
     The output is a link, like the output of rule pretrain. The template is `ancient`, because no weight depends on it.
     """
@@ -29,7 +29,7 @@ rule import_base:
 
 
 rule register_checkpoint:
-    """Make the result of a phase of a checkpoint from elsewhere, as import_base does; it stands in for pretrain."""
+    """Import a checkpoint from elsewhere as the result of a phase, which is then not trained, and verify it."""
     input:
         weights=graph.bases.files_of_phase,
         tokenizer="<data>/tokenizer/tokenizer.json",

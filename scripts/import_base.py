@@ -1,4 +1,4 @@
-"""Make a checkpoint to begin with of one from elsewhere: published safetensors, or Megatron's torch_dist."""
+"""Import a checkpoint that trainings begin with: published safetensors, or Megatron's torch_dist."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from snaketron.log import argument_parser, logger, run
+from snaketron.sources.formats import READABLE
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -16,7 +17,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=Path,
         required=True,
-        help="files of one shard, in order: .jsonl[.gz|.zst], .parquet or .arrow, one conversation a row",
+        help=f"files of one shard, in order, one conversation a row: {READABLE}",
     )
     add("--settings", required=True, help="RenderSettings as JSON")
     add("--tokenizer", type=Path, required=True, help="directory with tokenizer.json")

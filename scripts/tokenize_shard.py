@@ -8,6 +8,7 @@ from pathlib import Path
 
 from snaketron.config.data import SPLITS
 from snaketron.log import argument_parser, logger, run
+from snaketron.sources.formats import READABLE
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -17,7 +18,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         required=True,
-        help="raw files: .jsonl or .json (also .gz, .zst), .parquet, .arrow; what curate_shard wrote, too",
+        help=f"raw files: {READABLE}; what curate_shard wrote, too",
     )
     parser.add_argument("--settings", required=True, help="TokenizeSettings as JSON")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer")

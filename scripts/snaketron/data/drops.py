@@ -104,6 +104,6 @@ def open_raw(path: Path) -> BinaryIO:
     try:
         return path.open("rb", buffering=BUFFER)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file; restore it, or take it out of the configuration") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); see to it and run again") from None

@@ -91,7 +91,9 @@ def take_over(version: Version, origin: Origin, run: RunSettings) -> bool:
     except (shutil.Error, FileNotFoundError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         if origin.version.iteration_directory(origin.iteration).exists():
-            raise UserError(f"{target}: {origin} cannot be copied to it ({error})") from None
+            raise UserError(
+                f"{target}: {origin} cannot be copied to it ({error}); see to that and run again"
+            ) from None
         return False  # the other version is training, and deleted it
     lines = b"".join(orjson.dumps(line) + b"\n" for line in _metrics(origin, run))
     files.write_text(version.metrics, lines)

@@ -174,7 +174,10 @@ class Ranks:
                 "job; run it with profiles/slurm, or make cluster.gpus_per_node and the parallel sizes fit"
             )
         if options and self.job is None:
-            raise UserError("cluster.container_runtime: pyxis is a part of srun, and this is no Slurm job")
+            raise UserError(
+                "cluster.container_runtime: pyxis is a part of srun, and this is no Slurm job; run it with "
+                "profiles/slurm, or take apptainer or charliecloud"
+            )
         if (self.nodes > 1 or options) and not shutil.which("srun"):
             raise UserError(
                 "srun: no such command here; if Snakemake runs in an image (--sdm apptainer), take "
@@ -268,4 +271,6 @@ def _free_port() -> int:
     for port in [*random.sample(others, min(100, len(others))), 0]:
         with contextlib.suppress(OSError), socket.create_server(("", port)) as server:
             return int(server.getsockname()[1])
-    raise UserError("no port is free for the processes of a training to meet at")
+    raise UserError(
+        "no port of this machine is free for the processes of a training to meet at; end some programs"
+    )

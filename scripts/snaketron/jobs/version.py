@@ -64,7 +64,10 @@ class Description:
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; the checkpoint is damaged") from None
         except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError):
-            raise UserError(f"{path}: not the configuration of a checkpoint") from None
+            raise UserError(
+                f"{path}: not the configuration of a checkpoint; name one that this workflow made, or "
+                "restore the file"
+            ) from None
 
     def write(self, path: Path) -> None:
         value = {

@@ -242,7 +242,10 @@ def add_adapters(model: HybridModel, settings: Adapters, seed: int) -> None:
             _adapt(module, Adapter(module, kind, settings, model.config, expert=".experts." in name))
             found += 1
     if not found:
-        raise UserError(f"lora.target_modules: no layer of this model is one of {settings.target_modules}")
+        raise UserError(
+            f"lora.target_modules: no layer of this model is one of {settings.target_modules}; "
+            "docs/tuning.md lists their names"
+        )
     if hasattr(model, "embedding"):
         # What is recomputed, or comes from another pipeline stage, has gradients only if its input wants one.
         model.embedding.register_forward_hook(_want_gradient)

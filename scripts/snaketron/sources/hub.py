@@ -114,7 +114,9 @@ def list_repository(model: HubRepository, patience: Patience) -> tuple[str, list
     used = MODEL_FILE if model.kind == "model" else TASK_FILE
     paths = sorted(name for name in names if re.fullmatch(used, name))
     if not any(model.wanted.fullmatch(path) for path in paths):
-        raise UserError(f"{at}: {repository} at {revision} has none of the files that are needed")
+        raise UserError(
+            f"{at}: {repository} at {revision} has none of the files that are needed; check both names"
+        )
     return commit, _described(repository, commit, paths, at, patience, kind=model.kind)
 
 

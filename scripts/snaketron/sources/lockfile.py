@@ -70,7 +70,9 @@ class Lock:
         try:
             return self._listed(owner, self.models if "/" in owner else self.sources)[name]
         except KeyError:
-            raise ConfigError(f"{self.path} lists no file {name!r} of {owner!r}") from None
+            raise ConfigError(
+                f"{self.path} lists no file {name!r} of {owner!r}; ask for one that is listed there"
+            ) from None
 
     def check(self, source: Corpus | ChatSource, where: str) -> None:
         """Raise `ConfigError` unless the source was listed as it is configured now."""

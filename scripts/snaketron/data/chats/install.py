@@ -38,7 +38,9 @@ def _read_template(path: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (tokenizer.chat_template)") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: invalid UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(
+            f"{path}: invalid UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
 
 
 def template_of(source: str) -> str:
@@ -70,7 +72,8 @@ def check_template(text: str, name: str) -> None:
         raise UserError(f"{name}: cannot render a question and an answer: {error}") from None
     if not any(ANSWER in rendered[start:end] for start, end in spans):
         raise UserError(
-            f"{name}: the assistant's answer is outside {{% generation %}} ... {{% endgeneration %}}"
+            f"{name}: the assistant's answer is outside {{% generation %}} ... {{% endgeneration %}}; "
+            "put these marks around it"
         )
     if template.marked:
         template.check_marks()

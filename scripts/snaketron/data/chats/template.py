@@ -366,5 +366,7 @@ def load_template(path: Path, variables: Mapping[str, str] | None = None, **argu
     except FileNotFoundError:
         raise UserError(f"{path}: no such chat template (rule install_chat_template)") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: invalid UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(
+            f"{path}: invalid UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
     return Template(source, name=str(path), variables=variables, **arguments)

@@ -84,7 +84,10 @@ def _of_text(catalogue: Catalogue, shard: Made, file: str, rows: Sequence[int]) 
     try:
         table = pq.ParquetFile(path).read(columns=columns, use_threads=False).filter(here)
     except FileNotFoundError:
-        raise UserError(f"{path}: not here any more, so the documents of {file} cannot be found") from None
+        raise UserError(
+            f"{path}: not here any more, so the documents of {file} cannot be found; run the workflow to "
+            "make it again"
+        ) from None
     found = {row: Fate(file, row, shard) for row in rows}
     for value in table.to_pylist():
         fate = found[value["row"]]
@@ -149,7 +152,10 @@ def _of_chats(catalogue: Catalogue, shard: Made, file: str, rows: Sequence[int])
             found[row].numbers.append(number)
             found[row].splits.append(split)
     except FileNotFoundError:
-        raise UserError(f"{path}: not here any more, so the rows of {file} cannot be found") from None
+        raise UserError(
+            f"{path}: not here any more, so the rows of {file} cannot be found; run the workflow to "
+            "make it again"
+        ) from None
     for fate in found.values():
         fate.why = _why_not_trained(catalogue, fate)
         if "train" in fate.splits:
