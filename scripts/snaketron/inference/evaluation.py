@@ -21,7 +21,7 @@ from snaketron.jobs.version import Version, version_key
 from snaketron.lineage.record import Entry, making
 from snaketron.log import logger
 from snaketron.settings.evaluation import EvalSettings
-from snaketron.settings.training import RunSettings, template_date
+from snaketron.settings.training import RunSettings, settings_of_checkpoint, template_date
 
 if TYPE_CHECKING:  # imports megatron-core (5 s), which the supervisor does not need
     from snaketron.model.build import BuiltModel
@@ -123,15 +123,19 @@ def parts(job: Evaluation) -> Iterator[tuple[str, Part]]:
         if settings.answers:
             yield f"answers/{source.source}", partial(answers, files=source.files)
     if settings.tasks:
+        from snaketron.inference.exporting import ends_of_answers
         from snaketron.inference.harness import CheckpointLM, run_task
 
-        day = template_date(Version(job.checkpoint).describe().run)
+        version = Version(job.checkpoint)
+        described = version.describe()
+        ends = ends_of_answers(version, settings_of_checkpoint(described.settings))
+        day = template_date(described.run)
         template = load_template(directory / "chat_template.jinja", special_tokens(directory), day=day)
         for task in settings.tasks:
 
             def of_task(built: BuiltModel, task: Any = task) -> dict[str, Any]:
                 return run_task(
-                    CheckpointLM(built, tokenizer, info.eos_id, template, batch),
+                    CheckpointLM(built, tokenizer, ends, template, batch),
                     task,
                     directories=[Path(path) for path in settings.task_directories],
                     limit=settings.task_limit,

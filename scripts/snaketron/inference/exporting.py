@@ -65,23 +65,27 @@ def _checkpoint(version: Version, settings: TrainSettings) -> Checkpoint:
     if iteration is None:
         raise UserError(f"{version.directory}: no checkpoint there")
     tokenizer = tokenizer_info(version.tokenizer)
-    stops = [tokenizer.eos_id]
-    day = template_date(version.describe().run)
-    if settings.packed and (end := end_of_answer(version.tokenizer, day)) not in (None, tokenizer.eos_id):
-        assert end is not None
-        stops.append(end)
     return Checkpoint(
         tensors=version.iteration_directory(iteration),
         tokenizer=version.tokenizer,
         model=settings.model,
         seq_length=settings.seq_length,
         vocab_size=tokenizer.vocab_size,
-        eos_token_ids=stops,
+        eos_token_ids=ends_of_answers(version, settings),
         pad_token_id=tokenizer.pad_id,
     )
 
 
-def end_of_answer(tokenizer: Path, day: date) -> int | None:
+def ends_of_answers(version: Version, settings: TrainSettings) -> list[int]:
+    """The ids that end an answer: the tokenizer's own, and after a tuning that of its chat template."""
+    ends = [tokenizer_info(version.tokenizer).eos_id]
+    if settings.packed:
+        end = _end_of_turn(version.tokenizer, template_date(version.describe().run))
+        ends += [end] if end is not None and end not in ends else []
+    return ends
+
+
+def _end_of_turn(tokenizer: Path, day: date) -> int | None:
     """The id of the token that ends an answer, by the chat template; None where there is none.
 
     `day` is the date that the template is told if it asks.

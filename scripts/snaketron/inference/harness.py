@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +35,32 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
 
 MAX_TOKENS = 256  # of an answer, where the task does not say; that of lm-eval's `hf`
+# What `generation_kwargs` of a task may hold, as lm-eval spells it; and values that change nothing.
+_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
+_WITHOUT_EFFECT = {"num_beams": 1, "repetition_penalty": 1, "length_penalty": 1, "top_k": 0, "min_p": 0}
 
 
 class CheckpointLM(TemplateLM):
     """Every rank must run the same tasks; all get the same results.
 
-    eos_id: what ends a text, and stands before one that has no beginning.
+    ends: ids that end an answer. The first one ends a text too, and stands before one that has no beginning.
     """
 
     def __init__(
-        self, built: BuiltModel, tokenizer: Tokenizer, eos_id: int, template: Template, batch_size: int
+        self,
+        built: BuiltModel,
+        tokenizer: Tokenizer,
+        ends: Sequence[int],
+        template: Template,
+        batch_size: int,
     ) -> None:
         super().__init__()
-        self.built, self._tokenizer, self._eos_id = built, tokenizer, eos_id
+        self.built, self._tokenizer, self._ends = built, tokenizer, ends
         self._template, self._batch_size = template, batch_size
 
     @property
     def eot_token_id(self) -> int:
-        return self._eos_id
+        return self._ends[0]
 
     @property
     def max_length(self) -> int:
@@ -113,18 +121,20 @@ class CheckpointLM(TemplateLM):
         return answers
 
     def _generate(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
-        until = options.get("until") or []
-        ends = [text for text in ([until] if isinstance(until, str) else until) if text]
-        most = int(options.get("max_gen_toks", MAX_TOKENS))
+        from lm_eval.models.utils import normalize_gen_kwargs  # 2 s, which other kinds of tasks do not need
+
+        asked = dict(normalize_gen_kwargs(options, MAX_TOKENS))
+        _check_options(asked)
+        ends = [text for text in asked["until"] if text]
+        most = asked["max_gen_toks"]
         if most >= self.max_length:  # `hf` refuses it, too
             raise UserError(
                 f"eval.tasks: answers of up to {most} tokens leave no room for a question: the model was "
                 f"trained on up to {self.max_length}; give the task a lower max_gen_toks"
             )
-        drawn = bool(options.get("do_sample")) and float(options.get("temperature", 0)) > 0
         sampling = Sampling(
-            temperature=float(options["temperature"]) if drawn else 0.0,
-            top_p=float(options.get("top_p", 1.0)),
+            temperature=asked["temperature"] if asked["do_sample"] else 0.0,
+            top_p=float(asked.get("top_p", 1.0)),
         )
         found = generate(
             self.built,
@@ -132,7 +142,7 @@ class CheckpointLM(TemplateLM):
                 self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
                 for context in contexts
             ],
-            stop=[self._eos_id],
+            stop=self._ends,
             ends=lambda ids: any(end in self._decode(ids) for end in ends),
             max_tokens=most,
             sampling=sampling,
@@ -142,6 +152,20 @@ class CheckpointLM(TemplateLM):
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _check_options(asked: Mapping[str, Any]) -> None:
+    """`UserError` for options that would be passed over, so that `hf` would give other answers."""
+    unknown = [
+        f"{name}: {value}"
+        for name, value in asked.items()
+        if name not in _OPTIONS and value is not None and value != _WITHOUT_EFFECT.get(name)
+    ]
+    if unknown:
+        raise UserError(
+            f"eval.tasks: generation_kwargs of a task has {', '.join(unknown)}; answers are made with "
+            f"{', '.join(sorted(_OPTIONS))} alone. Take it out of the task, or ask the export with lm_eval"
+        )
 
 
 def _before(text: str, ends: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,14 @@ def _of_lm_eval(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a task of lm-eval that are numbers, without the filter `none` in their names."""
+    """The metrics of a task of lm-eval that are numbers, without the filter `none` in their names.
+
+    Some of its metrics are numbers of NumPy, which JSON does not know.
+    """
     return {
-        name.removesuffix(",none"): value
+        name.removesuffix(",none"): value if isinstance(value, int) else float(value)
         for name, value in metrics.items()
-        if isinstance(value, int | float) and "_stderr" not in name and name != "sample_len"
+        if isinstance(value, Real) and "_stderr" not in name and name != "sample_len"
     }
 
 
@@ -87,7 +91,7 @@ def beside(evaluations: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[l
     lines = [
         [data, measure, *(_value_text(v.get((data, measure)), measure) for v in values.values())]
         for data, measure in measured
-        if not measure.startswith("cut") or any(v.get((data, measure)) for v in values.values())
+        if not measure.startswith("cut ") or any(v.get((data, measure)) for v in values.values())
     ]
     return ["data", "measure", *values], lines
 
@@ -100,4 +104,4 @@ def markdown(evaluations: Mapping[str, dict[str, Any]]) -> str:
 def _value_text(value: float | None, measure: str) -> str:
     if value is None:
         return ""
-    return f"{value:.1%}" if measure.startswith(("exact", "cut")) else f"{value:.4f}"
+    return f"{value:.1%}" if measure.startswith(("exact ", "cut ")) else f"{value:.4f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config.evaluation import Task
@@ -40,7 +41,7 @@ def model(settings, tokenizer_dir: Path) -> CheckpointLM:
     built = build_model(*settings(seq_length=64), 300)
     template = load_template(Path(__file__).parents[3] / "config/chat_template.jinja")
     return CheckpointLM(
-        built, load_tokenizer(tokenizer_dir), tokenizer_info(tokenizer_dir).eos_id, template, batch_size=2
+        built, load_tokenizer(tokenizer_dir), [tokenizer_info(tokenizer_dir).eos_id], template, batch_size=2
     )
 
 
@@ -88,6 +89,32 @@ def test_an_answer_ends_before_the_text_that_ends_it(model):
     )
     assert found[0] == model._decode(whole)
     assert found[1] == found[0].partition(texts[2])[0]
+
+
+def answered(model: CheckpointLM, **options: Any) -> str:
+    (found,) = model.generate_until([request("generate_until", "the quick", options)], disable_tqdm=True)
+    return found
+
+
+def test_an_answer_ends_with_any_of_the_tokens_that_end_one(model):
+    """A tuned model ends it with the template's token, and a generation of the export ends there too."""
+    ids = model.tok_encode("the quick")
+    (whole,) = generate(model.built, [ids], stop=[], max_tokens=6)
+    first = whole.index(whole[2])  # where the model first says its third token
+    model._ends = [model.eot_token_id, whole[2]]
+    assert answered(model, max_gen_toks=6) == model._decode(whole[: first + 1])
+
+
+def test_options_of_an_answer_are_those_of_lm_eval(model):
+    """Other names of a length; a temperature that makes an answer drawn; and what would be passed over."""
+    for name in ("max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert answered(model, **{name: 3}) == answered(model, max_gen_toks=3)
+    drawn = answered(model, max_gen_toks=20, do_sample=True, temperature=1.0)
+    assert answered(model, max_gen_toks=20, temperature=1.0) == drawn != answered(model, max_gen_toks=20)
+    plain = {"num_beams": 1, "repetition_penalty": 1.0, "top_k": None}
+    assert answered(model, max_gen_toks=3, **plain) == answered(model, max_gen_toks=3)
+    with pytest.raises(UserError, match=r"generation_kwargs of a task has num_beams: 2, top_k: 5; answers"):
+        answered(model, top_k=5, num_beams=2)
 
 
 def test_an_answer_to_nothing_begins_a_text_and_one_without_room_is_refused(model):

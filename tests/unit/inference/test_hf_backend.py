@@ -41,7 +41,7 @@ output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{question}}"
 generation_kwargs: {until: ["q"], max_gen_toks: 6}
-metric_list: [{metric: chrf}]
+metric_list: [{metric: chrf}, {metric: exact_match}]
 """,
     "text": """\
 output_type: loglikelihood_rolling
@@ -66,8 +66,8 @@ def tasks(tmp_path: Path) -> Path:
 
 def own_model(path: Path, tokenizer_dir: Path) -> CheckpointLM:
     template = load_template(Path(__file__).parents[3] / "config/chat_template.jinja")
-    eos = tokenizer_info(tokenizer_dir).eos_id
-    return CheckpointLM(open_checkpoint(path), load_tokenizer(tokenizer_dir), eos, template, batch_size=2)
+    ends = [tokenizer_info(tokenizer_dir).eos_id]
+    return CheckpointLM(open_checkpoint(path), load_tokenizer(tokenizer_dir), ends, template, batch_size=2)
 
 
 def hf_model(path: Path, peft: Path | None = None) -> HFLM:
@@ -110,11 +110,12 @@ def test_tasks_give_the_numbers_of_the_export_in_lm_evals_hf(
     check_equal(here, there)
     # lm-eval's own file is a column beside that of rule evaluate.
     write_json(tasks / "own.json", {"stage": "pretrain/one", "tasks": here})
-    write_json(tasks / "hf.json", {"results": there, "model_name": "hf/one"})
+    found = {"results": there, "model_name": "hf/one"}
+    (tasks / "hf.json").write_text(json.dumps(found, default=float))  # numbers of NumPy
     lines = markdown(read_evaluations([tasks / "own.json", tasks / "hf.json"])).splitlines()
     assert lines[0].split() == ["|", "data", "|", "measure", "|", "pretrain/one", "|", "hf/one", "|"]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
-    assert len(cells) == 5
+    assert len(cells) == 6
     assert all(float(ours) == pytest.approx(float(theirs), rel=1e-4) for _, _, ours, theirs in cells)
 
 
