@@ -32,6 +32,7 @@ MODEL = {
     "moe_latent_size": 16,
     "moe_shared_expert_intermediate_size": 16,
     "mtp_num_layers": 1,
+    "mtp_hybrid_layer_pattern": "*E",
 }
 MIX = [{"corpus": "docs", "weight": 0.5}, {"corpus": "code", "weight": 0.5}]
 STEP = 8 * 64  # tokens

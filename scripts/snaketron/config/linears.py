@@ -96,7 +96,7 @@ def targeted(targets: Iterable[str], found: Iterable[Linear]) -> list[Linear]:
 
 
 # A model with every kind of linear layer.
-_ANY = Model(hybrid_layer_pattern="ME*-", mtp_num_layers=1)
+_ANY = Model(hybrid_layer_pattern="ME*-", mtp_hybrid_layer_pattern="ME*-", mtp_num_layers=1)
 
 
 def check_names(at: str, targets: list[str]) -> list[str]:

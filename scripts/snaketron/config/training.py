@@ -27,7 +27,7 @@ from pydantic import Field
 
 
 class Model(Section):
-    """The architecture, in megatron-core's names. The default has 1.6 million parameters."""
+    """The architecture, in megatron-core's names. The default has 1.35 million parameters."""
 
     hybrid_layer_pattern: Annotated[str, Field(pattern=r"^[ME*\-]+$")] = key(
         "M*EM*E", "one letter a layer: M Mamba-2, E mixture of experts, * attention, - dense MLP"
@@ -61,7 +61,7 @@ class Model(Section):
     )
     mtp_num_layers: Count = key(1, "depths of multi-token prediction; they share one block. 0 turns it off")
     mtp_hybrid_layer_pattern: Annotated[str, Field(pattern=r"^[ME*\-]+$")] = key(
-        "*E", "layers of the multi-token prediction block"
+        "*", "layers of the multi-token prediction block"
     )
     mtp_loss_scaling_factor: Weight = key(0.3, "weight of the multi-token prediction loss")
     init_method_std: Annotated[float, Field(gt=0)] = key(0.06, "standard deviation of the initial weights")

@@ -15,6 +15,7 @@ TABLE = "Megatron Bridge's performance table"
 # The models of tests/benchmarks/gpu_training.py: one of 2.12 billion parameters, and slices of Nemotron 3.
 BENCHMARK = Model(
     mtp_num_layers=2,
+    mtp_hybrid_layer_pattern="*E",
     hybrid_layer_pattern="MEMEM*EMEMEM*EMEMEM*EMEME",
     hidden_size=2048,
     num_attention_heads=16,
@@ -34,6 +35,7 @@ BENCHMARK = Model(
 NANO_SLICE = Model(
     hybrid_layer_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
     mtp_num_layers=0,
+    mtp_hybrid_layer_pattern="*E",
     init_method_std=0.02,
     hidden_size=2688,
     num_attention_heads=32,

@@ -52,18 +52,18 @@ def test_the_layout_names_what_is_shared():
     config, one = training(1000, None, {"tensor_model_parallel_size": 2, "data_parallel_size": 2})
     size, layout, memory = size_lines(config, one, estimate(config, one))
     assert layout == "4 GPUs: TP 2, DP 2"
-    assert size == "1.6 M parameters, 1.1 M active a token"
+    assert size == "1.4 M parameters, 1.1 M active a token"
     assert "MB of weights, gradients and optimizer on each, " in memory
     assert memory.endswith(" MB with activations")
 
 
 def test_the_plan_of_lora_counts_its_adapters_and_little_memory():
-    """An eighth of the gradients and moments is left: 8.3 MB instead of 25.1 MB."""
+    """A fourteenth of the gradients and moments is left: 6.9 MB instead of 21.6 MB."""
     config = load({"tokenizer": {"vocab_size": 2048}, "lora": {"rank": 8, "expert_rank": None}}, {})
     full, lora = (
         size_lines(config, one, estimate(config, one)) for one in map(config.training, ("sft", "lora"))
     )
     size, _, memory = lora
-    assert size == "1.6 M parameters, 1.1 M active a token, 125.1 k of adapters trained"
-    assert memory.startswith("8.3 MB of weights, gradients and optimizer on each, ")
-    assert full[2].startswith("25.1 MB of weights, ")
+    assert size == "1.4 M parameters, 1.1 M active a token, 94.3 k of adapters trained"
+    assert memory.startswith("6.9 MB of weights, gradients and optimizer on each, ")
+    assert full[2].startswith("21.6 MB of weights, ")

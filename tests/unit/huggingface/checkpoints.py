@@ -18,6 +18,7 @@ MODEL = Model(
     hidden_size=16,
     ffn_hidden_size=24,
     mtp_num_layers=2,
+    mtp_hybrid_layer_pattern="*E",
     num_attention_heads=4,
     kv_channels=4,
     mamba_num_heads=4,

@@ -16,6 +16,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 VOCABULARY = 300
+MODEL = Model(mtp_hybrid_layer_pattern="*E")
 LAYOUTS = {
     "tp": {"tensor_model_parallel_size": 2},
     "tp, ep": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
@@ -59,7 +60,7 @@ if __name__ == "__main__":
     found = {}
     for layout, sizes in LAYOUTS.items():
         both: list = [None, None]
-        torch.distributed.all_gather_object(both, built(Model(), Parallel(**sizes)))
+        torch.distributed.all_gather_object(both, built(MODEL, Parallel(**sizes)))
         found[layout] = both
     if torch.distributed.get_rank() == 0:
         print(json.dumps(found))

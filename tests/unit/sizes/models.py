@@ -18,6 +18,7 @@ SUPER = Model(
     moe_latent_size=1024,
     moe_shared_expert_intermediate_size=5376,
     mtp_num_layers=2,
+    mtp_hybrid_layer_pattern="*E",
     precision="bf16",
 )
 VOCABULARY_OF_SUPER = 131072
@@ -28,6 +29,7 @@ SMALL = {
     "num_attention_heads": 8,
     "kv_channels": 16,
     "mtp_num_layers": 2,
+    "mtp_hybrid_layer_pattern": "*E",
     "init_method_std": 0.02,
 }
 COUNTED = {"model": SMALL, "sft": {"global_batch_size": 2}}
@@ -35,6 +37,7 @@ COUNTED = {"model": SMALL, "sft": {"global_batch_size": 2}}
 
 HAND = Model(
     mtp_num_layers=2,
+    mtp_hybrid_layer_pattern="*E",
     hidden_size=10,
     num_attention_heads=4,
     num_query_groups=2,

@@ -94,6 +94,7 @@ MEASURED = Model(
     moe_latent_size=512,
     moe_shared_expert_intermediate_size=2688,
     mtp_num_layers=2,
+    mtp_hybrid_layer_pattern="*E",
     precision="bf16",
 )
 

@@ -5,7 +5,7 @@ import json
 from snaketron.config import Adapters, Model, Parallel
 from snaketron.sizes import parameters
 from tests.conftest import run_module
-from tests.unit.sizes.built_sizes import ADAPTERS, LAYOUTS, VOCABULARY
+from tests.unit.sizes.built_sizes import ADAPTERS, LAYOUTS, MODEL, VOCABULARY
 from tests.unit.sizes.models import SMALL, SUPER, VOCABULARY_OF_SUPER
 
 import pytest
@@ -53,8 +53,8 @@ def test_each_process_of_a_layout_holds_what_is_predicted():
     found = json.loads(run_module("tests.unit.sizes.built_sizes", processes=2).output.splitlines()[-1])
     for layout, keys in LAYOUTS.items():
         parallel = Parallel(**keys)
-        stages = parameters.stage_parameters(Model(), VOCABULARY, parallel)
-        adapters = parameters.adapter_parameters(Model(), parallel, ADAPTERS)
+        stages = parameters.stage_parameters(MODEL, VOCABULARY, parallel)
+        adapters = parameters.adapter_parameters(MODEL, parallel, ADAPTERS)
         for rank, numbers in enumerate(found[layout]):
             # With two stages the second process is the second stage; otherwise both hold the same amount.
             stage = stages[rank % len(stages)]

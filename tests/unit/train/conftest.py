@@ -45,6 +45,7 @@ MODEL = {
     "moe_latent_size": 16,
     "moe_shared_expert_intermediate_size": 16,
     "mtp_num_layers": 1,
+    "mtp_hybrid_layer_pattern": "*E",
     "init_method_std": 0.02,
 }
 

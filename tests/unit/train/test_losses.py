@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 MODEL = {
     "hybrid_layer_pattern": "M*E",
     "mtp_num_layers": 2,
+    "mtp_hybrid_layer_pattern": "*E",
     "init_method_std": 0.3,
     "moe_aux_loss_coeff": 0.0,
     "moe_router_bias_update_rate": 0.0,
