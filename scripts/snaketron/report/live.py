@@ -17,7 +17,8 @@ from snaketron.jobs.owner import is_owned
 from snaketron.jobs.status import Queued, queued
 from snaketron.jobs.version import Version, published, versions
 from snaketron.log import UserError
-from snaketron.report.following import Job, Log, Planned, Tail, line_of_metrics
+from snaketron.report.snakemake_log import Job, Log, Planned
+from snaketron.tracking.lines import Tail, line_of_metrics
 from snaketron.tracking.warnings import Warning, warnings_of
 
 RECENT = 8  # lines of metrics that say how fast a training is

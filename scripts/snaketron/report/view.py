@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TextIO
 
 from snaketron.log import SHOWN, UserError, name_of
-from snaketron.report.following import Tail
 from snaketron.report.live import Follower
 from snaketron.report.screen import drawn
+from snaketron.tracking.lines import Tail
 
 from rich.text import Text
 

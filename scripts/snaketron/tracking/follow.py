@@ -24,6 +24,7 @@ from snaketron.jobs.attempts import read_attempts
 from snaketron.lineage.record import Entry
 from snaketron.log import UserError, log_to, logger
 from snaketron.log import run as run_script
+from snaketron.tracking.lines import Tail, line_of_metrics
 from snaketron.tracking.notify import tell
 from snaketron.tracking.sinks import Run, Sink
 from snaketron.tracking.warnings import warnings_of
@@ -123,7 +124,7 @@ class Follower:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.sinks: list[Sink] = []
-        self.read = 0  # bytes of the file that were seen at its last reading
+        self.metrics = Tail(run.version.metrics)
         self.told: set[tuple[int, str]] = set()
         self.attempts = run.attempts
 
@@ -141,15 +142,10 @@ class Follower:
 
     def lines(self) -> None:
         """Tell the lines that are new. A training that was killed writes some again, with the same values."""
-        try:
-            size = self.run.version.metrics.stat().st_size
-        except OSError:
-            return
-        if size == self.read:
-            return
-        self.read = size
-        for text in self.run.version.metrics.read_bytes().split(b"\n")[:-1]:
-            line = orjson.loads(text)
+        self.metrics.changed()  # a continued training replaces the file
+        for text in self.metrics.lines():
+            if (line := line_of_metrics(text)) is None:
+                continue
             key = line["iteration"], next((name for name in line if name.endswith("loss")), "")
             if key in self.told:
                 continue

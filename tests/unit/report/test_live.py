@@ -8,8 +8,8 @@ from pathlib import Path
 from snaketron import files
 from snaketron.jobs import status
 from snaketron.jobs.status import Queued
-from snaketron.report.following import Planned, Tail, planned
 from snaketron.report.live import Follower
+from snaketron.report.snakemake_log import Planned, planned
 from snaketron.sizes.outlook import Progress, outlook
 from tests.unit.report.live_run import BROAD, SFT, RunLog, train
 
@@ -228,14 +228,3 @@ def test_numbers_are_read_from_what_a_run_says_of_its_trainings(progress, stated
     found = planned("was trained" if verb == "was" else verb, rest)
     expected = 798.0 if numbers.seconds == 792.0 else numbers.seconds
     assert found == Planned(numbers.steps, numbers.done, numbers.tokens, pytest.approx(expected))
-
-
-def test_a_line_that_is_being_written_is_read_when_it_is_complete(tmp_path: Path):
-    path = tmp_path / "a.log"
-    tail = Tail(path)
-    assert list(tail.lines()) == []
-    path.write_text("one\ntw")
-    assert tail.changed() and list(tail.lines()) == [b"one"]
-    with path.open("a") as file:
-        file.write("o\n")
-    assert not tail.changed() and list(tail.lines()) == [b"two"]

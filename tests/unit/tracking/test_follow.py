@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from snaketron.files import write_json
+from snaketron.files import write_json, write_text
 from snaketron.tracking import follow
 from snaketron.tracking.follow import Follower, following
 from snaketron.tracking.sinks import Run
@@ -56,7 +56,7 @@ def test_nothing_is_started_where_there_is_nothing_to_tell(run: Run, tmp_path: P
 
 
 def test_tensorboard_has_the_numbers_of_the_file(run: Run):
-    """The package itself reads them. A warning is no number, and a line that comes again is one event."""
+    """The package itself reads them. A warning is no number, and a line of a replaced file is one event."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     lines = [
@@ -68,7 +68,7 @@ def test_tensorboard_has_the_numbers_of_the_file(run: Run):
 
     def ended(seconds: float) -> bool:
         now = next(written, None)
-        run.version.metrics.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in now or lines))
+        write_text(run.version.metrics, b"".join(orjson.dumps(line) + b"\n" for line in now or lines))
         return now is None
 
     tracked = Run(run.directory, "sft", [], {}, tensorboard=True)

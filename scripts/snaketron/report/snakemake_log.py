@@ -1,18 +1,12 @@
-"""Files that grow: what has come since the last look, and what Snakemake's log says so far."""
+"""What Snakemake's log says so far."""
 
 from __future__ import annotations
 
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import orjson
-
-CHUNK = 1 << 20  # bytes that are read at a time
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}  # of `wording.large`
 HOURS = {"min": 1 / 60, "h": 1.0, "days": 24.0}  # of `wording.hours`
 # Lines of `graph.outlook`, which the log has of each training that a run contains.
@@ -23,55 +17,6 @@ FINISHED = re.compile(r"Finished jobid: (\d+)")
 SUBMITTED = re.compile(r"Job (\S+) has been submitted with SLURM jobid (\S+) \(log: ")
 TIME = re.compile(r" *\[(\w{3} \w{3} [ \d]\d [\d:]{8} \d{4})\](.*)")
 REFUSED = "Another Snakemake is running in this directory"
-
-
-class Tail:
-    """The lines of a file, each of them once, when it is complete."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.begun: tuple[int, int] | None = None  # the device and number of the file that was read
-        self.offset = 0
-
-    def changed(self) -> bool:
-        """Whether another file lies there by now: then it is read from its beginning."""
-        try:
-            found = self.path.stat()
-        except OSError:
-            return False
-        another = (found.st_dev, found.st_ino) != self.begun or found.st_size < self.offset
-        if another:
-            self.begun, self.offset = (found.st_dev, found.st_ino), 0
-        return another
-
-    def lines(self) -> Iterator[bytes]:
-        """What was completed since the last call; nothing where there is no file."""
-        try:
-            file = self.path.open("rb")
-        except OSError:
-            return
-        with file:
-            file.seek(self.offset)
-            rest = b""
-            while chunk := file.read(CHUNK):
-                *complete, rest = (rest + chunk).split(b"\n")
-                self.offset += sum(len(line) + 1 for line in complete)
-                yield from complete
-
-    def rest(self) -> bytes:
-        """What stands after the last complete line."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read()
-
-
-def line_of_metrics(text: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None where it is no JSON, which has no NaN, or has no step."""
-    try:
-        line = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("iteration"), int) else None
 
 
 @dataclass
