@@ -24,6 +24,8 @@ def merged(configfiles: Sequence[Path]) -> dict[str, Any]:
     from snakemake.exceptions import WorkflowError
     from snakemake.utils import update_config
 
+    if not DEFAULT_CONFIG.is_file():
+        raise UserError(f"{DEFAULT_CONFIG}: no such file here; run this in the directory of the workflow")
     check_doubled([DEFAULT_CONFIG, *configfiles])
     config: dict[str, Any] = {}
     for path in [DEFAULT_CONFIG, *configfiles]:

@@ -42,3 +42,11 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, monkeypatch: pytest.M
     path.write_bytes(b"# caf\xe9\nseed: 3\n")
     with pytest.raises(UserError, match=r"latin\.yaml: is not UTF-8 \(invalid .* at byte 5\)"):
         merged([path])
+
+
+def test_elsewhere_the_directory_of_the_workflow_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"config\.yaml: no such file here; run this in the directory of the"):
+        merged([])

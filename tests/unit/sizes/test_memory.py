@@ -2,6 +2,7 @@
 
 from snaketron.config import Adapters, Model, Optimizer, Parallel, Run
 from snaketron.sizes import memory, parameters
+from snaketron.sizes.measured import BENCHMARK, VOCABULARY
 from tests.unit.sizes.models import HAND, SUPER, VOCABULARY_OF_SUPER
 
 import pytest
@@ -78,27 +79,6 @@ def test_lower_precision_and_offloading_leave_less_on_the_gpu():
     assert found.total == (2 + 4 + 12 / 4) * mine
 
 
-# The model of tests/benchmarks/gpu_training.py, measured in bf16 (docs/measurements.md).
-MEASURED = Model(
-    hybrid_layer_pattern="MEMEM*EMEMEM*EMEMEM*EMEME",
-    hidden_size=2048,
-    num_attention_heads=16,
-    kv_channels=128,
-    mamba_num_heads=64,
-    mamba_head_dim=64,
-    mamba_num_groups=8,
-    mamba_state_dim=128,
-    num_moe_experts=64,
-    moe_router_topk=6,
-    moe_ffn_hidden_size=1344,
-    moe_latent_size=512,
-    moe_shared_expert_intermediate_size=2688,
-    mtp_num_layers=2,
-    mtp_hybrid_layer_pattern="*E",
-    precision="bf16",
-)
-
-
 BF16_STATE = Optimizer(gradient_precision="bf16", moment_precision="bf16")
 TWO = {
     "tensor_model_parallel_size": 37.6,
@@ -127,7 +107,7 @@ TWO = {
     ],
 )
 def test_the_estimate_is_near_what_was_measured(run, optimizer, peak_gib):
-    estimate = memory.memory_of_process(MEASURED, 131072, 4096, Run(**run), optimizer)
+    estimate = memory.memory_of_process(BENCHMARK, VOCABULARY, 4096, Run(**run), optimizer)
     assert estimate / 2**30 == pytest.approx(peak_gib, rel=0.06)
 
 

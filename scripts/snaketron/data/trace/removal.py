@@ -35,8 +35,12 @@ class Removal:
 
 def requested(path: Path) -> list[tuple[str, int | None]]:
     """The documents of a list: a line each, `FILE` or `FILE:ROW` (from 1), as errors name them."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a list of documents that can be read ({error})") from None
     found: list[tuple[str, int | None]] = []
-    for line in filter(None, map(str.strip, path.read_text().splitlines())):
+    for line in filter(None, map(str.strip, text.splitlines())):
         match = _LINE.fullmatch(line)
         assert match is not None
         row = match["row"]

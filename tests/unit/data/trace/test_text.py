@@ -224,6 +224,8 @@ def test_a_list_names_files_and_rows(work: Path):
     asked.write_text("\n")
     with pytest.raises(UserError, match="names no documents; write a line `FILE` or `FILE:ROW` for each"):
         removal.requested(asked)
+    with pytest.raises(UserError, match=r"none\.txt: not a list of documents that can be read \(.*No such"):
+        removal.requested(work / "none.txt")
 
 
 # ---------------------------------------------------------------------------------------------- script
