@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron.report.plan import comparison, markdown
     from snaketron.sizes.published import compare
 
+    if not args.search and (args.gpu or args.gpus is not None):
+        raise UserError("--gpu and --gpus belong to --search TRAINING")
     try:
         if args.published:
             print(comparison(compare(load(merged([SUPER])))), end="")
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 def search_layouts(config: Config, args: argparse.Namespace) -> int:
     """Print the layouts for a training."""
     from snaketron.report.layouts import as_json, markdown
-    from snaketron.sizes.search import measure, search
+    from snaketron.sizes.search import measure, search, why_none
 
     names = [training.name for training in config.trainings()]
     if args.search not in names:
@@ -102,7 +104,9 @@ def search_layouts(config: Config, args: argparse.Namespace) -> int:
     found = search(config, training, gpu, number)
     if args.json:
         write_json(args.json, as_json(found))
-    print(markdown(training, f"{number} {gpu.upper()}", found, measure(config, training, GPUS[gpu])), end="")
+    own, on = measure(config, training, GPUS[gpu]), f"{number} {gpu.upper()}"
+    why = "" if found else why_none(config, training, gpu, number)
+    print(markdown(training, on, found, own, why), end="")
     return 0
 
 

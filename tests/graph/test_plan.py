@@ -141,6 +141,8 @@ def test_layouts_are_searched_for_a_training(tmp_path: Path, capsys: pytest.Capt
         UserError, match="--search focused: no training of that name; known: pretrain/broad, "
     ):
         plan.main([*asked, "focused"])
+    with pytest.raises(UserError, match="--gpu and --gpus belong to --search TRAINING"):
+        plan.main(["--gpus", "8"])
 
 
 def test_epochs_follow_from_what_was_tokenized(copy: Workspace, monkeypatch: pytest.MonkeyPatch):

@@ -22,6 +22,7 @@ def check_training(training: Training, config: Config) -> list[str]:
     return [
         *check_parallel(training),
         *check_nodes(training, config.cluster),
+        *check_precision(training, config.cluster),
         *check_batches(training, config.sft_data.padding_multiple),
         *check_steps(training),
         *check_dispatcher(training),
@@ -117,6 +118,16 @@ def check_nodes(training: Training, cluster: Cluster) -> list[str]:
     return [
         f"{training.at('parallel')}: {processes} processes do not fill nodes of cluster.{by} {per_node}; "
         f"{processes // per_node * per_node} or {-(-processes // per_node) * per_node} would"
+    ]
+
+
+def check_precision(training: Training, cluster: Cluster) -> list[str]:
+    """No Hopper GPU computes in NVFP4; Transformer Engine says so when the job has begun."""
+    if training.model.precision != "nvfp4" or cluster.gpu not in ("h100", "h200"):
+        return []
+    return [
+        f"{training.at('precision')} nvfp4 needs a Blackwell GPU, and cluster.gpu is {cluster.gpu}; take "
+        "bf16 or fp8_current"
     ]
 
 

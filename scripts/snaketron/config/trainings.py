@@ -107,5 +107,5 @@ def _phase(config: Config, index: int) -> Training:
         global_batch_size=global_batch_size,
         train_iters=train_iters,
         constant_rate=phase.learning_rate is not None,
-        elsewhere={key: f"{at}.{key}" for key in given},
+        elsewhere={"precision": "model.precision"} | {key: f"{at}.{key}" for key in given},
     )

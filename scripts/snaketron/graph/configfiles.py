@@ -31,6 +31,8 @@ def merged(configfiles: Sequence[Path]) -> dict[str, Any]:
     for path in [DEFAULT_CONFIG, *configfiles]:
         try:
             update_config(config, load_configfile(path))
+        except FileNotFoundError:
+            raise UserError(f"--configfile {path}: no such file") from None
         except (WorkflowError, OSError) as error:
             raise UserError(f"--configfile {path}: {error}") from None
         except UnicodeDecodeError as error:

@@ -15,12 +15,13 @@ from snaketron.wording import BYTES, large, plural
 SHOWN = 12
 
 
-def markdown(training: Training, on: str, found: Sequence[Found], own: Found) -> str:
+def markdown(training: Training, on: str, found: Sequence[Found], own: Found, why_none: str = "") -> str:
     """The first of the layouts found, and the configured one.
 
     Args:
         on: the GPUs, in words.
         own: the configured layout, which may need other GPUs.
+        why_none: what to say where none was found.
     """
     parts = [f"# Layouts of {training.name} on {on}"]
     best = {one.parallel.model_dump_json(): one for one in reversed(found)}  # of each layout
@@ -29,7 +30,7 @@ def markdown(training: Training, on: str, found: Sequence[Found], own: Found) ->
         parts += [f"{plural(layouts, 'layout')} fit. The fastest, by the estimate:", _layouts(shown)]
         parts += ["Seconds of a step:", _terms(shown)]
     else:
-        parts.append("No layout fits. Take more GPUs, or bf16 for optimizer.gradient_precision and moments.")
+        parts.append(f"No layout fits. {why_none}")
     number = place(found, own.parallel)
     words = layout_words(own.parallel) or "one process"
     parts.append(

@@ -40,7 +40,10 @@ def _with_total(jobs: Mapping[str, int]) -> list[tuple[str, int]]:
 def _not_listed(names: Sequence[str]) -> list[str]:
     if not names:
         return []
-    return [f"The files of {some(names, 5)} are not known yet; each counts as one file and one shard."]
+    return [
+        f"The files of {some(names, 5)} are not known yet; each counts as one file and one shard. "
+        "`python scripts/lock_sources.py` with the same --configfile lists those of the hub and of stores."
+    ]
 
 
 def _alike(rows: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -17,7 +17,7 @@ MAX_DOUBLINGS = 4
 def smallest_change(config: Config, training: Training) -> tuple[str, Estimate] | None:
     """The change that lets a training fit `cluster.gpu_memory_gb`, and its size then; None where none does.
 
-    Changes that need no further GPU come first, then those that recompute nothing, then those of fewer keys.
+    Changes that need no further GPU come first, then those that recompute less, then those of fewer keys.
     """
     limit = config.cluster.gpu_memory_gb
     if limit is None:
@@ -35,14 +35,27 @@ def smallest_change(config: Config, training: Training) -> tuple[str, Estimate] 
 
 
 def _updates(training: Training) -> Iterator[dict[str, Any]]:
-    """Layouts by twice, four times, ... the GPUs, each with and without recomputation."""
-    whole = [] if "layer" in training.run.recompute else [{"recompute": ["layer"]}]
+    """Layouts by once, twice, four times, ... the GPUs, each with less and more recomputation.
+
+    Each is tried with smaller micro-batches too: first all of them in the layout that there is, then single
+    sequences in every layout.
+    """
+    run, own = training.run, training.run.parallel
+    again: list[dict[str, Any]] = [{}]
+    if not {"moe", "layer"} & set(run.recompute):
+        again.append({"recompute": [*run.recompute, "moe"]})
+    if "layer" not in run.recompute:
+        again.append({"recompute": ["layer"]})
+    halves = [
+        {"micro_batch_size": run.micro_batch_size >> n} for n in range(1, run.micro_batch_size.bit_length())
+    ]
     for more in range(MAX_DOUBLINGS + 1):
-        for recompute in ({}, *whole):
-            for parallel in _layouts(training.run.parallel, more):
-                changed: dict[str, Any] = {} if parallel == training.run.parallel else {"parallel": parallel}
-                if changed or recompute:
-                    yield changed | recompute
+        for recompute in again:
+            if not more:
+                yield from ({**recompute, **half} for half in ({}, *halves) if recompute or half)
+            for parallel in _layouts(own, more):
+                if parallel != own:
+                    yield from ({**recompute, "parallel": parallel, **half} for half in ({}, *halves[-1:]))
 
 
 def _layouts(parallel: Parallel, more: int) -> Iterator[Parallel]:
@@ -74,6 +87,8 @@ def _said(training: Training, update: Mapping[str, Any]) -> str:
             if getattr(before, key) != getattr(parallel, key)
         ]
         parts = [f"{training.at('parallel')}: {', '.join(parts)}"]
+    if "micro_batch_size" in update:
+        parts.append(f"{training.at('micro_batch_size')}: {update['micro_batch_size']}")
     if "recompute" in update:
-        parts.append(f"{training.at('recompute')}: [layer]")
+        parts.append(f"{training.at('recompute')}: [{', '.join(update['recompute'])}]")
     return "; ".join(parts)

@@ -156,7 +156,10 @@ def _of_slices(super_slice: Model) -> list[Point]:
         ("slice of Nano, 8K, fp8", of(nano, 8192, 4, **fp8), 17_950, None),
         ("slice of Super, 8K, recorded", of(super_slice, 8192, 2, recorded=True), 29_968, 58.6),
         ("slice of Nano, 8K, recorded", of(nano, 8192, 4, recorded=True), 21_729, 83.4),
-        ("slice of Nano, 4K, recorded", of(nano, 4096, 8, recorded=True), 21_580, 70.3),
+        ("slice of Nano, 4K, recorded", of(nano, 4096, 8, recorded=True), 21_975, 70.3),
+        ("slice of Super, 4K, recorded", of(super_slice, 4096, 4, recorded=True), 29_885, 49.4),
+        ("slice of Super, 8K, recorded, fp8", of(super_slice, 8192, 2, recorded=True, **fp8), 35_069, 63.7),
+        ("slice of Nano, 8K, recorded, fp8", of(nano, 8192, 4, recorded=True, **fp8), 26_540, 91.0),
     ]
     return [Point(what, "h200", work, speed, peak, HERE) for what, work, speed, peak in rows]
 

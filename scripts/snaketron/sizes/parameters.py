@@ -151,15 +151,17 @@ def adapter_parameters(model: Model, parallel: Parallel, adapters: Adapters) -> 
     Tensor parallelism divides A or B: the one with the axis that is divided in the layer itself.
     """
     stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
-    return [
-        _sum(
-            _adapter(linear, adapters, parallel)
-            for linear in targeted(
-                adapters.target_modules, linears(model, stage, with_mtp=i == len(stages) - 1)
-            )
-        )
-        for i, stage in enumerate(stages)
-    ]
+    of_layer = {
+        letter: _adapters(linears(model, letter, with_mtp=False), adapters, parallel)
+        for letter in set(model.hybrid_layer_pattern)
+    }
+    found = [_sum(of_layer[letter] * count for letter, count in Counter(stage).items()) for stage in stages]
+    found[-1] += _adapters(linears(model, "", with_mtp=True), adapters, parallel)
+    return found
+
+
+def _adapters(there: list[Linear], adapters: Adapters, parallel: Parallel) -> Parameters:
+    return _sum(_adapter(linear, adapters, parallel) for linear in targeted(adapters.target_modules, there))
 
 
 def _adapter(linear: Linear, adapters: Adapters, parallel: Parallel) -> Parameters:

@@ -11,9 +11,10 @@ from snaketron.config import Config, Parallel, Pretrain, Training
 from snaketron.config.base import Module
 from snaketron.config.training_checks import check_training
 from snaketron.sizes.gpus import GPUS, Gpu
-from snaketron.sizes.layout import recordable
+from snaketron.sizes.layout import layout_words, recordable
 from snaketron.sizes.step import Step, peak_bytes, step_time
 from snaketron.sizes.traffic import Work
+from snaketron.wording import BYTES, large
 
 MICRO_BATCHES = (1, 2, 4)
 RECOMPUTE: tuple[list[Module], ...] = ([], ["moe"], ["layernorm", "moe", "core_attn"], ["layer"])
@@ -73,21 +74,52 @@ def search(config: Config, training: Training, gpu_name: str, num_gpus: int) -> 
     Tensor parallelism stays within NVLink's reach, and experts are not divided further (expert tensor
     parallelism 1). Micro-batches and recomputation are tried; everything else is as configured.
     """
-    gpu = GPUS[gpu_name]
-    cluster = config.cluster.model_copy(
-        update={"gpu": gpu_name, "gpus_per_node": gpu.gpus_per_node, "tasks_per_node": None}
-    )
-    on_gpus = config.model_copy(update={"cluster": cluster})
+    gpu, on_gpus = GPUS[gpu_name], _on_gpus(config, gpu_name)
     found = []
     for parallel in _layouts(training, gpu, num_gpus):
         for micro_batch, recompute in itertools.product(_micro_batches(training), RECOMPUTE):
-            update = {"parallel": parallel, "micro_batch_size": micro_batch, "recompute": recompute}
-            changed = replace(training, run=training.run.model_copy(update=update))
+            changed = _changed(training, parallel, micro_batch, recompute)
             if check_training(changed, on_gpus):
                 break  # another micro-batch that fails is larger, and recomputation changes nothing
             if peak_bytes(work(on_gpus, changed)) <= gpu.usable_gb * 1e9:
                 found.append(measure(on_gpus, changed, gpu))
     return sorted(found, key=lambda one: one.step.total)
+
+
+def why_none(config: Config, training: Training, gpu_name: str, num_gpus: int) -> str:
+    """Why no layout was found: a rule that all of them break, or how much memory they need."""
+    gpu, on_gpus = GPUS[gpu_name], _on_gpus(config, gpu_name)
+    problems: list[str] = []
+    least: tuple[float, Parallel] | None = None
+    for parallel in _layouts(training, gpu, num_gpus):
+        changed = _changed(training, parallel, 1, RECOMPUTE[-1])
+        if wrong := check_training(changed, on_gpus):
+            problems.append("\n".join(wrong))
+        else:
+            needed = peak_bytes(work(on_gpus, changed)), parallel
+            least = min(least or needed, needed, key=lambda one: one[0])
+    if least is None:  # every layout breaks a rule: told is the one that breaks the fewest
+        return min(problems, key=lambda told: told.count("\n"))
+    short = training.adapters or training.run.optimizer.gradient_precision == "bf16"
+    bf16 = f", or bf16 for gradient_precision and moment_precision of {training.at('optimizer')}"
+    return (
+        f"The one that needs least, {layout_words(least[1]) or 'one process'}, takes "
+        f"{large(least[0], BYTES)} of a GPU, of which {gpu.usable_gb} GB can be used. "
+        f"Take more GPUs{'' if short else bf16}."
+    )
+
+
+def _on_gpus(config: Config, gpu_name: str) -> Config:
+    """The configuration on nodes of such GPUs."""
+    cluster = {"gpu": gpu_name, "gpus_per_node": GPUS[gpu_name].gpus_per_node, "tasks_per_node": None}
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update=cluster)})
+
+
+def _changed(
+    training: Training, parallel: Parallel, micro_batch: int, recompute: Sequence[Module]
+) -> Training:
+    update = {"parallel": parallel, "micro_batch_size": micro_batch, "recompute": list(recompute)}
+    return replace(training, run=training.run.model_copy(update=update))
 
 
 def place(found: Sequence[Found], parallel: Parallel) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from snaketron.config import Config, load
+from snaketron.config import Config, ConfigError, load
 from snaketron.sizes.checks import check_memory
 from snaketron.sizes.measured import NANO_SLICE
 from snaketron.sizes.parameters import num_active_parameters, num_parameters
@@ -57,6 +57,23 @@ def test_long_context_keeps_its_layout_whatever_the_overlay():
             (t.run.parallel.pipeline_model_parallel_size, t.run.parallel.world_size) for t in (at_1m, at_4k)
         ]
         assert sizes == [(1, 128), (1, 128)]
+
+
+@pytest.mark.parametrize(
+    ("values", "at"),
+    [
+        ({"model": {"precision": "nvfp4"}}, "model.precision"),
+        ({"sft": {"precision": "nvfp4"}}, "sft.precision"),
+    ],
+)
+def test_nvfp4_is_refused_before_a_hopper_gpu_does(values, at: str):
+    hopper = {"cluster": {"gpu": "h100", "gpus_per_node": 8}, "model": {"precision": "bf16"}}
+    with pytest.raises(ConfigError) as refused:
+        load(hopper | values, {})
+    assert str(refused.value) == (
+        f"{at} nvfp4 needs a Blackwell GPU, and cluster.gpu is h100; take bf16 or fp8_current"
+    )
+    load(hopper | values | {"cluster": {"gpu": "b200", "gpus_per_node": 8}}, {})
 
 
 def test_tuning_may_have_a_precision_of_its_own():

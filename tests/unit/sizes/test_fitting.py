@@ -34,9 +34,20 @@ def test_the_layout_changes_before_more_gpus_are_asked_for():
     )
 
 
-def test_activations_are_computed_again_where_no_layout_helps():
-    _, found = change(0.1)
-    assert found is not None and found[0] == "sft.recompute: [layer]"
+@pytest.mark.parametrize(("limit_gb", "modules"), [(0.1, "moe"), (0.07, "layer")])
+def test_activations_are_computed_again_where_no_layout_helps(limit_gb: float, modules: str):
+    """113.7 MB; 92.7 where experts are computed again, 66.4 where all layers are."""
+    _, found = change(limit_gb)
+    assert found is not None and found[0] == f"sft.recompute: [{modules}]"
+
+
+def test_a_smaller_micro_batch_comes_before_another_layout():
+    """Four sequences at a time take 106.4 MB of a GPU, two 64.2, and one 43.0."""
+    pretrain = {"micro_batch_size": 4, "parallel": {"data_parallel_size": 2}, "global_batch_size": 8}
+    cluster = {"gpus_per_node": 2, "gpu_memory_gb": 0.06}
+    config = load(COUNTED | {"cluster": cluster, "pretrain": pretrain}, {})
+    found = smallest_change(config, config.training("pretrain/broad"))
+    assert found is not None and found[0] == "pretrain.micro_batch_size: 1"
 
 
 def test_nothing_is_found_for_what_cannot_fit_or_is_not_limited():

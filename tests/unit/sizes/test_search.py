@@ -7,7 +7,7 @@ from pathlib import Path
 from snaketron.config import Config, Parallel, load
 from snaketron.report.layouts import markdown
 from snaketron.sizes.gpus import GPUS
-from snaketron.sizes.search import measure, place, search
+from snaketron.sizes.search import measure, place, search, why_none
 
 import pytest
 import yaml
@@ -62,5 +62,33 @@ def test_the_published_layout_of_1m_is_among_the_first(config: Config):
 def test_too_few_gpus_have_no_layout(config: Config):
     broad = config.training("pretrain/broad")
     assert search(config, broad, "h100", 8) == []
-    text = markdown(broad, "8 H100", [], measure(config, broad, GPUS["h100"]))
-    assert "No layout fits" in text and "not among them" in text
+    why = why_none(config, broad, "h100", 8)
+    assert why.startswith(
+        "The one that needs least, TP 8, EP 8, takes 286.6 GB of a GPU, of which 74 GB can "
+    )
+    assert why.endswith(
+        "Take more GPUs, or bf16 for gradient_precision and moment_precision of pretrain.optimizer."
+    )
+    text = markdown(broad, "8 H100", [], measure(config, broad, GPUS["h100"]), why)
+    assert f"No layout fits. {why}" in text and "not among them" in text
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "why"),
+    [
+        (
+            "h100",
+            12,
+            "pretrain.parallel: 12 processes do not fill nodes of cluster.gpus_per_node 8; 8 or 16 ",
+        ),
+        (
+            "gb200",
+            20,
+            "pretrain.global_batch_size 3072 is not divisible by micro_batch_size 1 x data_parallel",
+        ),
+    ],
+)
+def test_a_rule_that_every_layout_breaks_is_named_and_not_the_memory(config, gpu: str, gpus: int, why: str):
+    broad = config.training("pretrain/broad")
+    assert search(config, broad, gpu, gpus) == []
+    assert why in why_none(config, broad, gpu, gpus)
