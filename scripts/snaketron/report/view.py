@@ -2,6 +2,11 @@
 
 It changes no mode of the terminal, does not hide the cursor and leaves it at the beginning of a line. So also
 what is killed leaves the terminal as it was.
+
+Ctrl-C makes Linux drop what the terminal has not read yet, and can raise an exception between two writes. So
+every write is a part that may be missing: it ends where it began, below the view, unless the view changes
+its height. It has no line feed, since Linux passes on what stands before one by itself, and is mostly shorter
+than the 2,048 bytes that Linux takes at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from rich.text import Text
 LOOK_EVERY_S = 1.0
 LISTEN_EVERY_S = 0.25  # to what jobs write to standard error
 AWAY_S = 10.0  # after such a pause the process was stopped (Ctrl-Z), and other lines are below the view
+NEXT = "\x1bE"  # to the beginning of the next line, as a line feed does
 FAULTS = (OSError, ValueError, KeyError, UserError)  # files that are being replaced, or of another version
 
 
@@ -36,7 +42,7 @@ class Area:
 
     def __init__(self, file: int) -> None:
         self.file = file  # descriptor
-        self.lines: Sequence[str] = ()
+        self.lines: list[str] = []
         self.lock = threading.RLock()
         self.at = time.monotonic()  # when it was drawn last
 
@@ -52,32 +58,57 @@ class Area:
         """Replace the lines by others; nothing while the process is in the background of its terminal."""
         with self.lock:
             if not self._in_front():
-                self.lines = ()
+                self.lines = []
                 return
-            begin = self._begin()
-            self.lines, self.at = lines, time.monotonic()
-            self._write(begin + "".join(f"{line}\n" for line in lines))
+            lines = self._fitting(lines)
+            if self._rows() != len(lines):
+                begin, self.lines = self._begin(), self.lines[: len(lines)]
+                self._write(begin + NEXT * len(lines))
+                self.lines = [""] * len(lines)
+            self.at = time.monotonic()
+            self._paint(lines)
 
     def say(self, text: str) -> None:
         """Write lines above, which stay."""
         with self.lock:
-            self._write(self._begin() + f"{text}\n" + "".join(f"{line}\n" for line in self.lines))
+            said = "".join(f"{line}{NEXT if self.lines else '\n'}" for line in text.split("\n"))
+            begin, lines = self._begin(), self._fitting(self.lines)
+            self.lines = [""] * len(lines)
+            self._write(begin + said + NEXT * len(lines))
+            self._paint(lines)
 
     def clear(self) -> None:
         with self.lock:
-            if begin := self._begin():
-                self._write(begin)
-            self.lines = ()
+            begin, self.lines = self._begin(), []
+            self._write(begin)
 
-    def _begin(self) -> str:
-        """Codes that go to the first line of the area and clear everything from there on."""
-        if not self.lines or time.monotonic() - self.at > AWAY_S:
-            return "\r\x1b[K" if self.lines else ""
+    def _paint(self, lines: Sequence[str]) -> None:
+        """Write the lines into their rows above the cursor, as long as the terminal keeps its size."""
+        size = self.size
+        for up, line in enumerate(reversed(lines), 1):
+            if up < size.lines and self.size == size:
+                self._write(f"\r\x1b[{up}A\x1b[K{line}\r\x1b[{up}B")
+                self.lines[-up] = line
+
+    def _fitting(self, lines: Sequence[str]) -> Sequence[str]:
+        """The lines, without those that are wider than the terminal has become: they would take two rows."""
+        columns = self.size.columns
+        return [line if Text.from_ansi(line).cell_len <= columns else "" for line in lines]
+
+    def _rows(self) -> int:
+        """How many rows above the cursor the lines take: none when other lines are below them."""
+        if time.monotonic() - self.at > AWAY_S:
+            return 0
         columns, rows = self.size
         # A terminal that was made narrower has broken the lines.
         lengths = [Text.from_ansi(line).cell_len for line in self.lines]
-        up = sum(max(1, -(-length // columns)) for length in lengths)
-        return f"\r\x1b[{min(up, rows - 1)}A\x1b[J"
+        return min(sum(max(1, -(-length // columns)) for length in lengths), rows - 1)
+
+    def _begin(self) -> str:
+        """Codes that go to the first line of the area and clear everything from there on."""
+        if up := self._rows():
+            return f"\r\x1b[{up}A\x1b[J"
+        return "\r\x1b[K" if self.lines else ""
 
     def _in_front(self) -> bool:
         try:
@@ -148,7 +179,7 @@ class LiveView:
                 if time.monotonic() - shown < LOOK_EVERY_S:
                     continue
                 shown = time.monotonic()
-                lines = self.area.lines
+                lines: Sequence[str] = self.area.lines
                 with contextlib.suppress(*FAULTS):
                     lines = drawn(self.follower.look(), *self.area.size, colors=self.colors)
                 self.area.draw(lines)
@@ -173,7 +204,7 @@ def watch(directory: Path, *, colors: bool) -> None:
     area = Area(sys.stdout.fileno())
     try:
         while True:
-            lines = area.lines
+            lines: Sequence[str] = area.lines
             with contextlib.suppress(*FAULTS):
                 lines = drawn(follower.look(), *area.size, colors=colors)
             area.draw(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import fcntl
 import os
 import pty
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import termios
 import time
+import tty
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,11 +131,11 @@ def screen(output: str, resized: int | None = None, columns: int = 1000) -> list
     After `resized` characters of the output it has `columns`, and has broken the lines that are longer.
     """
     lines, row, column = [""], 0, 0
-    for found in re.finditer(r"\x1b\[[\d;?]*[A-Za-z]|[^\x1b]", output):
+    for found in re.finditer(r"\x1b\[[\d;?]*[A-Za-z]|\x1bE|[^\x1b]", output):
         part, width = found[0], columns if resized is not None and found.start() >= resized else 1000
         if part == "\r":
             column = 0
-        elif part == "\n":
+        elif part in ("\n", "\x1bE"):
             row, column = row + 1, 0
             lines += [""] * (row + 1 - len(lines))
         elif part[0] != "\x1b":
@@ -142,9 +144,12 @@ def screen(output: str, resized: int | None = None, columns: int = 1000) -> list
         elif part[-1] == "A":
             up = int(part[2:-1])
             while up > 0:
+                assert row > 0, "above the first line"
                 row -= 1
                 up -= max(1, -(-len(lines[row]) // width))
             assert up == 0, "the cursor is in the middle of a broken line"
+        elif part[-1] == "B":
+            row += int(part[2:-1])
         elif part[-1] in "JK":
             lines[row] = lines[row][:column]
             del lines[row + 1 : len(lines) if part[-1] == "J" else row + 1]
@@ -227,7 +232,17 @@ def test_after_a_resize_the_lines_that_the_terminal_broke_are_counted(area, monk
     drawn.draw(["x" * 19, "\x1b[36mshort\x1b[0m"])
     monkeypatch.setattr(Area, "size", os.terminal_size((8, 10)))
     drawn.draw(["y"])
-    assert written().endswith("\r\x1b[4A\x1b[Jy\n")  # 19 characters in 3 rows of 8, and one more
+    # 19 characters in 3 rows of 8, and one more
+    assert written().endswith("\r\x1b[4A\x1b[J\x1bE\r\x1b[1A\x1b[Ky\r\x1b[1B")
+
+
+def test_what_is_said_after_a_resize_is_above_the_lines_that_still_fit(area, monkeypatch: pytest.MonkeyPatch):
+    drawn, written = area
+    drawn.draw(["x" * 19, "short"])
+    before = len(written())
+    monkeypatch.setattr(Area, "size", os.terminal_size((8, 10)))
+    drawn.say("said")
+    assert screen(written(), before, 8) == ["said", "", "short", ""]
 
 
 def test_after_a_pause_nothing_that_others_wrote_is_removed(area, monkeypatch: pytest.MonkeyPatch):
@@ -236,7 +251,58 @@ def test_after_a_pause_nothing_that_others_wrote_is_removed(area, monkeypatch: p
     drawn.draw(["a"])
     monkeypatch.setattr(view, "AWAY_S", -1.0)
     drawn.draw(["b"])
-    assert written() == "a\n\r\x1b[Kb\n"
+    assert screen(written()) == ["a", "b", ""]
+
+
+def said_until_interrupted(monkeypatch: pytest.MonkeyPatch, at: int, how: str) -> list[str] | None:
+    """What a terminal shows at the end when Ctrl-C comes at a write; None when there are fewer writes."""
+    master, slave = pty.openpty()
+    tty.setraw(master)
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    writes, output, write = 0, b"", os.write
+
+    def interrupted(file: int, data: bytes) -> int:
+        nonlocal writes, output
+        writes += 1
+        if writes == at and how == "before":
+            raise KeyboardInterrupt
+        count = write(file, data)
+        if writes == at and how == "after":
+            raise KeyboardInterrupt
+        if writes == at:
+            write(master, b"\x03")  # Linux drops what was not read
+        elif writes < at:
+            output += read(count)
+        return count
+
+    def read(count: int) -> bytes:
+        return b"".join(os.read(master, 1) for _ in range(count))
+
+    area = Area(slave)
+    area.draw(["a frame " * 9] * 3)
+    with monkeypatch.context() as context:
+        context.setattr(os, "write", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            area.say("said before")
+            area.draw(["\x1b[36manother\x1b[0m " * 9] * 3)
+            area.draw(["a third"] * 3)
+    area.say("stopped")
+    area.clear()
+    while select.select([master], [], [], 0.05)[0]:
+        output += os.read(master, 1 << 16)
+    for file in (master, slave):
+        os.close(file)
+    return screen(output.decode().replace("^C", "")) if writes >= at else None
+
+
+@pytest.mark.parametrize("how", ["before", "after", "by the terminal"])
+def test_ctrl_c_at_any_write_leaves_what_was_said_and_nothing_of_the_view(
+    monkeypatch: pytest.MonkeyPatch, how: str
+):
+    left = [said_until_interrupted(monkeypatch, at, how) for at in range(1, 12)]
+    assert left[-1] is None and None not in left[:10]
+    assert left[0] in (["stopped", ""], ["said before", "stopped", ""])  # the line itself was cut or not
+    assert left[1:10] == [["said before", "stopped", ""]] * 9
 
 
 def test_nothing_is_drawn_in_the_background(area, monkeypatch: pytest.MonkeyPatch):
