@@ -113,10 +113,16 @@ class BaseGraph:
     def unread(self) -> Iterator[str]:
         """What the configurations of published checkpoints say and nobody reads, a sentence for each."""
         for base in self.bases.values():
-            directory = base.directory(self.config)
-            published = (directory / "config.json").is_file() and not base.is_of_this_workflow(self.config)
-            if published and (said := unread(read_config(directory))):
+            if not base.is_of_this_workflow(self.config) and (said := unread(self._config_of(base) or {})):
                 yield f"{' and '.join(base.keys)}: {said}."
+
+    def _config_of(self, base: Base) -> dict[str, Any] | None:
+        """The config.json of a published checkpoint: as the lock file has it, or that of its directory."""
+        listed = self.lock.models.get(base.hub.name, {}) if base.hub else {}
+        if base.hub and "config" in listed and listed["request"] == base.hub.request:
+            return dict(listed["config"])
+        directory = base.directory(self.config)
+        return read_config(directory) if (directory / "config.json").is_file() else None
 
     # Resources: a change runs nothing again.
 
@@ -151,10 +157,10 @@ class BaseGraph:
             if trained.stage == "lora":
                 yield f"{base.path} holds adapters and not the model; name its lora_merged"
             yield from model_differences(trained.settings.get("model") or {}, model)
-        elif (directory / "config.json").is_file():
-            yield from differences(read_config(directory), model, vocabulary)
+        elif (published := self._config_of(base)) is not None:
+            yield from differences(published, model, vocabulary)
             yield from self._tokenizer(base, directory)
-        elif base.hub:  # not downloaded yet; the import compares
+        elif base.hub:  # not listed, or before lock files had config.json; the import compares
             yield from self._tokenizer(base, directory)
         elif not list(directory.glob("iter_*")) and not (directory / ".metadata").exists():
             yield f"{base.path} is no checkpoint: neither config.json nor .metadata nor iter_* is there"

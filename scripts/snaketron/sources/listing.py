@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import posixpath
 import re
 from collections import Counter
@@ -14,11 +15,12 @@ from snaketron.config import ChatSource, Config, ConfigError, Corpus
 from snaketron.files import write_text
 from snaketron.log import UserError, logger
 from snaketron.sources.addresses import Found, list_address
+from snaketron.sources.download import fetch
 from snaketron.sources.formats import suffix_of, without_suffix
 from snaketron.sources.hashes import Known, hash_files
 from snaketron.sources.hub import list_hub, list_hub_address, list_repository
 from snaketron.sources.lockfile import Lock, enough, lock_text, read_lock, remote, request
-from snaketron.sources.models import HubRepository, hub_repositories
+from snaketron.sources.models import CHECKPOINT, HubRepository, hub_repositories
 from snaketron.sources.patience import Patience
 from snaketron.wording import plural, size_text
 
@@ -130,7 +132,21 @@ def _list_source(
 def _model_entry(model: HubRepository, known: Known, patience: Patience, _old: Any) -> dict[str, Any]:
     commit, found = list_repository(model, patience)
     whole = hash_files(model.name, found, known, patience)
-    return {"revision": commit, "files": _listed([file.path for file in found], whole)}
+    entry: dict[str, Any] = {"revision": commit, "files": _listed([file.path for file in found], whole)}
+    config = next((file for file in whole if file.path == "config.json"), None)
+    if config and model.wanted is CHECKPOINT:  # a dry-run compares it before the weights are downloaded
+        entry["config"] = _config(config, patience)
+    return entry
+
+
+def _config(file: Found, patience: Patience) -> dict[str, Any]:
+    """The content of a config.json; `UserError` where it is none."""
+    content = bytearray()
+    fetch(file.address, content.extend, size=file.size, patience=patience, quiet=True)
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file.address}: not the configuration of a model ({error})") from None
 
 
 def _listed(names: list[str], files: list[Found]) -> list[dict[str, Any]]:

@@ -37,8 +37,9 @@ class Lock:
 
     An entry is {"request": what was asked for, "revision": the commit or null, "files": [{"name",
     "address", "size", "sha256"}]}. Files whose service tells no hash have an "etag", too. "max_files" says
-    that only so many files were listed. Sources are found by their names, models by OWNER/NAME[@REVISION].
-    `models` has the data sets of tasks, too, by datasets/OWNER/NAME[@REVISION].
+    that only so many files were listed, and "config" has the config.json of a model that trainings begin
+    with. Sources are found by their names, models by OWNER/NAME[@REVISION]. `models` has the data sets of
+    tasks, too, by datasets/OWNER/NAME[@REVISION].
     """
 
     def __init__(
@@ -164,6 +165,7 @@ def _block(entries: dict[str, Any]) -> str:
             f'      "request": {json.dumps(entry["request"], sort_keys=True)},\n'
             f'      "revision": {json.dumps(entry["revision"])},\n'
             + (f'      "max_files": {entry["max_files"]},\n' if "max_files" in entry else "")
+            + (f'      "config": {json.dumps(entry["config"])},\n' if "config" in entry else "")
             + f'      "files": [\n{files}\n      ]\n'
             "    }"
         )

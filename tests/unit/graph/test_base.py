@@ -152,7 +152,9 @@ def test_a_checkpoint_of_this_workflow_is_taken_as_it_is(tmp_path: Path):
     with pytest.raises(ConfigError) as refused:
         graph(pretrain=same)
     assert (
-        str(refused.value) == f"pretrain.base: {tmp_path}/config.yaml: not the configuration of a checkpoint"
+        str(refused.value)
+        == f"pretrain.base: {tmp_path}/config.yaml: not the configuration of a checkpoint; "
+        "name one that this workflow made, or restore the file"
     )
 
 
@@ -197,8 +199,25 @@ def test_a_given_phase_leaves_no_other_beginning(checkpoint: Path):
     ]
 
 
+def test_a_model_of_the_hub_is_compared_by_the_configuration_in_the_lock_file(checkpoint: Path):
+    """Before anything is downloaded."""
+    values = json.loads((checkpoint / "config.json").read_text()) | {"hidden_size": 256, "logit_scale": 0.5}
+    entry = {"request": {"model": "lab/base", "revision": "main"}, "revision": "0a", "files": []}
+    lock = Lock(Path("lock.json"), {}, models={"lab/base": entry | {"config": values}})
+    keys = {"tokenizer": {"path": "lab/base", "vocab_size": 4096}, "sft": {"base": "lab/base"}}
+    with pytest.raises(ConfigError) as refused:
+        BaseGraph(load(keys, {}), lock)
+    assert str(refused.value).splitlines() == [
+        "sft.base: model.hidden_size: 256 in the checkpoint, 128 in the configuration",
+        "sft.base: vocab_size: 2048 in the checkpoint, fewer than the 4096 tokens of the tokenizer",
+    ]
+    fitting = {**keys, "tokenizer": {"path": "lab/base"}, "model": {"hidden_size": 256}}
+    (said,) = BaseGraph(load(fitting, {}), lock).unread()
+    assert "logit_scale: 0.5" in said
+
+
 def test_a_model_of_the_hub_is_downloaded_first(tmp_path: Path):
-    """Its configuration is compared when it is here; its tokenizer must be that of the trainings."""
+    """A lock file without its configuration: it is compared when it is here."""
     name = "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16"
     file = {"name": "config.json", "address": "https://x", "size": 1, "sha256": "0" * 64}
     request = {"model": name, "revision": "main"}

@@ -109,6 +109,18 @@ def test_a_model_stays_at_its_commit_until_it_is_updated(hub: FakeHub):
     assert read_lock("sources.lock.json").models["lab/tiny"]["revision"] == moved
 
 
+def test_a_model_that_trainings_begin_with_is_listed_with_its_configuration(hub: FakeHub):
+    """So that a dry-run compares it before the weights are downloaded; a tokenizer needs none."""
+    lock_sources(config("lab/tiny"), patience=PATIENCE)
+    assert "config" not in read_lock("sources.lock.json").models["lab/tiny"]
+    hub.commit("lab/base", MODEL | {"config.json": b'{"model_type": "nemotron_h"}'})
+    lock_sources(Config(sft={"base": "lab/base"}), patience=PATIENCE)
+    assert read_lock("sources.lock.json").models["lab/base"]["config"] == {"model_type": "nemotron_h"}
+    hub.commit("lab/broken", MODEL | {"config.json": b"[1]"})
+    with pytest.raises(UserError, match=r"config\.json: not the configuration of a model"):
+        lock_sources(Config(sft={"base": "lab/broken"}), patience=PATIENCE)
+
+
 def test_a_revision_is_part_of_the_name(hub: FakeHub):
     old = hub.commit("lab/tiny", {"tokenizer.json": b"{}"}, branch="v1")
     made = config("lab/tiny@v1")
