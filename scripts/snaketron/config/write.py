@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import Config
+from snaketron.files import write_text
 
 import yaml
 from pydantic import BaseModel
@@ -62,9 +63,8 @@ def as_schema() -> str:
 
 def main() -> None:
     directory = Path(__file__).parents[3] / "config"
-    directory.mkdir(exist_ok=True)
-    (directory / "config.yaml").write_text(as_yaml())
-    (directory / "schema.json").write_text(as_schema())
+    write_text(directory / "config.yaml", as_yaml())
+    write_text(directory / "schema.json", as_schema())
 
 
 if __name__ == "__main__":

@@ -79,36 +79,10 @@ def _speed(runs: Sequence[Run]) -> list[Block]:
 
 
 def _planned(runs: Sequence[Run]) -> list[Block]:
-    """Beside each number of the plan what was measured; only for trainings that are as the plan has them."""
-
-    def rows(run: Run) -> list[list[str]]:
-        found = []
-        for one in run.plan["trainings"] if run.plan else []:
-            stage = run.stage(one["name"])
-            if not stage or (stage.steps, stage.settings.get("seq_length")) != (
-                one["steps"],
-                one["seq_length"],
-            ):
-                continue
-            planned, speed = one["hours"], one["tokens_per_second_per_process"]
-            found.append(
-                [
-                    stage.name,
-                    f"{one['tokens']:,}",
-                    f"{stage.tokens:,}",
-                    number(speed, 0),
-                    number(median_of(stage, "tokens_per_second_per_process"), 0),
-                    hours(planned) if planned else UNKNOWN,
-                    hours(stage.total("timing", "step_seconds") / 3600),
-                    number(one["memory"]["total"] / 2**30, 2),
-                    number(_peak(stage), 2),
-                ]
-            )
-        return found
-
+    """Beside each number of the plan what was measured, and what to know about it."""
     header = ["training", "tokens planned", "measured", "tokens/s planned", "measured"]
     header += ["time planned", "measured", "GiB planned", "measured"]
-    tables = across("Plan against measured", header, runs, rows)
+    tables = across("Plan against measured", header, runs, _planned_rows)
     if not tables:
         said = (
             "There is no plan to compare with: no configuration was given, or the trainings have other sizes."
@@ -121,6 +95,31 @@ def _planned(runs: Sequence[Run]) -> list[Block]:
         said = "On CPUs the plan counts the model, and the memory is that of the whole process."
         tables.append(Text(said))
     return tables
+
+
+def _planned_rows(run: Run) -> list[list[str]]:
+    """A row for each training that has the steps and the length of sequences of the plan."""
+    found = []
+    for one in run.plan["trainings"] if run.plan else []:
+        stage = run.stage(one["name"])
+        sizes = one["steps"], one["seq_length"]
+        if not stage or (stage.steps, stage.settings.get("seq_length")) != sizes:
+            continue
+        planned = one["hours"]
+        found.append(
+            [
+                stage.name,
+                f"{one['tokens']:,}",
+                f"{stage.tokens:,}",
+                number(one["tokens_per_second_per_process"], 0),
+                number(median_of(stage, "tokens_per_second_per_process"), 0),
+                hours(planned) if planned else UNKNOWN,
+                hours(stage.total("timing", "step_seconds") / 3600),
+                number(one["memory"]["total"] / 2**30, 2),
+                number(_peak(stage), 2),
+            ]
+        )
+    return found
 
 
 def _attempts(runs: Sequence[Run]) -> list[Block]:

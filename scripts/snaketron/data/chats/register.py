@@ -17,7 +17,7 @@ from snaketron.config.data import SPLITS
 from snaketron.data.arrow import flatten
 from snaketron.data.chats import packs
 from snaketron.data.chats.pack import length_histogram
-from snaketron.data.tokenizer import known_hashes, tokenizer_info
+from snaketron.data.tokenizer import Info, known_hashes, tokenizer_info
 from snaketron.lineage.record import Entry, Record, making, of_user
 from snaketron.log import UserError
 from snaketron.settings.registering import PACKS, RegisterPacksSettings
@@ -45,18 +45,7 @@ def register_packs(
     """
     info = tokenizer_info(tokenizer)
     with making(PACKS, f"{settings.source}/{record.stem}", outputs=outputs, record=record) as job:
-        try:
-            said = registered.footer(file)
-        except ConfigError as error:
-            raise UserError(str(error)) from None
-        known = known_hashes(tokenizer)
-        wanted = settings.model_dump(include={"split", "pack_size"})
-        if said.get("tokenizer_sha256") not in known:
-            wanted["tokenizer_sha256"] = info.sha256
-        problems = [
-            *registered.other(file, said, wanted),
-            *settings.tokenizer_differences(tokenizer, known),
-        ]
+        said, problems = _footer(file, settings, tokenizer, info)
         given = of_user(file)
         counts = {} if problems else _verify(file, settings, info.vocab_size, problems)
         if problems:
@@ -81,6 +70,24 @@ def register_packs(
             packs.write(path, rows, footer)
         job.counts = {"splits": of_splits}
     return job.record
+
+
+def _footer(
+    file: Path, settings: RegisterPacksSettings, tokenizer: Path, info: Info
+) -> tuple[dict[str, Any], list[str]]:
+    """What the footer of a file says, and in what the file is not what this workflow wants."""
+    try:
+        said = registered.footer(file)
+    except ConfigError as error:
+        raise UserError(str(error)) from None
+    known = known_hashes(tokenizer)
+    wanted = settings.model_dump(include={"split", "pack_size"})
+    if said.get("tokenizer_sha256") not in known:
+        wanted["tokenizer_sha256"] = info.sha256
+    return said, [
+        *registered.other(file, said, wanted),
+        *settings.tokenizer_differences(tokenizer, known),
+    ]
 
 
 def read(path: Path) -> Iterator[packs.Pack]:

@@ -56,23 +56,25 @@ def curate_shard(
         if tally.documents != before["kept"]["documents"]:
             raise UserError(f"{filtered}: not the file that its record is about; delete both and run again")
         counts = whole(before, tally.counts())
-        if not tally.kept["documents"]:
-            logger.warning(
-                "%s: NOTHING IS LEFT of %d documents: %s",
-                name,
-                counts["documents"],
-                documents.describe(counts["removed"]),
-            )
-        if found := tally.overlooked:
-            logger.warning(
-                "%s: %s with %d tokens share only numbers and few different words with an evaluation; "
-                "they stay",
-                *(name, plural(found["documents"], "document"), found["tokens"]),
-            )
+        _warn(name, counts, tally)
         made_from = {"filtered": filtered, "exact": exact, "near": near, "index": index}
         job.inputs = {what: known(path) for what, path in made_from.items() if path}
         job.settings, job.counts = settings.model_dump(), counts
     return job.record
+
+
+def _warn(name: str, counts: dict[str, Any], tally: documents.Tally) -> None:
+    """Say when nothing is left of a shard, and what stays although it matches an evaluation."""
+    if not tally.kept["documents"]:
+        logger.warning(
+            "%s: NOTHING IS LEFT of %d documents: %s",
+            *(name, counts["documents"], documents.describe(counts["removed"])),
+        )
+    if found := tally.overlooked:
+        logger.warning(
+            "%s: %s with %d tokens share only numbers and few different words with an evaluation; they stay",
+            *(name, plural(found["documents"], "document"), found["tokens"]),
+        )
 
 
 def curated(

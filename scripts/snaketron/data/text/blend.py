@@ -268,34 +268,32 @@ def weigh(
     empty = {corpus: sum(not s.tokens for s in found) for corpus, found in by_corpus.items()}
     for corpus, found in by_corpus.items():
         _report_empty(corpus, split, empty[corpus], len(found))
-    asked = sum(weights.values())
     total = sum(weight for corpus, weight in weights.items() if tokens[corpus])
     share = {corpus: weight / total for corpus, weight in weights.items() if tokens[corpus]}
-    kept = [s for s in shards if s.tokens]
-    corpora = []
-    for corpus in share:
+
+    def brought(corpus: str) -> CorpusShare:
         taken, epochs = (
             epochs_of.taken(share[corpus], tokens[corpus], train_tokens) if split == "train" else (None, None)
         )
-        corpora.append(
-            CorpusShare(
-                corpus=corpus,
-                asked=weights[corpus] / asked,
-                share=share[corpus],
-                present=tokens[corpus] / sum(tokens.values()),
-                documents=sum(s.documents for s in by_corpus[corpus] if s.tokens),
-                tokens=tokens[corpus],
-                taken=taken,
-                epochs=epochs,
-                empty_shards=empty[corpus],
-            )
+        return CorpusShare(
+            corpus=corpus,
+            asked=weights[corpus] / sum(weights.values()),
+            share=share[corpus],
+            present=tokens[corpus] / sum(tokens.values()),
+            documents=sum(s.documents for s in by_corpus[corpus] if s.tokens),
+            tokens=tokens[corpus],
+            taken=taken,
+            epochs=epochs,
+            empty_shards=empty[corpus],
         )
+
+    kept = [s for s in shards if s.tokens]
     return BlendedSplit(
         prefixes=[s.prefix for s in kept],
         weights=[share[s.corpus] * (s.tokens / tokens[s.corpus]) for s in kept],
         documents=sum(s.documents for s in kept),
         tokens=sum(s.tokens for s in kept),
-        corpora=corpora,
+        corpora=[brought(corpus) for corpus in share],
         shards=kept,
     )
 
