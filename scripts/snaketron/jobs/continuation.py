@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ def why_not(version: Version, before: Version, settings: dict[str, Any], inputs:
     if before.directory == version.directory or not config:
         return ""
     if differ := _differences(config, settings, inputs):
-        return f"other than before: {', '.join(differ)}"
+        return _other(differ)
     old = config.settings
     if settings["schedule"]["style"] == "cosine" and not _same_rates(settings):
         return "a cosine cannot be prolonged: the rate falls from the warm-up on"
@@ -72,6 +72,12 @@ def why_not(version: Version, before: Version, settings: dict[str, Any], inputs:
     if steps == 0:
         return "its learning rate falls from the first step on, or is another one"
     return f"no checkpoint of the first {steps:,} steps is left, after which its learning rate is another one"
+
+
+def other_settings(before: Version, settings: Mapping[str, Any]) -> str:
+    """`why_not`, as far as settings alone say it."""
+    config = _config(before)
+    return _other(differ) if config and (differ := _other_than_length(config.settings, settings)) else ""
 
 
 def take_over(version: Version, origin: Origin, run: RunSettings) -> bool:
@@ -143,12 +149,7 @@ def _config(version: Version) -> Description | None:
 def _differences(config: Description, settings: Mapping[str, Any], inputs: Inputs) -> list[str]:
     """What else than its length is different in a training, in words."""
     old = config.settings
-    differ = [
-        path
-        for key in dict.fromkeys((*settings, *old))
-        if key not in LENGTH
-        for path in _paths(key, old.get(key), settings.get(key))
-    ]
+    differ = _other_than_length(old, settings)
     there = [entry.sha256 or entry.version for entry in config.inputs]
     wanted = list(inputs.identities)
     if inputs.blend and old.keys() >= settings.keys():
@@ -159,6 +160,19 @@ def _differences(config: Description, settings: Mapping[str, Any], inputs: Input
     names = [*OF_INPUTS, *["an input"] * len(wanted)]
     differ += [name for name, one, other in zip(names, there, wanted, strict=False) if one != other]
     return differ if len(there) == len(wanted) else [*differ, OF_INPUTS[-1]]
+
+
+def _other_than_length(old: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    return [
+        path
+        for key in dict.fromkeys((*settings, *old))
+        if key not in LENGTH
+        for path in _paths(key, old.get(key), settings.get(key))
+    ]
+
+
+def _other(differ: Sequence[str]) -> str:
+    return f"other than before: {', '.join(differ)}"
 
 
 def _paths(path: str, old: Any, new: Any) -> Iterator[str]:

@@ -107,7 +107,11 @@ def look(output: Path, settings: dict[str, Any], inputs: Inputs | None) -> Progr
     others = versions(output.parents[stage.count("/")])
     speed = _speed([version for version in others if version.is_of(stage)])
     if inputs is None:
-        return Progress(tokens_per_second=speed)
+        before = published(output)
+        why = continuation.other_settings(before, settings)
+        return Progress(
+            tokens_per_second=speed, starts_over=why, published=before.latest_iteration() is not None
+        )
     key = version_key(settings, list(inputs.identities))
     version = Version.of(output, stage, key)
     done = version.latest_iteration() or 0

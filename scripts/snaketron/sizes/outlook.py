@@ -28,6 +28,7 @@ class Progress:
     tokens_per_second: float | None = None  # of all processes, measured when the stage was trained last
     origin: str = ""  # the shorter version whose last checkpoint, after `done` steps, it goes on from
     starts_over: str = ""  # why it does not go on from the version that is published
+    published: bool = False  # a version is, and whether it is this one is not known before its inputs are
 
 
 def outlook(progress: Progress, steps: int, tokens_per_step: int, stated: float | None) -> str:
@@ -53,6 +54,8 @@ def outlook(progress: Progress, steps: int, tokens_per_step: int, stated: float 
     if speed := stated or progress.tokens_per_second:
         text += f", about {hours(left / speed / 3600)}"
         text += "" if stated else " at the speed of the last time"
+    if not progress.identity and not progress.done:
+        text += ", once what it is made from is there"
     if progress.starts_over:
-        text += f"; starts over: {progress.starts_over}"
-    return text if progress.identity or progress.done else f"{text}, once what it is made from is there"
+        return f"{text}; starts over: {progress.starts_over}"
+    return f"{text}; starts over unless that is as before" if progress.published else text

@@ -170,6 +170,14 @@ def test_a_dry_run_says_where_it_continues_or_why_it_starts_over(tmp_path: Path)
     assert (progress.done, progress.origin) == (6, before.directory.name)
     progress = inventory.look(output, phase(14, 4, seed=2), inputs(blend(14)))
     assert (progress.done, progress.starts_over) == (0, "other than before: seed")
+    # What it is made from is still to be made: then settings alone say it, or whether there was one before.
+    progress = inventory.look(output, phase(14, 4, seed=2), None)
+    assert (progress.published, progress.starts_over) == (True, "other than before: seed")
+    progress = inventory.look(output, phase(14, 4), None)
+    assert (progress.published, progress.starts_over) == (True, "")
+    assert not inventory.look(
+        tmp_path / "pretrain/two", phase(14, 4) | {"stage": "pretrain/two"}, None
+    ).published
 
 
 # --------------------------------------------------------------------------------------- taking it over

@@ -24,6 +24,18 @@ import pytest
             "trains 100 steps, 100.0 k tokens, about 16.7 min at the speed of the last time, "
             "once what it is made from is there",
         ),
+        (
+            Progress(published=True),
+            None,
+            "trains 100 steps, 100.0 k tokens, once what it is made from is there; starts over unless "
+            "that is as before",
+        ),
+        (
+            Progress(published=True, starts_over="other than before: seed"),
+            None,
+            "trains 100 steps, 100.0 k tokens, once what it is made from is there; starts over: other than "
+            "before: seed",
+        ),
     ],
 )
 def test_the_outlook(progress: Progress, stated: float | None, expected: str):

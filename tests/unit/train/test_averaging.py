@@ -90,3 +90,17 @@ def test_one_checkpoint_is_no_average(phase, tmp_path: Path):
     with pytest.raises(UserError, match="1 checkpoint to average of the 8 steps before its learning rate"):
         average(tmp_path / "ckpt/pretrain/one", tmp_path / "ckpt/merged/one", stage="merged/one", tokens=64)
     assert not (tmp_path / "ckpt/merged").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_no_average_is_published(phase, tmp_path: Path):
+    """One whose bytes a full disk left as zeros, and then one that has lost what describes it."""
+    damaged = Version((tmp_path / "ckpt/pretrain/one").resolve()).iteration_directory(6)
+    for data in damaged.glob("*.distcp"):
+        data.write_bytes(bytes(data.stat().st_size))
+    source, output = tmp_path / "ckpt/pretrain/one", tmp_path / "ckpt/merged/one"
+    with pytest.raises(UserError, match=r"iter_0000006: .* cannot be read"):
+        average(source, output, stage="merged/one", tokens=None)
+    (damaged / ".metadata").unlink()
+    with pytest.raises(UserError, match="iter_0000006: not a torch_dist checkpoint, or damaged"):
+        average(source, output, stage="merged/one", tokens=None)
+    assert not output.parent.exists()
