@@ -31,12 +31,15 @@ class Totals(NamedTuple):
     likeliest: int  # tokens that the model held most probable
 
     def as_json(self) -> dict[str, Any]:
-        """Means: nats a token, bits a byte, and the share of tokens that were the most likely ones."""
+        """Means: nats a token, bits a byte, and the share of tokens that were the most likely ones.
+
+        They are None where there is nothing that they are of.
+        """
         return {
             "tokens": self.tokens,
-            "loss": self.nats / self.tokens,
+            "loss": self.nats / self.tokens if self.tokens else None,
             "bits_per_byte": self.nats / math.log(2) / self.num_bytes if self.num_bytes else None,
-            "accuracy": self.likeliest / self.tokens,
+            "accuracy": self.likeliest / self.tokens if self.tokens else None,
         }
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ MAX_TOKENS = 256  # of an answer, where the task does not say; that of lm-eval's
 # What `generation_kwargs` of a task may hold, as lm-eval spells it; and values that change nothing.
 _OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 _WITHOUT_EFFECT = {"num_beams": 1, "repetition_penalty": 1, "length_penalty": 1, "top_k": 0, "min_p": 0}
+# What lm-eval raises where a YAML file does not fit its rows.
+_FAULTS = (LookupError, TypeError, ValueError, StopIteration, TemplateError)
 
 
 class CheckpointLM(TemplateLM):
@@ -247,6 +250,13 @@ def run_task(
                 log_samples=False,
                 task_manager=manager,
             )
+    except _FAULTS as error:
+        if _is_of_model(error):
+            raise
+        raise UserError(
+            f"eval.tasks: {task.name} fails in lm-eval ({type(error).__name__}: {error}); compare its YAML "
+            "and num_fewshot with its rows"
+        ) from error
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"eval.tasks: the data of {task.name} is not on this machine ({first_line(error)}); "
@@ -257,6 +267,12 @@ def run_task(
         name: plain_numbers(metrics) | {"questions": found["n-samples"].get(name, {}).get("effective")}
         for name, metrics in found["results"].items()
     }
+
+
+def _is_of_model(error: BaseException) -> bool:
+    """Whether it was raised where lm-eval asks the model."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(isinstance(frame.f_locals.get("self"), CheckpointLM) for frame in frames)
 
 
 def _made(task: Task, manager: TaskManager) -> list[Any]:
@@ -272,7 +288,7 @@ def _made(task: Task, manager: TaskManager) -> list[Any]:
         )
     except (ConnectionError, FileNotFoundError):
         raise
-    except (LookupError, TypeError, ValueError, StopIteration, TemplateError, DatasetsError) as error:
+    except (*_FAULTS, DatasetsError) as error:
         raise UserError(
             f"eval.tasks: {task.name} cannot be made of its data ({type(error).__name__}: {error}); compare "
             "the keys of its YAML with the first row"

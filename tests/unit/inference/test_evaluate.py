@@ -89,6 +89,16 @@ def test_the_loss_of_chats_is_that_of_answers_alone(built, files):
     assert found["loss"] == pytest.approx(total / 5)
 
 
+def test_packs_without_an_answer_have_no_loss(built, packed_blend):
+    """Packs that were registered may have none among the first; those that answer come later."""
+    untrained = [(5, 0), (6, 0), (7, 0)]
+    blend = packed_blend(train={"a": [[QUESTION]]}, test={"a": [[untrained], [QUESTION]]})
+    (source,) = evaluate.held_out_sources(blend)
+    nothing = {"tokens": 0, "loss": None, "bits_per_byte": None, "accuracy": None}
+    assert evaluate.chat_losses(built, source.files, OneByte(), 1, batch_size=2) == nothing
+    assert evaluate.chat_losses(built, source.files, OneByte(), 2, batch_size=2)["tokens"] == 2
+
+
 def test_answers_that_are_the_same_to_the_letter_are_counted(built, tokenizer_dir, packed_blend):
     """One conversation has the answer that the model gives, and the other one does not."""
     (said,) = generate(built, [[5, 6]], stop=[], max_tokens=2)

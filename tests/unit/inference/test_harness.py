@@ -249,3 +249,21 @@ def test_a_task_that_is_not_known_or_has_no_data_here_is_refused(model, tmp_path
         data.write_text(text)
         with pytest.raises(UserError, match=f"rows cannot be made of its data .*{problem}.* its YAML"):
             run_task(model, Task(name="rows"), directories=[tmp_path])
+    data.write_text('{"question": "a", "label": 0}\n')
+    more = {"name": "rows", "num_fewshot": 3}
+    (tmp_path / "rows.yaml").write_text(CHOICE.format(name="rows", data=data) + "fewshot_split: test\n")
+    with pytest.raises(UserError, match=r"rows fails in lm-eval \(ValueError: Sample larger .* num_fewshot"):
+        run_task(model, Task.model_validate(more), directories=[tmp_path])
+
+
+def test_a_fault_of_the_model_is_not_called_one_of_the_task(model, tmp_path: Path, monkeypatch):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "a", "label": 0}\n')
+    (tmp_path / "rows.yaml").write_text(CHOICE.format(name="rows", data=data))
+
+    def fail(*_args, **_options):
+        raise ValueError("of the model")
+
+    monkeypatch.setattr("snaketron.inference.harness.score", fail)
+    with pytest.raises(ValueError, match="of the model"):
+        run_task(model, Task(name="rows"), directories=[tmp_path])
