@@ -44,18 +44,31 @@ class Origin:
 
 def find(version: Version, settings: dict[str, Any], inputs: Inputs) -> Origin | None:
     """The latest checkpoint of another version that a new version of these settings can go on from."""
-    found = []
+    found, damaged = [], _deleted(version)
     for other in _others(version, settings["stage"]):
         config = _config(other)
         if config and not _differences(config, settings, inputs):
             steps = min(_same_steps(config.settings, settings), settings["train_iters"] - 1)
-            latest = other.latest_iteration() or 0
-            there = [n for n in other.iterations() if 0 < n <= min(steps, latest)]
+            steps = min(steps, other.latest_iteration() or 0)
+            if other.directory.name in damaged:
+                steps = min(steps, damaged[other.directory.name] - 1)
+            there = [n for n in other.iterations() if 0 < n <= steps]
             found += [(there[-1], other.directory.name, other)] if there else []
     if not found:
         return None
     iteration, _, origin = max(found, key=lambda one: one[:2])
     return Origin(origin, iteration)
+
+
+def _deleted(version: Version) -> dict[str, int]:
+    """By its version, the checkpoint that this one was begun with and that a person has deleted here.
+
+    It could not be read, as the training said; its other name leads to the same bytes.
+    """
+    if not version.latest.exists() or not version.origin.exists() or version.latest_iteration() is not None:
+        return {}
+    origin = files.read_json(version.origin)
+    return {origin["version"]: origin["iteration"]}
 
 
 def why_not(version: Version, before: Version, settings: dict[str, Any], inputs: Inputs) -> str:

@@ -181,6 +181,7 @@ class Stage:
             if continuation.take_over(version, origin, self.run):
                 logger.info("%s: continues at %s", self.settings.stage, origin)
                 return
+        version.origin.unlink(missing_ok=True)  # it named a checkpoint that a person deleted here
         if why := continuation.why_not(version, published(self.output), settings, inputs):
             logger.info("%s: starts over: %s", self.settings.stage, why)
 

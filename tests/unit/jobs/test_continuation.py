@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,18 @@ def test_killed_while_it_takes_over_it_begins_again(tmp_path: Path, ended: Versi
     assert version.latest_iteration() is None
     assert take_over(version, Origin(ended, 10), run)
     assert (version.iteration_directory(10) / "__0_0.distcp").read_text() == "weights 10"
+
+
+def test_a_damaged_checkpoint_that_was_deleted_is_not_taken_over_again(tmp_path: Path, ended: Version):
+    """The training said to delete it. Its other name has the same bytes, so the one before it is next."""
+    settings, of, run = phase(14, 4, more=9), inputs(blend(14)), run_settings(load({}, {}), "pretrain/broad")
+    version = new(tmp_path, settings, of)
+    for iteration in (10, 5):
+        origin = find(version, settings, of)
+        assert origin is not None and origin.iteration == iteration
+        assert take_over(version, origin, run)
+        shutil.rmtree(version.iteration_directory(iteration))
+    assert find(version, settings, of) is None
 
 
 def test_a_checkpoint_that_is_deleted_meanwhile_is_left(tmp_path: Path, ended: Version):
