@@ -16,6 +16,10 @@ from torch import Tensor
 TOLERANCE = {torch.float32: 3e-3, torch.bfloat16: 2e-2}
 
 
+if torch.cuda.is_available():
+    from snaketron.model.megatron import kernels
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
@@ -70,6 +74,28 @@ def test_the_scan_that_stands_in_on_a_cpu_has_the_gradients_of_the_kernel(dtype,
         weight,
     )
     errors = [relative(a, b) for a, b in zip(kernel, exact, strict=True)]
+    print(dtype, [f"{e:.1e}" for e in errors])
+    assert max(errors) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("count", "groups", "width"), [(70, 3, 96), (200, 8, 512), (64, 1, 2688)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_norm_of_groups_is_that_of_its_formula(dtype, count, groups, width):
+    torch.manual_seed(0)
+    columns = groups * width
+    inputs = {
+        "x": torch.randn(count // 2, 2, columns, device="cuda").to(dtype),
+        "weight": torch.rand(columns, device="cuda").to(dtype) + 0.5,
+    }
+    weight = torch.randn(count // 2, 2, columns, device="cuda").to(dtype)
+
+    def formula(x: Tensor, weight: Tensor) -> Tensor:
+        parts = x.unflatten(-1, (groups, width))
+        return (parts * (parts.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(-2) * weight
+
+    found = gradients(lambda x, weight: kernels.GroupedNorm.apply(x, weight, 1e-5, width), inputs, weight)
+    exact = gradients(formula, {name: value.double() for name, value in inputs.items()}, weight)
+    errors = [relative(a, b) for a, b in zip(found, exact, strict=True)]
     print(dtype, [f"{e:.1e}" for e in errors])
     assert max(errors) < TOLERANCE[dtype]
 
