@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from tests.conftest import REPOSITORY
@@ -48,11 +49,13 @@ RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model and how 
     "fp8_current": ({"precision": "fp8_current"}, {}),
     "fp8_delayed": ({"precision": "fp8_delayed"}, {}),
     "fp8_blockwise": ({"precision": "fp8_blockwise"}, {}),
+    "dp": ({"precision": "bf16"}, {"parallel": {"data_parallel_size": 2}}),
 }
 RECORDED_LENGTH = 512
-# Mean loss of the last 8 of 40 steps (about 4.6 nats) against bf16. In a single step delayed scaling, which
-# knows the values of the steps before alone, was seen 0.15 off.
-LOW_PRECISION = {"fp8_delayed": 0.03, "fp8_current": 0.02, "fp8_blockwise": 0.02, "bf16_state": 0.01}
+# Median and mean loss of the last 8 of 40 steps (about 4.6 nats) against bf16. Under fp8 single steps were
+# seen 0.15 off, in which a few tokens have an absurd loss, with Transformer Engine's experts too.
+LOW_PRECISION = {"fp8_delayed": (0.01, 0.04), "fp8_current": (0.01, 0.04), "fp8_blockwise": (0.01, 0.02)}
+LOW_PRECISION |= {"bf16_state": (0.005, 0.01)}
 # fp8 products want multiples of 16; the default's Mamba projection has 584 columns.
 FP8_MODEL = {"mamba_num_heads": 16, "mamba_head_dim": 16}
 
@@ -107,7 +110,8 @@ class Runs:
                 environment=one_gpu(self.futures),
             )
 
-        for name in RECORDED if "recorded" in chosen else ():
+        there = torch.cuda.device_count()
+        for name in [name for name in RECORDED if name != "dp" or there > 1] if "recorded" in chosen else ():
             for how in ("recorded", "launched"):
                 self.futures[f"{how} {name}"] = self.pool.submit(self._recorded, name, how)
 
@@ -124,8 +128,9 @@ class Runs:
     def _recorded(self, name: str, how: str) -> Any:
         model, run = RECORDED[name]
         run = run | {"seq_length": RECORDED_LENGTH} | ({"cuda_graphs": False} if how == "launched" else {})
-        options: dict[str, Any] = {"gpus": 1, "model": FP8_MODEL | model, "run": run}
-        options["environment"] = one_gpu(self.futures)
+        gpus = 2 if name == "dp" else 1
+        options: dict[str, Any] = {"gpus": gpus, "model": FP8_MODEL | model, "run": run}
+        options["environment"] = one_gpu(self.futures) if gpus == 1 else None
         directory = self.root / f"{how}_{name}"
         if how == "recorded":  # a resumed training records anew
             train(directory, save_at=[4], **options | {"steps": 4})
@@ -223,7 +228,9 @@ def test_what_saves_memory_or_time_gives_the_same_losses(runs: Runs, name: str):
     check(name, difference(runs[f"{name} bf16"], runs["one bf16"]), LAYOUT_TOLERANCE["bf16"])
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.gpus(2)) if name == "dp" else name for name in RECORDED]
+)
 def test_recorded_micro_batches_give_the_losses_of_kernels_that_are_started_one_by_one(runs: Runs, name: str):
     """Steps 5 to 8, of which the first two are not recorded, with validations before and after them."""
     recorded, launched = runs[f"recorded {name}"], runs[f"launched {name}"]
@@ -235,11 +242,12 @@ def test_recorded_micro_batches_give_the_losses_of_kernels_that_are_started_one_
 @pytest.mark.parametrize("precision", LOW_PRECISION)
 def test_low_precision_trains_to_a_loss_close_to_that_of_bf16(runs: Runs, precision: str):
     curves = {name: runs[f"curve {name}"]["losses"] for name in ("cpu", "bf16", precision)}
-    ends = {name: sum(losses[-8:]) / 8 for name, losses in curves.items()}
+    ends = {name: (median(losses[-8:]), mean(losses[-8:])) for name, losses in curves.items()}
     for name, losses in curves.items():
-        print(f"{name}: {[round(loss, 3) for loss in losses[::4]]}, the last 8 {ends[name]:.4f}")
-    assert ends["bf16"] < curves["bf16"][0] - 1  # something was learnt
-    assert abs(ends[precision] - ends["bf16"]) < LOW_PRECISION[precision]
+        print(f"{name}: {[round(loss, 3) for loss in losses[::4]]}, the last 8 {ends[name]}")
+    assert ends["bf16"][1] < curves["bf16"][0] - 1  # something was learnt
+    for found, wanted, limit in zip(ends[precision], ends["bf16"], LOW_PRECISION[precision], strict=True):
+        assert abs(found - wanted) < limit
 
 
 def test_nvfp4_is_refused_where_the_gpu_has_no_fp4(tmp_path: Path):
