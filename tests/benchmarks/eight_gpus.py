@@ -257,15 +257,25 @@ def kill(root: Path, training: Training, per_node: int, limit: float) -> dict[st
     return found | {"failed": f"status {status}, {'killed' if killed else 'not killed'}: {said}"}
 
 
-def tests(out: Path, left: float) -> dict[str, Any]:
-    """tests/gpu on all GPUs: the last line of pytest."""
-    command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-q", "-s", "tests/gpu"]
-    with (out / "tests.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
-        status = trainings.end(process, min(400, left))
-    lines = (out / "tests.log").read_text(errors="replace").splitlines() or [""]
-    within = [line.strip(".sFE") for line in lines if "within" in line or "differ by" in line]
-    return {"part": 1, "name": "tests/gpu", "status": status, "said": lines[-1], "within": within}
+def tests(out: Path, left: float) -> Iterator[dict[str, Any]]:
+    """tests/gpu on all GPUs, in two pytests beside each other, which mostly import: what each said last."""
+    trained = "tests/gpu/test_training.py"
+    command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-v", "-s"]
+    chosen = {"training": [trained], "rest": ["tests/gpu", "--ignore", trained]}
+    logs = {name: out / f"tests_{name}.log" for name in chosen}
+    started = {}
+    for name, files in chosen.items():
+        with logs[name].open("w") as log:
+            started[name] = subprocess.Popen(
+                [*command, *files], cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT
+            )
+    deadline = time.monotonic() + min(440, left)
+    for name, process in started.items():
+        status = trainings.end(process, max(1.0, deadline - time.monotonic()))
+        lines = logs[name].read_text(errors="replace").splitlines() or [""]
+        within = [line.strip(".sFE") for line in lines if "within" in line or "differ by" in line]
+        row = {"part": 1, "name": f"tests/gpu, {name}", "status": status, "said": lines[-1], "within": within}
+        yield row
 
 
 def profile(there: int, out: Path, left: float) -> dict[str, Any]:
@@ -286,7 +296,8 @@ def run(args: argparse.Namespace, results: Results) -> None:
     chosen = [row for row in rows(args.parts, there, args.tiny, root) if args.only in row.training.name]
     trainings.prepare(root, [row.training for row in chosen if not missing(row, there)])
     if 1 in args.parts and not args.tiny and args.only in "tests/gpu":
-        results.add(tests(out, deadline - time.monotonic()))
+        for row in tests(out, deadline - time.monotonic()):
+            results.add(row)
     if 4 in args.parts and there > 1 and not args.tiny and args.only in "kernels":
         results.add(profile(there, out, deadline - time.monotonic()))
 

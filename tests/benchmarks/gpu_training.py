@@ -74,8 +74,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         f"{name}_mbs2": shape | {"micro_batch_size": 2, "micro_batches": shape["micro_batches"] // 2}
         for name, shape in SLICES.items()
     },
-    "nano_8k_cudnn_norms": SLICES["nano_8k"]
-    | {"environment": {"NVTE_NORM_FWD_USE_CUDNN": "1", "NVTE_NORM_BWD_USE_CUDNN": "1"}},
+    # Megatron-LM counts a layer a depth of multi-token prediction, and fails at one depth of two layers.
+    "super_8k_mtp2": SLICES["super_8k"] | {"model": {"mtp_num_layers": 2}},
     "nano_4k_layers": SLICES["nano_4k"] | {"run": GRAPHS},
     **{
         f"nano_8k_ep{n}": SLICES["nano_8k"]
@@ -83,6 +83,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         | {"parallel": {"expert_model_parallel_size": n, "data_parallel_size": n}}
         for n in (2, 4, 8)
     },
+    "super_8k_dp2": SLICES["super_8k"] | {"parallel": {"data_parallel_size": 2}},
+    "super_8k_dp2_launched": SLICES["super_8k"]
+    | {"parallel": {"data_parallel_size": 2}, "run": {"cuda_graphs": False}},
+    "super_8k_dp2_overlap": SLICES["super_8k"]
+    | {"parallel": {"data_parallel_size": 2}, "run": {"cuda_graphs": False}}
+    | {"ddp": {"overlap_grad_reduce": True}},
+    "super_8k_ep2": SLICES["super_8k"]
+    | {"model": {"num_moe_experts": 128}}
+    | {"parallel": {"expert_model_parallel_size": 2, "data_parallel_size": 2}},
+    "super_8k_tp2": SLICES["super_8k"] | {"parallel": {"tensor_model_parallel_size": 2}},
     "dp2": {"parallel": {"data_parallel_size": 2}},
     "dp2_overlap": {"parallel": {"data_parallel_size": 2}, "ddp": {"overlap_grad_reduce": True}},
     "dp2_x4": {"parallel": {"data_parallel_size": 2}, "micro_batches": 4},

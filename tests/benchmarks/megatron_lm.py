@@ -29,10 +29,10 @@ from snaketron.config import Model
 from snaketron.sizes.flops import training_flops
 
 from tests.benchmarks.gpu_training import VARIANTS, configured, steady, turn_of
-from tests.benchmarks.shapes import SLICES, VOCABULARY
+from tests.benchmarks.shapes import VOCABULARY
 from tests.benchmarks.turns import Turn, take, wait_for_turn
 
-SHAPES = [*SLICES, "super_8k_fp8_current", "nano_8k_fp8_current"]
+SHAPES = ["super_8k_mtp2", "nano_8k", "nano_4k", "nano_8k_fp8_current"]
 STEPS = 12
 # Keys of the model whose option has another name, or that are no single option; the others are called alike.
 RENAMED = {"num_moe_experts": "num_experts", "layernorm_epsilon": "norm_epsilon"}
