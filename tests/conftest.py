@@ -51,7 +51,11 @@ TOGETHER = {
     "cluster without accounting": ("tests/slurm/test_without_accounting.py",),
     "cluster for faults of its own": ("tests/slurm/test_cluster_faults.py",),
     "adapters": ("tests/end_to_end/test_lora.py",),
-    "killed pretraining": ("tests/end_to_end/test_kill.py::test_a_killed_pretraining",),
+    "killed pretraining": (
+        "tests/end_to_end/test_kill.py::test_a_killed_pretraining",
+        "tests/end_to_end/test_kill.py::test_killed_while",
+        "tests/end_to_end/test_kill.py::test_ctrl_c",
+    ),
     "main job": ("tests/end_to_end/test_main_job.py",),
     "killed data": ("tests/end_to_end/test_kill.py::test_killed_data_rules",),
     # They read tokens with megatron-core, which nothing else of `-m quick` imports.

@@ -17,10 +17,10 @@ from tests.end_to_end.processes import exists, kill_in, newest, run_until, saved
 import pytest
 
 
-def weights(checkpoint: Path) -> dict[str, str]:
-    """Hashes of the files with tensors (model and optimizer) of the final checkpoint."""
-    final = max(checkpoint.glob("iter_*"))
-    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in final.glob("*.distcp")}
+def weights(checkpoint: Path, step: str = "") -> dict[str, str]:
+    """Hashes of the files with tensors (model and optimizer) of the final checkpoint, or of another step."""
+    root = checkpoint / step if step else max(checkpoint.glob("iter_*"))
+    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in root.glob("*.distcp")}
     assert found
     return found
 
@@ -51,67 +51,109 @@ def first_line(root: Path) -> Callable[[], bool]:
     return lambda: any(file.stat().st_size > 0 for file in root.glob("versions/*/metrics.jsonl"))
 
 
-# In the order in which a training comes to them that is killed at each and started again.
+def new_lines(root: Path) -> Callable[[], bool]:
+    """Two steps more than the newest checkpoint, since an attempt has begun again there.
+
+    It removes the heartbeat and the lines of metrics that the one before left, in this order.
+    """
+    (version,) = (root / "versions").iterdir()
+    (version / "progress.json").unlink(missing_ok=True)
+    left = newest(root, "*")
+
+    def reached() -> bool:
+        if not (version / "progress.json").exists():
+            return False
+        lines = (version / "metrics.jsonl").read_text().splitlines()
+        return any(json.loads(line)["iteration"] >= left + 2 for line in lines)
+
+    return reached
+
+
+# In the order in which a training comes to them that is stopped at each and started again.
 MOMENTS = {
     "at start": lambda root: exists(root, "versions/*/config.yaml"),
     "before the first checkpoint": first_line,
     "inside a checkpoint write": half_written,
+    "by Ctrl-C": new_lines,
+    "inside a write in the background": half_written,
     "after a checkpoint": lambda root: saved(root, 8),
     "before publishing": lambda root: saved(root, 12),
 }
+OF_ONE_TEST = ("by Ctrl-C", "inside a write in the background")
 TARGET = "ckpt/pretrain/broad"
 
 
 @dataclass
 class Kills:
-    """A workspace in which one kill followed the other, and what each did: status, and what was published."""
+    """A workspace in which one kill followed the other. What each did: status, output, what was published."""
 
     workspace: Workspace
     undisturbed: Path
     statuses: dict[str, int] = field(default_factory=dict)
-    published: set[str] = field(default_factory=set)
+    outputs: dict[str, str] = field(default_factory=dict)
+    published: dict[str, Path] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
 def killed(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Kills:
-    """A pretraining that is killed at each moment, and then left to end."""
+    """A pretraining that is killed at each moment, or stopped by Ctrl-C, and then left to end.
+
+    Ctrl-C comes while the published path names the undisturbed version. From then on checkpoints are written
+    in the background.
+    """
     workspace = copy_of(finished, tmp_path_factory.mktemp("killed") / "work")
     kills, ckpt = Kills(workspace, begin_again(workspace, TARGET)), workspace.path / "ckpt"
     for version in list((ckpt / "versions").iterdir()):  # so that only the killed version is looked at
         version.rename(workspace.path / version.name)
+    config: tuple[str, ...] = ()
     for moment, reached in MOMENTS.items():
-        command = workspace.command(TARGET)
-        kills.statuses[moment], _ = run_until(workspace, command, reached(ckpt), signal.SIGKILL)
+        interrupted, arguments = moment == "by Ctrl-C", [TARGET]
+        if interrupted:
+            (workspace.path / TARGET).symlink_to(kills.undisturbed)
+            arguments += ["--forcerun", "pretrain"]
+        number = signal.SIGINT if interrupted else signal.SIGKILL
+        command = workspace.command(*arguments, config=config)
+        kills.statuses[moment], kills.outputs[moment] = run_until(workspace, command, reached(ckpt), number)
         if (workspace.path / TARGET).exists():
-            kills.published.add(moment)
-    again = workspace.snakemake(TARGET)
+            kills.published[moment] = (workspace.path / TARGET).resolve()
+        if interrupted:
+            (workspace.path / TARGET).unlink()
+            config = ("pretrain={save_in_background: true}",)
+    again = workspace.snakemake(TARGET, config=config)
     assert again.status == 0, again.output[-3000:]
     return kills
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+def is_as_undisturbed(killed: Kills) -> None:
+    """The weights of both checkpoints that are kept, and all metrics."""
+    made = killed.workspace.path / TARGET
+    for step in ("iter_0000008", "iter_0000012"):
+        assert weights(made, step) == weights(killed.undisturbed, step)
+    assert metrics(made) == metrics(killed.undisturbed)
+    assert list((killed.workspace.path / "ckpt/versions").glob("*/.*.partial")) == []
+
+
+@pytest.mark.parametrize("moment", [moment for moment in MOMENTS if moment not in OF_ONE_TEST])
 def test_a_killed_pretraining_ends_as_an_undisturbed_one(killed: Kills, moment: str):
     assert killed.statuses[moment] == -signal.SIGKILL and moment not in killed.published
-    path = killed.workspace.path
-    assert weights(path / TARGET) == weights(killed.undisturbed)
-    assert metrics(path / TARGET) == metrics(killed.undisturbed)
-    assert list((path / "ckpt/versions").glob("*/.*.partial")) == []
+    is_as_undisturbed(killed)
 
 
-def test_killed_while_a_checkpoint_is_written_in_the_background(copy: Workspace):
+def test_killed_while_a_checkpoint_is_written_in_the_background(killed: Kills):
     """The bytes are those of a run that waited for its checkpoints."""
-    target, config = "ckpt/pretrain/broad", ("pretrain={save_in_background: true}",)
-    undisturbed = begin_again(copy, target)
-    for version in list((copy.path / "ckpt/versions").iterdir()):
-        version.rename(copy.path / version.name)
-    moment = half_written(copy.path / "ckpt")
-    killed, _ = run_until(copy, copy.command(target, config=config), moment, signal.SIGKILL)
-    assert killed == -signal.SIGKILL
-    again = copy.snakemake(target, config=config)
-    assert again.status == 0, again.output[-3000:]
-    assert weights(copy.path / target) == weights(undisturbed)
-    assert metrics(copy.path / target) == metrics(undisturbed)
-    assert list((copy.path / "ckpt/versions").glob("*/.*.partial")) == []
+    assert killed.statuses["inside a write in the background"] == -signal.SIGKILL
+    is_as_undisturbed(killed)
+
+
+def test_ctrl_c_stops_cleanly_and_the_run_continues(killed: Kills):
+    """The published path goes on naming the last good version."""
+    output = killed.outputs["by Ctrl-C"]
+    assert killed.statuses["by Ctrl-C"] != 0
+    assert "stopped by SIGINT after step" in output and "run the same command again" in output
+    assert "Traceback" not in output
+    assert killed.published == {"by Ctrl-C": killed.undisturbed.resolve()}
+    assert "continues after step" in killed.outputs["inside a write in the background"]
+    is_as_undisturbed(killed)
 
 
 def test_a_killed_sft_ends_as_an_undisturbed_one(copy: Workspace):
@@ -194,26 +236,6 @@ def contents(root: Path) -> dict[str, str]:
 
 def is_record(path: Path) -> bool:
     return path.suffix == ".json" and b'"created"' in path.read_bytes()
-
-
-def test_ctrl_c_stops_cleanly_and_the_run_continues(copy: Workspace):
-    """The published path goes on naming the last good version."""
-    target = "ckpt/pretrain/broad"
-    undisturbed = begin_again(copy, target)
-    (copy.path / target).symlink_to(undisturbed)
-    for version in (copy.path / "ckpt/versions").iterdir():
-        version.rename(copy.path / version.name)
-    command = copy.command(target, "--forcerun", "pretrain")
-    status, output = run_until(copy, command, first_line(copy.path / "ckpt"), signal.SIGINT)
-    assert status != 0
-    assert "stopped by SIGINT after step" in output and "run the same command again" in output
-    assert "Traceback" not in output
-    assert (copy.path / target).resolve() == undisturbed
-    again = copy.snakemake(target)
-    assert again.status == 0, again.output[-3000:]
-    assert "continues after step" in again.output
-    assert weights(copy.path / target) == weights(undisturbed)
-    assert metrics(copy.path / target) == metrics(undisturbed)
 
 
 def test_a_published_checkpoint_survives_every_rerun(copy: Workspace):
