@@ -1,6 +1,6 @@
 """Processes that have imported what takes long, and fork for each run.
 
-Starting `snakemake` costs 1.4 s of CPU and a dry-run after that 0.4 s, and the tests run it some 300 times.
+Starting `snakemake` costs 1.4 s of CPU and a dry-run after that 0.2 s, and the tests run it some 300 times.
 Importing torch and megatron-core costs 3 to 5 s, and the tests would do so another 60 times, beside the
 processes that supervisors start. What runs is the program itself, in a process of its own with the directory
 and the environment that it is given.
@@ -30,7 +30,8 @@ from typing import Any
 IMPORTED = {
     "snakemake": (
         *("snakemake.cli", "docutils.core", "dpath", "jinja2", "PIL.Image", "pygments.lexers", "requests"),
-        "snaketron.config",
+        *("snakemake.storage", "smart_open", "snaketron.config", "snaketron.graph.graph"),
+        *("snaketron.graph.requests", "snaketron.graph.dry_run", "snaketron.graph.submission"),
     ),
     "megatron": (
         *("snaketron.model", "snaketron.train.build", "snaketron.train.loop", "snaketron.train.merge"),
