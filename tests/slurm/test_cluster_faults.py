@@ -1,28 +1,38 @@
-"""What a cluster does to a training: take its nodes away, be away itself, or be asked twice."""
+"""What a cluster does to a training: take its nodes or its time away, be away itself, or be asked twice."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
+from pathlib import Path
 
 from tests.conftest import Workspace
-from tests.end_to_end.test_kill import weights
-from tests.slurm.conftest import Slurm, disturb, wait_for
+from tests.slurm.conftest import MINUTES, Slurm, disturb, wait_for
 from tests.slurm.disturbed import Disturbed, state_of
 
 import psutil
 import pytest
 
 
-def test_a_pre_empted_job_saves_and_goes_on_later(disturbed: Disturbed):
-    """It has a few seconds, and must not end by itself, which Slurm would count as a failure.
+def is_pending(number: signal.Signals, process: psutil.Process) -> bool:
+    """Whether a suspended process will get a signal as soon as it goes on."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)$", status, re.MULTILINE)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
-    The first time its processes only just start, and have nothing to save.
+
+@pytest.fixture(scope="module")
+def told(slurm: Slurm, two_processes: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
+    """A training is pre-empted as its processes start, pre-empted again, and then reaches its time limit.
+
+    It saves only when it is told. That of the limit comes 150 s after each start of its job, of ten minutes:
+    the start of a job and two steps take 15 s on an idle machine, and more than 75 s beside other tests.
     """
-    with disturbed.start(
-        ("sft={save_interval: 1000}",), "--set-resources", "sft:slurm_partition=low"
-    ) as running:
+    disturbed = disturb(slurm, two_processes, tmp_path_factory.mktemp("told"))
+    config = (f"sft={{save_interval: 1000, stop_before_limit: {60 * MINUTES - 150}}}",)
+    with disturbed.start(config, "--set-resources", "sft:slurm_partition=low") as running:
         wait_for(lambda: len(disturbed.ranks()) == 2)
         disturbed.pre_empt()
         wait_for(lambda: disturbed.outcomes[0] is not None)
@@ -31,11 +41,31 @@ def test_a_pre_empted_job_saves_and_goes_on_later(disturbed: Disturbed):
             disturbed.pre_empt()
             # Slurm wakes what it tells to end.
             wait_for(lambda: state_of(process) != psutil.STATUS_STOPPED)
+        with disturbed.suspended(0, step=5, attempt=3) as (process,):
+            wait_for(lambda: is_pending(signal.SIGUSR1, process))
         assert running.result().status == 0
-    assert disturbed.outcomes == ["stopped", "stopped", "finished"]
-    assert disturbed.job.restarts == 2 and len(disturbed.jobs) == 1
-    assert disturbed.attempts[-1]["from_iteration"] >= 3  # saved when it was told
-    assert weights(disturbed.published) == weights(disturbed.undisturbed)
+    return disturbed
+
+
+def test_a_pre_empted_job_saves_and_goes_on_later(told: Disturbed):
+    """It has a few seconds, and must not end by itself, which Slurm would count as a failure.
+
+    The first time its processes only just start, and have nothing to save.
+    """
+    assert told.outcomes[:2] == ["stopped", "stopped"] and told.outcomes[-1] == "finished"
+    assert told.job.restarts == len(told.attempts) - 1 and len(told.jobs) == 1
+    assert told.attempts[2]["from_iteration"] >= 3  # saved when it was told
+    told.is_undisturbed()
+
+
+def test_a_time_limit_ends_a_job_and_not_the_training(told: Disturbed):
+    """The same job goes on. No step is lost."""
+    third, fourth, *_ = told.attempts[2:]
+    assert third["outcome"] == "time limit" and 5 <= third["iteration"] < 10
+    assert fourth["from_iteration"] == third["iteration"]
+    assert told.job.restarts >= 3 and len(told.jobs) == 1
+    assert "before the time limit; job" in (told.version / "train.log").read_text()
+    told.is_undisturbed()
 
 
 @pytest.fixture(scope="module")

@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
-import signal
-from pathlib import Path
 
 from tests.conftest import Workspace
-from tests.slurm.conftest import MINUTES, Slurm, disturb, wait_for
+from tests.slurm.conftest import Slurm, disturb, wait_for
 from tests.slurm.disturbed import Disturbed, state_of
 
 import psutil
 import pytest
-
-
-def test_a_time_limit_ends_a_job_and_not_the_training(disturbed: Disturbed):
-    """Told 150 s after its start, of a limit of ten minutes; the same job goes on. No step is lost.
-
-    The start of a job and two steps take 15 s on an idle machine, and more than 75 s beside other tests.
-    """
-    with disturbed.start((f"sft={{stop_before_limit: {60 * MINUTES - 150}}}",)) as running:
-        with disturbed.suspended(0, step=2) as (process,):  # so that there is something left to do then
-            wait_for(lambda: is_pending(signal.SIGUSR1, process))
-        assert running.result().status == 0
-    assert disturbed.job.restarts >= 1 and len(disturbed.jobs) == 1
-    first, second, *_ = disturbed.attempts
-    assert first["outcome"] == "time limit" and 2 <= first["iteration"] < 10
-    assert second["from_iteration"] == first["iteration"]
-    assert "before the time limit; job" in (disturbed.version / "train.log").read_text()
-    disturbed.is_undisturbed()
-
-
-def is_pending(number: signal.Signals, process: psutil.Process) -> bool:
-    """Whether a suspended process will get a signal as soon as it goes on."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)$", status, re.MULTILINE)
-    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
 @pytest.fixture(scope="module")
