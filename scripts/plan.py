@@ -9,7 +9,7 @@ from snaketron.config import Config, ConfigError, load
 from snaketron.files import write_json, writing
 from snaketron.graph.configfiles import merged, mixed
 from snaketron.log import UserError, argument_parser, logger, run
-from snaketron.sizes.gpus import GPUS
+from snaketron.sizes.gpus import GPUS, in_nodes
 
 SUPER = Path("config/super.yaml")
 
@@ -104,7 +104,7 @@ def search_layouts(config: Config, args: argparse.Namespace) -> int:
     found = search(config, training, gpu, number)
     if args.json:
         write_json(args.json, as_json(found))
-    own, on = measure(config, training, GPUS[gpu]), f"{number} {gpu.upper()}"
+    own, on = measure(config, training, in_nodes(gpu, config.cluster)), f"{number} {gpu.upper()}"
     why = "" if found else why_none(config, training, gpu, number)
     print(markdown(training, on, found, own, why), end="")
     return 0

@@ -17,7 +17,7 @@ from snaketron.settings.keeping import kept_at_end
 from snaketron.settings.schedule import steady_steps
 from snaketron.settings.training import train_settings
 from snaketron.sizes.fitting import smallest_change
-from snaketron.sizes.gpus import GPUS
+from snaketron.sizes.gpus import in_nodes
 from snaketron.sizes.layout import layout
 from snaketron.sizes.plan import Estimate, components, estimate
 from snaketron.sizes.search import measure, work
@@ -300,7 +300,7 @@ def _step(config: Config, training: Training) -> dict[str, dict[str, Any] | None
     """
     if config.cluster.gpu is None or not config.cluster.gpus_per_node:
         return {"step": None, "sent": None}
-    gpu = GPUS[config.cluster.gpu]
+    gpu = in_nodes(config.cluster.gpu, config.cluster)
     found = measure(config, training, gpu)
     sent = traffic(work(config, training), gpu)
     return {

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from snaketron.config import Config, ConfigError, Training
 from snaketron.config.linears import check_targets
+from snaketron.sizes.fitting import MAX_DOUBLINGS, smallest_change
 from snaketron.sizes.limits import Limits, check_limits
 from snaketron.sizes.parameters import pipeline_pattern
 from snaketron.sizes.plan import Estimate, estimate
@@ -36,20 +37,32 @@ def check_memory(config: Config, trainings: Iterable[Training]) -> None:
     """`ConfigError` when a training needs more of a GPU than it has, by `cluster.gpu_memory_gb`."""
     if (limit := config.cluster.gpu_memory_gb) is None:
         return
-    needs: dict[str, list[Estimate]] = {}  # phases that share their parallel sizes are one problem
+    largest: dict[
+        str, tuple[Training, Estimate]
+    ] = {}  # phases that share their parallel sizes are one problem
     for training in trainings:
-        needs.setdefault(training.at("parallel"), []).append(estimate(config, training))
-    largest = {at: max(found, key=lambda need: need.peak_bytes) for at, found in needs.items()}
-    problems = [_too_large(at, need, limit) for at, need in largest.items() if need.peak_bytes / 1e9 > limit]
+        need, at = estimate(config, training), training.at("parallel")
+        if at not in largest or need.peak_bytes > largest[at][1].peak_bytes:
+            largest[at] = training, need
+    problems = [
+        _too_large(config, training, need)
+        for training, need in largest.values()
+        if need.peak_bytes / 1e9 > limit
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _too_large(at: str, need: Estimate, limit: float) -> str:
+def _too_large(config: Config, training: Training, need: Estimate) -> str:
+    what = (
+        f"{training.at('parallel')}: takes {need.peak_bytes / 1e9:.4g} GB of a GPU, more than "
+        f"cluster.gpu_memory_gb {config.cluster.gpu_memory_gb:g}, of which weights, gradients and optimizer "
+        f"take {need.static_bytes / 1e9:.4g}; "
+    )
+    if found := smallest_change(config, training):
+        change, then = found
+        return f"{what}the smallest change that fits ({then.peak_bytes / 1e9:.4g} GB): {change}"
     return (
-        f"{at}: takes {need.peak_bytes / 1e9:.4g} GB of a GPU, more than cluster.gpu_memory_gb "
-        f"{limit:g}, of which weights, gradients and optimizer take {need.static_bytes / 1e9:.4g}; for these "
-        "raise expert_model_parallel_size (experts are most of the model), tensor_ or "
-        "pipeline_model_parallel_size, or data_parallel_size; for activations, lower "
-        "micro_batch_size, raise context_parallel_size, or set recompute"
+        f"{what}no layout of up to {2**MAX_DOUBLINGS} times as many GPUs fits; lower gradient_precision and "
+        f"moment_precision of {training.at('optimizer')} to bf16, or take GPUs with more memory"
     )

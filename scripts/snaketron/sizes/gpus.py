@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from snaketron.config import Cluster
+
 
 class Gpu(NamedTuple):
     """Peaks of a GPU; what programs reach of them are the shares in `sizes.step`."""
@@ -24,3 +26,14 @@ GPUS = {
     "gb200": Gpu(2500e12, 8.0e12, 900e9, 72, 50e9, 4, 176),
     "gb300": Gpu(2500e12, 8.0e12, 900e9, 72, 100e9, 4, 265),
 }
+
+
+def in_nodes(name: str, cluster: Cluster) -> Gpu:
+    """A kind of GPU in the nodes that are configured for it, else in those that it is usually sold in.
+
+    NVLink reaches as far as a node; that of GB200 and GB300 reaches a rack.
+    """
+    gpu, here = GPUS[name], cluster.gpus_per_node
+    if name != cluster.gpu or here in (0, gpu.gpus_per_node):
+        return gpu
+    return gpu._replace(gpus_per_node=here, domain=here if gpu.domain == gpu.gpus_per_node else gpu.domain)

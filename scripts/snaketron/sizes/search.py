@@ -10,7 +10,7 @@ from typing import NamedTuple
 from snaketron.config import Config, Parallel, Pretrain, Training
 from snaketron.config.base import Module
 from snaketron.config.training_checks import check_training
-from snaketron.sizes.gpus import GPUS, Gpu
+from snaketron.sizes.gpus import Gpu, in_nodes
 from snaketron.sizes.layout import layout_words, recordable
 from snaketron.sizes.step import Step, peak_bytes, step_time
 from snaketron.sizes.traffic import Work
@@ -74,7 +74,7 @@ def search(config: Config, training: Training, gpu_name: str, num_gpus: int) -> 
     Tensor parallelism stays within NVLink's reach, and experts are not divided further (expert tensor
     parallelism 1). Micro-batches and recomputation are tried; everything else is as configured.
     """
-    gpu, on_gpus = GPUS[gpu_name], _on_gpus(config, gpu_name)
+    gpu, on_gpus = in_nodes(gpu_name, config.cluster), _on_gpus(config, gpu_name)
     found = []
     for parallel in _layouts(training, gpu, num_gpus):
         for micro_batch, recompute in itertools.product(_micro_batches(training), RECOMPUTE):
@@ -88,7 +88,7 @@ def search(config: Config, training: Training, gpu_name: str, num_gpus: int) -> 
 
 def why_none(config: Config, training: Training, gpu_name: str, num_gpus: int) -> str:
     """Why no layout was found: a rule that all of them break, or how much memory they need."""
-    gpu, on_gpus = GPUS[gpu_name], _on_gpus(config, gpu_name)
+    gpu, on_gpus = in_nodes(gpu_name, config.cluster), _on_gpus(config, gpu_name)
     problems: list[str] = []
     least: tuple[float, Parallel] | None = None
     for parallel in _layouts(training, gpu, num_gpus):
@@ -111,7 +111,8 @@ def why_none(config: Config, training: Training, gpu_name: str, num_gpus: int) -
 
 def _on_gpus(config: Config, gpu_name: str) -> Config:
     """The configuration on nodes of such GPUs."""
-    cluster = {"gpu": gpu_name, "gpus_per_node": GPUS[gpu_name].gpus_per_node, "tasks_per_node": None}
+    per_node = in_nodes(gpu_name, config.cluster).gpus_per_node
+    cluster = {"gpu": gpu_name, "gpus_per_node": per_node, "tasks_per_node": None}
     return config.model_copy(update={"cluster": config.cluster.model_copy(update=cluster)})
 
 

@@ -13,7 +13,8 @@ def test_a_training_that_no_gpu_holds_is_refused_with_both_numbers():
     config = load(COUNTED | {"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.1}}, {})
     message = (
         r"pretrain.parallel: takes 0.11\d+ GB of a GPU, more than cluster.gpu_memory_gb 0.1, of which "
-        r"weights, gradients and optimizer take 0.029\d+;"
+        r"weights, gradients and optimizer take 0.029\d+; the smallest change that fits \(0.071\d+ GB\): "
+        r"pretrain.micro_batch_size: 2"
     )
     with pytest.raises(ConfigError, match=message):
         check_trainings(config)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from snaketron.config import Config, Parallel, load
 from snaketron.report.layouts import markdown
-from snaketron.sizes.gpus import GPUS
+from snaketron.sizes.gpus import GPUS, in_nodes
 from snaketron.sizes.search import measure, place, search, why_none
 
 import pytest
@@ -57,6 +57,19 @@ def test_the_published_layout_of_1m_is_among_the_first(config: Config):
     found = search(config, config.training("pretrain/long_1m"), "gb200", 128)
     number = place(found, config.training("pretrain/long_1m").run.parallel)
     assert number is not None and number <= 10
+
+
+def test_nodes_are_as_large_as_they_are_configured(config: Config):
+    """Nodes of four H100s: tensor parallelism stays within four, and experts over eight cross the network."""
+    cluster = config.cluster.model_copy(update={"gpu": "h100", "gpus_per_node": 4})
+    four = in_nodes("h100", cluster)
+    assert (four.gpus_per_node, four.domain) == (4, 4) and in_nodes("h200", cluster) == GPUS["h200"]
+    found = search(
+        config.model_copy(update={"cluster": cluster}), config.training("pretrain/broad"), "h100", 128
+    )
+    assert found and max(one.parallel.tensor_model_parallel_size for one in found) == 4
+    racks = cluster.model_copy(update={"gpu": "gb200", "gpus_per_node": 2})
+    assert (in_nodes("gb200", racks).gpus_per_node, in_nodes("gb200", racks).domain) == (2, 72)
 
 
 def test_too_few_gpus_have_no_layout(config: Config):

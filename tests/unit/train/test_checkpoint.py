@@ -13,6 +13,7 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron.files import partial
 from snaketron.jobs.version import Version
 from snaketron.log import UserError
+from snaketron.model.checkpoint import load
 from snaketron.train.batches import Batches, sequences
 from snaketron.train.build import build_training
 from snaketron.train.loop import Trainer
@@ -91,6 +92,19 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(trainer, tmp_path: Path, p
     first._step(Random(2))
     second._step(Random(2))
     assert same(state(second), state(first))
+
+
+def test_a_phase_of_another_precision_goes_on_with_weights_and_moments(trainer, tmp_path: Path):
+    """Weights are rounded to the 8 bits of bf16; the optimizer's moments are fp32 in both."""
+    first = trainer(steps=3, model={"precision": "fp32"})
+    first.save(tmp_path)
+    second = trainer(seed=2, model={"precision": "bf16"})
+    load(tmp_path, 3, second.model, second.optimizer)
+    weights = [list(one.model.parameters()) for one in (second, first)]
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(*weights, strict=True))
+    count = len(weights[0]) + len(list(first.model.buffers()))
+    moments = [[t for t in state(one)[count:] if t.dtype == torch.float32] for one in (second, first)]
+    assert moments[0] and same(*([t for i, t in enumerate(of) if i % 3] for of in moments))
 
 
 def test_a_new_directory_has_nothing_to_resume(trainer, tmp_path: Path):
