@@ -13,6 +13,7 @@ from snaketron.settings.training import train_settings
 import pytest
 
 BASE: dict[str, Any] = {"tokenizer": {"vocab_size": 2048}}
+OPTIMIZER = {"min_learning_rate": 1e-4, "weight_decay": 0.0}  # as in config.yaml
 PHASES = [
     {"name": "broad", "tokens": 12288, "blend": [{"corpus": "docs", "weight": 1}]},
     {"name": "focused", "tokens": 8192, "blend": [{"corpus": "docs", "weight": 1}]},
@@ -43,7 +44,7 @@ def test_a_changed_key_is_named_as_in_the_configuration():
         (
             "sft",
             {},
-            {"sft": {"optimizer": {"learning_rate": 0.5, "min_learning_rate": 1e-4}, "warmup_iters": 7}},
+            {"sft": {"optimizer": OPTIMIZER | {"learning_rate": 0.5}, "warmup_iters": 7}},
             ["sft.optimizer.learning_rate: 0.003 -> 0.5", "sft.warmup_iters: 10 -> 7"],
         ),
         ("pretrain/broad", {}, {"model": {"moe_router_topk": 3}}, ["model.moe_router_topk: 2 -> 3"]),

@@ -150,7 +150,7 @@ OTHER: dict[str, Any] = {
     "lora.expert_rank": 2,
     "lora.dropout": 0.1,
     "lora.target_modules": ["in_proj", "linear_qkv"],
-    "lora.optimizer.weight_decay": 0.1,
+    **{f"{s}.optimizer.weight_decay": 0.1 for s in ("sft", "lora")},
     "pretrain.parallel.expert_model_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
     "pretrain.parallel.expert_tensor_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
     **{
