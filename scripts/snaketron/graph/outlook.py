@@ -10,6 +10,7 @@ from typing import Any
 
 from snaketron.config import Config
 from snaketron.files import read_json, sha256, to_json
+from snaketron.jobs.version import Version
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.settings.weights import parse_weights
@@ -79,7 +80,7 @@ def _inputs(dag: Any, job: Any, known: dict[str, str | None], makers: Mapping[st
     for checkpoint in _checkpoints(job):
         if checkpoint not in known:
             try:
-                record = read(Path(checkpoint) / "record.json")
+                record = read(Version(Path(checkpoint)).record)
             except UserError:  # the training will say so
                 return None
             found.append(f"{record.name}-{record.key}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from snaketron.config import Model, Parallel, Run
 from snaketron.model import backend
+from snaketron.model.megatron import corrections
 from snaketron.sizes.parameters import padded_vocab_size, pipeline_pattern
 
 import torch
@@ -17,9 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
-from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.router import TopKRouter
 
 # TransformerConfig fields of a precision below bf16. Gradients have a wider range and less precision (e5m2).
 LOW_PRECISION: dict[str, dict[str, Any]] = {
@@ -192,16 +191,6 @@ def build_model(config: TransformerConfig, model: Model, vocab_size: int, seq_le
         share_embeddings_and_output_weights=False,
         position_embedding_type="none",
     )
-    for module in built.modules():
-        if isinstance(module, TopKRouter):
-            # Float16Module would make the count bf16, which is exact only up to 256.
-            module.local_tokens_per_expert = module.local_tokens_per_expert.long()
-        if isinstance(module, MambaMixer):
-            module.norm.eps = config.layernorm_epsilon  # megatron-core writes 1e-5, whatever the model has
-    for name, parameter in built.named_parameters():
-        if ".experts." in name:
-            # Gives the experts an optimizer of their own with EP = 1 too, as megatron-core does with EP > 1;
-            # otherwise a checkpoint of one does not load into the other.
-            parameter.allreduce = False
+    corrections.correct(built, config)
     backend.prepare_model(built)
     return built

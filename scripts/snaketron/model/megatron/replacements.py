@@ -20,23 +20,18 @@ _MTP = "megatron.core.transformer.multi_token_prediction:"
 _MODEL = "megatron.core.models.hybrid.hybrid_model:"
 _LANGUAGE = "megatron.core.models.common.language_module.language_module:LanguageModule."
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer."
-_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher."
+_MOE = "megatron.core.transformer.moe."
+_DISPATCHER = _MOE + "token_dispatcher:MoEAlltoAllTokenDispatcher."
 _BUFFERS = "megatron.core.distributed.param_and_grad_buffer:"
 _MIXER = "megatron.core.ssm.mamba_mixer:"
 _MAMBA_CONTEXT = "megatron.core.ssm.mamba_context_parallel:"
 # Modules that write the literal device "cuda".
-ON_CUDA = (
-    "megatron.core.dist_checkpointing.exchange_utils",
-    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
-    "megatron.core.models.hybrid.hybrid_block",
-    "megatron.core.optimizer.clip_grads",
-    "megatron.core.optimizer.grad_scaler",
-    "megatron.core.optimizer.optimizer",
-    "megatron.core.pipeline_parallel.schedules",
-    "megatron.core.rerun_state_machine",
-    "megatron.core.transformer.moe.moe_layer",
-    "megatron.core.utils",
-)
+_ON_CUDA = """
+    dist_checkpointing.exchange_utils dist_checkpointing.strategies.state_dict_saver
+    models.hybrid.hybrid_block optimizer.clip_grads optimizer.grad_scaler optimizer.optimizer
+    pipeline_parallel.schedules rerun_state_machine transformer.moe.moe_layer utils
+"""
+ON_CUDA = tuple("megatron.core." + name for name in _ON_CUDA.split())
 
 TABLE = (
     Replacement(
@@ -45,9 +40,31 @@ TABLE = (
         why="the original combines (tokens, experts) with (tokens,) and fails for every padded batch",
         upstream=_PULL + "6114 (merged 2026-07, issue 6111)",
         until="the first release that has the pull request; 0.19.2 has not",
-        pieces={
-            "megatron.core.transformer.moe.router:TopKRouter._apply_expert_bias": "padding.apply_expert_bias"
-        },
+        pieces={_MOE + "router:TopKRouter._apply_expert_bias": "padding.apply_expert_bias"},
+    ),
+    Replacement(
+        "the type of the count of tokens",
+        "all",
+        why="Float16Module makes the count bf16, which is exact only up to 256 tokens",
+        upstream=NONE_FOUND,
+        until="Float16Module leaves the count as it is, or it is an integer",
+        in_objects={_MOE + "router:TopKRouter.__init__": "corrections.count_in_integers"},
+    ),
+    Replacement(
+        "the epsilon of Mamba's gated norm",
+        "all",
+        why="the original is 1e-5, whatever layernorm_epsilon is",
+        upstream=NONE_FOUND,
+        until="the mixer takes layernorm_epsilon",
+        in_objects={_MIXER + "MambaMixer.__init__": "corrections.set_epsilon"},
+    ),
+    Replacement(
+        "the mark of experts in one group",
+        "all",
+        why="with EP = 1 the original gives experts no optimizer of their own: layouts' checkpoints differ",
+        upstream=NONE_FOUND,
+        until="experts have an optimizer of their own with EP = 1 too",
+        in_objects={_MOE + "moe_layer:MoELayer.__init__": "corrections.mark_experts"},
     ),
     Replacement(
         "the padding in multi-token prediction",
@@ -58,7 +75,7 @@ TABLE = (
         until="HybridModel.forward hands padding_mask to its MTP block",
         pieces={
             _MODEL + "HybridModel.forward": "padding.model_forward",
-            "megatron.core.transformer.moe.moe_layer:MoELayer.forward": "padding.moe_forward",
+            _MOE + "moe_layer:MoELayer.forward": "padding.moe_forward",
         },
     ),
     Replacement(
@@ -72,8 +89,7 @@ TABLE = (
     Replacement(
         "the loss of multi-token prediction",
         "all",
-        why="the original averages over each micro-batch and then over those; here the average is over the "
-        "step, by weights for each position and depth",
+        why="the original averages each micro-batch; here it is the step, by weights for position and depth",
         upstream="https://github.com/NVIDIA/Megatron-LM/issues/2417 (open); "
         + _PULL
         + "3159, in 0.19.2, scales within a micro-batch",
@@ -175,7 +191,7 @@ TABLE = (
         why="gloo wants the sizes of splits as lists; the original converts only what is on a GPU",
         upstream=NO_CPU,
         until="the original converts tensors on a CPU as well",
-        pieces={"megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu": "cpu.move_to_cpu"},
+        pieces={_MOE + "token_dispatcher:maybe_move_tensor_to_cpu": "cpu.move_to_cpu"},
     ),
     Replacement(
         "Adam",
@@ -221,8 +237,8 @@ TABLE = (
         until="HybridStack and MoELayer take these layers from a spec",
         pieces={
             "megatron.core.models.hybrid.hybrid_block:TENorm": "cpu_layers.RMSNorm",
-            "megatron.core.transformer.moe.moe_layer:HAVE_TE": Value(True),
-            "megatron.core.transformer.moe.moe_layer:TELinear": "cpu_layers.DuplicatedLinear",
+            _MOE + "moe_layer:HAVE_TE": Value(True),
+            _MOE + "moe_layer:TELinear": "cpu_layers.DuplicatedLinear",
         },
     ),
     Replacement(
@@ -263,7 +279,7 @@ TABLE = (
             "megatron.core.tensor_parallel.layers:reduce_from_tensor_model_parallel_region": (
                 "cpu.reduce_over_ranks"
             ),
-            "megatron.core.transformer.moe.experts:SequentialMLP.forward": "cpu_experts.experts_forward",
+            _MOE + "experts:SequentialMLP.forward": "cpu_experts.experts_forward",
         },
     ),
     Replacement(
@@ -351,7 +367,7 @@ TABLE = (
         until="TEGroupedMLP takes the numbers of tokens from the GPU and all experts in one tensor, in "
         "fp8 too",
         pieces={
-            "megatron.core.transformer.moe.experts:TEGroupedMLP.forward": "gpu.experts_forward",
+            _MOE + "experts:TEGroupedMLP.forward": "gpu.experts_forward",
             "megatron.core.distributed:DistributedDataParallel._make_backward_post_hook": (
                 "gpu.make_backward_post_hook"
             ),

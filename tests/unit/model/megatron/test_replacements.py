@@ -18,7 +18,17 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.model import backend
-from snaketron.model.megatron import adam, cpu, cpu_experts, gpu, originals, packed, padding, replacements
+from snaketron.model.megatron import (
+    adam,
+    corrections,
+    cpu,
+    cpu_experts,
+    gpu,
+    originals,
+    packed,
+    padding,
+    replacements,
+)
 from snaketron.model.megatron.originals import MISSING, original
 from snaketron.model.megatron.replacements import TABLE
 from snaketron.model.megatron.row import Replacement, stand_in
@@ -26,6 +36,7 @@ from snaketron.model.megatron.row import Replacement, stand_in
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,6 +120,40 @@ def test_the_original_count_fails_for_a_padded_batch():
     with pytest.raises(RuntimeError):
         count(router, mapped, padding)
         pytest.fail(CAN_GO)
+
+
+@pytest.fixture
+def uncorrected(build, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Builds a model as megatron-core leaves it."""
+    monkeypatch.setattr(corrections, "correct", lambda *_: None)
+    return build
+
+
+@covers("the type of the count of tokens")
+def test_the_original_count_is_rounded_with_the_weights(uncorrected):
+    modules = uncorrected(hybrid_layer_pattern="E").modules()
+    router = next(m for m in modules if isinstance(m, TopKRouter))
+    assert router.bfloat16().local_tokens_per_expert.dtype == torch.bfloat16, CAN_GO
+    corrections.count_in_integers(router)
+    assert router.bfloat16().local_tokens_per_expert.dtype == torch.int64
+
+
+@covers("the epsilon of Mamba's gated norm")
+def test_the_original_epsilon_is_a_constant(uncorrected):
+    model = uncorrected(hybrid_layer_pattern="M", layernorm_epsilon=1e-3)
+    (mixer,) = (m for m in model.modules() if isinstance(m, MambaMixer))
+    assert mixer.norm.eps == 1e-5, CAN_GO
+    corrections.set_epsilon(mixer, model.config)
+    assert mixer.norm.eps == 1e-3
+
+
+@covers("the mark of experts in one group")
+def test_the_original_experts_of_one_group_are_marked_as_all_else(uncorrected):
+    model = uncorrected(hybrid_layer_pattern="E")
+    experts = [parameter for name, parameter in model.named_parameters() if ".experts." in name]
+    assert experts and all(getattr(parameter, "allreduce", True) for parameter in experts), CAN_GO
+    corrections.mark_experts(model)
+    assert not any(parameter.allreduce for parameter in experts)
 
 
 @covers("the padding in multi-token prediction")

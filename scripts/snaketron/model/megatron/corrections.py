@@ -1,0 +1,35 @@
+"""What a model that megatron-core has built is given in the place of values that are wrong for it."""
+
+from __future__ import annotations
+
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.ssm.mamba_mixer import MambaMixer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
+
+
+def correct(model: HybridModel, config: TransformerConfig) -> None:
+    """Correct this rank's part of a model, before it is wrapped and has an optimizer."""
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            count_in_integers(module)
+        if isinstance(module, MambaMixer):
+            set_epsilon(module, config)
+    mark_experts(model)
+
+
+def count_in_integers(router: TopKRouter) -> None:
+    """Count the tokens of each expert in int64: `Float16Module` would make the count bf16."""
+    router.local_tokens_per_expert = router.local_tokens_per_expert.long()
+
+
+def set_epsilon(mixer: MambaMixer, config: TransformerConfig) -> None:
+    """Give the gated norm of a Mamba-2 layer the epsilon of the model."""
+    mixer.norm.eps = config.layernorm_epsilon
+
+
+def mark_experts(model: HybridModel) -> None:
+    """Mark the parameters of routed experts, which gives them an optimizer of their own, with EP = 1 too."""
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
