@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from snaketron.config import Config, ConfigError
 from snaketron.graph.unknown import find
 from snaketron.huggingface.config import differences, read_config, unread
-from snaketron.huggingface.metadata import listed_tensors, megatron_differences
+from snaketron.huggingface.metadata import damaged_files, listed_tensors, megatron_differences
 from snaketron.huggingface.names import megatron_tensors, tensors
 from snaketron.jobs.version import Version
 from snaketron.log import UserError
@@ -157,6 +157,7 @@ class BaseGraph:
             if trained.stage == "lora":
                 yield f"{base.path} holds adapters and not the model; name its lora_merged"
             yield from model_differences(trained.settings.get("model") or {}, model)
+            yield from _damage(Version(directory))
         elif (published := self._config_of(base)) is not None:
             yield from differences(published, model, vocabulary)
             yield from self._tokenizer(base, directory)
@@ -180,7 +181,9 @@ class BaseGraph:
             directory = version.iteration_directory(iteration)
         vocab_size = tokenizer.vocab_size if tokenizer.path is None else None
         wanted = megatron_tensors(tensors(model, tokenizer.vocab_size), {})
-        problems = megatron_differences(listed_tensors(directory), wanted, vocab_size)
+        problems = damaged_files(directory) + megatron_differences(
+            listed_tensors(directory), wanted, vocab_size
+        )
         yield from problems[:_SHOWN]
         if len(problems) > _SHOWN:
             yield f"and {len(problems) - _SHOWN} more in {directory}"
@@ -205,6 +208,15 @@ class BaseGraph:
                     f"tokenizer.path {path}: {count} of the {len(wanted)} tokens of the checkpoint have "
                     f"another id there; set tokenizer.path: {base.path}"
                 )
+
+
+def _damage(version: Version) -> Iterator[str]:
+    """What a finished checkpoint of this workflow has lost since."""
+    iteration = version.latest_iteration()
+    if iteration is None:
+        yield f"{version.directory}: its last step is not there; restore it"
+    else:
+        yield from damaged_files(version.iteration_directory(iteration))[:_SHOWN]
 
 
 def _vocabulary(path: Path) -> dict[str, int]:

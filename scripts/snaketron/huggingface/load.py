@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from snaketron.config import Model
 from snaketron.huggingface import config
-from snaketron.huggingface.metadata import megatron_differences
+from snaketron.huggingface.metadata import damaged_files, megatron_differences
 from snaketron.huggingface.names import VOCABULARY, Megatron, Source, megatron_tensors, tensors
 from snaketron.huggingface.save import TensorReader, listed, open_tensors
 from snaketron.huggingface.shards import DTYPES, INDEX, Shards
@@ -120,7 +120,7 @@ def megatron_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
     padded = padded_vocab_size(model, vocab_size, 1)
     wanted = megatron_tensors(tensors(model, vocab_size), dict.fromkeys(VOCABULARY, padded))
     there = {key: (shape, str(dtype)) for key, (shape, dtype) in reader.tensors.items()}
-    if problems := megatron_differences(there, wanted, vocab_size):
+    if problems := damaged_files(directory) + megatron_differences(there, wanted, vocab_size):
         raise UserError(listed(f"{directory} cannot be imported:", problems))
     bad: list[str] = []
     read = TensorReader(reader)

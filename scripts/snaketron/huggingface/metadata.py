@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,38 @@ class _Unpickler(pickle.Unpickler):
 
 def listed_tensors(directory: Path) -> Listed:
     """Shape and type of each tensor but the optimizer's; `UserError` where they cannot be read."""
+    with _metadata(directory) as found:
+        return {
+            key: (tuple(value.size.arguments[0]), f"torch.{value.properties.state[0].__name__}")
+            for key, value in found.state_dict_metadata.items()
+            if type(value).__name__ == "TensorStorageMetadata" and not key.startswith("optimizer.")
+        }
+
+
+def damaged_files(directory: Path) -> list[str]:
+    """The files that are missing, or shorter than the list of the tensors says; a line each, unread."""
+    ends: dict[str, int] = {}
+    with _metadata(directory) as found:
+        for part in found.storage_data.values():
+            name = part.relative_path
+            ends[name] = max(ends.get(name, 0), part.offset + part.length)
+    problems = []
+    for name, end in sorted(ends.items()):
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{path}: no such file")
+        elif (size := path.stat().st_size) < end:
+            problems.append(f"{path}: {size} bytes, where .metadata promises {end}")
+    return problems
+
+
+@contextlib.contextmanager
+def _metadata(directory: Path) -> Iterator[Any]:
+    """What .metadata lists; `UserError` where it cannot be read, or lacks what is asked of it."""
     path = directory / ".metadata"
     try:
         with path.open("rb") as file:
-            found = _Unpickler(file).load().state_dict_metadata
-        return {
-            key: (tuple(value.size.arguments[0]), f"torch.{value.properties.state[0].__name__}")
-            for key, value in found.items()
-            if type(value).__name__ == "TensorStorageMetadata" and not key.startswith("optimizer.")
-        }
+            yield _Unpickler(file).load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:

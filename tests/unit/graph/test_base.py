@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,6 +142,8 @@ def test_a_checkpoint_of_this_workflow_is_taken_as_it_is(tmp_path: Path):
     settings = train_settings(load({"model": {"hidden_size": 64}}, {}), "sft").model_dump()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"settings": settings}))
     (tmp_path / "record.json").write_text("{}")
+    write(tmp_path / "iter_0000002", values(MODEL))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
     same = {"base": str(tmp_path)}
     assert graph(pretrain=same, model={"hidden_size": 64}).start("pretrain") == str(tmp_path)
     with pytest.raises(ConfigError) as refused:
@@ -148,6 +151,13 @@ def test_a_checkpoint_of_this_workflow_is_taken_as_it_is(tmp_path: Path):
     assert str(refused.value) == (
         "pretrain.base and lora.base: model.hidden_size: 64 in the checkpoint, 128 in the configuration"
     )
+    part = next((tmp_path / "iter_0000002").glob("*.distcp"))
+    part.unlink()
+    with pytest.raises(ConfigError, match=rf"pretrain\.base: {part}: no such file"):
+        graph(pretrain=same, model={"hidden_size": 64})
+    shutil.rmtree(tmp_path / "iter_0000002")
+    with pytest.raises(ConfigError, match=r"pretrain\.base: .*: its last step is not there; restore it"):
+        graph(pretrain=same, model={"hidden_size": 64})
     (tmp_path / "config.yaml").write_text("settings: [1]")
     with pytest.raises(ConfigError) as refused:
         graph(pretrain=same)

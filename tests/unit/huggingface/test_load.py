@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,22 @@ def test_a_checkpoint_of_megatron_of_another_model_is_refused(tmp_path: Path):
     lines = str(refused.value).splitlines()
     assert lines[1] == "decoder.layers.3.mlp.linear_fc1.weight: [24, 16], and the model wants [32, 16]"
     assert "decoder.layers.4.mixer.A_log: missing" in lines
+
+
+def test_files_of_a_checkpoint_of_megatron_that_are_missing_or_cut_are_named_at_once(tmp_path: Path):
+    """By the list of its tensors: nothing of the files is read."""
+    directory = write(tmp_path / "made", values())
+    first, *_ = files = sorted(directory.glob("*.distcp"))
+    size = first.stat().st_size
+    os.truncate(first, 100)
+    for other in files[1:]:
+        other.unlink()
+    with pytest.raises(UserError) as refused:
+        megatron_weights(directory, MODEL, TOKENS)
+    lines = str(refused.value).splitlines()[1:]
+    assert lines[0].startswith(f"{first}: 100 bytes, where .metadata promises ")
+    assert 100 < int(lines[0].rpartition(" ")[2]) <= size
+    assert lines[1:] == [f"{other}: no such file" for other in files[1:]]
 
 
 def test_the_list_of_a_checkpoint_of_megatron_is_read_without_torch_and_without_running_it(tmp_path: Path):
