@@ -293,7 +293,7 @@ class Tuning(Run):
     warmup_iters: Count = key(
         10, "steps over which the learning rate rises from 0; then it falls as a cosine"
     )
-    # A weight decay of 0.1 left the tiny model a higher loss of held-out calls after each of four seeds
+    # A weight decay of 0.1 left the tiny model a higher loss of held-out calls after each of three seeds
     # (docs/measurements.md).
     optimizer: Optimizer = key(
         lambda: Optimizer(learning_rate=3e-3, min_learning_rate=1e-4, weight_decay=0.0),
