@@ -39,6 +39,9 @@ def differences(prefix: Path, dtype: str | None) -> Iterator[str]:
     """
     bin_path, idx_path = paths(prefix)
     missing = [path for path in (bin_path, idx_path) if not path.is_file()]
+    if len(missing) == 2 and prefix.is_dir():
+        yield f"{prefix} is a directory; name the pairs in it, such as {prefix}/*"
+        return
     yield from (f"{path}: no such file" for path in missing)
     if idx_path in missing:
         return

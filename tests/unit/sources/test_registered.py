@@ -92,6 +92,12 @@ def test_what_a_header_shows(header: dict[str, Any], expected: str):
     assert list(differences(Path("web"), "uint16")) == [expected]
 
 
+def test_a_directory_of_pairs_is_named_as_one():
+    write_pair("store/a", 3)
+    said = "store is a directory; name the pairs in it, such as store/*"
+    assert list(differences(Path("store"), "uint16")) == [said]
+
+
 def test_all_differences_are_said_at_once_with_path_and_key():
     write_pair("store/a", 3, 4)
     Path("store/a.bin").write_bytes(bytes(13))
