@@ -109,13 +109,17 @@ class Disturbed:
     def ranks(self) -> list[psutil.Process]:
         """The processes of the training, by rank."""
         found: dict[int, psutil.Process] = {}
-        for process in sorted(psutil.process_iter(), key=lambda process: process.pid, reverse=True):
+        everyone = sorted(
+            psutil.process_iter(["create_time"]), key=lambda process: process.info["create_time"]
+        )
+        for process in reversed(everyone):
             with contextlib.suppress(psutil.Error):
                 command = process.cmdline()
                 if "scripts/sft.py" in command and "python" in Path(command[0]).name:
                     environment = process.environ()
                     if TOKEN in environment and process.cwd() == str(self.workspace.path):
-                        # The first: later ones are its children, which write checkpoints.
+                        # The oldest: others are its children, which write checkpoints, and have a lower
+                        # number where numbers began again.
                         found[int(environment["SLURM_PROCID"])] = process
         return [found[rank] for rank in sorted(found)]
 
