@@ -65,7 +65,9 @@ TOGETHER = {
 PLACES = {place: name for name, places in TOGETHER.items() for place in places}
 ORDER = (
     *(*PLACES, "tests/graph/test_registered.py", "tests/graph/test_names.py"),
-    "tests/unit/jobs/test_supervisor.py",  # it mostly waits
+    # They mostly wait.
+    "tests/unit/jobs/test_supervisor.py",
+    "tests/unit/tracking/test_wandb.py",
     *("tests/end_to_end/", "tests/unit/train/", "tests/unit/model/", "tests/"),
 )
 LAST = "tests/graph/"  # of which those that wait for the finished workflow are short, but for the two above
@@ -155,10 +157,10 @@ def rank(item: pytest.Item) -> tuple[bool, int]:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many tests at a time, also on two cores.
 
-    Five, because those on a cluster mostly wait, and three clusters run at a time. For `-m quick` three,
+    Six, because those on a cluster mostly wait, and three clusters run at a time. For `-m quick` three,
     because the workflow takes most of its time, and more would only slow that down.
     """
-    return 3 if config.option.markexpr == "quick" else 5
+    return 3 if config.option.markexpr == "quick" else 6
 
 
 def pytest_sessionfinish() -> None:
