@@ -61,8 +61,8 @@ def activate_back(hidden: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tensor, 
     return out, grad, grad_probs
 
 
-# Of a program of `_norm_back`: rows of which it sums the gradient of the weights, numbers that it holds at a
-# time, and warps.
+# A program of `_norm_back` sums the gradient of the weights over so many rows, holds so many numbers at a
+# time, and has so many warps.
 NORM_ROWS, NORM_TILE, NORM_WARPS = 64, 2048, 2
 
 
@@ -104,7 +104,7 @@ class GroupedNorm(torch.autograd.Function):
             x: (..., columns), contiguous.
             weight: (columns,).
             eps: added to the mean.
-            group_size: columns of a group, of which there is a whole number.
+            group_size: columns of a group; the number of columns is a multiple of it.
 
         Returns:
             (..., columns).
