@@ -59,7 +59,7 @@ def test_a_pre_empted_job_saves_and_goes_on_later(told: Disturbed):
 
 
 def test_a_time_limit_ends_a_job_and_not_the_training(told: Disturbed):
-    """The same job goes on. No step is lost."""
+    """A job that reaches its time limit is queued again and goes on. No step is lost."""
     third, fourth, *_ = told.attempts[2:]
     assert third["outcome"] == "time limit" and 5 <= third["iteration"] < 10
     assert fourth["from_iteration"] == third["iteration"]

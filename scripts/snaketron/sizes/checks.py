@@ -37,9 +37,8 @@ def check_memory(config: Config, trainings: Iterable[Training]) -> None:
     """`ConfigError` when a training needs more of a GPU than it has, by `cluster.gpu_memory_gb`."""
     if (limit := config.cluster.gpu_memory_gb) is None:
         return
-    largest: dict[
-        str, tuple[Training, Estimate]
-    ] = {}  # phases that share their parallel sizes are one problem
+    # Phases that share their parallel sizes are one problem.
+    largest: dict[str, tuple[Training, Estimate]] = {}
     for training in trainings:
         need, at = estimate(config, training), training.at("parallel")
         if at not in largest or need.peak_bytes > largest[at][1].peak_bytes:

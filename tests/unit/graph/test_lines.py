@@ -105,7 +105,7 @@ def test_a_stop_is_a_stop_and_no_error(lines: Lines, tmp_path: Path):
 
 
 def test_a_training_that_was_stopped_elsewhere_is_no_error_either(lines: Lines, tmp_path: Path):
-    """It was stopped by scancel, say, of which this Snakemake was not told."""
+    """Somebody stopped the training by scancel, say, and nobody told this Snakemake."""
     log = tmp_path / "sft.log"
     log.write_text(
         "$ python\n2026-11-28 15:37:35,309 sft: stopped by SIGTERM after step 21; run the same ...\n"
