@@ -105,9 +105,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a published checkpoint has one") from None
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{path}: not JSON ({error}); download or copy it again") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: not a configuration of a model")
+        raise UserError(f"{path}: not a configuration of a model; download or copy it again")
     return found
 
 

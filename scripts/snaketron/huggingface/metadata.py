@@ -53,7 +53,7 @@ def damaged_files(directory: Path) -> list[str]:
     for name, end in sorted(ends.items()):
         path = directory / name
         if not path.is_file():
-            problems.append(f"{path}: no such file")
+            problems.append(f"{path}: no such file; name a directory of one iteration that holds it")
         elif (size := path.stat().st_size) < end:
             problems.append(f"{path}: {size} bytes, where .metadata promises {end}")
     return problems
@@ -67,9 +67,11 @@ def _metadata(directory: Path) -> Iterator[Any]:
         with path.open("rb") as file:
             yield _Unpickler(file).load()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file; name a directory of one iteration that holds it") from None
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not the list of a torch_dist checkpoint, or damaged ({error})") from None
+        raise UserError(
+            f"{path}: not the list of a torch_dist checkpoint, or damaged ({error}); copy it again"
+        ) from None
 
 
 def megatron_differences(found: Listed, wanted: Iterable[Megatron], vocab_size: int | None) -> list[str]:

@@ -36,7 +36,7 @@ def import_base(
     """
     started = time.monotonic()
     if not source.is_dir():
-        raise UserError(f"{source}: no such directory")
+        raise UserError(f"{source}: no such directory; correct the path of the checkpoint")
     info = tokenizer_info(tokenizer)
     check_tokenizer(source, tokenizer)
     weights = _weights(source, model, info)

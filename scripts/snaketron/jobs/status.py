@@ -97,7 +97,9 @@ def _jobs() -> list[list[str]]:
     try:
         said = slurm.ask("squeue", "--me", "--noheader", f"--format={FIELDS}")
     except slurm.NoAnswer as error:
-        raise UserError(str(error)) from None
+        raise UserError(
+            f"{error}; ask again when Slurm answers, or with --watch, which reads the files of the run"
+        ) from None
     rows = [line.split("|", 6) for line in said.splitlines()]
     return [row for row in rows if len(row) == 7]
 

@@ -124,7 +124,7 @@ def test_files_that_cannot_be_read_are_named(checkpoint: Path, tmp_path: Path):
     (checkpoint / "config.json").write_text("[]")
     with pytest.raises(ConfigError) as refused:
         graph(**keys)
-    wrong = f"sft.base: {checkpoint}/config.json: not a configuration of a model"
+    wrong = f"sft.base: {checkpoint}/config.json: not a configuration of a model; download or copy it again"
     assert str(refused.value).splitlines() == [wrong, unread]
 
 
