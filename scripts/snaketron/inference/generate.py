@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from snaketron.inference.decoder import Decoder, decoding
+from snaketron.inference.decoder import READ_AT_ONCE, Decoder, decoding
 from snaketron.model import backend
 from snaketron.model.build import BuiltModel
 
@@ -59,12 +59,15 @@ def generate(
     max_tokens: int,
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
+    together: bool = False,
 ) -> list[list[int]]:
     """The ids that follow each prompt, up to the first one of `stop` (included) or `max_tokens` of them.
 
     `ends(ids)` says whether an answer so far is a whole one.
-    A text also ends at the model's seq_length. Up to `batch_size` texts grow at the same time, and one that
-    ends makes room for the next. Every rank must call this; all get the same ids.
+    A text also ends at the model's seq_length. Up to `batch_size` texts grow at the same time, and those that
+    end make room for the next ones. Every rank must call this; all get the same ids.
+
+    `together`: prompts of like lengths are read at once, as soon as a quarter of the rows is free.
     """
     limits = [min(max_tokens, built.settings.seq_length - len(prompt)) for prompt in prompts]
     waiting = [number for number, limit in enumerate(limits) if limit > 0][::-1]
@@ -77,27 +80,49 @@ def generate(
         answers[number].append(token)
         return token not in stop and len(answers[number]) < limits[number] and not ends(answers[number])
 
+    if together:
+        waiting.sort(key=lambda number: len(prompts[number]))
     longest = max(len(prompts[number]) + limits[number] for number in waiting)
     with decoding(built, min(batch_size, len(waiting)), longest) as decoder:
         busy: dict[int, int] = {}  # the text that each row holds
         last = [0] * len(decoder.lengths)  # the last token of each row, which it has not read yet
+        few = max(1, len(last) // 4) if together else 1
+
+        def free() -> list[int]:
+            return [row for row in range(len(last)) if row not in busy]
+
         while busy or waiting:
-            for row in range(len(last)):
-                while row not in busy and waiting:
-                    number = waiting.pop()
-                    decoder.forget(row)
-                    [last[row]] = choose(decoder.read(row, prompts[number]), sampling, [draws[number]])
-                    if goes_on(number, last[row]):
-                        busy[row] = number
+            if waiting and len(free()) >= min(few, len(waiting)):
+                while waiting and (rows := free()):
+                    group = _next_to_read(waiting, prompts, len(rows) if together else 1)
+                    begun = dict(zip(rows, group, strict=False))
+                    logits = decoder.begin({row: prompts[number] for row, number in begun.items()})
+                    tokens = choose(logits, sampling, [draws[number] for number in group])
+                    for (row, number), token in zip(begun.items(), tokens, strict=True):
+                        last[row] = token
+                        if goes_on(number, token):
+                            busy[row] = number
+                decoder.forget(*free())  # rows that stay without a text, which grow, too
             if not busy:
                 break
-            rows = [draws[busy[row]] if row in busy else None for row in range(len(last))]
-            last = choose(decoder.step(torch.tensor(last)), sampling, rows)
-            for row, number in list(busy.items()):
-                if not goes_on(number, last[row]):
-                    del busy[row]
-                    decoder.forget(row)
+            rows_draws = [draws[busy[row]] if row in busy else None for row in range(len(last))]
+            last = choose(decoder.step(torch.tensor(last)), sampling, rows_draws)
+            ended = [row for row, number in busy.items() if not goes_on(number, last[row])]
+            for row in ended:
+                del busy[row]
+            decoder.forget(*ended)
     return answers
+
+
+def _next_to_read(waiting: list[int], prompts: Sequence[Sequence[int]], most: int) -> list[int]:
+    """Take from the end of `waiting` the texts that are read together: at most `most`, and one at least."""
+    group, longest = [waiting.pop()], 0
+    while waiting and len(group) < most:
+        longest = max(longest, *(len(prompts[number]) for number in (group[-1], waiting[-1])))
+        if (len(group) + 1) * longest > READ_AT_ONCE:
+            break
+        group.append(waiting.pop())
+    return group
 
 
 def continuation(

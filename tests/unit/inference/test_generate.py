@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Adapters
-from snaketron.inference.decoder import decoding
-from snaketron.inference.generate import Sampling, choose, continuation, generate
+from snaketron.inference.decoder import Decoder, decoding
+from snaketron.inference.generate import Sampling, _next_to_read, choose, continuation, generate
 from snaketron.inference.score import Scores, score
 from snaketron.model import lora
 from snaketron.model.build import BuiltModel, build_model
@@ -42,8 +42,10 @@ def by_hand(built: BuiltModel, ids: list[int], steps: int) -> list[int]:
 
 def test_each_token_is_the_most_likely_after_all_before_it(built):
     """Five texts in three rows: a text that ends makes room for the next."""
-    answers = generate(built, PROMPTS, stop=[], max_tokens=4, batch_size=3)
-    assert answers == [by_hand(built, prompt, 4) for prompt in PROMPTS]
+    expected = [by_hand(built, prompt, 4) for prompt in PROMPTS]
+    for together in (False, True):
+        answers = generate(built, PROMPTS, stop=[], max_tokens=4, batch_size=3, together=together)
+        assert answers == expected
 
 
 def test_adapters_take_part_in_each_token(settings):
@@ -72,6 +74,66 @@ def test_reading_in_parts_gives_the_logits_of_reading_at_once(built):
         torch.testing.assert_close(decoder.read(0, text), whole[8:9])
 
 
+def test_texts_that_begin_together_get_the_logits_of_each_alone(built):
+    """Texts of 7, 1 and 3 tokens begin in rows 3, 0 and 2, of which two held others; row 1 goes on."""
+    texts = {3: PROMPTS[2], 0: PROMPTS[1], 2: PROMPTS[0]}
+    with decoding(built, 4, 16) as decoder:
+        decoder.read(1, [50, 51, 52])
+        decoder.begin({0: [60, 61, 62, 63, 64], 2: [70, 71]})
+        decoder.step(torch.tensor([1, 53, 2, 3]))
+        begun = decoder.begin(texts)
+        assert decoder.lengths == [1, 4, 3, 7]
+        stepped = decoder.step(torch.tensor([20, 54, 22, 23]))
+        again = decoder.step(torch.tensor([30, 55, 32, 33]))
+    for place, (row, ids) in enumerate(texts.items()):
+        whole = logits(built, [*ids, 20 + row, 30 + row])
+        found = torch.stack([begun[place], stepped[row], again[row]])
+        torch.testing.assert_close(found, whole[-3:])
+    torch.testing.assert_close(again[1], logits(built, [*range(50, 56)])[-1])
+
+
+def test_a_text_alone_begins_with_the_bits_of_one_that_is_read(built):
+    with decoding(built, 2, 16) as decoder:
+        expected = decoder.read(1, PROMPTS[2])
+        assert torch.equal(decoder.begin({1: PROMPTS[2]}), expected)
+
+
+def test_a_text_that_is_too_long_for_one_pass_is_read_in_pieces(built, monkeypatch):
+    """Nine tokens as 4, 4 and 1; and three texts of 3 tokens at most are two passes of 4 tokens and 3."""
+    text = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+    monkeypatch.setattr("snaketron.inference.decoder.READ_AT_ONCE", 4)
+    monkeypatch.setattr("snaketron.inference.generate.READ_AT_ONCE", 4)
+    with decoding(built, 1, 16) as decoder:
+        last = decoder.read(0, text)
+    torch.testing.assert_close(last, logits(built, text)[-1:])
+    prompts, waiting = [[1, 2, 3], [4], [5, 6]], [1, 2, 0]
+    assert [_next_to_read(waiting, prompts, 3) for _ in range(2)] == [[0], [2, 1]]
+
+
+def test_texts_that_are_read_together_are_of_like_lengths(built, monkeypatch):
+    """Four rows, of which one is free first, and then begins alone because no other text waits."""
+    begun = []
+    begin = Decoder.begin
+
+    def spy(decoder: Decoder, texts: dict[int, list[int]]) -> torch.Tensor | None:
+        begun.append([len(ids) for ids in texts.values()])
+        return begin(decoder, texts)
+
+    monkeypatch.setattr(Decoder, "begin", spy)
+    generate(built, PROMPTS, stop=[], max_tokens=4, batch_size=4, together=True)
+    assert begun == [[7, 3, 2, 2], [1]]
+
+
+def test_a_text_that_ends_at_once_leaves_room_for_those_that_go_on(built):
+    """Its 14 tokens stay in the row, which has room for 16, while the other text grows by nine."""
+    long = list(range(3, 17))
+    [end] = by_hand(built, long, 1)
+    short = next([n] for n in range(3, 250) if end not in by_hand(built, [n], 9))
+    for together in (False, True):
+        answers = generate(built, [long, short], stop=[end], max_tokens=9, together=together)
+        assert answers == [[end], by_hand(built, short, 9)]
+
+
 def test_it_ends_with_the_token_that_ends_an_answer(built):
     [whole] = generate(built, [[5, 6, 7]], stop=[], max_tokens=4)
     last = next(i for i, token in enumerate(whole) if token == whole[1])  # where it comes first
@@ -92,11 +154,19 @@ def test_a_stream_gives_what_a_batch_gives(built):
 
 
 def test_draws_depend_on_the_seed_and_the_text_alone(built):
-    def drawn(seed: int, batch_size: int) -> list[list[int]]:
+    def drawn(seed: int, batch_size: int, *, together: bool = False) -> list[list[int]]:
         sampling = Sampling(temperature=1.5, seed=seed)
-        return generate(built, PROMPTS, stop=[], max_tokens=6, sampling=sampling, batch_size=batch_size)
+        return generate(
+            built,
+            PROMPTS,
+            stop=[],
+            max_tokens=6,
+            sampling=sampling,
+            batch_size=batch_size,
+            together=together,
+        )
 
-    assert drawn(1, batch_size=1) == drawn(1, batch_size=4)
+    assert drawn(1, batch_size=1) == drawn(1, batch_size=4) == drawn(1, batch_size=4, together=True)
     assert drawn(1, batch_size=4) != drawn(2, batch_size=4)
 
 
@@ -125,10 +195,13 @@ def test_the_model_is_as_before_afterwards(built):
     assert torch.equal(logits(built, PROMPTS[2]), before)
 
 
-def _answers(settings: TrainSettings, run: RunSettings) -> tuple[list[list[int]], list[Scores]]:
+def _answers(settings: TrainSettings, run: RunSettings) -> tuple[list[list[list[int]]], list[Scores]]:
     with distributed(1, run):
         built = build_model(settings, run, 256)
-        answers = generate(built, PROMPTS, stop=[], max_tokens=4, batch_size=3)
+        answers = [
+            generate(built, PROMPTS, stop=[], max_tokens=4, batch_size=3, together=together)
+            for together in (False, True)
+        ]
         return answers, score(built, TEXTS, batch_size=3)
 
 
@@ -146,7 +219,7 @@ def test_two_processes_generate_what_one_does_and_give_the_same_scores(built, se
     """An evaluation consists of both: losses and tasks are made of scores, exact matches of answers."""
     expected, scores = generate(built, PROMPTS, stop=[], max_tokens=4), score(built, TEXTS)
     for answers, found in on_two_ranks(_answers, *settings(parallel=layout)):
-        assert answers == expected
+        assert answers == [expected, expected]
         for here, there in zip(found, scores, strict=True):
             np.testing.assert_allclose(here.nats, there.nats, rtol=1e-5)
             assert here.likeliest.tolist() == there.likeliest.tolist()
