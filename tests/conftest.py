@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -18,9 +19,11 @@ from typing import Any
 
 from snaketron import files
 from snaketron.log import PLAIN
+from tests import warm
 from tests.warm import Warm
 
 import pytest
+from execnet.xspec import XSpec
 from xdist.scheduler import LoadScopeScheduling
 
 REPOSITORY = Path(__file__).parent.parent
@@ -104,7 +107,7 @@ BUT_NOT = (
     "test_the_reports_reach_the_report_of_snakemake",
     "test_an_average_and_its_evaluation_are_made_by_rules_and_go_on_where_they_were_killed",
 )
-SNAKEMAKE, MEGATRON = Warm("snakemake"), Warm("megatron")
+SNAKEMAKE, MEGATRON, PYTEST = Warm("snakemake"), Warm("megatron"), Warm("pytest")
 PARTS = ("Snakefile", "rules", "scripts", "profiles", "config", "tests", "envs")
 
 
@@ -163,9 +166,22 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 3 if config.option.markexpr == "quick" else 6
 
 
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[XSpec]) -> None:
+    """Fork the processes of pytest from one that has imported what the tests import, and share the others."""
+    SNAKEMAKE.serve()
+    MEGATRON.serve()
+    if not Path(
+        "/dev/nvidiactl"
+    ).exists():  # a process that is forked cannot use CUDA where the first one did
+        PYTEST.serve(*config.invocation_params.args)
+        for spec in specs:
+            spec.python = shlex.join([sys.executable, "-P", warm.__file__, "join"])
+
+
+@pytest.hookimpl(trylast=True)  # after the processes of pytest
 def pytest_sessionfinish() -> None:
-    SNAKEMAKE.stop()
-    MEGATRON.stop()
+    for program in (PYTEST, SNAKEMAKE, MEGATRON):
+        program.stop()
 
 
 def pytest_collection_finish() -> None:
