@@ -1,11 +1,12 @@
 """How fast raw text becomes a Megatron .bin/.idx pair, against datatrove and Megatron-LM; in what memory.
 
-    python tests/benchmarks/tokenization.py [--megabytes 60]
+    python tests/benchmarks/tokenization.py [--megabytes 60] [--vocab-size 32768]
     python tests/benchmarks/tokenization.py --memory 0.1 1 10
 
 Each program is a process of its own, on the same file of source code (this Python installation's) and the
-same 32k byte-level BPE. Seconds are those of the whole process, imports included. The ids must be equal.
-On a machine that does other work as well, look at the CPU seconds and use --repeats.
+same byte-level BPE. Seconds are those of the whole process, imports included. The ids must be equal.
+On a machine that does other work as well, look at the CPU seconds and use --repeats. The first run of a
+program may compile the modules that it imports, so the shortest of several counts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/tokenize_shard.py"
-VOCAB_SIZE = 32_768
 SETTINGS = {"corpus": "code", "text_field": "text", "valid_fraction": 0.0, "test_fraction": 0.0}
 
 
@@ -41,7 +41,8 @@ class Run:
 def measure(*command: object, **environment: str) -> Run:
     """Run a command to its end."""
     start = time.perf_counter()
-    process = subprocess.Popen([str(part) for part in command], env=os.environ | environment, stderr=-1)
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""} | environment
+    process = subprocess.Popen([str(part) for part in command], env=environment, stderr=-1)
     assert process.stderr is not None
     output = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -75,27 +76,28 @@ def sources(num_bytes: int) -> Iterator[str]:
                 return
 
 
-def paths(directory: Path, megabytes: int) -> tuple[Path, Path]:
-    return directory / f"code_{megabytes}.jsonl", directory / "tokenizer"
+def paths(directory: Path, megabytes: int, vocab_size: int) -> tuple[Path, Path]:
+    return directory / f"code_{megabytes}.jsonl", directory / f"tokenizer_{vocab_size}"
 
 
-def prepare(directory: Path, megabytes: int) -> tuple[Path, Path]:
+def prepare(directory: Path, megabytes: int, vocab_size: int) -> tuple[Path, Path]:
     """The raw file and the tokenizer; made once."""
     from snaketron.data import tokenizer
 
     directory.mkdir(parents=True, exist_ok=True)
-    corpus, trained = paths(directory, megabytes)
+    corpus, trained = paths(directory, megabytes, vocab_size)
     if not corpus.exists():
         rows = (json.dumps({"text": text}) + "\n" for text in sources(megabytes * 1_000_000))
         corpus.write_text("".join(rows))
     if not (trained / "record.json").exists():
         text = directory / "train.jsonl"
-        text.write_text("".join(json.dumps({"text": t}) + "\n" for t in sources(20_000_000)))
+        read = sources(max(20_000_000, 500 * vocab_size))  # has pairs for so many entries
+        text.write_text("".join(json.dumps({"text": t}) + "\n" for t in read))
         tokenizer.build(
             path=None,
             text=[text],
             text_field="text",
-            vocab_size=VOCAB_SIZE,
+            vocab_size=vocab_size,
             output=trained / "tokenizer.json",
             record=trained / "record.json",
         )
@@ -126,15 +128,16 @@ def datatrove(corpus: Path, tokenizer: Path, output: Path) -> None:
 
 def megatron(corpus: Path, tokenizer: Path, output: Path) -> None:
     """As Megatron-LM's tools/preprocess_data.py does in one process: a document at a time."""
-    import numpy as np
     import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     from tokenizers import Tokenizer
 
     loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     end = loaded.token_to_id("<|endoftext|>")
     output.mkdir(parents=True, exist_ok=True)
-    builder = IndexedDatasetBuilder(str(output / "code.bin"), dtype=np.uint16)
+    builder = IndexedDatasetBuilder(
+        str(output / "code.bin"), dtype=DType.optimal_dtype(loaded.get_vocab_size())
+    )
     with corpus.open() as lines:
         for line in lines:
             ids = [*loaded.encode(json.loads(line)["text"], add_special_tokens=False).ids, end]
@@ -210,10 +213,15 @@ def shares(corpus: Path, tokenizer: Path, output: Path) -> None:
 # ---------------------------------------------------------------------------------------------- tables
 
 
-def compare(directory: Path, megabytes: int, repeats: int) -> None:
+def compare(directory: Path, megabytes: int, vocab_size: int, repeats: int) -> None:
     """Print the time of each program, and its ratio to datatrove on as many threads."""
-    corpus, tokenizer = prepare(directory, megabytes)
-    this = [sys.executable, __file__, "--directory", directory, "--megabytes", megabytes, "--only"]
+    from snaketron.data.tokenizer import tokenizer_info
+
+    import numpy as np
+
+    corpus, tokenizer = prepare(directory, megabytes, vocab_size)
+    this = [sys.executable, __file__, "--directory", directory, "--megabytes", megabytes]
+    this += ["--vocab-size", vocab_size, "--only"]
     programs = {
         "datatrove, 1 thread": ([*this, "datatrove"], "1"),
         "datatrove, 2 threads": ([*this, "datatrove"], "2"),
@@ -230,24 +238,28 @@ def compare(directory: Path, megabytes: int, repeats: int) -> None:
         runs[name] = min(run, runs.get(name, run), key=lambda run: run.seconds)
     outputs = ["datatrove/code_00000_tokens.bin", "megatron/code.bin", "ours_1/train/code.bin"]
     hashes = {hashlib.sha256((directory / output).read_bytes()).hexdigest() for output in outputs}
-    tokens = (directory / outputs[0]).stat().st_size // 2
+    width = np.dtype(tokenizer_info(tokenizer).dtype).itemsize
+    tokens = (directory / outputs[0]).stat().st_size // width
     size = corpus.stat().st_size / 1e6
     print(
-        f"{size:.1f} MB of source code, {tokens:,} tokens, {'equal' if len(hashes) == 1 else 'DIFFERENT'} ids"
+        f"{size:.1f} MB of source code, {vocab_size:,} entries, {tokens:,} tokens, "
+        f"{'equal' if len(hashes) == 1 else 'DIFFERENT'} ids"
     )
-    print(f"{'':30} {'seconds':>8} {'CPU s':>7} {'M tokens/s':>11} {'MB/s':>6} {'ratio':>6} {'peak MB':>8}")
+    titles = f"{'seconds':>8} {'ratio':>6} {'CPU s':>7} {'ratio':>6} {'M tokens/s':>11} {'MB/s':>6}"
+    print(f"{'':30} {titles} {'peak MB':>8}")
     for name, run in runs.items():
         base = runs["datatrove, 2 threads" if "2" in name else "datatrove, 1 thread"]
         print(
-            f"{name:30} {run.seconds:8.2f} {run.cpu_seconds:7.2f} {tokens / run.seconds / 1e6:11.2f} "
-            f"{size / run.seconds:6.1f} {base.seconds / run.seconds:6.1f} {run.peak_mb:8.0f}"
+            f"{name:30} {run.seconds:8.2f} {base.seconds / run.seconds:6.1f} "
+            f"{run.cpu_seconds:7.2f} {base.cpu_seconds / run.cpu_seconds:6.1f} "
+            f"{tokens / run.seconds / 1e6:11.2f} {size / run.seconds:6.1f} {run.peak_mb:8.0f}"
         )
     subprocess.run([*map(str, this), "shares"], check=True, stderr=subprocess.DEVNULL)
 
 
-def memory(directory: Path, gigabytes: list[float], threads: int) -> None:
+def memory(directory: Path, gigabytes: list[float], vocab_size: int, threads: int) -> None:
     """Print the peak memory for files of several sizes: the same documents again, each a little different."""
-    corpus, tokenizer = prepare(directory, 60)
+    corpus, tokenizer = prepare(directory, 60, vocab_size)
     lines = corpus.read_bytes().splitlines(keepends=True)
     print(f"{'GB':>6} {'documents':>10} {'seconds':>8} {'MB/s':>6} {'peak MB':>8}")
     for size in gigabytes:
@@ -278,6 +290,7 @@ def memory(directory: Path, gigabytes: list[float], threads: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=60, help="size of the raw file")
+    parser.add_argument("--vocab-size", type=int, default=32_768, help="entries of the tokenizer")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each program; the shortest counts")
     parser.add_argument("--memory", type=float, nargs="+", metavar="GB", help="files of these sizes instead")
     parser.add_argument("--threads", type=int, default=1, help="of tokenize_shard, for --memory")
@@ -288,12 +301,12 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT / "scripts"))
     if args.only:
-        corpus, tokenizer = paths(args.directory, args.megabytes)
+        corpus, tokenizer = paths(args.directory, args.megabytes, args.vocab_size)
         globals()[args.only](corpus, tokenizer, args.directory / args.only)
     elif args.memory:
-        memory(args.directory, args.memory, args.threads)
+        memory(args.directory, args.memory, args.vocab_size, args.threads)
     else:
-        compare(args.directory, args.megabytes, args.repeats)
+        compare(args.directory, args.megabytes, args.vocab_size, args.repeats)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Its identity is the sha256 of tokenizer.json. Using it imports `tokenizers`, and
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,26 @@ def encode_as_text(tokenizer: Tokenizer) -> None:
     tokenizer.encode_special_tokens = True
 
 
-def tokenizer_info(directory: Path) -> Info:
+def read_tokenizer(directory: Path) -> dict[str, Any]:
+    """What the tokenizer.json of a directory says."""
+    path = directory / "tokenizer.json"
+    try:
+        made = files.read_json(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; build the tokenizer first (rule build_tokenizer)") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a tokenizer ({error})") from None
+    return made
+
+
+def tokenizer_info(directory: Path, made: Mapping[str, Any] | None = None) -> Info:
     """Vocabulary size, special ids and identity of the tokenizer in a directory.
 
-    They are read from its files: making a tokenizer of 131,072 tokens takes seven times as long.
+    They are read from its files: making a tokenizer of 131,072 tokens takes seven times as long. `made` is
+    what `read_tokenizer` returned, where it has been called.
     """
     path = directory / "tokenizer.json"
-    ids = _ids(path)
+    ids = _ids(path, made or read_tokenizer(directory))
     config = _read_config(directory / "tokenizer_config.json")
     eos_token, pad_token = _content(config.get("eos_token")), _content(config.get("pad_token"))
     eos_id = ids.get(eos_token) if eos_token else None
@@ -102,16 +115,13 @@ def known_hashes(directory: Path) -> list[str]:
     return hashes
 
 
-def _ids(path: Path) -> dict[str, int]:
-    """The id of each token of a tokenizer.json."""
+def _ids(path: Path, made: Mapping[str, Any]) -> dict[str, int]:
+    """The id of each token of the tokenizer.json at `path`, which says `made`."""
     try:
-        made = files.read_json(path)
         vocabulary = made["model"]["vocab"]
         if isinstance(vocabulary, list):  # of a unigram model, with scores
             vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
         return {**vocabulary, **{token["content"]: token["id"] for token in made.get("added_tokens") or ()}}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; build the tokenizer first (rule build_tokenizer)") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a tokenizer ({error})") from None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from snaketron import files
 from snaketron.data import encode
-from snaketron.data.tokenizer import encode_as_text, load_tokenizer, tokenizer_info
+from snaketron.data.tokenizer import encode_as_text, load_tokenizer, read_tokenizer, tokenizer_info
 from snaketron.log import UserError
 from tests.unit.data.text.test_tokenize import sequences
 
@@ -46,6 +46,28 @@ def test_both_encoders_take_a_document_as_text(tokenizer_dir: Path, name: str, p
     assert encoder.name == name
     assert encoded(encoder, HARD) == exact(tokenizer_dir, HARD)
     assert encoded(encoder, []) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_the_caller_has_is_not_loaded_again(tokenizer_dir: Path, monkeypatch, threads: int):
+    expected = exact(tokenizer_dir, HARD)
+    loaded, made = load_tokenizer(tokenizer_dir), read_tokenizer(tokenizer_dir)
+    monkeypatch.delattr(encode, "load_tokenizer")
+    monkeypatch.delattr("fastokens.Tokenizer.from_file")
+    encoder = encode.Encoder(tokenizer_dir, made=made, exact=loaded, threads=threads)
+    assert encoder.name == "fastokens"
+    assert encoded(encoder, HARD) == expected
+
+
+def test_merges_become_strings_where_these_say_the_same():
+    def short(*merges) -> list[str] | None:
+        text = encode._with_short_merges({"version": "1.0", "model": {"type": "BPE", "merges": merges}})
+        return text and json.loads(text)["model"]["merges"]
+
+    assert short(["t", "he"], ["Ġ", "the"]) == ["t he", "Ġ the"]
+    assert short(["t", "he"], ["a b", "c"]) is None  # "a b c" is two merges
+    assert short("t he", "Ġ the") is None  # are strings already
+    assert short() is None
 
 
 @pytest.fixture
@@ -133,7 +155,7 @@ def test_a_tokenizer_that_differs_in_the_probes_is_not_used(
     value = json.loads((tokenizer_dir / "tokenizer.json").read_text())
     value["model"]["merges"] = []
     (tmp_path / "other.json").write_text(json.dumps(value))
-    monkeypatch.setattr(encode, "_load", lambda _: load(tmp_path / "other.json"))
+    monkeypatch.setattr(encode, "_load", lambda *_: load(tmp_path / "other.json"))
     encoder = encode.Encoder(tokenizer_dir)
     assert encoder.name == "tokenizers"
     assert 'fastokens: in "The quick brown' in caplog.text

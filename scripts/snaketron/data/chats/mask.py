@@ -35,7 +35,7 @@ class Masker:
         self._lengths = byte_lengths(self.tokenizer)
         self._encoder = None
         if self._lengths is not None:
-            self._encoder = Encoder(directory, plain=False, problem=problem)
+            self._encoder = Encoder(directory, plain=False, problem=problem, exact=self.tokenizer)
 
     @property
     def name(self) -> str:
@@ -78,10 +78,11 @@ def end_of_turn(template: Template, tokenizer: Tokenizer) -> int | None:
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
     """How many bytes each id stands for (int64); None for a tokenizer that does not spell a text in bytes."""
-    made = json.loads(tokenizer.to_str())
-    steps = made["pre_tokenizer"] or {}
+    if tokenizer.normalizer is not None or tokenizer.pre_tokenizer is None:
+        return None
+    steps = json.loads(tokenizer.pre_tokenizer.__getstate__())  # what its part of tokenizer.json says
     levels = [s for s in steps.get("pretokenizers", [steps]) if s.get("type") == "ByteLevel"]
-    if made["normalizer"] or not levels or any(level["add_prefix_space"] for level in levels):
+    if not levels or any(level["add_prefix_space"] for level in levels):
         return None
     vocabulary = tokenizer.get_vocab()
     lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)

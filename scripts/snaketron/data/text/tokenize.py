@@ -13,7 +13,7 @@ from snaketron.data.drops import FILTERED, Bad, Drops, place, reject
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.text import binidx, origins
 from snaketron.data.text.reading import Document, Reader, ahead
-from snaketron.data.tokenizer import Info, tokenizer_info
+from snaketron.data.tokenizer import Info, read_tokenizer, tokenizer_info
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import UserError, logger
 from snaketron.settings.text import TokenizeSettings
@@ -41,19 +41,22 @@ def tokenize_shard(
 
     `bins` maps each split to its .bin; `table` is the Parquet file that says where each sequence comes from.
     A split without documents is an empty .bin and an .idx of no sequences, which Megatron cannot open: a
-    blend leaves it out. With several `threads`, the next documents are read while others are encoded; the
-    result is the same. Returns the record.
+    blend leaves it out. With several `threads`, both encoders are loaded at the same time, and the next
+    documents are read while others are encoded; the result is the same. Returns the record.
     """
     _check(settings)
-    info = tokenizer_info(tokenizer)
+    made = read_tokenizer(tokenizer)
+    info = tokenizer_info(tokenizer, made)
     outputs = {
         f"{split}{path.suffix}": path for split in SPLITS for path in paths(bins[split].with_suffix(""))
     }
     outputs["documents"] = table
     with making("tokens", f"{settings.corpus}/{record.stem}", outputs=outputs, record=record) as job:
+        encoder = Encoder(tokenizer, made=made, threads=threads)
+        del made  # some 40 MB for 131,072 entries
         shard = _Shard(texts, settings, info, outputs, job.aside)
         try:
-            shard.run(Encoder(tokenizer), threads)
+            shard.run(encoder, threads)
         except Mismatch as error:
             logger.warning("encoding all of this shard again with `tokenizers`, slower: fastokens: %s", error)
             shard = _Shard(texts, settings, info, outputs, job.aside)
