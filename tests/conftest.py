@@ -108,6 +108,7 @@ BUT_NOT = (
     "test_an_average_and_its_evaluation_are_made_by_rules_and_go_on_where_they_were_killed",
 )
 SNAKEMAKE, MEGATRON, PYTEST = Warm("snakemake"), Warm("megatron"), Warm("pytest")
+POLLING = str(REPOSITORY / "tests/slurm/poll_often.py")  # a `snakemake`, too
 PARTS = ("Snakefile", "rules", "scripts", "profiles", "config", "tests", "envs")
 
 
@@ -246,8 +247,8 @@ class Workspace:
 
     def run(self, *command: str, environment: dict[str, str] | None = None, timeout: int = 1800) -> Result:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {})
-        if command[0] == "snakemake":
-            (status,), output = SNAKEMAKE.run(list(command[1:]), self.path, [environment], timeout)
+        if command[0] in ("snakemake", POLLING):
+            (status,), output = SNAKEMAKE.run([*command], self.path, [environment], timeout)
             return Result(status, output)
         done = subprocess.run(
             command,

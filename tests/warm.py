@@ -78,7 +78,7 @@ class Warm:
     ) -> list[int]:
         """The numbers of processes with these environments, which print into the file `output`.
 
-        `arguments` are what stands after `snakemake`, or after `python`: `-m MODULE ...`, `-c CODE` or
+        `arguments` are `snakemake ...`, or what stands after `python`: `-m MODULE ...`, `-c CODE` or
         `SCRIPT ...`.
         """
         with Path(os.devnull).open() as nothing, Path(output).open("a") as said:
@@ -103,7 +103,15 @@ class Warm:
         self.connection.sendall(request)
         return self.answer()
 
-    def ended(self, timeout: float = 0) -> bool:
+    def beside(self) -> Warm:
+        """The same program, for a run beside those that are asked for here."""
+        if self.name is None:
+            self.serve()
+        other = Warm(self.kind)
+        other.name = self.name
+        return other
+
+    def ended(self, timeout: float | None = 0) -> bool:
         """Whether the processes of the last start have ended, within so many seconds."""
         assert self.connection
         return bool(select.select([self.connection], [], [], timeout)[0])
@@ -153,16 +161,13 @@ def become(directory: str, environment: dict[str, str], files: list[int]) -> Non
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
 
 
-def snakemake(arguments: list[str]) -> Any:
-    from snakemake import cli
-
-    sys.argv = ["snakemake", *arguments]
-    return cli.main()
-
-
-def python(arguments: list[str]) -> Any:
-    """Run a module, code or a script as `python` does."""
+def run(arguments: list[str]) -> Any:
+    """Run Snakemake, or a module, code or a script as `python` does."""
     sys.argv = arguments
+    if arguments[0] == "snakemake":
+        from snakemake import cli
+
+        return cli.main()
     if arguments[0] == "-m":
         sys.path.insert(0, str(Path.cwd()))
         sys.argv = arguments[1:]
@@ -234,8 +239,7 @@ def serve(kind: str, asking: socket.socket) -> Any:
                 if kind != "pytest":  # Ctrl-C ends pytest's processes, and they end these
                     os.setsid()
                 become(request["directory"], environment, files)
-                program = snakemake if kind == "snakemake" else python
-                return program(request["arguments"])
+                return run(request["arguments"])
             processes.append(process)
         for file in files:
             os.close(file)

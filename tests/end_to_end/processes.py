@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from snaketron.jobs.launch import Ranks
@@ -56,19 +56,23 @@ def run_forked(workspace: Workspace, line: str) -> Result:
 class Forked:
     """Snakemake from a process that has imported it, with what is used here of `Popen`."""
 
-    def __init__(self, arguments: list[str], directory: Path, output: Path) -> None:
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        (self.pid,) = SNAKEMAKE.start(arguments, directory, [environment], str(output))
+    def __init__(
+        self, command: list[str], directory: Path, output: Path, environment: Mapping[str, str] = os.environ
+    ) -> None:
+        self.program = SNAKEMAKE.beside()
+        environments = [{**environment, "PYTHONUNBUFFERED": "1"}]
+        (self.pid,) = self.program.start(command, directory, environments, str(output))
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        if self.returncode is None and SNAKEMAKE.ended():
-            (self.returncode,) = SNAKEMAKE.statuses()
+        if self.returncode is None and self.program.ended():
+            (self.returncode,) = self.program.statuses()
+            self.program.stop()
         return self.returncode
 
-    def wait(self, timeout: float) -> int | None:
-        if self.returncode is None:
-            SNAKEMAKE.ended(timeout)
+    def wait(self, timeout: float | None = None) -> int | None:
+        if self.returncode is None and not self.program.ended(timeout):
+            raise subprocess.TimeoutExpired("snakemake", timeout or 0)
         return self.poll()
 
 
@@ -88,7 +92,7 @@ def run_until(
     process: Forked | subprocess.Popen[bytes]
     with log.open("w") as output:
         if command[0] == "snakemake":
-            process = Forked(command[1:], workspace.path, log)
+            process = Forked(command, workspace.path, log)
         else:
             process = subprocess.Popen(
                 command, cwd=workspace.path, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

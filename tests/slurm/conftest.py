@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from tests.conftest import REPOSITORY, Result, Workspace, copy_of, made_once, make_workspace
+from tests.conftest import POLLING, REPOSITORY, Result, Workspace, copy_of, made_once, make_workspace
+from tests.end_to_end.processes import Forked
 from tests.slurm import cluster
 
 import pytest
@@ -58,12 +59,14 @@ COLUMNS = (
 class Running:
     """A Snakemake that has not ended yet, and the file that it writes to."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
 
     def result(self, seconds: float = 900) -> Result:
         """What it did, once it has ended."""
-        return Result(self.process.wait(timeout=seconds), self.log.read_text())
+        status = self.process.wait(timeout=seconds)
+        assert status is not None
+        return Result(status, self.log.read_text())
 
 
 @dataclass
@@ -86,15 +89,9 @@ class Slurm:
     def start(self, workspace: Workspace, *targets: str, config: tuple[str, ...] = ()) -> Iterator[Running]:
         """Begin to make `targets`, for something to happen meanwhile; at the end nothing of it is left."""
         log = workspace.path / "submitting.log"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                Submitting(workspace.path, workspace.overlays).command(*targets, config=config),
-                cwd=workspace.path,
-                env=self.environment() | {"PYTHONUNBUFFERED": "1"},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        log.write_text("")
+        command = Submitting(workspace.path, workspace.overlays).command(*targets, config=config)
+        process = Forked(command, workspace.path, log, self.environment())
         try:
             yield Running(process, log)
         finally:
@@ -189,8 +186,7 @@ class Submitting(Workspace):
     """A working directory whose jobs go to Slurm."""
 
     def command(self, *arguments: str, config: tuple[str, ...] = ()) -> list[str]:
-        command = [sys.executable, str(REPOSITORY / "tests/slurm/poll_often.py")]
-        command += ["--profile", str(self.profile()), *arguments]
+        command = [POLLING, "--profile", str(self.profile()), *arguments]
         command += ["--snaketron-slurm-init-seconds-before-status-checks=1"]
         command += ["--max-status-checks-per-second=10"]
         command += ["--configfile", *self.overlays]

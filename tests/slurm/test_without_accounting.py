@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.conftest import REPOSITORY, Workspace
+from tests.conftest import POLLING, REPOSITORY, Workspace
+from tests.end_to_end.processes import Forked
 from tests.slurm.conftest import Job, Running, Slurm, Submitting, started, wait_for
 
 import pytest
@@ -29,8 +30,8 @@ def meeting(plain: Slurm, directory: Path, *fates: str, before: tuple[str, ...] 
     """Snakemake, started as `before` says, making the toys that meet these fates."""
     directory.mkdir(exist_ok=True)
     workspace = Submitting(directory)
-    command = [sys.executable, str(REPOSITORY / "tests/slurm/poll_often.py")]
-    command += ["--snakefile", str(REPOSITORY / "tests/slurm/toy.smk"), "--profile", str(workspace.profile())]
+    command = [POLLING, "--snakefile", str(REPOSITORY / "tests/slurm/toy.smk")]
+    command += ["--profile", str(workspace.profile())]
     command += ["--snaketron-slurm-init-seconds-before-status-checks=1", "--max-status-checks-per-second=10"]
     command += ["--keep-going", *(f"{fate}.txt" for fate in fates)]
     slow = directory / "slow"  # a scontrol that takes longer than the executor plugin waits for it
@@ -38,16 +39,21 @@ def meeting(plain: Slurm, directory: Path, *fates: str, before: tuple[str, ...] 
     (slow / "scontrol").write_text(f'#!/bin/sh\nsleep 12\nexec {plain.path}/bin/scontrol "$@"\n')
     (slow / "scontrol").chmod(0o755)
     environment = plain.environment() | {"PYTHONUNBUFFERED": "1"}
+    environment["PATH"] = f"{slow}:{environment['PATH']}"
     log = directory / "submitting.log"
+    process: Forked | subprocess.Popen[bytes]
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [*before, *command],
-            cwd=directory,
-            env=environment | {"PATH": f"{slow}:{environment['PATH']}"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        if before:
+            process = subprocess.Popen(
+                [*before, sys.executable, *command],
+                cwd=directory,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        else:
+            process = Forked(command, directory, log, environment)
     try:
         yield Running(process, log)
     finally:
@@ -85,6 +91,7 @@ def transcript(plain: Slurm, tmp_path_factory: pytest.TempPathFactory) -> str:
         try:
             time.sleep(30)
             wait_for((running.log.parent / "well.txt").exists, 180)
+            wait_for(lambda: "Slurm is asked again" in running.log.read_text(), 300)
         finally:
             plain.start_controller()
         result = running.result()
@@ -152,7 +159,7 @@ def test_a_job_waits_for_one_that_a_killed_snakemake_left_and_a_script_can_stop_
                 f"Slurm jobs of an earlier Snakemake are still here: {first.id}. " in running.log.read_text()
             )
             assert (second.state, second.reason) == ("PENDING", "Dependency")
-            running.process.send_signal(signal.SIGINT)
+            os.kill(running.process.pid, signal.SIGINT)
             assert running.result().status != 0
         states = {job.id: job.state for job in plain.jobs(Workspace(here))}
         assert states == {first.id: "RUNNING", second.id: "CANCELLED"}
