@@ -7,7 +7,6 @@ are known to be hard when the tokenizer is loaded, then for a sample of the docu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +64,7 @@ class Encoder:
     `tokenizers` encodes everything then. `num_checked` documents were compared.
 
     What the caller has is not loaded again: `made`, which is what tokenizer.json says, and `exact`, which is
-    what `load_tokenizer` returned. With several `threads` both encoders are loaded at the same time.
+    what `load_tokenizer` returned.
     """
 
     def __init__(
@@ -76,13 +75,10 @@ class Encoder:
         problem: str | None = None,
         made: Mapping[str, Any] | None = None,
         exact: Tokenizer | None = None,
-        threads: int = 1,
     ) -> None:
         path = directory / "tokenizer.json"
         self._plain = plain
-        with ThreadPoolExecutor(1) as pool:  # fastokens leaves Python to other threads while it loads
-            loading = pool.submit(_load, path, made) if threads > 1 and not problem else None
-            self._exact = exact or load_tokenizer(directory)
+        self._exact = exact or load_tokenizer(directory)
         if plain:
             encode_as_text(self._exact)
         if getattr(self._exact.model, "dropout", None):
@@ -92,7 +88,7 @@ class Encoder:
         self.problem = problem  # why fastokens is not used
         if not problem:
             try:
-                self._fast = loading.result() if loading else _load(path, made)
+                self._fast = _load(path, made)
                 self._probe()
             except Exception as error:
                 logger.warning("%s: encoding with `tokenizers`, slower: fastokens: %s", path, error)

@@ -48,13 +48,12 @@ def test_both_encoders_take_a_document_as_text(tokenizer_dir: Path, name: str, p
     assert encoded(encoder, []) == []
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_what_the_caller_has_is_not_loaded_again(tokenizer_dir: Path, monkeypatch, threads: int):
+def test_what_the_caller_has_is_not_loaded_again(tokenizer_dir: Path, monkeypatch):
     expected = exact(tokenizer_dir, HARD)
     loaded, made = load_tokenizer(tokenizer_dir), read_tokenizer(tokenizer_dir)
     monkeypatch.delattr(encode, "load_tokenizer")
     monkeypatch.delattr("fastokens.Tokenizer.from_file")
-    encoder = encode.Encoder(tokenizer_dir, made=made, exact=loaded, threads=threads)
+    encoder = encode.Encoder(tokenizer_dir, made=made, exact=loaded)
     assert encoder.name == "fastokens"
     assert encoded(encoder, HARD) == expected
 

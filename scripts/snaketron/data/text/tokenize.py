@@ -41,8 +41,8 @@ def tokenize_shard(
 
     `bins` maps each split to its .bin; `table` is the Parquet file that says where each sequence comes from.
     A split without documents is an empty .bin and an .idx of no sequences, which Megatron cannot open: a
-    blend leaves it out. With several `threads`, both encoders are loaded at the same time, and the next
-    documents are read while others are encoded; the result is the same. Returns the record.
+    blend leaves it out. With several `threads`, the next documents are read while others are encoded; the
+    result is the same. Returns the record.
     """
     _check(settings)
     made = read_tokenizer(tokenizer)
@@ -52,7 +52,7 @@ def tokenize_shard(
     }
     outputs["documents"] = table
     with making("tokens", f"{settings.corpus}/{record.stem}", outputs=outputs, record=record) as job:
-        encoder = Encoder(tokenizer, made=made, threads=threads)
+        encoder = Encoder(tokenizer, made=made)
         del made  # some 40 MB for 131,072 entries
         shard = _Shard(texts, settings, info, outputs, job.aside)
         try:
