@@ -218,12 +218,12 @@ def test_routers_count_no_padding(trainer_of):
 
 
 def test_a_step_over_a_pack_of_256k_tokens(trainer_of):
-    """64 conversations, of which one trains its last two tokens: its loss is that of it alone.
+    """256 conversations, of which one trains its last two tokens: its loss is that of it alone.
 
     The work of attention and of Mamba-2 grows with the heads, and what 256k tokens ask of the rest does not.
     """
-    silent = [[(3 + (i + j) % 280, 0) for i in range(4096)] for j in range(63)]
-    one = conversation(5, (4094, 0), (2, 1))
+    silent = [[(3 + (i + j) % 280, 0) for i in range(1024)] for j in range(255)]
+    one = conversation(5, (1022, 0), (2, 1))
     packs = [[*silent[:40], one, *silent[40:]]]
     few_heads = {"num_attention_heads": 2, "num_query_groups": 1, "mamba_num_heads": 2, "mamba_num_groups": 1}
     trainer, batches = trainer_of(packs, few_heads | {"mtp_num_layers": 0}, pack_size=262_144)
