@@ -147,6 +147,9 @@ class Warm:
             self.connection.close()
         if self.process is not None:
             self.process.communicate()
+            os.environ.pop(self.variable, None)
+            self.name = None
+        self.process = self.connection = None
 
 
 def become(directory: str, environment: dict[str, str], files: list[int]) -> None:
