@@ -6,6 +6,7 @@ import pkgutil
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+NONE_FOUND = "none found"  # an `upstream`
 Machine = Literal["all", "CPU", "GPU"]
 
 
