@@ -10,7 +10,7 @@ from snaketron.model.megatron import originals
 import pytest
 import torch
 
-TESTED = {"the cross entropy"}
+TESTED = {"the cross entropy", "the gradients of several depths in fp8"}
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -32,3 +32,39 @@ def test_the_original_cross_entropy_leaves_the_logits_as_they_are():
 
     assert unchanged(originals.original(name)), "this row of `replacements.TABLE` can go"
     assert not unchanged(originals.current(name))
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_layer_of_two_depths_loses_the_gradient_of_the_second(corrected: bool):
+    """A layer that both depths call, with inputs of 1 and of 2: the gradient sums 16 of each."""
+    from snaketron.model.megatron import corrections
+
+    from megatron.core.extensions.transformer_engine import TELinear
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=1,
+        params_dtype=torch.bfloat16,
+        gradient_accumulation_fusion=True,
+    )
+    layer = TELinear(
+        16,
+        16,
+        parallel_mode="duplicated",
+        config=config,
+        init_method=torch.nn.init.ones_,
+        bias=False,
+        skip_bias_add=False,
+        skip_weight_param_allocation=False,
+        is_expert=False,
+    ).cuda()
+    if corrected:
+        corrections.add_depths(layer)
+    layer.weight.main_grad = torch.zeros(16, 16, device="cuda")
+    layer.is_first_microbatch = True  # as megatron-core sets it in a step under fp8
+    for_depths = [torch.full((16, 16), value, device="cuda").bfloat16() for value in (1.0, 2.0)]
+    sum(layer(x)[0].sum() for x in for_depths).backward()
+    found = layer.weight.main_grad.unique().tolist()
+    assert found == ([48.0] if corrected else [16.0]), "this row of `replacements.TABLE` can go"

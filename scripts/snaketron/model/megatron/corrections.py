@@ -6,6 +6,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 
 
 def correct(model: HybridModel, config: TransformerConfig) -> None:
@@ -15,6 +16,8 @@ def correct(model: HybridModel, config: TransformerConfig) -> None:
             count_in_integers(module)
         if isinstance(module, MambaMixer):
             set_epsilon(module, config)
+        if isinstance(module, MultiTokenPredictionBlock):
+            add_depths(module)
     mark_experts(model)
 
 
@@ -33,3 +36,13 @@ def mark_experts(model: HybridModel) -> None:
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False
+
+
+def add_depths(block: MultiTokenPredictionBlock) -> None:
+    """Let Transformer Engine's layers add the gradients of all depths, which share their weights.
+
+    Their first call of a step under fp8 writes its gradient, after those of later depths were computed.
+    """
+    for module in block.modules():
+        if hasattr(module, "disable_parameter_transpose_cache"):
+            module.disable_parameter_transpose_cache = True

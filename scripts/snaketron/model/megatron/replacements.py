@@ -57,6 +57,15 @@ TABLE = (
         in_objects={_MOE + "moe_layer:MoELayer.__init__": "corrections.mark_experts"},
     ),
     Replacement(
+        "the gradients of several depths in fp8",
+        "all",
+        why="in the first micro-batch of a step the original's layers of multi-token prediction write the "
+        "gradient of the first depth over those of the others",
+        upstream=NONE_FOUND,
+        until="Transformer Engine's layers tell the rounding of weights from the writing of gradients",
+        in_objects={_MTP + "MultiTokenPredictionBlock.__init__": "corrections.add_depths"},
+    ),
+    Replacement(
         "the padding in multi-token prediction",
         "all",
         why="HybridModel hands the padding mask to its decoder and not to multi-token prediction, whose "
