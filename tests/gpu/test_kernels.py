@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import snaketron.model  # noqa: F401  before megatron
+from snaketron.model.megatron import gradients as gradients_module
 from snaketron.model.megatron import mamba2_layer
 from tests.unit.model.megatron.test_experts import errors
 
@@ -188,3 +189,7 @@ def test_gradient_accumulation_is_a_product_added_to_fp32():
     expected = total.double() + grad.double().T @ x.double()
     fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x, grad, total)
     assert relative(total, expected) < 1e-6
+    gradients_module._unwritten.add(total.data_ptr())
+    for times in (1, 2):  # as the first product of a step, and as its second
+        fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x, grad, total)
+        assert relative(total, times * (grad.double().T @ x.double())) < 1e-6

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from snaketron.model.megatron import gradients
+
 import torch
 from megatron.core.fusions.fused_weighted_squared_relu import (
     weighted_squared_relu,
@@ -142,8 +144,12 @@ def _activate_back(hidden: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tensor,
 
 
 def _accumulate(total: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tensor) -> None:
-    """total (experts, output, input) += for each expert grad_output^T inputs."""
-    total.add_(torch._grouped_mm(grad_output.mT, inputs, offs=ends))
+    """total (experts, output, input) += for each expert grad_output^T inputs; a new one is overwritten."""
+    product = torch._grouped_mm(grad_output.mT, inputs, offs=ends)
+    if gradients.is_new(total):
+        total.copy_(product)
+    else:
+        total.add_(product)
 
 
 def _added(parameter: Tensor) -> Tensor:

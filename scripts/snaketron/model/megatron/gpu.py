@@ -10,6 +10,7 @@ import os
 import types
 from typing import Any
 
+from snaketron.model.megatron import gradients
 from snaketron.model.megatron.originals import original
 
 import torch
@@ -41,7 +42,7 @@ CUDA_GRAPHS = {"cuda_graph_impl": "local", "cuda_graph_modules": ["attn", "mamba
 
 
 def _accumulate_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-    """main_grad += grad_output^T inputs, in one kernel, whatever the type of main_grad."""
+    """main_grad += grad_output^T inputs in one kernel, whatever the type of main_grad, or = if it is new."""
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     general_gemm(
@@ -50,7 +51,7 @@ def _accumulate_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_g
         out_dtype=main_grad.dtype,
         layout="NT",
         out=main_grad,
-        accumulate=True,
+        accumulate=not gradients.is_new(main_grad),
         use_split_accumulator=True,
         grad=True,
     )
@@ -89,10 +90,15 @@ def experts_forward(
 
 
 def make_backward_post_hook(self: Any, first: Any) -> Any:
-    """Autograd reports only the first weight of a layer of experts; this hook reports the others."""
+    """Autograd reports only the first weight of a layer of experts; this hook reports the others.
+
+    In a recording small gradients are added together (`gradients.together`), and nothing is reported.
+    """
     hook = original(MAKE_HOOK)(self, first)
 
     def all_of_layer(*args: Any) -> None:
+        if gradients.waits(first):
+            return
         hook(*args)
         if self.ddp_config.overlap_grad_reduce and first.__dict__.pop("others_added", False):
             for other in first.others:

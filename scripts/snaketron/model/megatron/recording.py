@@ -2,15 +2,18 @@
 
 The host needs 0.4 s to start the kernels of a micro-batch of 52 layers one by one, and an H200 computes
 4,096 tokens of such a model in half of that. A recording has the routed experts and multi-token prediction in
-it, since nothing in them waits for the host (`gpu`, `experts`); gradients are added to those of the
-micro-batches before. The optimizer's step is not in it.
+it, since nothing in them waits for the host (`gpu`, `experts`). That of a step's first micro-batch begins the
+gradients (`gradients`) and rounds weights to fp8; the others add to them. The optimizer's step is not in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from snaketron.model.megatron.gradients import Beginning, together
 
 import torch
 from megatron.core.pipeline_parallel import schedules
@@ -31,6 +34,7 @@ class Recorder:
         self.steps = 0
         self.recordings: dict[Any, _Recording] = {}
         self.memory: Any = None  # in which all recordings compute, one after the other
+        self.gradients: Beginning | None = None
 
     def __call__(
         self,
@@ -42,35 +46,38 @@ class Recorder:
         forward_only: bool = False,
         **others: Any,
     ) -> list[Any]:
-        if forward_only or self.steps < WARM_UP:
-            self.steps += not forward_only
+        if forward_only:
             return schedules.forward_backward_no_pipelining(
                 forward_step_func=forward_step_func,
                 data_iterator=data_iterator,
                 model=model,
                 num_microbatches=num_microbatches,
-                forward_only=forward_only,
+                forward_only=True,
                 **others,
             )
-        config = get_model_config(model[0])
+        gradients = self.gradients = self.gradients or Beginning(model[0])
+        self.steps += 1
         outputs = []
         tokens = torch.zeros((), dtype=torch.int, device="cuda")
         for i in range(num_microbatches):
-            batch = next(data_iterator)
-            # The first micro-batch of a step rounds the weights to fp8 for the others too.
-            recording = self._recording(forward_step_func, batch, model[0], bool(config.fp8) and i == 0)
-            outputs.append(recording.replay(batch))
-            tokens += recording.tokens
-        config.finalize_model_grads_func(model, tokens)
+            batch, begun = next(data_iterator), None if i else gradients
+            if self.steps <= WARM_UP:
+                output, its_tokens = _compute(forward_step_func, batch, model[0], begun)
+            else:
+                recording = self._recording(forward_step_func, batch, model[0], begun)
+                output, its_tokens = recording.replay(batch), recording.tokens
+            outputs.append(output)
+            tokens += its_tokens
+        get_model_config(model[0]).finalize_model_grads_func(model, tokens)
         return outputs
 
     def _recording(
-        self, forward_step_func: Any, batch: dict[str, Any], model: Any, first: bool
+        self, forward_step_func: Any, batch: dict[str, Any], model: Any, begun: Beginning | None
     ) -> _Recording:
-        key = (first, *_constants(batch))
+        key = (begun is not None, *_constants(batch))
         if key not in self.recordings:
             self.memory = self.memory or torch.cuda.graph_pool_handle()
-            self.recordings[key] = _Recording(forward_step_func, batch, model, first, self.memory)
+            self.recordings[key] = _Recording(forward_step_func, batch, model, begun, self.memory)
         return self.recordings[key]
 
 
@@ -78,14 +85,17 @@ class _Recording:
     """One CUDA graph with the memory that it reads and writes."""
 
     def __init__(
-        self, forward_step_func: Any, batch: dict[str, Any], model: Any, first: bool, memory: Any
+        self,
+        forward_step_func: Any,
+        batch: dict[str, Any],
+        model: Any,
+        begun: Beginning | None,
+        memory: Any,
     ) -> None:
-        config = get_model_config(model)
         self.batch = _copies(batch)
         self.graph = torch.cuda.CUDAGraph()
         for state in get_all_rng_states().values():
             self.graph.register_generator_state(state)
-        outputs: list[Any] = []
         # Other threads may use the GPU meanwhile, as one does that watches NCCL.
         with torch.cuda.graph(
             self.graph,
@@ -93,26 +103,40 @@ class _Recording:
             stream=torch.cuda.current_stream(),
             capture_error_mode="thread_local",
         ):
-            loss, self.tokens = schedules.forward_step(
-                forward_step_func,
-                iter([dict(self.batch)]),
-                model,
-                1,
-                None,
-                outputs,
-                config,
-                1,
-                is_first_microbatch=first,
-                current_microbatch=0,
-            )
-            schedules.backward_step(None, loss, None, config)
-        [self.output] = outputs
+            self.output, self.tokens = _compute(forward_step_func, self.batch, model, begun)
 
     def replay(self, batch: dict[str, Any]) -> Any:
-        """Add the gradients of a micro-batch; returns what its loss function reports."""
+        """Compute a micro-batch and its gradients; returns what its loss function reports."""
         _refill(self.batch, batch)
         self.graph.replay()
         return dataclasses.replace(self.output, values=self.output.values.clone())
+
+
+def _compute(
+    forward_step_func: Any, batch: dict[str, Any], model: Any, begun: Beginning | None
+) -> tuple[Any, torch.Tensor]:
+    """Compute a micro-batch and its gradients; returns what its loss function reports, and its tokens.
+
+    `begun` is given for a step's first micro-batch, which begins the gradients and rounds weights to fp8.
+    """
+    config = get_model_config(model)
+    outputs: list[Any] = []
+    with begun.within() if begun else contextlib.nullcontext(), together():
+        loss, tokens = schedules.forward_step(
+            forward_step_func,
+            iter([dict(batch)]),
+            model,
+            1,
+            None,
+            outputs,
+            config,
+            1,
+            is_first_microbatch=begun is not None,
+            current_microbatch=0,
+        )
+        schedules.backward_step(None, loss, None, config)
+    [output] = outputs
+    return output, tokens
 
 
 def _copies(batch: dict[str, Any]) -> dict[str, Any]:

@@ -450,6 +450,16 @@ def test_the_original_division_and_clipping_are_passes_over_the_gradients():
     assert "multi_tensor_scale_impl, dummy_overflow_buf, [grads, grads]" in clip, CAN_GO
 
 
+@covers("the zeros of gradients")
+def test_the_original_sets_all_gradients_to_zero():
+    reset = importlib.import_module(
+        "megatron.core.distributed.param_and_grad_buffer"
+    )._ParamAndGradBuffer.reset
+    buffer = SimpleNamespace(grad_data=torch.ones(4), extra_main_grads=[])
+    reset(buffer)
+    assert not buffer.grad_data.any(), CAN_GO
+
+
 @covers("the acceptance of predicted tokens")
 def test_the_original_loss_always_counts_accepted_tokens():
     text = source("megatron.core.models.hybrid.hybrid_model:process_mtp_loss")
