@@ -157,6 +157,33 @@ def test_adam_is_the_formula_in_double_precision():
             assert relative(mean, m) < 4e-3 and relative(square, v) < 4e-3  # a last bit of bf16
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_gradient_of_embeddings_is_added_to_the_rows_of_their_tokens(dtype):
+    """Tokens that occur once, some times and, as padding does, 700 times; both depths of a micro-batch."""
+    from snaketron.model.megatron.embedding import Embedding
+
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(300, 1000, device="cuda").to(dtype))
+    weight.main_grad = torch.randn(300, 1000, device="cuda")
+    ids = torch.cat([torch.randint(0, 200, (400,)), torch.full((700,), 255)])
+    ids = ids[torch.randperm(1100)].view(2, 550).cuda()
+    grads = [torch.randn(550, 2, 1000, device="cuda").to(dtype) for _ in range(2)]
+    expected, before = weight.main_grad.double(), weight.main_grad.clone()
+    for grad in grads:
+        rows = grad.double().transpose(0, 1).flatten(0, 1)
+        expected = expected.index_add(0, ids.flatten(), rows)
+    results = []
+    for _ in range(2):
+        weight.main_grad = before.clone()
+        outs = [Embedding.apply(ids, weight).transpose(0, 1) for _ in grads]
+        torch.autograd.backward(outs, grads)
+        results.append(weight.main_grad)
+    assert torch.equal(outs[0], weight[ids].transpose(0, 1)) and weight.grad is None
+    assert torch.equal(*results)  # in one order
+    assert relative(results[0], expected) < 1e-6
+    assert torch.equal(results[0][256:], before[256:])
+
+
 @pytest.mark.parametrize("deviation", [0.1, 1.0, 10.0, 40.0])
 def test_the_cross_entropy_of_transformer_engine_is_exact(deviation: float):
     """megatron-core warns of earlier versions, which rounded the gradient in between."""

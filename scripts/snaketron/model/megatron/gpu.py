@@ -73,6 +73,8 @@ def fused_gradients() -> types.ModuleType:
 # What the functions below call for what they leave to megatron-core.
 _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher."
 MAKE_HOOK = "megatron.core.distributed:DistributedDataParallel._make_backward_post_hook"
+EMBEDDING = "megatron.core.tensor_parallel.layers:VocabParallelEmbedding.forward"
+PLACEHOLDER = "megatron.core.tensor_parallel.layers:get_dummy_wgrad"
 EXPERTS_FORWARD = "megatron.core.transformer.moe.experts:TEGroupedMLP.forward"
 TO_HOST = _DISPATCHER + "_maybe_dtoh_and_synchronize"
 DISPATCH_POSTPROCESS = _DISPATCHER + "dispatch_postprocess"
@@ -89,12 +91,41 @@ def experts_forward(
     return out, None
 
 
+class _Sums:
+    """Whether processes sum gradients during the backward pass: then hooks want to see those of autograd."""
+
+    early = False
+
+
+def embedding_forward(self: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The embeddings (..., width) of tokens; their gradient is added to `main_grad` in the backward pass."""
+    trained = torch.is_grad_enabled() and self.weight.requires_grad and hasattr(self.weight, "main_grad")
+    here = self.tp_group.size() == 1 and not self.reduce_scatter_embeddings
+    if _Sums.early or not trained or not here or "embedding" in gradients.OLD:
+        return original(EMBEDDING)(self, ids)
+    from snaketron.model.megatron.embedding import Embedding
+
+    return Embedding.apply(ids, self.weight)
+
+
+def placeholder(shape: list[int], dtype: torch.dtype, zero: bool = False) -> torch.Tensor | None:
+    """What autograd gets as the gradient of a weight that is in `main_grad` already: nothing where it can be.
+
+    A weight that is used twice, as that of the output layer is by multi-token prediction, would have the sum
+    of two placeholders.
+    """
+    if _Sums.early or zero or "placeholder" in gradients.OLD:
+        return original(PLACEHOLDER)(shape, dtype, zero)
+    return None
+
+
 def make_backward_post_hook(self: Any, first: Any) -> Any:
     """Autograd reports only the first weight of a layer of experts; this hook reports the others.
 
     In a recording small gradients are added together (`gradients.together`), and nothing is reported.
     """
     hook = original(MAKE_HOOK)(self, first)
+    _Sums.early = self.ddp_config.overlap_grad_reduce
 
     def all_of_layer(*args: Any) -> None:
         if gradients.waits(first):

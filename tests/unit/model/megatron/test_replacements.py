@@ -460,6 +460,29 @@ def test_the_original_sets_all_gradients_to_zero():
     assert not buffer.grad_data.any(), CAN_GO
 
 
+@covers("the gradient of embeddings")
+def test_the_original_embeddings_have_a_gradient_of_the_whole_table():
+    weight = torch.nn.Parameter(torch.ones(6, 2))
+    layer = SimpleNamespace(
+        weight=weight,
+        tp_group=SimpleNamespace(size=lambda: 1),
+        gtp_remat_size=1,
+        deterministic_mode=False,
+        reduce_scatter_embeddings=False,
+    )
+    [forward] = originals_of("the gradient of embeddings").values()
+    forward(layer, torch.tensor([[1, 3]])).sum().backward()
+    assert weight.grad is not None and weight.grad.shape == (6, 2), CAN_GO
+
+
+@covers("the placeholder of the output layer")
+def test_the_original_gives_autograd_a_gradient_that_is_not_used():
+    text = source(
+        "megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication.backward"
+    )
+    assert "grad_weight = get_dummy_wgrad(list(weight.main_grad.shape), input.dtype)" in text, CAN_GO
+
+
 @covers("the acceptance of predicted tokens")
 def test_the_original_loss_always_counts_accepted_tokens():
     text = source("megatron.core.models.hybrid.hybrid_model:process_mtp_loss")
