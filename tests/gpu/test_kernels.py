@@ -184,6 +184,28 @@ def test_the_gradient_of_embeddings_is_added_to_the_rows_of_their_tokens(dtype):
     assert torch.equal(results[0][256:], before[256:])
 
 
+@pytest.mark.parametrize("passed_on", [False, True])
+def test_the_gradients_of_a_router_are_as_precise_as_bf16(passed_on: bool):
+    """Also where the gradient of the experts' inputs is added to that of the router's."""
+    from snaketron.model.megatron.routing import router_gating_linear
+
+    torch.manual_seed(0)
+    x = torch.randn(150, 2, 320, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(24, 320, device="cuda") / 16).bfloat16().requires_grad_()
+    grads = [torch.randn(150, 2, 24, device="cuda"), torch.randn_like(x)][: 1 + passed_on]
+    logits = router_gating_linear(x, weight, None, torch.float32)
+    sent = x.__dict__.pop("passed_on")
+    torch.autograd.backward([logits, sent][: len(grads)], [grad.clone() for grad in grads])
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = exact[0] @ exact[1].T
+    torch.autograd.backward([expected, exact[0] * 1][: len(grads)], [grad.double() for grad in grads])
+    assert logits.dtype == torch.float32 and relative(logits, expected) < 1e-6
+    for found, wanted in zip((x.grad, weight.grad), exact, strict=True):
+        rounded = relative(wanted.grad.bfloat16(), wanted.grad)
+        print(f"{relative(found, wanted.grad):.2e}, rounded once {rounded:.2e}")
+        assert relative(found, wanted.grad) < 1.01 * rounded
+
+
 @pytest.mark.parametrize("deviation", [0.1, 1.0, 10.0, 40.0])
 def test_the_cross_entropy_of_transformer_engine_is_exact(deviation: float):
     """megatron-core warns of earlier versions, which rounded the gradient in between."""

@@ -29,6 +29,7 @@ from snaketron.model.megatron import (
     padding,
     replacements,
     replacements_cpu,
+    routing,
 )
 from snaketron.model.megatron.originals import MISSING, original
 from snaketron.model.megatron.replacements import TABLE
@@ -100,7 +101,7 @@ def test_what_is_replaced_in_objects_is_there(row: Replacement):
 
 
 @pytest.mark.parametrize(
-    "module", [adam, cpu, cpu_experts, gpu, packed, padding], ids=lambda module: module.__name__
+    "module", [adam, cpu, cpu_experts, gpu, packed, padding, routing], ids=lambda module: module.__name__
 )
 def test_what_calls_an_original_names_a_piece_of_the_table(module: ModuleType):
     """Another name would stand for what is there now: the replacement would call itself."""
@@ -481,6 +482,12 @@ def test_the_original_gives_autograd_a_gradient_that_is_not_used():
         "megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication.backward"
     )
     assert "grad_weight = get_dummy_wgrad(list(weight.main_grad.shape), input.dtype)" in text, CAN_GO
+
+
+@covers("the logits of routers")
+def test_the_original_router_copies_its_input_in_fp32():
+    text = source("megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction.backward")
+    assert "inp.to(ctx.router_dtype), grad_output, ctx.router_dtype" in text, CAN_GO
 
 
 @covers("the acceptance of predicted tokens")
