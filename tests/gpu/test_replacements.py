@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.model.megatron import originals
+from snaketron.model.megatron import gpu, originals
 
 import pytest
 import torch
 
-TESTED = {"the cross entropy", "the gradients of several depths in fp8"}
+TESTED = {"the cross entropy", "RMSNorm of widths without a kernel", "the gradients of several depths in fp8"}
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -68,3 +69,25 @@ def test_a_layer_of_two_depths_loses_the_gradient_of_the_second(corrected: bool)
     sum(layer(x)[0].sum() for x in for_depths).backward()
     found = layer.weight.main_grad.unique().tolist()
     assert found == ([48.0] if corrected else [16.0]), "this row of `replacements.TABLE` can go"
+
+
+def test_transformer_engine_has_kernels_for_these_widths_and_none_for_nanos():
+    """By the names of what the original launches: `tuned` or `general`, forwards and backwards."""
+    from transformer_engine.pytorch.constants import TE_DType
+
+    forward, backward = originals.original(gpu.NORM_FORWARD), originals.original(gpu.NORM_BACKWARD)
+
+    def launched(width: int) -> set[str]:
+        x = torch.randn(64, width, device="cuda").bfloat16()
+        weight = torch.ones(width, device="cuda").bfloat16()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            out, _, rstd = forward(x, weight, 1e-5, None, None, TE_DType[x.dtype], 0, False)
+            backward(out, x, rstd, weight, 0, False)
+            torch.cuda.synchronize()
+        names = " ".join(event.name for event in profile.events() if "rmsnorm" in event.name)
+        assert "rmsnorm_fwd" in names and "rmsnorm_bwd" in names, names
+        return set(re.findall("rmsnorm_..d_(tuned|general)", names))
+
+    for width in gpu.TUNED_WIDTHS:
+        assert launched(width) == {"tuned"}, f"{width} can leave `gpu.TUNED_WIDTHS`"
+    assert launched(2688) == {"general"}, "this row of `replacements.TABLE` can go"

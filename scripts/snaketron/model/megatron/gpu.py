@@ -79,6 +79,12 @@ EXPERTS_FORWARD = "megatron.core.transformer.moe.experts:TEGroupedMLP.forward"
 TO_HOST = _DISPATCHER + "_maybe_dtoh_and_synchronize"
 DISPATCH_POSTPROCESS = _DISPATCHER + "dispatch_postprocess"
 COMBINE_PREPROCESS = _DISPATCHER + "combine_preprocess"
+NORM_FORWARD = "transformer_engine.pytorch.cpp_extensions:rmsnorm_fwd"
+NORM_BACKWARD = "transformer_engine_torch:rmsnorm_bwd"
+
+# Widths that Transformer Engine has RMSNorm kernels for, forwards and backwards: those that it registers as
+# "tuned" in transformer_engine/common/normalization/rmsnorm/. tests/gpu asks the installed release.
+TUNED_WIDTHS = (512, 768, 1024, 2048, 4096, 8192)
 
 
 def experts_forward(
@@ -181,7 +187,7 @@ def _scan(self: Any, zxbcdt: torch.Tensor, packed: Any = None) -> torch.Tensor:
     The kernels read their input, and write its gradient, where it is. megatron-core copies both into the
     order (batch, length), which takes 19 ms of a step of 32k tokens on an H200.
     """
-    from snaketron.model.megatron import kernels
+    from snaketron.model.megatron import norms
 
     from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
 
@@ -207,7 +213,66 @@ def _scan(self: Any, zxbcdt: torch.Tensor, packed: Any = None) -> torch.Tensor:
     if not self.rmsnorm:
         return y
     norm = self.norm
-    return kernels.GroupedNorm.apply(y, norm.weight, norm.eps, norm.group_size or norm.weight.numel())
+    return norms.GroupedNorm.apply(y, norm.weight, norm.eps, norm.group_size or norm.weight.numel())
+
+
+def rmsnorm_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: Any,
+    quantizer: Any,
+    dtype: Any,
+    sm_margin: int,
+    zero_centered: bool,
+) -> Any:
+    """RMSNorm in the form that `quantizer` makes, None, and 1 / sqrt(mean of a row's squares + eps).
+
+    With one scale for a tensor or for a block, Transformer Engine too rounds the norm to fp8 in a step of its
+    own. It computes what has other forms, and what leaves processors free (`sm_margin`).
+    """
+    from transformer_engine.pytorch.constants import TE_DType
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
+
+    rounded_after = (type(None), Float8BlockQuantizer, Float8CurrentScalingQuantizer)
+    as_usual = out is None and isinstance(quantizer, rounded_after) and TE_DType[x.dtype] == dtype
+    if not as_usual or sm_margin or zero_centered or not _untuned(x, weight):
+        return original(NORM_FORWARD)(x, weight, eps, out, quantizer, dtype, sm_margin, zero_centered)
+    from snaketron.model.megatron import norms
+
+    normal, rstd = norms.norm(x, weight, eps, x.shape[-1])
+    return normal if quantizer is None else quantizer(normal), None, rstd
+
+
+def rmsnorm_bwd(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    sm_margin: int,
+    zero_centered: bool,
+) -> Any:
+    """The gradients of x and of the weight; that of a frozen parameter, which no one reads, is 0."""
+    if sm_margin or zero_centered or not _untuned(x, weight) or grad.dtype != weight.dtype:
+        return original(NORM_BACKWARD)(grad, x, rstd, weight, sm_margin, zero_centered)
+    from snaketron.model.megatron import norms
+
+    # Transformer Engine's modules hand over the parameter, a view of it, or a copy in another type.
+    owner = weight if weight._base is None else weight._base
+    trained = owner.requires_grad or not isinstance(owner, torch.nn.Parameter)
+    found, total = norms.norm_back(x, weight, rstd, grad, x.shape[-1], trained=trained)
+    return found, torch.zeros_like(weight) if total is None else total
+
+
+def _untuned(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether Transformer Engine has no kernel for this width, and a row of it fits in a program."""
+    from snaketron.model.megatron import norms
+
+    if norms.OLD:
+        return False
+    width = x.shape[-1]
+    return width not in TUNED_WIDTHS and width <= norms.WIDEST and x.dtype == weight.dtype
 
 
 def _our_experts(

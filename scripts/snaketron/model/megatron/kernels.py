@@ -1,4 +1,4 @@
-"""Kernels for a GPU, in Triton: what is between the products of experts, Mamba's norm backwards, and AdamW.
+"""Kernels for a GPU, in Triton: what is between the products of experts, and AdamW.
 
 Each is the plain formula of its docstring, computed in fp32 and rounded once.
 """
@@ -6,8 +6,6 @@ Each is the plain formula of its docstring, computed in fp32 and rounded once.
 # Triton gives the parameters of a kernel their types when it compiles it.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -59,87 +57,6 @@ def activate_back(hidden: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tensor, 
         hidden, probs, grad, out, grad_probs, hidden.shape[1], _block(hidden), num_warps=8
     )
     return out, grad, grad_probs
-
-
-# A program of `_norm_back` sums the gradient of the weights over so many rows, holds so many numbers at a
-# time, and has so many warps.
-NORM_ROWS, NORM_TILE, NORM_WARPS = 64, 2048, 2
-
-
-@triton.jit
-def _norm_back(
-    x, weight, rstd, grad, out, grad_weight, count, columns, ROWS: tl.constexpr, SUMMED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    part, group, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    at = tl.arange(0, BLOCK)
-    mask = at < columns
-    w = tl.load(weight + group * columns + at, mask=mask, other=0.0).to(tl.float32)[None, :]
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, SUMMED, ROWS):
-        row = part * SUMMED + start + tl.arange(0, ROWS)
-        place = (row.to(tl.int64) * groups + group)[:, None] * columns + at[None, :]
-        inside = (row < count)[:, None] & mask[None, :]
-        r = tl.load(rstd + group * count + row, mask=row < count, other=0.0)[:, None]
-        normal = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * r
-        g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-        total += g * normal
-        mean = tl.sum(g * w * normal, 1)[:, None] / columns
-        tl.store(out + place, (g * w - normal * mean) * r, mask=inside)
-    tl.store(grad_weight + (part * groups + group) * columns + at, tl.sum(total, 0), mask=mask)
-
-
-class GroupedNorm(torch.autograd.Function):
-    """RMSNorm of groups of columns: x / sqrt(mean of a group's x^2 + eps) * weight.
-
-    Forwards it is mamba-ssm's kernel. Backwards mamba-ssm gives a program one row after the other, and an
-    H200 has few of them. Both together take 104 us for 8,192 rows of 8 groups of 512, and mamba-ssm's 240.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
-        """The norm of each group, as mamba-ssm's kernel computes it.
-
-        Args:
-            x: (..., columns), contiguous.
-            weight: (columns,).
-            eps: added to the mean.
-            group_size: columns of a group; the number of columns is a multiple of it.
-
-        Returns:
-            (..., columns).
-        """
-        from mamba_ssm.ops.triton.layernorm_gated import _layer_norm_fwd
-
-        rows = x.view(-1, x.shape[-1])
-        out, _, rstd = _layer_norm_fwd(rows, weight, None, eps, group_size=group_size, is_rms_norm=True)
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.group_size = group_size
-        return out.view(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, rstd = ctx.saved_tensors
-        columns, size = x.shape[-1], ctx.group_size
-        count, block = x.numel() // columns, triton.next_power_of_2(size)
-        parts, out = triton.cdiv(count, NORM_ROWS), torch.empty_like(x)
-        sums = torch.empty(parts, columns, dtype=torch.float32, device=x.device)
-        tile = max(1, min(NORM_ROWS, NORM_TILE // block))
-        _norm_back[(parts, columns // size)](
-            x,
-            weight,
-            rstd,
-            grad.contiguous(),
-            out,
-            sums,
-            count,
-            size,
-            tile,
-            NORM_ROWS,
-            block,
-            num_warps=NORM_WARPS,
-        )
-        return out, sums.sum(0).to(weight.dtype), None, None
 
 
 def _block(tensor: Tensor) -> int:

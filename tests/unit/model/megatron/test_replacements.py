@@ -43,6 +43,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+PACKAGES = ("megatron.core.", "transformer_engine")
 ROWS = {row.what: row for row in TABLE}
 TESTED: set[str] = set()
 CAN_GO = "the installed megatron-core does this itself: this row of `replacements.TABLE` can go"
@@ -105,7 +106,7 @@ def test_what_is_replaced_in_objects_is_there(row: Replacement):
 )
 def test_what_calls_an_original_names_a_piece_of_the_table(module: ModuleType):
     """Another name would stand for what is there now: the replacement would call itself."""
-    named = {v for v in vars(module).values() if isinstance(v, str) and v.startswith("megatron.core.")}
+    named = {v for v in vars(module).values() if isinstance(v, str) and v.startswith(PACKAGES)}
     assert named
     assert {name for name in named if not name.endswith(".")} <= {n for row in TABLE for n in row.pieces}
 
