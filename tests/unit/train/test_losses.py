@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.data.tokenizer import tokenizer_info
-from snaketron.model.megatron import recording
+from snaketron.model.megatron import packed, recording
 from snaketron.train.build import build_training
 from snaketron.train.loop import Trainer
 from snaketron.train.losses import Counts, Report, Sums, Totals
@@ -18,6 +18,7 @@ from snaketron.train.sft_batches import SftBatches
 
 import pytest
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 from torch.nn.functional import cross_entropy
@@ -148,6 +149,26 @@ def test_packing_changes_no_gradient(trainer_of, average):
         print(f"{average}, {how}: losses {losses}, gradient norm {norm:.6f}")
     assert_same(found["packed"], found["packed otherwise"])
     assert_same(found["packed"], found["unpacked"])
+
+
+@pytest.mark.parametrize("depths", [0, 2])
+def test_losses_are_computed_with_the_factors_that_their_gradients_get(trainer_of, monkeypatch, depths):
+    """To the bit, for the next token and each depth: the kernel of a GPU multiplies nothing again then."""
+    compute, expected, found = LanguageModule.compute_language_model_loss, [], {}
+
+    def watched(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        losses, number = compute(self, labels, logits), len(expected)
+        expected.append(packed.Expected.take())
+        losses.register_hook(lambda grad: found.update({number: grad}))
+        return losses
+
+    monkeypatch.setattr(LanguageModule, "compute_language_model_loss", watched)
+    trainer, batches = trainer_of(PACKED, {"mtp_num_layers": depths}, loss_average="sample")
+    gradients(trainer, batches)
+    assert len(expected) == len(found) == len(PACKED) * (1 + depths)
+    for number, factors in enumerate(expected):
+        assert torch.equal(factors, found[number])
+    assert len(torch.cat(expected).unique()) > 4
 
 
 def test_the_two_averages_are_not_the_same(trainer_of):

@@ -32,6 +32,7 @@ TRANSFORMER_CONFIG = {
     "cross_entropy_fusion_impl": "te",
     "gradient_accumulation_fusion": True,
 }
+OLD_LOSS = os.environ.get("SNAKETRON_OLD_LOSS") == "1"
 # TransformerConfig fields for padded batches: the fused load balancing loss wants the number of tokens as an
 # integer, and megatron-core gives it what is left of the padding mask.
 PACKED = {"moe_router_fusion": False}
@@ -171,13 +172,23 @@ def combine_preprocess(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, group: Any, *_: Any) -> torch.Tensor:
-    """The loss of each token; the gradient takes the place of the logits."""
+    """The loss of each token (length, batch); the gradient takes the place of the logits.
+
+    Transformer Engine computes it where ranks share the vocabulary: they know the largest logit and the sum
+    of a token only after they have exchanged them.
+    """
+    from snaketron.model.megatron import loss, packed
+
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
+    expected = packed.Expected.take()
+    if group.size() == 1 and not OLD_LOSS:
+        return loss.cross_entropy(logits, labels, None if expected is None else expected.transpose(0, 1))
     return parallel_cross_entropy(logits, labels, dist_process_group=group, overwrite_input=True)
 
 
 def no_acceptance_counts(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """No counts; `cross_entropy` has put the gradient in the place of the logits that they are of."""
     return logits.new_zeros(()), logits.new_zeros(())
 
 

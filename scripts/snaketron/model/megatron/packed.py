@@ -74,6 +74,26 @@ def shift(
     return shifted, shifted.sum()
 
 
+class Expected:
+    """The factors (batch, length) of the next loss's gradient, by which the backward pass multiplies it.
+
+    From the model's `loss_mask` to the kernel that computes the gradient with the loss (`loss`); all are 1 if
+    None. What else the backward pass brings is right too, and takes longer.
+    """
+
+    factors: Tensor | None = None
+
+    @classmethod
+    def of_model(cls, loss_mask: Tensor | None) -> None:
+        """Expect the weights of the next token, if `loss_mask` is as in `process_mtp_loss`."""
+        cls.factors = None if loss_mask is None or loss_mask.dim() == 2 else loss_mask[0]
+
+    @classmethod
+    def take(cls) -> Tensor | None:
+        factors, cls.factors = cls.factors, None
+        return factors
+
+
 class _Counted:
     """The positions whose logits the model computes, from `process_mtp_loss` to the loss of the next token.
 
@@ -142,6 +162,7 @@ def process_mtp_loss(
             **others,
         )
     depths, ranks = config.mtp_num_layers, 1 if tp_group is None else tp_group.size()
+    share = config.mtp_loss_scaling_factor / depths
     hidden_states, *predicted = torch.chunk(hidden_states, 1 + depths, dim=0)
     for depth, (states, weights) in enumerate(zip(predicted, loss_mask[1:], strict=True)):
         labels, _ = multi_token_prediction.roll_tensor(
@@ -153,12 +174,13 @@ def process_mtp_loss(
             weight=output_weight,
             runtime_gather_output=runtime_gather_output,
         )
-        _Counted.rows = rows
+        _Counted.rows, Expected.factors = rows, share * weights
         loss = weights * compute_language_model_loss(labels, logits)
         if is_training:
             MTPLossLoggingHelper.save_metrics_to_tracker(
                 loss.sum(), loss.new_zeros(()), loss.new_zeros(()), depth, depths
             )
-        hidden_states = MTPLossAutoScaler.apply(hidden_states, config.mtp_loss_scaling_factor / depths * loss)
+        hidden_states = MTPLossAutoScaler.apply(hidden_states, share * loss)
+    Expected.of_model(loss_mask)
     _Counted.rows = counted_rows(loss_mask[0], ranks)
     return hidden_states if _Counted.rows is None else hidden_states[_Counted.rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from snaketron.model.megatron.originals import original
+from snaketron.model.megatron.packed import Expected
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -42,6 +43,7 @@ class _Padding:
 
 def model_forward(self: HybridModel, *args: Any, **kwargs: Any) -> torch.Tensor:
     _Padding.mask = kwargs.get("padding_mask")
+    Expected.of_model(kwargs.get("loss_mask"))
     return original(MODEL_FORWARD)(self, *args, **kwargs)
 
 

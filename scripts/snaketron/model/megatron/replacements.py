@@ -201,9 +201,10 @@ TABLE = (
     Replacement(
         "the cross entropy",
         "GPU",
-        why="the original keeps a copy of the logits for their gradient, 4 GiB at 16k tokens",
+        why="the original keeps a copy of the logits for their gradient, 4 GiB at 16k tokens, and reads them "
+        "twice; here a program computes the loss of a token and its gradient in one visit",
         upstream=NONE_FOUND,
-        until="the original overwrites the logits",
+        until="the original overwrites the logits, and in the forward pass",
         pieces={
             "megatron.core.models.common.language_module.language_module:te_parallel_cross_entropy": (
                 "gpu.cross_entropy"
@@ -213,7 +214,8 @@ TABLE = (
     Replacement(
         "the acceptance of predicted tokens",
         "GPU",
-        why="a metric that is not reported, by one more pass over the logits of each depth",
+        why="a metric that is not reported, by one more pass over the logits of each depth, in whose place "
+        "their gradient is by then",
         upstream=NONE_FOUND,
         until="an option leaves the metric out",
         pieces={_MTP + "_compute_mtp_acceptance_counts": "gpu.no_acceptance_counts"},
