@@ -77,34 +77,33 @@ class Experts(torch.autograd.Function):
         """
         ctx.weights, ctx.grads, ctx.first, ctx.rounded = weights, grads, (fc1, fc2), rounded
         if rounded is None:
-            hidden = torch._grouped_mm(x, weights[0].mT, offs=ends)
-            out = torch._grouped_mm(_activate(hidden, probs), weights[1].mT, offs=ends)
+            kept = _activate(torch._grouped_mm(x, weights[0].mT, offs=ends), probs)
+            out = torch._grouped_mm(kept, weights[1].mT, offs=ends)
             ctx.tiles = None
         else:
             ctx.tiles = tiles = experts8.tile_ends(ends)
             inner, outer = rounded
-            hidden = experts8.product(experts8.round_rows(x), inner.weights, inner.scales, ends, tiles)
-            activated = experts8.activate(hidden, probs)
+            kept = experts8.product(experts8.round_rows(x), inner.weights, inner.scales, ends, tiles)
+            activated = experts8.activate(kept, probs)
             out = experts8.product(activated, outer.weights, outer.scales, ends, tiles)
-        ctx.save_for_backward(x, probs, ends, hidden)
+        ctx.save_for_backward(x, probs, ends, kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, probs, ends, hidden = ctx.saved_tensors
+        x, probs, ends, kept = ctx.saved_tensors
         grad = grad.contiguous()
         if ctx.rounded is None:
             grad_activated = torch._grouped_mm(grad, ctx.weights[1], offs=ends)
-            activated, grad_hidden, grad_probs = _activate_back(hidden, probs, grad_activated)
+            activated = kept
+            grad_hidden, grad_probs = _activate_back(activated, probs, grad_activated)
             grad_x = torch._grouped_mm(grad_hidden, ctx.weights[0], offs=ends)
         else:
             tiles, (inner, outer) = ctx.tiles, ctx.rounded
             grad_activated = experts8.product(
                 experts8.round_rows(grad), outer.transposed, outer.transposed_scales, ends, tiles
             )
-            (activated, grad_hidden, grad_probs), short = experts8.activate_back(
-                hidden, probs, grad_activated
-            )
+            (activated, grad_hidden, grad_probs), short = experts8.activate_back(kept, probs, grad_activated)
             grad_x = experts8.product(short, inner.transposed, inner.transposed_scales, ends, tiles)
         _accumulate(ctx.grads[1], grad, activated, ends)
         del activated
@@ -136,11 +135,12 @@ def _activate(hidden: Tensor, probs: Tensor) -> Tensor:
     return kernels.activate(hidden, probs) if hidden.is_cuda else weighted_squared_relu(hidden, probs)
 
 
-def _activate_back(hidden: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The output of `_activate`, and the gradients of `hidden` and `probs`; `grad` may be overwritten."""
-    if hidden.is_cuda:
-        return kernels.activate_back(hidden, probs, grad)
-    return weighted_squared_relu(hidden, probs), *weighted_squared_relu_back(grad, hidden, probs)
+def _activate_back(activated: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `hidden` and `probs` from the output of `_activate`; `grad` may be overwritten."""
+    if activated.is_cuda:
+        return kernels.activate_back(activated, probs, grad)
+    relu = torch.where(probs > 0, activated / probs, 0).sqrt().to(activated.dtype)
+    return weighted_squared_relu_back(grad, relu, probs)
 
 
 def _accumulate(total: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tensor) -> None:

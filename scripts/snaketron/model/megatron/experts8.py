@@ -165,7 +165,11 @@ def activate(hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
 def activate_back(
     hidden: Tensor, probs: Tensor, grad: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`kernels.activate_back`, and the gradient of `hidden` in fp8 with the scale of each row."""
+    """The output of `kernels.activate` again, and the gradients of `hidden`, in the place of `grad`, and `probs`.
+
+    The gradient of `hidden` comes in fp8 too, with the scale of each row. `hidden` is kept, because the
+    output of the forward pass was rounded to fp8.
+    """
     out, grad_probs = torch.empty_like(hidden), torch.empty_like(probs)
     rounded, scales = _like(hidden)
     _activate_back[(len(hidden),)](

@@ -25,18 +25,19 @@ def _activate(hidden, probs, out, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _activate_back(hidden, probs, grad, out, grad_probs, columns, BLOCK: tl.constexpr):
+def _activate_back(activated, probs, grad, grad_probs, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     p = tl.load(probs + row).to(tl.float32)
+    inverse = tl.where(p > 0, 1 / p, 0.0)
     total = 0.0
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < columns
-        relu = tl.maximum(tl.load(hidden + row * columns + at, mask=mask, other=0.0).to(tl.float32), 0.0)
+        out = tl.load(activated + row * columns + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad + row * columns + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + row * columns + at, relu * relu * p, mask=mask)
-        tl.store(grad + row * columns + at, 2 * relu * g * p, mask=mask)
-        total += tl.sum(relu * relu * g)
+        square = out * inverse
+        tl.store(grad + row * columns + at, 2 * tl.sqrt(square) * g * p, mask=mask)
+        total += tl.sum(square * g)
     tl.store(grad_probs + row, total)
 
 
@@ -47,16 +48,18 @@ def activate(hidden: Tensor, probs: Tensor) -> Tensor:
     return out
 
 
-def activate_back(hidden: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The output of `activate` again, and the gradients of `hidden`, in the place of `grad`, and `probs`.
+def activate_back(activated: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `hidden`, in the place of `grad`, and of `probs`, from the output of `activate`.
 
-    In one pass over memory: on an H200 0.92 ms for 180,224 rows of 2,688, where two functions took 1.34.
+    relu(hidden) is sqrt(activated / probs), so that `hidden` need not be kept, and a fourth of the bytes of a
+    function that reads it and writes `activated` again are not moved. A root halves the relative error of the
+    rounded output. A row whose probability is 0 has gradients of 0.
     """
-    out, grad_probs = torch.empty_like(hidden), torch.empty_like(probs)
-    _activate_back[(len(hidden),)](
-        hidden, probs, grad, out, grad_probs, hidden.shape[1], _block(hidden), num_warps=8
+    grad_probs = torch.empty_like(probs)
+    _activate_back[(len(activated),)](
+        activated, probs, grad, grad_probs, activated.shape[1], _block(activated), num_warps=8
     )
-    return out, grad, grad_probs
+    return grad, grad_probs
 
 
 def _block(tensor: Tensor) -> int:
