@@ -228,7 +228,7 @@ def test_adam_is_the_formula_in_double_precision():
         places = (*(t.data_ptr() for t in (grad, weight, mean, square, rest)), count)
         for step in range(1, 4):
             grad.copy_(torch.randn(count, device="cuda"))
-            kernels.adam(kernels.adam_table([places]).cuda(), scale, group, step)
+            kernels.adam(kernels.blocks([places], kernels.ADAM_BLOCK).cuda(), scale, group, step)
             g = grad.double() / 2
             m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
             update = m / (1 - 0.9**step) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
@@ -238,6 +238,18 @@ def test_adam_is_the_formula_in_double_precision():
             found = ((high - (low < 0).int()) << 16 | low & 0xFFFF).view(torch.float32)
             assert relative(found, exact) < 1e-4  # moments are rounded to bf16 at other values
             assert relative(mean, m) < 4e-3 and relative(square, v) < 4e-3  # a last bit of bf16
+
+
+def test_the_norm_of_gradients_is_that_in_double_precision():
+    """Tensors longer and shorter than a block, of which one begins at no multiple of 16 bytes."""
+    from snaketron.model.megatron import adam
+
+    torch.manual_seed(0)
+    memory = torch.randn(200_000, device="cuda").bfloat16()
+    parts = [memory[:70_000], memory[70_003:150_000], memory[199_990:]]
+    found, each = adam.l2_norm(65_536, torch.zeros(1, dtype=torch.int, device="cuda"), [parts], False)
+    expected = torch.cat(parts).double().norm()
+    assert found.shape == (1,) and each is None and abs(float(found / expected) - 1) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -28,6 +28,7 @@ COPY_GRADIENTS = (
 COPY_WEIGHTS = (
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_main_params_to_model_params"
 )
+L2_NORM = "megatron.core.optimizer.clip_grads:l2_norm_impl"
 GRADIENT_NORM = "megatron.core.optimizer.optimizer:ChainedOptimizer.get_grad_norm"
 
 
@@ -107,6 +108,22 @@ def _gradient_norm(self: ChainedOptimizer) -> float | Tensor:
     return torch.cat(norms).norm(keepdim=True)
 
 
+@functools.lru_cache(maxsize=8)
+def _table_of(places: tuple[tuple[int, int], ...]) -> Tensor:
+    return kernels.blocks(places, kernels.SQUARES_BLOCK).to(torch.device("cuda"))
+
+
+def l2_norm(
+    chunk: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The norm of all tensors, (1,); of bf16 ones at the speed of memory, which is twice the original's."""
+    if per_tensor or not all(
+        t.is_cuda and t.dtype == torch.bfloat16 and t.is_contiguous() for t in tensors[0]
+    ):
+        return original(L2_NORM)(chunk, overflow, tensors, per_tensor)
+    return kernels.norm(_table_of(tuple((t.data_ptr(), t.numel()) for t in tensors[0]))), None
+
+
 class FusedStep:
     """Division by the tokens, clipping and AdamW in one pass, of bf16 gradients and moments on a GPU.
 
@@ -162,6 +179,6 @@ class FusedStep:
         if known is None or known[0] != places:
             known = self.tables[id(adam), number] = (
                 places,
-                kernels.adam_table(places).to(self.scale.device),
+                kernels.blocks(places, kernels.ADAM_BLOCK).to(self.scale.device),
             )
         return known[1]

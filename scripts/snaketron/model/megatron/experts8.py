@@ -165,7 +165,7 @@ def activate(hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
 def activate_back(
     hidden: Tensor, probs: Tensor, grad: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The output of `kernels.activate` again, and the gradients of `hidden`, in the place of `grad`, and `probs`.
+    """The output of `kernels.activate` again; the gradients of `hidden`, in the place of `grad`, and `probs`.
 
     The gradient of `hidden` comes in fp8 too, with the scale of each row. `hidden` is kept, because the
     output of the forward pass was rounded to fp8.

@@ -7,6 +7,8 @@ Each is the plain formula of its docstring, computed in fp32 and rounded once.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -66,10 +68,8 @@ def _block(tensor: Tensor) -> int:
     return min(4096, triton.next_power_of_2(tensor.shape[1]))
 
 
-# Numbers of a tensor that one program of `_adam` updates, and what its table has of them: the addresses of
-# gradient, weight, both moments and remainder, and how many numbers there are.
-ADAM_BLOCK = 4096
-ADAM_TABLE = 6
+# Numbers of a tensor that one program of `_adam` updates, and of `_squares` sums.
+ADAM_BLOCK, SQUARES_BLOCK = 4096, 16384
 
 
 @triton.jit
@@ -114,28 +114,52 @@ def _adam(table, scale, lr, beta1, beta2, eps, decay, bias1, bias2, BLOCK: tl.co
         )
 
 
-def adam_table(tensors: list[tuple[int, ...]]) -> Tensor:
-    """What `adam` goes through, on the host: a row for each block of numbers of each tensor.
+def blocks(tensors: Sequence[tuple[int, ...]], block: int) -> Tensor:
+    """What `adam` and `norm` go through, on the host: a row for each block of numbers of each tensor.
 
     Args:
-        tensors: of each its five addresses (bytes; two a number) and how many numbers it has.
+        tensors: the addresses of each (bytes; two a number), and how many numbers it has. `adam` takes five:
+            of gradient, weight, both moments and remainder.
+        block: numbers that a program takes.
     """
     rows = []
     for *addresses, count in tensors:
         # A block of that size is taken to begin at a multiple of 16 bytes.
-        size = ADAM_BLOCK if all(address % 16 == 0 for address in addresses) else ADAM_BLOCK // 2
+        size = block if all(address % 16 == 0 for address in addresses) else block // 2
         starts = torch.arange(0, count, size, dtype=torch.int64)
         table = starts[:, None] * 2 + torch.tensor([*addresses, 0], dtype=torch.int64)
         table[:, -1] = (count - starts).clamp(max=size)
         rows.append(table)
-    return torch.cat(rows) if rows else torch.zeros(0, ADAM_TABLE, dtype=torch.int64)
+    return torch.cat(rows) if rows else torch.zeros(0, 1, dtype=torch.int64)
+
+
+@triton.jit
+def _squares(table, out, BLOCK: tl.constexpr):
+    row = table + tl.program_id(0).to(tl.int64) * 2
+    values, count, at = tl.load(row).to(tl.pointer_type(tl.bfloat16)), tl.load(row + 1), tl.arange(0, BLOCK)
+    if count == BLOCK:
+        x = tl.load(tl.multiple_of(values, 16) + at).to(tl.float32)
+    else:
+        x = tl.load(values + at, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(out + tl.program_id(0), tl.sum(x * x))
+
+
+def norm(table: Tensor) -> Tensor:
+    """The square root of the sum of the squares of bf16 numbers, (1,) in fp32.
+
+    Args:
+        table: of `blocks` of `SQUARES_BLOCK`, on the GPU.
+    """
+    sums = torch.empty(len(table), dtype=torch.float32, device=table.device)
+    _squares[(len(table),)](table, sums, SQUARES_BLOCK, num_warps=8)
+    return sums.sum().sqrt().reshape(1)
 
 
 def adam(table: Tensor, scale: Tensor, group: dict[str, float], step: int) -> None:
     """AdamW of bf16 gradients times `scale`, and bf16 moments. An fp32 weight is a bf16 one and 16 bits more.
 
     Args:
-        table: of `adam_table`, on the GPU.
+        table: of `blocks` of `ADAM_BLOCK`, on the GPU.
         scale: (1,), fp32, on the GPU.
         group: `lr`, `beta1`, `beta2`, `eps` and `weight_decay`.
         step: the number of this step, from 1.

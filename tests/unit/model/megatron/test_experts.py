@@ -67,7 +67,7 @@ def test_tensors_are_stacked_only_where_they_follow_each_other():
 
 
 def test_frozen_experts_are_the_trained_ones_and_pass_gradients_on():
-    """The same output, and gradients of input and probabilities that differ by rounding; the weights get none.
+    """The same output, and gradients that differ by rounding; the weights get none.
 
     The trained ones take relu(hidden) from the output of their activation.
     """
