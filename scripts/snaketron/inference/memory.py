@@ -25,6 +25,7 @@ class Reading:
     rows: neighbours in memory, or the numbers (rows,) of rows that begin together.
     before: (rows,), the tokens that each has read before.
     span: tokens that attention looks at, those that are read included.
+    begins: whether no row has read a token before.
     counts: (rows,), the tokens of each row, after which there is padding; None where there is none.
     last: whether the logits after the last token of each row are all that is asked for.
     """
@@ -32,6 +33,7 @@ class Reading:
     rows: slice | Tensor
     before: Tensor
     span: int = 0
+    begins: bool = False
     counts: Tensor | None = None
     last: bool = False
 
@@ -78,6 +80,8 @@ class Attention:
             position = reading.before[:, None] + torch.arange(new, device=device)  # (rows, new)
             self.keys[row, :, position] = key.transpose(0, 1)
             self.values[row, :, position] = value.transpose(0, 1)
+            if reading.begins and new > 1 and device.type == "cuda":
+                return _of_whole_texts(query, key, value)
             # (rows, 1, new, span)
             seen = (torch.arange(span, device=device) <= position[..., None])[:, None]
         keys, values = self.keys[reading.rows, :, :span], self.values[reading.rows, :, :span]
@@ -87,14 +91,31 @@ class Attention:
         return _attend(query.permute(1, 2, 0, 3), keys, values, seen).permute(2, 0, 1, 3).flatten(2)
 
 
+def _of_whole_texts(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of rows that begin, on a GPU: each token sees those before it, and padding comes last."""
+    query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+    key, value = _for_each_head(query, key, value)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
 def _attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
     """Attention (rows, heads, new, width) over keys and values of as many heads, or of fewer."""
+    if query.is_cuda:  # where no kernel but the one that holds all scores takes fewer heads and a mask
+        keys, values = _for_each_head(query, keys, values)
     # cuDNN's attention is left out: recorded with few tokens, it has read memory of an earlier call.
     kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kernels) if query.is_cuda else contextlib.nullcontext():
         return F.scaled_dot_product_attention(
             query, keys, values, seen, enable_gqa=query.shape[1] != keys.shape[1]
         )
+
+
+def _for_each_head(query: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Keys or values (rows, groups, tokens, width), again for each query head that shares them."""
+    each = query.shape[1] // tensors[0].shape[1]
+    return [t if each == 1 else t.repeat_interleave(each, 1) for t in tensors]
 
 
 class Mamba:
@@ -109,6 +130,9 @@ class Mamba:
         self.inputs = torch.zeros(batch_size, width - 1, channels, device=device)
         shape = batch_size, mixer.nheads_local_tp, mixer.d_state, mixer.headdim
         self.state = torch.zeros(shape, device=device)
+        self.fused = device.type == "cuda"
+        if self.fused:  # in the order in which the kernel of a step reads it
+            self.state = self.state.mT.contiguous().mT
         self.weight = mixer.conv1d_weight.detach().float().squeeze(1)
         self.bias, self.dt_bias, self.D = (
             parameter.detach().float() for parameter in (mixer.conv1d_bias, mixer.dt_bias, mixer.D)
@@ -125,7 +149,10 @@ class Mamba:
     def forward(self, reading: Reading, hidden: Tensor) -> tuple[Tensor, None]:
         """hidden (new, rows, hidden size) to the same shape, and the bias that the mixer has (none)."""
         projected = self.in_proj(hidden)
-        y = self._read(reading, projected.transpose(0, 1).float()).transpose(0, 1)
+        if self.fused and len(hidden) == 1 and isinstance(reading.rows, slice):
+            y = self._step(reading.rows, projected[0])[None]
+        else:
+            y = self._read(reading, projected.transpose(0, 1).float()).transpose(0, 1)
         return self.out_proj(self.mixer.norm(y.to(projected.dtype).contiguous())), None
 
     def _read(self, reading: Reading, projected: Tensor) -> Tensor:
@@ -159,3 +186,34 @@ class Mamba:
             return y.unsqueeze(1)
         y, self.state[rows] = ssd_scan(x, dt, self.A, B, C, None, initial_state=state)
         return y
+
+    def _step(self, rows: slice, projected: Tensor) -> Tensor:
+        """What `_read` gives for a token, (rows, what in_proj gives) to (rows, inner size), by two kernels.
+
+        They read and write the state, 134 MB a layer for 64 rows of Nano, once. The plain step takes some 20
+        kernels, of which five pass over the state or over as much.
+        """
+        from causal_conv1d import causal_conv1d_update
+        from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+        z, xbc, dt = projected.split(self._projected, -1)
+        convolved = causal_conv1d_update(
+            xbc.float(), self.inputs[rows].mT, self.weight, self.bias, activation="silu"
+        )
+        x, B, C = convolved.split(self._convolved, -1)
+        x, z = (t.unflatten(-1, (-1, self.mixer.headdim)) for t in (x, z))
+        B, C = (t.unflatten(-1, (-1, self.mixer.d_state)) for t in (B, C))
+        state = self.state[rows].mT  # (rows, heads, head width, state size)
+        y = selective_state_update(
+            state,
+            x,
+            dt[..., None].expand(x.shape),
+            self.A[:, None, None].expand(state.shape[1:]),
+            B,
+            C,
+            D=self.D[:, None].expand(state.shape[1:3]),
+            z=z,
+            dt_bias=self.dt_bias[:, None].expand(state.shape[1:3]),
+            dt_softplus=True,
+        )
+        return y.flatten(1)
