@@ -182,7 +182,7 @@ class FusedAdam(torch.optim.Optimizer):
             states = [self.state[p] for p in params]
             for p, state in zip(params, states, strict=True):
                 if not state:
-                    state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                    self.initialize_state(p)
             # The kernel of torch.optim.AdamW(fused=True), without its step counter for each parameter.
             torch._fused_adamw_(
                 params,
@@ -199,6 +199,11 @@ class FusedAdam(torch.optim.Optimizer):
                 amsgrad=False,
                 maximize=False,
             )
+
+
+    def initialize_state(self, param: torch.Tensor, store_param_remainders: bool = False) -> None:
+        """Moments of no steps."""
+        self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
 
 
 # Parameters of glibc's mallopt, from malloc.h.

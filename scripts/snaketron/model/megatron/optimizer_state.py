@@ -9,10 +9,14 @@ of it, which is sent the rest, and read by each of them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
+
+from snaketron.model.megatron.originals import original
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -21,6 +25,10 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+
+
+STATE_DICT = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict"
+LOAD_STATE_DICT = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict"
 
 
 class Place(NamedTuple):
@@ -39,6 +47,41 @@ class Place(NamedTuple):
         """The slice of the flattened parameter that a rank holds."""
         begin, end = rank * self.length, (rank + 1) * self.length
         return slice(max(begin - self.start, 0), min(end, self.end) - self.start)
+
+
+@contextlib.contextmanager
+def _groups_alone(optimizer: Any) -> Iterator[None]:
+    """Have a torch optimizer give and take its groups, while the state of its parameters stays as it is."""
+    state = optimizer.state
+    optimizer.state = {"": {}}  # of no parameter; an empty one would be allocated
+    try:
+        yield
+    finally:
+        optimizer.state = state
+
+
+def state_dict(self: DistributedOptimizer) -> dict[str, Any]:
+    """What is not the state of a parameter: the groups."""
+    if isinstance(self.optimizer, HybridDeviceOptimizer):
+        return original(STATE_DICT)(self)
+    with _groups_alone(self.optimizer):
+        return original(STATE_DICT)(self)
+
+
+def load_state_dict(self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Take what `state_dict` gave, and the state of the parameters if it is there (`param_state`)."""
+    if isinstance(self.optimizer, HybridDeviceOptimizer):
+        original(LOAD_STATE_DICT)(self, state_dict)
+        return
+    adam = self.optimizer
+    for parameter in (p for group in adam.param_groups for p in group["params"]):
+        if not adam.state[parameter]:
+            remainders = getattr(adam, "store_param_remainders", False)
+            adam.initialize_state(parameter, remainders and parameter.dtype == torch.bfloat16)
+    with _groups_alone(adam):
+        original(LOAD_STATE_DICT)(self, {k: v for k, v in state_dict.items() if k != "param_state"})
+    if "param_state" in state_dict:
+        load(self, state_dict["param_state"])
 
 
 def _buckets(optimizer: DistributedOptimizer) -> list[list[Place]]:

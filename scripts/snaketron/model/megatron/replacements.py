@@ -110,6 +110,18 @@ TABLE = (
         },
     ),
     Replacement(
+        "the optimizer's groups in checkpoints",
+        "all",
+        why="for the groups alone, the originals have the optimizer give its whole state: Transformer Engine "
+        "copies moments in bf16 to fp32, 8 bytes a parameter on the GPU, for each save and twice to load",
+        upstream=NONE_FOUND,
+        until="the originals ask for no state of parameters",
+        pieces={
+            _OPTIMIZER + "state_dict": "optimizer_state.state_dict",
+            _OPTIMIZER + "load_state_dict": "optimizer_state.load_state_dict",
+        },
+    ),
+    Replacement(
         "the results of writing in the background",
         "all",
         why="the original starts a third process; the first save waits for it, a killed training leaves it",

@@ -24,6 +24,7 @@ from snaketron.model.megatron import (
     cpu,
     cpu_experts,
     gpu,
+    optimizer_state,
     originals,
     packed,
     padding,
@@ -244,6 +245,39 @@ def test_the_original_state_is_gathered_whole_by_every_process():
     optimizer = SimpleNamespace(get_parameter_state_dp_zero=gather)
     save(optimizer, {}, metadata={"distrib_optim_fully_reshardable_mem_efficient": False})
     assert asked and asked[0]["return_on_all_ranks"], CAN_GO
+
+
+@covers("the optimizer's groups in checkpoints")
+def test_the_originals_ask_for_the_state_of_all_parameters_to_read_the_groups():
+    class Copies(cpu.FusedAdam):
+        """Copies its state to give it, as Transformer Engine's does with moments in bf16."""
+
+        def state_dict(self) -> dict[str, Any]:
+            given = super().state_dict()
+            copied.append(sum(len(state) for state in given["state"].values()))
+            return given
+
+    copied: list[int] = []
+    weight = torch.nn.Parameter(torch.ones(2))
+    adam = Copies([weight], lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    weight.grad = torch.ones(2)
+    adam.step()
+    moments = adam.state[weight]
+    optimizer = SimpleNamespace(
+        optimizer=adam, grad_scaler=None, config=SimpleNamespace(fp16=False), ddp_config=SimpleNamespace()
+    )
+    optimizer.ddp_config.use_megatron_fsdp = False
+    found = {}
+    for which in (original, originals.current):
+        given = which(optimizer_state.STATE_DICT)(optimizer)
+        given["optimizer"]["param_groups"][0]["step"] = 7
+        which(optimizer_state.LOAD_STATE_DICT)(optimizer, given)
+        found[which], copied[:] = [*copied], []
+        assert adam.param_groups[0]["step"] == 7 and adam.param_groups[0]["params"] == [weight]
+        adam.param_groups[0]["step"] = 1
+    assert found[original] == [2, 2], CAN_GO
+    assert found[originals.current] == [0, 0]
+    assert all(adam.state[weight][key] is value for key, value in moments.items()) and len(moments) == 2
 
 
 @covers("the results of writing in the background")
