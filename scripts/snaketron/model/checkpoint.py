@@ -7,6 +7,7 @@ expect. A checkpoint is written aside and renamed by rank 0 when every rank has 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
@@ -22,6 +23,9 @@ from snaketron.jobs.version import Version
 from snaketron.log import NO_SPACE, UserError
 from snaketron.model import backend
 from snaketron.model.lora import Part
+from snaketron.model.megatron import optimizer_state
+from snaketron.model.megatron.host_memory import HostMemory
+from snaketron.model.megatron.stored import Loading, Stored
 from snaketron.settings.keeping import is_steady, kept
 from snaketron.settings.training import RunSettings
 
@@ -48,6 +52,7 @@ class Saver:
     def __init__(self, *, run: RunSettings, steady: int, background: bool) -> None:
         self.run, self.steady, self.background = run, steady, background
         self.queue = AsyncCallsQueue()
+        self.memory = HostMemory()
         self.deleting: list[threading.Thread] = []
 
     @classmethod
@@ -58,6 +63,11 @@ class Saver:
         """
         background = backend.HAS_GPU if run.save_in_background is None else run.save_in_background
         return cls(run=run, steady=steady, background=background)
+
+    def prepare(self, optimizer: MegatronOptimizer) -> None:
+        """Get host memory ready for what a GPU's checkpoint copies, while the training goes on."""
+        if backend.HAS_GPU and self.background:
+            self.memory.reserve(optimizer_state.saved_bytes(optimizer))
 
     def is_due(self, iteration: int) -> bool:
         """Whether a checkpoint is written after so many steps."""
@@ -81,11 +91,13 @@ class Saver:
         version = Version(directory)
         target = version.iteration_directory(iteration)
         temporary = _make_temporary(version, target)
-        metadata = _metadata()
+        self.memory.reuse()
+        metadata = _metadata() | {"memory": self.memory}
         state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata), "progress": progress}
         if optimizer is not None:
             state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=False, metadata=metadata)
-        metadata.pop("dp_cp_group")
+        for name in ("dp_cp_group", "memory"):
+            metadata.pop(name)
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy(),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -96,10 +108,15 @@ class Saver:
                 temporary,
                 strategy,
                 content_metadata=metadata,
-                async_sharded_save=self.background,
+                async_sharded_save=True,
                 async_strategy="mcore",
             )
-        if request is None:
+            if request.preload_fn is not None:  # a rank may have nothing to write
+                preload = functools.partial(self.memory.preload, request.preload_fn.args[0])
+                request = request._replace(preload_fn=preload)
+            if not self.background:
+                request.execute_sync()
+        if not self.background:
             self._publish(version, iteration, temporary)
             return
         request.add_finalize_fn(lambda: self._publish(version, iteration, temporary))
@@ -183,21 +200,28 @@ def load(
     Returns its `progress`. Raises `UserError` when the checkpoint cannot be read.
     """
     source = Version(directory).iteration_directory(iteration)
-    metadata = _metadata()
+    with Stored(source) as stored:
+        try:
+            return _load(stored, model, optimizer)
+        except (OSError, CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
+            cause = _cause(error)
+            raise UserError(
+                f"{source}: the checkpoint cannot be read ({type(cause).__name__}: {cause}); "
+                "delete it and run again, to continue from the one before it"
+            ) from error
+
+
+def _load(stored: Stored, model: HybridModel | Part, optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+    """`load`, of a checkpoint that is open. Raises what is raised where it is damaged."""
+    source = stored.directory
+    metadata = _metadata() | {"stored": stored}
     state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata), "progress": {}}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
-    try:
-        _leave_out_absent_extra_state(state["model"], source)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's own calls of torch
-            state = dist_checkpointing.load(state, source)
-    except (OSError, CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
-        cause = _cause(error)
-        raise UserError(
-            f"{source}: the checkpoint cannot be read ({type(cause).__name__}: {cause}); "
-            "delete it and run again, to continue from the one before it"
-        ) from error
+    _leave_out_absent_extra_state(state["model"], source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch's own calls of torch
+        state = dist_checkpointing.load(state, source, Loading(stored, backend.device()))
     with backend.trusting_extra_state():  # a training of this workflow wrote it
         missing = model.load_state_dict(state["model"], strict=False).missing_keys
     absent = [key for key in missing if not key.endswith(_EXTRA_STATE)]

@@ -122,6 +122,7 @@ class Trainer:
         progress = Progress(self.settings.stage, self.settings.train_iters, tokens)
         heartbeat = Heartbeat(version.heartbeat, self.settings.train_iters, writer=is_writer())
         heartbeat.beat(self.iteration)
+        self.saver.prepare(self.optimizer)
         with self._signals(), long_lived():
             if self.iteration == 0:
                 answer()

@@ -200,7 +200,6 @@ class FusedAdam(torch.optim.Optimizer):
                 maximize=False,
             )
 
-
     def initialize_state(self, param: torch.Tensor, store_param_remainders: bool = False) -> None:
         """Moments of no steps."""
         self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))

@@ -10,22 +10,25 @@ of it, which is sent the rest, and read by each of them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from snaketron.model.megatron.host_memory import HostMemory
 from snaketron.model.megatron.originals import original
+from snaketron.model.megatron.stored import Stored, Wanted
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
-
 
 STATE_DICT = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict"
 LOAD_STATE_DICT = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict"
@@ -112,17 +115,47 @@ def _keys(optimizer: DistributedOptimizer) -> list[str]:
     return ["param", *optimizer.optimizer_state_keys]
 
 
+def saved_bytes(optimizer: MegatronOptimizer) -> int:
+    """About the bytes of a checkpoint that this rank writes: fp32 state, and its share of the weights."""
+    parts = [p for p in optimizer.chained_optimizers if not getattr(p, "is_stub_optimizer", False)]
+    return sum(
+        sum(place.end - place.start for place in bucket)
+        // part.data_parallel_group.size()
+        * (4 * len(_keys(part)) + bucket[0].parameter.element_size())
+        for part in parts
+        for bucket in _buckets(part)
+    )
+
+
+class Asked(NamedTuple):
+    """What is read of a checkpoint when megatron-core has read the rest."""
+
+    stored: Stored
+    tensors: list[tuple[Place, dict[str, Any]]]
+
+
 def shards(
     self: DistributedOptimizer,
     model_sharded_state_dict: Any,
     is_loading: bool = False,
     metadata: Any = None,
-) -> dict[int, dict[str, Any]]:
-    """What this rank writes, or asks for, by the number of the parameter in the buffers."""
+) -> dict[Any, Any]:
+    """What this rank writes, by the number of the parameter in the buffers, or what it will read.
+
+    `metadata` has the checkpoint that is read (`stored`), or the host memory for what is written (`memory`).
+    """
     rank, group = self.data_parallel_group.rank(), self.data_parallel_group
     tensors = extract_sharded_tensors_and_factories(model_sharded_state_dict)[0]
     described = {shard.data: shard for shard in nested_values(tensors)}
     buckets = _buckets(self)
+    if is_loading:
+        asked = [
+            (place, {key: _as(described[place.parameter], f"optimizer.state.{key}.") for key in _keys(self)})
+            for place in itertools.chain(*buckets)
+            if rank in place.holders
+        ]
+        # In an object, which megatron-core does not look into.
+        return {"": LocalNonpersistentObject(Asked(metadata["stored"], asked))}
     owners = _owners(buckets)
     # An owner takes the place of the first rank, which megatron-core has for the main replica.
     replicas = [described[place.parameter].replica_id for bucket in buckets for place in bucket]
@@ -131,46 +164,50 @@ def shards(
     shards: dict[Any, dict[str, Any]] = {}
     number = 0
     for bucket in buckets:
-        values = {} if is_loading else _whole(self, bucket, owners)
+        values = _whole(self, bucket, owners, metadata["memory"])
         for place in bucket:
             parameter = place.parameter
-            if is_loading and rank in place.holders:
-                values[parameter] = [torch.zeros(parameter.numel()) for _ in _keys(self)]
             if parameter in values:
-                replica = replicas[number]
-                if owners[parameter] != rank:  # this rank reads the parameter, and another one writes it
-                    replica = (*replica[:-1], 1)
                 shards[number] = {
-                    key: _as(described[parameter], f"optimizer.state.{key}.", value, replica)
+                    key: _as(described[parameter], f"optimizer.state.{key}.", value, replicas[number])
                     for key, value in zip(_keys(self), values[parameter], strict=True)
                 }
             number += 1
+    metadata["memory"].wait()
     # An empty dictionary would count as a value, and not all ranks have it.
     return shards or {"": LocalNonpersistentObject(None)}
 
 
-def _as(shard: Any, prefix: str, value: Tensor, replica: Any) -> Any:
-    """The description of a parameter, for one of its numbers in the optimizer."""
-    dtype = {"dtype": value.dtype} if isinstance(shard, ShardedTensor) else {}
-    data = value.view(shard.data.shape)
-    return replace(shard, key=prefix + shard.key, data=data, replica_id=replica, **dtype)
+def _as(shard: Any, prefix: str, value: Tensor | None = None, replica: Any = None) -> Any:
+    """The description of a parameter, for one of its numbers in the optimizer; without a value to read it."""
+    if value is not None:
+        value = value.view(shard.data.shape)
+    elif not isinstance(shard, ShardedTensor):  # the parts that a factory makes are described by what it has
+        value = torch.empty(shard.data.shape)
+    dtype = {"dtype": torch.float32} if isinstance(shard, ShardedTensor) else {}
+    replica = shard.replica_id if replica is None else replica
+    return replace(shard, key=prefix + shard.key, data=value, replica_id=replica, **dtype)
 
 
 def _whole(
-    optimizer: DistributedOptimizer, bucket: list[Place], owners: dict[Tensor, int]
+    optimizer: DistributedOptimizer, bucket: list[Place], owners: dict[Tensor, int], memory: HostMemory
 ) -> dict[Tensor, list[Tensor]]:
     """The state of the parameters of a bucket that this rank owns, flattened, one tensor a key.
 
-    A collective operation of the data parallel group. Whatever is a copy is in host memory.
+    A collective operation of the data parallel group. Whatever is a copy is in host memory, where it is when
+    `memory.wait()` has returned.
     """
     group, keys = optimizer.data_parallel_group, _keys(optimizer)
     rank, ranks = group.rank(), range(group.size())
-    held: dict[Tensor, list[Tensor]] = {}
+    held: dict[Tensor, list[Held]] = {}
     for place in bucket:
         if rank in place.holders:
-            state = _state(optimizer, place.parameter)
-            held[place.parameter] = [_fp32(state[key]) for key in keys]
-    whole = {p.parameter: held[p.parameter] for p in bucket if list(p.holders) == [rank]}
+            held[place.parameter] = [_held(optimizer, place.parameter, key) for key in keys]
+    whole = {
+        p.parameter: [_written(one, memory) for one in held[p.parameter]]
+        for p in bucket
+        if list(p.holders) == [rank]
+    }
     # Parts of the others go to their owners.
     shared = [place for place in bucket if len(place.holders) > 1]
     mine = [p for p in shared if owners[p.parameter] == rank]
@@ -178,7 +215,7 @@ def _whole(
     device = bucket[0].parameter.device  # where the model computes, wherever the state is kept
     for key in range(len(keys)) if shared else ():
         sent = [[p for p in shared if owners[p.parameter] == to and rank in p.holders] for to in ranks]
-        parts = [held[p.parameter][key].to(device) for places in sent for p in places]
+        parts = [held[p.parameter][key].whole().to(device) for places in sent for p in places]
         sizes = [[_size(p.part(source)) for p in mine if source in p.holders] for source in ranks]
         received = torch.empty(sum(map(sum, sizes)), device=device)
         torch.distributed.all_to_all_single(
@@ -195,43 +232,73 @@ def _whole(
                 if source in place.holders:
                     found[place.parameter].append(next(pieces))
         for place in mine:
-            whole[place.parameter].append(torch.cat(found[place.parameter]).cpu())
+            joint = torch.cat(found[place.parameter])
+            whole[place.parameter].append(memory.copy(functools.partial(_part, joint), len(joint)))
     return whole
 
 
-def _fp32(value: Tensor) -> Tensor:
-    """A value of the state in fp32, flattened.
+def _part(values: Tensor, begin: int, end: int) -> Tensor:
+    return values[begin:end]
 
-    It is a copy in host memory where the state is in another precision, or in memory that a GPU shares, which
-    a process that writes in the background would see change.
+
+class Held(NamedTuple):
+    """One of the numbers that this rank holds of a parameter, flattened: a main weight or a moment.
+
+    With a bf16 `weight` the values are the 16 bits after it.
     """
-    value = value.detach().view(-1)
-    if value.dtype == torch.float32 and not value.is_pinned():
-        return value
-    return value.to("cpu", torch.float32, copy=True)
+
+    values: Tensor
+    weight: Tensor | None
+
+    @property
+    def size(self) -> int:
+        return self.values.numel()
+
+    def fp32(self, begin: int, end: int) -> Tensor:
+        """Some of the numbers in fp32, where the state is kept."""
+        if self.weight is None:
+            return self.values[begin:end].float()
+        return joined(self.weight[begin:end], self.values[begin:end])
+
+    def as_it_is(self) -> Tensor | None:
+        """The numbers without a copy: None where they are in another precision.
+
+        Nor where a GPU shares their memory, which a process that writes in the background would see change.
+        """
+        as_it_is = self.values.dtype == torch.float32 and not self.values.is_pinned()
+        return self.values if as_it_is else None
+
+    def whole(self) -> Tensor:
+        return self.fp32(0, self.size)
+
+    def take(self, begin: int, values: Tensor) -> None:
+        """Take fp32 numbers from number `begin` on; the weight too, where the main weight is kept as that."""
+        part = slice(begin, begin + len(values))
+        if self.weight is None:
+            self.values[part].copy_(values)
+        else:
+            weight, remainder = split(values)
+            self.weight[part].copy_(weight)
+            self.values[part].copy_(remainder)
 
 
-def _state(optimizer: DistributedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """What this rank holds of a parameter: its main weight (`param`) and the optimizer's moments."""
-    state = optimizer._get_main_param_and_optimizer_states(parameter)
-    if state["param"].dtype == torch.int16:
-        state["param"] = joined(_weight(optimizer, parameter), state["param"])
-    return state
+def _written(held: Held, memory: HostMemory) -> Tensor:
+    """The numbers in fp32 for a checkpoint, copied only where they must be."""
+    as_it_is = held.as_it_is()
+    return memory.copy(held.fp32, held.size) if as_it_is is None else as_it_is
 
 
-def _set_state(optimizer: DistributedOptimizer, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
-    """Take what `_state` gave; the weight too, where the main weight is kept as that and a remainder."""
-    if getattr(optimizer.optimizer, "store_param_remainders", False) and parameter.dtype == torch.bfloat16:
-        weight, remainder = split(tensors["param"])
-        _weight(optimizer, parameter).copy_(weight)
-        tensors = tensors | {"param": remainder}
-    optimizer._set_main_param_and_optimizer_states(parameter, tensors)
-
-
-def _weight(optimizer: DistributedOptimizer, parameter: Tensor) -> Tensor:
-    """This rank's part of the bf16 weights that compute, flattened."""
+def _held(optimizer: DistributedOptimizer, parameter: Tensor, key: str) -> Held:
+    """What this rank holds of a parameter: its main weight (`param`) or one of the optimizer's moments."""
     group, order = optimizer.model_param_group_index_map[parameter]
-    return optimizer.optimizer.param_groups[group]["params"][order].detach()
+    weight = optimizer.optimizer.param_groups[group]["params"][order]
+    state, flat = optimizer.optimizer.state[weight], weight.detach().view(-1)
+    if key != "param":
+        return Held(state[key].view(-1), None)
+    if not optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+        return Held(flat, None)
+    main = state["master_param"].view(-1)
+    return Held(main, flat if main.dtype == torch.int16 else None)
 
 
 def joined(weight: Tensor, remainder: Tensor) -> Tensor:
@@ -257,13 +324,24 @@ def _size(part: slice) -> int:
 
 
 @torch.no_grad()
-def load(self: DistributedOptimizer, state_dict: dict[int, dict[str, Tensor]]) -> None:
-    """Take this rank's part of each parameter from what was asked for in `shards`."""
-    rank = self.data_parallel_group.rank()
-    for number, place in enumerate(itertools.chain(*_buckets(self))):
-        if rank in place.holders:
+def load(self: DistributedOptimizer, state_dict: dict[str, Asked]) -> None:
+    """Read this rank's part of each parameter that `shards` asked for."""
+    rank, asked = self.data_parallel_group.rank(), state_dict[""]
+    on_host = isinstance(self.optimizer, HybridDeviceOptimizer)  # it moves what belongs on the GPU
+    wanted = []
+    for place, shards in asked.tensors:
+        for key, shard in shards.items():
             part = place.part(rank)
-            tensors = {key: value.reshape(-1)[part] for key, value in state_dict[number].items()}
-            _set_state(self, place.parameter, tensors)
-    if isinstance(self.optimizer, HybridDeviceOptimizer):
+            if on_host:
+                _renew(self, place.parameter, key, _size(part))
+            wanted.append(Wanted(shard, part, _held(self, place.parameter, key).take))
+    device = torch.device("cpu") if on_host or not wanted else asked.tensors[0][0].parameter.device
+    asked.stored.read(wanted, device)
+    if on_host:
         self.optimizer._sync_hdo_state_to_sub_optimizers()
+
+
+def _renew(optimizer: DistributedOptimizer, parameter: Tensor, key: str, size: int) -> None:
+    """Give a part of the state of an offloaded optimizer new memory on the host."""
+    tensors = {key: torch.empty(size)}
+    optimizer._set_main_param_and_optimizer_states(parameter, tensors)
