@@ -1,16 +1,18 @@
-"""How long a training waits for a checkpoint: written at once, and in the background.
+"""How long a training waits for a checkpoint: written at once, in the background, and read.
 
     python -m tests.benchmarks.saving --hidden 512 --directory /tmp/saving
     python -m tests.benchmarks.saving --large --directory /tmp/saving       # on a GPU
 
 Trains the default model at another width, or that of gpu_training.py with fewer experts, on random tokens,
 saves twice, the second time when the first checkpoint has been there for a few steps, and prints the seconds
-that the step loop stood still for each, the time until each was written, and the size of a checkpoint.
+that the step loop stood still for each, the time until each was written and to read the last, the size of a
+checkpoint, and the peak of host memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -52,6 +54,7 @@ def measure(directory: Path, model: dict[str, Any], *, background: bool) -> None
     shutil.rmtree(directory, ignore_errors=True)
     with distributed(settings.seed, run):
         trainer = loop.Trainer(build_training(settings, run, VOCABULARY))
+        trainer.saver.prepare(trainer.optimizer)
         batches = RandomBatches(4, settings.model.mtp_num_layers)
         stalls, written = [], []
         with loop.long_lived():
@@ -69,11 +72,17 @@ def measure(directory: Path, model: dict[str, Any], *, background: bool) -> None
                         break
                     trainer._step(batches)
                 written.append(time.monotonic() - began)
+        began = time.monotonic()
+        trainer.resume(directory)
+        read = time.monotonic() - began
     size = sum(p.stat().st_size for p in directory.glob("iter_*/*")) / 1e6
     still, whole = (" and ".join(f"{value:.2f}" for value in values) for values in (stalls, written))
     how = "background" if background else "at once"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"{how:10}  {size:.0f} MB, stood still {still} s for the saves, written after {whole} s", flush=True
+        f"{how:10}  {size:.0f} MB, stood still {still} s for the saves, written after {whole} s, read in "
+        f"{read:.2f} s; at most {peak:.2f} GiB of the host",
+        flush=True,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from pathlib import Path
 from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
@@ -11,7 +13,12 @@ from snaketron.model.megatron import gpu, originals
 import pytest
 import torch
 
-TESTED = {"the cross entropy", "RMSNorm of widths without a kernel", "the gradients of several depths in fp8"}
+TESTED = {
+    "RMSNorm of widths without a kernel",
+    "mamba-ssm's language models",
+    "the cross entropy",
+    "the gradients of several depths in fp8",
+}
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -91,3 +98,10 @@ def test_transformer_engine_has_kernels_for_these_widths_and_none_for_nanos():
     for width in gpu.TUNED_WIDTHS:
         assert launched(width) == {"tuned"}, f"{width} can leave `gpu.TUNED_WIDTHS`"
     assert launched(2688) == {"general"}, "this row of `replacements.TABLE` can go"
+
+
+def test_importing_mamba_ssm_imports_its_language_models():
+    spec = importlib.util.find_spec("mamba_ssm")
+    assert spec and spec.origin
+    text = Path(spec.origin).read_text()
+    assert "from mamba_ssm.models.mixer_seq_simple import" in text, "this row of `replacements.TABLE` can go"

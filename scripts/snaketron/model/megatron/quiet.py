@@ -57,6 +57,13 @@ def paged_stash() -> ModuleType:
     return module
 
 
+def mamba_models() -> ModuleType:
+    """The name that importing mamba-ssm looks up in its language models, which nobody uses."""
+    module = ModuleType("mamba_ssm.models.mixer_seq_simple")
+    vars(module).update(MambaLMHeadModel=None)
+    return module
+
+
 def _no_compile(function: Any = None, **_: Any) -> Any:
     return function if function is not None else (lambda f: f)
 

@@ -143,6 +143,15 @@ TABLE = (
         modules={"fused_weight_gradient_mlp_cuda": "gpu.fused_gradients"},
     ),
     Replacement(
+        "mamba-ssm's language models",
+        "GPU",
+        why="importing its kernels imports its language models, and with them transformers' generation of "
+        "text: seconds of each start of a training",
+        upstream=NONE_FOUND,
+        until="importing mamba_ssm imports no language model",
+        modules={"mamba_ssm.models.mixer_seq_simple": "quiet.mamba_models"},
+    ),
+    Replacement(
         "the optimizer's step",
         "GPU",
         why="the original waits for the norm on the host, and handles each parameter in Python: 145 ms of a "

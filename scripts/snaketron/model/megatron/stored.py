@@ -99,7 +99,7 @@ class Stored:
     def _pieces(
         self, wanted: Iterable[Wanted], apart: list[Wanted]
     ) -> Iterator[tuple[_Record, int, int, int, Take]]:
-        """What threads read: a record, which numbers of it, where those begin in the part, what takes them."""
+        """What threads read: a record, which of its numbers, where these begin in the part, and the taker."""
         for one in wanted:
             record = self._record(one.shard)
             if record is None:
