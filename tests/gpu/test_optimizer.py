@@ -34,8 +34,8 @@ def state(trainer: loop.Trainer) -> list[torch.Tensor]:
         for part in parts
         for group in part.param_groups
         for p in group["params"]
-        for _, value in sorted(part.state[p].items())
-        if isinstance(value, torch.Tensor)
+        for name, value in sorted(part.state[p].items())
+        if name != "step" and isinstance(value, torch.Tensor)
     ]
     return [tensor.detach().clone() for tensor in (*trainer.model.parameters(), *kept)]
 

@@ -98,7 +98,11 @@ class HostMemory:
     def _move(self, values: Tensor, target: Tensor) -> None:
         """Copy from the GPU to a buffer, and have a thread copy from that when it is there."""
         if self.pool is None:
-            self.pool = ThreadPoolExecutor(copy_threads())
+            # A thread begins with the first GPU, where waiting for another one's event would take memory.
+            here = torch.cuda.current_device()
+            self.pool = ThreadPoolExecutor(
+                copy_threads(), initializer=torch.cuda.set_device, initargs=(here,)
+            )
         if len(self.buffers) < 2 * copy_threads():
             buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
             there = torch.cuda.Event(blocking=True)
