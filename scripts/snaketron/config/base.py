@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=0, le=_MOST)]
 # numpy.random.RandomState, with which megatron-core shuffles, takes no larger seed.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "nvfp4"]
-Module = Literal["layer", "core_attn", "layernorm", "mlp", "moe", "shared_experts"]
+Module = Literal["layer", "core_attn", "layernorm", "mlp", "moe", "shared_experts", "scan"]
 Dispatcher = Literal["alltoall", "deepep", "hybridep"]
 
 

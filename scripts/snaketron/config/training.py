@@ -152,7 +152,9 @@ class Run(Section):
     )
     parallel: Parallel = key(Parallel, "how many processes share the model")
     recompute: list[Module] = key(
-        list, "what the backward pass computes again instead of keeping it; layer: everything, and then alone"
+        list,
+        "what the backward pass computes again instead of keeping it; layer: everything, and then alone; "
+        "whatever is named, so is Mamba's scan; scan: no more than it",
     )
     offload_optimizer: Annotated[float, Field(ge=0, le=1)] = key(
         0.0, "share of the optimizer's state that stays in host memory and is updated there. Needs a GPU"

@@ -73,11 +73,11 @@ def low_precision(model: Model) -> dict[str, Any]:
 
 def recomputation(modules: Sequence[str]) -> dict[str, Any]:
     """TransformerConfig fields that say what the backward pass computes again."""
-    if not modules:
-        return {}
     if "layer" in modules:
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+    if of_megatron := [module for module in modules if module != "scan"]:
+        return {"recompute_granularity": "selective", "recompute_modules": of_megatron}
+    return {}
 
 
 def dispatching(run: Run) -> dict[str, Any]:

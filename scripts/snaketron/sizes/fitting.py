@@ -42,8 +42,11 @@ def _updates(training: Training) -> Iterator[dict[str, Any]]:
     """
     run, own = training.run, training.run.parallel
     again: list[dict[str, Any]] = [{}]
+    if not run.recompute:
+        again.append({"recompute": ["scan"]})
     if not {"moe", "layer"} & set(run.recompute):
-        again.append({"recompute": [*run.recompute, "moe"]})
+        named = [module for module in run.recompute if module != "scan"]
+        again.append({"recompute": [*named, "moe"]})
     if "layer" not in run.recompute:
         again.append({"recompute": ["layer"]})
     halves = [

@@ -70,7 +70,7 @@ def recordable(model: Model, run: Run, seq_length: int, *, packed: bool, cluster
         and sizes.expert_model_parallel_size == sizes.expert_tensor_parallel_size == 1
         and not packed
         and seq_length >= SHORTEST_RECORDED
-        and not run.recompute
+        and not set(run.recompute) - {"scan"}
         and run.moe_token_dispatcher == "alltoall"
         and not run.moe_shared_expert_overlap
         and (precision == "bf16" or precision.startswith("fp8"))

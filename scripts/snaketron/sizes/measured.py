@@ -87,8 +87,10 @@ def _work(
     recorded: bool = False,
     dispatcher: Dispatcher = "alltoall",
     run: dict[str, Any] | None = None,
+    keeps_scan: bool = False,
     **parallel: int,
 ) -> Work:
+    """Its peak, where measured, is that of a scan that computes again, unless `keeps_scan`."""
     sizes = {f"{name}_parallel_size": size for name, size in parallel.items()}
     return Work(
         model=model.model_copy(update={"precision": precision}),
@@ -100,6 +102,7 @@ def _work(
         cuda_graphs=graphs,
         recorded=recorded,
         dispatcher=dispatcher,
+        keeps_scan=keeps_scan,
     )
 
 

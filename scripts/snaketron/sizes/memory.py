@@ -77,12 +77,21 @@ def static_of_run(model: Model, vocab_size: int, run: Run, optimizer: Optimizer)
     return static_memory(model, vocab_size, run.parallel, optimizer, run.offload_optimizer, adapters)
 
 
-def layer_activations(model: Model, layer: str, tensor_parallel_size: int, recompute: Sequence[str]) -> float:
+# Positions of a chunk of Mamba's scan, by megatron-core.
+CHUNK = 128
+
+
+def layer_activations(
+    model: Model, layer: str, tensor_parallel_size: int, recompute: Sequence[str], keeps_scan: bool = True
+) -> float:
     """How many numbers a layer keeps on a GPU for its backward pass, for each token.
 
     These are the input and the output of the norm, the outputs of projections, and what attention, scan and
     gated norm keep of their own output. Experts keep their input and what is before the activation. Tensor
     parallelism divides all of them, by its sequence parallelism also those of the norm.
+
+    Where `recompute` is empty, Mamba's scan keeps its intermediate results too. mamba-ssm's own does not
+    (`keeps_scan` False), and older measurements are of that one.
     """
     hidden = model.hidden_size
     if "layer" in recompute:
@@ -90,7 +99,9 @@ def layer_activations(model: Model, layer: str, tensor_parallel_size: int, recom
     norm = hidden * (1 if "layernorm" in recompute else 2)
     if layer == "M":
         inner, conv = mamba_widths(model)
-        kept = norm + (inner + conv + model.mamba_num_heads) + 3 * inner
+        kept: float = norm + (inner + conv + model.mamba_num_heads) + 3 * inner
+        if keeps_scan and not recompute:
+            kept += _kept_by_scan(model)
     elif layer == "*":
         queries = model.num_attention_heads * model.kv_channels
         keys_values = 2 * model.num_query_groups * model.kv_channels
@@ -107,7 +118,16 @@ def layer_activations(model: Model, layer: str, tensor_parallel_size: int, recom
     return kept / tensor_parallel_size
 
 
-def activation_memory(model: Model, vocab_size: int, seq_length: int, run: Run) -> list[float]:
+def _kept_by_scan(model: Model) -> float:
+    """Of a token: the convolution's output, a state for each chunk, and two fp32 numbers for each head."""
+    inner, conv = mamba_widths(model)
+    of_steps = 2 * model.mamba_num_heads * (1 if model.precision == "fp32" else 2)
+    return conv + inner * model.mamba_state_dim / CHUNK + of_steps
+
+
+def activation_memory(
+    model: Model, vocab_size: int, seq_length: int, run: Run, keeps_scan: bool = True
+) -> list[float]:
     """Bytes of activations on a process of each pipeline stage at their peak, the end of a forward pass.
 
     A stage also keeps the micro-batches that later stages are still computing. The logits of the output layer
@@ -118,7 +138,7 @@ def activation_memory(model: Model, vocab_size: int, seq_length: int, run: Run) 
 
     def layers(pattern: str) -> float:
         return sum(
-            count * layer_activations(model, layer, tp, run.recompute)
+            count * layer_activations(model, layer, tp, run.recompute, keeps_scan)
             for layer, count in Counter(pattern).items()
         )
 
@@ -133,14 +153,14 @@ def activation_memory(model: Model, vocab_size: int, seq_length: int, run: Run) 
 
 
 def memory_of_process(
-    model: Model, vocab_size: int, seq_length: int, run: Run, optimizer: Optimizer
+    model: Model, vocab_size: int, seq_length: int, run: Run, optimizer: Optimizer, keeps_scan: bool = True
 ) -> float:
     """Bytes in tensors on the GPU of the fullest process, at their peak.
 
     Not counted: what the allocator reserves beside them, buffers of libraries (1 to 2 GB), CUDA graphs.
     """
     static = static_of_run(model, vocab_size, run, optimizer)
-    activations = activation_memory(model, vocab_size, seq_length, run)
+    activations = activation_memory(model, vocab_size, seq_length, run, keeps_scan)
     return max(kept.total + peak for kept, peak in zip(static, activations, strict=True))
 
 

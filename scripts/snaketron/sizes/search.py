@@ -17,7 +17,7 @@ from snaketron.sizes.traffic import Work
 from snaketron.wording import BYTES, large
 
 MICRO_BATCHES = (1, 2, 4)
-RECOMPUTE: tuple[list[Module], ...] = ([], ["moe"], ["layernorm", "moe", "core_attn"], ["layer"])
+RECOMPUTE: tuple[list[Module], ...] = ([], ["scan"], ["moe"], ["layernorm", "moe", "core_attn"], ["layer"])
 SHORT = 32_768  # tokens: shorter sequences are not divided, because whole ones already fit a GPU
 
 

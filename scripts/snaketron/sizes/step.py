@@ -111,7 +111,9 @@ def tokens_per_second(work: Work, gpu: Gpu) -> float:
 
 def peak_bytes(work: Work) -> float:
     """Bytes in tensors on the fullest GPU."""
-    return memory_of_process(work.model, work.vocab_size, work.seq_length, work.run, work.optimizer)
+    return memory_of_process(
+        work.model, work.vocab_size, work.seq_length, work.run, work.optimizer, work.keeps_scan
+    )
 
 
 # ------------------------------------------------------------------------------------------ micro-batches
@@ -169,7 +171,7 @@ def _compute(work: Work, gpu: Gpu, layer: str, in_bf16: bool) -> float:
     forward = 2.0 if "layer" in recompute or (layer == "E" and "moe" in recompute) else 1.0
     if "core_attn" in recompute and layer == "*":
         forward += core / (peak * share) / products
-    kept = 2 * layer_activations(model, layer, 1, [])
+    kept = 2 * layer_activations(model, layer, 1, [], keeps_scan=False)
     return products * (forward + backward) + (forward + 2) / 3 * PASSES * kept / (gpu.memory_speed * MEMORY)
 
 

@@ -32,6 +32,7 @@ class Work(NamedTuple):
     # alltoall: each copy of a token crosses by itself; hybridep: once to each NVLink domain.
     dispatcher: Dispatcher = "alltoall"
     frozen: bool = False  # adapters: no gradients of weights
+    keeps_scan: bool = True  # Mamba's scan keeps its intermediate results, as here now
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,11 @@ def test_the_last_layers_stay_in_bf16_where_asked():
     assert spec.low_precision(Model(precision="bf16", bf16_layers_at_end=14)) == {}
 
 
+def test_megatron_core_is_not_asked_to_compute_the_scan_again():
+    assert spec.recomputation(["scan"]) == spec.recomputation([]) == {}
+    assert spec.recomputation(["scan", "moe"]) == spec.recomputation(["moe"])
+
+
 @pytest.mark.parametrize("modules", [["layer"], ["moe"], ["shared_experts"], ["core_attn"], ["mlp"]])
 def test_what_is_computed_again_changes_no_gradient(modules):
     def gradients(recompute):

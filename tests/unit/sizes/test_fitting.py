@@ -21,28 +21,28 @@ def change(limit_gb: float | None, **sft: Any):
 
 
 def test_the_layout_changes_before_more_gpus_are_asked_for():
-    """Two copies take 106.4 MB each, 104.3 where they share the experts, 59.5 where they share each layer."""
-    config, found = change(0.105, parallel={"data_parallel_size": 2})
-    assert estimate(config, config.training("sft")).peak_bytes == pytest.approx(0.1064e9, rel=1e-3)
+    """Two copies take 110.9 MB each, 108.8 where they share the experts, 61.8 where they share each layer."""
+    config, found = change(0.11, parallel={"data_parallel_size": 2})
+    assert estimate(config, config.training("sft")).peak_bytes == pytest.approx(0.1109e9, rel=1e-3)
     assert found is not None
     said, needs = found
     assert said == "sft.parallel: expert_model_parallel_size 1 -> 2"
-    assert needs.peak_bytes == pytest.approx(0.1043e9, rel=1e-3)
+    assert needs.peak_bytes == pytest.approx(0.1088e9, rel=1e-3)
     _, found = change(0.1, parallel={"data_parallel_size": 2})
     assert found and found[0] == (
         "sft.parallel: tensor_model_parallel_size 1 -> 2, data_parallel_size 2 -> 1"
     )
 
 
-@pytest.mark.parametrize(("limit_gb", "modules"), [(0.1, "moe"), (0.07, "layer")])
+@pytest.mark.parametrize(("limit_gb", "modules"), [(0.115, "scan"), (0.1, "moe"), (0.07, "layer")])
 def test_activations_are_computed_again_where_no_layout_helps(limit_gb: float, modules: str):
-    """113.7 MB; 92.7 where experts are computed again, 66.4 where all layers are."""
+    """118.2 MB; 113.7 where the scan is computed again, 92.7 where experts are, 66.4 where all layers are."""
     _, found = change(limit_gb)
     assert found is not None and found[0] == f"sft.recompute: [{modules}]"
 
 
 def test_a_smaller_micro_batch_comes_before_another_layout():
-    """Four sequences at a time take 106.4 MB of a GPU, two 64.2, and one 43.0."""
+    """Four sequences at a time take 110.9 MB of a GPU, two 66.4, and one 44.2."""
     pretrain = {"micro_batch_size": 4, "parallel": {"data_parallel_size": 2}, "global_batch_size": 8}
     cluster = {"gpus_per_node": 2, "gpu_memory_gb": 0.06}
     config = load(COUNTED | {"cluster": cluster, "pretrain": pretrain}, {})

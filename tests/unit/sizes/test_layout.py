@@ -114,6 +114,7 @@ def test_processes_fill_their_nodes(cluster, parallel, message):
         ({"parallel": {"data_parallel_size": 2, "expert_model_parallel_size": 2}}, {}, False),
         ({"parallel": {"tensor_model_parallel_size": 2}}, {}, False),
         ({"recompute": ["moe"]}, {}, False),
+        ({"recompute": ["scan"]}, {}, True),
         ({}, {"packed": True}, False),
         ({}, {"seq_length": 256}, False),
         ({}, {"precision": "fp8_current"}, True),

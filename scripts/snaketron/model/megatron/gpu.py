@@ -76,6 +76,7 @@ _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDi
 MAKE_HOOK = "megatron.core.distributed:DistributedDataParallel._make_backward_post_hook"
 EMBEDDING = "megatron.core.tensor_parallel.layers:VocabParallelEmbedding.forward"
 PLACEHOLDER = "megatron.core.tensor_parallel.layers:get_dummy_wgrad"
+_OLD_SCAN = os.environ.get("SNAKETRON_OLD_SCAN") == "1"
 EXPERTS_FORWARD = "megatron.core.transformer.moe.experts:TEGroupedMLP.forward"
 TO_HOST = _DISPATCHER + "_maybe_dtoh_and_synchronize"
 DISPATCH_POSTPROCESS = _DISPATCHER + "dispatch_postprocess"
@@ -200,26 +201,16 @@ def _scan(self: Any, zxbcdt: torch.Tensor, packed: Any = None) -> torch.Tensor:
     """
     from snaketron.model.megatron import norms
 
-    from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
-
     split, zxbcdt = self.cp, zxbcdt.transpose(0, 1)
-    if zxbcdt.shape[-1] % 8:  # which the convolution's strides must be multiples of
-        zxbcdt = zxbcdt.contiguous()
     heads = split.get_D().float().view(-1, self.headdim) if self.D_has_hdim else split.get_D()
-    y = mamba_split_conv1d_scan_combined(
-        zxbcdt,
+    parameters = (
         split.get_conv1d_weight().squeeze(1),
         split.get_conv1d_bias(),
         split.get_dt_bias().float(),
         -torch.exp(split.get_A_log().float()),
-        D=heads,
-        chunk_size=self.chunk_size,
-        activation=self.activation,
-        headdim=None if self.D_has_hdim else self.headdim,
-        ngroups=split.ngroups_local_tpcp,
-        norm_before_gate=self.norm_before_gate,
-        seq_idx=packed.seq_idx if packed is not None else None,
+        heads,
     )
+    y = _scan_of(self, zxbcdt, parameters, packed.seq_idx if packed is not None else None)
     y = split.post_conv_ssm(y.transpose(0, 1).contiguous(), packed)
     if not self.rmsnorm:
         return y
@@ -284,6 +275,28 @@ def _untuned(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     width = x.shape[-1]
     return width not in TUNED_WIDTHS and width <= norms.WIDEST and x.dtype == weight.dtype
+
+
+def _scan_of(self: Any, zxbcdt: torch.Tensor, parameters: Any, sequence: Any) -> torch.Tensor:
+    """Convolution, scan and gate, (batch, length, ...); mamba-ssm's function copies widths that are odd."""
+    groups = self.cp.ngroups_local_tpcp
+    if zxbcdt.shape[-1] % 8 or _OLD_SCAN:  # which the convolution's strides must be multiples of
+        from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+
+        return mamba_split_conv1d_scan_combined(
+            zxbcdt.contiguous() if zxbcdt.shape[-1] % 8 else zxbcdt,
+            *parameters,
+            chunk_size=self.chunk_size,
+            activation="silu",
+            headdim=None if self.D_has_hdim else self.headdim,
+            ngroups=groups,
+            norm_before_gate=self.norm_before_gate,
+            seq_idx=sequence,
+        )
+    from snaketron.model.megatron.scan import Scan
+
+    keeps = getattr(self.config, "keeps_scan", False)
+    return Scan.apply(zxbcdt, *parameters, sequence, self.chunk_size, self.headdim, groups, keeps)
 
 
 def _our_experts(

@@ -1,0 +1,227 @@
+"""Convolution, scan and gate of a Mamba-2 layer on a GPU, from mamba-ssm's and causal-conv1d's kernels.
+
+mamba-ssm's own function computes in its backward pass again what the forward pass had: the convolution, the
+states of chunks and their sums. This one keeps them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from snaketron.model.megatron import scan_groups, scan_kernels, scan_output
+
+import torch
+from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
+from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_bwd, _bmm_chunk_fwd
+from mamba_ssm.ops.triton.ssd_chunk_scan import _chunk_scan_bwd_dstates, _chunk_scan_bwd_dz, _chunk_scan_fwd
+from mamba_ssm.ops.triton.ssd_chunk_state import _chunk_cumsum_fwd, _chunk_state_fwd
+from mamba_ssm.ops.triton.ssd_combined import _chunk_scan_chunk_state_bwd_dx
+from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_bwd, _state_passing_fwd
+from torch import Tensor
+
+# The type of the states that are kept; None: that of the model. mamba-ssm's backward pass has them in fp32,
+# which matters for the gradient of a chunk's whole decay alone.
+STATES: torch.dtype | None = None
+# Whether the output, the gradient of x, and those of B and C, come from our kernels or mamba-ssm's.
+OWN_OUTPUT, OWN_X, OWN_GROUPS = True, True, True
+
+
+class Sizes(NamedTuple):
+    chunk: int  # positions of a chunk
+    heads: int
+    width: int  # of a head
+    groups: int
+    state: int
+
+    def parts(self, zxbcdt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z, (b, l, h, p); x, B and C side by side; dt, (b, l, h). Views."""
+        inner = self.heads * self.width
+        z, xbc, dt = zxbcdt.split([inner, inner + 2 * self.groups * self.state, self.heads], -1)
+        return z.unflatten(-1, (self.heads, self.width)), xbc, dt
+
+    def of_convolution(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x, (b, l, h, p), B and C, (b, l, g, n). Views."""
+        both = self.groups * self.state
+        x, b, c = xbc.split([self.heads * self.width, both, both], -1)
+        shape = (self.groups, self.state)
+        return x.unflatten(-1, (self.heads, self.width)), b.unflatten(-1, shape), c.unflatten(-1, shape)
+
+
+class Forward(NamedTuple):
+    """What the forward pass computes before its output; the backward pass needs it."""
+
+    xbc: Tensor  # after the convolution, (b, l, channels)
+    step: Tensor  # dt after softplus, (b, h, c, k), fp32
+    decay: Tensor  # the sum of dt A since the start of a chunk, (b, h, c, k), fp32
+    states: Tensor  # before each chunk, (b, c, h, p, n)
+
+
+def _compute(
+    sizes: Sizes,
+    zxbcdt: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dt_bias: Tensor,
+    rate: Tensor,
+    sequence: Tensor | None,
+) -> Forward:
+    _, given, dt = sizes.parts(zxbcdt)
+    convolved = causal_conv1d_fwd_function(given.transpose(1, 2), weight, bias, sequence, None, None, True)
+    xbc = convolved.transpose(1, 2)
+    x, b, c = sizes.of_convolution(xbc)
+    decay, step = _chunk_cumsum_fwd(dt, rate, sizes.chunk, dt_bias=dt_bias, dt_softplus=True)
+    added = _chunk_state_fwd(b, x, step, decay, seq_idx=sequence, states_in_fp32=True)
+    states, _ = _state_passing_fwd(
+        added.flatten(-2),
+        decay[..., -1],
+        seq_idx=sequence,
+        chunk_size=sizes.chunk,
+        out_dtype=STATES or c.dtype,
+    )
+    return Forward(xbc, step, decay, states.unflatten(-1, (sizes.width, sizes.state)))
+
+
+class Scan(torch.autograd.Function):
+    """silu(z) * (scan(dt, A, B, C, x) + D x), x, B and C after convolution and silu; without a norm.
+
+    Batch and length may have either order in memory, and the gradient of `zxbcdt` has the one of `zxbcdt`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        zxbcdt: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        dt_bias: Tensor,
+        rate: Tensor,
+        D: Tensor,
+        sequence: Tensor | None,
+        chunk: int,
+        width: int,
+        groups: int,
+        keep: bool,
+    ) -> Tensor:
+        """The gated output.
+
+        Args:
+            zxbcdt: (batch, length, 2 * inner + 2 * groups * state + heads), with strides of batch and length
+                that are multiples of 8.
+            weight, bias: of the convolution, (channels, its length) and (channels,), for x, B and C.
+            dt_bias, rate: (heads,) in fp32; rate is A.
+            D: (heads,), or (heads, width) in fp32.
+            sequence: of each position, int32 (batch, length); None: one in each row.
+            chunk: positions of a chunk.
+            width: of a head.
+            groups: of heads with the same B and C.
+            keep: whether the backward pass finds what the forward pass computed, or computes it again.
+
+        Returns:
+            (batch, length, inner).
+        """
+        heads = len(D)
+        sizes = Sizes(chunk, heads, width, groups, (len(weight) - heads * width) // groups // 2)
+        sequence = None if sequence is None else sequence.contiguous()
+        found = _compute(sizes, zxbcdt, weight, bias, dt_bias, rate, sequence)
+        x, b, c = sizes.of_convolution(found.xbc)
+        scores = _bmm_chunk_fwd(c, b, chunk, seq_idx=sequence, output_dtype=torch.float32)
+        gate = sizes.parts(zxbcdt)[0]
+        if OWN_OUTPUT:
+            shared = (scores, found.step, found.decay, found.states)
+            out, ungated = scan_output.output(x, gate, *shared, c, D, sequence)
+        else:
+            out, ungated = _chunk_scan_fwd(
+                scores, x, found.step, found.decay, c, found.states, D=D, z=gate, seq_idx=sequence
+            )
+        kept = found if keep else ()
+        ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, rate, D, sequence, ungated, *kept)
+        ctx.sizes = sizes
+        return out.flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        zxbcdt, weight, bias, dt_bias, rate, D, sequence, ungated, *kept = ctx.saved_tensors
+        sizes: Sizes = ctx.sizes
+        found = Forward(*kept) if kept else _compute(sizes, zxbcdt, weight, bias, dt_bias, rate, sequence)
+        gate, given, dt = sizes.parts(zxbcdt)
+        x = sizes.of_convolution(found.xbc)[0]
+        zxbcdt_grad, xbc_grad = torch.empty_like(zxbcdt), torch.empty_like(given)
+        gate_grad, given_grad, dt_grad = sizes.parts(zxbcdt_grad)
+        grad = out_grad if out_grad.stride(-1) == 1 else out_grad.contiguous()
+        _, grad, D_grad = _chunk_scan_bwd_dz(
+            x,
+            gate,
+            ungated,
+            grad.unflatten(-1, ungated.shape[-2:]),
+            chunk_size=sizes.chunk,
+            has_ddAcs=False,
+            D=D,
+            dz=gate_grad,
+        )
+        rate_grad, dt_bias_grad = _scan_back(
+            sizes, found, grad, (dt, dt_bias, rate, D, sequence), dt_grad, xbc_grad
+        )
+        _, weight_grad, bias_grad, _ = causal_conv1d_bwd_function(
+            given.transpose(1, 2),
+            weight,
+            bias,
+            xbc_grad.transpose(1, 2),
+            sequence,
+            None,
+            None,
+            given_grad.transpose(1, 2),
+            False,
+            True,
+        )
+        grads = (zxbcdt_grad, weight_grad, bias_grad, dt_bias_grad, rate_grad, D_grad)
+        return *grads, *[None] * 5
+
+
+def _scan_back(
+    sizes: Sizes,
+    found: Forward,
+    grad: Tensor,
+    given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    dt_grad: Tensor,
+    xbc_grad: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of A and of dt's bias; those of dt and of x, B and C are written to their places.
+
+    Args:
+        grad: of the output before the gate, (b, l, h, p).
+        given: dt, its bias, A, D and the sequences.
+    """
+    dt, dt_bias, rate, D, sequence = given
+    (x, b, c), (x_grad, b_grad, c_grad) = (sizes.of_convolution(t) for t in (found.xbc, xbc_grad))
+    step, decay = found.step, found.decay
+    scores = _bmm_chunk_fwd(c, b, sizes.chunk, seq_idx=sequence, output_dtype=torch.float32)
+    states_grad = _chunk_scan_bwd_dstates(c, decay, grad, seq_idx=sequence, dtype=torch.float32)
+    states_grad, between, _, states = _state_passing_bwd(
+        found.states.flatten(-2),
+        decay[..., -1],
+        states_grad.flatten(-2),
+        seq_idx=sequence,
+        has_initial_states=False,
+        dstates_dtype=x.dtype,
+        states_dtype=x.dtype,
+        chunk_size=sizes.chunk,
+    )
+    shape = (sizes.width, sizes.state)
+    states, states_grad = states.unflatten(-1, shape), states_grad.unflatten(-1, shape)
+    if OWN_X:
+        step_grad = scan_kernels.x_back(x, grad, scores, step, decay, states_grad, b, D, sequence, x_grad)
+    else:
+        _, step_grad, _ = _chunk_scan_chunk_state_bwd_dx(
+            x, step, decay, b, scores, grad, states_grad, D=D, seq_idx=sequence, dx=x_grad
+        )
+    scores_grad, sums = scan_kernels.scores_back(x, grad, scores, step, decay, sequence)
+    if OWN_GROUPS:
+        shared = (scores_grad, step, decay, sequence)
+        after = scan_groups.group_back(x, states_grad, b, c, *shared, b_grad, after=True)
+        before = scan_groups.group_back(grad, states, c, b, *shared, c_grad, after=False)
+    else:
+        b_part, after = scan_groups.after_back(x, states_grad, b, step, decay, sequence)
+        c_part, before = scan_groups.before_back(grad, states, c, decay, sequence)
+        _bmm_chunk_bwd(c, scores_grad, residual=b_part, out=b_grad)
+        _bmm_chunk_bwd(b, scores_grad.mT, residual=c_part, out=c_grad)
+    return scan_kernels.step_back(sums, before, after, between, step, step_grad, dt, dt_bias, rate, dt_grad)
