@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Rows of a token's gradient that one program adds up at once, and numbers of each.
-ROWS, COLUMNS = 8, 512
+ROWS, COLUMNS = 8, 1024
 WARPS = 4
 
 

@@ -46,7 +46,7 @@ def _activate_back(activated, probs, grad, grad_probs, columns, BLOCK: tl.conste
 def activate(hidden: Tensor, probs: Tensor) -> Tensor:
     """relu(hidden)^2 probs, of (rows, columns) and (rows, 1)."""
     out = torch.empty_like(hidden)
-    _activate[(len(hidden),)](hidden, probs, out, hidden.shape[1], _block(hidden), num_warps=8)
+    _activate[(len(hidden),)](hidden, probs, out, hidden.shape[1], _block(hidden), num_warps=4)
     return out
 
 
@@ -59,17 +59,17 @@ def activate_back(activated: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tenso
     """
     grad_probs = torch.empty_like(probs)
     _activate_back[(len(activated),)](
-        activated, probs, grad, grad_probs, activated.shape[1], _block(activated), num_warps=8
+        activated, probs, grad, grad_probs, activated.shape[1], _block(activated), num_warps=4
     )
     return grad, grad_probs
 
 
 def _block(tensor: Tensor) -> int:
-    return min(4096, triton.next_power_of_2(tensor.shape[1]))
+    return min(2048, triton.next_power_of_2(tensor.shape[1]))
 
 
 # Numbers of a tensor that one program of `_adam` updates, and of `_squares` sums.
-ADAM_BLOCK, SQUARES_BLOCK = 4096, 16384
+ADAM_BLOCK, SQUARES_BLOCK = 2048, 8192
 
 
 @triton.jit

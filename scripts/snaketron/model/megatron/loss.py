@@ -24,7 +24,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # in bf16) of so many places at a time. So many programs share a processor: 1 holds 132 rows of 256 KB in the
 # 50 MB of an H200's cache; with 2, of which each goes over its row forwards and then backwards, half a row of
 # each waits there on average, and one computes while the other waits for memory.
-WARPS, PLACES, PROGRAMS = 16, 4, 2
+WARPS, PLACES, PROGRAMS = 16, 4, 0
 # What the cache is told of the logits when they are read first, and when the gradient takes their place.
 FIRST, SECOND = "evict_last", "evict_first"
 STAGES = 1

@@ -19,7 +19,7 @@ from torch import Tensor
 TILE = 2048
 # Numbers that a warp holds, and tiles that the backward pass has under way at once, of short rows and of rows
 # longer than a tile. More numbers or tiles take so many registers that fewer programs run at once.
-SHORT, LONG = (1024, 1), (512, 2)
+SHORT, LONG = (1024, 3), (512, 3)
 # The programs of the backward pass have so many warps together: about what an H200 runs at once.
 WARPS = 2048
 # Sums of parts and columns that a program of `_add_parts` holds at a time.
