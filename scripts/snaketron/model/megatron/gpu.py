@@ -32,7 +32,6 @@ TRANSFORMER_CONFIG = {
     "cross_entropy_fusion_impl": "te",
     "gradient_accumulation_fusion": True,
 }
-OLD_LOSS = os.environ.get("SNAKETRON_OLD_LOSS") == "1"
 # TransformerConfig fields for padded batches: the fused load balancing loss wants the number of tokens as an
 # integer, and megatron-core gives it what is left of the padding mask.
 PACKED = {"moe_router_fusion": False}
@@ -109,7 +108,7 @@ def embedding_forward(self: Any, ids: torch.Tensor) -> torch.Tensor:
     """The embeddings (..., width) of tokens; their gradient is added to `main_grad` in the backward pass."""
     trained = torch.is_grad_enabled() and self.weight.requires_grad and hasattr(self.weight, "main_grad")
     here = self.tp_group.size() == 1 and not self.reduce_scatter_embeddings
-    if _Sums.early or not trained or not here or "embedding" in gradients.OLD:
+    if _Sums.early or not trained or not here:
         return original(EMBEDDING)(self, ids)
     from snaketron.model.megatron.embedding import Embedding
 
@@ -122,7 +121,7 @@ def placeholder(shape: list[int], dtype: torch.dtype, zero: bool = False) -> tor
     A weight that is used twice, as that of the output layer is by multi-token prediction, would have the sum
     of two placeholders.
     """
-    if _Sums.early or zero or "placeholder" in gradients.OLD:
+    if _Sums.early or zero:
         return original(PLACEHOLDER)(shape, dtype, zero)
     return None
 
@@ -183,7 +182,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, group: Any, *_: An
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
     expected = packed.Expected.take()
-    if group.size() == 1 and not OLD_LOSS:
+    if group.size() == 1:
         return loss.cross_entropy(logits, labels, None if expected is None else expected.transpose(0, 1))
     return parallel_cross_entropy(logits, labels, dist_process_group=group, overwrite_input=True)
 
@@ -271,8 +270,6 @@ def _untuned(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether Transformer Engine has no kernel for this width, and a row of it fits in a program."""
     from snaketron.model.megatron import norms
 
-    if norms.OLD:
-        return False
     width = x.shape[-1]
     return width not in TUNED_WIDTHS and width <= norms.WIDEST and x.dtype == weight.dtype
 

@@ -9,7 +9,6 @@ large weights, and what no product writes is set to zero as a part of that micro
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,7 +18,6 @@ from torch import Tensor
 
 # Addresses of the gradients that their next product writes; empty outside of `Beginning.within`.
 _unwritten: set[int] = set()
-OLD = set(os.environ.get("SNAKETRON_OLD_FIRST", "").split(","))  # for measurements: what is left as it was
 
 
 def is_new(total: Tensor) -> bool:
@@ -57,7 +55,7 @@ def together() -> Iterator[None]:
     A model of 52 layers has 200 of them, and an H200 takes 2.4 us to start and end each kernel.
     """
     global _waiting
-    _waiting = None if "small" in OLD else []
+    _waiting = []
     try:
         yield
         if _waiting:
@@ -132,13 +130,9 @@ def _by_our_products(model: Any) -> list[Tensor]:
 
     found = []
     for module in model.modules():
-        if "experts" not in OLD and (stacks := getattr(module, "_stacked", None)):
+        if stacks := getattr(module, "_stacked", None):
             found += stacks[1]
-        if (
-            "dense" not in OLD
-            and isinstance(module, ColumnParallelLinear)
-            and module.gradient_accumulation_fusion
-        ):
+        if isinstance(module, ColumnParallelLinear) and module.gradient_accumulation_fusion:
             total = getattr(module.weight, "main_grad", None)
             found += [] if total is None else [total]
     return found
@@ -152,8 +146,7 @@ def _writing_layers(model: Any) -> list[Any]:
     return [
         module
         for name, module in model.named_modules()
-        if "dense" not in OLD
-        and hasattr(module, "is_first_microbatch")
+        if hasattr(module, "is_first_microbatch")
         and hasattr(getattr(module, "weight", None), "main_grad")
         and module.fuse_wgrad_accumulation
         and not module.disable_parameter_transpose_cache

@@ -23,6 +23,7 @@ from torch import Tensor
 
 BLOCK = 2**30  # bytes of a piece of memory, in which there are many tensors
 PIECE = 16 * 2**20  # bytes that are copied at once
+ROOM = 2**20  # bytes more than a checkpoint is expected to have, such as of what aligns tensors
 LINE = 64  # bytes to whose multiples a tensor is aligned, as in the files
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14
 
@@ -53,8 +54,8 @@ class HostMemory:
         """Get so many bytes ready, beside what else happens; nothing may be taken before `reuse`."""
 
         def get_ready() -> None:
-            for _ in range(-(-size // BLOCK)):
-                self._add(BLOCK)
+            for begin in range(0, size, BLOCK):
+                self._add(min(BLOCK, size - begin + ROOM))
             with ThreadPoolExecutor(copy_threads()) as pool:
                 list(pool.map(_touch, self.blocks))
 

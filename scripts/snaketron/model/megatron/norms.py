@@ -7,7 +7,6 @@ Each is the plain formula of its docstring, computed in fp32 and rounded once.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -17,14 +16,13 @@ from torch import Tensor
 
 # A program holds so many numbers at a time, or one row where that is longer.
 TILE = 2048
-# Numbers that a warp holds, and tiles that the backward pass has under way at once, of short rows and of rows
-# longer than a tile. More numbers or tiles take so many registers that fewer programs run at once.
-SHORT, LONG = (1024, 3), (512, 3)
+# Numbers that a warp holds of short rows, and of rows longer than a tile; tiles that the backward pass has
+# under way at once: with 2 it takes 63 us for 8,192 rows of 2,688 on an H200, with 3 it takes 48.
+SHORT, LONG, STAGES = 1024, 512, 3
 # The programs of the backward pass have so many warps together: about what an H200 runs at once.
 WARPS = 2048
 # Sums of parts and columns that a program of `_add_parts` holds at a time.
 ADDED_PARTS, ADDED_COLUMNS = 256, 16
-OLD = bool(os.environ.get("SNAKETRON_OLD_NORM"))
 WIDEST = 8192  # columns of a row, which one program holds
 
 
@@ -95,7 +93,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, size: int) -> tuple[Tensor, Tens
     """
     x, groups = x.contiguous(), x.shape[-1] // size
     out, rstd = torch.empty_like(x), x.new_empty(x.numel() // size, dtype=torch.float32)
-    count, block, rows, warps, _ = _tiles(x, size)
+    count, block, rows, warps = _tiles(x, size)
     grid = (triton.cdiv(count, rows), groups)
     _norm[grid](x, weight, out, rstd, eps, count, size, rows, block, num_warps=warps)
     return out, rstd
@@ -110,13 +108,13 @@ def norm_back(
     the shape.
     """
     x, grad, columns = x.contiguous(), grad.contiguous(), x.shape[-1]
-    count, block, rows, warps, stages = _tiles(x, size)
+    count, block, rows, warps = _tiles(x, size)
     summed = rows * max(1, triton.cdiv(count * (columns // size) * warps, WARPS * rows))
     number, out = triton.cdiv(count, summed), torch.empty_like(x)
     parts = x.new_empty(number if trained else 0, columns, dtype=torch.float32)
     grid = (number, columns // size)
     _norm_back[grid](
-        x, weight, rstd, grad, out, parts, count, size, summed, trained, rows, block, stages, num_warps=warps
+        x, weight, rstd, grad, out, parts, count, size, summed, trained, rows, block, STAGES, num_warps=warps
     )
     if not trained:
         return out, None
@@ -126,31 +124,24 @@ def norm_back(
     return out, total
 
 
-def _tiles(x: Tensor, size: int) -> tuple[int, int, int, int, int]:
-    """Rows of `x`; numbers of a row of a tile, its rows and its warps, and tiles under way at once."""
+def _tiles(x: Tensor, size: int) -> tuple[int, int, int, int]:
+    """Rows of `x`; numbers of a row of a tile, its rows and its warps."""
     block = triton.next_power_of_2(size)
     rows = max(1, TILE // block)
-    per_warp, stages = SHORT if block <= TILE else LONG
-    return x.numel() // x.shape[-1], block, rows, min(32, max(1, rows * block // per_warp)), stages
+    per_warp = SHORT if block <= TILE else LONG
+    return x.numel() // x.shape[-1], block, rows, min(32, max(1, rows * block // per_warp))
 
 
 class GroupedNorm(torch.autograd.Function):
     """`norm` of Mamba layers.
 
     mamba-ssm's gives a program of its backward pass one row after the other, and an H200 has few of them: its
-    norm takes 240 us forwards and backwards for 8,192 rows of 8 groups of 512.
+    norm takes 249 us forwards and backwards for 8,192 rows of 8 groups of 512, and this one 101.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, size: int) -> Tensor:
-        if OLD:
-            from mamba_ssm.ops.triton.layernorm_gated import _layer_norm_fwd
-
-            rows = x.view(-1, x.shape[-1])
-            out, _, rstd = _layer_norm_fwd(rows, weight, None, eps, group_size=size, is_rms_norm=True)
-            out = out.view(x.shape)
-        else:
-            out, rstd = norm(x, weight, eps, size)
+        out, rstd = norm(x, weight, eps, size)
         ctx.save_for_backward(x, weight, rstd)
         ctx.size = size
         return out
