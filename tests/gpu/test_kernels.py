@@ -110,22 +110,20 @@ def test_the_scan_and_its_gradients_are_those_of_the_formula(dtype, packed):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_scan_that_keeps_its_states_in_fp32_is_mamba_ssms(dtype, monkeypatch):
-    """To the bit in z, x and D; B, C and dt get sums in another order."""
-    from snaketron.model.megatron import scan
-
+def test_the_scan_is_mamba_ssms_within_rounding(dtype):
+    """Output and gradients, those of z, x, B and C, and dt each by itself: no large one hides a small one."""
     case = ScanCase(dtype, True, SCAN)
-    monkeypatch.setattr(scan, "STATES", torch.float32)
-    for name in ("OWN_OUTPUT", "OWN_X", "OWN_GROUPS"):
-        monkeypatch.setattr(scan, name, False)
-    (out, found, *_, of_d), (same_out, original, *_, same_d) = case.ours(), case.of_mamba_ssm()
     inner = case.heads * case.width
-    assert torch.equal(out, same_out) and torch.equal(of_d, same_d)
-    assert torch.equal(found[..., : 2 * inner], original[..., : 2 * inner])
-    for part in (slice(2 * inner, -case.heads), slice(-case.heads, None)):
-        error = relative(found[..., part], original[..., part].double())
-        print(dtype, f"{error:.1e}")
-        assert error < (1e-4 if dtype == torch.float32 else 3e-3)
+    names = ["out", "z", "x", "B and C", "dt", *list(case.inputs)[1:]]
+
+    def parts(out: Tensor, of_input: Tensor, *others: Tensor) -> list[Tensor]:
+        both = of_input.shape[-1] - 2 * inner - case.heads
+        return [out, *of_input.split([inner, inner, both, case.heads], -1), *others]
+
+    found, original = parts(*case.ours()), parts(*case.of_mamba_ssm())
+    errors = {n: relative(a, b.double()) for n, a, b in zip(names, found, original, strict=True)}
+    print(dtype, {name: f"{error:.1e}" for name, error in errors.items()})
+    assert max(errors.values()) < (3e-3 if dtype == torch.float32 else 5e-3)
 
 
 def test_the_scan_computes_the_same_bits_again_where_it_keeps_nothing():

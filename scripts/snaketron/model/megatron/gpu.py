@@ -75,7 +75,6 @@ _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDi
 MAKE_HOOK = "megatron.core.distributed:DistributedDataParallel._make_backward_post_hook"
 EMBEDDING = "megatron.core.tensor_parallel.layers:VocabParallelEmbedding.forward"
 PLACEHOLDER = "megatron.core.tensor_parallel.layers:get_dummy_wgrad"
-_OLD_SCAN = os.environ.get("SNAKETRON_OLD_SCAN") == "1"
 EXPERTS_FORWARD = "megatron.core.transformer.moe.experts:TEGroupedMLP.forward"
 TO_HOST = _DISPATCHER + "_maybe_dtoh_and_synchronize"
 DISPATCH_POSTPROCESS = _DISPATCHER + "dispatch_postprocess"
@@ -277,11 +276,11 @@ def _untuned(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def _scan_of(self: Any, zxbcdt: torch.Tensor, parameters: Any, sequence: Any) -> torch.Tensor:
     """Convolution, scan and gate, (batch, length, ...); mamba-ssm's function copies widths that are odd."""
     groups = self.cp.ngroups_local_tpcp
-    if zxbcdt.shape[-1] % 8 or _OLD_SCAN:  # which the convolution's strides must be multiples of
+    if zxbcdt.shape[-1] % 8:  # which the convolution's strides must be multiples of
         from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
 
         return mamba_split_conv1d_scan_combined(
-            zxbcdt.contiguous() if zxbcdt.shape[-1] % 8 else zxbcdt,
+            zxbcdt.contiguous(),
             *parameters,
             chunk_size=self.chunk_size,
             activation="silu",

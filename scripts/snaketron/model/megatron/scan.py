@@ -1,4 +1,6 @@
-"""Convolution, scan and gate of a Mamba-2 layer on a GPU, from mamba-ssm's and causal-conv1d's kernels.
+"""Convolution, scan and gate of a Mamba-2 layer on a GPU.
+
+The kernels are those of `scan_output`, `scan_kernels` and `scan_groups`, of mamba-ssm and of causal-conv1d.
 
 mamba-ssm's own function computes in its backward pass again what the forward pass had: the convolution, the
 states of chunks and their sums. This one keeps them.
@@ -12,18 +14,11 @@ from snaketron.model.megatron import scan_groups, scan_kernels, scan_output
 
 import torch
 from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
-from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_bwd, _bmm_chunk_fwd
-from mamba_ssm.ops.triton.ssd_chunk_scan import _chunk_scan_bwd_dstates, _chunk_scan_bwd_dz, _chunk_scan_fwd
+from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_fwd
+from mamba_ssm.ops.triton.ssd_chunk_scan import _chunk_scan_bwd_dstates, _chunk_scan_bwd_dz
 from mamba_ssm.ops.triton.ssd_chunk_state import _chunk_cumsum_fwd, _chunk_state_fwd
-from mamba_ssm.ops.triton.ssd_combined import _chunk_scan_chunk_state_bwd_dx
 from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_bwd, _state_passing_fwd
 from torch import Tensor
-
-# The type of the states that are kept; None: that of the model. mamba-ssm's backward pass has them in fp32,
-# which matters for the gradient of a chunk's whole decay alone.
-STATES: torch.dtype | None = None
-# Whether the output, the gradient of x, and those of B and C, come from our kernels or mamba-ssm's.
-OWN_OUTPUT, OWN_X, OWN_GROUPS = True, True, True
 
 
 class Sizes(NamedTuple):
@@ -71,12 +66,14 @@ def _compute(
     x, b, c = sizes.of_convolution(xbc)
     decay, step = _chunk_cumsum_fwd(dt, rate, sizes.chunk, dt_bias=dt_bias, dt_softplus=True)
     added = _chunk_state_fwd(b, x, step, decay, seq_idx=sequence, states_in_fp32=True)
+    # In the type of the model; mamba-ssm's backward pass has them in fp32, which matters for the gradient of
+    # a chunk's whole decay alone.
     states, _ = _state_passing_fwd(
         added.flatten(-2),
         decay[..., -1],
         seq_idx=sequence,
         chunk_size=sizes.chunk,
-        out_dtype=STATES or c.dtype,
+        out_dtype=c.dtype,
     )
     return Forward(xbc, step, decay, states.unflatten(-1, (sizes.width, sizes.state)))
 
@@ -126,13 +123,8 @@ class Scan(torch.autograd.Function):
         x, b, c = sizes.of_convolution(found.xbc)
         scores = _bmm_chunk_fwd(c, b, chunk, seq_idx=sequence, output_dtype=torch.float32)
         gate = sizes.parts(zxbcdt)[0]
-        if OWN_OUTPUT:
-            shared = (scores, found.step, found.decay, found.states)
-            out, ungated = scan_output.output(x, gate, *shared, c, D, sequence)
-        else:
-            out, ungated = _chunk_scan_fwd(
-                scores, x, found.step, found.decay, c, found.states, D=D, z=gate, seq_idx=sequence
-            )
+        shared = (scores, found.step, found.decay, found.states)
+        out, ungated = scan_output.output(x, gate, *shared, c, D, sequence)
         kept = found if keep else ()
         ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, rate, D, sequence, ungated, *kept)
         ctx.sizes = sizes
@@ -208,20 +200,9 @@ def _scan_back(
     )
     shape = (sizes.width, sizes.state)
     states, states_grad = states.unflatten(-1, shape), states_grad.unflatten(-1, shape)
-    if OWN_X:
-        step_grad = scan_kernels.x_back(x, grad, scores, step, decay, states_grad, b, D, sequence, x_grad)
-    else:
-        _, step_grad, _ = _chunk_scan_chunk_state_bwd_dx(
-            x, step, decay, b, scores, grad, states_grad, D=D, seq_idx=sequence, dx=x_grad
-        )
+    step_grad = scan_kernels.x_back(x, grad, scores, step, decay, states_grad, b, D, sequence, x_grad)
     scores_grad, sums = scan_kernels.scores_back(x, grad, scores, step, decay, sequence)
-    if OWN_GROUPS:
-        shared = (scores_grad, step, decay, sequence)
-        after = scan_groups.group_back(x, states_grad, b, c, *shared, b_grad, after=True)
-        before = scan_groups.group_back(grad, states, c, b, *shared, c_grad, after=False)
-    else:
-        b_part, after = scan_groups.after_back(x, states_grad, b, step, decay, sequence)
-        c_part, before = scan_groups.before_back(grad, states, c, decay, sequence)
-        _bmm_chunk_bwd(c, scores_grad, residual=b_part, out=b_grad)
-        _bmm_chunk_bwd(b, scores_grad.mT, residual=c_part, out=c_grad)
+    shared = (scores_grad, step, decay, sequence)
+    after = scan_groups.group_back(x, states_grad, b, c, *shared, b_grad, after=True)
+    before = scan_groups.group_back(grad, states, c, b, *shared, c_grad, after=False)
     return scan_kernels.step_back(sums, before, after, between, step, step_grad, dt, dt_bias, rate, dt_grad)

@@ -7,9 +7,6 @@ Names and shapes are those of `scan_kernels`.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -119,7 +116,7 @@ def group_back(
         sequence: (b, l), contiguous.
 
     Returns:
-        `before` (`after`) of `step_back`, with one tile.
+        `before` (`after`) of `step_back`, (b, h, c, k).
     """
     batch, length, heads, width = values.shape
     chunks, groups, chunk = scores_grad.shape[1:4]
@@ -155,96 +152,4 @@ def group_back(
         num_warps=GROUP_WARPS,
         num_stages=GROUP_STAGES,
     )
-    return sums.unsqueeze(-1)
-
-
-def after_back(
-    x: Tensor, states_grad: Tensor, B: Tensor, step: Tensor, decay: Tensor, sequence: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """From the gradient of the states after chunks: that of B in fp32, and `after` of `step_back`."""
-    from mamba_ssm.ops.triton import ssd_chunk_state as module
-
-    smallest = module._CHUNK_STATE_BWD_DB_MIN_BLOCK_N
-    return _by_group(module._chunk_state_bwd_db_kernel, smallest, x, states_grad, B, [step, decay], sequence)
-
-
-def before_back(
-    grad: Tensor, states: Tensor, C: Tensor, decay: Tensor, sequence: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """From the states before chunks: the gradient of C in fp32, and `before` of `step_back`."""
-    from mamba_ssm.ops.triton import ssd_chunk_scan as module
-
-    smallest = module._CHUNK_SCAN_BWD_DC_MIN_BLOCK_N
-    return _by_group(module._chunk_scan_bwd_dc_kernel, smallest, grad, states, C, [decay], sequence)
-
-
-def _by_group(
-    kernel: Any,
-    smallest_tile: int,
-    values: Tensor,
-    states: Tensor,
-    given: Tensor,
-    steps: list[Tensor],
-    sequence: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Start one of mamba-ssm's two kernels that sum over the heads of a group.
-
-    Where the heads are not split, as with more than about two thousand tokens, their function copies the
-    result as a sum of one: in 31 us each for 8,192 tokens of 8 groups of 128 on an H200.
-
-    Args:
-        values: (b, l, h, p).
-        states: (b, c, h, p, n).
-        given: (b, l, g, n).
-    """
-    from mamba_ssm.utils.determinism import alloc_tile_workspace, use_deterministic_mode
-
-    batch, length, heads, width = values.shape
-    groups, state = given.shape[2:]
-    chunks, chunk = steps[0].shape[2:]
-    deterministic = use_deterministic_mode()
-    shape, tiles = (batch, heads, chunks, chunk), math.ceil(state / smallest_tile)
-    decay_grad, tile_stride = alloc_tile_workspace(shape, tiles, torch.float32, values.device, deterministic)
-    processors = torch.cuda.get_device_properties(values.device).multi_processor_count
-    of_program = max(min(math.ceil(batch * chunks * heads / processors), heads // groups), 1)
-    splits = triton.cdiv(heads // groups, of_program)
-    out = torch.empty(batch, length, splits, groups, state, device=values.device, dtype=torch.float32)
-
-    def grid(tile: dict[str, int]) -> tuple[int, int, int]:
-        parts = triton.cdiv(chunk, tile["BLOCK_SIZE_M"]) * triton.cdiv(state, tile["BLOCK_SIZE_N"])
-        return parts, batch * chunks, splits * groups
-
-    def of_steps(tensor: Tensor) -> list[int]:
-        return [tensor.stride(axis) for axis in (0, 2, 1, 3)]
-
-    kernel[grid](
-        values,
-        states,
-        given,
-        *steps,
-        sequence,
-        out,
-        decay_grad,
-        chunk,
-        state,
-        width,
-        batch,
-        length,
-        heads,
-        of_program,
-        groups,
-        *values.stride(),
-        *states.stride(),
-        *given.stride(),
-        *(stride for tensor in steps for stride in of_steps(tensor)),
-        *((0, 0) if sequence is None else sequence.stride()),
-        *out.stride(),
-        *of_steps(decay_grad),
-        tile_stride,
-        HAS_DDA_CS=True,
-        HAS_SEQ_IDX=sequence is not None,
-        DETERMINISTIC_REDUCTION=deterministic,
-        BLOCK_SIZE_K=max(triton.next_power_of_2(width), 16),
-    )
-    decay_grad = decay_grad if deterministic else decay_grad.unsqueeze(-1)
-    return out[:, :, 0] if splits == 1 else out.sum(2), decay_grad
+    return sums

@@ -260,7 +260,7 @@ def x_back(
 def _step_back(
     sums, before, after, between, step, step_grad, raw, bias, rate, out, parts, length, chunk, heads,
     raw_batch, raw_position, out_batch, out_position, columns_at, parts_at, SIDE: tl.constexpr,
-    SIDES: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
+    SIDES: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
     chunks = tl.cdiv(length, chunk)
@@ -273,18 +273,14 @@ def _step_back(
     row = ((b * heads + h) * chunks + c).to(tl.int64)
     at = row[:, None] * chunk + k[None, :]
     # The gradient of the sum of what follows a position, of which `after` has what precedes it.
-    grad = tl.zeros([HEADS, CHUNK], tl.float32)
-    for tile in tl.static_range(BEFORE):
-        grad += tl.load(before + at * BEFORE + tile, mask=there, other=0.0)
+    grad = tl.load(before + at, mask=there, other=0.0)
     for side in tl.static_range(SIDES):
         part = sums + (row * SIDES + side)[:, None] * chunk + k[None, :]
         grad += tl.load(part, mask=there & (k // SIDE >= side)[None, :], other=0.0)
         grad -= tl.load(part + columns_at, mask=there & (k // SIDE <= side)[None, :], other=0.0)
     last = tl.load(between + row, mask=head_there, other=0.0)
     grad += tl.where((k == chunk - 1)[None, :], last[:, None], 0.0)
-    follows = tl.zeros([HEADS, CHUNK], tl.float32)
-    for tile in tl.static_range(AFTER):
-        follows += tl.load(after + at * AFTER + tile, mask=there, other=0.0)
+    follows = tl.load(after + at, mask=there, other=0.0)
     grad = tl.cumsum(grad, 1, reverse=True) + tl.cumsum(follows, 1)
 
     start = (c * chunk).to(tl.int64)
@@ -319,8 +315,8 @@ def step_back(
 
     Args:
         sums: of `scores_back`.
-        before: the gradient of `decay` from the state before the chunk, (b, h, c, k, tiles to add).
-        after: what the position before gave to the state after the chunk, (b, h, c, k, tiles to add).
+        before: the gradient of `decay` from the state before the chunk, (b, h, c, k).
+        after: what the position before gave to the state after the chunk, (b, h, c, k).
         between: the gradient of a chunk's whole decay, from state to state, (b, h, c).
         step_grad: the gradient of `step` where it is a factor, (b, h, c, k).
         raw, out: (b, l, h), whose heads lie side by side.
@@ -353,8 +349,6 @@ def step_back(
         batch * chunks * heads,
         min(SIDE, max(16, triton.next_power_of_2(chunk))),
         sides,
-        before.shape[-1],
-        after.shape[-1],
         triton.next_power_of_2(chunk),
         block,
         num_warps=STEP_WARPS,
