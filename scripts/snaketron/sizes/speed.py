@@ -18,7 +18,7 @@ class Measured(NamedTuple):
 # Megatron Bridge's own measurements. The H200 is an exception: no training on several nodes is published.
 MEASURED = {
     "h100": Measured(236.3, "Super in bf16 on 64 H100, TP 1 PP 2 EP 32, 4K, real data and routing"),
-    "h200": Measured(447.0, "a slice of Super in bf16 on one H200, 4K, no exchange: an upper bound"),
+    "h200": Measured(542.0, "a slice of Super in bf16 on one H200, 4K, no exchange: an upper bound"),
     "b200": Measured(542.0, "Super in MXFP8 on 64 B200, balanced routing"),
     "gb200": Measured(600.0, "Super in MXFP8 on 64 GB200, TP 2 EP 64, balanced routing"),
     "gb300": Measured(864.0, "Super in NVFP4 on 64 GB300, EP 64, balanced routing"),
