@@ -298,7 +298,7 @@ def test_adam_is_the_formula_in_double_precision():
 
 
 def test_the_norm_of_gradients_is_that_in_double_precision():
-    """Tensors longer and shorter than a block, of which one begins at no multiple of 16 bytes."""
+    """Tensors longer and shorter than a block; the second begins at no multiple of 16 bytes."""
     from snaketron.model.megatron import adam
 
     torch.manual_seed(0)

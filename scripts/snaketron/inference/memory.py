@@ -191,7 +191,7 @@ class Mamba:
         """What `_read` gives for a token, (rows, what in_proj gives) to (rows, inner size), by two kernels.
 
         They read and write the state, 134 MB a layer for 64 rows of Nano, once. The plain step takes some 20
-        kernels, of which five pass over the state or over as much.
+        kernels, and five of these pass over the state or over as much.
         """
         from causal_conv1d import causal_conv1d_update
         from mamba_ssm.ops.triton.selective_state_update import selective_state_update

@@ -119,7 +119,7 @@ def layer_activations(
 
 
 def _kept_by_scan(model: Model) -> float:
-    """Of a token: the convolution's output, a state for each chunk, and two fp32 numbers for each head."""
+    """Numbers a token: the convolution's output, a state for each chunk, and two in fp32 for each head."""
     inner, conv = mamba_widths(model)
     of_steps = 2 * model.mamba_num_heads * (1 if model.precision == "fp32" else 2)
     return conv + inner * model.mamba_state_dim / CHUNK + of_steps

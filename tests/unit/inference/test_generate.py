@@ -75,7 +75,7 @@ def test_reading_in_parts_gives_the_logits_of_reading_at_once(built):
 
 
 def test_texts_that_begin_together_get_the_logits_of_each_alone(built):
-    """Texts of 7, 1 and 3 tokens begin in rows 3, 0 and 2, of which two held others; row 1 goes on."""
+    """Texts of 7, 1 and 3 tokens begin in rows 3, 0 and 2; two of these held others, and row 1 goes on."""
     texts = {3: PROMPTS[2], 0: PROMPTS[1], 2: PROMPTS[0]}
     with decoding(built, 4, 16) as decoder:
         decoder.read(1, [50, 51, 52])
@@ -111,7 +111,7 @@ def test_a_text_that_is_too_long_for_one_pass_is_read_in_pieces(built, monkeypat
 
 
 def test_texts_that_are_read_together_are_of_like_lengths(built, monkeypatch):
-    """Four rows, of which one is free first, and then begins alone because no other text waits."""
+    """Four rows; one is free first, and then begins alone because no other text waits."""
     begun = []
     begin = Decoder.begin
 

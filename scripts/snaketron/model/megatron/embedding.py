@@ -60,7 +60,7 @@ def add_rows(total: Tensor, ids: Tensor, grad: Tensor) -> None:
 
 @triton.jit
 def _add_rows(ids, order, grad, total, count, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program for each occurrence of a token, of which that of the first one does the work."""
+    """A program for each occurrence of a token; the program of the first occurrence does the work."""
     first = tl.program_id(0)
     token = tl.load(ids + first)
     before = tl.load(ids + first - 1, mask=first > 0, other=-1)

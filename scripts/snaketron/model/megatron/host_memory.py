@@ -85,7 +85,7 @@ class HostMemory:
     def copy(
         self, give: Callable[[int, int], Tensor], count: int, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """A copy of `count` numbers, of which `give(begin, end)` gives some; complete after `wait`."""
+        """A copy of `count` numbers, complete after `wait`; `give(begin, end)` gives a range of them."""
         target = self.take(count, dtype)
         step = PIECE // dtype.itemsize
         for begin in range(0, count, step):

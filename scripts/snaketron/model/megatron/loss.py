@@ -20,7 +20,7 @@ from torch import Tensor
 IGNORED = -100  # the label of a row without loss, as in PyTorch
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
-# A program of `_cross_entropy` has so many warps, of which each thread takes 8 neighbouring numbers (16 bytes
+# A program of `_cross_entropy` has so many warps. Each thread takes 8 neighbouring numbers (16 bytes
 # in bf16) of so many places at a time. Two programs of this size share a processor: one computes while the
 # other waits for memory. On an H200 8,192 rows of 131,072 take 1.26 ms, where Transformer Engine's two
 # functions take 2.12 and memory alone 1.01; fourteen other sizes took 1.33 to 1.58.

@@ -272,7 +272,7 @@ def _step_back(
     inside = there & (k < left)[None, :]
     row = ((b * heads + h) * chunks + c).to(tl.int64)
     at = row[:, None] * chunk + k[None, :]
-    # The gradient of the sum of what follows a position, of which `after` has what precedes it.
+    # The gradient of `decay`, to be added up from the end of the chunk, and `after` from its start.
     grad = tl.load(before + at, mask=there, other=0.0)
     for side in tl.static_range(SIDES):
         part = sums + (row * SIDES + side)[:, None] * chunk + k[None, :]
