@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 # The positions that a program of `_group_back` has, its warps and stages.
-GROUP_SIDE, GROUP_WARPS, GROUP_STAGES = 64, 8, 2
+GROUP_SIDE, GROUP_WARPS, GROUP_STAGES = 64, 4, 3
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 SIDE, SCORES_WARPS, SCORES_STAGES = 64, 4, 3
 HEADS, STEP_WARPS = 8, 4
 # The positions that a program of `_x_back` has, and at a time reads; its warps and stages.
-X_SIDE, X_WARPS, X_STAGES = 64, 4, 2
+X_SIDE, X_WARPS, X_STAGES = 64, 4, 1
 
 
 @triton.jit
@@ -129,8 +129,8 @@ def _x_back(
     out_position, HAS_SEQUENCE: tl.constexpr, WIDE_D: tl.constexpr, SIDE: tl.constexpr, WIDTH: tl.constexpr,
     STATE: tl.constexpr,
 ):  # fmt: skip
-    side, place, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    all_heads, chunks = tl.num_programs(2), tl.cdiv(length, chunk)
+    head, side, place = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    all_heads, chunks = tl.num_programs(0), tl.cdiv(length, chunk)
     b, c, group = place // chunks, place % chunks, head // heads
     start = c * chunk
     left = tl.minimum(chunk, length - start)
@@ -220,7 +220,7 @@ def x_back(
     chunks, groups, chunk = scores.shape[1:4]
     state, side = B.shape[-1], min(X_SIDE, max(16, triton.next_power_of_2(chunk)))
     step_grad = torch.empty_like(step)
-    _x_back[(triton.cdiv(chunk, side), batch * chunks, heads)](
+    _x_back[(heads, triton.cdiv(chunk, side), batch * chunks)](
         x,
         grad,
         scores,

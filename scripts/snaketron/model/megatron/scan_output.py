@@ -12,19 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The positions that a program of `_output` has, and at a time reads; its warps and stages.
-SIDE, WARPS, STAGES = 64, 4, 2
+# The positions that a program of `_output` has, and at a time reads; its warps and stages. The heads of a
+# group follow each other, since they read the same scores.
+SIDE, READ, WARPS, STAGES = 64, 32, 4, 1
 
 
 @triton.jit
 def _output(
     x, gate, scores, step, decay, states, c_of, d_of, sequence, out, ungated, length, chunk, heads, width,
     state, x_batch, x_position, gate_batch, gate_position, c_batch, c_position, out_batch, out_position,
-    HAS_SEQUENCE: tl.constexpr, WIDE_D: tl.constexpr, SIDE: tl.constexpr, WIDTH: tl.constexpr,
-    STATE: tl.constexpr,
+    HAS_SEQUENCE: tl.constexpr, WIDE_D: tl.constexpr, SIDE: tl.constexpr, READ: tl.constexpr,
+    WIDTH: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    side, place, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    all_heads, chunks = tl.num_programs(2), tl.cdiv(length, chunk)
+    head, side, place = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    all_heads, chunks = tl.num_programs(0), tl.cdiv(length, chunk)
     b, c, group = place // chunks, place % chunks, head // heads
     start = c * chunk
     left = tl.minimum(chunk, length - start)
@@ -56,8 +57,8 @@ def _output(
     # From the earlier positions of the chunk, and the own one.
     x += b_long * x_batch + start_long * x_position + head * width
     square = scores + (place * (all_heads // heads) + group).to(tl.int64) * chunk * chunk
-    for from_j in range(0, tl.minimum((side + 1) * SIDE, left), SIDE):
-        j = from_j + tl.arange(0, SIDE)
+    for from_j in range(0, tl.minimum((side + 1) * SIDE, left), READ):
+        j = from_j + tl.arange(0, READ)
         wanted = (j[None, :] <= i[:, None]) & (i < left)[:, None]
         score = tl.load(square + i[:, None] * chunk + j[None, :], mask=wanted, other=0.0)
         decay_j = tl.load(decay + at + j, mask=j < left, other=0.0)
@@ -114,7 +115,7 @@ def output(
     chunks, groups, chunk = scores.shape[1:4]
     state, side = C.shape[-1], min(SIDE, max(16, triton.next_power_of_2(chunk)))
     out, ungated = torch.empty_like(gate), torch.empty_like(gate)
-    _output[(triton.cdiv(chunk, side), batch * chunks, heads)](
+    _output[(heads, triton.cdiv(chunk, side), batch * chunks)](
         x,
         gate,
         scores,
@@ -142,6 +143,7 @@ def output(
         sequence is not None,
         D.dim() == 2,
         side,
+        min(READ, side),
         max(16, triton.next_power_of_2(width)),
         max(16, triton.next_power_of_2(state)),
         num_warps=WARPS,
