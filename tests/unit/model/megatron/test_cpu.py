@@ -57,10 +57,18 @@ from snaketron.model.megatron.cpu import FusedAdam
 adam = FusedAdam([torch.nn.Parameter(torch.ones(2))], lr=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
 adam.zero_grad(), adam.step(), adam.load_state_dict(adam.state_dict())
 assert gc.isenabled() and gc.get_freeze_count() > 100_000
-sys.exit(" ".join({"torch._dynamo", "tensorboard", "wandb", "triton.runtime"} & set(sys.modules)) or 0)
+not_there = {"torch._dynamo", "tensorboard", "wandb", "triton.runtime", "sympy", "setuptools"}
+assert not not_there & set(sys.modules), not_there & set(sys.modules)
+from torch.distributed.tensor._ops import _tensor_ops
+assert _tensor_ops.statically_known_true(True) and "sympy" in sys.modules
+from torch.utils import cpp_extension
+assert cpp_extension.BuildExtension.__name__ and "setuptools" in sys.modules
 """
 
 
 def test_a_training_imports_no_compiler_and_no_tracker():
-    """Each takes half a second or more, in every process. Garbage is collected again after the import."""
+    """Each takes time in every process. What is left out is imported when it is called.
+
+    Garbage is collected again after the import.
+    """
     subprocess.run([sys.executable, "-c", IMPORTED], check=True)
