@@ -30,7 +30,7 @@ from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, _yaml_loader
 from lm_eval.tasks._index import Kind
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
@@ -219,7 +219,11 @@ def task_manager(name: str, directories: tuple[str, ...]) -> TaskManager:
 
 @functools.cache
 def _all_tasks(directories: tuple[str, ...]) -> TaskManager:
-    return TaskManager(include_path=list(directories) or None)
+    """Every second file that lm-eval reads is one that another includes: here each of those is read once."""
+    read = functools.cache(_yaml_loader.load_yaml)
+    included = lambda path, *, resolve_func, **_: dict(read(path, resolve_func=resolve_func))  # noqa: E731
+    with _replaced(_yaml_loader, "load_yaml", included):
+        return TaskManager(include_path=list(directories) or None)
 
 
 def run_task(
