@@ -41,6 +41,7 @@ IMPORTED = {
     "megatron": (
         *("snaketron.model", "snaketron.train.build", "snaketron.train.loop", "snaketron.train.merge"),
         *("snaketron.inference.tuning", "snaketron.train.batches", "torch.distributed.checkpoint"),
+        *("snaketron.train.sft_batches", "snaketron.inference.answers", "pyarrow.compute", "numpy.random"),
     ),
 }
 
@@ -214,6 +215,10 @@ def prepare(kind: str, *arguments: str) -> None:
     """Import what the runs need."""
     for module in IMPORTED.get(kind, ()):
         importlib.import_module(module)
+    if kind in IMPORTED:
+        from snaketron.config import load
+
+        load({}, {})  # pydantic builds what checks a configuration when it is first used
     if kind == "snakemake":
         sys.modules["snakemake.cli"].get_argument_parser()  # finds all plugins
     if kind == "pytest":
