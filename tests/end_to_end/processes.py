@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from snaketron.jobs.launch import Ranks
@@ -28,11 +28,11 @@ def shell_lines(workspace: Workspace, target: str, *config: str) -> list[str]:
     return [line.removeprefix(prefix) for line in result.output.splitlines() if line.startswith(prefix)]
 
 
-def run_forked(workspace: Workspace, line: str) -> Result:
-    """Run a training that a dry-run printed, with processes that need not import megatron-core any more.
+@contextlib.contextmanager
+def ranks_of(workspace: Workspace, line: str) -> Iterator[tuple[list[str], list[dict[str, str]]]]:
+    """The command of a training that a dry-run printed, and the environment of each of its processes.
 
-    They are those of the command's supervisor, with the environment that it would give them. Then the command
-    itself finds the training finished, and publishes it.
+    They are those that the command's supervisor would start, and need not import megatron-core any more.
     """
     script, *words = shlex.split(line)[1:]
     parser = training_parser(None)
@@ -44,13 +44,32 @@ def run_forked(workspace: Workspace, line: str) -> Result:
         with own(stage.version) as owner:
             if "merge" not in script:
                 stage.go_on()
-            environments = Ranks([script], stage.run, owner, None).environments
-            statuses, output = MEGATRON.run([script, *words], workspace.path, environments, 1200)
+            yield [script, *words], Ranks([script], stage.run, owner, None).environments
+
+
+def run_forked(workspace: Workspace, line: str) -> Result:
+    """Run the processes of a training. Then its command itself finds it finished, and publishes it."""
+    with ranks_of(workspace, line) as (command, environments):
+        statuses, output = MEGATRON.run(command, workspace.path, environments, 1200)
     if any(statuses):
         return Result(max(statuses, key=abs), output)
     result = workspace.run("bash", "-c", line)
     assert "these settings were trained before" in result.output, result.output[-3000:]
-    return result
+    return Result(result.status, output + result.output)
+
+
+def kill_forked(workspace: Workspace, line: str, reached: Callable[[], bool]) -> None:
+    """Run the processes of a training, and kill all of them as soon as `reached`, before they end."""
+    log = workspace.path / "killed.log"
+    with ranks_of(workspace, line) as (command, environments):
+        numbers = MEGATRON.start(command, workspace.path, environments, str(log))
+        try:
+            wait_for(reached, MEGATRON.ended, log)
+        finally:
+            for number in numbers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(number, signal.SIGKILL)
+            MEGATRON.statuses()
 
 
 class Forked:
@@ -76,6 +95,15 @@ class Forked:
         return self.poll()
 
 
+def wait_for(reached: Callable[[], bool], ended: Callable[[], bool], log: Path) -> None:
+    """Wait for a moment, which comes before the end."""
+    deadline = time.monotonic() + 900
+    while not reached():
+        assert not ended(), f"ended before the moment came:\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, f"the moment never came:\n{log.read_text()[-3000:]}"
+        time.sleep(0.002)
+
+
 def run_until(
     workspace: Workspace,
     command: list[str],
@@ -98,13 +126,12 @@ def run_until(
                 command, cwd=workspace.path, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
     try:
-        deadline = time.monotonic() + 900
-        while not reached():
+        try:
+            wait_for(reached, lambda: process.poll() is not None, log)
+        except AssertionError:
             if may_end and process.poll() == 0:
                 return 0, log.read_text()
-            assert process.poll() is None, f"ended before the moment came:\n{log.read_text()[-3000:]}"
-            assert time.monotonic() < deadline, f"the moment never came:\n{log.read_text()[-3000:]}"
-            time.sleep(0.002)
+            raise
         # All at once: torchrun puts its workers in sessions of their own.
         everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for one in everyone:

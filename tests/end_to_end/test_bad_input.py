@@ -5,12 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-import signal
 from pathlib import Path
 
 from snaketron import files
 from tests.conftest import Result, Workspace
-from tests.end_to_end.processes import run_until, saved, shell_lines
+from tests.end_to_end.processes import kill_forked, run_forked, saved, shell_lines
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -258,7 +257,7 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_the_one_before_it(cop
     config = "pretrain={save_interval: 2}"
     (copy.path / "ckpt").rename(copy.path / "undisturbed")
     line = line_for(copy, "ckpt/pretrain/broad", config)
-    run_until(copy, ["bash", "-c", line], saved(copy.path / "ckpt", 2), signal.SIGKILL)
+    kill_forked(copy, line, saved(copy.path / "ckpt", 2))
     (version,) = (copy.path / "ckpt/versions").iterdir()
     complete = int((version / "latest_checkpointed_iteration.txt").read_text())
     result = run(copy, line, limit_kib=2000)
@@ -266,7 +265,7 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_the_one_before_it(cop
     refused(result, f"error: {directory}: the checkpoint cannot be written")
     assert int((version / "latest_checkpointed_iteration.txt").read_text()) == complete
     assert not (copy.path / "ckpt/pretrain/broad").exists() and not partials(copy)
-    again = run(copy, line)
+    again = run_forked(copy, line)
     assert again.status == 0, again.output[-3000:]
     assert f"continues after step {complete}" in (version / "train.log").read_text()
     found, expected = (

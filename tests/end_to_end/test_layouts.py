@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 from tests.conftest import Workspace, copy_of
-from tests.end_to_end.processes import newest, run_forked, run_until, saved, shell_lines
+from tests.end_to_end.processes import kill_forked, newest, run_forked, saved, shell_lines
 
 import pytest
 import yaml
@@ -73,10 +72,6 @@ def line(workspace: Workspace, layout: str) -> str:
     return found
 
 
-def command(workspace: Workspace, layout: str) -> list[str]:
-    return ["bash", "-c", line(workspace, layout)]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_give_the_losses_of_one(fresh: Workspace, layout: str):
     result = run_forked(fresh, line(fresh, layout))
@@ -91,9 +86,9 @@ def test_two_processes_give_the_losses_of_one(fresh: Workspace, layout: str):
 def test_a_checkpoint_of_one_layout_continues_in_others(fresh: Workspace):
     """To step 4 under TP, to 8 under PP and to the end under EP with DP: the losses of one process."""
     for layout, iteration in (("tp", 4), ("pp", 8)):
-        run_until(fresh, command(fresh, layout), saved(fresh.path / "ckpt", iteration), signal.SIGKILL)
+        kill_forked(fresh, line(fresh, layout), saved(fresh.path / "ckpt", iteration))
     left = newest(fresh.path / "ckpt", "pretrain_broad-*")
-    result = fresh.run(*command(fresh, "ep"))
+    result = run_forked(fresh, line(fresh, "ep"))
     assert result.status == 0, result.output[-3000:]
     assert left >= 8 and f"continues after step {left}" in result.output
     difference = worst(losses(fresh.path / TARGET), losses(fresh.path / "single/pretrain/broad"))

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from snaketron.lineage.record import read
 from tests.conftest import Workspace, copy_of
-from tests.end_to_end.processes import exists, newest, run_forked, run_until, saved, shell_lines
+from tests.end_to_end.processes import (
+    exists,
+    kill_forked,
+    newest,
+    run_forked,
+    run_until,
+    saved,
+    shell_lines,
+)
 from tests.end_to_end.test_kill import half_written, metrics, weights
 from tests.end_to_end.test_layouts import losses, worst
 
@@ -57,11 +65,11 @@ def again(tuned: Workspace, tmp_path: Path) -> Workspace:
     return copy
 
 
-def commands(workspace: Workspace, layout: str) -> list[list[str]]:
+def commands(workspace: Workspace, layout: str) -> list[str]:
     """The commands of lora.py and merge_lora.py in a layout."""
     lines = shell_lines(workspace, "ckpt/lora_merged", config(layout))
     assert [line.split()[1] for line in lines] == ["scripts/lora.py", "scripts/merge_lora.py"]
-    return [["bash", "-c", line] for line in lines]
+    return lines
 
 
 def norms(checkpoint: Path) -> list[float]:
@@ -107,7 +115,7 @@ def test_merging_keeps_the_loss(tuned: Workspace):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_give_the_adapters_and_the_merged_model_of_one(again: Workspace, layout: str):
-    for _, _, line in commands(again, LAYOUTS[layout]):
+    for line in commands(again, LAYOUTS[layout]):
         result = run_forked(again, line)
         assert result.status == 0, result.output[-3000:]
     single, ckpt = again.path / "single", again.path / "ckpt"
@@ -123,11 +131,11 @@ def test_two_processes_give_the_adapters_and_the_merged_model_of_one(again: Work
 def test_a_checkpoint_of_one_layout_continues_in_others(again: Workspace):
     """To step 4 under TP, to 8 under PP, to the end under EP with DP: the losses of one process."""
     for layout, iteration in (("tp", 4), ("pp", 8)):
-        command, _ = commands(again, LAYOUTS[layout])
-        run_until(again, command, saved(again.path / "ckpt", iteration, "lora-*"), signal.SIGKILL)
-    command, _ = commands(again, LAYOUTS["ep"])
+        line, _ = commands(again, LAYOUTS[layout])
+        kill_forked(again, line, saved(again.path / "ckpt", iteration, "lora-*"))
+    line, _ = commands(again, LAYOUTS["ep"])
     left = newest(again.path / "ckpt", "lora-*")
-    result = again.run(*command)
+    result = run_forked(again, line)
     assert result.status == 0, result.output[-3000:]
     assert left >= 8 and f"continues after step {left}" in result.output
     difference = worst(losses(again.path / "ckpt/lora"), losses(again.path / "single/lora"))
@@ -158,7 +166,7 @@ def test_the_merged_checkpoint_is_a_base_and_the_adapters_are_none(tuned: Worksp
     copy = copy_of(tuned, tmp_path / "work")
     line = next(line for line in shell_lines(copy, "ckpt/sft", "sft={train_iters: 3}") if "sft.py" in line)
     from_merged = line.replace("--base ckpt/pretrain/focused", "--base ckpt/lora_merged")
-    result = copy.run("bash", "-c", from_merged)
+    result = run_forked(copy, from_merged)
     assert result.status == 0, result.output[-3000:]
     first, *_ = valid_losses(copy.path / "ckpt/sft")
     assert first == pytest.approx(valid_losses(copy.path / "ckpt/lora_merged")[-1], abs=1e-6)
