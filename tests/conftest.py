@@ -297,6 +297,16 @@ def copy_of(workspace: Workspace, path: Path) -> Workspace:
 
 
 @pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that is removed after all tests, and not after its own as that of pytest.
+
+    To make a file, ext4 steps over each one that was removed in the minutes before. Copying the finished run
+    took up to 0.4 s of CPU beside tests that removed theirs; it takes 0.04 s.
+    """
+    return tmp_path_factory.mktemp(re.sub(r"\W", "_", request.node.name)[:30])
+
+
+@pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     """An empty working directory."""
     return make_workspace(tmp_path / "work")
