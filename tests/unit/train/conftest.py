@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -59,6 +60,12 @@ def seed():
     MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
     MTPLossLoggingHelper.tracker.clear()
     destroy_moe_metrics_tracker()
+
+
+@pytest.fixture(autouse=True)
+def garbage():
+    """megatron-core collects garbage twice a save: for a quarter of the time, among what other tests left."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
