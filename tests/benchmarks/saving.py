@@ -57,21 +57,21 @@ def measure(directory: Path, model: dict[str, Any], *, background: bool) -> None
         trainer.saver.prepare(trainer.optimizer)
         batches = RandomBatches(4, settings.model.mtp_num_layers)
         stalls, written = [], []
-        with loop.long_lived():
-            for _ in range(2):
-                for _ in range(STEPS):
-                    trainer._step(batches)
-                began = time.monotonic()
-                trainer.save(directory)
-                stalls.append(time.monotonic() - began)
-                while True:
-                    before = time.monotonic()
-                    done = trainer.saver.finish(wait=False)
-                    stalls[-1] += time.monotonic() - before
-                    if done:
-                        break
-                    trainer._step(batches)
-                written.append(time.monotonic() - began)
+        loop.freeze()
+        for _ in range(2):
+            for _ in range(STEPS):
+                trainer._step(batches)
+            began = time.monotonic()
+            trainer.save(directory)
+            stalls.append(time.monotonic() - began)
+            while True:
+                before = time.monotonic()
+                done = trainer.saver.finish(wait=False)
+                stalls[-1] += time.monotonic() - before
+                if done:
+                    break
+                trainer._step(batches)
+            written.append(time.monotonic() - began)
         began = time.monotonic()
         trainer.resume(directory)
         read = time.monotonic() - began
