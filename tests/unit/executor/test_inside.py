@@ -27,3 +27,23 @@ def test_it_is_snakemake_without_pandas_numpy_and_requests_until_something_asks_
     assert late == "False False False ['snakemake', '--version']"
     assert asked == "2.0 True 2.0" and "https://" in adapters
     assert used == "True True True"
+
+
+def test_a_record_of_a_job_is_that_of_snakemake():
+    """Its fields, their defaults and what is written of one, with SQLAlchemy and without."""
+    script = (
+        "import sys; from snaketron.executor import inside\n"
+        "if sys.argv[1] == 'inside': sys.modules.update(inside.without_database())\n"
+        "from snakemake import api; from snakemake.persistence import MetadataRecord as Record\n"
+        "made = Record(rule='sft', input=['a', 'b'], starttime=1.5)\n"
+        "print({name: str(field.annotation) for name, field in Record.model_fields.items()})\n"
+        "again = Record.model_validate(made.model_dump())\n"
+        "print(Record().model_dump(), made.model_dump_json(), again == made)\n"
+        "print('sqlalchemy.orm' in sys.modules)"
+    )
+    plain, inside = (
+        subprocess.check_output([sys.executable, "-c", script, which], text=True).splitlines()
+        for which in ("plain", "inside")
+    )
+    assert inside[:2] == plain[:2] and "'sft'" not in inside[0] and '"rule":"sft"' in inside[1]
+    assert (plain[2], inside[2]) == ("True", "False")
