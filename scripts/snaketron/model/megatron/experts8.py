@@ -6,8 +6,8 @@ on the GPU. Products that give the gradients of weights stay in bf16: they would
 in fp8 too.
 """
 
-# Triton gives the parameters of a kernel their types when it compiles it.
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# Triton gives the parameters of a kernel their types when it compiles it, and a tuple may grow in a kernel.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,assignment"
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -23,6 +23,10 @@ LARGEST = tl.constexpr(448.0)  # of e4m3
 # Tiles of `product`, in which an H200 reached 900 to 1,100 TFLOP/s with the widths of Nemotron 3.
 ROWS, COLUMNS, INNER = 128, 256, 128
 WIDEST = 16384  # a row is kept in registers
+# Numbers of a row that a program rounds at a time, and its warps; the rows and columns of a weight that it
+# transposes at a time.
+PART, WARPS = 1024, 4
+BLOCK_OUT, BLOCK_IN = 128, 64
 
 
 class Rounded(NamedTuple):
@@ -40,69 +44,93 @@ def fits(weights: Tensor) -> bool:
 
 
 @triton.jit
-def _scale(values, axis: tl.constexpr):
-    return tl.maximum(tl.max(tl.abs(values), axis), 1e-30) / LARGEST
+def _scale(largest):
+    return tl.maximum(largest, 1e-30) / LARGEST
 
 
 @triton.jit
-def _round_rows(source, out, scales, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    mask = at < columns
-    x = tl.load(source + row * columns + at, mask=mask, other=0.0).to(tl.float32)
-    scale = _scale(x, 0)
-    tl.store(out + row * columns + at, (x / scale).to(out.dtype.element_ty), mask=mask)
+def _store_rounded(row, largest, kept, out, scales, columns, PART: tl.constexpr, PARTS: tl.constexpr):
+    """Store a row in fp8, of which `kept` has the parts and `largest` the largest numbers of all of them."""
+    scale = _scale(tl.max(largest, 0))
     tl.store(scales + row, scale)
+    for i in tl.static_range(PARTS):
+        at = i * PART + tl.arange(0, PART)
+        tl.store(
+            out + row * columns + at, (kept[i] * (1 / scale)).to(out.dtype.element_ty), mask=at < columns
+        )
 
 
 @triton.jit
-def _activate(hidden, probs, out, scales, columns, BLOCK: tl.constexpr):
+def _round_rows(source, out, scales, columns, PART: tl.constexpr, PARTS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    mask = at < columns
-    relu = tl.maximum(tl.load(hidden + row * columns + at, mask=mask, other=0.0).to(tl.float32), 0.0)
-    x = relu * relu * tl.load(probs + row).to(tl.float32)
-    scale = _scale(x, 0)
-    tl.store(out + row * columns + at, (x / scale).to(out.dtype.element_ty), mask=mask)
-    tl.store(scales + row, scale)
+    largest = tl.zeros([PART], tl.float32)
+    kept = ()
+    for i in tl.static_range(PARTS):
+        at = i * PART + tl.arange(0, PART)
+        x = tl.load(source + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+        kept += (x,)
+    _store_rounded(row, largest, kept, out, scales, columns, PART, PARTS)
 
 
 @triton.jit
-def _activate_back(hidden, probs, grad, out, grad_probs, rounded, scales, columns, BLOCK: tl.constexpr):
+def _activate(hidden, probs, out, scales, columns, PART: tl.constexpr, PARTS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    mask = at < columns
     p = tl.load(probs + row).to(tl.float32)
-    relu = tl.maximum(tl.load(hidden + row * columns + at, mask=mask, other=0.0).to(tl.float32), 0.0)
-    g = tl.load(grad + row * columns + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * columns + at, relu * relu * p, mask=mask)
-    tl.store(grad_probs + row, tl.sum(relu * relu * g))
-    x = 2 * relu * g * p
-    scale = _scale(x, 0)
-    tl.store(grad + row * columns + at, x, mask=mask)
-    tl.store(rounded + row * columns + at, (x / scale).to(rounded.dtype.element_ty), mask=mask)
-    tl.store(scales + row, scale)
+    largest = tl.zeros([PART], tl.float32)
+    kept = ()
+    for i in tl.static_range(PARTS):
+        at = i * PART + tl.arange(0, PART)
+        relu = tl.load(hidden + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)
+        relu = tl.maximum(relu, 0.0)
+        x = relu * relu * p
+        largest = tl.maximum(largest, tl.abs(x))
+        kept += (x,)
+    _store_rounded(row, largest, kept, out, scales, columns, PART, PARTS)
+
+
+@triton.jit
+def _activate_back(
+    hidden, probs, grad, out, grad_probs, rounded, scales, columns, PART: tl.constexpr, PARTS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    p = tl.load(probs + row).to(tl.float32)
+    largest = tl.zeros([PART], tl.float32)
+    total = tl.zeros([PART], tl.float32)
+    kept = ()
+    for i in tl.static_range(PARTS):
+        at = i * PART + tl.arange(0, PART)
+        place, mask = row * columns + at, at < columns
+        relu = tl.maximum(tl.load(hidden + place, mask=mask, other=0.0).to(tl.float32), 0.0)
+        g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + place, relu * relu * p, mask=mask)
+        total += relu * relu * g
+        x = 2 * relu * g * p
+        tl.store(grad + place, x, mask=mask)
+        largest = tl.maximum(largest, tl.abs(x))
+        kept += (x,)
+    tl.store(grad_probs + row, tl.sum(total))
+    _store_rounded(row, largest, kept, rounded, scales, columns, PART, PARTS)
 
 
 @triton.jit
 def _transpose(source, out, scales, outputs, inputs, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
-    expert = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    column, expert = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN), tl.program_id(1).to(tl.int64)
     source += expert * outputs * inputs
     out += expert * outputs * inputs
-    largest = tl.zeros((BLOCK_IN,), tl.float32)
+    largest = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for start in range(0, outputs, BLOCK_OUT):
         row = start + tl.arange(0, BLOCK_OUT)
         mask = (row < outputs)[:, None] & (column < inputs)[None, :]
         x = tl.load(source + row[:, None] * inputs + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
-    scale = tl.maximum(largest, 1e-30) / LARGEST
+        largest = tl.maximum(largest, tl.abs(x))
+    scale = _scale(tl.max(largest, 0))
     tl.store(scales + expert * inputs + column, scale, mask=column < inputs)
     for start in range(0, outputs, BLOCK_OUT):
         row = start + tl.arange(0, BLOCK_OUT)
         mask = (row < outputs)[:, None] & (column < inputs)[None, :]
         x = tl.load(source + row[:, None] * inputs + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = (x / scale[None, :]).to(out.dtype.element_ty)
+        x = (x * (1 / scale)[None, :]).to(out.dtype.element_ty)
         tl.store(out + column[:, None] * outputs + row[None, :], x.T, mask=mask.T)
 
 
@@ -151,14 +179,14 @@ def _product(
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (rows, columns) in fp8, and the scale of each row."""
     out, scales = _like(x)
-    _round_rows[(len(x),)](x, out, scales, x.shape[1], _block(x), num_warps=4)
+    _round_rows[(len(x),)](x, out, scales, x.shape[1], *_parts(x), num_warps=WARPS)
     return out, scales
 
 
 def activate(hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     """`kernels.activate` in fp8, and the scale of each row."""
     out, scales = _like(hidden)
-    _activate[(len(hidden),)](hidden, probs, out, scales, hidden.shape[1], _block(hidden), num_warps=8)
+    _activate[(len(hidden),)](hidden, probs, out, scales, hidden.shape[1], *_parts(hidden), num_warps=WARPS)
     return out, scales
 
 
@@ -181,8 +209,8 @@ def activate_back(
         rounded,
         scales,
         hidden.shape[1],
-        _block(hidden),
-        num_warps=8,
+        *_parts(hidden),
+        num_warps=WARPS,
     )
     return (out, grad, grad_probs), (rounded, scales)
 
@@ -206,10 +234,17 @@ def round_weights(weights: Tensor, rounded: Rounded) -> None:
     """Fill `rounded` from weights (experts, outputs, inputs)."""
     experts, outputs, inputs = weights.shape
     _round_rows[(experts * outputs,)](
-        weights, rounded.weights, rounded.scales, inputs, _block(weights), num_warps=4
+        weights, rounded.weights, rounded.scales, inputs, *_parts(weights), num_warps=WARPS
     )
-    _transpose[(experts, triton.cdiv(inputs, 64))](
-        weights, rounded.transposed, rounded.transposed_scales, outputs, inputs, 128, 64, num_warps=8
+    _transpose[(triton.cdiv(inputs, BLOCK_IN), experts)](
+        weights,
+        rounded.transposed,
+        rounded.transposed_scales,
+        outputs,
+        inputs,
+        BLOCK_OUT,
+        BLOCK_IN,
+        num_warps=WARPS,
     )
 
 
@@ -257,5 +292,7 @@ def _like(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape, dtype=FP8, device=x.device), torch.empty(len(x), device=x.device)
 
 
-def _block(x: Tensor) -> int:
-    return triton.next_power_of_2(x.shape[-1])
+def _parts(x: Tensor) -> tuple[int, int]:
+    """How many numbers of a row are a part, and how many parts a row has."""
+    part = min(PART, triton.next_power_of_2(x.shape[-1]))
+    return part, triton.cdiv(x.shape[-1], part)
