@@ -10,7 +10,7 @@ from typing import NamedTuple
 from snaketron.config import Config, Model, Pretrain
 from snaketron.sizes.flops import training_flops
 from snaketron.sizes.gpus import GPUS
-from snaketron.sizes.measured import CARD, TABLE, points
+from snaketron.sizes.measured import CARD, HERE, TABLE, points
 from snaketron.sizes.parameters import num_active_parameters, num_parameters
 from snaketron.sizes.speed import MEASURED
 from snaketron.sizes.step import peak_bytes, tokens_per_second
@@ -108,7 +108,7 @@ def _speeds(super_model: Model) -> list[Compared]:
             point.tokens_per_second,
             tokens_per_second(point.work, GPUS[point.gpu]),
             point.source,
-            0.2,
+            0.15 if point.source == HERE else 0.35,  # others ran programs that are slower on one GPU
         )
         for point in points(super_model)
         if point.tokens_per_second

@@ -30,23 +30,25 @@ from snaketron.sizes.traffic import (
     tokens_of_process,
 )
 
-# Shares of the peaks, from the profile of a step of 65,536 tokens on an H200 (docs/measurements.md).
-PRODUCTS = 0.74  # of the bf16 peak, dense products: 725 ms
-EXPERTS = 0.58  # products of routed experts: 105 ms
-ATTENTION = 0.47  # 41 ms
-SCAN = 0.10  # Mamba's scan and convolution, its FLOPs counted as in `sizes.flops`: 165 ms
-PASSES = 13.0  # how often the bytes that a layer keeps are read or written: copies, norms, activations
-LOSS_PASSES = 4.0  # of the logits: 56 ms
+# Shares of the peaks, from the profiles of the slices of Nano and Super on an H200 (docs/measurements.md).
+PRODUCTS = 0.70  # of the bf16 peak, dense products of layers
+OUTPUT = 0.81  # those of the output layer
+EXPERTS = 0.63  # products of routed experts
+ATTENTION = 0.41
+SCAN = 0.075  # Mamba's scan and convolution, its FLOPs counted as in `sizes.flops`
+PASSES = 5.0  # how often the bytes that a layer keeps are read or written: copies, norms, activations
+LOSS_PASSES = 2.5  # of the logits
 MEMORY = 0.8  # of the memory's peak
 LAYER_ON_HOST = 6.8e-3  # seconds in which the host starts the kernels of a layer, forwards and backwards
 RECORDED_ON_HOST = 1.5e-3  # of a layer that is recorded as a CUDA graph
 CASTS_ON_HOST = 1.2  # as much more under fp8 and nvfp4
 PARTS_ON_HOST = 1.4  # as much more under tensor or context parallelism, with their exchanges
 HOST_ADAM = 0.9e-9  # seconds a parameter of an offloaded optimizer
-# How much faster products are than in bf16, with the casts of tokens and weights. nvfp4 follows Megatron
-# Bridge's number for GB300, because nothing was measured here.
-FASTER = {"fp32": 0.5, "bf16": 1.0, "nvfp4": 1.5}
-FP8 = 1.25
+# How much faster products are than in bf16: dense ones, and those of experts, whose gradients of weights stay
+# in bf16. nvfp4 follows Megatron Bridge's number for GB300, because nothing was measured here.
+FASTER = {"fp32": (0.5, 0.5), "bf16": (1.0, 1.0), "nvfp4": (1.5, 1.5)}
+FP8 = (1.85, 1.28)
+CASTS = 1.7  # as many more passes under fp8 and nvfp4, which round tokens and weights
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ def _compute(work: Work, gpu: Gpu, layer: str, in_bf16: bool) -> float:
     """Seconds of a layer for a token of one process without tensor parallelism."""
     model, recompute = work.model, work.run.recompute
     peak = gpu.flops
+    dense, of_experts = _faster(model, in_bf16)
     whole = layer_flops(model, layer, work.seq_length)
     core, share = 0.0, 1.0  # what is no dense product, and its share of the peak
     if layer == "M":
@@ -165,19 +168,20 @@ def _compute(work: Work, gpu: Gpu, layer: str, in_bf16: bool) -> float:
         core, share = 4 * model.num_attention_heads * model.kv_channels * work.seq_length / 2, ATTENTION
     elif layer == "E":
         core = 2.0 * model.moe_router_topk * expert_parameters(model)
-        share = EXPERTS * _faster(model, in_bf16)
-    products = (whole - core) / (peak * PRODUCTS * _faster(model, in_bf16)) + core / (peak * share)
+        share = EXPERTS * of_experts
+    products = (whole - core) / (peak * PRODUCTS * dense) + core / (peak * share)
     backward = 1.0 if work.frozen else 2.0
     forward = 2.0 if "layer" in recompute or (layer == "E" and "moe" in recompute) else 1.0
     if "core_attn" in recompute and layer == "*":
         forward += core / (peak * share) / products
     kept = 2 * layer_activations(model, layer, 1, [], keeps_scan=False)
-    return products * (forward + backward) + (forward + 2) / 3 * PASSES * kept / (gpu.memory_speed * MEMORY)
+    passes = (forward + 2) / 3 * PASSES * (CASTS if dense > 1 else 1.0)
+    return products * (forward + backward) + passes * kept / (gpu.memory_speed * MEMORY)
 
 
-def _faster(model: Model, in_bf16: bool) -> float:
-    """How much faster products are than in bf16."""
-    return 1.0 if in_bf16 and model.precision != "fp32" else FASTER.get(model.precision, FP8)
+def _faster(model: Model, in_bf16: bool) -> tuple[float, float]:
+    """How much faster products are than in bf16: dense ones, and those of routed experts."""
+    return FASTER["bf16"] if in_bf16 and model.precision != "fp32" else FASTER.get(model.precision, FP8)
 
 
 def _add_output(stage: _Stage, work: Work, gpu: Gpu) -> None:
@@ -185,7 +189,7 @@ def _add_output(stage: _Stage, work: Work, gpu: Gpu) -> None:
     model, parallel = work.model, work.run.parallel
     tp, tokens, hidden = parallel.tensor_model_parallel_size, tokens_of_process(work), model.hidden_size
     rows = padded_vocab_size(model, work.vocab_size, tp)
-    products = gpu.flops * PRODUCTS
+    products = gpu.flops * OUTPUT
     backward = 1.0 if work.frozen else 2.0
     head = 2 * hidden * rows * (1 + backward) / products + LOSS_PASSES * 2 * rows / (
         gpu.memory_speed * MEMORY
@@ -234,9 +238,14 @@ def _update(work: Work, gpu: Gpu, micro_batch: float) -> tuple[float, float]:
     of_expert = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     processes = parallel.world_size // parallel.pipeline_model_parallel_size
     sums = optimizer = 0.0
+    fused = work.optimizer.gradient_precision == work.optimizer.moment_precision == "bf16"
     for (dense, expert), memory, moved in zip(*sums_of_stages(work, gpu), strict=True):
         sums = max(sums, moved.seconds(gpu))
-        touched = 2 * (memory.gradients + 2 * (memory.main_weights + memory.moments) + memory.weights)
+        # One pass over all in bf16; else also division by the tokens, norm and clipping, each on its own.
+        of_gradients = 2 if fused else 6
+        touched = of_gradients * memory.gradients + 2 * (
+            memory.main_weights + memory.moments + memory.weights
+        )
         on_host = off * (dense / copies + expert * of_expert / processes) * HOST_ADAM
         optimizer = max(optimizer, touched / (gpu.memory_speed * MEMORY) + on_host)
     if parallel.world_size > gpu.domain:
