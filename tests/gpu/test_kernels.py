@@ -137,6 +137,92 @@ def test_the_scan_computes_the_same_bits_again_where_it_keeps_nothing():
         assert torch.equal(b, c) or (name.startswith("conv1d") and relative(c, b.double()) < 5e-3), name
 
 
+def states_of_recurrence(
+    x: Tensor, B: Tensor, C: Tensor, grad: Tensor, step: Tensor, decay: Tensor, sequence: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By positions: the states before chunks, and the gradients of those after chunks and of whole decays."""
+    x, B, C, grad, step, decay = (t.double() for t in (x, B, C, grad, step, decay))
+    B, C = (t.repeat_interleave(x.shape[2] // B.shape[2], 2) for t in (B, C))
+    batch, length, heads, width = x.shape
+    chunk, shift = decay.shape[-1], torch.zeros_like(decay[..., 0]).requires_grad_()
+    own = decay.diff(dim=-1, prepend=torch.zeros_like(decay[..., :1])).exp().flatten(2)
+    step, since_start = step.flatten(2), decay.exp().flatten(2)
+    state = x.new_zeros(batch, heads, width, B.shape[-1])
+    states, loss = [], x.new_zeros(())
+    for t in range(length):
+        before = sequence[:, max(t - 1, 0)]
+        if t % chunk == 0:
+            states.append(state)
+            last = before
+            state = state * shift[:, :, t // chunk, None, None].exp()
+        kept = own[:, :, t] * (sequence[:, t] == before)[:, None]
+        added = torch.einsum("bhp,bhn,bh->bhpn", x[:, t], B[:, t], step[:, :, t])
+        state = state * kept[..., None, None] + added
+        seen = since_start[:, :, t] * (sequence[:, t] == last)[:, None]
+        loss = loss + torch.einsum("bhpn,bhn,bhp,bh->", states[-1], C[:, t], grad[:, t], seen)
+    *of_states, of_decay = torch.autograd.grad(loss, [*states[1:], shift])
+    of_states.append(torch.zeros_like(state))
+    return torch.stack(states, 1).detach(), torch.stack(of_states, 1), of_decay
+
+
+@pytest.mark.parametrize(("programs", "width", "state"), [(1, 64, 128), (128, 40, 100)])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_states_and_their_gradients_are_those_of_the_recurrence(
+    dtype, packed, programs, width, state, monkeypatch
+):
+    """Four chunks, the last of 44 positions; sequences that end within a chunk, and with one."""
+    from snaketron.model.megatron import scan_states
+
+    monkeypatch.setattr(scan_states, "PROGRAMS", programs)
+    torch.manual_seed(0)
+    batch, length, heads, groups, chunk = 2, 428, 4, 2, 128
+    inner, both = heads * width, groups * state
+    given = by_length(torch.randn(batch, length, inner + 2 * both, device="cuda").to(dtype))
+    x, B, C = given.split([inner, both, both], -1)
+    x, B, C = (
+        x.unflatten(-1, (heads, width)),
+        B.unflatten(-1, (groups, state)),
+        C.unflatten(-1, (groups, state)),
+    )
+    grad = by_length(torch.randn(batch, length, heads, width, device="cuda").to(dtype))
+    step = torch.rand(batch, heads, -(-length // chunk), chunk, device="cuda")
+    step.flatten(2)[:, :, length:] = 0
+    decay = (-0.02 * step).cumsum(-1)
+    sequence = torch.zeros(batch, length, dtype=torch.int32, device="cuda")
+    if packed:
+        sequence[0, 150:], sequence[0, 400:], sequence[1, 256:] = 1, 2, 1
+
+    def compute() -> list[Tensor]:
+        numbers = sequence if packed else None
+        found = scan_states.states(x, B, step, decay, numbers)
+        return [found, *scan_states.states_back(grad, C, decay, found, numbers)]
+
+    found, exact = compute(), states_of_recurrence(x, B, C, grad, step, decay, sequence)
+    errors = [relative(a, b) for a, b in zip(found, exact, strict=True)]
+    print(dtype, [f"{e:.1e}" for e in errors])
+    assert max(errors) < (3e-3 if dtype == torch.float32 else 1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(found, compute(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "columns", "part"),
+    [
+        (128, 64, 128, (64, 64)),  # 256 programs
+        (64, 64, 128, (64, 64)),  # 128
+        (63, 64, 128, (64, 32)),  # 252, not 126
+        (8, 64, 128, (64, 16)),  # 64: a product of matrices has 16 columns or more
+        (200, 24, 40, (32, 64)),  # no larger than the state; 200
+        (200, 8, 10, (16, 16)),
+    ],
+)
+def test_a_program_has_less_of_a_state_where_there_are_few_heads(heads, rows, columns, part, monkeypatch):
+    from snaketron.model.megatron import scan_states
+
+    monkeypatch.setattr(scan_states, "PROGRAMS", 128)
+    assert scan_states.tile((64, 64), rows, columns, heads) == part
+
+
 # Largest relative errors of a norm: fp32 has 24 bits, and bf16 has 8, which rounds to 1.7e-3.
 NORM = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
 

@@ -1,6 +1,7 @@
 """Convolution, scan and gate of a Mamba-2 layer on a GPU.
 
-The kernels are those of `scan_output`, `scan_kernels` and `scan_groups`, of mamba-ssm and of causal-conv1d.
+The kernels are those of `scan_states`, `scan_output`, `scan_kernels` and `scan_groups`, of mamba-ssm and of
+causal-conv1d.
 
 mamba-ssm's own function computes in its backward pass again what the forward pass had: the convolution, the
 states of chunks and their sums. This one keeps them.
@@ -10,14 +11,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from snaketron.model.megatron import scan_groups, scan_kernels, scan_output
+from snaketron.model.megatron import scan_groups, scan_kernels, scan_output, scan_states
 
 import torch
 from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
 from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_fwd
-from mamba_ssm.ops.triton.ssd_chunk_scan import _chunk_scan_bwd_dstates, _chunk_scan_bwd_dz
-from mamba_ssm.ops.triton.ssd_chunk_state import _chunk_cumsum_fwd, _chunk_state_fwd
-from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_bwd, _state_passing_fwd
+from mamba_ssm.ops.triton.ssd_chunk_scan import _chunk_scan_bwd_dz
+from mamba_ssm.ops.triton.ssd_chunk_state import _chunk_cumsum_fwd
 from torch import Tensor
 
 
@@ -63,19 +63,11 @@ def _compute(
     _, given, dt = sizes.parts(zxbcdt)
     convolved = causal_conv1d_fwd_function(given.transpose(1, 2), weight, bias, sequence, None, None, True)
     xbc = convolved.transpose(1, 2)
-    x, b, c = sizes.of_convolution(xbc)
+    x, b, _ = sizes.of_convolution(xbc)
     decay, step = _chunk_cumsum_fwd(dt, rate, sizes.chunk, dt_bias=dt_bias, dt_softplus=True)
-    added = _chunk_state_fwd(b, x, step, decay, seq_idx=sequence, states_in_fp32=True)
     # In the type of the model; mamba-ssm's backward pass has them in fp32, which matters for the gradient of
     # a chunk's whole decay alone.
-    states, _ = _state_passing_fwd(
-        added.flatten(-2),
-        decay[..., -1],
-        seq_idx=sequence,
-        chunk_size=sizes.chunk,
-        out_dtype=c.dtype,
-    )
-    return Forward(xbc, step, decay, states.unflatten(-1, (sizes.width, sizes.state)))
+    return Forward(xbc, step, decay, scan_states.states(x, b, step, decay, sequence))
 
 
 class Scan(torch.autograd.Function):
@@ -187,22 +179,10 @@ def _scan_back(
     (x, b, c), (x_grad, b_grad, c_grad) = (sizes.of_convolution(t) for t in (found.xbc, xbc_grad))
     step, decay = found.step, found.decay
     scores = _bmm_chunk_fwd(c, b, sizes.chunk, seq_idx=sequence, output_dtype=torch.float32)
-    states_grad = _chunk_scan_bwd_dstates(c, decay, grad, seq_idx=sequence, dtype=torch.float32)
-    states_grad, between, _, states = _state_passing_bwd(
-        found.states.flatten(-2),
-        decay[..., -1],
-        states_grad.flatten(-2),
-        seq_idx=sequence,
-        has_initial_states=False,
-        dstates_dtype=x.dtype,
-        states_dtype=x.dtype,
-        chunk_size=sizes.chunk,
-    )
-    shape = (sizes.width, sizes.state)
-    states, states_grad = states.unflatten(-1, shape), states_grad.unflatten(-1, shape)
+    states_grad, between = scan_states.states_back(grad, c, decay, found.states, sequence)
     step_grad = scan_kernels.x_back(x, grad, scores, step, decay, states_grad, b, D, sequence, x_grad)
     scores_grad, sums = scan_kernels.scores_back(x, grad, scores, step, decay, sequence)
     shared = (scores_grad, step, decay, sequence)
     after = scan_groups.group_back(x, states_grad, b, c, *shared, b_grad, after=True)
-    before = scan_groups.group_back(grad, states, c, b, *shared, c_grad, after=False)
+    before = scan_groups.group_back(grad, found.states, c, b, *shared, c_grad, after=False)
     return scan_kernels.step_back(sums, before, after, between, step, step_grad, dt, dt_bias, rate, dt_grad)
