@@ -276,7 +276,7 @@ def _untuned(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def _scan_of(self: Any, zxbcdt: torch.Tensor, parameters: Any, sequence: Any) -> torch.Tensor:
     """Convolution, scan and gate, (batch, length, ...); mamba-ssm's function copies widths that are odd."""
     groups = self.cp.ngroups_local_tpcp
-    if zxbcdt.shape[-1] % 8:  # which the convolution's strides must be multiples of
+    if zxbcdt.shape[-1] % 8:  # the kernels would read its rows two bytes at a time
         from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
 
         return mamba_split_conv1d_scan_combined(

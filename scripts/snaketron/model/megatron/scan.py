@@ -1,7 +1,7 @@
 """Convolution, scan and gate of a Mamba-2 layer on a GPU.
 
-The kernels are those of `scan_states`, `scan_output`, `scan_kernels` and `scan_groups`, of mamba-ssm and of
-causal-conv1d.
+The kernels are those of `scan_convolution`, `scan_states`, `scan_output`, `scan_kernels` and `scan_groups`,
+and some of mamba-ssm.
 
 mamba-ssm's own function computes in its backward pass again what the forward pass had: the convolution, the
 states of chunks and their sums. This one keeps them.
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from snaketron.model.megatron import scan_groups, scan_kernels, scan_output, scan_states
+from snaketron.model.megatron import scan_convolution, scan_groups, scan_kernels, scan_output, scan_states
 
 import torch
-from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
 from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_fwd
 from mamba_ssm.ops.triton.ssd_chunk_scan import _chunk_scan_bwd_dz
 from mamba_ssm.ops.triton.ssd_chunk_state import _chunk_cumsum_fwd
@@ -61,8 +60,7 @@ def _compute(
     sequence: Tensor | None,
 ) -> Forward:
     _, given, dt = sizes.parts(zxbcdt)
-    convolved = causal_conv1d_fwd_function(given.transpose(1, 2), weight, bias, sequence, None, None, True)
-    xbc = convolved.transpose(1, 2)
+    xbc = scan_convolution.convolve(given, weight, bias, sequence)
     x, b, _ = sizes.of_convolution(xbc)
     decay, step = _chunk_cumsum_fwd(dt, rate, sizes.chunk, dt_bias=dt_bias, dt_softplus=True)
     # In the type of the model; mamba-ssm's backward pass has them in fp32, which matters for the gradient of
@@ -94,9 +92,9 @@ class Scan(torch.autograd.Function):
         """The gated output.
 
         Args:
-            zxbcdt: (batch, length, 2 * inner + 2 * groups * state + heads), with strides of batch and length
-                that are multiples of 8.
-            weight, bias: of the convolution, (channels, its length) and (channels,), for x, B and C.
+            zxbcdt: (batch, length, 2 * inner + 2 * groups * state + heads).
+            weight, bias: of the convolution, (channels, its length) and (channels,), for x, B and C;
+                contiguous.
             dt_bias, rate: (heads,) in fp32; rate is A.
             D: (heads,), or (heads, width) in fp32.
             sequence: of each position, int32 (batch, length); None: one in each row.
@@ -145,17 +143,8 @@ class Scan(torch.autograd.Function):
         rate_grad, dt_bias_grad = _scan_back(
             sizes, found, grad, (dt, dt_bias, rate, D, sequence), dt_grad, xbc_grad
         )
-        _, weight_grad, bias_grad, _ = causal_conv1d_bwd_function(
-            given.transpose(1, 2),
-            weight,
-            bias,
-            xbc_grad.transpose(1, 2),
-            sequence,
-            None,
-            None,
-            given_grad.transpose(1, 2),
-            False,
-            True,
+        weight_grad, bias_grad = scan_convolution.convolve_back(
+            given, weight, bias, xbc_grad, sequence, given_grad
         )
         grads = (zxbcdt_grad, weight_grad, bias_grad, dt_bias_grad, rate_grad, D_grad)
         return *grads, *[None] * 5
