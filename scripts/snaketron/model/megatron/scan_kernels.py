@@ -20,6 +20,8 @@ SIDE, SCORES_WARPS, SCORES_STAGES = 64, 4, 3
 HEADS, STEP_WARPS = 8, 4
 # The positions that a program of `_x_back` has, and at a time reads; its warps and stages.
 X_SIDE, X_WARPS, X_STAGES = 64, 4, 1
+# As in `scan_output`.
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -59,10 +61,10 @@ def _scores_back(
         g = tl.load(grads + h * width, mask=grads_there, other=0.0)
         v = tl.load(values + h * width, mask=values_there, other=0.0)
         step_j = tl.load(step + at + j, mask=j < chunk, other=0.0)
-        decay_i = tl.load(decay + at + i, mask=i < left, other=0.0)
-        decay_j = tl.load(decay + at + j, mask=j < left, other=0.0)
+        decay_i = tl.load(decay + at + i, mask=i < left, other=0.0) * LOG2E
+        decay_j = tl.load(decay + at + j, mask=j < left, other=0.0) * LOG2E
         product = tl.dot(g, v) * step_j[None, :]
-        product *= tl.exp(tl.minimum(decay_i[:, None] - decay_j[None, :], 0.0))
+        product *= tl.exp2(tl.minimum(decay_i[:, None] - decay_j[None, :], 0.0))
         total += product
         product *= before
         to = sums + at.to(tl.int64) * sides
@@ -138,10 +140,10 @@ def _x_back(
     at = ((b * all_heads + head) * chunks + c) * chunk
     b_long, start_long = b.to(tl.int64), start.to(tl.int64)
     step_j = tl.load(step + at + j, mask=j < left, other=0.0)
-    decay_j = tl.load(decay + at + j, mask=j < left, other=0.0)
+    decay_j = tl.load(decay + at + j, mask=j < left, other=0.0) * LOG2E
 
     # From the state after the chunk.
-    to_end = tl.exp(tl.minimum(tl.load(decay + at + chunk - 1) - decay_j, 0.0))
+    to_end = tl.exp2(tl.minimum(tl.load(decay + at + chunk - 1) * LOG2E - decay_j, 0.0))
     if HAS_SEQUENCE:
         first = sequence + b_long * length + start
         of_j = tl.load(first + j, mask=j < left, other=-1)
@@ -169,8 +171,8 @@ def _x_back(
         score = tl.load(
             square + i[None, :] * chunk + j[:, None], mask=wanted & (j < left)[:, None], other=0.0
         )
-        decay_i = tl.load(decay + at + i, mask=i < left, other=0.0)
-        score *= tl.exp(tl.minimum(decay_i[None, :] - decay_j[:, None], 0.0))
+        decay_i = tl.load(decay + at + i, mask=i < left, other=0.0) * LOG2E
+        score *= tl.exp2(tl.minimum(decay_i[None, :] - decay_j[:, None], 0.0))
         g = tl.load(
             grad + i[:, None] * grad_position + p[None, :],
             mask=(i < left)[:, None] & (p < width)[None, :],

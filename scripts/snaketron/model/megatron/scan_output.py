@@ -15,6 +15,8 @@ from torch import Tensor
 # The positions that a program of `_output` has, and at a time reads; its warps and stages. The heads of a
 # group follow each other, since they read the same scores.
 SIDE, READ, WARPS, STAGES = 64, 32, 4, 1
+# e^x is computed as 2^(x log2(e)): `tl.exp` has more instructions for tiny results.
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -32,10 +34,10 @@ def _output(
     i, p, n = side * SIDE + tl.arange(0, SIDE), tl.arange(0, WIDTH), tl.arange(0, STATE)
     at = ((b * all_heads + head) * chunks + c) * chunk
     b_long, start_long = b.to(tl.int64), start.to(tl.int64)
-    decay_i = tl.load(decay + at + i, mask=i < left, other=0.0)
+    decay_i = tl.load(decay + at + i, mask=i < left, other=0.0) * LOG2E
 
     # From the state before the chunk.
-    from_start = tl.exp(decay_i)
+    from_start = tl.exp2(decay_i)
     if HAS_SEQUENCE:
         first = sequence + b_long * length + start
         of_i = tl.load(first + i, mask=i < left, other=-1)
@@ -61,8 +63,8 @@ def _output(
         j = from_j + tl.arange(0, READ)
         wanted = (j[None, :] <= i[:, None]) & (i < left)[:, None]
         score = tl.load(square + i[:, None] * chunk + j[None, :], mask=wanted, other=0.0)
-        decay_j = tl.load(decay + at + j, mask=j < left, other=0.0)
-        score *= tl.exp(tl.minimum(decay_i[:, None] - decay_j[None, :], 0.0))
+        decay_j = tl.load(decay + at + j, mask=j < left, other=0.0) * LOG2E
+        score *= tl.exp2(tl.minimum(decay_i[:, None] - decay_j[None, :], 0.0))
         score *= tl.load(step + at + j, mask=j < left, other=0.0)[None, :]
         value = tl.load(
             x + j[:, None] * x_position + p[None, :],
