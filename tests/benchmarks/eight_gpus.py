@@ -118,7 +118,8 @@ def large(name: str, model: dict[str, Any], parallel: str, micro_batches: int = 
     """A training of 8,192 tokens a sequence, that recomputes no more than its memory asks for."""
     groups = sizes(parallel)
     batch = micro_batches * groups.get("data_parallel_size", 1)
-    keys = {"optimizer": BF16_STATE, "length": 8192, "steps": 40, "stop_after": 12} | keys
+    optimizer = BF16_STATE | {"learning_rate": 1e-4, "min_learning_rate": 1e-5}  # as there is no warm-up
+    keys = {"optimizer": optimizer, "length": 8192, "steps": 40, "stop_after": 12} | keys
     made = Training(name, model, groups, batch=batch, **keys)
     for recompute in ([], ["moe"], ["layer"]):
         made = dataclasses.replace(made, run=keys.get("run", {}) | {"recompute": recompute})

@@ -210,10 +210,12 @@ def end(
         time.sleep(0.5)
     if process.returncode is not None:
         return process.returncode
-    for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+    started = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in started:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.send_signal(signal.SIGKILL)
     process.wait()
+    psutil.wait_procs(started, timeout=30)  # until then they have the memory of their GPUs
     return 0 if done else None
 
 

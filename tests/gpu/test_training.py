@@ -82,8 +82,12 @@ def train(directory: Path, *, gpus: int, environment: dict[str, str] | None = No
 
 def one_gpu(started: Any) -> dict[str, str]:
     """An environment in which the next of several small trainings sees one of the GPUs."""
-    there = max(1, torch.cuda.device_count())
-    return {"CUDA_VISIBLE_DEVICES": str(len(started) % there)} if torch.cuda.is_available() else {}
+    if not torch.cuda.is_available():
+        return {}
+    there = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if there == [""]:
+        there = [str(i) for i in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": there[len(started) % len(there)]}
 
 
 class Runs:
