@@ -80,6 +80,7 @@ class Mamba:
         self.scores = _random(1, chunks, g, CHUNK, CHUNK, dtype=fp32)
         self.scores_grad = _random(1, chunks, g, CHUNK, CHUNK).tril()
         self.states, self.states_grad = (_random(1, chunks, h, p, n) for _ in range(2))
+        self.states[:, 0] = 0
 
     @cached_property
     def of_step(self) -> Any:
