@@ -91,9 +91,9 @@ def _ones(*values: int) -> list[tuple[int, ...]]:
     return [(value,) for value in values]
 
 
-def _convolutions(stages: Sequence[int], stretches: Sequence[int]) -> list[tuple[int, ...]]:
-    tried = itertools.product(stages, ((256, 2), (128, 1), (512, 4), (256, 4)), (8, 4), stretches)
-    return [(channels, stretch, rows, warps, stage) for stage, (channels, warps), rows, stretch in tried]
+def _convolutions(*stretches: int) -> list[tuple[int, ...]]:
+    tried = itertools.product(((256, 2), (128, 1), (512, 4), (256, 4)), (8, 4), stretches)
+    return [(channels, stretch, rows, warps, 1) for (channels, warps), rows, stretch in tried]
 
 
 ROUNDING = ("round_rows", "activate", "activate_back", "round_weights")
@@ -116,8 +116,8 @@ SIZES = {
         SIDES, _ones(3, 2, 1, 4))),
     "convolve_back": Sizes(
         scan_convolution, tuple(f"BACK_{name}" for name in CONVOLUTION), ("convolve_back",),
-        _convolutions((1, 2), (128, 64, 256))),
-    "convolve": Sizes(scan_convolution, CONVOLUTION, ("convolve",), _convolutions((1, 2), (128, 64, 32))),
+        _convolutions(128, 64, 256)),
+    "convolve": Sizes(scan_convolution, CONVOLUTION, ("convolve",), _convolutions(128, 64, 32)),
     "step_back": Sizes(scan_kernels, ("HEADS", "STEP_WARPS"), ("step_back",), _tried(
         _ones(8, 4, 16, 2), _ones(4, 2, 8))),
     "rounding": Sizes(experts8, ("PART", "WARPS"), ROUNDING, [
@@ -137,7 +137,7 @@ def time_of(function: Function, milliseconds: int = 10) -> float:
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     pairs = [(a.float(), b.float()) for a, b in zip(found, expected, strict=False)]
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    return float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max())
 
 
 def size(tensors: Sequence[Tensor]) -> int:
@@ -191,9 +191,11 @@ def chosen(sizes: Sizes, values: tuple[Any, ...]) -> Iterator[None]:
         sizes.choose(before)
 
 
-def compile_part(names: Sequence[str], part: int, parts: int, done: Any) -> None:
+def compile_part(names: Sequence[str], part: int, parts: int, done: Any, parent: int) -> None:
     """Compile every `parts`-th task by a call on short rows; `done` tells which are."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it has ended before that
+        return
     cases = kernels(SHORT)
     for i, (name, values) in list(enumerate(tasks(names)))[part::parts]:
         sizes = SIZES[name]
@@ -205,12 +207,12 @@ def compile_part(names: Sequence[str], part: int, parts: int, done: Any) -> None
 
 
 def compiled(names: Sequence[str], jobs: int, until: float) -> dict[str, list[tuple[Any, ...]]]:
-    """The sizes that were compiled in time."""
+    """The sizes that were compiled in time, after the present ones."""
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
     every = tasks(names)
     done = RawArray("b", len(every))
     children = [
-        context.Process(target=compile_part, args=(names, part, jobs, done), daemon=True)
+        context.Process(target=compile_part, args=(names, part, jobs, done, os.getpid()), daemon=True)
         for part in range(jobs)
     ]
     try:
@@ -222,8 +224,10 @@ def compiled(names: Sequence[str], jobs: int, until: float) -> dict[str, list[tu
         for child in children:
             child.kill()
     print(f"{sum(done)} of {len(every)} sizes are compiled", flush=True)
+    there = [task for task, is_there in zip(every, done, strict=True) if is_there]
     return {
-        name: [v for (n, v), there in zip(every, done, strict=True) if n == name and there] for name in names
+        name: [v for v in SIZES[name].all() if v == SIZES[name].present() or (name, v) in there]
+        for name in names
     }
 
 
