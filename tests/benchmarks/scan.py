@@ -25,6 +25,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.sharedctypes import RawArray
@@ -99,7 +100,6 @@ def _convolutions(*stretches: int) -> list[tuple[int, ...]]:
 ROUNDING = ("round_rows", "activate", "activate_back", "round_weights")
 CONVOLUTION = ("CHANNELS", "STRETCH", "ROWS", "WARPS", "STAGES")
 STATES = ("TILE", "WARPS", "STAGES", "READ")
-SIDES = [(64, 4), (128, 8), (64, 8), (32, 4)]
 # fmt: off
 SIZES = {
     "states": Sizes(scan_states, STATES, ("states",), _tried(
@@ -109,11 +109,11 @@ SIZES = {
     "output": Sizes(scan_output, ("SIDE", "WARPS", "READ", "STAGES"), ("output",), _tried(
         [(64, 4), (128, 8), (128, 4)], _ones(32, 64), _ones(1, 2, 3))),
     "x_back": Sizes(scan_kernels, ("X_SIDE", "X_WARPS", "X_STAGES"), ("x_back",), _tried(
-        SIDES, _ones(1, 2, 3))),
+        [(64, 4), (128, 8), (64, 8), (32, 4)], _ones(1, 2, 3))),
     "scores_back": Sizes(scan_kernels, ("SIDE", "SCORES_WARPS", "SCORES_STAGES"), ("scores_back",), _tried(
-        SIDES, _ones(3, 2, 1, 4))),
+        [(64, 4), (64, 8), (32, 4)], _ones(3, 2, 1, 4))),
     "group_back": Sizes(scan_groups, ("GROUP_SIDE", "GROUP_WARPS", "GROUP_STAGES"), GROUPS, _tried(
-        SIDES, _ones(3, 2, 1, 4))),
+        [(64, 4), (128, 8), (64, 8), (32, 4)], _ones(3, 2, 1))),
     "convolve_back": Sizes(
         scan_convolution, tuple(f"BACK_{name}" for name in CONVOLUTION), ("convolve_back",),
         _convolutions(128, 64, 256)),
@@ -121,7 +121,7 @@ SIZES = {
     "step_back": Sizes(scan_kernels, ("HEADS", "STEP_WARPS"), ("step_back",), _tried(
         _ones(8, 4, 16, 2), _ones(4, 2, 8))),
     "rounding": Sizes(experts8, ("PART", "WARPS"), ROUNDING, [
-        (1024, 4), (512, 2), (2048, 8), (512, 4), (1024, 8), (1024, 2), (256, 1), (256, 2), (2048, 4)]),
+        (1024, 4), (512, 2), (2048, 8), (512, 4), (1024, 8), (1024, 2), (256, 2), (2048, 4)]),
     "transpose": Sizes(experts8, ("BLOCK_OUT", "BLOCK_IN"), ("round_weights",), [
         (128, 64), (64, 64), (64, 128), (128, 32), (256, 32), (32, 128), (128, 128), (256, 64), (64, 32)]),
 }
@@ -287,6 +287,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="that compile")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes that compile end too
     torch.manual_seed(0)
     if args.sizes is None:
         compare(args.out)
