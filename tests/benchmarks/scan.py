@@ -107,7 +107,7 @@ SIZES = {
     "states_back": Sizes(scan_states, tuple(f"BACK_{name}" for name in STATES), ("states_back",), _tried(
         [((64, 64), 4), ((64, 32), 4), ((128, 64), 8), ((64, 64), 8)], _ones(3, 2, 4), _ones(128, 64))),
     "output": Sizes(scan_output, ("SIDE", "WARPS", "READ", "STAGES"), ("output",), _tried(
-        [(64, 4), (128, 8), (128, 4)], _ones(32, 64), _ones(1, 2, 3))),
+        [(64, 4, 32), (128, 8, 32), (64, 4, 64), (128, 8, 64), (128, 4, 32)], _ones(1, 2, 3))),
     "x_back": Sizes(scan_kernels, ("X_SIDE", "X_WARPS", "X_STAGES"), ("x_back",), _tried(
         [(64, 4), (128, 8), (64, 8), (32, 4)], _ones(1, 2, 3))),
     "scores_back": Sizes(scan_kernels, ("SIDE", "SCORES_WARPS", "SCORES_STAGES"), ("scores_back",), _tried(
