@@ -85,11 +85,13 @@ def _records(data: bytes) -> Iterator[bytes]:
     """The records of a LevelDB log, whose blocks hold pieces of (checksum, length, kind, bytes)."""
     assert data.startswith(b":W&B")
     position, record = 7, b""
-    while position + 7 <= len(data):  # the last record may be half written
+    while position + 7 <= len(data):
         if BLOCK - position % BLOCK < 7:
             position += BLOCK - position % BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
+        if position + 7 + length > len(data):
+            return  # the last record is half written
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in LAST_OF_RECORD:

@@ -91,10 +91,12 @@ def weathered(
         slurm.start_node("node2")
         ranks = disturbed.wait_for(5, attempt=2)
         said = (disturbed.version / "train.log").read_text()
-        while not any(disturbed.version.glob(".iter_0000008.*.partial/*")):
-            ranks[0].resume()
-            time.sleep(0.005)  # a write is short
-            ranks[0].suspend()
+        # A write is short, and its first file is there for less of it than its directory.
+        for begun, seconds in ((".iter_0000008.*.partial", 0.005), (".iter_0000008.*.partial/*", 0.001)):
+            while not any(disturbed.version.glob(begun)):
+                ranks[0].resume()
+                time.sleep(seconds)
+                ranks[0].suspend()
         slurm.scontrol("requeue", str(disturbed.job.id))
         assert running.result().status == 0
     assert len(disturbed.attempts) == 3
