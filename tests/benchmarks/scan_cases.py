@@ -257,7 +257,7 @@ class Experts:
         }
 
     def plain(self) -> dict[str, Function]:
-        """The same in plain PyTorch."""
+        """What the kernels compute, in plain PyTorch."""
 
         def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
             scales = x.abs().amax(-1) / experts8.LARGEST.value

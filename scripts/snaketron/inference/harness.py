@@ -221,7 +221,10 @@ def task_manager(name: str, directories: tuple[str, ...]) -> TaskManager:
 def _all_tasks(directories: tuple[str, ...]) -> TaskManager:
     """Every second file that lm-eval reads is one that another includes: here each of those is read once."""
     read = functools.cache(_yaml_loader.load_yaml)
-    included = lambda path, *, resolve_func, **_: dict(read(path, resolve_func=resolve_func))  # noqa: E731
+
+    def included(path: Any, *, resolve_func: bool, **_: Any) -> dict[str, Any]:
+        return dict(read(path, resolve_func=resolve_func))
+
     with _replaced(_yaml_loader, "load_yaml", included):
         return TaskManager(include_path=list(directories) or None)
 

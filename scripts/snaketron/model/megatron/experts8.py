@@ -50,7 +50,7 @@ def _scale(largest):
 
 @triton.jit
 def _store_rounded(row, largest, kept, out, scales, columns, PART: tl.constexpr, PARTS: tl.constexpr):
-    """Store a row in fp8, of which `kept` has the parts and `largest` the largest numbers of all of them."""
+    """Store a row in fp8: `kept` has its parts, `largest` the largest number of all parts at each place."""
     scale = _scale(tl.max(largest, 0))
     tl.store(scales + row, scale)
     for i in tl.static_range(PARTS):

@@ -23,7 +23,7 @@ from torch import Tensor
 # The channels and positions of a program of `_convolve`; the positions that it reads at a time, which divide
 # them; its warps and stages.
 CHANNELS, STRETCH, ROWS, WARPS, STAGES = 256, 128, 8, 2, 1
-# The same five numbers of `_convolve_back`.
+# These five numbers of `_convolve_back`.
 BACK_CHANNELS, BACK_STRETCH, BACK_ROWS, BACK_WARPS, BACK_STAGES = 256, 128, 8, 2, 1
 # Sums of stretches and channels that a program of `_convolve_sums` holds at a time.
 ADDED_STRETCHES, ADDED_CHANNELS = 64, 32

@@ -20,7 +20,7 @@ SIDE, SCORES_WARPS, SCORES_STAGES = 64, 4, 3
 HEADS, STEP_WARPS = 8, 4
 # The positions that a program of `_x_back` has, and at a time reads; its warps and stages.
 X_SIDE, X_WARPS, X_STAGES = 64, 4, 1
-# As in `scan_output`.
+# `scan_output` says why.
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
