@@ -8,9 +8,8 @@ reads each number once. In causal-conv1d's backward pass the gradients of weight
 programs end; here they do not.
 """
 
-# Triton gives the parameters of a kernel their types when it compiles it, and joins tuples with + alone.
+# Triton gives the parameters of a kernel their types when it compiles it, and a tuple may grow in a kernel.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,assignment"
-# ruff: noqa: RUF005
 from __future__ import annotations
 
 import math
@@ -35,7 +34,7 @@ def _weights(weight, bias, channel, inside, WIDTH: tl.constexpr):
     found = ()
     for k in tl.static_range(WIDTH):
         w = tl.load(weight + channel * WIDTH + k, mask=inside, other=0.0)
-        found = found + (w.to(tl.float32),)
+        found += (w.to(tl.float32),)
     return found, tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -50,7 +49,7 @@ def _rows(at, stride, first, length, inside, COUNT: tl.constexpr):
     found = ()
     for r in tl.static_range(COUNT):
         there = (first + r >= 0) & (first + r < length)
-        found = found + (tl.load(at + r * stride, mask=inside & there, other=0.0),)
+        found += (tl.load(at + r * stride, mask=inside & there, other=0.0),)
     return found
 
 
@@ -61,7 +60,7 @@ def _sequences(sequence, first, length, HAS_SEQUENCE: tl.constexpr, COUNT: tl.co
     if HAS_SEQUENCE:
         for r in tl.static_range(COUNT):
             there = (first + r >= 0) & (first + r < length)
-            found = found + (tl.load(sequence + first + r, mask=there, other=-1),)
+            found += (tl.load(sequence + first + r, mask=there, other=-1),)
     return found
 
 
@@ -78,7 +77,7 @@ def _mixed(sequences, COUNT: tl.constexpr):
 def _fp32(rows, COUNT: tl.constexpr):
     found = ()
     for r in tl.static_range(COUNT):
-        found = found + (rows[r].to(tl.float32),)
+        found += (rows[r].to(tl.float32),)
     return found
 
 
@@ -91,7 +90,7 @@ def _of_sequence(
     if MIXED:
         found = ()
         for r in tl.static_range(COUNT):
-            found = found + (tl.where(sequences[FIRST + r] == sequences[OWN], rows[r], 0.0),)
+            found += (tl.where(sequences[FIRST + r] == sequences[OWN], rows[r], 0.0),)
     return found
 
 
@@ -122,7 +121,7 @@ def _walk(
 ):  # fmt: skip
     """Walks over the rows `xs`, and writes their convolution; it returns the last inputs."""
     for r in tl.static_range(ROWS):
-        inputs = inputs + (xs[r].to(tl.float32),)
+        inputs += (xs[r].to(tl.float32),)
         total = _sum(_of_sequence(inputs, of, r, r + WIDTH - 1, MIXED, WIDTH), weights, bias, WIDTH)
         tl.store(out + r * out_position, total * _sigmoid(total), mask=inside & (first + r < length))
         inputs = inputs[1:]
@@ -176,13 +175,14 @@ def _walk_back(
     """
     BEFORE: tl.constexpr = WIDTH - 1
     for r in tl.static_range(ROWS):
-        inputs = inputs + (xs[r].to(tl.float32),)
+        inputs += (xs[r].to(tl.float32),)
         read = _of_sequence(inputs, of, r, r + BEFORE, MIXED, WIDTH)
         own = _silu_back(_sum(read, weights, bias, WIDTH), gs[r].to(tl.float32))
         bias_grad += own
-        added, grads = (), grads + (own,)
+        grads += (own,)
+        added = ()
         for k in tl.static_range(WIDTH):
-            added = added + (weights_grad[k] + own * read[k],)
+            added += (weights_grad[k] + own * read[k],)
         weights_grad = added
         total = _sum(_of_sequence(grads, of, r, r, MIXED, WIDTH), weights[::-1], tl.zeros_like(own), WIDTH)
         there = (place + r >= 0) & (place + r < length)
@@ -221,10 +221,10 @@ def _convolve_back(
     last = _sequences(sequence, before, length, HAS_SEQUENCE, 2 * BEFORE)
     inputs, grads = _fp32(early[:BEFORE], BEFORE), ()
     for r in tl.static_range(BEFORE):
-        inputs = inputs + (early[BEFORE + r].to(tl.float32),)
+        inputs += (early[BEFORE + r].to(tl.float32),)
         read = _of_sequence(inputs, last, r, r + BEFORE, HAS_SEQUENCE, WIDTH)
         total = _sum(read, weights, own_bias, WIDTH)
-        grads = grads + (_silu_back(total, early_grad[r].to(tl.float32)),)
+        grads += (_silu_back(total, early_grad[r].to(tl.float32)),)
         inputs = inputs[1:]
     last = last[BEFORE:]
 
