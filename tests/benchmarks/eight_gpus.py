@@ -13,8 +13,9 @@
 5  checkpoints: how long a training stands still, bytes; a killed process and the first step after it
 6  step time and memory against `sizes`: of all trainings of parts 2 to 5
 
-Trainings are those of scripts/pretrain.py. What needs more GPUs or memory than there is, is listed as not
-run, with the reason, as is what there is no time for. The first weights are random, and so are routers.
+Trainings are those of scripts/pretrain.py, as many at once as have GPUs of their own. What needs more GPUs or
+memory than there is, is listed as not run, with the reason, as is what there is no time for. The first
+weights are random, and so are routers.
 Results are written after each training, below $OUT (or --out): eight_gpus.json, and a log for each.
 """
 
@@ -29,8 +30,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,9 @@ PUBLISHED = {
 }
 USABLE_GIB = GPUS["h200"].usable_gb * 1e9 / 2**30
 WRITTEN_S = 60  # for a checkpoint, at a GB a second
+# Small trainings that a GPU has at once: they mostly import and compile. The kernels of more of them, which
+# wait for other GPUs, take each other's turns: with twelve on four GPUs a first step took 90 s.
+SMALL_SEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Row:
 
     part: int
     training: Training
-    limit: float = 150
+    limit: float = 240
     like: str = ""  # the training whose losses it should have
     goes_on_from: int = 0  # steps of the training of its place
     published: str = ""
@@ -209,11 +214,13 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        write_json(self.path, self.rows)
-        print(json.dumps(row), flush=True)
+        with self.lock:
+            self.rows.append(row)
+            write_json(self.path, self.rows)
+            print(json.dumps(row), flush=True)
 
 
 def measure(row: Row, root: Path, there: int, tiny: bool, left: float) -> dict[str, Any]:
@@ -290,6 +297,29 @@ def profile(there: int, out: Path, left: float) -> dict[str, Any]:
     return {"part": 4, "name": f"kernels of {name}"} | (values or {"failed": "see its log"})
 
 
+def together(
+    chosen: list[Row], each: int, there: int, one: Callable[[Row], dict[str, Any]], results: Results
+) -> None:
+    """Train as many of the rows at once as there are seats, `each` on a GPU."""
+    seats = trainings.Seats(there, each)
+
+    def train(row: Row, gpus: list[int]) -> None:
+        try:
+            shown = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+            training = dataclasses.replace(row.training, environment=row.training.environment | shown)
+            results.add(one(dataclasses.replace(row, training=training)))
+        finally:
+            seats.give_back(gpus)
+
+    with ThreadPoolExecutor(max(1, len(chosen))) as pool:
+        started = []
+        for row in chosen:
+            gpus = [] if missing(row, there) else seats.take(row.training.gpus)
+            started.append(pool.submit(train, row, gpus))
+        for future in started:
+            future.result()
+
+
 def run(args: argparse.Namespace, results: Results) -> None:
     there = 4 if args.tiny else gpu_count()
     root, out, deadline = args.directory, args.out, time.monotonic() + args.seconds
@@ -305,16 +335,11 @@ def run(args: argparse.Namespace, results: Results) -> None:
     def one(row: Row) -> dict[str, Any]:
         return measure(row, root, there, args.tiny, deadline - time.monotonic())
 
-    # Small trainings mostly import and compile, for a minute and a half: on GPUs as many at once as there are
-    # CPUs for. Those that go on from others wait for them.
     small = [row for row in chosen if row.part == 1]
-    with ThreadPoolExecutor(1 if args.tiny else max(4, (os.cpu_count() or 4) // 4)) as pool:
-        for goes_on in (False, True):
-            for found in pool.map(one, [row for row in small if bool(row.goes_on_from) == goes_on]):
-                results.add(found)
-    for row in chosen:
-        if row.part != 1:
-            results.add(one(row))
+    for goes_on in (False, True):  # those that go on from others wait for them
+        some = [row for row in small if bool(row.goes_on_from) == goes_on]
+        together(some, 1 if args.tiny else SMALL_SEATS, there, one, results)
+    together([row for row in chosen if row.part != 1], 1, there, one, results)
     for log in [*root.glob("*.log"), *root.glob("*.out")]:
         shutil.copyfile(log, out / log.name.replace(" ", "_").replace(",", "").replace(":", ""))
 

@@ -188,7 +188,8 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
             generator = torch.Generator(device).manual_seed(indices[0])
             shape = (len(indices), length + 1)
             if text is not None:
-                rows = torch.tensor(indices)[:, None] * length + torch.arange(length + 1)
+                # A training reads the first batch of the next step ahead, also after the last one.
+                rows = torch.tensor(indices)[:, None] % (steps * batch) * length + torch.arange(length + 1)
                 ids = text[rows].to(device)
             else:
                 # Half of the tokens are one of few, so that there is something to learn.

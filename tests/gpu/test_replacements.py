@@ -17,6 +17,7 @@ TESTED = {
     "RMSNorm of widths without a kernel",
     "mamba-ssm's language models",
     "the cross entropy",
+    "the gradient of residual connections",
     "the gradients of several depths in fp8",
 }
 
@@ -98,6 +99,45 @@ def test_transformer_engine_has_kernels_for_these_widths_and_none_for_nanos():
     for width in gpu.TUNED_WIDTHS:
         assert launched(width) == {"tuned"}, f"{width} can leave `gpu.TUNED_WIDTHS`"
     assert launched(2688) == {"general"}, "this row of `replacements.TABLE` can go"
+
+
+@pytest.mark.parametrize("width", [2688, 4096])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_norm_adds_the_gradient_that_goes_past_its_layer(fused: bool, width: int):
+    """By the additions that the backward pass of a layer launches: one, and with ours none."""
+    from snaketron.model.megatron import residuals
+
+    import transformer_engine.pytorch as te
+
+    torch.manual_seed(0)
+    kind = {"params_dtype": torch.bfloat16}
+    if fused:
+        norm, product = None, te.LayerNormLinear(width, width, bias=False, normalization="RMSNorm", **kind)
+        weight = product.layer_norm_weight
+    else:
+        norm, product = te.RMSNorm(width, **kind), te.Linear(width, width, bias=False, **kind)
+        weight = norm.weight
+    x, grad = (torch.randn(512, 1, width, device="cuda").bfloat16() for _ in range(2))
+
+    def backward(*, ours: bool) -> tuple[int, torch.Tensor]:
+        given = x.clone().requires_grad_()
+        entered = residuals.enter(given, norm, product) if ours else given
+        y = product(entered if norm is None else norm(entered))
+        out = originals.current(residuals.ADD)(True)((y, None), entered, 0.0)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            out.backward(grad)
+            torch.cuda.synchronize()
+        return sum("CUDAFunctor_add" in event.name for event in profile.events()), given.grad
+
+    backward(ours=True)  # compiles the kernels
+    (additions, theirs), (none, found) = backward(ours=False), backward(ours=True)
+    assert additions == 1, "this row of `replacements.TABLE` can go"
+    assert none == 0
+    exact = x.double().requires_grad_()
+    normal = torch.nn.functional.rms_norm(exact, [width], weight.double(), 1e-5)
+    (exact + normal @ product.weight.double().T).backward(grad.double())
+    errors = [float((a - exact.grad).norm() / exact.grad.norm()) for a in (found, theirs)]
+    assert errors[0] < 4e-3 and errors[0] <= errors[1]  # ours rounds once
 
 
 def test_importing_mamba_ssm_imports_its_language_models():

@@ -237,7 +237,8 @@ def rmsnorm_fwd(
 
     rounded_after = (type(None), Float8BlockQuantizer, Float8CurrentScalingQuantizer)
     as_usual = out is None and isinstance(quantizer, rounded_after) and TE_DType[x.dtype] == dtype
-    if not as_usual or sm_margin or zero_centered or not _untuned(x, weight):
+    tuned = x.shape[-1] in TUNED_WIDTHS
+    if not as_usual or sm_margin or zero_centered or tuned or not _fits(x, weight):
         return original(NORM_FORWARD)(x, weight, eps, out, quantizer, dtype, sm_margin, zero_centered)
     from snaketron.model.megatron import norms
 
@@ -253,24 +254,29 @@ def rmsnorm_bwd(
     sm_margin: int,
     zero_centered: bool,
 ) -> Any:
-    """The gradients of x and of the weight; that of a frozen parameter, which no one reads, is 0."""
-    if sm_margin or zero_centered or not _untuned(x, weight) or grad.dtype != weight.dtype:
+    """The gradients of x and of the weight; that of a frozen parameter, which no one reads, is 0.
+
+    That of x has the gradient added that comes to it past the layer, if it waits (`residuals`).
+    """
+    from snaketron.model.megatron import norms, residuals
+
+    ours = not sm_margin and not zero_centered and _fits(x, weight) and grad.dtype == weight.dtype
+    added = residuals.take(weight, grad) if ours else None
+    if not ours or (added is None and x.shape[-1] in TUNED_WIDTHS):
         return original(NORM_BACKWARD)(grad, x, rstd, weight, sm_margin, zero_centered)
-    from snaketron.model.megatron import norms
 
     # Transformer Engine's modules hand over the parameter, a view of it, or a copy in another type.
     owner = weight if weight._base is None else weight._base
     trained = owner.requires_grad or not isinstance(owner, torch.nn.Parameter)
-    found, total = norms.norm_back(x, weight, rstd, grad, x.shape[-1], trained=trained)
+    found, total = norms.norm_back(x, weight, rstd, grad, x.shape[-1], trained=trained, added=added)
     return found, torch.zeros_like(weight) if total is None else total
 
 
-def _untuned(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether Transformer Engine has no kernel for this width, and a row of it fits in a program."""
+def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a row fits in a program of `norms`, and is of the weight's type."""
     from snaketron.model.megatron import norms
 
-    width = x.shape[-1]
-    return width not in TUNED_WIDTHS and width <= norms.WIDEST and x.dtype == weight.dtype
+    return x.shape[-1] <= norms.WIDEST and x.dtype == weight.dtype
 
 
 def _scan_of(self: Any, zxbcdt: torch.Tensor, parameters: Any, sequence: Any) -> torch.Tensor:

@@ -43,8 +43,8 @@ def _norm(x, weight, out, rstd, eps, count, columns, ROWS: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _norm_back(
-    x, weight, rstd, grad, out, parts, count, columns, summed, TRAINED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    x, weight, rstd, grad, added, out, parts, count, columns, summed, TRAINED: tl.constexpr,
+    ADDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part, group, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     at = tl.arange(0, BLOCK)
@@ -61,7 +61,10 @@ def _norm_back(
         if TRAINED:
             total += g * normal
         mean = tl.sum(g * w * normal, 1)[:, None] / columns
-        tl.store(out + place, (g * w - normal * mean) * r, mask=inside)
+        found = (g * w - normal * mean) * r
+        if ADDS:
+            found += tl.load(added + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + place, found, mask=inside)
     if TRAINED:
         place = (part.to(tl.int64) * groups + group) * columns + at
         tl.store(parts + place, tl.sum(total, 0), mask=mask)
@@ -100,21 +103,44 @@ def norm(x: Tensor, weight: Tensor, eps: float, size: int) -> tuple[Tensor, Tens
 
 
 def norm_back(
-    x: Tensor, weight: Tensor, rstd: Tensor, grad: Tensor, size: int, *, trained: bool = True
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    grad: Tensor,
+    size: int,
+    *,
+    trained: bool = True,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of `x` and of `weight` in `norm`; of a weight that is not `trained` None.
 
-    That of the weight is the sum over the rows of grad * x * rstd, added up in an order that depends only on
-    the shape.
+    That of `x` has `added` added, which is of its shape and type. That of the weight is the sum over the rows
+    of grad * x * rstd, added up in an order that depends only on the shape.
     """
     x, grad, columns = x.contiguous(), grad.contiguous(), x.shape[-1]
+    added = None if added is None else added.contiguous()
     count, block, rows, warps = _tiles(x, size)
     summed = rows * max(1, triton.cdiv(count * (columns // size) * warps, WARPS * rows))
     number, out = triton.cdiv(count, summed), torch.empty_like(x)
     parts = x.new_empty(number if trained else 0, columns, dtype=torch.float32)
     grid = (number, columns // size)
     _norm_back[grid](
-        x, weight, rstd, grad, out, parts, count, size, summed, trained, rows, block, STAGES, num_warps=warps
+        x,
+        weight,
+        rstd,
+        grad,
+        added,
+        out,
+        parts,
+        count,
+        size,
+        summed,
+        trained,
+        added is not None,
+        rows,
+        block,
+        STAGES,
+        num_warps=warps,
     )
     if not trained:
         return out, None

@@ -21,9 +21,9 @@ from torch import Tensor
 
 # The channels and positions of a program of `_convolve`; the positions that it reads at a time, which divide
 # them; its warps and stages.
-CHANNELS, STRETCH, ROWS, WARPS, STAGES = 256, 128, 8, 2, 1
+CHANNELS, STRETCH, ROWS, WARPS, STAGES = 128, 32, 8, 1, 1
 # These five numbers of `_convolve_back`.
-BACK_CHANNELS, BACK_STRETCH, BACK_ROWS, BACK_WARPS, BACK_STAGES = 256, 128, 8, 2, 1
+BACK_CHANNELS, BACK_STRETCH, BACK_ROWS, BACK_WARPS, BACK_STAGES = 256, 64, 4, 4, 1
 # Sums of stretches and channels that a program of `_convolve_sums` holds at a time.
 ADDED_STRETCHES, ADDED_CHANNELS = 64, 32
 

@@ -17,7 +17,7 @@ from torch import Tensor
 # The side of a square of scores that a program of `_scores_back` has, its warps and stages; the heads that a
 # program of `_step_back` has, and its warps.
 SIDE, SCORES_WARPS, SCORES_STAGES = 64, 4, 3
-HEADS, STEP_WARPS = 8, 4
+HEADS, STEP_WARPS = 16, 4
 # The positions that a program of `_x_back` has, and at a time reads; its warps and stages.
 X_SIDE, X_WARPS, X_STAGES = 64, 4, 1
 # `scan_output` says why.

@@ -15,7 +15,7 @@ from torch import Tensor
 # The largest part of a head's state that a program has, its warps and stages, and the positions that it reads
 # at a time (half of them in fp32): (p, n) of the forward pass, and (n, p) of the backward pass.
 TILE, WARPS, STAGES, READ = (64, 64), 4, 3, 128
-BACK_TILE, BACK_WARPS, BACK_STAGES, BACK_READ = (64, 64), 4, 3, 128
+BACK_TILE, BACK_WARPS, BACK_STAGES, BACK_READ = (128, 64), 8, 3, 128
 # As many programs fill a GPU; where there are few heads, parts have fewer columns until there are as many.
 # They keep their rows, since the H200's fast products have 64.
 PROGRAMS = 128

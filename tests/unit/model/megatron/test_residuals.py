@@ -1,0 +1,132 @@
+"""The sum of a layer and its input, whose gradient the layer's norm adds; by plain autograd, on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import snaketron.model  # noqa: F401  before megatron
+from snaketron.model.megatron import residuals
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTH = 8
+Layer = Callable[[Tensor], Tensor]
+
+
+class Norm(torch.autograd.Function):
+    """RMSNorm that takes the gradient that waits for it, as `gpu.rmsnorm_bwd` does."""
+
+    taken = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.rms_norm(x, [WIDTH], weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            normal = F.rms_norm(x, [WIDTH], weight)
+        found, of_weight = torch.autograd.grad(normal, (x, weight), grad)
+        added = residuals.take(ctx.saved_tensors[1], found)
+        Norm.taken += added is not None
+        return found if added is None else found + added, of_weight
+
+
+class Parts(nn.Module):
+    """A norm and a product, in fp64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(WIDTH, dtype=torch.float64)
+        self.product = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return x + self.product(F.rms_norm(x, [WIDTH], self.norm.weight))
+
+    def ours(self, x: Tensor, norm: Callable[..., Tensor] = Norm.apply, dropout: float = 0.0) -> Tensor:
+        x = residuals.enter(x, self.norm, self.product)
+        y = self.product(norm(x, self.norm.weight))
+        return residuals.bias_dropout_add_unfused(True)((y, None), x, dropout)
+
+    def left_to_autograd(self, x: Tensor) -> Tensor:
+        return self.ours(x, lambda x, weight: F.rms_norm(x, [WIDTH], weight))
+
+
+def gradients(model: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+    model.zero_grad()
+    Norm.taken = 0
+    run()
+    assert not residuals._waiting
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(("kind", "taken"), [("ours", 3), ("left_to_autograd", 0)])
+def test_gradients_are_those_of_autograd_whoever_adds_them(kind, taken):
+    """Two layers, the second of which is used twice, as one of multi-token prediction is."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([Parts(), Parts()])
+    x = torch.randn(5, WIDTH, dtype=torch.float64)
+
+    def of(kind: str) -> list[Tensor]:
+        given = x.clone().requires_grad_()
+        layers = [getattr(layer, kind) for layer in (model[0], model[1])]
+        first = layers[0](given)
+        found = gradients(model, lambda: layers[1](layers[1](first)).square().sum().backward())
+        return [*found, given.grad]
+
+    expected, found = of("plain"), of(kind)
+    assert Norm.taken == taken
+    for a, b in zip(expected, found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_micro_batches_that_are_under_way_together_have_their_own_gradients(order):
+    """As in a pipeline: two forward passes, then two backward passes."""
+    torch.manual_seed(0)
+    model = Parts()
+    x = [torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def of(layer: Layer) -> list[Tensor]:
+        outs = [layer(given) for given in x]
+        for given in x:
+            given.grad = None
+        found = gradients(model, lambda: [outs[i].square().sum().backward() for i in order])
+        return [*found, *(given.grad.clone() for given in x)]
+
+    expected, found = of(model.plain), of(model.ours)
+    assert Norm.taken == 2
+    for a, b in zip(expected, found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_waits_where_nothing_is_trained_and_with_dropout():
+    """An input without a gradient, no gradients at all, and a sum that megatron-core makes."""
+    model = Parts()
+    x = torch.randn(3, WIDTH, dtype=torch.float64)
+    assert residuals.enter(x, model.norm, model.product) is x
+    with torch.no_grad():
+        leaf = x.clone().requires_grad_()
+        assert residuals.enter(leaf, model.norm, model.product) is leaf
+        assert torch.equal(model.ours(leaf), model.plain(leaf))
+    gradients(model, lambda: model.ours(leaf, dropout=0.5).sum().backward())
+    assert Norm.taken == 0
+
+
+def test_a_gradient_of_another_shape_or_type_is_left_to_autograd():
+    """The norm of a rank that has the rows of all ranks, and one in fp32 in a model in bf16."""
+    weight = torch.ones(4)
+    residual = residuals.Residual(weight.data_ptr())
+    residual.grad = torch.ones(2, 4)
+    residuals._waiting[weight.data_ptr()] = residual
+    assert residuals.take(weight, torch.zeros(4, 4)) is None
+    assert residuals.take(weight, torch.zeros(2, 4).bfloat16()) is None
+    taken = residuals.take(weight, torch.zeros(8))
+    assert taken is not None and taken.tolist() == [1.0] * 8
+    assert residuals.take(weight, torch.zeros(8)) is None
