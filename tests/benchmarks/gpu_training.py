@@ -134,7 +134,7 @@ KINDS = {
     "exchanges and sums": r"nccl|deep_ep|hybrid_ep",
     "experts' products": r"GroupProblemShape|grouped|Grouped|^_product|^_activate|^_round_rows|^_transpose",
     "matrix products": r"nvjet|gemm|Gemm|cutlass|cublas",
-    "Mamba": r"_chunk_|_state_passing|_bmm_chunk|^_convolve|^_(output|(x|group|scores|step)_back)$",
+    "Mamba": r"_chunk_|_state_passing|_bmm_chunk|^_convolve|^_(carry|output|(x|group|scores|step)_back)$",
     "attention": r"fmha|flash|sdpa|cudnn",
     "cross entropy": r"cross_entropy",
     "permutation": r"permute|row_id|sort_chunks|_make_chunk",

@@ -121,6 +121,7 @@ def test_a_norm_adds_the_gradient_that_goes_past_its_layer(fused: bool, width: i
 
     def backward(*, ours: bool) -> tuple[int, torch.Tensor]:
         given = x.clone().requires_grad_()
+        product.weight.grad = weight.grad = None  # so that theirs are not added to others
         entered = residuals.enter(given, norm, product) if ours else given
         y = product(entered if norm is None else norm(entered))
         out = originals.current(residuals.ADD)(True)((y, None), entered, 0.0)

@@ -151,12 +151,12 @@ def _of_slices(super_slice: Model) -> list[Point]:
     two: dict[str, Any] = {"keeps_scan": True, "data": 2}
     wider = super_slice.model_copy(update={"num_moe_experts": 128})
     rows: list[tuple[str, Work, float, float | None]] = [
-        ("slice of Super, 8K", of(super_slice, 8192, 2, **recorded), 32_810, 59.1),
-        ("slice of Super, 4K", of(super_slice, 4096, 4, **recorded), 32_017, 49.2),
-        ("slice of Super, 8K, fp8", of(super_slice, 8192, 2, **recorded, **fp8), 37_248, 64.2),
-        ("slice of Nano, 8K", of(nano, 8192, 4, **recorded), 23_922, 86.5),
-        ("slice of Nano, 4K", of(nano, 4096, 8, **recorded), 23_735, 71.6),
-        ("slice of Nano, 8K, fp8", of(nano, 8192, 4, **recorded, **fp8), 28_801, 94.2),
+        ("slice of Super, 8K", of(super_slice, 8192, 2, **recorded), 32_879, 59.1),
+        ("slice of Super, 4K", of(super_slice, 4096, 4, **recorded), 32_089, 49.2),
+        ("slice of Super, 8K, fp8", of(super_slice, 8192, 2, **recorded, **fp8), 37_395, 64.2),
+        ("slice of Nano, 8K", of(nano, 8192, 4, **recorded), 24_176, 86.5),
+        ("slice of Nano, 4K", of(nano, 4096, 8, **recorded), 24_214, 71.6),
+        ("slice of Nano, 8K, fp8", of(nano, 8192, 4, **recorded, **fp8), 29_533, 94.2),
         ("slice of Super, DP 2", of(super_slice, 8192, 4, **two), 30_212, 47.4),
         ("slice of Super, EP 2", of(wider, 8192, 4, expert_model=2, **two), 27_733, 54.2),
         ("slice of Super, TP 2", of(super_slice, 8192, 2, tensor_model=2, keeps_scan=True), 24_276, 34.0),
