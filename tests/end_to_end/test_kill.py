@@ -99,13 +99,13 @@ def killed(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Kil
     """A pretraining that is killed at each moment, or stopped by Ctrl-C, and then left to end.
 
     Ctrl-C comes while the published path names the undisturbed version. From then on checkpoints are written
-    in the background.
+    in the background. All are kept, since the step that Ctrl-C saves may come before the eighth or after it.
     """
     workspace = copy_of(finished, tmp_path_factory.mktemp("killed") / "work")
     kills, ckpt = Kills(workspace, begin_again(workspace, TARGET)), workspace.path / "ckpt"
     for version in list((ckpt / "versions").iterdir()):  # so that only the killed version is looked at
         version.rename(workspace.path / version.name)
-    config: tuple[str, ...] = ()
+    config = ("pretrain={keep_checkpoints: 9}",)
     for moment, reached in MOMENTS.items():
         interrupted, arguments = moment == "by Ctrl-C", [TARGET]
         if interrupted:
@@ -118,14 +118,14 @@ def killed(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Kil
             kills.published[moment] = (workspace.path / TARGET).resolve()
         if interrupted:
             (workspace.path / TARGET).unlink()
-            config = ("pretrain={save_in_background: true}",)
+            config = ("pretrain={keep_checkpoints: 9, save_in_background: true}",)
     again = workspace.snakemake(TARGET, config=config)
     assert again.status == 0, again.output[-3000:]
     return kills
 
 
 def is_as_undisturbed(killed: Kills) -> None:
-    """The weights of both checkpoints that are kept, and all metrics."""
+    """The weights of both checkpoints that the undisturbed one kept, and all metrics."""
     made = killed.workspace.path / TARGET
     for step in ("iter_0000008", "iter_0000012"):
         assert weights(made, step) == weights(killed.undisturbed, step)
