@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.model.megatron import residuals
+from snaketron.config import Model, Parallel
+from snaketron.model import backend, spec
+from snaketron.model.megatron import originals, replacements, residuals
+from snaketron.model.megatron.row import stand_in
+from tests.unit.sizes.models import SMALL
 
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 WIDTH = 8
@@ -23,19 +28,20 @@ class Norm(torch.autograd.Function):
     taken = 0
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float | None = None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.rms_norm(x, [WIDTH], weight)
+        ctx.eps = eps
+        return torch.rms_norm(x, x.shape[-1:], weight, eps)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight = (t.detach().requires_grad_() for t in ctx.saved_tensors)
         with torch.enable_grad():
-            normal = F.rms_norm(x, [WIDTH], weight)
+            normal = torch.rms_norm(x, x.shape[-1:], weight, ctx.eps)
         found, of_weight = torch.autograd.grad(normal, (x, weight), grad)
         added = residuals.take(ctx.saved_tensors[1], found)
         Norm.taken += added is not None
-        return found if added is None else found + added, of_weight
+        return found if added is None else found + added, of_weight, None
 
 
 class Parts(nn.Module):
@@ -47,7 +53,7 @@ class Parts(nn.Module):
         self.product = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64)
 
     def plain(self, x: Tensor) -> Tensor:
-        return x + self.product(F.rms_norm(x, [WIDTH], self.norm.weight))
+        return x + self.product(torch.rms_norm(x, [WIDTH], self.norm.weight))
 
     def ours(self, x: Tensor, norm: Callable[..., Tensor] = Norm.apply, dropout: float = 0.0) -> Tensor:
         x = residuals.enter(x, self.norm, self.product)
@@ -55,7 +61,7 @@ class Parts(nn.Module):
         return residuals.bias_dropout_add_unfused(True)((y, None), x, dropout)
 
     def left_to_autograd(self, x: Tensor) -> Tensor:
-        return self.ours(x, lambda x, weight: F.rms_norm(x, [WIDTH], weight))
+        return self.ours(x, lambda x, weight: torch.rms_norm(x, [WIDTH], weight))
 
 
 def gradients(model: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
@@ -130,3 +136,37 @@ def test_a_gradient_of_another_shape_or_type_is_left_to_autograd():
     taken = residuals.take(weight, torch.zeros(8))
     assert taken is not None and taken.tolist() == [1.0] * 8
     assert residuals.take(weight, torch.zeros(8)) is None
+
+
+@pytest.mark.skipif(backend.HAS_GPU, reason="its norms are others: tests/gpu/test_replacements.py")
+@pytest.mark.parametrize("recompute", [[], ["layer"], ["moe"]])
+def test_the_norm_of_each_layer_of_a_model_adds_the_gradient_of_its_input(recompute, monkeypatch):
+    """Of Mamba, attention and routed layers, in multi-token prediction too, as megatron-core calls them."""
+    model = Model(**SMALL)
+    layers = len(model.hybrid_layer_pattern) + model.mtp_num_layers * len(model.mtp_hybrid_layer_pattern)
+
+    def of_model() -> list[Tensor]:
+        torch.manual_seed(0)
+        tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        config = spec.transformer_config(model, Parallel(), **spec.recomputation(recompute))
+        built = spec.build_model(config, model, 256, 512)
+        ids = torch.arange(100)[None]
+        mask = torch.ones_like(ids).float()
+        return gradients(built, lambda: built(ids, None, None, labels=ids, loss_mask=mask).sum().backward())
+
+    expected = of_model()
+    (row,) = (row for row in replacements.TABLE if row.what == "the gradient of residual connections")
+    for name, by in row.pieces.items():
+        monkeypatch.setitem(originals._originals, name, originals.original(name))
+        monkeypatch.setattr(*originals.owner_of(name), stand_in(by))
+
+    def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        if weight is None:  # Mamba's, which is within the layer
+            return torch.rms_norm(x, shape, None, eps)
+        return cast(Tensor, Norm.apply(x, weight, eps))
+
+    monkeypatch.setattr(F, "rms_norm", rms_norm)
+    found = of_model()
+    assert Norm.taken == layers
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b, a)
