@@ -76,6 +76,7 @@ def enter(x: Tensor, norm: Any, product: Any) -> Tensor:
     weight = getattr(norm, "weight", getattr(product, "layer_norm_weight", None))
     if weight is None or not (torch.is_grad_enabled() and x.requires_grad):
         return x
+    _waiting.clear()  # of a backward pass that was broken off: none is under way while a layer begins
     residual = Residual(weight.data_ptr())
     entered: Tensor = Enter.apply(x, residual)
     entered.residual = residual  # type: ignore[attr-defined]

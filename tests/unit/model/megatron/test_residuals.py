@@ -112,6 +112,28 @@ def test_micro_batches_that_are_under_way_together_have_their_own_gradients(orde
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_what_a_broken_backward_pass_left_is_added_to_no_other():
+    """The next one has a norm without a layer where the broken one's was, as a new model may."""
+    torch.manual_seed(0)
+    model, other = Parts(), Parts()
+    x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with model.product.register_full_backward_pre_hook(fail), pytest.raises(MemoryError):
+        model.ours(x).sum().backward()
+    assert residuals._waiting
+    given = x.detach().requires_grad_()
+    grad = torch.randn_like(x)
+    gradients(other, lambda: Norm.apply(other.ours(given), model.norm.weight).backward(grad))
+    found = given.grad
+    given.grad = None
+    torch.rms_norm(other.plain(given), [WIDTH], model.norm.weight).backward(grad)
+    assert Norm.taken == 1  # the other layer's
+    assert torch.allclose(found, given.grad, rtol=1e-12, atol=1e-12)
+
+
 def test_nothing_waits_where_nothing_is_trained_and_with_dropout():
     """An input without a gradient, no gradients at all, and a sum that megatron-core makes."""
     model = Parts()
