@@ -6,10 +6,10 @@
     python -m tests.benchmarks.eight_gpus --table one.json two.json
 
 1  tests/gpu; layouts against one GPU (losses, gradient norms); a checkpoint of one layout goes on in another
-2  Nano 30B whole, bf16 and fp8, random tokens and a text
+2  Nano 30B whole, bf16 and fp8, random tokens and a text, and with evenly loaded experts
 3  a quarter of Super: 22 layers, in two layouts
-4  where the time goes: kinds of kernels with the exchange of experts, dispatchers, 1 to 8 GPUs at the same
-   work on each, sums of gradients, bubbles
+4  where the time goes: kinds of kernels with the exchange of experts, layers recorded, experts evenly
+   loaded, dispatchers, 1 to 8 GPUs at the same work on each, sums of gradients, bubbles
 5  checkpoints: how long a training stands still, bytes; a killed process and the first step after it
 6  step time and memory against `sizes`: of all trainings of parts 2 to 5
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -39,171 +38,14 @@ from typing import Any
 
 from snaketron.config import Parallel
 from snaketron.files import read_json, write_json
-from snaketron.sizes.gpus import GPUS
-from snaketron.sizes.layout import SHORT_NAMES, layout_words
-from snaketron.sizes.plan import checkpoint_bytes
+from snaketron.sizes.layout import layout_words
 from snaketron.train.metrics import Metrics
 
 import psutil
 from tests.benchmarks import trainings
-from tests.benchmarks.shapes import BF16_STATE, NANO, SUPER
+from tests.benchmarks.eight_gpus_rows import PUBLISHED, SMALL_SEATS, TOLERANCE, Row, missing, rows
+from tests.benchmarks.gpu_training import SPREAD
 from tests.benchmarks.trainings import REPOSITORY, Training
-from tests.unit.sizes.models import SMALL
-
-PARITY = SMALL | {"mamba_num_heads": 16, "mamba_head_dim": 16, "mamba_num_groups": 8}  # fits TP 8 and EP 8
-LAYOUTS = (
-    *("TP 2", "EP 2, DP 2", "PP 2", "CP 2", "DP 2"),
-    *("TP 4", "TP 2, EP 4, DP 2", "PP 2, EP 2, DP 2", "CP 2, TP 2"),
-    *("TP 4, EP 8, DP 2", "EP 8, DP 8", "PP 2, EP 4, DP 4", "TP 2, CP 2, PP 2", "DP 8"),
-)
-CHAINS = (
-    ("TP 2", "PP 2"),
-    ("TP 2, EP 4, DP 2", "PP 2, EP 2, DP 2"),
-    ("TP 4, EP 8, DP 2", "PP 2, EP 4, DP 4"),
-)
-TOLERANCE = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 3e-2)}  # as in tests/gpu
-# Without the search for the fastest kernels, which takes a minute for each new shape.
-UNTUNED = {"MAMBA_DETERMINISTIC": "1", "TRITON_CACHE_AUTOTUNING": "0"}
-TEXT = ("text",)
-CORPORA = (("random",), TEXT)
-NANO_30B = NANO | {"num_moe_experts": 128}
-QUARTER = SUPER | {"hybrid_layer_pattern": "MEMEMEM*EMEMEMEM*EMEME", "num_moe_experts": 512}
-# Published for H100s: tokens/s of Nano (the 30B Lightning; in fp8 Nano on 16), TFLOP/s of Super on 64.
-PUBLISHED = {
-    "nano bf16 random": "14,195 tokens/s",
-    "nano bf16 text": "7,110 tokens/s",
-    "nano fp8_current random": "14,719 tokens/s",
-    "super random": "248.6 TFLOP/s",
-    "super text": "236.3 TFLOP/s",
-}
-USABLE_GIB = GPUS["h200"].usable_gb * 1e9 / 2**30
-WRITTEN_S = 60  # for a checkpoint, at a GB a second
-# Small trainings that a GPU has at once: they mostly import and compile. The kernels of more of them, which
-# wait for other GPUs, take each other's turns: with twelve on four GPUs a first step took 90 s.
-SMALL_SEATS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A training of a part, and the longest that it may take."""
-
-    part: int
-    training: Training
-    limit: float = 240
-    like: str = ""  # the training whose losses it should have
-    goes_on_from: int = 0  # steps of the training of its place
-    published: str = ""
-
-
-def sizes(words: str) -> dict[str, int]:
-    """Parallel sizes of words such as "TP 4, EP 8, DP 2"."""
-    pairs = (word.split() for word in words.split(", ") if word)
-    return {SHORT_NAMES[name]: int(size) for name, size in pairs}
-
-
-def small(name: str, layout: str, precision: str, **keys: Any) -> Training:
-    """A training of part 1."""
-    model = PARITY | {"precision": precision}
-    run = {"cpus_per_task": 1, "cuda_graphs": False} if precision == "bf16" else {"cpus_per_task": 1}
-    values = {"length": 128, "batch": 16, "steps": 6, "corpora": TEXT, "vocabulary": 1024} | keys
-    return Training(name, model, sizes(layout), run=run, environment=UNTUNED, **values)
-
-
-def parity(precision: str) -> Iterator[Row]:
-    yield Row(1, small("one GPU", "", precision))
-    for layout in LAYOUTS:
-        yield Row(1, small(layout, layout, precision), like="one GPU")
-    for first, then in CHAINS:
-        place = f"{first} then {then}"
-        yield Row(1, small(f"{place}, before", first, precision, steps=3, place=place), like="one GPU")
-        yield Row(1, small(place, then, precision, place=place), like="one GPU", goes_on_from=3)
-
-
-def large(name: str, model: dict[str, Any], parallel: str, micro_batches: int = 4, **keys: Any) -> Training:
-    """A training of 8,192 tokens a sequence, that recomputes no more than its memory asks for."""
-    groups = sizes(parallel)
-    batch = micro_batches * groups.get("data_parallel_size", 1)
-    optimizer = BF16_STATE | {"learning_rate": 1e-4, "min_learning_rate": 1e-5}  # as there is no warm-up
-    keys = {"optimizer": optimizer, "length": 8192, "steps": 40, "stop_after": 12} | keys
-    made = Training(name, model, groups, batch=batch, **keys)
-    for recompute in ([], ["moe"], ["layer"]):
-        made = dataclasses.replace(made, run=keys.get("run", {}) | {"recompute": recompute})
-        if trainings.estimates(made)["fullest_gib"] < USABLE_GIB:
-            break
-    return made
-
-
-def nano(there: int) -> Iterator[Row]:
-    for precision in ("bf16", "fp8_current"):
-        for corpora in CORPORA:
-            kind = f"nano {precision} {corpora[0]}"
-            model = NANO_30B | {"precision": precision}
-            made = large(kind, model, f"EP {there}, DP {there}", corpora=corpora)
-            yield Row(2, made, 200, published=PUBLISHED.get(kind, ""))
-
-
-def super_quarter(there: int) -> Iterator[Row]:
-    half = max(1, there // 2)
-    for layout in (f"PP 2, EP {half}, DP {half}", f"TP 4, EP {there}, DP {max(1, there // 4)}"):
-        for corpora in CORPORA:
-            made = large(f"super {layout} {corpora[0]}", QUARTER, layout, 8, corpora=corpora)
-            yield Row(3, made, 240, published=PUBLISHED[f"super {corpora[0]}"])
-
-
-def scaling(there: int) -> Iterator[Row]:
-    """Equal work on each GPU: 16 experts of Nano and four sequences."""
-    for count in (1, 2, 4, 8):
-        more = NANO | {"num_moe_experts": 16 * count}
-        yield Row(4, large(f"exchange: EP {count}", more, f"EP {count}, DP {count}", corpora=TEXT))
-    yield Row(4, large(f"sums: DP {there}", NANO, f"DP {there}", corpora=TEXT))
-    for micro_batches in (4, 16):
-        name = f"bubbles: PP 2, {micro_batches} micro-batches"
-        yield Row(4, large(name, NANO, "PP 2", micro_batches, corpora=TEXT))
-    for dispatcher in ("deepep", "hybridep") if there > 1 else ():
-        name, run = f"exchange: EP {there}, {dispatcher}", {"moe_token_dispatcher": dispatcher}
-        made = large(
-            name, NANO | {"num_moe_experts": 16 * there}, f"EP {there}, DP {there}", corpora=TEXT, run=run
-        )
-        yield Row(4, made)
-
-
-def saved(there: int, room: float) -> Row:
-    """The largest part of Nano of which two checkpoints have room, and one is written in `WRITTEN_S`."""
-    for layers in (52, 26, 13, 6, 3):
-        model = NANO_30B | {"hybrid_layer_pattern": NANO["hybrid_layer_pattern"][:layers]}
-        run = {"save_interval": 16, "keep_checkpoints": 1, "max_restarts": 1}
-        layout = f"EP {there}, DP {there}"
-        made = large(f"saved: {layers} layers of Nano", model, layout, 2, stop_after=0, corpora=TEXT, run=run)
-        config = made.config(there)
-        size = checkpoint_bytes(config, config.training("pretrain/one"))
-        if size < min(room / 2.2, WRITTEN_S * 1e9):
-            break
-    return Row(5, made, 240)
-
-
-def rows(parts: list[int], there: int, tiny: bool, root: Path) -> list[Row]:
-    if tiny:
-        run = {"save_interval": 4, "max_restarts": 1, "cpus_per_task": 1}
-        made = dataclasses.replace(small("saved: tiny", "DP 2", "fp32", steps=40), run=run)
-        found = [*parity("fp32"), Row(5, made)]
-    else:
-        room = shutil.disk_usage(root).free
-        found = [*parity("bf16"), *nano(there), *super_quarter(there), *scaling(there), saved(there, room)]
-    return [row for row in found if row.part in parts]
-
-
-def missing(row: Row, there: int) -> str:
-    """Why a training cannot run here; empty where it can."""
-    training = row.training
-    if training.gpus > there:
-        return f"needs {training.gpus} GPUs, and there are {there}"
-    if (needed := trainings.estimates(training)["fullest_gib"]) > USABLE_GIB:
-        return f"needs {needed:.0f} GiB of a GPU, by the estimate"
-    dispatcher = training.run.get("moe_token_dispatcher")
-    if dispatcher and not importlib.util.find_spec("deep_ep"):
-        return f"{dispatcher}: the package deep_ep is not installed"
-    return ""
-
 
 # ----------------------------------------------------------------------------------------------- measuring
 
@@ -286,15 +128,34 @@ def tests(out: Path, left: float) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def profile(there: int, out: Path, left: float) -> dict[str, Any]:
-    """Milliseconds of a step by kind of kernel, of the Nano slice with experts on all GPUs."""
-    name = f"nano_8k_ep{there}"
-    command = [sys.executable, "-m", "tests.benchmarks.gpu_training", name, "--profile", name]
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"OUT": str(out)})
-    trainings.end(process, min(200, left))
-    found = read_json(out / "results.json") if (out / "results.json").exists() else []
-    values = {key: found[0][key] for key in ("kinds_ms", "busy_ms", "step_ms")} if found else {}
-    return {"part": 4, "name": f"kernels of {name}"} | (values or {"failed": "see its log"})
+def variants(part: int, there: int, out: Path, left: float) -> Iterator[dict[str, Any]]:
+    """Trainings of `gpu_training`: with evenly loaded experts, with layers recorded, and with a profile."""
+    kinds = {2: ["nano_30b_ep{}_even"], 4: ["nano_8k_ep{}", "nano_8k_ep{}_even", "nano_8k_ep{}_layers"]}
+    names = {kind.format(there): PUBLISHED.get(kind, "") for kind in kinds[part]}
+    out = out / f"variants_{part}"
+    out.mkdir(exist_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.gpu_training",
+        *names,
+        "--profile",
+        f"nano_8k_ep{there}",
+    ]
+    with (out / "log").open("w") as log:
+        environment = os.environ | {"OUT": str(out)}
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+        trainings.end(process, min(240, left))
+    file = out / "results.json"
+    found = {row["name"]: row for row in (read_json(file) if file.exists() else [])}
+    keys = ("tokens_per_second", "tflops", "step_ms", "peak_gib", "reserved_gib", "load_worst")
+    for name, published in names.items():
+        row = {"part": part, "name": name, "published": published}
+        if name not in found:
+            yield row | {"failed": f"see {out / 'log'}"}
+            continue
+        measured = {key: found[name][key] for key in (*keys, "kinds_ms", "busy_ms") if key in found[name]}
+        yield row | {"variant": measured}
 
 
 def together(
@@ -329,8 +190,10 @@ def run(args: argparse.Namespace, results: Results) -> None:
     if 1 in args.parts and not args.tiny and args.only in "tests/gpu":
         for row in tests(out, deadline - time.monotonic()):
             results.add(row)
-    if 4 in args.parts and there > 1 and not args.tiny and args.only in "kernels":
-        results.add(profile(there, out, deadline - time.monotonic()))
+    for part in (2, 4):
+        if part in args.parts and there in SPREAD and not args.tiny and args.only in "variants":
+            for row in variants(part, there, out, deadline - time.monotonic()):
+                results.add(row)
 
     def one(row: Row) -> dict[str, Any]:
         return measure(row, root, there, args.tiny, deadline - time.monotonic())
@@ -386,8 +249,8 @@ def table(found: list[dict[str, Any]]) -> str:
             lines[-1] += (
                 f"{row['stood_still_s']:.2f} s at most; first step {row['resumed_s']:.1f} s after a SIGKILL"
             )
-        if "kinds_ms" in row:
-            lines += ["", f"{row['name']}: {row['kinds_ms']}, {row['busy_ms']} of {row['step_ms']:.0f} ms"]
+        if "variant" in row:
+            lines += ["", f"{row['name']}: {row['variant']}, published: {row['published'] or 'nothing'}"]
         if "said" in row:
             lines += ["", f"{row['name']}: {row['said']}"]
     for key, word in (("failed", "FAILED"), ("not_run", "not run")):

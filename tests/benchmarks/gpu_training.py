@@ -9,6 +9,7 @@ a training with expert parallelism holds it, without the exchange between GPUs. 
 a text (`text_tokens`) with the routing that follows from it. Lines of JSON come on standard output and a
 table at the end; with --profile NAME also what took the time, by kind of kernel, and a trace for
 chrome://tracing.
+Tokens of "even" variants go to random experts, as where speeds with evenly loaded experts are published.
 The estimate is that of `sizes.memory.memory_of_process`, the peak that of the fullest GPU. "Load" is the
 tokens of the fullest expert over the mean in the last step: of the worst layer, and the mean over layers.
 """
@@ -38,6 +39,17 @@ GRAPHS = {"cuda_graphs": True}
 # Transformer Engine's grouped products instead of our experts.
 THEIRS = {"SNAKETRON_THEIR_EXPERTS": "1"}
 CUTLASS = THEIRS | {"NVTE_USE_CUTLASS_GROUPED_GEMM": "1"}
+EVEN = {"moe_router_force_load_balancing": True}
+SPREAD = (2, 4, 8)
+
+
+def spread(gpus: int, experts: int = 0) -> dict[str, Any]:
+    """The slice of Nano, on tokens of a text, with expert parallelism."""
+    parallel = {"expert_model_parallel_size": gpus, "data_parallel_size": gpus}
+    model = {"num_moe_experts": experts or 16 * gpus}
+    return SLICES["nano_8k"] | {"model": model, "text": True, "parallel": parallel}
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {"config": PLAIN, "environment": THEIRS},
     "baseline_mbs1": {"config": PLAIN, "environment": THEIRS, "micro_batch_size": 1},
@@ -77,12 +89,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Megatron-LM counts a layer a depth of multi-token prediction, and fails at one depth of two layers.
     "super_8k_mtp2": SLICES["super_8k"] | {"model": {"mtp_num_layers": 2}},
     "nano_4k_layers": SLICES["nano_4k"] | {"run": GRAPHS},
-    **{
-        f"nano_8k_ep{n}": SLICES["nano_8k"]
-        | {"model": {"num_moe_experts": 16 * n}, "text": True}
-        | {"parallel": {"expert_model_parallel_size": n, "data_parallel_size": n}}
-        for n in (2, 4, 8)
-    },
+    # Experts on all GPUs: as many on each as in the slice; with layers recorded; with evenly loaded experts;
+    # and Nano whole, for which such speeds are published.
+    **{f"nano_8k_ep{n}": spread(n) for n in SPREAD},
+    **{f"nano_8k_ep{n}_layers": spread(n) | {"run": GRAPHS} for n in SPREAD},
+    **{f"nano_8k_ep{n}_even": spread(n) | {"config": EVEN} for n in SPREAD},
+    **{f"nano_30b_ep{n}": spread(n, 128) for n in SPREAD},
+    **{f"nano_30b_ep{n}_even": spread(n, 128) | {"config": EVEN} for n in SPREAD},
     "super_8k_dp2": SLICES["super_8k"] | {"parallel": {"data_parallel_size": 2}},
     "super_8k_dp2_launched": SLICES["super_8k"]
     | {"parallel": {"data_parallel_size": 2}, "run": {"cuda_graphs": False}},
@@ -321,9 +334,9 @@ def main() -> None:
     out = Path(os.environ.get("OUT", "."))
     for turn, result in take([turn_of(name, args.profile) for name in names], out, args.seconds):
         results.append(result)
+        (out / "results.json").write_text(json.dumps(results, indent=1))
         line = json.dumps(result, indent=1 if turn.name in args.profile else None)
         print(f"{time.monotonic() - began:.0f} s", line, flush=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
     print(
         "| variant | GPUs | tokens/s/GPU | TFLOP/s/GPU | step ms | first s | peak GiB | reserved | "
         "estimate | loss | load, worst, mean |"
