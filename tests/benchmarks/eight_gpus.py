@@ -130,32 +130,33 @@ def tests(out: Path, left: float) -> Iterator[dict[str, Any]]:
 
 def variants(part: int, there: int, out: Path, left: float) -> Iterator[dict[str, Any]]:
     """Trainings of `gpu_training`: with evenly loaded experts, with layers recorded, and with a profile."""
-    kinds = {2: ["nano_30b_ep{}_even"], 4: ["nano_8k_ep{}", "nano_8k_ep{}_even", "nano_8k_ep{}_layers"]}
-    names = {kind.format(there): PUBLISHED.get(kind, "") for kind in kinds[part]}
-    out = out / f"variants_{part}"
-    out.mkdir(exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "tests.benchmarks.gpu_training",
-        *names,
-        "--profile",
-        f"nano_8k_ep{there}",
-    ]
+    named = {4: [f"nano_8k_ep{there}", f"nano_8k_ep{there}_even", f"nano_8k_ep{there}_layers"]}
+    named[2] = ["nano_30b_ep4_even" if there == 4 else f"nano_8k_ep{there}_even"]  # Nano whole
+    names, published = named[part], PUBLISHED["nano bf16 even"] if part == 2 else ""
+    about = [{"part": part, "name": name, "published": published} for name in names]
+    why = f"{left:.0f} s were left" if left < 30 else ""
+    if there not in ((4, 8) if part == 2 else SPREAD):
+        why = f"no variant of this training is for {there} GPUs"
+    if why:
+        yield from (row | {"not_run": why} for row in about)
+        return
+    out, seconds = out / f"variants_{part}", min(240, left)
+    shutil.rmtree(out, ignore_errors=True)  # the results of another call
+    out.mkdir()
+    command = [sys.executable, "-m", "tests.benchmarks.gpu_training", *names, "--profile", names[0]]
+    command += ["--seconds", str(seconds - 30)]
     with (out / "log").open("w") as log:
         environment = os.environ | {"OUT": str(out)}
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
-        trainings.end(process, min(240, left))
+        trainings.end(process, seconds)
     file = out / "results.json"
     found = {row["name"]: row for row in (read_json(file) if file.exists() else [])}
     keys = ("tokens_per_second", "tflops", "step_ms", "peak_gib", "reserved_gib", "load_worst")
-    for name, published in names.items():
-        row = {"part": part, "name": name, "published": published}
-        if name not in found:
+    for row in about:
+        if (its := found.get(row["name"])) is None:
             yield row | {"failed": f"see {out / 'log'}"}
-            continue
-        measured = {key: found[name][key] for key in (*keys, "kinds_ms", "busy_ms") if key in found[name]}
-        yield row | {"variant": measured}
+        else:
+            yield row | {"variant": {key: its[key] for key in (*keys, "kinds_ms", "busy_ms") if key in its}}
 
 
 def together(
@@ -191,7 +192,7 @@ def run(args: argparse.Namespace, results: Results) -> None:
         for row in tests(out, deadline - time.monotonic()):
             results.add(row)
     for part in (2, 4):
-        if part in args.parts and there in SPREAD and not args.tiny and args.only in "variants":
+        if part in args.parts and not args.tiny and args.only in "variants":
             for row in variants(part, there, out, deadline - time.monotonic()):
                 results.add(row)
 

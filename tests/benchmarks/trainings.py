@@ -163,14 +163,14 @@ def _build_indices(root: Path, asked: list[tuple[str, str]]) -> None:
 
 
 class Seats:
-    """The GPUs, each with so many seats for trainings. Trainings get theirs in the order of asking."""
+    """The GPUs, each with so many seats for trainings; one thread asks for them."""
 
     def __init__(self, gpus: int, each: int) -> None:
         self.free = dict.fromkeys(range(gpus), each)
         self.changed = threading.Condition()
 
     def take(self, count: int) -> list[int]:
-        """The GPUs that have the most free seats, once `count` of them have one."""
+        """The GPUs that have the most free seats, once `count` of them, at most all, have one."""
         with self.changed:
             self.changed.wait_for(lambda: sum(seats > 0 for seats in self.free.values()) >= count)
             taken = sorted(sorted(self.free, key=lambda gpu: -self.free[gpu])[:count])

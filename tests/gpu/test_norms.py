@@ -46,17 +46,18 @@ def test_the_norm_of_groups_is_that_of_its_formula(dtype, count, groups, width):
 
 @pytest.mark.parametrize(("count", "width"), [(70, 96), (6000, 2688), (3000, 4096)])
 @pytest.mark.parametrize("dtype", NORM)
-def test_a_norm_adds_another_gradient_to_that_of_its_input(dtype, count, width):
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_norm_adds_another_gradient_to_that_of_its_input(trained, dtype, count, width):
     torch.manual_seed(0)
     x, grad, other = (torch.randn(count, width, device="cuda").to(dtype) for _ in range(3))
     weight = torch.rand(width, device="cuda").to(dtype) + 0.5
     rstd = norms.norm(x, weight, 1e-5, width)[1]
-    found = norms.norm_back(x, weight, rstd, grad, width, added=other)
+    found = norms.norm_back(x, weight, rstd, grad, width, trained=trained, added=other)
     plain = norms.norm_back(x, weight, rstd, grad, width)
     exact = x.double().requires_grad_()
     (exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight).backward(grad.double())
     assert relative(found[0], exact.grad + other.double()) < NORM[dtype]
-    assert torch.equal(found[1], plain[1])  # that of the weight
+    assert torch.equal(found[1], plain[1]) if trained else found[1] is None  # that of the weight
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -261,7 +261,7 @@ def rmsnorm_bwd(
     from snaketron.model.megatron import norms, residuals
 
     ours = not sm_margin and not zero_centered and _fits(x, weight) and grad.dtype == weight.dtype
-    added = residuals.take(weight, grad) if ours else None
+    added = residuals.take(weight, x, grad) if ours else None
     if not ours or (added is None and x.shape[-1] in TUNED_WIDTHS):
         return original(NORM_BACKWARD)(grad, x, rstd, weight, sm_margin, zero_centered)
 

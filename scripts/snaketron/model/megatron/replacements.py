@@ -249,7 +249,8 @@ TABLE = (
         why="the original has kernels for six widths, and Nano's 2,688 is none. Its general ones take "
         "166 us for 8,192 rows on an H200, forwards and backwards; moving the bytes takes 57",
         upstream=NONE_FOUND,
-        until="the original has a kernel for the width, or its general ones are as fast",
+        until="the original has a kernel for the width, or its general ones are as fast; rmsnorm_bwd stays "
+        "for the gradient of residual connections",
         pieces={
             "transformer_engine.pytorch.cpp_extensions:rmsnorm_fwd": "gpu.rmsnorm_fwd",
             "transformer_engine_torch:rmsnorm_bwd": "gpu.rmsnorm_bwd",
@@ -262,7 +263,8 @@ TABLE = (
         "GPU",
         why="autograd adds the gradient that goes past a layer to that through its norm in its own pass, "
         "45 us of a layer of Nano for 8,192 rows on an H200; the norm's kernel writes one of them anyway",
-        upstream=NONE_FOUND + "; fused_residual_rmsnorm is for norms without a product",
+        upstream=NONE_FOUND + "; fused_residual_rmsnorm, by Transformer Engine's rmsnorm_bwd_add, is for "
+        "norms without a product",
         until="norms with a product (TELayerNormColumnParallelLinear) add it too",
         pieces={
             "megatron.core.ssm.mamba_layer:MambaLayer.forward": "residuals.mamba_forward",

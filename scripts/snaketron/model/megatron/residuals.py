@@ -26,17 +26,21 @@ ADD = "megatron.core.fusions.fused_bias_dropout:bias_dropout_add_unfused"
 class Residual:
     """What one call of a layer's forward pass leaves for its backward pass.
 
-    `weight` is the address of the weight of the layer's norm, and `grad` the gradient of the layer's output,
-    from the time that the backward pass comes to the layer until it is added.
+    `key` is the address of the weight of the layer's norm and that of the norm's input, and `grad` the
+    gradient of the layer's output, from the time that the backward pass comes to the layer until it is added.
     """
 
-    def __init__(self, weight: int) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, x: Tensor) -> None:
+        self.key = _key(weight, x)
         self.grad: Tensor | None = None
 
 
-# Those whose backward pass is under way, by the address of the weight: all that a norm knows of its layer.
-_waiting: dict[int, Residual] = {}
+def _key(weight: Tensor, x: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), x.data_ptr()
+
+
+# Those whose backward pass is under way: a norm knows its weight and its input, and not its layer.
+_waiting: dict[tuple[int, int], Residual] = {}
 
 
 class Enter(torch.autograd.Function):
@@ -50,7 +54,7 @@ class Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         residual = ctx.residual
-        _waiting.pop(residual.weight, None)
+        _waiting.pop(residual.key, None)
         other, residual.grad = residual.grad, None
         return grad if other is None else grad + other, None
 
@@ -67,7 +71,7 @@ class Add(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         residual = ctx.residual
         residual.grad = grad
-        _waiting[residual.weight] = residual
+        _waiting[residual.key] = residual
         return grad, None, None
 
 
@@ -76,21 +80,21 @@ def enter(x: Tensor, norm: Any, product: Any) -> Tensor:
     weight = getattr(norm, "weight", getattr(product, "layer_norm_weight", None))
     if weight is None or not (torch.is_grad_enabled() and x.requires_grad):
         return x
-    _waiting.clear()  # of a backward pass that was broken off: none is under way while a layer begins
-    residual = Residual(weight.data_ptr())
+    _waiting.clear()  # of a backward pass that was broken off; `Enter` adds what one under way loses by it
+    residual = Residual(weight, x)
     entered: Tensor = Enter.apply(x, residual)
     entered.residual = residual  # type: ignore[attr-defined]
     return entered
 
 
-def take(weight: Tensor, grad: Tensor) -> Tensor | None:
-    """What the norm with this weight is to add to the gradient of its input, if it has its shape and type."""
-    residual = _waiting.get(weight.data_ptr())
+def take(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor | None:
+    """What a norm of x is to add to `grad`, the gradient of x, if it has its shape and type."""
+    residual = _waiting.get(_key(weight, x))
     other = None if residual is None else residual.grad
-    if other is None or (other.numel(), other.dtype) != (grad.numel(), grad.dtype):
+    if residual is None or other is None or (other.numel(), other.dtype) != (grad.numel(), grad.dtype):
         return None
-    del _waiting[weight.data_ptr()]
-    residual.grad = None  # type: ignore[union-attr]
+    del _waiting[residual.key]
+    residual.grad = None
     return other.reshape(grad.shape)
 
 

@@ -39,7 +39,7 @@ class Norm(torch.autograd.Function):
         with torch.enable_grad():
             normal = torch.rms_norm(x, x.shape[-1:], weight, ctx.eps)
         found, of_weight = torch.autograd.grad(normal, (x, weight), grad)
-        added = residuals.take(ctx.saved_tensors[1], found)
+        added = residuals.take(ctx.saved_tensors[1], ctx.saved_tensors[0], found)
         Norm.taken += added is not None
         return found if added is None else found + added, of_weight, None
 
@@ -147,17 +147,53 @@ def test_nothing_waits_where_nothing_is_trained_and_with_dropout():
     assert Norm.taken == 0
 
 
+def test_two_calls_of_a_layer_within_each_other_have_their_own_gradients():
+    """Both norms, then both sums: backwards, both gradients wait before the first norm comes."""
+    torch.manual_seed(0)
+    model = Parts()
+    x = [torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def within() -> list[Tensor]:
+        entered = [residuals.enter(one, model.norm, model.product) for one in x]
+        y = [model.product(normal) for normal in [Norm.apply(one, model.norm.weight) for one in entered]]
+        add = residuals.bias_dropout_add_unfused(True)
+        return [add((one, None), to, 0.0) for one, to in zip(y, entered, strict=True)]
+
+    def of(run: Callable[[], list[Tensor]]) -> list[Tensor]:
+        for one in x:
+            one.grad = None
+        first, second = run()
+        found = gradients(model, lambda: (first.square().sum() + second.sin().sum()).backward())
+        return [*found, *(one.grad.clone() for one in x)]
+
+    for a, b in zip(of(lambda: [model.plain(one) for one in x]), of(within), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+    assert Norm.taken == 2
+
+
+def test_a_bias_and_a_sum_of_two_types_are_megatron_cores():
+    x = residuals.enter(torch.ones(2, requires_grad=True), torch.nn.RMSNorm(2), None)
+    add = residuals.bias_dropout_add_unfused(True)
+    assert add((torch.ones(2), torch.full((2,), 3.0)), x, 0.0).tolist() == [5.0, 5.0]
+    x = residuals.enter(torch.ones(2, requires_grad=True), torch.nn.RMSNorm(2), None)
+    total = add((torch.ones(2).bfloat16(), None), x, 0.0)
+    assert total.dtype == torch.float32 and total.tolist() == [2.0, 2.0]
+    total.sum().backward()
+    assert not residuals._waiting
+
+
 def test_a_gradient_of_another_shape_or_type_is_left_to_autograd():
     """The norm of a rank that has the rows of all ranks, and one in fp32 in a model in bf16."""
-    weight = torch.ones(4)
-    residual = residuals.Residual(weight.data_ptr())
+    weight, x = torch.ones(4), torch.zeros(2, 4)
+    residual = residuals.Residual(weight, x)
     residual.grad = torch.ones(2, 4)
-    residuals._waiting[weight.data_ptr()] = residual
-    assert residuals.take(weight, torch.zeros(4, 4)) is None
-    assert residuals.take(weight, torch.zeros(2, 4).bfloat16()) is None
-    taken = residuals.take(weight, torch.zeros(8))
+    residuals._waiting[residual.key] = residual
+    assert residuals.take(weight, x, torch.zeros(4, 4)) is None
+    assert residuals.take(weight, x, torch.zeros(2, 4).bfloat16()) is None
+    assert residuals.take(weight, torch.zeros(2, 4), torch.zeros(8)) is None  # of another call
+    taken = residuals.take(weight, x, torch.zeros(8))
     assert taken is not None and taken.tolist() == [1.0] * 8
-    assert residuals.take(weight, torch.zeros(8)) is None
+    assert residuals.take(weight, x, torch.zeros(8)) is None
 
 
 @pytest.mark.skipif(backend.HAS_GPU, reason="its norms are others: tests/gpu/test_replacements.py")
