@@ -42,4 +42,9 @@ def train(stage: Stage) -> int:
     def answer(built: BuiltModel, iteration: int, batches: SftBatches) -> None:
         write_answers(stage, built, iteration, batches)
 
-    return stage.train(make_batches, optimizer_of_base=False, answer=answer)
+    def batches_of_training(stage: Stage) -> SftBatches:
+        batches = make_batches(stage)
+        batches.report(stage.run.eval_samples)
+        return batches
+
+    return stage.train(batches_of_training, optimizer_of_base=False, answer=answer)

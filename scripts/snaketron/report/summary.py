@@ -92,7 +92,14 @@ def _performance(stages: list[Record]) -> list[str]:
         for stage in stages
         if keys[0] in (counts := stage.counts)
     ]
-    header = ["of a process", "tokens/s", "model TFLOP/s", "peak GiB", "s in steps", "waiting for data"]
+    header = [
+        "of a process",
+        "median tokens/s",
+        "model TFLOP/s",
+        "peak GiB",
+        "s in steps",
+        "waiting for data",
+    ]
     return ["## Performance\n\n" + table([*header, "in checkpoints"], rows)] if rows else []
 
 

@@ -102,7 +102,11 @@ class PretrainBatches(Batches):
         for split, (_, samples) in self.datasets.items():
             if split != "train" and samples < eval_samples:
                 logger.info(
-                    "%s has %d sequences; the eval_samples %d read some again", split, samples, eval_samples
+                    "%s: %s has %d sequences and eval_samples is %d, so some are read twice",
+                    settings.stage,
+                    split,
+                    samples,
+                    eval_samples,
                 )
 
     def has(self, split: Split) -> bool:

@@ -84,7 +84,7 @@ class Trainer:
             "consumed_train_samples": self.iteration * self.settings.global_batch_size,
             **self.totals.saved(),
         }
-        with self._announced("saving"):
+        with self._announced("saving", always=self.iteration == self.settings.train_iters):
             self.saver.save(directory, self.iteration, self.built.trained, self.optimizer, progress)
 
     def resume(self, directory: Path) -> bool:
@@ -318,9 +318,9 @@ class Trainer:
             logger.warning("%s: step %d: %s", self.settings.stage, warning.iteration, warning.text)
 
     @contextlib.contextmanager
-    def _announced(self, what: str) -> Iterator[None]:
+    def _announced(self, what: str, *, always: bool = False) -> Iterator[None]:
         """Say what is done now, unless it took no time worth a line when it was done before."""
-        if what not in self.quick and is_writer():
+        if (always or what not in self.quick) and is_writer():
             logger.info("%s: %s after step %d", self.settings.stage, what, self.iteration)
         began = time.monotonic()
         yield

@@ -90,17 +90,16 @@ class SftBatches(Batches):
             for split, number in samples.items()
         }
         weights = {source.source: source.weight for source in loaded.splits["train"]}
-        made = cls(settings, splits, weights, pad_id=tokenizer.pad_id)
-        made._report(eval_samples)
-        return made
+        return cls(settings, splits, weights, pad_id=tokenizer.pad_id)
 
-    def _report(self, eval_samples: int) -> None:
+    def report(self, eval_samples: int) -> None:
         """Say how much of each source is trained, and which sources the validation does not see."""
         train = self.splits["train"]
         numbers = np.bincount(train.sources, minlength=len(self.sources)).tolist()
         for (name, (weight, packs)), count in zip(self.wanted().items(), numbers, strict=True):
             logger.info(
-                "%s: %d of %d packs to train on (%.2f %%, wanted %.2f %%), %.2f epochs of its %d",
+                "%s: source %s: %d of %d packs to train on (%.2f %%, wanted %.2f %%), %.2f epochs of its %d",
+                self.settings.stage,
                 name,
                 count,
                 train.num_samples,
@@ -114,7 +113,8 @@ class SftBatches(Batches):
         unseen = [name for i, name in enumerate(valid.names) if i not in seen]
         if unseen:
             logger.warning(
-                "validation has no pack of %s: raise eval_samples (now %d) to the number of sources",
+                "%s: validation has no pack of %s: raise eval_samples (now %d) to the number of sources",
+                self.settings.stage,
                 ", ".join(unseen),
                 eval_samples,
             )

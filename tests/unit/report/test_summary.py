@@ -149,7 +149,7 @@ def test_performance_is_of_the_stages_that_measured_it(run: Path):
     path.write_text(json.dumps(record | {"counts": record["counts"] | {"checkpoint_seconds": 40.06}}))
     lines = sections(summarize(run))["Performance"].splitlines()
     assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == [
-        "of a process", "tokens/s", "model TFLOP/s", "peak GiB",
+        "of a process", "median tokens/s", "model TFLOP/s", "peak GiB",
         "s in steps", "waiting for data", "in checkpoints",
     ]  # fmt: skip
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [

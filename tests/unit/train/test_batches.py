@@ -107,7 +107,8 @@ def test_held_out_sequences_are_read_again_after_the_last(make, caplog: pytest.L
     caplog.set_level("INFO")
     batches = make(eval_samples=1000)
     count = batches.datasets["valid"][1]
-    assert f"valid has {count} sequences; the eval_samples 1000 read some again" in caplog.text
+    said = f"pretrain/one: valid has {count} sequences and eval_samples is 1000, so some are read twice"
+    assert said in caplog.text
     assert rows(batches, "valid", 2 * count, 2) == rows(batches, "valid", 0, 2)
 
 

@@ -185,8 +185,14 @@ def test_what_is_wanted_and_what_comes_of_it_is_said(sft, caplog: pytest.LogCapt
     caplog.set_level("INFO")
     batches = sft()
     assert batches.wanted() == {"a": (0.5, 6), "b": (0.5, 3)}
-    assert "a: 8 of 16 packs to train on (50.00 %, wanted 50.00 %), 1.33 epochs of its 6" in caplog.text
-    assert "b: 8 of 16 packs to train on (50.00 %, wanted 50.00 %), 2.67 epochs of its 3" in caplog.text
+    assert "to train on" not in caplog.text  # a merge of adapters trains nothing
+    caplog.clear()
+    batches.report(4)
+    of_half = "8 of 16 packs to train on (50.00 %, wanted 50.00 %)"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"sft: source a: {of_half}, 1.33 epochs of its 6",
+        f"sft: source b: {of_half}, 2.67 epochs of its 3",
+    ]
 
 
 def test_sft_sees_the_same_packs_after_a_restart(sft):
@@ -261,5 +267,6 @@ def test_validation_sees_each_source(packed_blend, tokenizer_dir, sft_settings):
 def test_a_source_that_validation_does_not_see_is_named(packed_blend, tokenizer_dir, sft_settings, caplog):
     packs = [[[(1, 0), (5, 1)]]]
     blend = packed_blend(train={"a": packs, "b": packs}, valid={"a": packs, "b": packs})
-    SftBatches.load(blend, sft_settings()[0], tokenizer_info(tokenizer_dir), eval_samples=1)
-    assert "validation has no pack of b: raise eval_samples (now 1) to the number of sources" in caplog.text
+    SftBatches.load(blend, sft_settings()[0], tokenizer_info(tokenizer_dir), eval_samples=1).report(1)
+    said = "sft: validation has no pack of b: raise eval_samples (now 1) to the number of sources"
+    assert said in caplog.text
