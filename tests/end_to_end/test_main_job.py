@@ -102,6 +102,7 @@ def test_the_terminal_shows_progress_and_the_summary(finished: Workspace):
     announced = ("sft: starts after step 0", "sft: validating after step 0", "sft: validation loss")
     places = [said.index(text) for text in announced]
     assert places == sorted(places)
+    assert "pretrain/broad: saving after step 12" in said  # the last save, however short
     summary = (finished.path / "ckpt/sft/summary.md").read_text()
     assert summary.strip() in said
     parts = ("| pretrain/broad ", "| sft ", "packing efficiency", "base model:", "tuned model:", "Dropped:")
