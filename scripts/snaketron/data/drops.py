@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from snaketron.log import UserError
+from snaketron.log import UserError, logger
 from snaketron.settings.text import ReadSettings
 from snaketron.sources.formats import suffix_of
+from snaketron.wording import counted
 
 BAD_ROW = "bad row"
 INVALID_TEXT = "invalid text"
 FILTERED = "filtered by where"
+TOO_LONG = "too long"
+AFTER_LIMIT = "after the limit"
+ASKED = {FILTERED, TOO_LONG, AFTER_LIMIT}  # reasons for which the configuration asks for fewer rows
 MAX_LISTED = 100  # dropped rows that a record names, for each reason
 MAX_DETAIL = 200  # characters
 MAX_EXAMPLES = 5  # dropped rows in an error
@@ -40,16 +44,20 @@ class Drops:
             entry = {"file": str(path), "row": row, "reason": reason, "detail": detail[:MAX_DETAIL]}
             self.listed.append(entry)
 
-    def check(self, settings: ReadSettings, reasons: Iterable[str] = (BAD_ROW, INVALID_TEXT)) -> None:
+    def check(
+        self, settings: ReadSettings, where: str, reasons: Iterable[str] = (BAD_ROW, INVALID_TEXT)
+    ) -> None:
         """`UserError`, with an example of each reason, where more rows were dropped than the settings allow.
 
         Call this after the last file. Rows that were dropped for other reasons than `reasons` do not count.
+        A warning says how many rows of `where` were dropped, whatever the reason.
         """
-        counted = {reason: self.reasons[reason] for reason in reasons if self.reasons[reason]}
-        dropped = sum(counted.values())
-        if not dropped or dropped <= settings.max_dropped_fraction * self.num_rows:
+        bad = {reason: self.reasons[reason] for reason in reasons if self.reasons[reason]}
+        dropped = sum(bad.values())
+        if dropped <= settings.max_dropped_fraction * self.num_rows:
+            self._tell(where)
             return
-        first = {row["reason"]: row for row in reversed(self.listed) if row["reason"] in counted}
+        first = {row["reason"]: row for row in reversed(self.listed) if row["reason"] in bad}
         examples = sorted(first.values(), key=self.listed.index)[:MAX_EXAMPLES]
         others = "".join(f"; another: {self._explain(row)}" for row in examples[1:])
         raise UserError(
@@ -57,6 +65,15 @@ class Drops:
             f"{settings.max_dropped_fraction} allows; the first is {self._explain(examples[0])}{others}; "
             "correct the files, or raise max_dropped_fraction"
         )
+
+    def _tell(self, where: str) -> None:
+        unasked = {reason: n for reason, n in self.reasons.most_common() if n and reason not in ASKED}
+        if unasked and self.reasons.total() < self.num_rows:  # the caller says where none is left
+            first = next(row for row in self.listed if row["reason"] in unasked)
+            logger.warning(
+                "%s: dropped %d of %d rows (%s); the first is %s",
+                *(where, sum(unasked.values()), self.num_rows, counted(unasked), self._explain(first)),
+            )
 
     def _explain(self, row: Mapping[str, Any]) -> str:
         """A dropped row in a line: where, why and what to do."""

@@ -168,7 +168,8 @@ class Renderer:
                     modes.update(item.mode for item in items)
         totals = {name: sum(counts[name] for counts in kept.values()) for name in names}
         self.notes.tell(drops, totals["conversations"])
-        drops.check(self.settings, [reason for reason in drops.reasons if reason != FILTERED])
+        where = ", ".join(map(str, self.read))
+        drops.check(self.settings, where, [reason for reason in drops.reasons if reason != FILTERED])
         return {
             "rows": drops.num_rows,
             **totals,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config.data import SPLITS
-from snaketron.data.drops import FILTERED, Bad, Drops, place, reject
+from snaketron.data.drops import AFTER_LIMIT, FILTERED, TOO_LONG, Bad, Drops, place, reject
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.text import binidx, origins
 from snaketron.data.text.reading import Document, Reader, ahead
@@ -23,8 +23,6 @@ from snaketron.wording import counted
 import numpy as np
 
 NO_TOKENS = "no tokens"  # a normalizer left nothing
-TOO_LONG = "too long"
-AFTER_LIMIT = "after the limit"
 
 
 def tokenize_shard(
@@ -245,8 +243,8 @@ class _Shard:
     def _check(self) -> None:
         """`UserError` when too much was dropped, or when nothing is left of a shard that nobody filtered."""
         settings, drops = self.settings, self._all_drops()
-        drops.check(settings)
         where = ", ".join(map(str, self.reader.read))
+        drops.check(settings, where)
         if not self._kept:
             reasons = counted(dict(drops.reasons.most_common()), empty="it is empty", sign=" ")
             message = f"{where}: none of its {drops.num_rows} rows is used ({reasons})"
