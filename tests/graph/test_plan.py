@@ -125,6 +125,27 @@ def test_what_does_not_fit_is_named_with_a_change_that_does(
     assert "- pretrain/broad does not fit. What would: pretrain.parallel: " in capsys.readouterr().out
 
 
+def test_local_paths_without_a_file_are_named_apart_from_what_is_not_listed(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    workspace.write(
+        "more.yaml",
+        "corpora: [{name: docs, paths: ['notes/*.txt', raw/none.jsonl]}, {name: code, paths: ['s3://b/a.jsonl']}]\n"
+        "chats: [{name: questions, paths: ['support/*.jsonl']}, {name: tools, paths: ['s3://b/a.jsonl']}]\n",
+    )
+    found = of(workspace, monkeypatch, "tests/config/micro.yaml", "more.yaml")
+    assert found["not_listed"] == ["docs", "code", "questions", "tools"]
+    start = f"(relative paths start at {workspace.path})"
+    text = capsys.readouterr().out
+    assert "The files of code, tools are not known yet;" in text
+    assert (
+        "A run stops at docs, questions, of this machine; each counts as one file and one shard:\n\n"
+        f"- corpora[0].paths[0]: no file matches notes/*.txt {start}\n"
+        f"- corpora[0].paths[1]: raw/none.jsonl does not exist {start}\n"
+        f"- chats[0].paths[0]: no file matches support/*.jsonl {start}\n"
+    ) in text
+
+
 def test_published_numbers_are_shown_beside_the_estimates(capsys: pytest.CaptureFixture[str]):
     assert plan.main(["--published"]) == 0
     assert "| parameters without multi-token prediction " in capsys.readouterr().out

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from snaketron.config import ChatSource, Config, Corpus, Curation
+from snaketron.config import ChatSource, Config, ConfigError, Corpus, Curation
 from snaketron.config.names import named_paths
 from snaketron.graph.base import BaseGraph
 from snaketron.graph.curation import CurationGraph
@@ -23,7 +23,7 @@ from snaketron.settings.training import train_settings
 from snaketron.settings.weights import weight_options
 from snaketron.sizes.checks import check_trainings
 from snaketron.sources.local import unread
-from snaketron.sources.lockfile import LockedFile, read_lock
+from snaketron.sources.lockfile import LockedFile, read_lock, request
 from snaketron.sources.models import task_data, tokenizer_model
 from snaketron.sources.shards import shards, to_download
 
@@ -31,7 +31,7 @@ REPORT = "report/report.html"
 
 
 class Graph:
-    """Answers from a checked configuration. Raises `ConfigError` when a raw file is missing.
+    """Answers from a checked configuration. Raises `ConfigError` with all raw files that are missing.
 
     `curation` and `training` answer the rules of their own files.
 
@@ -52,14 +52,11 @@ class Graph:
         self.lock = read_lock(config.sources_lock, configfiles)
         self.lock.assuming = assuming
         # The shards of each source, and the raw files that a shard is made from, in order.
-        self.text = {
-            c.name: shards(c, f"corpora[{i}]", self.lock, config.pretrain_data.shard_size)
-            for i, c in enumerate(config.corpora)
-        }
-        self.conversations = {
-            c.name: shards(c, f"chats[{i}]", self.lock, config.sft_data.shard_size)
-            for i, c in enumerate(config.chats)
-        }
+        missing: list[str] = []
+        self.text = self._shards("corpora", config.corpora, config.pretrain_data.shard_size, missing)
+        self.conversations = self._shards("chats", config.chats, config.sft_data.shard_size, missing)
+        if missing:
+            raise ConfigError("\n".join(missing))
         # The tokenizer of the hub that is used, and the files that it is fetched as.
         self.tokenizer_model = tokenizer_model(config)
         self.tokenizer_files = self.tokenizer_model.files(self.lock) if self.tokenizer_model else []
@@ -71,6 +68,24 @@ class Graph:
         self.configfiles = shlex.join(map(str, configfiles))
         self._raw_files: RawFiles | None = None
         self._workflow: Any = None
+
+    def _shards(
+        self,
+        key: str,
+        sources: Sequence[Corpus | ChatSource],
+        shard_size: int | None,
+        missing: list[str],
+    ) -> dict[str, dict[str, list[str]]]:
+        """The shards of sources by name; what is wrong with files of this machine is added to `missing`."""
+        found = {}
+        for i, source in enumerate(sources):
+            try:
+                found[source.name] = shards(source, f"{key}[{i}]", self.lock, shard_size)
+            except ConfigError as error:
+                if request(source):
+                    raise
+                missing.append(str(error))
+        return found
 
     def watch(self, workflow: Any) -> None:
         """Let records decide which files of the user were changed. Only the main process asks that."""

@@ -23,7 +23,7 @@ from snaketron.sizes.plan import Estimate, components, estimate
 from snaketron.sizes.search import measure, work
 from snaketron.sizes.speed import flops_per_token
 from snaketron.sizes.traffic import traffic
-from snaketron.sources.lockfile import Lock, read_lock
+from snaketron.sources.lockfile import Lock, read_lock, request
 from snaketron.sources.models import tokenizer_model
 from snaketron.sources.pairs import SIZES, dtype_of
 from snaketron.sources.shards import SAMPLE, shards
@@ -38,8 +38,9 @@ type Shards = Mapping[str, Mapping[str, Sequence[str]] | None]  # by source; Non
 def plan(config: Config) -> dict[str, Any]:
     """The plan as JSON takes it. Bytes, tokens, hours and counts are numbers; what is not known is None."""
     lock = _assuming(config)
-    text = {c.name: _shards(c, f"corpora[{i}]", lock, config) for i, c in enumerate(config.corpora)}
-    chats = {c.name: _shards(c, f"chats[{i}]", lock, config) for i, c in enumerate(config.chats)}
+    missing: dict[str, str] = {}
+    text = {c.name: _shards(c, f"corpora[{i}]", lock, config, missing) for i, c in enumerate(config.corpora)}
+    chats = {c.name: _shards(c, f"chats[{i}]", lock, config, missing) for i, c in enumerate(config.chats)}
     corpora = {
         c.name: _corpus(config, c, text[c.name], lock) for c in _used_corpora(config, config.pretrain.phases)
     }
@@ -59,6 +60,7 @@ def plan(config: Config) -> dict[str, Any]:
     return {
         "jobs": jobs(config, text, chats),
         "not_listed": unknown,  # sources of which one shard is assumed
+        "missing": missing,  # of these, those of this machine, with what a run says of them
         "corpora": corpora,
         "trainings": trainings,
         "disk": disk(config, trained_on, conversations, trainings),
@@ -66,13 +68,18 @@ def plan(config: Config) -> dict[str, Any]:
 
 
 def _shards(
-    source: Corpus | ChatSource, where: str, lock: Lock, config: Config
+    source: Corpus | ChatSource, where: str, lock: Lock, config: Config, missing: dict[str, str]
 ) -> dict[str, list[str]] | None:
-    """The raw files of each shard of a source; None where they are neither here nor in the lock file."""
+    """The raw files of each shard of a source; None where they are neither here nor in the lock file.
+
+    `missing` gets what is wrong with files of this machine.
+    """
     data = config.pretrain_data if isinstance(source, Corpus) else config.sft_data
     try:
         return shards(source, where, lock, data.shard_size)
-    except ConfigError:
+    except ConfigError as error:
+        if request(source) is None:
+            missing[source.name] = str(error)
         return None
 
 

@@ -21,7 +21,8 @@ def markdown(plan: Mapping[str, Any]) -> str:
     parts = [
         "# Plan",
         "## Jobs\n\n" + table(["rule", "jobs"], [[rule, f"{n:,}"] for rule, n in _with_total(plan["jobs"])]),
-        *_not_listed(plan["not_listed"]),
+        *_not_listed([name for name in plan["not_listed"] if name not in plan["missing"]]),
+        *_missing(plan["missing"]),
         "## Trainings\n\n" + _trainings(trainings),
         "## Time\n\n" + _time(trainings),
         "## Memory of a process\n\n" + _memory(trainings),
@@ -44,6 +45,14 @@ def _not_listed(names: Sequence[str]) -> list[str]:
         f"The files of {some(names, 5)} are not known yet; each counts as one file and one shard. "
         "`python scripts/lock_sources.py` with the same --configfile lists those of the hub and of stores."
     ]
+
+
+def _missing(said: Mapping[str, str]) -> list[str]:
+    if not said:
+        return []
+    lines = [f"- {line}" for of_source in said.values() for line in of_source.splitlines()]
+    head = f"A run stops at {some(list(said), 5)}, of this machine; each counts as one file and one shard:"
+    return ["\n".join([head, "", *lines])]
 
 
 def _alike(rows: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -53,13 +53,17 @@ def _listed(path: Path, pattern: str, at: str) -> Listed:
     elif path.is_file():
         return Listed([str(path)], [])
     elif path.is_symlink() or not any(c in pattern for c in "*?["):
-        raise ConfigError(f"{at}: {_gone(path)} (relative paths start at {Path.cwd()})")
+        raise ConfigError(f"{at}: {_gone(path)} ({_start()})")
     else:
         listed = _sorted(_matching(path, at))
         where = f"no file matches {pattern}"
     if not listed.files:
-        raise ConfigError(f"{at}: {where}")
+        raise ConfigError(f"{at}: {where} ({_start()})")
     return listed
+
+
+def _start() -> str:
+    return f"relative paths start at {Path.cwd()}"
 
 
 def unread(config: Config) -> list[str]:

@@ -99,14 +99,22 @@ def _remote(source: Corpus | ChatSource, where: str, lock: Lock) -> dict[str, _F
 def _local(source: Corpus | ChatSource, where: str) -> dict[str, _File]:
     """Map the shard name of each file of this machine to the file."""
     paths: dict[str, str] = {}  # to the key that named each
+    problems: list[str] = []
     for i, pattern in enumerate(source.paths):
         at = f"{where}.paths[{i}]"
-        for path in list_files(pattern, at).files:
+        try:
+            files = list_files(pattern, at).files
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        for path in files:
             if problem := unusable(path):
                 raise ConfigError(f"{at}: {problem}")
             if path.startswith("-"):  # programs would take it for an option
                 path = str(Path(path).absolute())
             paths.setdefault(path, at)
+    if problems:
+        raise ConfigError("\n".join(problems))
     first: dict[str, str] = {}  # the file that a shard is called after
     for path, at in paths.items():
         first.setdefault(_shard_name(path, at), path)

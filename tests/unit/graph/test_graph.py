@@ -178,10 +178,21 @@ def test_a_tokenizer_that_is_taken_needs_no_text():
     assert shlex.split(taken.chat_template_source(job())) == ["--tokenizer", "my tokenizers/x"]
 
 
-def test_a_missing_raw_file_is_named_with_its_path_in_the_configuration():
+def test_all_missing_raw_files_are_named_with_their_paths_in_the_configuration():
     Path("raw/help.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"^chats\[0\].paths\[0\]: raw/help.jsonl does not exist"):
+    Path("raw/code.jsonl").unlink()
+    start = f"(relative paths start at {Path.cwd()})"
+    with pytest.raises(ConfigError) as error:
         graph()
+    assert str(error.value).splitlines() == [
+        f"{key}.paths[0]: raw/{name}.jsonl does not exist {start}"
+        for key, name in (
+            ("corpora[1]", "code"),
+            ("corpora[2]", "code"),
+            ("chats[0]", "help"),
+            ("chats[1]", "help"),
+        )
+    ]
 
 
 def test_options_from_the_configuration_are_words_for_a_shell():

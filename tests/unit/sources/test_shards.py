@@ -277,12 +277,21 @@ def test_a_missing_file_is_named_with_where_it_was_looked_for(here: Path):
     )
 
 
-def test_a_directory_or_glob_without_files_is_named():
+def test_a_directory_or_glob_without_files_is_named_with_where_it_was_looked_for(here: Path):
     touch("raw/a.txt")
-    assert refusal("raw").endswith("file in the directory raw") and refusal("raw").startswith(
-        "corpora[2].paths[0]: no .jsonl, "
+    start = f"(relative paths start at {here})"
+    assert refusal("raw").startswith("corpora[2].paths[0]: no .jsonl, ")
+    assert refusal("raw").endswith(f"file in the directory raw {start}")
+    assert refusal("raw/*.jsonl") == f"corpora[2].paths[0]: no file matches raw/*.jsonl {start}"
+
+
+def test_all_paths_without_a_file_are_named_at_once(here: Path):
+    touch("raw/a.jsonl")
+    start = f"(relative paths start at {here})"
+    assert refusal("b.jsonl", "raw", "c/*.jsonl") == (
+        f"corpora[2].paths[0]: b.jsonl does not exist {start}\n"
+        f"corpora[2].paths[2]: no file matches c/*.jsonl {start}"
     )
-    assert refusal("raw/*.jsonl") == "corpora[2].paths[0]: no file matches raw/*.jsonl"
 
 
 def test_another_kind_of_file_is_refused_with_those_that_are_read():
