@@ -16,6 +16,10 @@ ALIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OU
 class NoAnswer(Exception):
     """A command of Slurm failed, or did not end in time."""
 
+    def __init__(self, said: str, last: str = "") -> None:
+        super().__init__(said)
+        self.last = last or said  # its last line: where there are several, those before say what led to it
+
 
 def ask(*command: str, seconds: float = TIMEOUT_S) -> str:
     """What a command of Slurm prints; `NoAnswer` with its error."""
@@ -28,8 +32,10 @@ def ask(*command: str, seconds: float = TIMEOUT_S) -> str:
     except OSError as error:
         raise NoAnswer(f"{command[0]}: {(error.strerror or str(error)).lower()}") from None
     if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise NoAnswer(f"{command[0]}: {said.removeprefix(f'{command[0]}: error: ')}")
+        lines = [" ".join(line.split()) for line in done.stderr.splitlines() if line.strip()]
+        lines = [re.sub(f"^{command[0]}: (error|fatal): ", "", line) for line in lines]
+        lines = lines or [f"exit status {done.returncode}"]
+        raise NoAnswer(f"{command[0]}: {' '.join(lines)}", f"{command[0]}: {lines[-1]}")
     return done.stdout
 
 

@@ -98,7 +98,7 @@ def _jobs() -> list[list[str]]:
         said = slurm.ask("squeue", "--me", "--noheader", f"--format={FIELDS}")
     except slurm.NoAnswer as error:
         raise UserError(
-            f"{error}; ask again when Slurm answers, or with --watch, which reads the files of the run"
+            f"{error.last}; ask again when Slurm answers, or with --watch, which reads the files of the run"
         ) from None
     rows = [line.split("|", 6) for line in said.splitlines()]
     return [row for row in rows if len(row) == 7]
