@@ -198,9 +198,11 @@ class Follower:
         done = sum(job.state == "finished" for job in log.jobs.values())
         total = sum(log.totals.values())
         ended = "finished" if done >= total else "failed" if "failed" in states else "stopped"
+        state = "running" if running else ended
+        until = self._last_sign(begun) if state == "stopped" else time.time() if running else log.now
         return View(
-            state="running" if running else ended,
-            seconds=max(0.0, (time.time() if running else log.now) - (log.began or log.now)),
+            state=state,
+            seconds=max(0.0, until - (log.began or log.now)),
             done=done,
             total=total,
             rules=rules,
@@ -212,6 +214,15 @@ class Follower:
             at_least=at_least,
             warning=warned and warned[1:],
         )
+
+    def _last_sign(self, begun: Sequence[Job]) -> float:
+        """When the run was alive last: a Snakemake that was killed wrote no end into its log."""
+        signs = [self.tail.path, *(self.directory / job.log for job in begun if job.log)]
+        for name in self.log.trainings:
+            job = self._job(name)
+            if job and job in begun and (version := self._version(name, job)):
+                signs.append(version.heartbeat)
+        return max([self.log.now, *(path.stat().st_mtime for path in signs if path.exists())])
 
     def read_log(self) -> None:
         """Read on in the log of the newest run; one that was refused, or had no job, is none."""
@@ -261,12 +272,9 @@ class Follower:
     # ------------------------------------------------------------------------------------ trainings
 
     def _training(self, name: str, planned: Planned, running: bool, slurm: dict[str, Queued]) -> Training:
-        rule, _, phase = name.partition("/")
-        rule = "merge_lora" if name == "lora_merged" else rule
-        jobs = [job for job in self.log.jobs.values() if job.rule == rule and job.wildcards == phase]
-        if not jobs:
+        job = self._job(name)
+        if job is None:
             return Training(name, "waiting", planned.done, planned.steps, "", seconds_left=planned.seconds)
-        job = jobs[-1]
         version = self._version(name, job)
         if version is None:
             state = job.state if running or job.state != "running" else "stopped"
@@ -280,6 +288,13 @@ class Follower:
         if state == "running" and _waits(job, slurm):  # it was requeued
             state = "waiting"
         return self._of_version(name, state, version, planned)
+
+    def _job(self, name: str) -> Job | None:
+        """The newest job of a training."""
+        rule, _, phase = name.partition("/")
+        rule = "merge_lora" if name == "lora_merged" else rule
+        jobs = [job for job in self.log.jobs.values() if job.rule == rule and job.wildcards == phase]
+        return jobs[-1] if jobs else None
 
     def _version(self, name: str, job: Job) -> Version | None:
         """The version that a job of the run works in, or has published; None until it has begun there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,19 @@ def test_a_failed_job_is_shown_and_not_the_jobs_in_its_log(run: RunLog, tmp_path
     run.begins(3, "tokenize_shard", corpus="docs", shard="part_3")  # tried again
     run.finishes(3, "tokenize_shard")
     assert Follower(tmp_path, alive=True).look().rules[0].state == "running"
+
+
+@pytest.mark.parametrize("sign", ["progress.json", "c.log", "snakemake.log"])
+def test_a_run_that_was_killed_lasted_until_its_last_sign_of_life(run: RunLog, tmp_path: Path, sign: str):
+    """The log of Snakemake has no line with a time after the second in which the training began."""
+    began = Follower(tmp_path, alive=False)
+    began.read_log()
+    (tmp_path / "c.log").write_text("$ python train.py\n")
+    for path in tmp_path.rglob("*"):
+        later = 32 if path.name.endswith(sign) else 0
+        os.utime(path, (began.log.began + later,) * 2)
+    view = Follower(tmp_path, alive=False).look()
+    assert (view.state, view.seconds) == ("stopped", 32)
 
 
 def test_a_job_that_the_user_has_stopped_did_not_fail(run: RunLog, tmp_path: Path):
