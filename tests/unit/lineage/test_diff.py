@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def test_the_same_jobs_on_the_same_files_differ_in_nothing(
     lineage: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Their records do, in what they say of the cost, and so in the hashes by which a blend names them."""
-    monkeypatch.setattr("snaketron.lineage.record.cpu_seconds", lambda: 0.0)
+    clock = itertools.count(step=1_000.0)  # seconds: no job of the first directory took so long
+    monkeypatch.setattr("snaketron.lineage.record.cpu_seconds", lambda: next(clock))
     conftest.run()
     names = [
         scan(root).about(root / "data/pretrain/one/blend.json").record.inputs for root in (lineage, other)
