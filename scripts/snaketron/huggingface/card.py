@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from snaketron.config import Model
-from snaketron.lineage.record import Record
+from snaketron.lineage.record import Entry, Record
 from snaketron.sizes.parameters import num_active_parameters, num_parameters
 
 _HEAD = """---
@@ -30,8 +30,15 @@ multi-token prediction, whose weights are here under `mtp.`; vLLM drafts with th
 """
 
 
-def card(record: Record, model: Model, vocab_size: int, made_from: Iterable[Record]) -> str:
-    """Markdown about an exported checkpoint; `made_from` are the records of the checkpoints before it."""
+def card(
+    record: Record, model: Model, vocab_size: int, made_from: Iterable[Record], lost: Iterable[Entry]
+) -> str:
+    """Markdown about an exported checkpoint.
+
+    Args:
+        made_from: the records of the checkpoints before it.
+        lost: those of them whose records are gone.
+    """
     total = num_parameters(model, vocab_size).total
     active = num_active_parameters(model, vocab_size)
     rows = [
@@ -43,6 +50,9 @@ def card(record: Record, model: Model, vocab_size: int, made_from: Iterable[Reco
         ("precision of the training", model.precision),
     ]
     trained = ["| training | steps | tokens | test loss | version |", "|---|--:|--:|--:|---|"]
+    for entry in lost:
+        stage = entry.version.rpartition("-")[0]
+        trained.append(f"| {stage} | - | - | - | {entry.version}, whose record is gone |")
     for one in [*made_from, record]:
         loss = one.counts.get("test_loss")
         trained.append(

@@ -16,7 +16,7 @@ from snaketron.huggingface.card import card
 from snaketron.huggingface.save import Checkpoint, export
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import Entry, Record, read
-from snaketron.lineage.walk import ancestors
+from snaketron.lineage.walk import ancestors, lost
 from snaketron.log import UserError
 from snaketron.settings.training import (
     LoraSettings,
@@ -44,8 +44,9 @@ def export_checkpoint(path: Path, output: Path, base: str | None = None) -> Reco
             raise UserError(f"{path} holds adapters; name the exported model below them as --base")
         return export_adapters(checkpoint, settings.lora, output, base=base, source=source)
     record = read(version.record)
-    before = [one for one in ancestors(record.inputs).values() if one.kind == "checkpoint"]
-    text = card(record, settings.model, checkpoint.vocab_size, before)
+    before = list(ancestors(record.inputs).values())
+    trained = [one for one in before if one.kind == "checkpoint"]
+    text = card(record, settings.model, checkpoint.vocab_size, trained, lost([*before, record]))
     return export(checkpoint, output, source=source, card=text)
 
 

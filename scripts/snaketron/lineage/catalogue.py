@@ -15,7 +15,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Made:
 
     @property
     def version(self) -> str:
-        return f"{self.record.name}-{self.record.key}" if self.record.key else ""
+        return self.record.version
 
     @cached_property
     def moved(self) -> tuple[str, str]:
@@ -64,6 +64,10 @@ class Made:
         """Where an input or an output lies now: beside what was made, unless only that was moved."""
         moved = self.output_place(entry)
         return moved if moved.exists() or not entry.file.exists() else entry.file
+
+    def placed(self, entry: Entry) -> Entry:
+        """An input with the path where it lies now."""
+        return replace(entry, path=str(self.place(entry)))
 
 
 @functools.cache
@@ -124,21 +128,23 @@ class Catalogue:
             self._by_version.setdefault(made.version, made)
 
     def made_by(self, entry: Entry, user: Made) -> Made | None:
-        """The job that made an input of `user`; None for a raw file, and where no record is to be found."""
+        """The job that made an input of `user`; None for a raw file, and where no record is to be found.
+
+        A record that is not below the roots is looked for by the path of the input. Checkpoints are few, so
+        theirs are looked for in any case.
+        """
         if entry.version:
             found = self._by_version.get(entry.version)
         else:
             found = self._by_digest.get(entry.sha256) or self.maker(entry.sha256, entry.path)
         if found is user:  # it has copied the input, which has the hash of its output
             return None
-        if found is None and not self._is_below(entry.file.absolute()):
+        if found is None and (entry.version or not self._is_below(entry.file.absolute())):
             with contextlib.suppress(UserError, OSError):
-                if beside := record_of(entry):
+                if beside := record_of(user.placed(entry) if entry.version else entry):
                     path, record = beside
-                    made = Made(path.absolute(), record, hashlib.sha256(path.read_bytes()).hexdigest())
-                    if not entry.version or made.version == entry.version:
-                        self.add(made)
-                        found = made
+                    found = Made(path.absolute(), record, hashlib.sha256(path.read_bytes()).hexdigest())
+                    self.add(found)
         return found
 
     def _is_below(self, path: Path) -> bool:
@@ -152,11 +158,8 @@ class Catalogue:
         return next(written_there, candidates[0] if candidates else None)
 
     def remade(self, entry: Entry) -> Made | None:
-        """The record of a job that has since made another file at the path of an input."""
+        """The record of a job that has since made another file at the path of an input, which is a file."""
         found = self._by_path.get(entry.path, [])
-        if not found and entry.version:
-            stage = entry.version.rpartition("-")[0]
-            found = [m for m in self.all if m.version and m.record.name == stage]
         if not found:
             same_name = self._by_name.get(entry.file.name, ())
             found = [made for made in same_name if str(made.path).endswith(f"/{entry.path}")]

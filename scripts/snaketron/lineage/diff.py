@@ -9,6 +9,7 @@ from typing import Any
 
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.record import Entry
+from snaketron.lineage.walk import why_lost
 
 RANDOM = (".metadata",)  # of a checkpoint: torch writes a random identifier into it
 
@@ -75,7 +76,10 @@ class _Comparison:
         ours, theirs = one.maker(a), other.maker(b)
         which = a.path if a.path == b.path else f"{a.path} | {b.path}"
         if ours is None or theirs is None:
-            yield f"{indent}{name} {which}: {_identity(a)[:24]} | {_identity(b)[:24]}"
+            yield f"{indent}{name} {which}: {_short(a)} | {_short(b)}"
+            for where, side, entry in (("first", one, a), ("second", other, b)):
+                if entry.version and not side.maker(entry):
+                    yield f"{indent}  in the {where}: {why_lost(side.made.placed(entry))}"
             return
         pair = ours.made.digest, theirs.made.digest
         if pair in self._seen:
@@ -138,3 +142,7 @@ def _by_name(made: Made) -> dict[str, dict[str, Entry]]:
 
 def _identity(entry: Entry) -> str:
     return entry.sha256 or entry.version or entry.revision
+
+
+def _short(entry: Entry) -> str:
+    return entry.version or _identity(entry)[:24]  # a version is named whole: its key comes last

@@ -105,6 +105,11 @@ class Record:
     key: str | None = None  # of the version, for a checkpoint
     provenance: dict[str, Any] = field(default_factory=dict)  # code, hardware and cost; for readers alone
 
+    @property
+    def version(self) -> str:
+        """What identifies a checkpoint among all that were trained, as inputs list it; empty for the rest."""
+        return f"{self.name}-{self.key}" if self.key else ""
+
     def output(self, name: str) -> Entry:
         """The output of a name, such as `train.bin`; `KeyError` where there is none."""
         for entry in self.outputs:

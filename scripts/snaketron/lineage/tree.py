@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.record import Entry
+from snaketron.lineage.walk import why_lost
 from snaketron.wording import duration, plural
 
 if TYPE_CHECKING:
@@ -23,28 +24,35 @@ SHOWN = 3  # raw files of a branch that are named
 
 @dataclass
 class Branch:
-    """Jobs of one kind, or files that no record says the origin of; and what they were made from."""
+    """Jobs of one kind, or inputs that no record says the origin of; and what they were made from."""
 
     role: str  # what they are to the branch below which this one hangs; empty for the first
     makers: list[Made] = field(default_factory=list)
-    raw: list[tuple[Made, Entry]] = field(default_factory=list)  # each with a job that read it
+    raw: list[tuple[Made, Entry]] = field(default_factory=list)  # the inputs, each with a job that read it
     branches: list[Branch] = field(default_factory=list)
     is_above: bool = False  # the same jobs hang elsewhere, with what they were made from
 
     @property
     def title(self) -> str:
         if not self.makers:
-            return plural(len(self.raw), "raw file") if len(self.raw) > 1 else "raw file"
+            what = "checkpoint" if self.is_checkpoint else "raw file"
+            name = f"{what} {self.raw[0][1].version}".strip()
+            return plural(len(self.raw), what) if len(self.raw) > 1 else name
         first = self.makers[0]
         if len(self.makers) == 1:
             return first.title
         return f"{first.record.kind} {corpus(first)}, {plural(len(self.makers), 'shard')}"
 
     @property
+    def is_checkpoint(self) -> bool:
+        """Whether these are checkpoints, which are never raw files, although their records may be gone."""
+        return bool(self.makers[0].version if self.makers else self.raw[0][1].version)
+
+    @property
     def places(self) -> list[str]:
         """The first of the paths, as the records have them."""
         if self.makers:
-            if self.makers[0].version:
+            if self.is_checkpoint:
                 return [os.path.relpath(made.path.parent) for made in self.makers[:SHOWN]]
             return [entry.path for made in self.makers[:SHOWN] for entry in made.record.outputs[:1]]
         return [entry.path for _, entry in self.raw[:SHOWN]]
@@ -80,7 +88,7 @@ def grow(catalogue: Catalogue, made: Made) -> Branch:
 def _inputs(
     catalogue: Catalogue, makers: Iterable[Made]
 ) -> tuple[dict[tuple[str, str, str], dict[str, Made]], dict[str, dict[str, tuple[Made, Entry]]]]:
-    """What some jobs used: jobs by role, kind and corpus, and files without a record by role."""
+    """What some jobs used: jobs by role, kind and corpus, and what has no record by role."""
     groups: dict[tuple[str, str, str], dict[str, Made]] = defaultdict(dict)
     raw: dict[str, dict[str, tuple[Made, Entry]]] = defaultdict(dict)
     for made in makers:
@@ -89,12 +97,14 @@ def _inputs(
             if maker:
                 groups[entry.name, maker.record.kind, corpus(maker)][maker.digest] = maker
             else:
-                raw[entry.name][entry.path + entry.sha256] = (made, entry)
+                raw[entry.name][entry.path + entry.sha256 + entry.version] = (made, entry)
     return groups, raw
 
 
 def trouble(catalogue: Catalogue, user: Made, entry: Entry) -> str:
     """What is wrong with an input that no record says the origin of; empty for a raw file that is there."""
+    if entry.version:
+        return why_lost(user.placed(entry))
     remade = catalogue.remade(entry)
     if remade:
         return f"made again since, on {remade.record.created or 'an unknown day'}: its origin is not recorded"
@@ -168,11 +178,12 @@ def mermaid(catalogue: Catalogue, made: Made) -> str:
     lines: list[str] = []
 
     def draw(branch: Branch) -> str:
-        key = frozenset(m.digest for m in branch.makers) or frozenset(e.path for _, e in branch.raw)
+        raw = frozenset((entry.path, entry.version) for _, entry in branch.raw)
+        key = frozenset(m.digest for m in branch.makers) or raw
         if key not in numbers:
             numbers[key] = f"n{len(numbers)}"
             first = branch.places[0] if branch.places else ""
-            shape = ('["', '"]') if branch.makers else ('[("', '")]')
+            shape = ('["', '"]') if branch.makers or branch.is_checkpoint else ('[("', '")]')
             lines.append(f"  {numbers[key]}{shape[0]}{_quoted(branch.title)}<br>{_quoted(first)}{shape[1]}")
         if not branch.is_above:
             for child in branch.branches:

@@ -5,7 +5,7 @@ Only this module knows where the record of an artifact lies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from snaketron.files import sha256
@@ -23,12 +23,13 @@ def places(path: Path) -> tuple[Path, ...]:
 def record_of(entry: Entry) -> tuple[Path, Record] | None:
     """The path of the record about an input, and the record; None for a file that no rule made.
 
-    The record must list the hash of the input. So a file that was made again since is not taken for the one
-    that was used. An input may be a record itself.
+    The record must list the hash of the input, or be of its version. So what was made again since is not
+    taken for what was used. An input may be a record itself. There is none either of a checkpoint that was
+    removed (`why_lost`).
     """
     path = entry.file
-    if entry.version:  # a checkpoint
-        return path / "record.json", read(path / "record.json")
+    if entry.version:
+        return _record_of_version(entry)
     for candidate in places(path):
         try:
             if candidate == path and path.stat().st_size > LARGEST_RECORD:
@@ -42,6 +43,35 @@ def record_of(entry: Entry) -> tuple[Path, Record] | None:
         elif any(output.sha256 == entry.sha256 for output in record.outputs):
             return candidate, record
     return None
+
+
+def _record_of_version(entry: Entry) -> tuple[Path, Record] | None:
+    """The record of a checkpoint, below its path or beside the directory that the path is a link to.
+
+    A stage that was trained again has its link moved to the new version; the old one lies beside that.
+    """
+    beside = entry.file.resolve().with_name(entry.version.replace("/", "_"))
+    for directory in (entry.file, beside):
+        path = directory / "record.json"
+        if path.is_file() and (record := read(path)).version == entry.version:
+            return path, record
+    return None
+
+
+def lost(records: Collection[Record]) -> list[Entry]:
+    """The checkpoints that some jobs used and whose records are not among theirs; each version once."""
+    inputs = {entry.version: entry for record in records for entry in record.inputs if entry.version}
+    there = {record.version for record in records}
+    return [entry for version, entry in inputs.items() if version not in there]
+
+
+def why_lost(entry: Entry) -> str:
+    """What became of a checkpoint whose record is not to be found."""
+    try:
+        now = read(entry.file / "record.json")
+    except (UserError, OSError):
+        return f"no record of {entry.version} is there any more"
+    return f"replaced since by {now.version or now.name}, and the record of {entry.version} is gone"
 
 
 def record_about(path: Path) -> Record:

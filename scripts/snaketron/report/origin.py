@@ -22,7 +22,7 @@ class Origin:
         self.of_output = {
             output.sha256: path for path, r in records.items() for output in r.outputs if output.sha256
         }
-        self.of_output |= {f"{r.name}-{r.key}": path for path, r in records.items() if r.key}
+        self.of_output |= {r.version: path for path, r in records.items() if r.version}
 
     def tree(self, path: Path) -> Tree:
         """A record that was not shown yet, and what it was made from."""
@@ -52,7 +52,7 @@ class Origin:
         return branches
 
     def _made(self, entry: Entry) -> Path | None:
-        """The record about an input; None for a file that no rule made."""
+        """The record about an input; None for a file that no rule made, and where the record is gone."""
         if path := self.of_output.get(entry.version or entry.sha256):
             return path
         return entry.file if entry.file in self.records else None  # a record itself
@@ -61,7 +61,8 @@ class Origin:
         if made is None:
             self.lines += 1
             size = f", {size_text(entry.bytes)}" if entry.bytes else ""
-            about = f"sha256 {entry.sha256[:12]}…" if entry.sha256 else entry.version or entry.revision
+            about = f"sha256 {entry.sha256[:12]}…" if entry.sha256 else entry.revision
+            about = f"{entry.version}, whose record is gone" if entry.version else about
             return Tree(f"{entry.path}{size}, {about}")
         if made in opened:
             del opened[made]
@@ -73,7 +74,7 @@ def lineage_part(run: Run) -> Part:
     """The tree of each checkpoint that no later one was trained from."""
     checkpoints = {path: record for path, record in run.records.items() if record.kind == "checkpoint"}
     used = {entry.version for record in checkpoints.values() for entry in record.inputs if entry.version}
-    ends = [path for path, record in checkpoints.items() if f"{record.name}-{record.key}" not in used]
+    ends = [path for path, record in checkpoints.items() if record.version not in used]
     if not ends:
         return Part("Lineage", [Text("No training is finished, so there is no checkpoint to trace back.")])
     origin = Origin(run.records)

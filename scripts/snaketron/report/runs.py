@@ -16,7 +16,7 @@ from snaketron.jobs.attempts import Attempt, read_attempts
 from snaketron.jobs.owner import is_owned
 from snaketron.jobs.version import Version, versions
 from snaketron.lineage.record import Record, read
-from snaketron.lineage.walk import LARGEST_RECORD, ancestors
+from snaketron.lineage.walk import LARGEST_RECORD, ancestors, lost, why_lost
 from snaketron.log import UserError
 from snaketron.report.collect import Data, add_up, collect
 from snaketron.report.history import History, read_history
@@ -267,6 +267,7 @@ def _read_data(
     try:
         made = ancestors(entry for stage in stages if stage.record for entry in stage.record.inputs)
         made |= {stage.version.record: stage.record for stage in stages if stage.record}
+        trouble += [f"{entry.path}: {why_lost(entry)}." for entry in lost(made.values())]
         if all(path.is_file() for path in last):
             data = collect(last)
             if data.lacking:

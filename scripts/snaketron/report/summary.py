@@ -8,8 +8,8 @@ from pathlib import Path
 from snaketron.config.data import CALL, SPLITS
 from snaketron.files import read_json
 from snaketron.jobs.version import Version
-from snaketron.lineage.record import Record, read
-from snaketron.lineage.walk import ancestors
+from snaketron.lineage.record import Entry, Record, read
+from snaketron.lineage.walk import ancestors, lost, why_lost
 from snaketron.report.blocks import number
 from snaketron.report.collect import Data, add_up
 from snaketron.report.tables import table
@@ -27,7 +27,7 @@ def summarize(checkpoint: Path) -> str:
     data = add_up(record for record in records if record.kind != "checkpoint")
     parts = [
         f"# {checkpoint}",
-        _training(stages),
+        _training(stages, lost(records)),
         *_mix(last),
         *_performance(stages),
         _text(data),
@@ -39,7 +39,7 @@ def summarize(checkpoint: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _training(stages: list[Record]) -> str:
+def _training(stages: list[Record], gone: list[Entry]) -> str:
     rows = []
     for stage in stages:
         counts = stage.counts
@@ -55,7 +55,8 @@ def _training(stages: list[Record]) -> str:
             ]
         )
     header = ["training", "steps", "tokens", "valid loss before", "after", "test loss", "tokens/s"]
-    return "## Training\n\n" + table(header, rows)
+    sentences = [f"{entry.path} is not listed: {why_lost(entry)}." for entry in gone]
+    return "\n\n".join(["## Training", table(header, rows), *sentences])
 
 
 def _mix(last: Record) -> list[str]:

@@ -16,7 +16,8 @@ from typing import Any
 from snaketron.files import sha256_of
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import Entry, Record, read
-from snaketron.lineage.walk import record_of
+from snaketron.lineage.walk import record_of, why_lost
+from snaketron.log import logger
 
 KINDS = {"blend": "pretraining-blend", "blend_sft": "sft-data", "tokenizer": "tokenizer"}
 TRAINED = {
@@ -64,7 +65,8 @@ def model(directory: Path) -> Artifact:
 
 def trainings(inputs: Iterable[Entry]) -> list[Version]:
     """The checkpoints among inputs that were trained, and not imported."""
-    versions = [Version(entry.file) for entry in inputs if entry.version]
+    made = [record_of(entry) for entry in inputs if entry.version]
+    versions = [Version(found[0].parent) for found in made if found]
     return [version for version in versions if version.metrics.exists()]
 
 
@@ -81,6 +83,9 @@ def leading_to(inputs: Iterable[Entry], consumer: str) -> list[Artifact]:
             return
         seen.add((entry.path, reader))
         made = record_of(entry)
+        if made is None and entry.version:
+            logger.warning("W&B: %s is no artifact of this run: %s", entry.version, why_lost(entry))
+            return
         if made is None or made[1].kind in MADE_UP:
             name = f"raw-{reader}"
             found.setdefault(name, Artifact(RAW, name)).add(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from snaketron.files import sha256
 from snaketron.lineage.record import Entry, Record, making, of_user, read
 
 import pytest
+
+BLEND = "data/pretrain/one/blend.json"
 
 
 def write(path: str, text: str) -> Path:
@@ -38,9 +41,11 @@ def hashes(inputs: dict) -> Iterator[str]:
                 yield one.sha256 if isinstance(one, Entry) else sha256(one)
 
 
-def train(stage: str, key: str, blend: str, base: str | None = None, **settings) -> None:
-    """A finished training `ckpt/<stage>`, a link to its version."""
-    version = Path("ckpt/versions", f"{stage.replace('/', '_')}-{key}")
+def train(
+    stage: str, key: str, blend: str, base: str | None = None, *, root: str = "ckpt", **settings
+) -> None:
+    """A finished training `<root>/<stage>`, a link to its version, on a base below ckpt."""
+    version = Path(root, "versions", f"{stage.replace('/', '_')}-{key}")
     weights = write(str(version / "iter_0000010/weights"), f"{stage} {settings}")
     with making("checkpoint", stage, outputs={}, record=version / "record.json") as made:
         made.present = [Entry("weights", str(weights), *_state(weights))]
@@ -48,7 +53,7 @@ def train(stage: str, key: str, blend: str, base: str | None = None, **settings)
         if base:
             made.inputs["base"] = Entry("base", f"ckpt/{base.rpartition('-')[0]}", version=base)
         made.settings, made.counts, made.key = settings, {"iterations": 10}, key
-    link = Path("ckpt", stage)
+    link = Path(root, stage)
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(version.absolute(), target_is_directory=True)
@@ -90,3 +95,19 @@ def lineage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write(f"raw/{name}.jsonl", f'{{"text": "{name}"}}\n')
     run()
     return directory
+
+
+@pytest.fixture
+def rebuilt(lineage: Path) -> Path:
+    """A second root of checkpoints, whose sft is built on one of ckpt; then all of ckpt was trained again.
+
+    `imp/ckpt/sft` is made from `sft-0b`, and that from `pretrain/one-0a`. Both links of ckpt lead elsewhere.
+    """
+    train("sft", "0f", BLEND, base="sft-0b", root="imp/ckpt", seed=3)
+    train("pretrain/one", "0d", BLEND, seed=2)
+    train("sft", "0e", BLEND, base="pretrain/one-0d", seed=2)
+    return lineage
+
+
+def prune(version: str) -> None:
+    shutil.rmtree(Path("ckpt/versions", version.replace("/", "_")))

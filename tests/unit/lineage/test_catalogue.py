@@ -89,6 +89,19 @@ def test_records_that_lie_elsewhere_are_found_by_the_paths_of_inputs(lineage: Pa
     assert titles(lineage, "data/two/blend.json") == ["tokens docs/c", "blend two"]
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_base_that_was_trained_again_is_the_version_that_was_used(
+    rebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+):
+    """Its root is not among those that were read; also where the question is asked in another directory."""
+    if elsewhere:
+        monkeypatch.chdir(tmp_path)
+    for root in (rebuilt, rebuilt / "imp"):
+        catalogue = scan(root)
+        behind = list(catalogue.ancestors(catalogue.about(rebuilt / "imp/ckpt/sft")))
+        assert [made.version for made in behind if made.version] == ["pretrain/one-0a", "sft-0b", "sft-0f"]
+
+
 def test_a_file_that_was_made_again_is_not_the_one_that_was_used(lineage: Path):
     used = scan(lineage).about(Path("data/pretrain/one/blend.json")).record.inputs[0]
     write("raw/a.jsonl", '{"text": "another"}\n')

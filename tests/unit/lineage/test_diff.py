@@ -10,7 +10,7 @@ from snaketron.files import sha256
 from snaketron.lineage.catalogue import scan
 from snaketron.lineage.diff import Side, differences
 from tests.unit.lineage import conftest
-from tests.unit.lineage.conftest import train, write
+from tests.unit.lineage.conftest import prune, train, write
 
 import pytest
 
@@ -24,11 +24,11 @@ def other(lineage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return directory
 
 
-def diff(one: Path, other: Path, path: str = "ckpt/sft") -> list[str]:
+def diff(one: Path, other: Path, path: str = "ckpt/sft", second: str = "") -> list[str]:
     sides = []
-    for root in (one, other):
+    for root, of in ((one, path), (other, second or path)):
         catalogue = scan(root)
-        sides.append(Side(catalogue, catalogue.about(root / path)))
+        sides.append(Side(catalogue, catalogue.about(root / of)))
     return differences(*sides)
 
 
@@ -68,6 +68,19 @@ def test_a_raw_file_that_differs_is_found_through_all_that_was_made_of_it(lineag
         "  output train.bin:",
         "  output documents:",
         "output blend.json:",
+    ]
+
+
+def test_a_base_that_was_trained_again_is_compared_as_it_was(rebuilt: Path):
+    """And where its record was removed, the versions are named, and why there is no more to say."""
+    assert diff(rebuilt, rebuilt, "ckpt/versions/sft-0b", "ckpt/sft")[1:3] == [
+        "base ckpt/pretrain/one:",
+        "  settings.seed: not set | 2",
+    ]
+    prune("pretrain/one-0a")
+    assert diff(rebuilt, rebuilt, "ckpt/versions/sft-0b", "ckpt/sft")[1:3] == [
+        "base ckpt/pretrain/one: pretrain/one-0a | pretrain/one-0d",
+        "  in the first: replaced since by pretrain/one-0d, and the record of pretrain/one-0a is gone",
     ]
 
 

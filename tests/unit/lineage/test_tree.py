@@ -10,14 +10,15 @@ from uuid import UUID
 from snaketron.files import write_json
 from snaketron.lineage import formats, tree
 from snaketron.lineage.catalogue import scan
-from tests.unit.lineage.conftest import tokens, write
+from tests.unit.lineage.conftest import prune, tokens, write
 
+import pytest
 from pydantic import AnyUrl, AwareDatetime, BaseModel, Field
 from rich.console import Console
 
 
-def text(path: str) -> list[str]:
-    catalogue = scan(Path.cwd())
+def text(path: str, root: str = ".") -> list[str]:
+    catalogue = scan(Path(root))
     console = Console(width=1000)
     with console.capture() as captured:
         console.print(tree.show(catalogue, catalogue.about(Path(path))))
@@ -56,6 +57,28 @@ def test_the_tree_says_what_is_not_here_any_more(lineage: Path):
     tokens("a", "raw/a.jsonl")
     (line,) = (line for line in text("ckpt/sft") if "made again since, on 20" in line)
     assert line.endswith("its origin is not recorded")
+
+
+@pytest.mark.parametrize("root", [".", "imp"])
+def test_a_base_that_was_trained_again_is_named_by_its_version(rebuilt: Path, root: str):
+    """With its record, and where that was removed: it is no raw file, and not the one that is there now."""
+
+    def checkpoints() -> list[str]:
+        return [line for line in text("imp/ckpt/sft", root) if "checkpoint" in line or "since by" in line]
+
+    assert checkpoints() == [
+        "checkpoint sft  imp/ckpt/versions/sft-0f",
+        "└── base: checkpoint sft  ckpt/versions/sft-0b",
+        "    └── base: checkpoint pretrain/one  ckpt/versions/pretrain_one-0a",
+    ]
+    prune("pretrain/one-0a")
+    assert checkpoints()[2:] == [
+        "    └── base: checkpoint pretrain/one-0a  ckpt/pretrain/one",
+        "        └── replaced since by pretrain/one-0d, and the record of pretrain/one-0a is gone",
+    ]
+    catalogue = scan(Path(root))
+    diagram = tree.mermaid(catalogue, catalogue.about(Path("imp/ckpt/sft")))
+    assert '["checkpoint pretrain/one-0a<br>ckpt/pretrain/one"]' in diagram.replace("#45;", "-")
 
 
 def test_the_diagram_draws_each_branch_once(lineage: Path):

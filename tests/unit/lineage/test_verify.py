@@ -10,7 +10,7 @@ from snaketron.lineage import verify
 from snaketron.lineage.catalogue import scan
 from snaketron.lineage.record import Entry, making
 from snaketron.lineage.verify import STATE, Found, State, named
-from tests.unit.lineage.conftest import tokens, write
+from tests.unit.lineage.conftest import prune, tokens, write
 
 import pytest
 
@@ -18,9 +18,9 @@ import pytest
 FILES = 10
 
 
-def check(all_again: bool = False) -> Found:
-    catalogue = scan(Path.cwd())
-    wanted = named(catalogue, catalogue.about(Path("ckpt/sft")))
+def check(all_again: bool = False, of: str = "ckpt/sft", root: str = "") -> Found:
+    catalogue = scan(Path.cwd() / root)
+    wanted = named(catalogue, catalogue.about(Path(of)))
     return verify.verify(wanted, State(Path(STATE), all_again=all_again), workers=1)
 
 
@@ -86,6 +86,19 @@ def test_an_input_that_was_made_again_has_no_origin(lineage: Path):
     tokens("a", "raw/a.jsonl")
     (problem,) = (p for p in check().problems if "a.json:" in p)
     assert "made again since, on " in problem and "its origin is not recorded" in problem
+
+
+@pytest.mark.parametrize("root", [".", "imp"])
+def test_a_base_that_was_trained_again_is_checked_and_without_its_record_is_not_read(
+    rebuilt: Path, root: str
+):
+    """The files of the small lineage, and the weights of imp/ckpt/sft."""
+    assert numbers(check(of="imp/ckpt/sft", root=root)) == (FILES + 1, 0, 0)
+    prune("pretrain/one-0a")
+    found = check(of="imp/ckpt/sft", root=root)
+    assert numbers(found) == (0, FILES, 1)
+    why = "replaced since by pretrain/one-0d, and the record of pretrain/one-0a is gone"
+    assert f"ckpt/pretrain/one: {why} (record " in found.problems[0]
 
 
 def test_a_directory_is_one_output(tmp_path: Path, monkeypatch):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from snaketron import files
-from snaketron.lineage.record import Entry, making
-from snaketron.lineage.walk import ancestors, known, record_about, record_of
+from snaketron.lineage.record import Entry, making, read
+from snaketron.lineage.walk import ancestors, known, lost, record_about, record_of, why_lost
 from snaketron.log import UserError
+from tests.unit.lineage.conftest import prune
 
 import pytest
 
@@ -62,6 +63,31 @@ def test_a_checkpoint_has_its_record_inside(tmp_path: Path):
         job.key = "0a"
     found = record_of(Entry("base", str(tmp_path / "ckpt/sft"), version="sft-0a"))
     assert found == (record, job.record)
+
+
+def test_a_checkpoint_that_was_trained_again_has_its_record_beside_the_new_one(rebuilt: Path):
+    """Not that of the version to which the link leads now."""
+    base = Entry("base", "ckpt/pretrain/one", version="pretrain/one-0a")
+    found = record_of(base)
+    assert found and found[0] == rebuilt / "ckpt/versions/pretrain_one-0a/record.json"
+    sft = read(Path("imp/ckpt/sft/record.json"))
+    versions = [record.version for record in ancestors(sft.inputs).values() if record.kind == "checkpoint"]
+    assert versions == ["pretrain/one-0a", "sft-0b"]
+    assert lost([*ancestors(sft.inputs).values(), sft]) == []
+
+
+def test_a_checkpoint_that_was_trained_again_and_removed_is_lost(rebuilt: Path):
+    prune("pretrain/one-0a")
+    base = Entry("base", "ckpt/pretrain/one", version="pretrain/one-0a")
+    assert record_of(base) is None
+    sft = read(Path("imp/ckpt/sft/record.json"))
+    behind = [*ancestors(sft.inputs).values(), sft]
+    assert [record.version for record in behind if record.kind == "checkpoint"] == ["sft-0b", "sft-0f"]
+    assert lost(behind) == [base]
+    assert why_lost(base) == "replaced since by pretrain/one-0d, and the record of pretrain/one-0a is gone"
+    Path("ckpt/pretrain/one").unlink()
+    assert record_of(base) is None
+    assert why_lost(base) == "no record of pretrain/one-0a is there any more"
 
 
 def test_an_input_is_taken_from_the_record_about_it_without_reading_it_again(tmp_path: Path):

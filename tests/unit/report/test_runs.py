@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from snaketron import files
 from snaketron.report.blocks import Figures, Quotes, Table, Text
 from snaketron.report.curves import curves_part
+from snaketron.report.origin import lineage_part
 from snaketron.report.overview import answers_part, missing
 from snaketron.report.runs import Run, read_run
 from tests.unit.report.live_run import RunLog
@@ -35,6 +37,33 @@ def test_a_finished_run(training, tmp_path: Path):
     ]
     assert (run.stages[0].tokens, run.stages[0].processes, run.stages[0].seconds) == (40960, 2, 1800.0)
     assert run.planned == []
+
+
+def test_the_page_names_the_base_that_was_used_and_says_where_its_record_is_gone(training, tmp_path: Path):
+    """ckpt/sft was trained on a base below another root, which was trained again since."""
+    old = training("base", root=tmp_path / "other")
+    new = old.with_name("base-ba9876543210")
+    shutil.copytree(old, new)
+    record = files.read_json(old / "record.json")
+    files.write_json(new / "record.json", record | {"key": "ba9876543210"})
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt/base").symlink_to(new)
+    training("sft", base="base-0123456789ab")
+    run = read(tmp_path)
+    tree = lineage_part(run).blocks[1:]
+    assert [(t.line, [b.line for b in t.branches]) for t in tree] == [
+        ("sft (checkpoint 0123456789ab)", ["base (checkpoint 0123456789ab)"])
+    ]
+    assert run.trouble == []
+    shutil.rmtree(old)
+    run = read(tmp_path)
+    tree = lineage_part(run).blocks[1:]
+    assert [(t.line, [b.line for b in t.branches]) for t in tree] == [
+        ("sft (checkpoint 0123456789ab)", ["ckpt/base, base-0123456789ab, whose record is gone"])
+    ]
+    assert run.trouble == [
+        "ckpt/base: replaced since by base-ba9876543210, and the record of base-0123456789ab is gone."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def trained(before: float | None, after: float | None, test: float | None, **cou
     return {"valid_loss_before": before, "valid_loss_after": after, "test_loss": test, **counts}
 
 
+def publish(link: Path, record: dict[str, Any]) -> None:
+    """Write the record of a checkpoint into its version, and lead the link there."""
+    version = link.parent / f"{record['name'].replace('/', '_')}-{record['key']}"
+    files.write_json(version / "record.json", record)
+    link.unlink(missing_ok=True)
+    link.symlink_to(version)
+
+
 @pytest.fixture
 def run(tmp_path: Path):
     """Two shards of one corpus and one source, a blend of each, two phases and SFT."""
@@ -51,12 +60,13 @@ def run(tmp_path: Path):
     ) -> dict[str, Any]:
         """Write the record of an artifact; returns how a later record lists it as its input."""
         record = {"kind": kind, "name": path, "seconds": seconds, "inputs": list(inputs), "outputs": []}
-        record_path = tmp_path / path
-        if kind == "checkpoint":
-            record_path = record_path / "record.json"
-        files.write_json(record_path, record | {"settings": settings or {}, "counts": counts})
+        record |= {"settings": settings or {}, "counts": counts}
         entry = {"path": str(tmp_path / path)}
-        return entry | ({"version": "k"} if kind == "checkpoint" else {"sha256": files.sha256(record_path)})
+        if kind == "checkpoint":
+            publish(tmp_path / path, record | {"key": "0a"})
+            return entry | {"version": f"{path}-0a"}
+        files.write_json(tmp_path / path, record)
+        return entry | {"sha256": files.sha256(tmp_path / path)}
 
     docs = {"corpus": "docs"}
     shards = [
@@ -109,6 +119,24 @@ def test_training_is_from_the_first_phase_to_the_last(run: Path):
         "| ckpt/pretrain/broad |    10 | 20,480 |            7.5000 | 4.2500 |         - |    5,120 |",
         "| ckpt/sft            | 1,200 |  1,000 |            4.0000 | 3.1235 |    3.5000 |    2,000 |",
     ]
+
+
+def test_a_base_that_was_trained_again_is_told_of_as_it_was(run: Path):
+    """Its version lies beside the one to which its link leads now."""
+    before = summarize(run)
+    link = run.parent / "pretrain/broad"
+    old = link.resolve()
+    counts = trained(7.5, 2.5, None, iterations=99, tokens=1, train_seconds=1.0)
+    record = files.read_json(old / "record.json")
+    publish(link, record | {"key": "0b", "counts": counts})
+    assert summarize(run) == before
+    shutil.rmtree(old)
+    table, _, sentence = sections(summarize(run))["Training"].partition("\n\n")
+    assert [line.split()[1] for line in table.splitlines()[2:]] == ["ckpt/sft"]
+    assert sentence == (
+        f"{link} is not listed: replaced since by ckpt/pretrain/broad-0b, and the record of "
+        "ckpt/pretrain/broad-0a is gone."
+    )
 
 
 def test_the_mix_of_the_last_training_is_shown_against_the_weights(run: Path):

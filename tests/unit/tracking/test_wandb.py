@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from snaketron.config import ArtifactKind
-from snaketron.files import sha256
+from snaketron.files import read_json, sha256, write_json
 from snaketron.lineage.record import Entry, making
 from snaketron.lineage.walk import ancestors, record_of
 from snaketron.log import logger
+from snaketron.tracking import artifacts
 from snaketron.tracking.follow import Follower
 from snaketron.tracking.sinks import Run
 from tests.unit.tracking.wandb_server import serving
@@ -388,6 +390,25 @@ def test_ancestors_come_before_what_was_made_of_them(offline: Offline):
         *("sample", "tokenizer", "render_chat", "pack_sft", "blend_sft"),
         *("tokens", "tokens", "blend", "checkpoint"),
     ]
+
+
+def test_a_base_that_was_trained_again_is_the_artifact_that_was_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """And where its version was removed it is none: not that of now, and no raw file."""
+    monkeypatch.chdir(tmp_path)
+    for key in ("0a", "0b"):
+        make_checkpoint(f"versions/base-{key}", key, [])
+        record = Path("ckpt/versions", f"base-{key}", "record.json")
+        write_json(record, read_json(record) | {"name": "base"})
+        write_json(record.parent / "latest_checkpointed_iteration.txt", 0)
+    Path("ckpt/base").symlink_to("versions/base-0b")
+    used = Entry("base", "ckpt/base", version="base-0a")
+    assert [version.directory.name for version in artifacts.trainings([used])] == ["base-0a"]
+    assert [one.metadata["key"] for one in artifacts.leading_to([used], "sft")] == ["0a"]
+    shutil.rmtree("ckpt/versions/base-0a")
+    assert artifacts.trainings([used]) == artifacts.leading_to([used], "sft") == []
+    assert "W&B: base-0a is no artifact of this run: replaced since by base-0b" in caplog.text
 
 
 def test_a_file_that_was_made_again_is_not_taken_for_the_one_that_was_used(offline: Offline):
