@@ -59,7 +59,8 @@ def model(directory: Path) -> Artifact:
         TRAINED.get(record.name.partition("/")[0], OTHER_MODEL), f"model-{stage}", {}, _facts(record)
     )
     last = version.iteration_directory(version.latest_iteration() or 0).resolve()
-    made.files = {e.path: Entry(e.name, str(last / e.path), e.sha256, e.bytes) for e in record.outputs}
+    # Where it lies from here: a record has paths as the training's working directory has them.
+    made.files = {e.name: Entry(e.name, str(last / e.name), e.sha256, e.bytes) for e in record.outputs}
     return made
 
 

@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 from snaketron.config import ArtifactKind
 from snaketron.files import read_json, sha256, write_json
-from snaketron.lineage.record import Entry, making
+from snaketron.lineage.record import Entry, making, of_file
 from snaketron.lineage.walk import ancestors, record_of
 from snaketron.log import logger
 from snaketron.tracking import artifacts
@@ -409,6 +409,25 @@ def test_a_base_that_was_trained_again_is_the_artifact_that_was_used(
     shutil.rmtree("ckpt/versions/base-0a")
     assert artifacts.trainings([used]) == artifacts.leading_to([used], "sft") == []
     assert "W&B: base-0a is no artifact of this run: replaced since by base-0b" in caplog.text
+
+
+def test_a_model_lists_the_files_of_its_last_iteration_where_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also for a training elsewhere that has it as its base."""
+    monkeypatch.chdir(tmp_path)
+    last = Path("ckpt/versions/sft-0a/iter_0000008")
+    files = [write(str(last / name)) for name in ("__0_0.distcp", "metadata.json")]
+    write_json(last.parent / "latest_checkpointed_iteration.txt", 8)
+    with making("checkpoint", "sft", outputs={}, record=last.parent / "record.json") as job:
+        job.present = [of_file(path.name, path) for path in files]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    listed = artifacts.model(Path("../ckpt/versions/sft-0a")).files
+    assert {name: (e.file.resolve(), e.sha256) for name, e in listed.items()} == {
+        path.name: (tmp_path / path, sha256(tmp_path / path)) for path in files
+    }
 
 
 def test_a_file_that_was_made_again_is_not_taken_for_the_one_that_was_used(offline: Offline):
