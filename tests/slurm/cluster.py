@@ -8,6 +8,7 @@ wrong. Then each line of standard input is a request, answered by `done` or what
     kill node2     the node loses its slurmd by SIGKILL; what its jobs run lives on
     start node2    and gets it back, which is done when the node takes jobs again
     kill slurmctld, start slurmctld     the same of the controller; nodes and jobs go on meanwhile
+    stop slurmctld     it ends by SIGTERM, after it has written down which jobs it has
 
 All is stopped when standard input ends, as it does when the process at its other end is killed.
 """
@@ -236,6 +237,10 @@ class Cluster:
                 process = self.daemons.pop(name)
                 process.kill()
                 process.wait()
+            case ["stop", "slurmctld"] if "slurmctld" in self.daemons:
+                process = self.daemons.pop("slurmctld")
+                process.terminate()
+                process.wait(SECONDS_TO_WAIT)
             case ["start", node] if node in NODES and node not in self.daemons:
                 # What a requeued job left here is killed when slurmd registers. The same job, if sent before
                 # this is over, would fail ("Job credential revoked") or could not be killed any more.

@@ -162,6 +162,14 @@ class Slurm:
         """SIGKILL slurmctld: nobody answers a command, and jobs run on."""
         self.ask("kill slurmctld")
 
+    def stop_controller(self) -> None:
+        """End slurmctld: nobody answers a command, and jobs run on.
+
+        One that is killed forgets the jobs of the last seconds. It gives their numbers to others later, and
+        drains the nodes where it finds such a number twice.
+        """
+        self.ask("stop slurmctld")
+
     def start_controller(self) -> None:
         self.ask("start slurmctld")
 

@@ -87,7 +87,7 @@ def transcript(plain: Slurm, tmp_path_factory: pytest.TempPathFactory) -> str:
         wait_for(lambda: f"Slurm job {killed.id} " in running.log.read_text(), 180)
         wait_for(lambda: (running.log.parent / "logs/well.log").exists(), 180)
         assert not (running.log.parent / "well.txt").exists()
-        plain.kill_controller()
+        plain.stop_controller()
         try:
             time.sleep(30)
             wait_for((running.log.parent / "well.txt").exists, 180)
