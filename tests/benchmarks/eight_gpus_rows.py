@@ -92,8 +92,9 @@ def large(name: str, model: dict[str, Any], parallel: str, micro_batches: int = 
     """A training of 8,192 tokens a sequence, that recomputes no more than its memory asks for."""
     groups = sizes(parallel)
     batch = micro_batches * groups.get("data_parallel_size", 1)
-    optimizer = BF16_STATE | {"learning_rate": 1e-4, "min_learning_rate": 1e-5}  # as there is no warm-up
-    keys = {"optimizer": optimizer, "length": 8192, "steps": 40, "stop_after": 12} | keys
+    # As in the first steps of a warm-up: by more, new routers learn to give a few experts all tokens.
+    optimizer = BF16_STATE | {"learning_rate": 1e-6, "min_learning_rate": 1e-7}
+    keys = {"optimizer": optimizer, "length": 8192, "steps": 40, "stop_after": 10} | keys
     made = Training(name, model, groups, batch=batch, **keys)
     for recompute in ([], ["moe"], ["layer"]):
         made = dataclasses.replace(made, run=keys.get("run", {}) | {"recompute": recompute})
@@ -117,6 +118,9 @@ def super_quarter(there: int) -> Iterator[Row]:
         for corpora in CORPORA:
             made = large(f"super {layout} {corpora[0]}", QUARTER, layout, 8, corpora=corpora)
             yield Row(3, made, 240, published=PUBLISHED[f"super {corpora[0]}"])
+    run = {"cuda_graphs": True}
+    made = large(f"super {layout} text, layers recorded", QUARTER, layout, 8, corpora=TEXT, run=run)
+    yield Row(3, made, 240, published=PUBLISHED["super text"])
 
 
 def scaling(there: int) -> Iterator[Row]:
