@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +107,19 @@ def fixed(model: dict[str, Any], run: dict[str, Any], cluster: dict[str, Any]) -
 
 def state_hash(trainer: loop.Trainer) -> str:
     digest = hashlib.sha256()
-    for tensor in [*trainer.model.parameters(), *_tensors(trainer.optimizer.state_dict())]:
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    for tensor in [*trainer.model.parameters(), *_kept(trainer.optimizer)]:
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in _tensors(v)]
-    if isinstance(value, list | tuple):
-        return [t for v in value for t in _tensors(v)]
-    return []
+def _kept(optimizer: Any) -> Iterator[torch.Tensor]:
+    """This process' part of the main weights and moments."""
+    for part in optimizer.chained_optimizers:
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+            yield parameter
+            yield from (v for v in part.optimizer.state[parameter].values() if isinstance(v, torch.Tensor))
 
 
 def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
