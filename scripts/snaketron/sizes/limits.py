@@ -43,7 +43,11 @@ def _check_memory(config: Config, training: Training, mem_mb: float | None) -> l
         asked = f"{training.at('mem_gb_per_task')} {run.mem_gb_per_task:g}"
     else:
         asked = f"set-resources {training.section}: mem_mb {mem_mb:g} of a node with {per_node} processes"
-    what = "the optimizer's offloaded state" if config.cluster.gpus_per_node else "tensors"
+    what = "tensors"
+    if config.cluster.gpus_per_node:
+        what = "the copy of a checkpoint" + (
+            " and the optimizer's offloaded state" if run.offload_optimizer else ""
+        )
     return [
         f"{asked}: a process of {training.section} needs {large(needed, BYTES)} for {what} by the estimate "
         "of the dry-run, and about 1 GB for programs; give more"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from snaketron.config import Adapters, Lora, Model, Optimizer, Parallel, Run
 from snaketron.sizes.parameters import (
+    Parameters,
     adapter_parameters,
     expert_width,
     mamba_widths,
@@ -48,16 +49,13 @@ def static_memory(
     """
     optimizer = optimizer or Optimizer()
     in_bf16, short = model.precision != "fp32", optimizer.moment_precision == "bf16"
-    processes = parallel.world_size // parallel.pipeline_model_parallel_size
-    copies = parallel.data_parallel_size * parallel.context_parallel_size
-    expert_copies = processes // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
     found = []
     stages = stage_parameters(model, vocab_size, parallel)
     trained = adapter_parameters(model, parallel, adapters) if adapters else stages
     for stage, tuned in zip(stages, trained, strict=True):
         held = stage.of_process(parallel) + (tuned.of_process(parallel) if adapters else 0)
         dense, expert = tuned.dense_of_process(parallel), tuned.expert_of_process(parallel)
-        here = (dense / copies + expert / expert_copies) * (1 - offload_optimizer)
+        here = updated_parameters(tuned, parallel) * (1 - offload_optimizer)
         # Under fp8 the routed experts lie there rounded too, plainly and transposed.
         rounded = 2 * expert if model.precision.startswith("fp8") and not adapters else 0
         found.append(
@@ -69,6 +67,14 @@ def static_memory(
             )
         )
     return found
+
+
+def updated_parameters(stage: Parameters, parallel: Parallel) -> float:
+    """How many of a stage's parameters a process updates, and writes to checkpoints."""
+    processes = parallel.world_size // parallel.pipeline_model_parallel_size
+    copies = parallel.data_parallel_size * parallel.context_parallel_size
+    expert_copies = processes // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
+    return stage.dense_of_process(parallel) / copies + stage.expert_of_process(parallel) / expert_copies
 
 
 def static_of_run(model: Model, vocab_size: int, run: Run, optimizer: Optimizer) -> list[StaticMemory]:

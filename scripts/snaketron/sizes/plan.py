@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from snaketron.config import Config, Parallel, Training
-from snaketron.sizes.memory import activation_memory, memory_of_process, static_of_run
-from snaketron.sizes.parameters import adapter_parameters, num_active_parameters, num_parameters
+from snaketron.config import Config, Model, Parallel, Training
+from snaketron.sizes.memory import (
+    activation_memory,
+    memory_of_process,
+    static_of_run,
+    updated_parameters,
+)
+from snaketron.sizes.parameters import (
+    adapter_parameters,
+    num_active_parameters,
+    num_parameters,
+    stage_parameters,
+)
 from snaketron.sizes.speed import Speed, flops_per_token, speed
 
 
@@ -21,7 +31,9 @@ class Estimate:
     tokens: int
     static_bytes: float  # weights, gradients and optimizer
     peak_bytes: float  # with activations
-    host_bytes: float  # of the memory of a process' node: everything without GPUs, else what is offloaded
+    # Of the memory of a process' node: everything without GPUs, else what is offloaded and the copy of a
+    # checkpoint that is written.
+    host_bytes: float
     flops: float  # model FLOPs of all tokens
     checkpoint_bytes: float
     speed: Speed | None  # stated or measured; None where it is not known
@@ -60,7 +72,7 @@ def estimate(config: Config, training: Training) -> Estimate:
         tokens=training.tokens,
         static_bytes=static,
         peak_bytes=peak,
-        host_bytes=whole - static if config.cluster.gpus_per_node else peak,
+        host_bytes=whole - static + _copied_bytes(config, training) if config.cluster.gpus_per_node else peak,
         flops=training.tokens * flops_per_token(config, training),
         checkpoint_bytes=checkpoint_bytes(config, training),
         speed=found,
@@ -99,12 +111,27 @@ def components(config: Config, training: Training) -> Components:
 def checkpoint_bytes(config: Config, training: Training) -> float:
     """Bytes of a checkpoint, from which the training can continue: weights, main weights and both moments.
 
-    That of adapters holds them alone. Not counted: what describes the tensors, 4 % at 2 million parameters.
+    Main weights and moments are fp32 there, whatever they are on the GPU. That of adapters holds them alone.
+    Not counted: what describes the tensors, 4 % at 2 million parameters.
     """
-    model, vocab_size, optimizer = training.model, config.tokenizer.vocab_size, training.run.optimizer
+    model, vocab_size = training.model, config.tokenizer.vocab_size
     if training.adapters:
         trained = sum(stage.total for stage in adapter_parameters(model, Parallel(), training.adapters))
     else:
         trained = num_parameters(model, vocab_size).total
-    weights, moments = 4 if model.precision == "fp32" else 2, 4 if optimizer.moment_precision == "bf16" else 8
-    return trained * (weights + 4 + moments)
+    return trained * _in_checkpoint(model)
+
+
+def _in_checkpoint(model: Model) -> int:
+    """Bytes of a parameter: the weight, its main weight and both moments."""
+    return (4 if model.precision == "fp32" else 2) + 3 * 4
+
+
+def _copied_bytes(config: Config, training: Training) -> float:
+    """Bytes of a checkpoint that the process with most of them copies to the host, to write them."""
+    model, vocab_size, parallel = training.model, config.tokenizer.vocab_size, training.run.parallel
+    if training.adapters:
+        stages = adapter_parameters(model, parallel, training.adapters)
+    else:
+        stages = stage_parameters(model, vocab_size, parallel)
+    return _in_checkpoint(model) * max(updated_parameters(stage, parallel) for stage in stages)

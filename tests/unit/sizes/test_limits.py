@@ -46,9 +46,13 @@ def test_without_gpus_everything_lies_in_the_memory_of_the_node():
     assert problems(Limits(mem_mb=212), sft=sft) == []
 
 
-def test_on_gpus_the_node_keeps_what_is_offloaded():
-    """All moments and main weights of 1.5 million parameters in fp32: 8 bytes each."""
-    gpu = {"gpus_per_node": 1}
-    assert problems(Limits(mem_mb=1), cluster=gpu) == []
-    (problem,) = problems(Limits(mem_mb=10), cluster=gpu, sft={"offload_optimizer": 1.0})
-    assert "needs 14.6 MB for the optimizer's offloaded state" in problem
+def test_on_gpus_the_node_keeps_the_copy_of_a_checkpoint_and_what_is_offloaded():
+    """1,824,904 parameters in fp32: 16 bytes each of a checkpoint, 8 of moments that are offloaded."""
+    gpu = {"gpus_per_node": 2}
+    (problem,) = problems(Limits(mem_mb=27), cluster=gpu)  # of 2^20 bytes: 28.3 MB
+    assert "needs 29.2 MB for the copy of a checkpoint by the estimate" in problem
+    assert problems(Limits(mem_mb=28), cluster=gpu) == []
+    shared = {"parallel": {"data_parallel_size": 2}}  # by two processes, each with half of it
+    assert problems(Limits(mem_mb=28), cluster=gpu, sft=shared) == []
+    (problem,) = problems(Limits(mem_mb=28), cluster=gpu, sft={"offload_optimizer": 1.0})
+    assert "needs 43.8 MB for the copy of a checkpoint and the optimizer's offloaded state" in problem
