@@ -8,6 +8,7 @@ import errno
 import gc
 import logging
 import os
+import select
 import shlex
 import signal
 import sys
@@ -98,7 +99,8 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
     A `UserError` and a full disk end in one line on standard error and status 1, an interrupt in
     status 130; anything else is our mistake and keeps its traceback. The line is noted for the executor,
     which then does not submit the job again, since the user must mend something first. A `UserError` is not
-    noted where it `may_pass`, as an error of the network does.
+    noted where it `may_pass`, as an error of the network does. Where nobody reads the output any more, as
+    after `| head`, the status is 141, and nothing is said.
     """
     logger.setLevel(logging.INFO)
     _terminal.setLevel(logging.INFO)
@@ -107,8 +109,14 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
         status = main()
+        sys.stdout.flush()
     except UserError as error:
         status = _complain(str(error), final=not may_pass)
+    except BrokenPipeError:
+        if not _is_abandoned(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be written
+        status = 141
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
@@ -121,6 +129,13 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
         status = 130
     gc.freeze()  # else the interpreter would look at every object before it ends: 0.9 s after a training
     sys.exit(status)
+
+
+def _is_abandoned(stream: TextIO) -> bool:
+    """Whether it is a pipe whose reader has gone."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:

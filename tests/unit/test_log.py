@@ -146,3 +146,20 @@ def test_progress_is_not_written_to_the_file_that_a_live_view_reads():
     assert script(said).stderr == "step 1/2\n"
     assert script(f"os.environ[SHOWN] = '1:1'; {said}").stderr == "step 1/2\n"
     assert script(f"import sys; os.environ[SHOWN] = name_of(sys.stderr); {said}").stderr == ""
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # that wait in the buffer, and that do not
+def test_a_reader_that_has_seen_enough_ends_the_script_without_a_word(lines: int):
+    code = f"{DOOR}def main():\n    print('line\\n' * {lines}); return 0\nrun(main)"
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_our_mistake():
+    ended = script("raise BrokenPipeError('a pipe of ours')")
+    assert ended.returncode == 1 and ended.stderr.endswith("BrokenPipeError: a pipe of ours\n")
