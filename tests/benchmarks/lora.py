@@ -86,7 +86,8 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     from snaketron.model.distributed import distributed
     from snaketron.settings.training import LoraSettings, run_settings, train_settings
     from snaketron.sizes.memory import static_memory
-    from snaketron.sizes.parameters import adapter_parameters, num_parameters
+    from snaketron.sizes.parameters import num_parameters
+    from snaketron.sizes.stages import adapter_parameters
     from snaketron.train import loop
     from snaketron.train.batches import Batches, sequences
     from snaketron.train.build import build_training
@@ -126,7 +127,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     (static,) = static_memory(Model(**model), vocabulary, run.parallel, settings.optimizer, adapters=adapters)
     trained = base = num_parameters(Model(**model), vocabulary).total
     if adapters:
-        trained = adapter_parameters(Model(**model), run.parallel, adapters)[0].total
+        trained = adapter_parameters(Model(**model), vocabulary, run.parallel, adapters)[0].total
     result: dict[str, Any] = {
         "kind": kind,
         "device": _name(),

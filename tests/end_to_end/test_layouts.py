@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+from snaketron.config import Model, Parallel
+from snaketron.sizes.stages import pipeline_stages
 from tests.conftest import Workspace, copy_of
 from tests.end_to_end.processes import kill_forked, newest, run_forked, saved, shell_lines
 
@@ -22,8 +24,9 @@ LAYOUTS = {
     "dp": "data_parallel_size: 2",
 }
 TARGET = "ckpt/pretrain/broad"
-# More than the main job has: experts in both stages of a pipeline, two depths of multi-token prediction. Its
-# larger weights keep a token from lying between two experts, where a last bit would decide.
+# More than the main job has: experts in both stages of a pipeline, which are ME* and E, two depths of
+# multi-token prediction. Its larger weights keep a token from lying between two experts, where a last bit
+# would decide.
 DEEPER = """
 model: {hybrid_layer_pattern: ME*E, mtp_num_layers: 2, mtp_hybrid_layer_pattern: '*E', init_method_std: 0.06}
 """
@@ -51,6 +54,13 @@ def deeper(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Wor
     result = run_forked(workspace, training)
     assert result.status == 0, result.output[-3000:]
     return workspace
+
+
+def test_the_stages_of_the_pipeline_are_uneven():
+    micro = yaml.safe_load((Path(__file__).parents[1] / "config/micro.yaml").read_text())
+    model = Model(**(micro["model"] | yaml.safe_load(DEEPER)["model"]))
+    parallel = Parallel(**yaml.safe_load(f"{{{LAYOUTS['pp']}}}"))
+    assert pipeline_stages(model, micro["tokenizer"]["vocab_size"], parallel) == ["ME*", "E"]
 
 
 @pytest.fixture

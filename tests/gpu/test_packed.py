@@ -24,7 +24,7 @@ def test_logits_of_a_conversation_in_a_pack_are_those_of_it_alone(precision):
     torch.manual_seed(0)
     model = Model(**(SMALL | {"precision": precision, "mtp_num_layers": 0}))
     config = spec.transformer_config(model, Parallel())
-    built = spec.build_model(config, model, 512, 256).cuda()
+    built = spec.build_model(config, model, Parallel(), 512, 256).cuda()
     module = Float16Module(config, built) if precision == "bf16" else built
     module.eval()
     lengths, rng = [37, 64, 90], np.random.default_rng(0)

@@ -8,6 +8,8 @@ from snaketron.config.base import Count, Positive, Section, Text, key
 
 from pydantic import Field
 
+Split = Literal["time", "layers"]
+
 
 class Parallel(Section):
     """How many processes share a model. Changing it continues the same training."""
@@ -16,6 +18,11 @@ class Parallel(Section):
         1, "processes that share each layer (with sequence parallelism)"
     )
     pipeline_model_parallel_size: Positive = key(1, "processes that hold consecutive layers")
+    pipeline_split: Split = key(
+        "time",
+        "what the stages of a pipeline have equally much of: time, by the estimate, or layers, which leaves "
+        "more memory to the first stages",
+    )
     context_parallel_size: Positive = key(1, "processes that share each sequence")
     expert_model_parallel_size: Positive = key(1, "processes that share the routed experts")
     expert_tensor_parallel_size: Positive = key(1, "processes that share each routed expert")

@@ -97,7 +97,7 @@ def build_model(
         perform_initialization=draw,
     )
     config.keeps_scan = not run.recompute  # no field of megatron-core's: `megatron.gpu` reads it
-    model = spec.build_model(config, settings.model, vocab_size, settings.seq_length)
+    model = spec.build_model(config, settings.model, run.parallel, vocab_size, settings.seq_length)
     if draw:
         initialize_weights(model, config, settings.seed)
     if isinstance(settings, LoraSettings):

@@ -11,7 +11,8 @@ from typing import Any
 from snaketron.config import Model, Parallel, Run
 from snaketron.model import backend
 from snaketron.model.megatron import corrections
-from snaketron.sizes.parameters import padded_vocab_size, pipeline_pattern
+from snaketron.sizes.parameters import padded_vocab_size
+from snaketron.sizes.stages import pipeline_stages
 
 import torch
 from megatron.core import parallel_state
@@ -159,12 +160,15 @@ def transformer_config(model: Model, parallel: Parallel, **overrides: Any) -> Tr
     return TransformerConfig(**{**fields, **overrides})
 
 
-def build_model(config: TransformerConfig, model: Model, vocab_size: int, seq_length: int) -> HybridModel:
+def build_model(
+    config: TransformerConfig, model: Model, parallel: Parallel, vocab_size: int, seq_length: int
+) -> HybridModel:
     """This rank's part of the model, with random weights; megatron's parallel state must be set up.
 
     Args:
         config: of `transformer_config`.
         model: layer patterns and padding of the vocabulary.
+        parallel: the layout, which divides the layers.
         vocab_size: tokens of the tokenizer, before padding.
         seq_length: tokens of the longest sequence.
 
@@ -175,9 +179,8 @@ def build_model(config: TransformerConfig, model: Model, vocab_size: int, seq_le
         length / TP), true for padding, keeps tokens out of the routers' losses and loads.
         Expert parameters are marked `allreduce = False`.
     """
-    stages = config.pipeline_model_parallel_size
     pattern = "/".join(
-        [pipeline_pattern(model.hybrid_layer_pattern, stages)]
+        ["|".join(pipeline_stages(model, vocab_size, parallel))]
         + [model.mtp_hybrid_layer_pattern] * model.mtp_num_layers
     )
     built = HybridModel(

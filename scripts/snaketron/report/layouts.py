@@ -8,7 +8,7 @@ from typing import Any
 
 from snaketron.config import Training
 from snaketron.report.tables import table
-from snaketron.sizes.layout import layout_words
+from snaketron.sizes.layout import layout_sizes, layout_words
 from snaketron.sizes.search import Found, place
 from snaketron.wording import BYTES, large, plural
 
@@ -24,7 +24,7 @@ def markdown(training: Training, on: str, found: Sequence[Found], own: Found, wh
         why_none: what to say where none was found.
     """
     parts = [f"# Layouts of {training.name} on {on}"]
-    best = {one.parallel.model_dump_json(): one for one in reversed(found)}  # of each layout
+    best = {layout_sizes(one.parallel): one for one in reversed(found)}  # of each layout
     layouts, shown = len(best), sorted(best.values(), key=lambda one: one.step.total)[:SHOWN]
     if found:
         parts += [f"{plural(layouts, 'layout')} fit. The fastest, by the estimate:", _layouts(shown)]

@@ -8,8 +8,8 @@ from snaketron.config import Config, ConfigError, Training
 from snaketron.config.linears import check_targets
 from snaketron.sizes.fitting import MAX_DOUBLINGS, smallest_change
 from snaketron.sizes.limits import Limits, check_limits
-from snaketron.sizes.parameters import pipeline_pattern
 from snaketron.sizes.plan import Estimate, estimate
+from snaketron.sizes.stages import pipeline_stages
 
 
 def check_trainings(config: Config) -> None:
@@ -19,17 +19,16 @@ def check_trainings(config: Config) -> None:
 
 def check_requested(config: Config, training: Training, limits: Limits) -> None:
     """`ConfigError` when a training that was asked for does not fit the model, its jobs or the GPUs."""
-    if problems := missing_targets(training) or check_limits(config, training, limits):
+    if problems := missing_targets(config, training) or check_limits(config, training, limits):
         raise ConfigError("\n".join(problems))
     check_memory(config, [training])
 
 
-def missing_targets(training: Training) -> list[str]:
+def missing_targets(config: Config, training: Training) -> list[str]:
     """Targets of adapters that mean no layer of the model, and pipeline stages without any."""
     if (adapters := training.adapters) is None:
         return []
-    pattern, parallel = training.model.hybrid_layer_pattern, training.run.parallel
-    stages = pipeline_pattern(pattern, parallel.pipeline_model_parallel_size).split("|")
+    stages = pipeline_stages(training.model, config.tokenizer.vocab_size, training.run.parallel)
     return check_targets(training.at("target_modules"), adapters.target_modules, training.model, stages)
 
 

@@ -71,12 +71,14 @@ def _layouts(parallel: Parallel, more: int) -> Iterator[Parallel]:
         copies = parallel.data_parallel_size * 2**more
         if copies % 2 ** sum(others):
             continue
-        sizes: Mapping[str, int] = {
+        sizes: dict[str, Any] = {
             free[0]: parallel.expert_model_parallel_size * 2**expert,
             **{name: getattr(parallel, name) * 2**n for name, n in zip(taking, others, strict=True)},
             "data_parallel_size": copies // 2 ** sum(others),
         }
         yield parallel.model_copy(update=sizes)
+        if sizes["pipeline_model_parallel_size"] > 1 and parallel.pipeline_split == "time":
+            yield parallel.model_copy(update=sizes | {"pipeline_split": "layers"})
 
 
 def _said(training: Training, update: Mapping[str, Any]) -> str:

@@ -45,9 +45,17 @@ def layout_words(parallel: Parallel) -> str:
 
     >>> layout_words(Parallel(tensor_model_parallel_size=4, data_parallel_size=8))
     'TP 4, DP 8'
+    >>> layout_words(Parallel(pipeline_model_parallel_size=2, pipeline_split="layers"))
+    'PP 2 by layers'
     """
-    sizes = {name: getattr(parallel, key) for name, key in SHORT_NAMES.items()}
-    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    by = {"PP": " by layers"} if parallel.pipeline_split == "layers" else {}
+    sizes = zip(SHORT_NAMES, layout_sizes(parallel), strict=True)
+    return ", ".join(f"{name} {size}{by.get(name, '')}" for name, size in sizes if size > 1)
+
+
+def layout_sizes(parallel: Parallel) -> tuple[int, ...]:
+    """Parallel sizes, in the order of `SHORT_NAMES`."""
+    return tuple(getattr(parallel, key) for key in SHORT_NAMES.values())
 
 
 # Tokens of a sequence from which on micro-batches are recorded. At 64 tokens cuDNN's backward pass of

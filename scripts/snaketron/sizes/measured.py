@@ -91,7 +91,8 @@ def _work(
     **parallel: int,
 ) -> Work:
     """Its peak, where measured, is that of a scan that computes again, unless `keeps_scan`."""
-    sizes = {f"{name}_parallel_size": size for name, size in parallel.items()}
+    sizes: dict[str, Any] = {f"{name}_parallel_size": size for name, size in parallel.items()}
+    sizes["pipeline_split"] = "layers"  # as all were measured, here and by others
     return Work(
         model=model.model_copy(update={"precision": precision}),
         vocab_size=VOCABULARY,

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from snaketron.config import Adapters, Lora, Model, Optimizer, Parallel, Run
-from snaketron.sizes.parameters import (
-    Parameters,
-    adapter_parameters,
-    expert_width,
-    mamba_widths,
-    padded_vocab_size,
-    pipeline_pattern,
-    stage_parameters,
-)
+from snaketron.sizes.activations import layer_activations
+from snaketron.sizes.parameters import Parameters, expert_width, padded_vocab_size
+from snaketron.sizes.stages import adapter_parameters, pipeline_stages, stage_parameters
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ def static_memory(
     in_bf16, short = model.precision != "fp32", optimizer.moment_precision == "bf16"
     found = []
     stages = stage_parameters(model, vocab_size, parallel)
-    trained = adapter_parameters(model, parallel, adapters) if adapters else stages
+    trained = adapter_parameters(model, vocab_size, parallel, adapters) if adapters else stages
     for stage, tuned in zip(stages, trained, strict=True):
         held = stage.of_process(parallel) + (tuned.of_process(parallel) if adapters else 0)
         dense, expert = tuned.dense_of_process(parallel), tuned.expert_of_process(parallel)
@@ -83,54 +76,6 @@ def static_of_run(model: Model, vocab_size: int, run: Run, optimizer: Optimizer)
     return static_memory(model, vocab_size, run.parallel, optimizer, run.offload_optimizer, adapters)
 
 
-# Positions of a chunk of Mamba's scan, by megatron-core.
-CHUNK = 128
-
-
-def layer_activations(
-    model: Model, layer: str, tensor_parallel_size: int, recompute: Sequence[str], keeps_scan: bool = True
-) -> float:
-    """How many numbers a layer keeps on a GPU for its backward pass, for each token.
-
-    These are the input and the output of the norm, the outputs of projections, and what attention, scan and
-    gated norm keep of their own output. Experts keep their input and what is before the activation. Tensor
-    parallelism divides all of them, by its sequence parallelism also those of the norm.
-
-    Where `recompute` is empty, Mamba's scan keeps its intermediate results too. mamba-ssm's own does not
-    (`keeps_scan` False), and older measurements are of that one.
-    """
-    hidden = model.hidden_size
-    if "layer" in recompute:
-        return hidden / tensor_parallel_size
-    norm = hidden * (1 if "layernorm" in recompute else 2)
-    if layer == "M":
-        inner, conv = mamba_widths(model)
-        kept: float = norm + (inner + conv + model.mamba_num_heads) + 3 * inner
-        if keeps_scan and not recompute:
-            kept += _kept_by_scan(model)
-    elif layer == "*":
-        queries = model.num_attention_heads * model.kv_channels
-        keys_values = 2 * model.num_query_groups * model.kv_channels
-        kept = norm + 2 * queries + keys_values
-    elif layer == "-":
-        kept = norm if "mlp" in recompute else norm + 2 * model.ffn_hidden_size
-    else:
-        shared = 2 * model.moe_shared_expert_intermediate_size
-        width = expert_width(model)
-        routed = 2 * width + model.moe_router_topk * (width + model.moe_ffn_hidden_size)
-        if "moe" in recompute:
-            shared = routed = 0
-        kept = norm + (0 if "shared_experts" in recompute else shared) + routed
-    return kept / tensor_parallel_size
-
-
-def _kept_by_scan(model: Model) -> float:
-    """Numbers a token: the convolution's output, a state for each chunk, and two in fp32 for each head."""
-    inner, conv = mamba_widths(model)
-    of_steps = 2 * model.mamba_num_heads * (1 if model.precision == "fp32" else 2)
-    return conv + inner * model.mamba_state_dim / CHUNK + of_steps
-
-
 def activation_memory(
     model: Model, vocab_size: int, seq_length: int, run: Run, keeps_scan: bool = True
 ) -> list[float]:
@@ -148,7 +93,7 @@ def activation_memory(
             for layer, count in Counter(pattern).items()
         )
 
-    stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
+    stages = pipeline_stages(model, vocab_size, parallel)
     found = [layers(stage) for stage in stages]
     logits = padded_vocab_size(model, vocab_size, tp)
     # Both norms before the joining projection, its input, and the block's layers.

@@ -5,14 +5,11 @@ The numbers are those of the models that megatron-core builds; tests compare wit
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from snaketron.config import Adapters, Model, Parallel
-from snaketron.config.linears import Linear, linears, targeted
+from snaketron.config import Model, Parallel
 
 CONV_WIDTH = 4  # of Mamba-2's convolution, megatron-core's d_conv
 
@@ -47,28 +44,6 @@ class Parameters:
 
     def of_process(self, parallel: Parallel) -> int:
         return self.dense_of_process(parallel) + self.expert_of_process(parallel)
-
-
-def pipeline_pattern(pattern: str, stages: int) -> str:
-    """The layer pattern with `|` between pipeline stages of equal length.
-
-    Where the layers do not divide evenly, the first stages get one more: the last one has the output
-    layer and multi-token prediction to compute as well.
-
-    >>> pipeline_pattern("MEM*EME", 2)
-    'MEM*|EME'
-
-    Raises:
-        ValueError: fewer layers than stages.
-    """
-    if stages > len(pattern):
-        raise ValueError(
-            f"model.hybrid_layer_pattern {pattern!r} has {len(pattern)} layers, "
-            f"too few for pipeline_model_parallel_size {stages}"
-        )
-    size, extra = divmod(len(pattern), stages)
-    cuts = [stage * size + min(stage, extra) for stage in range(stages + 1)]
-    return "|".join(pattern[start:end] for start, end in itertools.pairwise(cuts))
 
 
 def padded_vocab_size(model: Model, vocab_size: int, tensor_parallel_size: int) -> int:
@@ -107,30 +82,14 @@ def mtp_parameters(model: Model) -> Parameters:
         return Parameters()
     hidden = model.hidden_size
     joined = Parameters(2 * hidden * hidden, 3 * hidden)  # eh_proj; enorm, hnorm and the final norm
-    return joined + _of_layers(model, model.mtp_hybrid_layer_pattern)
-
-
-def stage_parameters(model: Model, vocab_size: int, parallel: Parallel) -> list[Parameters]:
-    """Parameters of each pipeline stage.
-
-    The first one holds the embedding. The last one holds the final norm, the output layer and
-    multi-token prediction, which needs the embedding too: with several stages it holds a copy.
-    """
-    stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
-    found = [_of_layers(model, stage) for stage in stages]
-    table = Parameters(
-        padded_vocab_size(model, vocab_size, parallel.tensor_model_parallel_size) * model.hidden_size
-    )
-    found[0] += table
-    found[-1] += table + Parameters(replicated=model.hidden_size) + mtp_parameters(model)
-    if model.mtp_num_layers and len(stages) > 1:
-        found[-1] += table
-    return found
+    return joined + of_layers(model, model.mtp_hybrid_layer_pattern)
 
 
 def num_parameters(model: Model, vocab_size: int) -> Parameters:
     """Parameters of the whole model: embedding, layers, final norm, output layer, multi-token prediction."""
-    return stage_parameters(model, vocab_size, Parallel())[0]
+    tables = Parameters(2 * padded_vocab_size(model, vocab_size, 1) * model.hidden_size)
+    final_norm = Parameters(replicated=model.hidden_size)
+    return of_layers(model, model.hybrid_layer_pattern) + tables + final_norm + mtp_parameters(model)
 
 
 def num_active_parameters(model: Model, vocab_size: int) -> int:
@@ -138,45 +97,11 @@ def num_active_parameters(model: Model, vocab_size: int) -> int:
 
     Multi-token prediction is left out: only training has it.
     """
-    layers = _of_layers(model, model.hybrid_layer_pattern)
+    layers = of_layers(model, model.hybrid_layer_pattern)
     idle = model.num_moe_experts - model.moe_router_topk
     unused = model.hybrid_layer_pattern.count("E") * idle * expert_parameters(model)
     tables = 2 * padded_vocab_size(model, vocab_size, 1) * model.hidden_size
     return layers.total - unused + tables + model.hidden_size
-
-
-def adapter_parameters(model: Model, parallel: Parallel, adapters: Adapters) -> list[Parameters]:
-    """Parameters of the adapters of each pipeline stage: A (rank, inputs) and B (outputs, rank) of a layer.
-
-    Tensor parallelism divides A or B: the one with the axis that is divided in the layer itself.
-    """
-    stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
-    of_layer = {
-        letter: _adapters(linears(model, letter, with_mtp=False), adapters, parallel)
-        for letter in set(model.hybrid_layer_pattern)
-    }
-    found = [_sum(of_layer[letter] * count for letter, count in Counter(stage).items()) for stage in stages]
-    found[-1] += _adapters(linears(model, "", with_mtp=True), adapters, parallel)
-    return found
-
-
-def _adapters(there: list[Linear], adapters: Adapters, parallel: Parallel) -> Parameters:
-    return _sum(_adapter(linear, adapters, parallel) for linear in targeted(adapters.target_modules, there))
-
-
-def _adapter(linear: Linear, adapters: Adapters, parallel: Parallel) -> Parameters:
-    if linear.experts:
-        rank = adapters.expert_rank or adapters.rank
-        whole = linear.inputs if linear.parallel == "column" else linear.outputs
-        divided = linear.inputs + linear.outputs - whole
-        # Each process of expert tensor parallelism holds the whole of the other matrix.
-        return Parameters(
-            expert=linear.experts * rank * (divided + whole * parallel.expert_tensor_parallel_size)
-        )
-    a, b = adapters.rank * linear.inputs, adapters.rank * linear.outputs
-    if linear.parallel == "replicated":
-        return Parameters(replicated=a + b)
-    return Parameters(b, a) if linear.parallel == "column" else Parameters(a, b)
 
 
 def mamba_widths(model: Model) -> tuple[int, int]:
@@ -193,9 +118,7 @@ def expert_parameters(model: Model) -> int:
     return 2 * expert_width(model) * model.moe_ffn_hidden_size
 
 
-def _of_layers(model: Model, pattern: str) -> Parameters:
-    return _sum(layer_parameters(model, layer) * count for layer, count in Counter(pattern).items())
-
-
-def _sum(parameters: Iterable[Parameters]) -> Parameters:
-    return sum(parameters, Parameters())
+def of_layers(model: Model, pattern: str) -> Parameters:
+    """Parameters of the layers of a pattern."""
+    counts = Counter(pattern).items()
+    return sum((layer_parameters(model, layer) * count for layer, count in counts), Parameters())

@@ -12,13 +12,9 @@ from snaketron.sizes.memory import (
     static_of_run,
     updated_parameters,
 )
-from snaketron.sizes.parameters import (
-    adapter_parameters,
-    num_active_parameters,
-    num_parameters,
-    stage_parameters,
-)
+from snaketron.sizes.parameters import num_active_parameters, num_parameters
 from snaketron.sizes.speed import Speed, flops_per_token, speed
+from snaketron.sizes.stages import adapter_parameters, stage_parameters
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ def estimate(config: Config, training: Training) -> Estimate:
         num_parameters=num_parameters(model, vocab_size).total,
         num_active_parameters=num_active_parameters(model, vocab_size),
         num_adapter_parameters=(
-            sum(stage.total for stage in adapter_parameters(model, Parallel(), adapters))
+            sum(stage.total for stage in adapter_parameters(model, vocab_size, Parallel(), adapters))
             if adapters
             else None
         ),
@@ -116,7 +112,9 @@ def checkpoint_bytes(config: Config, training: Training) -> float:
     """
     model, vocab_size = training.model, config.tokenizer.vocab_size
     if training.adapters:
-        trained = sum(stage.total for stage in adapter_parameters(model, Parallel(), training.adapters))
+        trained = sum(
+            stage.total for stage in adapter_parameters(model, vocab_size, Parallel(), training.adapters)
+        )
     else:
         trained = num_parameters(model, vocab_size).total
     return trained * _in_checkpoint(model)
@@ -131,7 +129,7 @@ def _copied_bytes(config: Config, training: Training) -> float:
     """Bytes of a checkpoint that the process with most of them copies to the host, to write them."""
     model, vocab_size, parallel = training.model, config.tokenizer.vocab_size, training.run.parallel
     if training.adapters:
-        stages = adapter_parameters(model, parallel, training.adapters)
+        stages = adapter_parameters(model, vocab_size, parallel, training.adapters)
     else:
         stages = stage_parameters(model, vocab_size, parallel)
     return _in_checkpoint(model) * max(updated_parameters(stage, parallel) for stage in stages)

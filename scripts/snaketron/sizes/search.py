@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 from snaketron.config import Config, Parallel, Pretrain, Training
 from snaketron.config.base import Module
+from snaketron.config.cluster import Split
 from snaketron.config.training_checks import check_training
 from snaketron.sizes.gpus import Gpu, in_nodes
-from snaketron.sizes.layout import layout_words, recordable
+from snaketron.sizes.layout import layout_sizes, layout_words, recordable
 from snaketron.sizes.step import Step, peak_bytes, step_time
 from snaketron.sizes.traffic import Work
 from snaketron.wording import BYTES, large
 
 MICRO_BATCHES = (1, 2, 4)
+SPLITS: tuple[Split, ...] = ("time", "layers")
 RECOMPUTE: tuple[list[Module], ...] = ([], ["scan"], ["moe"], ["layernorm", "moe", "core_attn"], ["layer"])
 SHORT = 32_768  # tokens: shorter sequences are not divided, because whole ones already fit a GPU
 
@@ -72,7 +74,8 @@ def search(config: Config, training: Training, gpu_name: str, num_gpus: int) -> 
     """All layouts that fit, the fastest first.
 
     Tensor parallelism stays within NVLink's reach, and experts are not divided further (expert tensor
-    parallelism 1). Micro-batches and recomputation are tried; everything else is as configured.
+    parallelism 1). Micro-batches, recomputation and splits of a pipeline are tried; everything else is as
+    configured.
     """
     gpu, on_gpus = in_nodes(gpu_name, config.cluster), _on_gpus(config, gpu_name)
     found = []
@@ -124,9 +127,9 @@ def _changed(
 
 
 def place(found: Sequence[Found], parallel: Parallel) -> int | None:
-    """The place of a layout among those found, from 1, micro-batch and recomputation aside."""
-    layouts = list(dict.fromkeys(one.parallel.model_dump_json() for one in found))
-    own = parallel.model_dump_json()
+    """The place of a layout among those found, from 1: by its sizes alone."""
+    layouts = list(dict.fromkeys(layout_sizes(one.parallel) for one in found))
+    own = layout_sizes(parallel)
     return layouts.index(own) + 1 if own in layouts else None
 
 
@@ -142,13 +145,15 @@ def _layouts(training: Training, gpu: Gpu, num_gpus: int) -> Iterator[Parallel]:
         if num_gpus % (tp * pp * cp):
             continue
         for ep in _powers(min(num_gpus // pp, training.model.num_moe_experts)):
-            yield Parallel(
-                tensor_model_parallel_size=tp,
-                pipeline_model_parallel_size=pp,
-                context_parallel_size=cp,
-                expert_model_parallel_size=ep,
-                data_parallel_size=num_gpus // (tp * pp * cp),
-            )
+            for split in SPLITS if pp > 1 else SPLITS[:1]:
+                yield Parallel(
+                    tensor_model_parallel_size=tp,
+                    pipeline_model_parallel_size=pp,
+                    pipeline_split=split,
+                    context_parallel_size=cp,
+                    expert_model_parallel_size=ep,
+                    data_parallel_size=num_gpus // (tp * pp * cp),
+                )
 
 
 def _powers(most: int) -> list[int]:

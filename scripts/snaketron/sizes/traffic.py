@@ -13,7 +13,8 @@ from snaketron.config import Model, Optimizer, Run
 from snaketron.config.base import Dispatcher
 from snaketron.sizes.gpus import Gpu
 from snaketron.sizes.memory import StaticMemory, static_of_run
-from snaketron.sizes.parameters import expert_width, mamba_widths, pipeline_pattern, stage_parameters
+from snaketron.sizes.parameters import expert_width, mamba_widths
+from snaketron.sizes.stages import pipeline_stages, stage_parameters
 
 NVLINK, NETWORK = 0.62, 0.8  # shares of the peaks: 282 GB/s were measured between two H100s
 
@@ -73,8 +74,8 @@ def traffic(work: Work, gpu: Gpu) -> dict[str, Moved]:
 
 def _stages(work: Work, gpu: Gpu) -> Iterator[dict[str, Moved]]:
     """What a GPU of each stage sends for a micro-batch."""
-    model, parallel = work.model, work.run.parallel
-    stages = pipeline_pattern(model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size).split("|")
+    model = work.model
+    stages = pipeline_stages(model, work.vocab_size, work.run.parallel)
     stages[-1] += model.mtp_hybrid_layer_pattern * model.mtp_num_layers
     for number, layers in enumerate(stages, 1):
         kinds = dict.fromkeys(("experts", "tensor", "context"), NOTHING)

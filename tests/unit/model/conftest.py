@@ -44,6 +44,8 @@ def build():
 
     def make(vocab_size=256, **keys):
         model = Model(**(SMALL | keys))
-        return spec.build_model(spec.transformer_config(model, Parallel()), model, vocab_size, 512)
+        return spec.build_model(
+            spec.transformer_config(model, Parallel()), model, Parallel(), vocab_size, 512
+        )
 
     return make

@@ -17,7 +17,7 @@ MODEL = Model(hybrid_layer_pattern="MEM*EME", init_method_std=0.02)
 def build(seed: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(torch.seed())  # what megatron-core draws is of no account
     config = transformer_config(MODEL, Parallel())
-    model = build_model(config, MODEL, 2048, 64)
+    model = build_model(config, MODEL, Parallel(), 2048, 64)
     initialize_weights(model, config, seed)
     return {name: p.detach() for name, p in model.named_parameters()}
 
@@ -55,7 +55,7 @@ def test_every_tensor_has_numbers_of_its_own():
 def test_spread_is_that_of_megatron_core(name: str, std: float):
     """megatron-core's own first weights, before they are drawn anew, have the same spread."""
     config = transformer_config(MODEL, Parallel())
-    model = build_model(config, MODEL, 2048, 64)
+    model = build_model(config, MODEL, Parallel(), 2048, 64)
     theirs = dict(model.named_parameters())[name].std().item()
     ours = build(1)[name].std().item()
     assert ours == pytest.approx(std, rel=0.05) and theirs == pytest.approx(std, rel=0.05)

@@ -156,7 +156,7 @@ def test_what_is_computed_again_changes_no_gradient(modules):
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         model = Model(init_method_std=0.02)
         config = spec.transformer_config(model, Parallel(), **spec.recomputation(recompute))
-        built = spec.build_model(config, model, 256, 512)
+        built = spec.build_model(config, model, Parallel(), 256, 512)
         ids = torch.arange(100)[None].to(backend.device())
         built(ids, None, None, labels=ids, loss_mask=torch.ones_like(ids).float()).sum().backward()
         return [p.grad for p in built.parameters()]

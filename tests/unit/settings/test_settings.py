@@ -151,6 +151,7 @@ OTHER: dict[str, Any] = {
     "lora.dropout": 0.1,
     "lora.target_modules": ["in_proj", "linear_qkv"],
     **{f"{s}.optimizer.weight_decay": 0.1 for s in ("sft", "lora")},
+    **{f"{s}.parallel.pipeline_split": "layers" for s in ("pretrain", "sft", "lora", "eval")},
     "pretrain.parallel.expert_model_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
     "pretrain.parallel.expert_tensor_parallel_size": ("pretrain.parallel.data_parallel_size", 2),
     **{

@@ -23,6 +23,7 @@ LAYOUTS = {
     "tp, etp": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
     "ep": {"expert_model_parallel_size": 2, "data_parallel_size": 2},
     "pp": {"pipeline_model_parallel_size": 2},
+    "pp, by layers": {"pipeline_model_parallel_size": 2, "pipeline_split": "layers"},
     "cp": {"context_parallel_size": 2},
 }
 
@@ -40,7 +41,7 @@ def built(model: Model, parallel: Parallel) -> list[int]:
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    module = spec.build_model(spec.transformer_config(model, parallel), model, VOCABULARY, 64)
+    module = spec.build_model(spec.transformer_config(model, parallel), model, parallel, VOCABULARY, 64)
     numbers = [
         sum(p.numel() for n, p in module.named_parameters() if (".experts." in n) is expert)
         for expert in (False, True)

@@ -59,3 +59,17 @@ def test_tensor_parallelism_stays_within_a_node():
     """Two GPUs a node: eight processes are found by other sizes."""
     _, found = change(0.02, parallel={"data_parallel_size": 2}, recompute=["layer"])
     assert found is None or "tensor_model_parallel_size 1 -> 4" not in found[0]
+
+
+def test_stages_of_equally_many_layers_come_before_other_layouts():
+    """Of equal time they are MEMEMEM and E: the first one takes 117.7 MB; by layers 97.4."""
+    model = {"hybrid_layer_pattern": "MEMEMEME", "mtp_num_layers": 2, "mtp_hybrid_layer_pattern": "*E"}
+    sft = COUNTED["sft"] | {"parallel": {"pipeline_model_parallel_size": 2}}
+    cluster = {"gpus_per_node": 2, "gpu_memory_gb": 0.1}
+    config = load({"model": model, "cluster": cluster, "sft": sft}, {})
+    assert estimate(config, config.training("sft")).peak_bytes == pytest.approx(0.1177e9, rel=1e-3)
+    found = smallest_change(config, config.training("sft"))
+    assert found is not None
+    said, needs = found
+    assert said == "sft.parallel: pipeline_split time -> layers"
+    assert needs.peak_bytes == pytest.approx(0.0974e9, rel=1e-3)

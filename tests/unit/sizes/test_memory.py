@@ -2,7 +2,9 @@
 
 from snaketron.config import Adapters, Model, Optimizer, Parallel, Run
 from snaketron.sizes import memory, parameters
+from snaketron.sizes.activations import layer_activations
 from snaketron.sizes.measured import BENCHMARK, NANO_SLICE, VOCABULARY
+from snaketron.sizes.stages import adapter_parameters
 from tests.unit.sizes.models import HAND, SUPER, VOCABULARY_OF_SUPER
 
 import pytest
@@ -56,13 +58,13 @@ def test_a_model_in_fp32_has_no_main_weights():
     ],
 )
 def test_activations_of_a_layer_by_hand(layer, recompute, expected):
-    assert memory.layer_activations(HAND, layer, 1, recompute) == expected
-    assert memory.layer_activations(HAND, layer, 2, recompute) == expected / 2
+    assert layer_activations(HAND, layer, 1, recompute) == expected
+    assert layer_activations(HAND, layer, 2, recompute) == expected / 2
 
 
 def test_what_the_scan_of_nemotron_3_nano_keeps_by_hand():
     """In bf16 for 8,192 tokens: 100.7 MB of convolution, 67.1 of states, and 4.2 of step and decay."""
-    keeps, lean = (memory.layer_activations(NANO_SLICE, "M", 1, [], kept) for kept in (True, False))
+    keeps, lean = (layer_activations(NANO_SLICE, "M", 1, [], kept) for kept in (True, False))
     assert 2 * 8192 * (keeps - lean) == 2 * 8192 * 6144 + 2 * 64 * 64 * 64 * 128 + 4 * 2 * 64 * 8192
 
 
@@ -106,7 +108,10 @@ TWO = {
         ({"recompute": ["layer"]}, Optimizer(), 50.6),
         ({"offload_optimizer": 0.5}, Optimizer(), 58.3),
         ({}, BF16_STATE, 52.4),
-        *(({"parallel": {name: 2}}, Optimizer(), peak) for name, peak in TWO.items()),
+        *(
+            ({"parallel": {name: 2, "pipeline_split": "layers"}}, Optimizer(), peak)
+            for name, peak in TWO.items()
+        ),
         (
             {"parallel": {"expert_model_parallel_size": 2, "data_parallel_size": 2}},
             Optimizer(),
@@ -125,7 +130,7 @@ def test_lora_keeps_gradients_and_optimizer_of_its_adapters_alone():
     model, vocabulary = Model(precision="bf16"), 512
     adapters = Adapters(rank=4)
     base = parameters.num_parameters(model, vocabulary).total
-    (added,) = parameters.adapter_parameters(model, Parallel(), adapters)
+    (added,) = adapter_parameters(model, vocabulary, Parallel(), adapters)
     (kept,) = memory.static_memory(model, vocabulary, Parallel(), adapters=adapters)
     assert (kept.weights, kept.gradients) == (2 * (base + added.total), 4 * added.total)
     assert kept.total == 2 * base + 18 * added.total

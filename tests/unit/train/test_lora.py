@@ -12,7 +12,7 @@ from snaketron.config import Adapters, Optimizer
 from snaketron.model import lora
 from snaketron.settings.training import LoraSettings
 from snaketron.sizes.memory import static_memory
-from snaketron.sizes.parameters import adapter_parameters
+from snaketron.sizes.stages import adapter_parameters
 from snaketron.train.build import build_training
 from snaketron.train.evaluate import evaluate
 from snaketron.train.loop import Trainer
@@ -115,7 +115,7 @@ def test_frozen_parameters_cost_their_weights_alone(trainer, precision: str, wid
     # Which is what a dry-run says.
     settings = one.settings
     assert isinstance(settings, LoraSettings)
-    (added,) = adapter_parameters(settings.model, one.run.parallel, settings.lora)
+    (added,) = adapter_parameters(settings.model, VOCABULARY, one.run.parallel, settings.lora)
     assert added.total == sum(numbers)
     (kept,) = static_memory(settings.model, VOCABULARY, one.run.parallel, Optimizer(), adapters=settings.lora)
     assert kept.weights == found["weights"] and kept.gradients == 4 * added.total

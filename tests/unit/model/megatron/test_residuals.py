@@ -207,7 +207,7 @@ def test_the_norm_of_each_layer_of_a_model_adds_the_gradient_of_its_input(recomp
         torch.manual_seed(0)
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = spec.transformer_config(model, Parallel(), **spec.recomputation(recompute))
-        built = spec.build_model(config, model, 256, 512)
+        built = spec.build_model(config, model, Parallel(), 256, 512)
         ids = torch.arange(100)[None]
         mask = torch.ones_like(ids).float()
         return gradients(built, lambda: built(ids, None, None, labels=ids, loss_mask=mask).sum().backward())

@@ -1,0 +1,164 @@
+"""Which layers the stages of a pipeline have, and how many parameters."""
+
+import itertools
+import json
+import random
+
+from snaketron.config import Adapters, Model, Parallel
+from snaketron.sizes import parameters
+from snaketron.sizes.stages import (
+    adapter_parameters,
+    balanced_ends,
+    even_ends,
+    layer_costs,
+    pipeline_stages,
+    stage_parameters,
+)
+from tests.conftest import run_module
+from tests.unit.sizes.built_sizes import ADAPTERS, LAYOUTS, MODEL, VOCABULARY
+from tests.unit.sizes.models import SUPER, VOCABULARY_OF_SUPER
+
+import pytest
+
+
+def by(split: str, stages: int) -> Parallel:
+    return Parallel(pipeline_model_parallel_size=stages, pipeline_split=split)
+
+
+def times(costs: tuple[int, ...], ends: tuple[int, ...]) -> list[int]:
+    return [sum(costs[start:end]) for start, end in itertools.pairwise([0, *ends])]
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        (1, ["MEM*EME"]),
+        (2, ["MEM*", "EME"]),
+        (3, ["MEM", "*E", "ME"]),
+        (7, ["M", "E", "M", "*", "E", "M", "E"]),
+    ],
+)
+def test_stages_by_layers_are_even_and_the_first_ones_longer(stages, expected):
+    model = Model(hybrid_layer_pattern="MEM*EME")
+    assert pipeline_stages(model, 131072, by("layers", stages)) == expected
+
+
+@pytest.mark.parametrize("split", ["time", "layers"])
+def test_more_stages_than_layers_is_an_error_that_names_both(split):
+    with pytest.raises(ValueError, match=r"'ME' has 2 layers.*pipeline_model_parallel_size 3"):
+        pipeline_stages(Model(hybrid_layer_pattern="ME"), 512, by(split, 3))
+
+
+@pytest.mark.parametrize(
+    ("costs", "stages", "ends"),
+    [
+        ((1, 1, 1, 1), 2, (2, 4)),
+        ((1, 1, 1, 4), 2, (3, 4)),  # 3 and 4; 2 and 5 by layers
+        ((3, 1, 1, 1, 1, 1), 2, (2, 6)),  # 4 and 4
+        ((1, 1, 1, 1, 9), 3, (2, 4, 5)),  # the last layer alone, and the others alike
+        ((9, 1, 1), 3, (1, 2, 3)),  # each stage has a layer
+    ],
+)
+def test_stages_of_equal_time_by_hand(costs, stages, ends):
+    assert balanced_ends(costs, stages) == ends
+
+
+def test_the_slowest_stage_is_the_fastest_that_there_is():
+    """Against all cuts of 400 small pipelines, and never slower than stages of equally many layers."""
+    draw = random.Random(7)
+    for _ in range(400):
+        costs = tuple(draw.randint(1, 9) for _ in range(draw.randint(1, 9)))
+        stages = draw.randint(1, len(costs))
+        found = times(costs, balanced_ends(costs, stages))
+        cuts = [
+            times(costs, (*inner, len(costs)))
+            for inner in itertools.combinations(range(1, len(costs)), stages - 1)
+        ]
+        least = min(max(one) for one in cuts)
+        assert max(found) == least <= max(times(costs, even_ends(len(costs), stages)))
+        assert sum(t * t for t in found) == min(sum(t * t for t in one) for one in cuts if max(one) == least)
+
+
+@pytest.mark.parametrize("stages", [2, 4, 8, 16])
+def test_stages_of_nemotron_3_super_wait_less_for_each_other(stages):
+    costs = tuple(layer_costs(SUPER, VOCABULARY_OF_SUPER))
+    ends = [
+        tuple(itertools.accumulate(map(len, pipeline_stages(SUPER, VOCABULARY_OF_SUPER, by(split, stages)))))
+        for split in ("time", "layers")
+    ]
+    slowest, before = (max(times(costs, one)) for one in ends)
+    # By less than a layer (0.9 to 2 of 164 microseconds) slower than the mean, but for the last one, of 21.
+    assert slowest < max(sum(costs) / stages + max(costs[:-1]), costs[-1] + 1)
+    assert slowest < 0.91 * before
+
+
+def test_the_last_layer_takes_what_follows_it_too():
+    """By hand, in bf16: an MLP of two matrices of 64 x 256, and an output layer of 512 x 64, at 989 TFLOP/s.
+
+    A layer keeps 2 x 64 + 2 x 256 numbers of 2 bytes, which are read or written five times at 3.35 TB/s.
+    """
+    model = Model(
+        hybrid_layer_pattern="---",
+        precision="bf16",
+        hidden_size=64,
+        ffn_hidden_size=256,
+        mtp_num_layers=0,
+    )
+    layer = 3 * 4 * 64 * 256 / (989e12 * 0.70) + 5 * 2 * (2 * 64 + 2 * 256) / (3.35e12 * 0.8)
+    output = 3 * 2 * 64 * 512 / (989e12 * 0.81) + 2.5 * 2 * 512 / (3.35e12 * 0.8)
+    assert layer_costs(model, 512) == pytest.approx([1e15 * layer] * 2 + [1e15 * (layer + output)], abs=2)
+    # A depth of prediction: an MLP, the output layer again, and what joins both to the decoder.
+    joined = 3 * 4 * 64 * 64 / (989e12 * 0.81)
+    deeper = model.model_copy(update={"mtp_num_layers": 1, "mtp_hybrid_layer_pattern": "-"})
+    last = 1e15 * (2 * layer + 2 * output + joined)
+    assert layer_costs(deeper, 512)[-1] == pytest.approx(last, abs=2)
+
+
+def test_each_process_of_a_layout_holds_what_is_predicted():
+    found = json.loads(run_module("tests.unit.sizes.built_sizes", processes=2).output.splitlines()[-1])
+    for layout, keys in LAYOUTS.items():
+        parallel = Parallel(**keys)
+        stages = stage_parameters(MODEL, VOCABULARY, parallel)
+        adapters = adapter_parameters(MODEL, VOCABULARY, parallel, ADAPTERS)
+        for rank, numbers in enumerate(found[layout]):
+            # With two stages the second process is the second stage; otherwise both hold the same amount.
+            stage = stages[rank % len(stages)]
+            added = adapters[rank % len(stages)]
+            expected = [
+                number
+                for part in (stage, added)
+                for number in (part.dense_of_process(parallel), part.expert_of_process(parallel))
+            ]
+            assert numbers == expected, (layout, rank)
+
+
+def test_the_last_stage_holds_a_copy_of_the_embedding_for_multi_token_prediction():
+    two = Parallel(pipeline_model_parallel_size=2)
+    table = 512 * 128
+    for depths, copies in ((0, 1), (1, 2)):
+        model = Model(mtp_num_layers=depths, hybrid_layer_pattern="--", mtp_hybrid_layer_pattern="-")
+        mlp = parameters.layer_parameters(model, "-").total
+        block = depths * (2 * 128 * 128 + 3 * 128 + mlp)
+        first, last = (stage.total for stage in stage_parameters(model, 512, two))
+        assert first == mlp + table
+        assert last == mlp + 128 + block + copies * table
+
+
+def test_adapters_of_lora_by_hand():
+    """Rank 2 on an attention layer of 16 queries, keys and values of 8 each, and on 4 experts of 6 x 10."""
+    model = Model(
+        hybrid_layer_pattern="*E",
+        hidden_size=12,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=4,
+        num_moe_experts=4,
+        moe_latent_size=6,
+        moe_ffn_hidden_size=10,
+        mtp_num_layers=0,
+    )
+    adapters = Adapters(rank=2, expert_rank=1, target_modules=["linear_qkv", "experts.linear_fc2"])
+    (stage,) = adapter_parameters(model, 512, Parallel(), adapters)
+    # linear_qkv: 12 inputs whole, 16 + 8 + 8 outputs divided. Experts: 10 inputs, 6 outputs.
+    assert stage == parameters.Parameters(tensor=2 * 32, replicated=2 * 12, expert=4 * (10 + 6))
+    assert stage.dense_of_process(Parallel(tensor_model_parallel_size=2)) == 32 + 24
