@@ -83,6 +83,16 @@ def test_the_plan_says_what_is_taken_and_what_it_needs(
     assert found["disk"]["packs"] is None and found["trainings"][0]["sent"] is None
 
 
+def test_the_layers_of_pipeline_stages_are_said(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    workspace.write("stages.yaml", "pretrain: {parallel: {pipeline_model_parallel_size: 2}}")
+    broad, _, sft, _ = of(workspace, monkeypatch, MICRO, "stages.yaml")["trainings"]
+    assert (broad["layers_of_stages"], sft["layers_of_stages"]) == ([2, 1], [3])
+    said = [line for line in capsys.readouterr().out.splitlines() if "pipeline stages" in line]
+    assert said == ["- pretrain/broad, focused: pipeline stages of 2, 1 layers"]
+
+
 def test_tokens_are_estimated_from_raw_files_before_they_are_counted(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

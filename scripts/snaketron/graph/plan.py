@@ -22,6 +22,7 @@ from snaketron.sizes.layout import layout
 from snaketron.sizes.plan import Estimate, components, estimate
 from snaketron.sizes.search import measure, work
 from snaketron.sizes.speed import flops_per_token
+from snaketron.sizes.stages import pipeline_stages
 from snaketron.sizes.traffic import traffic
 from snaketron.sources.lockfile import Lock, read_lock, request
 from snaketron.sources.models import tokenizer_model
@@ -271,6 +272,7 @@ def _training(config: Config, training: Training, corpora: Mapping[str, Any]) ->
         config.cluster.gpu_memory_gb,
     )
     parallel, lies = training.run.parallel, layout(training.run, config.cluster)
+    stages = pipeline_stages(training.model, config.tokenizer.vocab_size, parallel)
     fits = None if limit is None else needs.peak_bytes <= limit * 1e9
     change = smallest_change(config, training) if fits is False else None
     settings = train_settings(config, training.name)
@@ -285,6 +287,7 @@ def _training(config: Config, training: Training, corpora: Mapping[str, Any]) ->
         "processes": parallel.world_size,
         "nodes": lies.nodes,
         "parallel": parallel.model_dump(),
+        "layers_of_stages": [len(stage) for stage in stages],
         "parameters": needs.num_parameters,
         "active_parameters": needs.num_active_parameters,
         "adapter_parameters": needs.num_adapter_parameters,

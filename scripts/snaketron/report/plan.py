@@ -123,7 +123,7 @@ def _time(trainings: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _memory(trainings: Sequence[Mapping[str, Any]]) -> str:
-    rows, lines = [], []
+    rows, lines, stages = [], [], dict[tuple[int, ...], list[str]]()
     for one in trainings:
         memory = one["memory"]
         fits = {None: "not checked", True: "yes", False: "no"}[memory["fits"]]
@@ -131,6 +131,10 @@ def _memory(trainings: Sequence[Mapping[str, Any]]) -> str:
         if memory["fits"] is False:
             change = one["change_that_fits"] or "no change of layout was found"
             lines.append(f"- {one['name']} does not fit. What would: {change}")
+        if len(one["layers_of_stages"]) > 1:
+            stages.setdefault(tuple(one["layers_of_stages"]), []).append(one["name"])
+    for layers, names in stages.items():
+        lines.append(f"- {_joined(names)}: pipeline stages of {some(layers)} layers")
     header = ["training", *(part.replace("_", " ") for part in MEMORY), "limit", "fits"]
     return "\n\n".join([table(header, _alike(rows)), *(["\n".join(lines)] if lines else [])])
 
