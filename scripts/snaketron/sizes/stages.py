@@ -13,7 +13,7 @@ from snaketron.sizes.compute import layer_seconds, output_seconds, stays_in_bf16
 from snaketron.sizes.gpus import GPUS
 from snaketron.sizes.parameters import Parameters, mtp_parameters, of_layers, padded_vocab_size
 
-# What stages are equal for: whatever the GPU and the length of sequences, a model has the same stages.
+# Where stages take equally long. A model has the same stages on every GPU and for every length of sequences.
 GPU, LENGTH = GPUS["h100"], 8192
 
 
@@ -24,8 +24,10 @@ def pipeline_stages(model: Model, vocab_size: int, parallel: Parallel) -> list[s
     can be, and the others are as much alike as can be then. Or they have equally many layers, the first ones
     one more. The last stage also has the output layer, the loss and multi-token prediction.
 
-    >>> model = Model(hybrid_layer_pattern="MEM*EME", mtp_num_layers=0)
-    >>> pipeline_stages(model, 2048, Parallel(pipeline_model_parallel_size=2))
+    >>> model, two = Model(hybrid_layer_pattern="MEM*EME"), Parallel(pipeline_model_parallel_size=2)
+    >>> pipeline_stages(model, 131072, two)
+    ['MEM*EM', 'E']
+    >>> pipeline_stages(model, 131072, two.model_copy(update={"pipeline_split": "layers"}))
     ['MEM*', 'EME']
 
     Raises:
