@@ -96,7 +96,7 @@ def large(name: str, model: dict[str, Any], parallel: str, micro_batches: int = 
     optimizer = BF16_STATE | {"learning_rate": 1e-6, "min_learning_rate": 1e-7}
     keys = {"optimizer": optimizer, "length": 8192, "steps": 40, "stop_after": 10} | keys
     made = Training(name, model, groups, batch=batch, **keys)
-    for recompute in ([], ["moe"], ["layer"]):
+    for recompute in ([], ["scan"], ["moe"], ["layer"]):
         made = dataclasses.replace(made, run=keys.get("run", {}) | {"recompute": recompute})
         if trainings.estimates(made)["fullest_gib"] < USABLE_GIB:
             break
