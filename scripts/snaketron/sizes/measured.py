@@ -72,7 +72,11 @@ def points(super_model: Model) -> list[Point]:
     """All points; `super_model` is that of config/super.yaml."""
     piece = {"hybrid_layer_pattern": "MEMEMEM*EME", "mtp_num_layers": 1, "num_moe_experts": 64}
     super_slice = super_model.model_copy(update=piece)
-    return [*_of_one_gpu(), *_of_two_gpus(), *_of_slices(super_slice), *_of_others(super_model)]
+    quarter = super_model.model_copy(
+        update={"hybrid_layer_pattern": "MEMEMEM*EMEMEMEM*EMEME", "mtp_num_layers": 1}
+    )
+    here = [*_of_one_gpu(), *_of_two_gpus(), *_of_slices(super_slice), *_of_four_gpus(quarter)]
+    return here + _of_others(super_model)
 
 
 def _work(
@@ -161,6 +165,25 @@ def _of_slices(super_slice: Model) -> list[Point]:
         ("slice of Super, DP 2", of(super_slice, 8192, 4, **two), 30_212, 47.4),
         ("slice of Super, EP 2", of(wider, 8192, 4, expert_model=2, **two), 27_733, 54.2),
         ("slice of Super, TP 2", of(super_slice, 8192, 2, tensor_model=2, keeps_scan=True), 24_276, 34.0),
+    ]
+    return [Point(what, "h200", work, speed, peak, HERE) for what, work, speed, peak in rows]
+
+
+def _of_four_gpus(quarter: Model) -> list[Point]:
+    """With evenly loaded experts where the speed is given: an uneven load has a speed of its own."""
+
+    def of(model: Model, batch: int, **more: Any) -> Work:
+        return _work(model, 8192, batch, 1, SHORT, keeps_scan=True, **more)
+
+    four: dict[str, Any] = {"expert_model": 4, "data": 4}
+    nano, whole = (NANO_SLICE.model_copy(update={"num_moe_experts": count}) for count in (64, 128))
+    stages = of(quarter, 16, pipeline_model=2, expert_model=2, data=2)
+    rows: list[tuple[str, Work, float | None, float | None]] = [
+        ("Nano's layers, 64 experts, EP 4", of(nano, 16, **four), 17_215, 77.5),
+        ("Nano's layers, 64 experts, EP 4, CUDA graphs", of(nano, 16, graphs=True, **four), 18_881, None),
+        ("Nano, EP 4", of(whole, 16, **four), 15_909, 112.4),
+        ("a quarter of Super, TP 4, EP 4", of(quarter, 8, tensor_model=4, expert_model=4), None, 88.9),
+        ("a quarter of Super, PP 2, EP 2", stages, None, 113.1),
     ]
     return [Point(what, "h200", work, speed, peak, HERE) for what, work, speed, peak in rows]
 

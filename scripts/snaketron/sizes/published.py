@@ -108,7 +108,7 @@ def _speeds(super_model: Model) -> list[Compared]:
             point.tokens_per_second,
             tokens_per_second(point.work, GPUS[point.gpu]),
             point.source,
-            0.15 if point.source == HERE else 0.35,  # others ran programs that are slower on one GPU
+            0.1 if point.source == HERE else 0.2,  # others ran programs that are slower on one GPU
         )
         for point in points(super_model)
         if point.tokens_per_second

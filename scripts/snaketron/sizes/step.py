@@ -28,6 +28,9 @@ LAYER_ON_HOST = 6.8e-3  # seconds in which the host starts the kernels of a laye
 RECORDED_ON_HOST = 1.5e-3  # of a layer that is recorded as a CUDA graph
 CASTS_ON_HOST = 1.2  # as much more under fp8 and nvfp4
 PARTS_ON_HOST = 1.4  # as much more under tensor or context parallelism, with their exchanges
+# How well the GPU computes while the host starts kernels: what takes as long on both takes 2 ** (1 / 8) times
+# that, and 2 ** (1 / 3) where the GPUs of a group wait for each other in each layer.
+OVERLAP, OVERLAP_TOGETHER = 8, 3
 HOST_ADAM = 0.9e-9  # seconds a parameter of an offloaded optimizer
 
 
@@ -148,7 +151,9 @@ def _add_output(stage: _Stage, work: Work, gpu: Gpu) -> None:
 def _wait_for_host(stage: _Stage, pattern: str, work: Work) -> None:
     """Add what the GPU waits for the host: both overlap, the less the nearer they are.
 
-    The host starts a recorded micro-batch as a whole.
+    They overlap less where GPUs wait for each other in each layer, as for tokens that are exchanged: the
+    slowest host counts, and hosts wait for numbers of tokens. The host starts a recorded micro-batch as a
+    whole.
     """
     if work.recorded:
         return
@@ -162,8 +167,14 @@ def _wait_for_host(stage: _Stage, pattern: str, work: Work) -> None:
         busy *= CASTS_ON_HOST
     if parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1:
         busy *= PARTS_ON_HOST
+    sizes = (
+        parallel.tensor_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.expert_model_parallel_size,
+    )
+    power = OVERLAP_TOGETHER if max(sizes) > 1 else OVERLAP
     there = stage.total
-    stage.host = (there**8 + busy**8) ** (1 / 8) - there
+    stage.host = (there**power + busy**power) ** (1 / power) - there
 
 
 # ------------------------------------------------------------------------------------------- the update
