@@ -183,7 +183,7 @@ def together(
 
 
 def run(args: argparse.Namespace, results: Results) -> None:
-    there = 4 if args.tiny else gpu_count()
+    there = 8 if args.tiny else gpu_count()
     root, out, deadline = args.directory, args.out, time.monotonic() + args.seconds
     root.mkdir(parents=True, exist_ok=True)
     chosen = [row for row in rows(args.parts, there, args.tiny, root) if args.only in row.training.name]
@@ -278,7 +278,7 @@ def main() -> int:
         "--directory", type=Path, default=Path("/tmp/eight_gpus"), help="data and checkpoints"
     )
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
-    parser.add_argument("--tiny", action="store_true", help="up to four processes on CPUs: parts 1 and 5")
+    parser.add_argument("--tiny", action="store_true", help="up to eight processes on CPUs: parts 1 and 5")
     parser.add_argument("--table", nargs="+", type=Path, metavar="JSON", help="the table of earlier results")
     args = parser.parse_args()
     if args.table:
