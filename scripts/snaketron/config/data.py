@@ -230,7 +230,9 @@ class Tokenizer(Section):
         "Jinja file saved with the tokenizer; null keeps the template that comes with `path`",
     )
     vocab_size: Positive = key(
-        2048, "tokens of a trained tokenizer, special ones included; 32k to 131k for a real model"
+        2048,
+        "tokens of a trained tokenizer, special ones included; 32k to 131k for a real model. With `path` the "
+        "number of its tokens, by which the dry-run estimates",
     )
     text: list[Text] = key(
         lambda: [*sample_paths("docs", 1), *sample_paths("requests", 3)],

@@ -107,17 +107,25 @@ def check_names(at: str, targets: list[str]) -> list[str]:
 def check_targets(at: str, targets: list[str], model: Model, stages: list[str]) -> list[str]:
     """Targets that mean no layer of this model, and pipeline stages (their patterns) without a target."""
     there = linears(model, model.hybrid_layer_pattern, with_mtp=True)
-    return _unknown(at, targets, there, "no linear layer of this model") or [
-        f"{at}: none of the layers {stage} of pipeline stage {i} is meant; add a target, such as in_proj"
-        for i, stage in enumerate(stages)
-        if not targeted(targets, linears(model, stage, with_mtp=i == len(stages) - 1))
+    if unknown := _unknown(at, targets, there, "no linear layer of this model"):
+        return unknown
+    held = [linears(model, stage, with_mtp=i == len(stages) - 1) for i, stage in enumerate(stages)]
+    return [
+        f"{at}: none of the layers {stages[i]} of pipeline stage {i} is meant; "
+        f"add a target that it has, such as {_last(here[0].name)}"
+        for i, here in enumerate(held)
+        if not targeted(targets, here)
     ]
 
 
 def _unknown(at: str, targets: list[str], there: list[Linear], what: str) -> list[str]:
-    known = {linear.name.rpartition(".")[2] for linear in there}
+    known = {_last(linear.name) for linear in there}
     return [
         f"{at}[{i}]: {target!r} is {what}{suggest(target, known)}"
         for i, target in enumerate(targets)
         if not targeted([target], there)
     ]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -13,6 +13,8 @@ from typing import Any
 
 from snaketron.config import ChatSource, Config, Corpus
 from snaketron.config.data import PretrainData, SftData
+from snaketron.lineage.record import read
+from snaketron.log import UserError
 from snaketron.sources.shards import SAMPLE
 from snaketron.wording import counted
 
@@ -44,6 +46,21 @@ def from_sample(config: Config) -> str | None:
     if not tokenizer.path and any(SAMPLE.fullmatch(path) for path in tokenizer.text):
         left.append("the text of the tokenizer (tokenizer.text)")
     return f"Still from the sample beside your own sources: {'; '.join(left)}" if left else None
+
+
+def other_vocabulary(config: Config) -> str | None:
+    """That the tokenizer has another size than is configured; None where it has not, or is not made yet."""
+    stated, directory = config.tokenizer.vocab_size, Path(config.pathvars["data"]) / "tokenizer"
+    try:
+        there = read(directory / "record.json").counts["vocab_size"] if config.tokenizer.path else stated
+    except (UserError, OSError):
+        return None
+    if there == stated:
+        return None
+    return (
+        f"tokenizer.vocab_size is {stated}, and the tokenizer in {directory} has {there} tokens: memory, "
+        f"times and pipeline stages are worked out for {stated}; set it to {there}"
+    )
 
 
 def unmeasured(config: Config) -> list[str]:

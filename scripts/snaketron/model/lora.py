@@ -242,8 +242,11 @@ def add_adapters(model: HybridModel, settings: Adapters, seed: int) -> None:
             _adapt(module, Adapter(module, kind, settings, model.config, expert=".experts." in name))
             found += 1
     if not found:
+        what = "this model"
+        if (stages := model.config.pipeline_model_parallel_size) > 1:
+            what = f"pipeline stage {parallel_state.get_pipeline_model_parallel_rank()} of {stages}"
         raise UserError(
-            f"lora.target_modules: no layer of this model is one of {settings.target_modules}; "
+            f"lora.target_modules: no layer of {what} is one of {settings.target_modules}; "
             "docs/tuning.md lists their names"
         )
     if hasattr(model, "embedding"):

@@ -10,7 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from snaketron.config import load
-from snaketron.graph.notes import find_python, from_sample, meant, moved_targets, replaced, unmeasured
+from snaketron.graph.notes import (
+    find_python,
+    from_sample,
+    meant,
+    moved_targets,
+    other_vocabulary,
+    replaced,
+    unmeasured,
+)
+from snaketron.lineage.record import making
 
 import pytest
 
@@ -81,6 +90,25 @@ def test_a_misspelt_target_is_answered_by_a_result_or_a_rule():
     ]
     moved = load({"pathvars": {"hf": "/store/hf/"}}, {})
     assert meant(moved, ["/store/hf/sfd"]) == ["/store/hf/sfd: did you mean /store/hf/sft?"]
+
+
+def test_a_tokenizer_of_another_size_than_the_plan_takes_is_told(tmp_path: Path):
+    def told(**tokenizer: Any) -> str | None:
+        return other_vocabulary(load({"tokenizer": tokenizer, "pathvars": {"data": str(tmp_path)}}, {}))
+
+    assert told(path="mine") is None  # not made yet
+    made = tmp_path / "tokenizer"
+    made.mkdir()
+    outputs = {"tokenizer.json": made / "tokenizer.json"}
+    with making("tokenizer", "tokenizer", outputs=outputs, record=made / "record.json") as job:
+        job.counts = {"vocab_size": 40_000}
+        job.aside["tokenizer.json"].write_text("{}")
+    assert told(path="mine", vocab_size=40_000) is None
+    assert told() is None  # a trained one, which may find pairs for less
+    assert told(path="mine") == (
+        f"tokenizer.vocab_size is 2048, and the tokenizer in {made} has 40000 tokens: memory, times and "
+        "pipeline stages are worked out for 2048; set it to 40000"
+    )
 
 
 def test_a_source_that_is_not_validated_is_told():

@@ -197,6 +197,14 @@ def test_a_target_that_is_not_there_is_an_error(build):
         lora.add_adapters(build(), Adapters(target_modules=["q_proj"]), 1)
 
 
+def test_a_pipeline_stage_without_a_target_is_an_error(build):
+    """A dry-run refuses it, but where the tokenizer has another size than it was told."""
+    stage = build()
+    stage.config.pipeline_model_parallel_size = 2
+    with pytest.raises(UserError, match=r"no layer of pipeline stage 0 of 2 is one of \['q_proj'\]"):
+        lora.add_adapters(stage, Adapters(target_modules=["q_proj"]), 1)
+
+
 # ----------------------------------------------------------------------------------------------- targets
 
 

@@ -35,7 +35,16 @@ def test_a_training_that_no_gpu_holds_is_refused_with_both_numbers():
                 "lora": {"target_modules": ["eh_proj"], "parallel": {"pipeline_model_parallel_size": 2}},
             },
             "lora.target_modules: none of the layers MEM*E of pipeline stage 0 is meant; "
-            "add a target, such as in_proj",
+            "add a target that it has, such as in_proj",
+        ),
+        (  # M*EM*|E
+            {
+                "model": {"hybrid_layer_pattern": "M*EM*E", "mtp_num_layers": 0},
+                "tokenizer": {"vocab_size": 32768},
+                "lora": {"target_modules": ["in_proj"], "parallel": {"pipeline_model_parallel_size": 2}},
+            },
+            "lora.target_modules: none of the layers E of pipeline stage 1 is meant; "
+            "add a target that it has, such as router",
         ),
         (
             {"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.001}},
