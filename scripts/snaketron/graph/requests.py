@@ -29,14 +29,26 @@ def check_requests(workflow: Any, config: Config) -> dict[str, Limits]:
 
 
 def limits_of(resources: Any, phase: str = "") -> Limits:
-    """The limits in the resources of a rule; an expression is known only to its job."""
+    """The limits in the resources of a rule; an expression is known only to its job.
+
+    As the executor plugin reads them: 0 asks for nothing, and memory of a CPU comes before that of a node.
+    """
+
+    def value(name: str) -> Any:
+        resource = resources.get(name)
+        # `value` refuses a function, also the one that knows the phases
+        asked = None if resource is None else resource._value
+        return (asked.values[phase] if isinstance(asked, OfPhase) else asked) or None
 
     def number(name: str) -> float | None:
-        resource = resources.get(name)
-        value = None
-        if resource is not None:
-            asked = resource._value  # `value` refuses a function, also the one that knows the phases
-            value = asked.values[phase] if isinstance(asked, OfPhase) else asked
-        return float(value) if isinstance(value, int) else None
+        asked = value(name)
+        return float(asked) if isinstance(asked, int) else None
 
-    return Limits(minutes=number("runtime"), mem_mb=number("mem_mb"))
+    if value("mem_mb_per_cpu") is None:
+        return Limits(minutes=number("runtime"), mem_mb=number("mem_mb"))
+    tasks = 1.0 if value("tasks_per_node") is None else number("tasks_per_node")
+    per_cpu, per_task = number("mem_mb_per_cpu"), number("cpus_per_task")
+    if not per_cpu or not tasks or not per_task or per_task < 0:  # less than 0: none are asked for
+        return Limits(minutes=number("runtime"))
+    cpus = per_task * tasks
+    return Limits(minutes=number("runtime"), mem_mb=per_cpu * cpus, cpus=cpus)

@@ -16,11 +16,12 @@ class Limits:
 
     minutes: float | None = None
     mem_mb: float | None = None  # of a node, in units of 2^20 bytes, as sbatch counts
+    cpus: float | None = None  # of a node, if memory is asked for each of them
 
 
 def check_limits(config: Config, training: Training, limits: Limits) -> list[str]:
     """Problems of the time limit and of the memory; none where they are not known."""
-    return [*_check_time(training, limits.minutes), *_check_memory(config, training, limits.mem_mb)]
+    return [*_check_time(training, limits.minutes), *_check_memory(config, training, limits)]
 
 
 def _check_time(training: Training, minutes: float | None) -> list[str]:
@@ -34,12 +35,17 @@ def _check_time(training: Training, minutes: float | None) -> list[str]:
     ]
 
 
-def _check_memory(config: Config, training: Training, mem_mb: float | None) -> list[str]:
-    run, per_node = training.run, layout(training.run, config.cluster).tasks_per_node
+def _check_memory(config: Config, training: Training, limits: Limits) -> list[str]:
+    run, mem_mb, per_node = training.run, limits.mem_mb, layout(training.run, config.cluster).tasks_per_node
     needed = estimate(config, training).host_bytes
     if mem_mb is None or needed * per_node <= mem_mb * 2**20:
         return []
-    if mem_mb == node_memory_mb(run, per_node):
+    if limits.cpus:
+        asked = (
+            f"set-resources {training.section}: mem_mb_per_cpu {mem_mb / limits.cpus:g} of each of "
+            f"{limits.cpus:g} CPUs of a node with {per_node} processes"
+        )
+    elif mem_mb == node_memory_mb(run, per_node):
         asked = f"{training.at('mem_gb_per_task')} {run.mem_gb_per_task:g}"
     else:
         asked = f"set-resources {training.section}: mem_mb {mem_mb:g} of a node with {per_node} processes"

@@ -31,6 +31,28 @@ def test_limits_are_numbers_or_not_known():
     }
 
 
+@pytest.mark.parametrize(
+    ("asked", "limits"),
+    [
+        ({"mem_mb": 0, "runtime": 0}, Limits()),
+        ({"mem_mb": 0, "mem_mb_per_cpu": 16000, "cpus_per_task": 12}, Limits(mem_mb=192_000, cpus=12)),
+        ({"mem_mb": 4000, "mem_mb_per_cpu": 500, "cpus_per_task": 12}, Limits(mem_mb=6000, cpus=12)),
+        (
+            {"mem_mb_per_cpu": 500, "cpus_per_task": 12, "tasks_per_node": 8, "nodes": 2},
+            Limits(mem_mb=48_000, cpus=96),
+        ),
+        ({"mem_mb": 4000, "mem_mb_per_cpu": 0, "cpus_per_task": 12}, Limits(mem_mb=4000)),
+        ({"mem_mb": 4000, "mem_mb_per_cpu": 500}, Limits()),
+        ({"mem_mb": 4000, "mem_mb_per_cpu": 500, "cpus_per_task": -1}, Limits()),
+        ({"mem_mb": 4000, "mem_mb_per_cpu": lambda wildcards: 500, "cpus_per_task": 12}, Limits()),
+        ({"mem_mb_per_cpu": 500, "cpus_per_task": 12, "tasks_per_node": lambda wildcards: 8}, Limits()),
+    ],
+)
+def test_memory_is_read_as_the_executor_plugin_reads_it(asked: dict, limits: Limits):
+    """0 asks for nothing, and memory of a CPU, times those of all tasks, comes before that of a node."""
+    assert check_requests(workflow(lora=asked), load({}, {}))["lora"] == limits
+
+
 def test_two_phases_of_one_problem_are_told_once():
     with pytest.raises(ConfigError) as error:
         check_requests(workflow(pretrain={"runtime": 1}, sft={"mem_mb": 1}), load({}, {}))

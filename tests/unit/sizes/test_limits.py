@@ -44,6 +44,10 @@ def test_without_gpus_everything_lies_in_the_memory_of_the_node():
     (overwritten,) = problems(Limits(mem_mb=211), sft=sft)  # of 2^20 bytes: 221.2 MB, less than 221.9
     assert overwritten == f"set-resources sft: mem_mb 211 of a node with 2 processes{end}"
     assert problems(Limits(mem_mb=212), sft=sft) == []
+    (of_cpus,) = problems(Limits(mem_mb=200, cpus=4), sft=sft)
+    assert of_cpus.startswith(
+        "set-resources sft: mem_mb_per_cpu 50 of each of 4 CPUs of a node with 2 processes:"
+    )
 
 
 def test_on_gpus_the_node_keeps_the_copy_of_a_checkpoint_and_what_is_offloaded():
