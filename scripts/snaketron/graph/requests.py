@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from snaketron.config import Config, ConfigError
-from snaketron.graph.training import OfPhase
+from snaketron.graph.training import MERGED, OfPhase
 from snaketron.sizes.limits import Limits, check_limits
 
 
 def check_requests(workflow: Any, config: Config) -> dict[str, Limits]:
-    """The limits of each training that Slurm runs, by its name, when all rules are defined.
+    """The limits of what Slurm runs, when all rules are defined: each training, and merging, by their names.
 
     Raises `ConfigError` where a training does not fit into them. One that is made on request alone is checked
     when it is asked for.
@@ -21,6 +21,8 @@ def check_requests(workflow: Any, config: Config) -> dict[str, Limits]:
         if "slurm_partition" not in resources:
             continue
         found[training.name] = limits_of(resources, training.phase)
+        if training.adapters:
+            found[MERGED] = limits_of(workflow.get_rule("merge_lora").resources)
         if not training.on_request:
             problems += check_limits(config, training, found[training.name])
     if problems:

@@ -23,6 +23,8 @@ from snaketron.sizes.memory import conversion_memory
 from snaketron.sources.models import task_data
 from snaketron.wording import plural
 
+MERGED = "lora_merged"  # the stage of adapters that are added to their base
+
 
 class TrainingGraph:
     """Answers about trainings. One is known by its rule and, in pretraining, by the wildcard `phase`."""
@@ -70,7 +72,8 @@ class TrainingGraph:
             phase = getattr(wildcards, "phase", "")
             training = self.config.training(f"{rule}/{phase}" if phase else rule)
             if training.on_request:
-                check_requested(self.config, training, self.limits.get(training.name, Limits()))
+                limits = self.limits.get(stage or training.name, Limits())
+                check_requested(self.config, training, limits, merges=stage == MERGED)
             found = train_settings(self.config, training.name)
             return found.model_copy(update={"stage": stage or training.name}).model_dump_json()
 

@@ -17,9 +17,12 @@ def check_trainings(config: Config) -> None:
     check_memory(config, [training for training in config.trainings() if not training.on_request])
 
 
-def check_requested(config: Config, training: Training, limits: Limits) -> None:
-    """`ConfigError` when a training that was asked for does not fit the model, its jobs or the GPUs."""
-    if problems := missing_targets(config, training) or check_limits(config, training, limits):
+def check_requested(config: Config, training: Training, limits: Limits, *, merges: bool = False) -> None:
+    """`ConfigError` when a training that was asked for does not fit the model, its jobs or the GPUs.
+
+    Or when merging its adapters does not, where that `merges`.
+    """
+    if problems := missing_targets(config, training) or check_limits(config, training, limits, merges=merges):
         raise ConfigError("\n".join(problems))
     check_memory(config, [training])
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from snaketron.config import Config, Training
 from snaketron.sizes.layout import layout, node_memory_mb
-from snaketron.sizes.plan import estimate
+from snaketron.sizes.plan import estimate, merged_bytes
 from snaketron.wording import BYTES, large
 
 
@@ -19,8 +19,14 @@ class Limits:
     cpus: float | None = None  # of a node, if memory is asked for each of them
 
 
-def check_limits(config: Config, training: Training, limits: Limits) -> list[str]:
-    """Problems of the time limit and of the memory; none where they are not known."""
+def check_limits(config: Config, training: Training, limits: Limits, *, merges: bool = False) -> list[str]:
+    """Problems of the time limit and of the memory; none where they are not known.
+
+    Args:
+        merges: whether the job adds the adapters of the training to their base, and writes the whole model.
+    """
+    if merges:
+        return _check_memory(config, training, limits, merges=True)
     return [*_check_time(training, limits.minutes), *_check_memory(config, training, limits)]
 
 
@@ -35,26 +41,30 @@ def _check_time(training: Training, minutes: float | None) -> list[str]:
     ]
 
 
-def _check_memory(config: Config, training: Training, limits: Limits) -> list[str]:
+def _check_memory(config: Config, training: Training, limits: Limits, *, merges: bool = False) -> list[str]:
     run, mem_mb, per_node = training.run, limits.mem_mb, layout(training.run, config.cluster).tasks_per_node
-    needed = estimate(config, training).host_bytes
+    rule, needed = training.section, estimate(config, training).host_bytes
+    if merges:
+        rule = f"merge_{training.section}"
+        if config.cluster.gpus_per_node:
+            needed = merged_bytes(config, training)
     if mem_mb is None or needed * per_node <= mem_mb * 2**20:
         return []
     if limits.cpus:
         asked = (
-            f"set-resources {training.section}: mem_mb_per_cpu {mem_mb / limits.cpus:g} of each of "
+            f"set-resources {rule}: mem_mb_per_cpu {mem_mb / limits.cpus:g} of each of "
             f"{limits.cpus:g} CPUs of a node with {per_node} processes"
         )
     elif mem_mb == node_memory_mb(run, per_node):
         asked = f"{training.at('mem_gb_per_task')} {run.mem_gb_per_task:g}"
     else:
-        asked = f"set-resources {training.section}: mem_mb {mem_mb:g} of a node with {per_node} processes"
+        asked = f"set-resources {rule}: mem_mb {mem_mb:g} of a node with {per_node} processes"
     what = "tensors"
     if config.cluster.gpus_per_node:
         what = "the copy of a checkpoint" + (
-            " and the optimizer's offloaded state" if run.offload_optimizer else ""
+            " and the optimizer's offloaded state" if run.offload_optimizer and not merges else ""
         )
     return [
-        f"{asked}: a process of {training.section} needs {large(needed, BYTES)} for {what} by the estimate "
+        f"{asked}: a process of {rule} needs {large(needed, BYTES)} for {what} by the estimate "
         "of the dry-run, and about 1 GB for programs; give more"
     ]

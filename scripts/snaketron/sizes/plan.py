@@ -12,7 +12,7 @@ from snaketron.sizes.memory import (
     static_of_run,
     updated_parameters,
 )
-from snaketron.sizes.parameters import num_active_parameters, num_parameters
+from snaketron.sizes.parameters import Parameters, num_active_parameters, num_parameters
 from snaketron.sizes.speed import Speed, flops_per_token, speed
 from snaketron.sizes.stages import adapter_parameters, stage_parameters
 
@@ -120,9 +120,22 @@ def checkpoint_bytes(config: Config, training: Training) -> float:
     return trained * _in_checkpoint(model)
 
 
+def merged_bytes(config: Config, training: Training) -> float:
+    """Bytes of the model with merged adapters that the process with most of them copies to the host.
+
+    That checkpoint has no optimizer.
+    """
+    stages = stage_parameters(training.model, config.tokenizer.vocab_size, training.run.parallel)
+    return _in_weight(training.model) * _of_fullest(stages, training.run.parallel)
+
+
+def _in_weight(model: Model) -> int:
+    return 4 if model.precision == "fp32" else 2
+
+
 def _in_checkpoint(model: Model) -> int:
     """Bytes of a parameter: the weight, its main weight and both moments."""
-    return (4 if model.precision == "fp32" else 2) + 3 * 4
+    return _in_weight(model) + 3 * 4
 
 
 def _copied_bytes(config: Config, training: Training) -> float:
@@ -132,4 +145,9 @@ def _copied_bytes(config: Config, training: Training) -> float:
         stages = adapter_parameters(model, vocab_size, parallel, training.adapters)
     else:
         stages = stage_parameters(model, vocab_size, parallel)
-    return _in_checkpoint(model) * max(updated_parameters(stage, parallel) for stage in stages)
+    return _in_checkpoint(model) * _of_fullest(stages, parallel)
+
+
+def _of_fullest(stages: list[Parameters], parallel: Parallel) -> float:
+    """How many of the stages' parameters the process with most of them writes."""
+    return max(updated_parameters(stage, parallel) for stage in stages)

@@ -16,7 +16,7 @@ def workflow(partition: str = "slurm_partition", **resources: dict) -> SimpleNam
     """A workflow whose rules have these resources beside a partition."""
     rules = {
         name: SimpleNamespace(resources=Resources.from_mapping({partition: "gpu"} | resources.get(name, {})))
-        for name in ("pretrain", "sft", "lora")
+        for name in ("pretrain", "sft", "lora", "merge_lora")
     }
     return SimpleNamespace(get_rule=rules.__getitem__)
 
@@ -28,6 +28,7 @@ def test_limits_are_numbers_or_not_known():
         "pretrain/focused": Limits(240, 3000),
         "sft": Limits(),
         "lora": Limits(),
+        "lora_merged": Limits(),
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from snaketron.config import ConfigError, load
 from snaketron.graph.base import BaseGraph
 from snaketron.graph.training import TrainingGraph, missing_tasks
+from snaketron.sizes.limits import Limits
 from snaketron.sources.lockfile import Lock
 
 import pytest
@@ -110,6 +111,19 @@ def test_lora_that_does_not_fit_is_refused_only_when_it_is_to_run():
     asked = cramped.settings("lora")
     with pytest.raises(ConfigError, match=r"lora\.parallel: takes 0\.0"):
         asked(job())
+
+
+def test_merging_adapters_needs_memory_of_a_node_for_the_whole_model():
+    """Adapters that fit are trained, and merged if the rule that does so gets more: 4 bytes a parameter."""
+    graph = training(cluster={"gpus_per_node": 1}, lora={"rank": 4, "expert_rank": 1})
+    graph.limits = {"lora": Limits(mem_mb=3), "lora_merged": Limits(mem_mb=3)}
+    graph.settings("lora")(job())
+    with pytest.raises(
+        ConfigError, match=r"set-resources merge_lora: mem_mb 3 .* a process of merge_lora needs"
+    ):
+        graph.settings("lora", stage="lora_merged")(job())
+    graph.limits = {"lora": Limits(mem_mb=3), "lora_merged": Limits(mem_mb=8)}
+    graph.settings("lora", stage="lora_merged")(job())
 
 
 def test_a_task_is_told_the_directory_that_its_data_is_downloaded_to(tmp_path: Path):

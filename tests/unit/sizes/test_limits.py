@@ -11,9 +11,9 @@ from tests.unit.sizes.models import COUNTED
 import pytest
 
 
-def problems(limits: Limits, name: str = "sft", **values: Any) -> list[str]:
+def problems(limits: Limits, name: str = "sft", *, merges: bool = False, **values: Any) -> list[str]:
     config = load(COUNTED | values | {"sft": COUNTED["sft"] | values.get("sft", {})}, {})
-    return check_limits(config, config.training(name), limits)
+    return check_limits(config, config.training(name), limits, merges=merges)
 
 
 def test_what_is_not_known_is_not_checked():
@@ -60,3 +60,26 @@ def test_on_gpus_the_node_keeps_the_copy_of_a_checkpoint_and_what_is_offloaded()
     assert problems(Limits(mem_mb=28), cluster=gpu, sft=shared) == []
     (problem,) = problems(Limits(mem_mb=28), cluster=gpu, sft={"offload_optimizer": 1.0})
     assert "needs 43.8 MB for the copy of a checkpoint and the optimizer's offloaded state" in problem
+
+
+def test_the_fullest_stage_of_a_pipeline_decides():
+    """By layers the first stage has 736,432 parameters, and the last one 1,350,616, of 16 bytes each."""
+    parallel = {"pipeline_model_parallel_size": 2, "pipeline_split": "layers"}
+    of = {"cluster": {"gpus_per_node": 2}, "sft": {"parallel": parallel}}
+    (problem,) = problems(Limits(mem_mb=41), **of)  # of 2^20 bytes: 43.0 MB for two processes
+    assert "needs 21.6 MB for the copy of a checkpoint" in problem
+    assert problems(Limits(mem_mb=42), **of) == []
+
+
+def test_a_checkpoint_of_adapters_holds_them_alone_and_the_merged_one_all_weights():
+    """16 bytes of each of 579,072 numbers of adapters, or 4 of each of the 1,824,904 parameters."""
+    gpu = {"gpus_per_node": 1}
+    (problem,) = problems(Limits(mem_mb=8), "lora", cluster=gpu)
+    assert "a process of lora needs 9.3 MB for the copy of a checkpoint by" in problem
+    assert problems(Limits(mem_mb=9), "lora", cluster=gpu) == []
+    (problem,) = problems(Limits(mem_mb=6), "lora", merges=True, cluster=gpu, lora={"offload_optimizer": 1.0})
+    assert problem.startswith("set-resources merge_lora: mem_mb 6 ")
+    assert "a process of merge_lora needs 7.3 MB for the copy of a checkpoint by" in problem
+    assert (
+        problems(Limits(mem_mb=7, minutes=1), "lora", merges=True, cluster=gpu) == []
+    )  # it does not stop before
