@@ -109,13 +109,13 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
         status = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where the caller has closed it
+            sys.stdout.flush()
     except UserError as error:
         status = _complain(str(error), final=not may_pass)
     except BrokenPipeError:
-        if not _is_abandoned(sys.stdout):
+        if sys.stdout is None or not _is_abandoned(sys.stdout):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be written
         status = 141
     except OSError as error:
         if error.errno not in NO_SPACE:
@@ -127,15 +127,26 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
         )
     except KeyboardInterrupt:
         status = 130
+    finally:
+        _let_go()
     gc.freeze()  # else the interpreter would look at every object before it ends: 0.9 s after a training
     sys.exit(status)
 
 
+def _let_go() -> None:
+    """Write what waits for standard output, or drop it: the interpreter would complain at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _is_abandoned(stream: TextIO) -> bool:
-    """Whether it is a pipe whose reader has gone."""
+    """Whether it is a pipe or a socket whose reader has gone."""
     poll = select.poll()
     poll.register(stream, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,9 @@ from pathlib import Path
 import pytest
 
 DOOR = "import errno, os, pathlib, signal, sys\nfrom snaketron import files\nfrom snaketron.log import *\n"
+# Output is buffered. A module that is compiled under a limit would be left cut off, in the cache of all later
+# processes.
+ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": ""}
 
 
 def script(body: str, *arguments: Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -25,10 +30,8 @@ def script(body: str, *arguments: Path, limit: int | None = None) -> subprocess.
 
     code = f"{DOOR}def main():\n    {body}\nrun(main)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    # A module that is compiled under the limit would be left cut off, in the cache of all later processes.
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
-        command, preexec_fn=prepare, capture_output=True, text=True, timeout=300, env=environment
+        command, preexec_fn=prepare, capture_output=True, text=True, timeout=300, env=ENVIRONMENT
     )
 
 
@@ -148,16 +151,60 @@ def test_progress_is_not_written_to_the_file_that_a_live_view_reads():
     assert script(f"import sys; os.environ[SHOWN] = name_of(sys.stderr); {said}").stderr == ""
 
 
-@pytest.mark.parametrize("lines", [1, 100_000])  # that wait in the buffer, and that do not
-def test_a_reader_that_has_seen_enough_ends_the_script_without_a_word(lines: int):
-    code = f"{DOOR}def main():\n    print('line\\n' * {lines}); return 0\nrun(main)"
-    reading, writing = os.pipe()
+def unread(body: str, kind: str = "pipe") -> tuple[int, str]:
+    """The status of a script whose output nobody reads any more, and what it says."""
+    if kind == "pipe":
+        reading, writing = os.pipe()
+    else:
+        reading, writing = (end.detach() for end in socket.socketpair())
     os.close(reading)
+    code = f"{DOOR}def main():\n    {body}\nrun(main)"
+    command = [sys.executable, "-c", code]
     ended = subprocess.run(
-        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300, env=ENVIRONMENT
     )
     os.close(writing)
-    assert (ended.returncode, ended.stderr) == (141, "")
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+@pytest.mark.parametrize("lines", [1, 100_000])  # that wait in the buffer, and that do not
+def test_a_reader_that_has_seen_enough_ends_the_script_without_a_word(lines: int, kind: str):
+    assert unread(f"print('line\\n' * {lines}); return 0", kind) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "stderr"),
+    [
+        ("raise UserError('no corpus')", 1, "error: no corpus\n"),
+        ("raise KeyboardInterrupt", 130, ""),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143, ""),
+    ],
+)
+def test_output_that_nobody_reads_does_not_change_how_a_script_ends(end: str, status: int, stderr: str):
+    assert unread(f"print('line'); {end}") == (status, stderr)
+
+
+def test_output_that_the_disk_has_no_room_for_is_one_line():
+    ended = script("os.dup2(os.open('/dev/full', os.O_WRONLY), 1); print('line'); return 0")
+    said = "error: cannot write the output: no space left; free some and run the same command again\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "stderr"),
+    [
+        ("return 0", 0, ""),
+        ("raise UserError('no corpus')", 1, "error: no corpus\n"),
+        ("raise BrokenPipeError('a pipe of ours')", 1, "BrokenPipeError: a pipe of ours\n"),
+    ],
+)
+def test_a_script_may_run_without_standard_output(end: str, status: int, stderr: str):
+    code = f"{DOOR}def main():\n    print('line'); {end}\nrun(main)"
+    closed = [shutil.which("sh"), "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code]
+    ended = subprocess.run(closed, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert ended.returncode == status and ended.stderr.endswith(stderr)
+    assert "AttributeError" not in ended.stderr
 
 
 def test_another_broken_pipe_is_our_mistake():
