@@ -171,6 +171,7 @@ def _wait_for_host(stage: _Stage, pattern: str, work: Work) -> None:
         parallel.tensor_model_parallel_size,
         parallel.context_parallel_size,
         parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
     )
     power = OVERLAP_TOGETHER if max(sizes) > 1 else OVERLAP
     there = stage.total

@@ -70,6 +70,33 @@ def test_the_host_is_the_limit_of_small_micro_batches():
     assert of({"hybrid_layer_pattern": "-"}).total == pytest.approx(4 * step.LAYER_ON_HOST, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "power", "slower"),
+    [
+        ({"data": 2}, 8, 1.0),
+        ({"data": 2, "expert_model": 2}, 3, 1.0),
+        ({"data": 2, "expert_tensor": 2}, 3, 1.0),
+        ({"tensor_model": 2}, 3, 1.4),
+        ({"context": 2}, 3, 1.4),
+    ],
+)
+def test_gpus_that_wait_for_each_other_in_each_layer_wait_longer_for_the_host(
+    parallel: dict[str, int], power: int, slower: float
+):
+    """A layer that the GPU computes nearly as long as the host starts it, 6.8 ms."""
+    model = {"hybrid_layer_pattern": "E", "hidden_size": 512, "moe_latent_size": 256}
+    found = of(model, batch=2, parallel=parallel)
+    micro_batches = 2 // parallel.get("data", 1)
+    computing = (
+        sum(getattr(found, term) for term in ("experts", "output", "exchange", "tensor", "context"))
+        / micro_batches
+    )
+    starting = step.LAYER_ON_HOST * slower
+    assert 0.2 * starting < computing < 5 * starting
+    together = (computing**power + starting**power) ** (1 / power)
+    assert found.host == pytest.approx(micro_batches * (together - computing))
+
+
 def test_adapters_and_recomputation_change_what_is_computed():
     """Frozen layers have one product of three less; layers that are computed again have one more."""
     model = {"hybrid_layer_pattern": "-", "hidden_size": 4096, "ffn_hidden_size": 16384}
