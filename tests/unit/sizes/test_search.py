@@ -76,6 +76,8 @@ def test_both_splits_of_a_pipeline_are_tried(config: Config):
     by_time, *_ = alike = [one for one in found if layout_sizes(one.parallel) == (1, 2, 1, 8, 1, 16)]
     assert by_time.parallel.pipeline_split == "time"
     assert "layers" in {one.parallel.pipeline_split for one in alike}
+    whole = [one for one in found if one.parallel.pipeline_model_parallel_size == 1]
+    assert {one.parallel.pipeline_split for one in whole} == {"time"}  # there is nothing to split
     text = markdown(training, "32 B200", alike, by_time)
     assert "PP 2, EP 8, DP 16" in text and "by layers" not in text and "place 1 of 1." in text
     text = markdown(training, "32 B200", by_layers(alike), by_time)
