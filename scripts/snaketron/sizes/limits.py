@@ -9,6 +9,8 @@ from snaketron.sizes.layout import layout, node_memory_mb
 from snaketron.sizes.plan import estimate, merged_bytes
 from snaketron.wording import BYTES, large
 
+PROGRAMS = 1e9  # bytes that a process needs beside its tensors: its libraries, and what they keep
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -48,7 +50,7 @@ def _check_memory(config: Config, training: Training, limits: Limits, *, merges:
         rule = f"merge_{training.section}"
         if config.cluster.gpus_per_node:
             needed = merged_bytes(config, training)
-    if mem_mb is None or needed * per_node <= mem_mb * 2**20:
+    if mem_mb is None or (needed + PROGRAMS) * per_node <= mem_mb * 2**20:
         return []
     if limits.cpus:
         asked = (
@@ -66,5 +68,5 @@ def _check_memory(config: Config, training: Training, limits: Limits, *, merges:
         )
     return [
         f"{asked}: a process of {rule} needs {large(needed, BYTES)} for {what} by the estimate "
-        "of the dry-run, and about 1 GB for programs; give more"
+        f"of the dry-run, and about {PROGRAMS / 1e9:g} GB for programs; give more"
     ]

@@ -116,13 +116,13 @@ def test_lora_that_does_not_fit_is_refused_only_when_it_is_to_run():
 def test_merging_adapters_needs_memory_of_a_node_for_the_whole_model():
     """Adapters that fit are trained, and merged if the rule that does so gets more: 4 bytes a parameter."""
     graph = training(cluster={"gpus_per_node": 1}, lora={"rank": 4, "expert_rank": 1})
-    graph.limits = {"lora": Limits(mem_mb=3), "lora_merged": Limits(mem_mb=3)}
+    graph.limits = {"lora": Limits(mem_mb=957), "lora_merged": Limits(mem_mb=957)}
     graph.settings("lora")(job())
     with pytest.raises(
-        ConfigError, match=r"set-resources merge_lora: mem_mb 3 .* a process of merge_lora needs"
+        ConfigError, match=r"set-resources merge_lora: mem_mb 957 .* a process of merge_lora needs"
     ):
         graph.settings("lora", stage="lora_merged")(job())
-    graph.limits = {"lora": Limits(mem_mb=3), "lora_merged": Limits(mem_mb=8)}
+    graph.limits = {"lora": Limits(mem_mb=957), "lora_merged": Limits(mem_mb=962)}
     graph.settings("lora", stage="lora_merged")(job())
 
 

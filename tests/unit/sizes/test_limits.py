@@ -33,7 +33,7 @@ def test_a_job_lasts_longer_than_what_it_keeps_for_saving(minutes: int, fits: bo
 
 
 def test_without_gpus_everything_lies_in_the_memory_of_the_node():
-    """The estimate of the default SFT is 110.9 MB a process in two; both share a node."""
+    """The estimate of the default SFT is 110.9 MB for each of two processes, beside 1 GB for programs."""
     sft = {"parallel": {"data_parallel_size": 2}, "mem_gb_per_task": 0.1}
     (asked,) = problems(Limits(mem_mb=200), sft=sft)
     end = (
@@ -41,9 +41,9 @@ def test_without_gpus_everything_lies_in_the_memory_of_the_node():
         "programs; give more"
     )
     assert asked == f"sft.mem_gb_per_task 0.1{end}"
-    (overwritten,) = problems(Limits(mem_mb=211), sft=sft)  # of 2^20 bytes: 221.2 MB, less than 221.9
-    assert overwritten == f"set-resources sft: mem_mb 211 of a node with 2 processes{end}"
-    assert problems(Limits(mem_mb=212), sft=sft) == []
+    (overwritten,) = problems(Limits(mem_mb=2118), sft=sft)  # of 2^20 bytes: 2,220.9 MB, less than 2,221.9
+    assert overwritten == f"set-resources sft: mem_mb 2118 of a node with 2 processes{end}"
+    assert problems(Limits(mem_mb=2119), sft=sft) == []
     (of_cpus,) = problems(Limits(mem_mb=200, cpus=4), sft=sft)
     assert of_cpus.startswith(
         "set-resources sft: mem_mb_per_cpu 50 of each of 4 CPUs of a node with 2 processes:"
@@ -53,12 +53,12 @@ def test_without_gpus_everything_lies_in_the_memory_of_the_node():
 def test_on_gpus_the_node_keeps_the_copy_of_a_checkpoint_and_what_is_offloaded():
     """1,824,904 parameters in fp32: 16 bytes each of a checkpoint, 8 of moments that are offloaded."""
     gpu = {"gpus_per_node": 2}
-    (problem,) = problems(Limits(mem_mb=27), cluster=gpu)  # of 2^20 bytes: 28.3 MB
+    (problem,) = problems(Limits(mem_mb=981), cluster=gpu)  # of 2^20 bytes: 1,028.7 MB
     assert "needs 29.2 MB for the copy of a checkpoint by the estimate" in problem
-    assert problems(Limits(mem_mb=28), cluster=gpu) == []
+    assert problems(Limits(mem_mb=982), cluster=gpu) == []
     shared = {"parallel": {"data_parallel_size": 2}}  # by two processes, each with half of it
-    assert problems(Limits(mem_mb=28), cluster=gpu, sft=shared) == []
-    (problem,) = problems(Limits(mem_mb=28), cluster=gpu, sft={"offload_optimizer": 1.0})
+    assert problems(Limits(mem_mb=1936), cluster=gpu, sft=shared) == []
+    (problem,) = problems(Limits(mem_mb=982), cluster=gpu, sft={"offload_optimizer": 1.0})
     assert "needs 43.8 MB for the copy of a checkpoint and the optimizer's offloaded state" in problem
 
 
@@ -66,20 +66,22 @@ def test_the_fullest_stage_of_a_pipeline_decides():
     """By layers the first stage has 736,432 parameters, and the last one 1,350,616, of 16 bytes each."""
     parallel = {"pipeline_model_parallel_size": 2, "pipeline_split": "layers"}
     of = {"cluster": {"gpus_per_node": 2}, "sft": {"parallel": parallel}}
-    (problem,) = problems(Limits(mem_mb=41), **of)  # of 2^20 bytes: 43.0 MB for two processes
+    (problem,) = problems(Limits(mem_mb=1948), **of)  # of 2^20 bytes: 2,042.6 MB for two processes
     assert "needs 21.6 MB for the copy of a checkpoint" in problem
-    assert problems(Limits(mem_mb=42), **of) == []
+    assert problems(Limits(mem_mb=1949), **of) == []
 
 
 def test_a_checkpoint_of_adapters_holds_them_alone_and_the_merged_one_all_weights():
     """16 bytes of each of 579,072 numbers of adapters, or 4 of each of the 1,824,904 parameters."""
     gpu = {"gpus_per_node": 1}
-    (problem,) = problems(Limits(mem_mb=8), "lora", cluster=gpu)
+    (problem,) = problems(Limits(mem_mb=962), "lora", cluster=gpu)
     assert "a process of lora needs 9.3 MB for the copy of a checkpoint by" in problem
-    assert problems(Limits(mem_mb=9), "lora", cluster=gpu) == []
-    (problem,) = problems(Limits(mem_mb=6), "lora", merges=True, cluster=gpu, lora={"offload_optimizer": 1.0})
-    assert problem.startswith("set-resources merge_lora: mem_mb 6 ")
+    assert problems(Limits(mem_mb=963), "lora", cluster=gpu) == []
+    (problem,) = problems(
+        Limits(mem_mb=960), "lora", merges=True, cluster=gpu, lora={"offload_optimizer": 1.0}
+    )
+    assert problem.startswith("set-resources merge_lora: mem_mb 960 ")
     assert "a process of merge_lora needs 7.3 MB for the copy of a checkpoint by" in problem
     assert (
-        problems(Limits(mem_mb=7, minutes=1), "lora", merges=True, cluster=gpu) == []
+        problems(Limits(mem_mb=961, minutes=1), "lora", merges=True, cluster=gpu) == []
     )  # it does not stop before
