@@ -6,13 +6,15 @@ from typing import Annotated, Literal
 
 from snaketron.config.base import Count, Positive, Section, Text, key
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 Split = Literal["time", "layers"]
 
 
 class Parallel(Section):
     """How many processes share a model. Changing it continues the same training."""
+
+    model_config = ConfigDict(frozen=True)  # `sizes.stages` keeps what it finds for one
 
     tensor_model_parallel_size: Positive = key(
         1, "processes that share each layer (with sequence parallelism)"

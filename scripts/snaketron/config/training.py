@@ -23,11 +23,13 @@ from snaketron.config.base import (
 from snaketron.config.cluster import Parallel
 from snaketron.config.data import CorpusWeight, SourceWeight
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 
 class Model(Section):
     """The architecture, in megatron-core's names. The default has 1.35 million parameters."""
+
+    model_config = ConfigDict(frozen=True)  # `sizes.stages` keeps what it finds for one
 
     hybrid_layer_pattern: Annotated[str, Field(pattern=r"^[ME*\-]+$")] = key(
         "M*EM*E", "one letter a layer: M Mamba-2, E mixture of experts, * attention, - dense MLP"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from snaketron.config import Config, Model, Parallel, Training
@@ -141,6 +142,7 @@ def _in_checkpoint(model: Model) -> int:
 def _copied_bytes(config: Config, training: Training) -> float:
     """Bytes of a checkpoint that the process with most of them copies to the host, to write them."""
     model, vocab_size, parallel = training.model, config.tokenizer.vocab_size, training.run.parallel
+    stages: Iterable[Parameters]
     if training.adapters:
         stages = adapter_parameters(model, vocab_size, parallel, training.adapters)
     else:
@@ -148,6 +150,6 @@ def _copied_bytes(config: Config, training: Training) -> float:
     return _in_checkpoint(model) * _of_fullest(stages, parallel)
 
 
-def _of_fullest(stages: list[Parameters], parallel: Parallel) -> float:
+def _of_fullest(stages: Iterable[Parameters], parallel: Parallel) -> float:
     """How many of the stages' parameters the process with most of them writes."""
     return max(updated_parameters(stage, parallel) for stage in stages)

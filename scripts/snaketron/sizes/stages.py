@@ -39,7 +39,7 @@ def pipeline_stages(model: Model, vocab_size: int, parallel: Parallel) -> list[s
             f"model.hybrid_layer_pattern {pattern!r} has {len(pattern)} layers, "
             f"too few for pipeline_model_parallel_size {stages}"
         )
-    if parallel.pipeline_split == "layers":
+    if stages == 1 or parallel.pipeline_split == "layers":
         ends = even_ends(len(pattern), stages)
     else:
         ends = balanced_ends(tuple(layer_costs(model, vocab_size)), stages)
@@ -108,7 +108,8 @@ def _best(costs: tuple[int, ...], stages: int, allowed: int) -> tuple[int, int, 
     return best[len(costs)]
 
 
-def stage_parameters(model: Model, vocab_size: int, parallel: Parallel) -> list[Parameters]:
+@functools.lru_cache(maxsize=64)  # a search asks for those of a layout up to 45 times, one after the other
+def stage_parameters(model: Model, vocab_size: int, parallel: Parallel) -> tuple[Parameters, ...]:
     """Parameters of each pipeline stage.
 
     The first one holds the embedding. The last one holds the final norm, the output layer and
@@ -123,7 +124,7 @@ def stage_parameters(model: Model, vocab_size: int, parallel: Parallel) -> list[
     found[-1] += table + Parameters(replicated=model.hidden_size) + mtp_parameters(model)
     if model.mtp_num_layers and len(stages) > 1:
         found[-1] += table
-    return found
+    return tuple(found)
 
 
 def adapter_parameters(
