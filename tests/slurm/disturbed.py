@@ -109,6 +109,7 @@ class Disturbed:
     def ranks(self) -> list[psutil.Process]:
         """The processes of the training, by rank."""
         found: dict[int, psutil.Process] = {}
+        psutil.process_iter.cache_clear()  # else a number that began again may be that of a process of before
         everyone = sorted(
             psutil.process_iter(["create_time"]), key=lambda process: process.info["create_time"]
         )
