@@ -92,7 +92,8 @@ def large(name: str, model: dict[str, Any], parallel: str, micro_batches: int = 
     """A training of 8,192 tokens a sequence, that recomputes no more than its memory asks for."""
     groups = sizes(parallel)
     batch = micro_batches * groups.get("data_parallel_size", 1)
-    # As in the first steps of a warm-up: by more, new routers learn to give a few experts all tokens.
+    # The learning rate of a warm-up's first steps: a higher one teaches new routers to give a few experts all
+    # tokens.
     optimizer = BF16_STATE | {"learning_rate": 1e-6, "min_learning_rate": 1e-7}
     keys = {"optimizer": optimizer, "length": 8192, "steps": 40, "stop_after": 10} | keys
     made = Training(name, model, groups, batch=batch, **keys)

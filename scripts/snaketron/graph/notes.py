@@ -52,10 +52,10 @@ def other_vocabulary(config: Config) -> str | None:
     """That the tokenizer has another size than is configured; None where it has not, or is not made yet."""
     stated, directory = config.tokenizer.vocab_size, Path(config.pathvars["data"]) / "tokenizer"
     try:
-        there = read(directory / "record.json").counts["vocab_size"] if config.tokenizer.path else stated
+        there = read(directory / "record.json").counts.get("vocab_size") if config.tokenizer.path else stated
     except (UserError, OSError):
         return None
-    if there == stated:
+    if there in (stated, None):
         return None
     return (
         f"tokenizer.vocab_size is {stated}, and the tokenizer in {directory} has {there} tokens: memory, "

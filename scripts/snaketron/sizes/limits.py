@@ -61,11 +61,10 @@ def _check_memory(config: Config, training: Training, limits: Limits, *, merges:
         asked = f"{training.at('mem_gb_per_task')} {run.mem_gb_per_task:g}"
     else:
         asked = f"set-resources {rule}: mem_mb {mem_mb:g} of a node with {per_node} processes"
-    what = "tensors"
-    if config.cluster.gpus_per_node:
-        what = "the copy of a checkpoint" + (
-            " and the optimizer's offloaded state" if run.offload_optimizer and not merges else ""
-        )
+    on_gpus = config.cluster.gpus_per_node > 0
+    what = "the copy of a checkpoint" if on_gpus else "tensors"
+    if on_gpus and run.offload_optimizer and not merges:
+        what += " and the optimizer's offloaded state"
     return [
         f"{asked}: a process of {rule} needs {large(needed, BYTES)} for {what} by the estimate "
         f"of the dry-run, and about {PROGRAMS / 1e9:g} GB for programs; give more"

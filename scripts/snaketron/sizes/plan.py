@@ -28,8 +28,8 @@ class Estimate:
     tokens: int
     static_bytes: float  # weights, gradients and optimizer
     peak_bytes: float  # with activations
-    # Of the memory of a process' node: everything without GPUs, else what is offloaded and the copy of a
-    # checkpoint that is written.
+    # That a process needs of its node's memory: all tensors without GPUs; with GPUs those that are offloaded,
+    # and the copy of a checkpoint while it is written.
     host_bytes: float
     flops: float  # model FLOPs of all tokens
     checkpoint_bytes: float

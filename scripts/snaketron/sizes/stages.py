@@ -1,4 +1,4 @@
-"""Which layers each stage of a pipeline has, and their parameters."""
+"""The layers of each pipeline stage, and the parameters of a stage."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def balanced_ends(costs: tuple[int, ...], stages: int) -> tuple[int, ...]:
 
 
 def _best(costs: tuple[int, ...], stages: int, allowed: int) -> tuple[int, int, tuple[int, ...]]:
-    """Of the best cuts the slowest stage, the sum of the stages' squares, and the ends of the stages.
+    """The best cuts: the time of the slowest stage, the sum of the stages' times squared, the stages' ends.
 
     Where no stage takes longer than `allowed`, those are the best whose stages are most alike.
     """

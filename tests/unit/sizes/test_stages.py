@@ -1,4 +1,4 @@
-"""Which layers the stages of a pipeline have, and how many parameters."""
+"""The layers and the parameters of pipeline stages."""
 
 import itertools
 import json
