@@ -36,6 +36,7 @@ PLAIN = {
     "gradient_accumulation_fusion": False,
 }
 GRAPHS = {"cuda_graphs": True}
+LAUNCHED = {"cuda_graphs": False}
 # Transformer Engine's grouped products instead of our experts.
 THEIRS = {"SNAKETRON_THEIR_EXPERTS": "1"}
 CUTLASS = THEIRS | {"NVTE_USE_CUTLASS_GROUPED_GEMM": "1"}
@@ -91,14 +92,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nano_4k_layers": SLICES["nano_4k"] | {"run": GRAPHS},
     # Experts on all GPUs, as many on each as in the slice: on eight it is Nano whole.
     **{f"nano_8k_ep{n}": spread(n) for n in SPREAD},
-    **{f"nano_8k_ep{n}_layers": spread(n) | {"run": GRAPHS} for n in SPREAD},
+    **{f"nano_8k_ep{n}_launched": spread(n) | {"run": LAUNCHED} for n in SPREAD},
     **{f"nano_8k_ep{n}_even": spread(n) | {"config": EVEN} for n in SPREAD},
     "nano_30b_ep4_even": spread(4, experts=128) | {"config": EVEN},
     "super_8k_dp2": SLICES["super_8k"] | {"parallel": {"data_parallel_size": 2}},
-    "super_8k_dp2_launched": SLICES["super_8k"]
-    | {"parallel": {"data_parallel_size": 2}, "run": {"cuda_graphs": False}},
+    "super_8k_dp2_launched": SLICES["super_8k"] | {"parallel": {"data_parallel_size": 2}, "run": LAUNCHED},
     "super_8k_dp2_overlap": SLICES["super_8k"]
-    | {"parallel": {"data_parallel_size": 2}, "run": {"cuda_graphs": False}}
+    | {"parallel": {"data_parallel_size": 2}, "run": LAUNCHED}
     | {"ddp": {"overlap_grad_reduce": True}},
     "super_8k_ep2": SLICES["super_8k"]
     | {"model": {"num_moe_experts": 128}}
@@ -219,6 +219,7 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     options = backend.data_parallel_options
     backend.data_parallel_options = lambda *a: options(*a) | variant.get("ddp", {})
     result: dict[str, Any] = {"name": name, "import_s": imported}
+    run = backend.with_recorded_layers(settings, run, VOCABULARY)
     recorded = backend.records_micro_batches(settings, run)
     with distributed(settings.seed, run, recorded=recorded):
         trainer = loop.Trainer(build_training(settings, run, VOCABULARY))

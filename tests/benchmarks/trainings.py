@@ -28,8 +28,8 @@ from snaketron.settings.training import run_settings, train_settings
 from snaketron.sizes.epochs import resized
 from snaketron.sizes.gpus import GPUS
 from snaketron.sizes.memory import activation_memory, static_of_run
+from snaketron.sizes.search import work
 from snaketron.sizes.step import step_time
-from snaketron.sizes.traffic import Work
 from snaketron.train.metrics import Metrics
 
 import numpy as np
@@ -301,9 +301,8 @@ def estimates(training: Training, gpu: str = "h200") -> dict[str, float]:
     static = static_of_run(model, vocabulary, run, run.optimizer)
     activations = activation_memory(model, vocabulary, training.length, run)
     memory = [kept.total + peak for kept, peak in zip(static, activations, strict=True)]
-    work = Work(model, vocabulary, training.length, training.batch, run, run.optimizer)
     return {
-        "estimated_step_s": step_time(work, GPUS[gpu]).total,
+        "estimated_step_s": step_time(work(config, config.training("pretrain/one")), GPUS[gpu]).total,
         "estimated_gib": memory[-1] / 2**30,
         "fullest_gib": max(memory) / 2**30,
     }

@@ -38,7 +38,11 @@ SAME = {
     "recompute_layer": {"recompute": ["layer"]},
     "offload": {"offload_optimizer": 0.5},
     "graphs": {"cuda_graphs": True},
+    "graphs_tp": {"cuda_graphs": True, "parallel": LAYOUTS["tp"]},
+    "graphs_ep": {"cuda_graphs": True, "parallel": LAYOUTS["ep"]},
 }
+# With the mark that leaves those out that need two GPUs.
+MARKED = [pytest.param(n, marks=pytest.mark.gpus(2) if "parallel" in SAME[n] else ()) for n in SAME]
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 BF16_STATE = {"gradient_precision": "bf16", "moment_precision": "bf16"}
 # Trainings whose micro-batches are recorded: of sequences that are long enough (`recording.SHORTEST`).
@@ -148,7 +152,7 @@ class Runs:
         if "two_gpus" in self.chosen:
             runs += [(name, 2, {"parallel": sizes}) for name, sizes in LAYOUTS.items()]
         if precision == "bf16" and "what_saves" in self.chosen:
-            runs += [(name, 1, run) for name, run in SAME.items()]
+            runs += [(name, 2 if "parallel" in run else 1, run) for name, run in SAME.items()]
         for name, gpus, run in runs:
             if torch.cuda.device_count() >= gpus:
                 directory = self.root / f"{name}_{precision}"
@@ -227,7 +231,7 @@ def test_a_resumed_training_ends_with_the_same_bits(runs: Runs):
     assert whole["hashes"] == resumed["hashes"]
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", MARKED)
 def test_what_saves_memory_or_time_gives_the_same_losses(runs: Runs, name: str):
     check(name, difference(runs[f"{name} bf16"], runs["one bf16"]), LAYOUT_TOLERANCE["bf16"])
 

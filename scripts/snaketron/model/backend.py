@@ -19,11 +19,15 @@ from snaketron.log import UserError
 from snaketron.model.megatron import replacements
 from snaketron.model.megatron.row import Machine
 from snaketron.settings.training import RunSettings, TrainSettings
-from snaketron.sizes.layout import layout, recordable
+from snaketron.sizes.gpus import usable_bytes
+from snaketron.sizes.layout import layout
+from snaketron.sizes.recording import recordable, records_layers
+from snaketron.sizes.traffic import Work
 
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+USABLE = 0.93  # of a GPU's memory, without libraries and what the allocator loses
 
 Schedule = Callable[..., list[Any]]
 
@@ -100,6 +104,19 @@ def records_micro_batches(settings: TrainSettings, run: RunSettings) -> bool:
         and run.cuda_graphs is None
         and recordable(settings.model, run, settings.seq_length, packed=settings.packed, cluster=run.cluster)
     )
+
+
+def with_recorded_layers(settings: TrainSettings, run: RunSettings, vocab_size: int) -> RunSettings:
+    """`run` with layers recorded, where it leaves that to the program (`recording.records_layers`)."""
+    if not HAS_GPU or run.cuda_graphs is not None:
+        return run
+    work = Work(
+        settings.model, vocab_size, settings.seq_length, settings.global_batch_size, run, settings.optimizer
+    )
+    usable = usable_bytes(run.cluster) or USABLE * torch.cuda.get_device_properties().total_memory
+    if records_layers(work, packed=settings.packed, cluster=run.cluster, usable=usable):
+        return run.model_copy(update={"cuda_graphs": True})
+    return run
 
 
 def use_recordable_stream() -> None:

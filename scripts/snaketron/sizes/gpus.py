@@ -37,3 +37,10 @@ def in_nodes(name: str, cluster: Cluster) -> Gpu:
     if name != cluster.gpu or here in (0, gpu.gpus_per_node):
         return gpu
     return gpu._replace(gpus_per_node=here, domain=here if gpu.domain == gpu.gpus_per_node else gpu.domain)
+
+
+def usable_bytes(cluster: Cluster) -> float | None:
+    """Bytes of a GPU that a training may fill, by the configuration; None: it says nothing of the GPU."""
+    if cluster.gpu_memory_gb is not None:
+        return cluster.gpu_memory_gb * 1e9
+    return GPUS[cluster.gpu].usable_gb * 1e9 if cluster.gpu else None

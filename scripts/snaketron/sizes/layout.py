@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from snaketron.config import Cluster, Model, Parallel, Run
+from snaketron.config import Cluster, Parallel, Run
 
 SHORT_NAMES = {
     "TP": "tensor_model_parallel_size",
@@ -56,34 +56,6 @@ def layout_words(parallel: Parallel) -> str:
 def layout_sizes(parallel: Parallel) -> tuple[int, ...]:
     """Parallel sizes, in the order of `SHORT_NAMES`."""
     return tuple(getattr(parallel, key) for key in SHORT_NAMES.values())
-
-
-# Tokens of a sequence from which on micro-batches are recorded. At 64 tokens cuDNN's backward pass of
-# attention takes a kernel that reads memory of an earlier call when a recording starts it: gradients were
-# wrong, or the process ended (Transformer Engine 2.20.2). From 512 on gradients are right.
-SHORTEST_RECORDED = 512
-
-
-def recordable(model: Model, run: Run, seq_length: int, *, packed: bool, cluster: Cluster) -> bool:
-    """Whether GPUs record the kernels of whole micro-batches, where `cuda_graphs` leaves that to the program.
-
-    They do where one process holds the whole model and nothing in a micro-batch waits for the host. The
-    exchange of tokens between GPUs waits, as do experts in fp32 and nvfp4 (`model.megatron.gpu`). Packs
-    differ in their sequences. Recomputation wants random numbers that a recording does not have. Between
-    nodes, gradients are summed while others are computed.
-    """
-    sizes, precision = run.parallel, model.precision
-    return (
-        sizes.world_size == sizes.data_parallel_size
-        and sizes.expert_model_parallel_size == sizes.expert_tensor_parallel_size == 1
-        and not packed
-        and seq_length >= SHORTEST_RECORDED
-        and not set(run.recompute) - {"scan"}
-        and run.moe_token_dispatcher == "alltoall"
-        and not run.moe_shared_expert_overlap
-        and (precision == "bf16" or precision.startswith("fp8"))
-        and layout(run, cluster).nodes == 1
-    )
 
 
 def node_memory_mb(run: Run, tasks_per_node: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,8 +12,9 @@ from snaketron.config import Config, Parallel, Pretrain, Training
 from snaketron.config.base import Module
 from snaketron.config.cluster import Split
 from snaketron.config.training_checks import check_training
-from snaketron.sizes.gpus import Gpu, in_nodes
-from snaketron.sizes.layout import layout_sizes, layout_words, recordable
+from snaketron.sizes.gpus import Gpu, in_nodes, usable_bytes
+from snaketron.sizes.layout import layout_sizes, layout_words
+from snaketron.sizes.recording import recordable, records_layers
 from snaketron.sizes.step import Step, peak_bytes, step_time
 from snaketron.sizes.traffic import Work
 from snaketron.wording import BYTES, large
@@ -37,21 +39,25 @@ class Found(NamedTuple):
 def work(config: Config, training: Training) -> Work:
     """What a training does in a step."""
     run = training.run
-    return Work(
+    does = Work(
         model=training.model,
         vocab_size=config.tokenizer.vocab_size,
         seq_length=training.seq_length,
         global_batch_size=training.global_batch_size,
         run=run,
         optimizer=run.optimizer,
-        cuda_graphs=isinstance(run, Pretrain) and bool(run.cuda_graphs),
-        recorded=isinstance(run, Pretrain)
-        and run.cuda_graphs is None
-        and recordable(
-            training.model, run, training.seq_length, packed=training.packed, cluster=config.cluster
-        ),
         dispatcher=run.moe_token_dispatcher,
         frozen=training.adapters is not None,
+    )
+    if not isinstance(run, Pretrain):
+        return does
+    if run.cuda_graphs is not None:
+        return does._replace(cuda_graphs=run.cuda_graphs)
+    packed, cluster = training.packed, config.cluster
+    usable = usable_bytes(cluster) or math.inf
+    return does._replace(
+        recorded=recordable(training.model, run, training.seq_length, packed=packed, cluster=cluster),
+        cuda_graphs=records_layers(does, packed=packed, cluster=cluster, usable=usable),
     )
 
 

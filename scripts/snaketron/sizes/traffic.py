@@ -29,7 +29,7 @@ class Work(NamedTuple):
     run: Run
     optimizer: Optimizer
     cuda_graphs: bool = False  # of attention and Mamba layers
-    recorded: bool = False  # whole micro-batches (`layout.recordable`)
+    recorded: bool = False  # whole micro-batches (`recording.recordable`)
     # alltoall: each copy of a token crosses by itself; hybridep: once to each NVLink domain.
     dispatcher: Dispatcher = "alltoall"
     frozen: bool = False  # adapters: no gradients of weights

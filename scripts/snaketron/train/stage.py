@@ -205,9 +205,10 @@ class Stage:
         if launch.rank() == 0:
             self.write_config()
         logger.info("%s: building the model", self.settings.stage)
-        recorded = backend.records_micro_batches(self.settings, self.run)
-        with distributed(self.settings.seed, self.run, recorded=recorded):
-            trainer = Trainer(build_training(self.settings, self.run, self.tokenizer.vocab_size))
+        run = backend.with_recorded_layers(self.settings, self.run, self.tokenizer.vocab_size)
+        recorded = backend.records_micro_batches(self.settings, run)
+        with distributed(self.settings.seed, run, recorded=recorded):
+            trainer = Trainer(build_training(self.settings, run, self.tokenizer.vocab_size))
             self._begin(trainer, optimizer_of_base=optimizer_of_base)
             try:
                 batches = make_batches(self)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from snaketron.config import Cluster, ConfigError, Model, Run, load
+from snaketron.config import ConfigError, load
 from snaketron.executor.request import sbatch_options
-from snaketron.sizes.layout import recordable, resources
+from snaketron.sizes.layout import resources
 
 import pytest
 
@@ -103,33 +103,3 @@ def test_processes_fill_their_nodes(cluster, parallel, message):
     with pytest.raises(ConfigError) as error:
         load({"pretrain": pretrain, "cluster": cluster}, {})
     assert message in str(error.value).splitlines()
-
-
-@pytest.mark.parametrize(
-    ("run", "more", "recorded"),
-    [
-        ({}, {}, True),
-        ({"parallel": {"data_parallel_size": 8}}, {}, True),
-        ({"parallel": {"data_parallel_size": 16}}, {}, False),  # two nodes
-        ({"parallel": {"data_parallel_size": 2, "expert_model_parallel_size": 2}}, {}, False),
-        ({"parallel": {"tensor_model_parallel_size": 2}}, {}, False),
-        ({"recompute": ["moe"]}, {}, False),
-        ({"recompute": ["scan"]}, {}, True),
-        ({}, {"packed": True}, False),
-        ({}, {"seq_length": 256}, False),
-        ({}, {"precision": "fp8_current"}, True),
-        ({}, {"precision": "nvfp4"}, False),
-    ],
-)
-def test_micro_batches_are_recorded_where_a_gpu_holds_the_model(
-    run: dict[str, Any], more: dict[str, Any], recorded: bool
-):
-    asked = {"precision": "bf16", "seq_length": 512, "packed": False} | more
-    found = recordable(
-        Model(precision=asked["precision"]),
-        Run.model_validate(run),
-        asked["seq_length"],
-        packed=asked["packed"],
-        cluster=Cluster(gpus_per_node=8),
-    )
-    assert found == recorded

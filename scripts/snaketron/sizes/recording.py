@@ -1,0 +1,78 @@
+"""What GPUs record of a training where `cuda_graphs` leaves that to the program."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from snaketron.config import Cluster, Model, Run
+from snaketron.sizes.activations import layer_activations
+from snaketron.sizes.layout import layout
+from snaketron.sizes.memory import memory_of_process
+from snaketron.sizes.traffic import Work, tokens_of_process
+
+# Tokens of a sequence from which on kernels are recorded. At 64 tokens cuDNN's backward pass of attention
+# takes a kernel that reads memory of an earlier call when a recording starts it: gradients were wrong, or the
+# process ended (Transformer Engine 2.20.2). From 512 on gradients are right.
+SHORTEST_RECORDED = 512
+
+
+def recordable(model: Model, run: Run, seq_length: int, *, packed: bool, cluster: Cluster) -> bool:
+    """Whether GPUs record the kernels of whole micro-batches.
+
+    They do where one process holds the whole model and nothing in a micro-batch waits for the host. The
+    exchange of tokens between GPUs waits, as do experts in fp32 and nvfp4 (`model.megatron.gpu`).
+    """
+    sizes, precision = run.parallel, model.precision
+    return (
+        sizes.world_size == sizes.data_parallel_size
+        and sizes.expert_model_parallel_size == sizes.expert_tensor_parallel_size == 1
+        and run.moe_token_dispatcher == "alltoall"
+        and not run.moe_shared_expert_overlap
+        and (precision == "bf16" or precision.startswith("fp8"))
+        and _repeats(run, seq_length, packed, cluster)
+    )
+
+
+def records_layers(work: Work, *, packed: bool, cluster: Cluster, usable: float) -> bool:
+    """Whether GPUs record attention and Mamba layers, each by itself.
+
+    They do in bf16 where the GPUs of one node share layers or experts, so that no whole micro-batch is
+    recorded, and `usable` bytes of a GPU have room for it. With a pipeline each micro-batch under way would
+    have a recording of its own.
+    """
+    model, run = work.model, work.run
+    sizes = run.parallel
+    return (
+        not recordable(model, run, work.seq_length, packed=packed, cluster=cluster)
+        and sizes.world_size > sizes.pipeline_model_parallel_size == 1
+        and model.precision == "bf16"
+        and _repeats(run, work.seq_length, packed, cluster)
+        and memory_of_process(model, work.vocab_size, work.seq_length, run, work.optimizer) + _twice(work)
+        <= usable
+    )
+
+
+def _repeats(run: Run, seq_length: int, packed: bool, cluster: Cluster) -> bool:
+    """Whether each micro-batch starts the same kernels on the same sizes, as far as the host sees.
+
+    Packs differ in their sequences. Recomputation wants random numbers that a recording does not have.
+    Between nodes, gradients are summed while others are computed.
+    """
+    return (
+        not packed
+        and seq_length >= SHORTEST_RECORDED
+        and not set(run.recompute) - {"scan"}
+        and layout(run, cluster).nodes == 1
+    )
+
+
+def _twice(work: Work) -> float:
+    """Bytes that recorded layers take beside what they take anyway: once more what they keep.
+
+    On four H200s a model of Nano's layers kept 14 GiB of activations of them, and 9 to 12 GiB more were
+    reserved when they were recorded.
+    """
+    model, tp = work.model, work.run.parallel.tensor_model_parallel_size
+    layers = Counter(model.hybrid_layer_pattern + model.mtp_hybrid_layer_pattern * model.mtp_num_layers)
+    kept = sum(layers[layer] * layer_activations(model, layer, tp, work.run.recompute) for layer in "M*")
+    return 2 * kept * tokens_of_process(work)

@@ -1,0 +1,72 @@
+"""What GPUs record of a training by themselves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from snaketron.config import Cluster, Model, Optimizer, Parallel, Run
+from snaketron.sizes.gpus import usable_bytes
+from snaketron.sizes.recording import recordable, records_layers
+from snaketron.sizes.step import peak_bytes
+from snaketron.sizes.traffic import Work
+
+import pytest
+
+NODE = Cluster(gpus_per_node=8)
+
+
+def work(model: Model, run: Run, seq_length: int) -> Work:
+    return Work(model, 1024, seq_length, 1, run, Optimizer())
+
+
+@pytest.mark.parametrize(
+    ("run", "more", "recorded"),
+    [
+        ({}, {}, "micro-batches"),
+        ({"parallel": {"data_parallel_size": 8}}, {}, "micro-batches"),
+        ({"parallel": {"data_parallel_size": 16}}, {}, "nothing"),  # two nodes
+        ({"parallel": {"data_parallel_size": 2, "expert_model_parallel_size": 2}}, {}, "layers"),
+        ({"parallel": {"data_parallel_size": 16, "expert_model_parallel_size": 2}}, {}, "nothing"),
+        ({"parallel": {"tensor_model_parallel_size": 2}}, {}, "layers"),
+        ({"parallel": {"tensor_model_parallel_size": 2}}, {"precision": "fp32"}, "nothing"),
+        ({"parallel": {"tensor_model_parallel_size": 2}}, {"precision": "fp8_current"}, "nothing"),
+        ({"parallel": {"tensor_model_parallel_size": 2}}, {"packed": True}, "nothing"),
+        ({"parallel": {"tensor_model_parallel_size": 2}}, {"seq_length": 256}, "nothing"),
+        ({"parallel": {"tensor_model_parallel_size": 2}, "recompute": ["moe"]}, {}, "nothing"),
+        ({"parallel": {"pipeline_model_parallel_size": 2}}, {}, "nothing"),
+        ({"recompute": ["moe"]}, {}, "nothing"),
+        ({"recompute": ["scan"]}, {}, "micro-batches"),
+        ({}, {"packed": True}, "nothing"),
+        ({}, {"seq_length": 256}, "nothing"),
+        ({}, {"precision": "fp8_current"}, "micro-batches"),
+        ({}, {"precision": "nvfp4"}, "nothing"),
+    ],
+)
+def test_micro_batches_are_recorded_where_a_gpu_holds_the_model_and_layers_where_gpus_share_it(
+    run: dict[str, Any], more: dict[str, Any], recorded: str
+):
+    asked = {"precision": "bf16", "seq_length": 512, "packed": False} | more
+    about = (Model(precision=asked["precision"]), Run.model_validate(run), asked["seq_length"])
+    where: dict[str, Any] = {"packed": asked["packed"], "cluster": NODE}
+    found = [recordable(*about, **where), records_layers(work(*about), usable=math.inf, **where)]
+    assert found == [recorded == "micro-batches", recorded == "layers"]
+
+
+def test_layers_are_recorded_where_what_they_keep_has_room_once_more():
+    # 64 numbers a token of the norm, 64 of queries and the output, 32 of keys and values; half by TP 2.
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8}
+    model = Model(hybrid_layer_pattern="*E*", mtp_num_layers=0, precision="bf16", **sizes)
+    does = work(model, Run(micro_batch_size=1, parallel=Parallel(tensor_model_parallel_size=2)), 512)
+    needed = peak_bytes(does) + 2 * 512 * 2 * (64 + 64 + 32) / 2
+    for usable, recorded in ((needed, True), (needed - 1, False)):
+        assert records_layers(does, packed=False, cluster=NODE, usable=usable) is recorded
+
+
+def test_what_a_training_may_fill_is_configured_or_known_of_the_kind_of_gpu():
+    for cluster, expected in (
+        (Cluster(gpus_per_node=8, gpu="h200", gpu_memory_gb=100), 100e9),
+        (Cluster(gpus_per_node=8, gpu="h200"), 132e9),
+        (Cluster(gpus_per_node=8), None),
+    ):
+        assert usable_bytes(cluster) == expected
