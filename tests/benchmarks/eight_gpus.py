@@ -7,7 +7,7 @@
 
 1  tests/gpu; layouts against one GPU (losses, gradient norms); a checkpoint of one layout goes on in another
 2  Nano 30B whole, bf16 and fp8, random tokens and a text, and with evenly loaded experts
-3  a quarter of Super: 22 layers, in two layouts
+3  a quarter of Super: 22 layers, in two layouts, the same
 4  where the time goes: kinds of kernels with the exchange of experts, no layers recorded, experts evenly
    loaded, dispatchers, 1 to 8 GPUs at the same work on each, sums of gradients, bubbles
 5  checkpoints: how long a training stands still, bytes; a killed process and the first step after it
@@ -42,9 +42,10 @@ from snaketron.sizes.layout import layout_words
 from snaketron.train.metrics import Metrics
 
 import psutil
+from tests.benchmarks import eight_gpus_rows as rows_of_parts
 from tests.benchmarks import trainings
-from tests.benchmarks.eight_gpus_rows import PUBLISHED, SMALL_SEATS, TOLERANCE, Row, missing, rows
-from tests.benchmarks.gpu_training import SPREAD
+from tests.benchmarks.eight_gpus_rows import SMALL_SEATS, TOLERANCE, Row, missing, rows
+from tests.benchmarks.gpu_training import VARIANTS
 from tests.benchmarks.trainings import REPOSITORY, Training
 
 # ----------------------------------------------------------------------------------------------- measuring
@@ -130,21 +131,19 @@ def tests(out: Path, left: float) -> Iterator[dict[str, Any]]:
 
 def variants(part: int, there: int, out: Path, left: float) -> Iterator[dict[str, Any]]:
     """Trainings of `gpu_training`: with evenly loaded experts, with no layers recorded, profiled."""
-    named = {4: [f"nano_8k_ep{there}", f"nano_8k_ep{there}_even", f"nano_8k_ep{there}_launched"]}
-    named[2] = ["nano_30b_ep4_even" if there == 4 else f"nano_8k_ep{there}_even"]  # Nano whole
-    names, published = named[part], PUBLISHED["nano bf16 even"] if part == 2 else ""
-    about = [{"part": part, "name": name, "published": published} for name in names]
+    named = rows_of_parts.variants(there)[part]
+    about = [{"part": part, "name": name, "published": published} for name, published in named.items()]
     why = f"{left:.0f} s were left" if left < 30 else ""
-    if there not in ((4, 8) if part == 2 else SPREAD):
-        why = f"no variant of this training is for {there} GPUs"
+    if unknown := [name for name in named if name not in VARIANTS]:
+        why = f"no variant of this training is for {there} GPUs: {unknown[0]}"
     if why:
         yield from (row | {"not_run": why} for row in about)
         return
     out, seconds = out / f"variants_{part}", min(240, left)
     shutil.rmtree(out, ignore_errors=True)  # the results of another call
     out.mkdir()
-    profiled = [name for name in names if name.endswith("_launched")]
-    command = [sys.executable, "-m", "tests.benchmarks.gpu_training", *names, "--profile", *profiled]
+    profiled = [name for name in named if name.endswith("_launched")]
+    command = [sys.executable, "-m", "tests.benchmarks.gpu_training", *named, "--profile", *profiled]
     command += ["--seconds", str(seconds - 30)]
     with (out / "log").open("w") as log:
         environment = os.environ | {"OUT": str(out)}
@@ -192,7 +191,7 @@ def run(args: argparse.Namespace, results: Results) -> None:
     if 1 in args.parts and not args.tiny and args.only in "tests/gpu":
         for row in tests(out, deadline - time.monotonic()):
             results.add(row)
-    for part in (2, 4):
+    for part in (2, 3, 4):
         if part in args.parts and not args.tiny and args.only in "variants":
             for row in variants(part, there, out, deadline - time.monotonic()):
                 results.add(row)

@@ -24,9 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from snaketron.config import Config, load
+from snaketron.config import Config, Parallel, load
 
-from tests.benchmarks.shapes import BF16_STATE, FP8, MODEL, SLICES, VOCABULARY, text_tokens
+from tests.benchmarks.shapes import BF16_STATE, FP8, MODEL, QUARTER, SLICE, SLICES, VOCABULARY, text_tokens
 from tests.benchmarks.turns import Turn, take, wait_for_turn
 
 # megatron-core's own defaults, with the switches that the first attempt had.
@@ -44,11 +44,24 @@ EVEN = {"moe_router_force_load_balancing": True}
 SPREAD = (2, 4, 8)
 
 
-def spread(gpus: int, experts: int = 0) -> dict[str, Any]:
+def spread(gpus: int, precision: str = "bf16", experts: int = 0) -> dict[str, Any]:
     """The slice of Nano, on tokens of a text, with expert parallelism."""
     parallel = {"expert_model_parallel_size": gpus, "data_parallel_size": gpus}
-    model = {"num_moe_experts": experts or 16 * gpus}
+    model = {"num_moe_experts": experts or 16 * gpus, "precision": precision}
     return SLICES["nano_8k"] | {"model": model, "text": True, "parallel": parallel}
+
+
+def quarter(gpus: int, layout: str) -> dict[str, Any]:
+    """22 layers of Super with evenly loaded experts: in two stages, or with tensor parallelism."""
+    shape = SLICE | {"of": QUARTER, "length": 8192, "config": EVEN}
+    if layout == "pp2":
+        sizes = {"pipeline_model": 2, "expert_model": gpus // 2, "data": gpus // 2}
+        # The scan again, because the first stage keeps two micro-batches of 14 layers.
+        shape |= {"micro_batches": 16, "run": {"recompute": ["scan"]}, "steps": 8}
+    else:
+        sizes = {"tensor_model": 4, "expert_model": gpus, "data": gpus // 4}
+        shape |= {"micro_batches": 8}
+    return shape | {"parallel": {f"{name}_parallel_size": size for name, size in sizes.items()}}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -94,6 +107,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"nano_8k_ep{n}": spread(n) for n in SPREAD},
     **{f"nano_8k_ep{n}_launched": spread(n) | {"run": LAUNCHED} for n in SPREAD},
     **{f"nano_8k_ep{n}_even": spread(n) | {"config": EVEN} for n in SPREAD},
+    **{
+        f"nano_8k_ep{n}_even_fp8_current": spread(n, precision="fp8_current") | {"config": EVEN}
+        for n in SPREAD
+    },
+    **{f"super_22_{layout}_{n}_even": quarter(n, layout) for n in (4, 8) for layout in ("pp2", "tp4")},
     "nano_30b_ep4_even": spread(4, experts=128) | {"config": EVEN},
     "super_8k_dp2": SLICES["super_8k"] | {"parallel": {"data_parallel_size": 2}},
     "super_8k_dp2_launched": SLICES["super_8k"] | {"parallel": {"data_parallel_size": 2}, "run": LAUNCHED},
@@ -119,7 +137,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def gpus(name: str) -> int:
-    return max([1, *VARIANTS[name].get("parallel", {}).values()])  # of no two layouts that multiply
+    return Parallel(**VARIANTS[name].get("parallel", {})).world_size
 
 
 def configured(variant: dict[str, Any]) -> Config:

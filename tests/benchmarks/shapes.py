@@ -66,6 +66,7 @@ NANO = {  # all 52 layers, and 16 of 128 experts
     "init_method_std": 0.02,
     "precision": "bf16",
 }
+QUARTER = SUPER | {"hybrid_layer_pattern": "MEMEMEM*EMEMEMEM*EMEME", "num_moe_experts": 512}  # of Super
 BF16_STATE = {"gradient_precision": "bf16", "moment_precision": "bf16"}
 SLICE = {"micro_batch_size": 1, "optimizer": BF16_STATE}
 SLICES = {
