@@ -38,14 +38,11 @@ SAME = {
     "recompute_layer": {"recompute": ["layer"]},
     "offload": {"offload_optimizer": 0.5},
     "graphs": {"cuda_graphs": True},
-    "graphs_tp": {"cuda_graphs": True, "parallel": LAYOUTS["tp"]},
-    "graphs_ep": {"cuda_graphs": True, "parallel": LAYOUTS["ep"]},
 }
-# With the mark that leaves those out that need two GPUs.
-MARKED = [pytest.param(n, marks=pytest.mark.gpus(2) if "parallel" in SAME[n] else ()) for n in SAME]
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 BF16_STATE = {"gradient_precision": "bf16", "moment_precision": "bf16"}
-# Trainings whose micro-batches are recorded: of sequences that are long enough (`recording.SHORTEST`).
+# Trainings whose micro-batches are recorded, and with shared layers or experts their layers: of sequences
+# that are long enough (`sizes.recording.SHORTEST_RECORDED`).
 RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model and how it is trained
     "bf16": ({"precision": "bf16"}, {}),
     "mtp": ({"precision": "bf16", "mtp_hybrid_layer_pattern": "E*E", "mtp_num_layers": 2}, {}),
@@ -53,8 +50,9 @@ RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model and how 
     "fp8_current": ({"precision": "fp8_current"}, {}),
     "fp8_delayed": ({"precision": "fp8_delayed"}, {}),
     "fp8_blockwise": ({"precision": "fp8_blockwise"}, {}),
-    "dp": ({"precision": "bf16"}, {"parallel": {"data_parallel_size": 2}}),
+    **{name: ({"precision": "bf16"}, {"parallel": LAYOUTS[name]}) for name in ("dp", "tp", "ep")},
 }
+TWO = {name for name, (_, run) in RECORDED.items() if "parallel" in run}
 RECORDED_LENGTH = 512
 # Median and mean loss of the last 8 of 40 steps (about 4.6 nats) against bf16. Under fp8 single steps were
 # seen 0.15 off, in which a few tokens have an absurd loss, with Transformer Engine's experts too.
@@ -119,7 +117,7 @@ class Runs:
             )
 
         there = torch.cuda.device_count()
-        for name in [name for name in RECORDED if name != "dp" or there > 1] if "recorded" in chosen else ():
+        for name in [n for n in RECORDED if there > 1 or n not in TWO] if "recorded" in chosen else ():
             for how in ("recorded", "launched"):
                 self.futures[f"{how} {name}"] = self.pool.submit(self._recorded, name, how)
 
@@ -136,7 +134,7 @@ class Runs:
     def _recorded(self, name: str, how: str) -> Any:
         model, run = RECORDED[name]
         run = run | {"seq_length": RECORDED_LENGTH} | ({"cuda_graphs": False} if how == "launched" else {})
-        gpus = 2 if name == "dp" else 1
+        gpus = 2 if name in TWO else 1
         options: dict[str, Any] = {"gpus": gpus, "model": FP8_MODEL | model, "run": run}
         options["environment"] = one_gpu(self.futures) if gpus == 1 else None
         directory = self.root / f"{how}_{name}"
@@ -152,7 +150,7 @@ class Runs:
         if "two_gpus" in self.chosen:
             runs += [(name, 2, {"parallel": sizes}) for name, sizes in LAYOUTS.items()]
         if precision == "bf16" and "what_saves" in self.chosen:
-            runs += [(name, 2 if "parallel" in run else 1, run) for name, run in SAME.items()]
+            runs += [(name, 1, run) for name, run in SAME.items()]
         for name, gpus, run in runs:
             if torch.cuda.device_count() >= gpus:
                 directory = self.root / f"{name}_{precision}"
@@ -231,18 +229,20 @@ def test_a_resumed_training_ends_with_the_same_bits(runs: Runs):
     assert whole["hashes"] == resumed["hashes"]
 
 
-@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("name", SAME)
 def test_what_saves_memory_or_time_gives_the_same_losses(runs: Runs, name: str):
     check(name, difference(runs[f"{name} bf16"], runs["one bf16"]), LAYOUT_TOLERANCE["bf16"])
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.gpus(2)) if name == "dp" else name for name in RECORDED]
+    "name", [pytest.param(name, marks=pytest.mark.gpus(2)) if name in TWO else name for name in RECORDED]
 )
-def test_recorded_micro_batches_give_the_losses_of_kernels_that_are_started_one_by_one(runs: Runs, name: str):
+def test_recorded_kernels_give_the_losses_of_those_that_are_started_one_by_one(runs: Runs, name: str):
     """Steps 5 to 8, of which the first two are not recorded, with validations before and after them."""
     recorded, launched = runs[f"recorded {name}"], runs[f"launched {name}"]
     assert len(recorded["losses"]) == 4 and len(launched["losses"]) == 8
+    shared = "layers" if name in ("tp", "ep") else "micro-batches"
+    assert (recorded["recorded"], launched["recorded"]) == (shared, "nothing")
     check(name, difference(recorded, launched), LAYOUT_TOLERANCE["bf16"])
     assert abs(recorded["valid_after"] - launched["valid_after"]) < LAYOUT_TOLERANCE["bf16"][0]
 

@@ -36,6 +36,7 @@ from tests.unit.sizes.models import SMALL
 
 import numpy as np
 import torch
+from megatron.core.transformer.cuda_graphs import _CudagraphGlobalRecord
 
 VOCABULARY, LENGTH, BATCH = 512, 64, 4
 
@@ -134,6 +135,7 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
         settings, run_as, make_batches = fixed(model, run, cluster)
     if lora is not None:
         settings = LoraSettings(**settings.model_dump(), lora=Adapters(**lora))
+    run_as = backend.with_recorded_layers(settings, run_as, VOCABULARY)
     recorded = backend.records_micro_batches(settings, run_as)
     with distributed(settings.seed, run_as, recorded=recorded):
         trainer = loop.Trainer(build_training(settings, run_as, VOCABULARY))
@@ -159,6 +161,8 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
             merge(trainer.model)
             found["merged"] = evaluate(trainer.built, batches, "valid")["valid_loss"]
         found["valid_after"] = evaluate(trainer.built, batches, "valid")["valid_loss"]
+        layers = _CudagraphGlobalRecord.cudagraph_created
+        found["recorded"] = "micro-batches" if recorded else "layers" if layers else "nothing"
         hashes: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(hashes, state_hash(trainer))
         if is_writer():

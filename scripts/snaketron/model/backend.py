@@ -113,7 +113,7 @@ def with_recorded_layers(settings: TrainSettings, run: RunSettings, vocab_size: 
     work = Work(
         settings.model, vocab_size, settings.seq_length, settings.global_batch_size, run, settings.optimizer
     )
-    usable = usable_bytes(run.cluster) or USABLE * torch.cuda.get_device_properties().total_memory
+    usable = usable_bytes(run.cluster) or USABLE * torch.cuda.get_device_properties(device()).total_memory
     if records_layers(work, packed=settings.packed, cluster=run.cluster, usable=usable):
         return run.model_copy(update={"cuda_graphs": True})
     return run

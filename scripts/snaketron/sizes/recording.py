@@ -36,15 +36,19 @@ def recordable(model: Model, run: Run, seq_length: int, *, packed: bool, cluster
 def records_layers(work: Work, *, packed: bool, cluster: Cluster, usable: float) -> bool:
     """Whether GPUs record attention and Mamba layers, each by itself.
 
-    They do in bf16 where the GPUs of one node share layers or experts, so that no whole micro-batch is
-    recorded, and `usable` bytes of a GPU have room for it. With a pipeline each micro-batch under way would
-    have a recording of its own.
+    They do where that was tried: in bf16 where the GPUs of one node share layers by tensor parallelism or
+    experts, so that no whole micro-batch is recorded, NCCL exchanges the tokens, and `usable` bytes of a GPU
+    have room for it. With a pipeline each micro-batch under way would have a recording of its own.
     """
     model, run = work.model, work.run
     sizes = run.parallel
     return (
-        not recordable(model, run, work.seq_length, packed=packed, cluster=cluster)
-        and sizes.world_size > sizes.pipeline_model_parallel_size == 1
+        max(sizes.tensor_model_parallel_size, sizes.expert_model_parallel_size) > 1
+        and sizes.pipeline_model_parallel_size == 1
+        and sizes.context_parallel_size == sizes.expert_tensor_parallel_size == 1
+        and run.moe_token_dispatcher == "alltoall"
+        and not run.moe_shared_expert_overlap
+        and not run.offload_optimizer
         and model.precision == "bf16"
         and _repeats(run, work.seq_length, packed, cluster)
         and memory_of_process(model, work.vocab_size, work.seq_length, run, work.optimizer) + _twice(work)

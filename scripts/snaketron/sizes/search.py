@@ -122,6 +122,8 @@ def _on_gpus(config: Config, gpu_name: str) -> Config:
     """The configuration on nodes of such GPUs."""
     per_node = in_nodes(gpu_name, config.cluster).gpus_per_node
     cluster = {"gpu": gpu_name, "gpus_per_node": per_node, "tasks_per_node": None}
+    if gpu_name != config.cluster.gpu:
+        cluster["gpu_memory_gb"] = None  # that of another kind
     return config.model_copy(update={"cluster": config.cluster.model_copy(update=cluster)})
 
 

@@ -204,9 +204,11 @@ class Stage:
 
         if launch.rank() == 0:
             self.write_config()
-        logger.info("%s: building the model", self.settings.stage)
         run = backend.with_recorded_layers(self.settings, self.run, self.tokenizer.vocab_size)
         recorded = backend.records_micro_batches(self.settings, run)
+        graphs = "micro-batches" if recorded else "attention and Mamba layers" if run.cuda_graphs else ""
+        how = f", with CUDA graphs of {graphs}" if graphs else ""
+        logger.info("%s: building the model%s", self.settings.stage, how)
         with distributed(self.settings.seed, run, recorded=recorded):
             trainer = Trainer(build_training(self.settings, run, self.tokenizer.vocab_size))
             self._begin(trainer, optimizer_of_base=optimizer_of_base)

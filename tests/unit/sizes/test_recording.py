@@ -14,6 +14,7 @@ from snaketron.sizes.traffic import Work
 import pytest
 
 NODE = Cluster(gpus_per_node=8)
+TP_2 = {"tensor_model_parallel_size": 2}
 
 
 def work(model: Model, run: Run, seq_length: int) -> Work:
@@ -28,13 +29,19 @@ def work(model: Model, run: Run, seq_length: int) -> Work:
         ({"parallel": {"data_parallel_size": 16}}, {}, "nothing"),  # two nodes
         ({"parallel": {"data_parallel_size": 2, "expert_model_parallel_size": 2}}, {}, "layers"),
         ({"parallel": {"data_parallel_size": 16, "expert_model_parallel_size": 2}}, {}, "nothing"),
-        ({"parallel": {"tensor_model_parallel_size": 2}}, {}, "layers"),
-        ({"parallel": {"tensor_model_parallel_size": 2}}, {"precision": "fp32"}, "nothing"),
-        ({"parallel": {"tensor_model_parallel_size": 2}}, {"precision": "fp8_current"}, "nothing"),
-        ({"parallel": {"tensor_model_parallel_size": 2}}, {"packed": True}, "nothing"),
-        ({"parallel": {"tensor_model_parallel_size": 2}}, {"seq_length": 256}, "nothing"),
-        ({"parallel": {"tensor_model_parallel_size": 2}, "recompute": ["moe"]}, {}, "nothing"),
+        ({"parallel": TP_2}, {}, "layers"),
+        ({"parallel": TP_2}, {"precision": "fp32"}, "nothing"),
+        ({"parallel": TP_2}, {"precision": "fp8_current"}, "nothing"),
+        ({"parallel": TP_2}, {"packed": True}, "nothing"),
+        ({"parallel": TP_2}, {"seq_length": 256}, "nothing"),
+        ({"parallel": TP_2, "recompute": ["moe"]}, {}, "nothing"),
         ({"parallel": {"pipeline_model_parallel_size": 2}}, {}, "nothing"),
+        ({"parallel": {"context_parallel_size": 2}}, {}, "nothing"),
+        ({"parallel": {"tensor_model_parallel_size": 2, "context_parallel_size": 2}}, {}, "nothing"),
+        ({"parallel": TP_2 | {"expert_tensor_parallel_size": 2}}, {}, "nothing"),
+        ({"parallel": TP_2, "moe_token_dispatcher": "deepep"}, {}, "nothing"),
+        ({"parallel": TP_2, "moe_shared_expert_overlap": True}, {}, "nothing"),
+        ({"parallel": TP_2, "offload_optimizer": 0.5}, {}, "nothing"),
         ({"recompute": ["moe"]}, {}, "nothing"),
         ({"recompute": ["scan"]}, {}, "micro-batches"),
         ({}, {"packed": True}, "nothing"),

@@ -13,10 +13,12 @@ from snaketron.sizes.search import Found, measure, place, search, why_none
 import pytest
 import yaml
 
+CONFIG = Path(__file__).parents[3] / "config"
+
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return load(yaml.safe_load((Path(__file__).parents[3] / "config/super.yaml").read_text()), {})
+    return load(yaml.safe_load((CONFIG / "super.yaml").read_text()), {})
 
 
 def by_layers(found: list[Found]) -> list[Found]:
@@ -67,6 +69,15 @@ def test_the_published_layout_of_1m_is_among_the_first(config: Config):
     found = search(config, config.training("pretrain/long_1m"), "gb200", 128)
     number = place(by_layers(found), config.training("pretrain/long_1m").run.parallel)
     assert number is not None and number <= 10
+
+
+def test_the_memory_that_is_configured_is_that_of_the_configured_gpu():
+    """Nano on one node: on H200s layers are recorded, for which 74 GB of an H100 would have no room."""
+    nano = yaml.safe_load((CONFIG / "nano.yaml").read_text())
+    of = {"h100": {"gpu": "h100", "gpu_memory_gb": 74}, "h200": {"gpu": "h200", "gpu_memory_gb": 132}}
+    configs = {gpu: load(nano | {"cluster": nano["cluster"] | cluster}, {}) for gpu, cluster in of.items()}
+    h100, h200 = (search(c, c.training(c.trainings()[0].name), "h200", 8) for c in configs.values())
+    assert h100 and [one.step for one in h100] == [one.step for one in h200]
 
 
 def test_both_splits_of_a_pipeline_are_tried(config: Config):
