@@ -47,6 +47,7 @@ from tests.benchmarks import trainings
 from tests.benchmarks.eight_gpus_rows import SMALL_SEATS, TOLERANCE, Row, missing, rows
 from tests.benchmarks.gpu_training import VARIANTS
 from tests.benchmarks.trainings import REPOSITORY, Training
+from tests.seats import Seats
 
 # ----------------------------------------------------------------------------------------------- measuring
 
@@ -163,7 +164,7 @@ def together(
     chosen: list[Row], each: int, there: int, one: Callable[[Row], dict[str, Any]], results: Results
 ) -> None:
     """Train as many of the rows at once as there are seats, `each` on a GPU."""
-    seats = trainings.Seats(there, each)
+    seats = Seats(there, each)
 
     def train(row: Row, gpus: list[int]) -> None:
         try:

@@ -12,7 +12,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -160,29 +159,6 @@ def _build_indices(root: Path, asked: list[tuple[str, str]]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- trainings
-
-
-class Seats:
-    """The GPUs, each with so many seats for trainings; one thread asks for them."""
-
-    def __init__(self, gpus: int, each: int) -> None:
-        self.free = dict.fromkeys(range(gpus), each)
-        self.changed = threading.Condition()
-
-    def take(self, count: int) -> list[int]:
-        """The GPUs that have the most free seats, once `count` of them, at most all, have one."""
-        with self.changed:
-            self.changed.wait_for(lambda: sum(seats > 0 for seats in self.free.values()) >= count)
-            taken = sorted(sorted(self.free, key=lambda gpu: -self.free[gpu])[:count])
-            for gpu in taken:
-                self.free[gpu] -= 1
-            return taken
-
-    def give_back(self, gpus: list[int]) -> None:
-        with self.changed:
-            for gpu in gpus:
-                self.free[gpu] += 1
-            self.changed.notify_all()
 
 
 def command(root: Path, training: Training, gpus_per_node: int) -> list[str]:

@@ -18,7 +18,6 @@ from tests.gpu.test_training import (
     TOLERANCE,
     check,
     difference,
-    one_gpu,
     train,
 )
 
@@ -52,7 +51,8 @@ class Runs:
         root, common = self.root / precision, self.common(precision)
         train(root / "base", gpus=0, model=common["model"], steps=2, save_at=[2])
         cpu = train(root / "cpu", gpus=0, save_at=[1], **common)
-        layouts = TWO if torch.cuda.device_count() >= 2 and "two_gpus" in self.chosen else []
+        there = torch.cuda.device_count()
+        layouts = [name for name in TWO if there > 1 and f"of_one[{name}-{precision}]" in self.chosen]
         for name in ("one", *layouts):
             shutil.copytree(root / "cpu", root / name)
             self.futures[precision, name] = self.pool.submit(
@@ -62,7 +62,6 @@ class Runs:
                 run={"parallel": {} if name == "one" else LAYOUTS[name]},
                 cluster={"gpus_per_node": 1} if name == "dp_nodes" else {},
                 save_at=[3] if name == "one" else [],
-                environment=one_gpu(self.futures) if name == "one" else None,
                 **common,
             )
         return cpu

@@ -13,6 +13,7 @@ from statistics import mean, median
 from typing import Any
 
 from tests.conftest import REPOSITORY
+from tests.seats import Seats
 
 import pytest
 import torch
@@ -62,34 +63,34 @@ LOW_PRECISION |= {"bf16_state": (0.005, 0.01)}
 FP8_MODEL = {"mamba_num_heads": 16, "mamba_head_dim": 16}
 
 
+# Each of a dozen trainings beside each other on a GPU has up to 7 GB of it, where kernels are measured.
+SEATS = Seats(torch.cuda.device_count(), 8)
+
+
 def train(directory: Path, *, gpus: int, environment: dict[str, str] | None = None, **config: Any) -> Any:
     """What a training of `gpus` processes (0: one on the CPU) reports."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(max(gpus, 1))]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "tests.gpu.worker"]
     text = json.dumps({"directory": str(directory), "steps": STEPS, "save_at": [], **config})
-    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    environment = environment if gpus else {}
-    done = subprocess.run(
-        [*command, text],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | hidden | (environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=420,
-    )
+    with SEATS.taken(gpus) as seats:
+        shown = {"CUDA_VISIBLE_DEVICES": ",".join(names_of_gpus()[seat] for seat in seats)}
+        done = subprocess.run(
+            [*command, text],
+            cwd=REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | shown | ((environment or {}) if gpus else {}),
+            capture_output=True,
+            text=True,
+            timeout=420,
+        )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
-def one_gpu(started: Any) -> dict[str, str]:
-    """An environment in which the next of several small trainings sees one of the GPUs."""
-    if not torch.cuda.is_available():
-        return {}
-    there = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if there == [""]:
-        there = [str(i) for i in range(torch.cuda.device_count())]
-    return {"CUDA_VISIBLE_DEVICES": there[len(started) % len(there)]}
+def names_of_gpus() -> list[str]:
+    """The GPUs that torch sees here, as CUDA_VISIBLE_DEVICES names them."""
+    there = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return there.split(",") if there else [str(i) for i in range(torch.cuda.device_count())]
 
 
 class Runs:
@@ -113,20 +114,18 @@ class Runs:
                 model=FP8_MODEL | {"precision": precision},
                 run={"optimizer": BF16_STATE} if name == "bf16_state" else {},
                 steps=40,
-                environment=one_gpu(self.futures),
             )
 
         there = torch.cuda.device_count()
-        for name in [n for n in RECORDED if there > 1 or n not in TWO] if "recorded" in chosen else ():
-            for how in ("recorded", "launched"):
+        for name in [name for name in RECORDED if f"one_by_one[{name}]" in chosen]:
+            for how in ("recorded", "launched") if there > 1 or name not in TWO else ():
                 self.futures[f"{how} {name}"] = self.pool.submit(self._recorded, name, how)
 
         for name in ("whole", "again", "resumed") if "resumed" in chosen else ():
             self.futures[f"{name} resume"] = self.pool.submit(self._resume, name)
 
     def _resume(self, name: str) -> Any:
-        options: dict[str, Any] = {"gpus": 1, "model": {"precision": "bf16"}}
-        options["environment"] = DETERMINISTIC | one_gpu(self.futures)
+        options: dict[str, Any] = {"gpus": 1, "model": {"precision": "bf16"}, "environment": DETERMINISTIC}
         if name == "resumed":
             train(self.root / name, steps=2, save_at=[2], **options)
         return train(self.root / name, **options)
@@ -136,7 +135,6 @@ class Runs:
         run = run | {"seq_length": RECORDED_LENGTH} | ({"cuda_graphs": False} if how == "launched" else {})
         gpus = 2 if name in TWO else 1
         options: dict[str, Any] = {"gpus": gpus, "model": FP8_MODEL | model, "run": run}
-        options["environment"] = one_gpu(self.futures) if gpus == 1 else None
         directory = self.root / f"{how}_{name}"
         if how == "recorded":  # a resumed training records anew
             train(directory, save_at=[4], **options | {"steps": 4})
@@ -147,10 +145,13 @@ class Runs:
         base = self.root / f"base_{precision}"
         found = train(base, gpus=0, model=model, save_at=[1])
         runs: list[tuple[str, int, dict]] = [("one", 1, {})]
-        if "two_gpus" in self.chosen:
-            runs += [(name, 2, {"parallel": sizes}) for name, sizes in LAYOUTS.items()]
-        if precision == "bf16" and "what_saves" in self.chosen:
-            runs += [(name, 1, run) for name, run in SAME.items()]
+        runs += [
+            (name, 2, {"parallel": sizes})
+            for name, sizes in LAYOUTS.items()
+            if f"losses_of_one[{name}-{precision}]" in self.chosen
+        ]
+        if precision == "bf16":
+            runs += [(name, 1, run) for name, run in SAME.items() if f"same_losses[{name}]" in self.chosen]
         for name, gpus, run in runs:
             if torch.cuda.device_count() >= gpus:
                 directory = self.root / f"{name}_{precision}"
@@ -163,7 +164,6 @@ class Runs:
                     run=run,
                     cluster={"gpus_per_node": 1} if name == "dp_nodes" else {},
                     save_at=[3] if name == "one" else [],
-                    environment=one_gpu(self.futures) if gpus == 1 else None,
                 )
         return found
 
