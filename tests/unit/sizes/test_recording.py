@@ -14,7 +14,7 @@ from snaketron.sizes.traffic import Work
 import pytest
 
 NODE = Cluster(gpus_per_node=8)
-TP_2 = {"tensor_model_parallel_size": 2}
+EP_2 = {"data_parallel_size": 2, "expert_model_parallel_size": 2}
 
 
 def work(model: Model, run: Run, seq_length: int) -> Work:
@@ -27,21 +27,23 @@ def work(model: Model, run: Run, seq_length: int) -> Work:
         ({}, {}, "micro-batches"),
         ({"parallel": {"data_parallel_size": 8}}, {}, "micro-batches"),
         ({"parallel": {"data_parallel_size": 16}}, {}, "nothing"),  # two nodes
-        ({"parallel": {"data_parallel_size": 2, "expert_model_parallel_size": 2}}, {}, "layers"),
+        ({"parallel": EP_2}, {}, "layers"),
         ({"parallel": {"data_parallel_size": 16, "expert_model_parallel_size": 2}}, {}, "nothing"),
-        ({"parallel": TP_2}, {}, "layers"),
-        ({"parallel": TP_2}, {"precision": "fp32"}, "nothing"),
-        ({"parallel": TP_2}, {"precision": "fp8_current"}, "nothing"),
-        ({"parallel": TP_2}, {"packed": True}, "nothing"),
-        ({"parallel": TP_2}, {"seq_length": 256}, "nothing"),
-        ({"parallel": TP_2, "recompute": ["moe"]}, {}, "nothing"),
+        ({"parallel": {"tensor_model_parallel_size": 2}}, {}, "nothing"),
+        ({"parallel": EP_2 | {"tensor_model_parallel_size": 2}}, {}, "nothing"),
+        ({"parallel": EP_2 | {"pipeline_model_parallel_size": 2}}, {}, "nothing"),
+        ({"parallel": EP_2 | {"context_parallel_size": 2}}, {}, "nothing"),
+        ({"parallel": EP_2}, {"precision": "fp32"}, "nothing"),
+        ({"parallel": EP_2}, {"precision": "fp8_current"}, "nothing"),
+        ({"parallel": EP_2}, {"packed": True}, "nothing"),
+        ({"parallel": EP_2}, {"seq_length": 256}, "nothing"),
+        ({"parallel": EP_2, "recompute": ["moe"]}, {}, "nothing"),
         ({"parallel": {"pipeline_model_parallel_size": 2}}, {}, "nothing"),
         ({"parallel": {"context_parallel_size": 2}}, {}, "nothing"),
-        ({"parallel": {"tensor_model_parallel_size": 2, "context_parallel_size": 2}}, {}, "nothing"),
-        ({"parallel": TP_2 | {"expert_tensor_parallel_size": 2}}, {}, "nothing"),
-        ({"parallel": TP_2, "moe_token_dispatcher": "deepep"}, {}, "nothing"),
-        ({"parallel": TP_2, "moe_shared_expert_overlap": True}, {}, "nothing"),
-        ({"parallel": TP_2, "offload_optimizer": 0.5}, {}, "nothing"),
+        ({"parallel": EP_2 | {"expert_tensor_parallel_size": 2}}, {}, "nothing"),
+        ({"parallel": EP_2, "moe_token_dispatcher": "deepep"}, {}, "nothing"),
+        ({"parallel": EP_2, "moe_shared_expert_overlap": True}, {}, "nothing"),
+        ({"parallel": EP_2, "offload_optimizer": 0.5}, {}, "nothing"),
         ({"recompute": ["moe"]}, {}, "nothing"),
         ({"recompute": ["scan"]}, {}, "micro-batches"),
         ({}, {"packed": True}, "nothing"),
@@ -61,11 +63,11 @@ def test_micro_batches_are_recorded_where_a_gpu_holds_the_model_and_layers_where
 
 
 def test_layers_are_recorded_where_what_they_keep_has_room_once_more():
-    # 64 numbers a token of the norm, 64 of queries and the output, 32 of keys and values; half by TP 2.
+    # 64 numbers a token of the norm, 64 of queries and the output, 32 of keys and values.
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8}
     model = Model(hybrid_layer_pattern="*E*", mtp_num_layers=0, precision="bf16", **sizes)
-    does = work(model, Run(micro_batch_size=1, parallel=Parallel(tensor_model_parallel_size=2)), 512)
-    needed = peak_bytes(does) + 2 * 512 * 2 * (64 + 64 + 32) / 2
+    does = work(model, Run(micro_batch_size=1, parallel=Parallel(**EP_2)), 512)
+    needed = peak_bytes(does) + 2 * 512 * 2 * (64 + 64 + 32)
     for usable, recorded in ((needed, True), (needed - 1, False)):
         assert records_layers(does, packed=False, cluster=NODE, usable=usable) is recorded
 
