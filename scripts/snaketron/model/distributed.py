@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def distributed(seed: int, run: RunSettings, *, recorded: bool = False) -> Itera
     try:
         yield
     finally:
+        _destroy_recordings()
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
@@ -58,6 +60,15 @@ def _check(run: RunSettings) -> None:
             f"cluster.gpus_per_node is {run.cluster.gpus_per_node} and torch sees no GPU on "
             f"{platform.node()}: look at nvidia-smi there, and whether this torch has CUDA; 0 trains on CPUs"
         )
+
+
+def _destroy_recordings() -> None:
+    """Destroy what was recorded: NCCL waits for ever to leave a group of which a CUDA graph has an operation.
+
+    Those of attention and Mamba layers under tensor parallelism have.
+    """
+    for graph in [found for found in gc.get_objects() if type(found) is torch.cuda.CUDAGraph]:
+        graph.reset()
 
 
 def _join() -> None:

@@ -38,8 +38,8 @@ def records_layers(work: Work, *, packed: bool, cluster: Cluster, usable: float)
 
     They do where that was tried: in bf16 where the GPUs of one node share experts alone, so that no whole
     micro-batch is recorded, NCCL exchanges the tokens, and `usable` bytes of a GPU have room for it. With
-    tensor parallelism the recordings have sums of NCCL, and a training was seen to wait for ever. With a
-    pipeline each micro-batch under way would have a recording of its own.
+    tensor parallelism recordings have operations of NCCL, and no such training has been seen to its end. With
+    a pipeline each micro-batch under way would have a recording of its own.
     """
     model, run = work.model, work.run
     sizes = run.parallel

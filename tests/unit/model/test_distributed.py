@@ -8,6 +8,8 @@ from snaketron.model.distributed import distributed
 from snaketron.settings.training import RunSettings
 
 import pytest
+import torch
+from megatron.core import parallel_state
 
 
 def test_another_number_of_processes_than_the_parallel_sizes_want_is_refused(monkeypatch):
@@ -27,3 +29,23 @@ def test_gpus_that_are_not_there_are_named():
     run = RunSettings(tracking="off", cluster=Cluster(gpus_per_node=1))
     with pytest.raises(UserError, match="gpus_per_node is 1 and torch sees no GPU"), distributed(1, run):
         pass
+
+
+def test_recordings_are_destroyed_before_groups_are_left(monkeypatch: pytest.MonkeyPatch):
+    order = []
+
+    class Graph:
+        def reset(self) -> None:
+            order.append("recording")
+
+    # This process has joined itself already (conftest), and stays so.
+    monkeypatch.setattr("snaketron.model.distributed._join", lambda: None)
+    monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda *_, **__: None)
+    monkeypatch.setattr(parallel_state, "destroy_model_parallel", lambda: order.append("groups"))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: order.append("processes"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    graph = Graph()
+    with pytest.raises(ZeroDivisionError), distributed(1, RunSettings(tracking="off")):
+        assert graph and not order
+        _ = 1 / 0
+    assert order == ["recording", "groups", "processes"]
