@@ -7,12 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from snaketron.config import Config, Model, Parallel, Training
-from snaketron.sizes.memory import (
-    activation_memory,
-    memory_of_process,
-    static_of_run,
-    updated_parameters,
-)
+from snaketron.sizes.cpu_activations import cpu_activation_memory
+from snaketron.sizes.memory import activation_memory, static_of_run, updated_parameters
 from snaketron.sizes.parameters import Parameters, num_active_parameters, num_parameters
 from snaketron.sizes.speed import Speed, flops_per_token, speed
 from snaketron.sizes.stages import adapter_parameters, stage_parameters
@@ -20,7 +16,7 @@ from snaketron.sizes.stages import adapter_parameters, stage_parameters
 
 @dataclass(frozen=True)
 class Estimate:
-    """The size of a training. Bytes are those of the fullest process, on its GPU."""
+    """The size of a training. Bytes are those of the fullest process, on its GPU or its node."""
 
     num_parameters: int  # with multi-token prediction
     num_active_parameters: int  # that a token meets
@@ -55,7 +51,7 @@ def estimate(config: Config, training: Training) -> Estimate:
     found = speed(config, training)
     hours = training.tokens / (found.tokens_per_second * processes) / 3600 if found else None
     static = max(kept.total for kept in static_of_run(model, vocab_size, run, run.optimizer))
-    peak = memory_of_process(model, vocab_size, training.seq_length, run, run.optimizer)
+    peak = components(config, training).total
     without = run.model_copy(update={"offload_optimizer": 0.0})
     whole = max(kept.total for kept in static_of_run(model, vocab_size, without, run.optimizer))
     return Estimate(
@@ -80,7 +76,7 @@ def estimate(config: Config, training: Training) -> Estimate:
 
 @dataclass(frozen=True)
 class Components:
-    """Bytes on the GPU of the fullest process, by what they are."""
+    """Bytes of the fullest process, on its GPU or its node, by what they are."""
 
     weights: float
     gradients: float
@@ -97,7 +93,8 @@ def components(config: Config, training: Training) -> Components:
     """What the memory of the fullest process holds at its peak."""
     model, run, vocab_size = training.model, training.run, config.tokenizer.vocab_size
     static = static_of_run(model, vocab_size, run, run.optimizer)
-    activations = activation_memory(model, vocab_size, training.seq_length, run)
+    of_machine = activation_memory if config.cluster.gpus_per_node else cpu_activation_memory
+    activations = of_machine(model, vocab_size, training.seq_length, run)
     stages = [
         Components(kept.weights, kept.gradients, kept.main_weights, kept.moments, peak)
         for kept, peak in zip(static, activations, strict=True)
