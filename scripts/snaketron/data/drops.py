@@ -44,18 +44,14 @@ class Drops:
             entry = {"file": str(path), "row": row, "reason": reason, "detail": detail[:MAX_DETAIL]}
             self.listed.append(entry)
 
-    def check(
-        self, settings: ReadSettings, where: str, reasons: Iterable[str] = (BAD_ROW, INVALID_TEXT)
-    ) -> None:
+    def check(self, settings: ReadSettings, reasons: Iterable[str] = (BAD_ROW, INVALID_TEXT)) -> None:
         """`UserError`, with an example of each reason, where more rows were dropped than the settings allow.
 
         Call this after the last file. Rows that were dropped for other reasons than `reasons` do not count.
-        A warning says how many rows of `where` were dropped, whatever the reason.
         """
         bad = {reason: self.reasons[reason] for reason in reasons if self.reasons[reason]}
         dropped = sum(bad.values())
         if dropped <= settings.max_dropped_fraction * self.num_rows:
-            self._tell(where)
             return
         first = {row["reason"]: row for row in reversed(self.listed) if row["reason"] in bad}
         examples = sorted(first.values(), key=self.listed.index)[:MAX_EXAMPLES]
@@ -66,14 +62,20 @@ class Drops:
             "correct the files, or raise max_dropped_fraction"
         )
 
-    def _tell(self, where: str) -> None:
+    def told(self, where: str) -> str:
+        """How many rows of `where` were dropped that the configuration does not ask to drop, and the first.
+
+        Empty where there are none. The job of a shard says it in its log; on the terminal it is said once of
+        all shards (`tell_of_shards`).
+        """
         unasked = {reason: n for reason, n in self.reasons.most_common() if n and reason not in ASKED}
-        if unasked and self.reasons.total() < self.num_rows:  # the caller says where none is left
-            first = next(row for row in self.listed if row["reason"] in unasked)
-            logger.warning(
-                "%s: dropped %d of %d rows (%s); the first is %s",
-                *(where, sum(unasked.values()), self.num_rows, counted(unasked), self._explain(first)),
-            )
+        if not unasked:
+            return ""
+        first = next(row for row in self.listed if row["reason"] in unasked)
+        return (
+            f"{where}: dropped {sum(unasked.values())} of {self.num_rows} rows ({counted(unasked)}); "
+            f"the first is {self._explain(first)}"
+        )
 
     def _explain(self, row: Mapping[str, Any]) -> str:
         """A dropped row in a line: where, why and what to do."""
@@ -82,6 +84,28 @@ class Drops:
         advice = f"({self.advice[reason]})" if reason in self.advice else ""
         why = ": ".join(part for part in (named, row["detail"]) if part)
         return f"{where}: {why} {advice}".rstrip()
+
+
+def tell_of_shards(
+    what: str, counts: Mapping[Path, Mapping[str, Any]], rows: str, advice: Mapping[str, str] | None = None
+) -> None:
+    """A warning of the rows that the shards of a corpus or source lost, and where they are listed.
+
+    Args:
+        what: name of the corpus or source, for the warning.
+        counts: those of the shards' records, by the path of the record.
+        rows: the name of the count of rows.
+        advice: what to do, by reason.
+    """
+    drops = Drops(advice=advice or {})
+    for of_shard in counts.values():
+        drops.reasons.update(of_shard["dropped"])
+        drops.listed += of_shard["dropped_rows"]
+        drops.num_rows += of_shard[rows]
+    if said := drops.told(what):
+        one, *others = counts
+        where = one.with_name("*.json") if others else one
+        logger.warning("%s; dropped_rows in %s lists them", said, where)
 
 
 @dataclass

@@ -386,34 +386,28 @@ def test_a_field_to_filter_by_that_is_missing_is_an_error_whatever_the_policy(tm
         read(path, where={"language": ["en"]}, bad_rows="drop")
 
 
-def test_dropped_rows_are_told_unless_the_configuration_asks_for_fewer(caplog: pytest.LogCaptureFixture):
+def test_dropped_rows_are_told_unless_the_configuration_asks_for_fewer():
     drops = Drops(num_rows=100)
     for row, reason in enumerate(("filtered by where", "too long"), 6):
         drops.add("raw/a.jsonl", row, reason)
     drops.reasons["after the limit"] = 50
-    drops.check(ReadSettings(), "docs")
-    assert not caplog.records
+    assert drops.told("docs") == ""
     drops.add("raw/a.jsonl", 8, "empty")
     drops.add("raw/a.jsonl", 9, "bad row", "invalid JSON")
     drops.add("raw/a.jsonl", 10, "empty")
-    drops.check(ReadSettings(), "docs")
-    assert [(record.levelname, record.message) for record in caplog.records] == [
-        (
-            "WARNING",
-            "docs: dropped 3 of 100 rows (2 x empty, 1 x bad row); the first is raw/a.jsonl:8: empty",
-        )
-    ]
+    said = "docs: dropped 3 of 100 rows (2 x empty, 1 x bad row); the first is raw/a.jsonl:8: empty"
+    assert drops.told("docs") == said
 
 
 def test_too_many_dropped_rows_are_an_error_with_the_first_of_each_kind(tmp_path: Path):
     drops = Drops(num_rows=100)
     drops.add("raw/a.jsonl", 7, "filtered by where")
-    drops.check(ReadSettings(), "a")
+    drops.check(ReadSettings())
     drops.add("raw/a.jsonl", 8, "bad row", "invalid JSON")
-    drops.check(ReadSettings(), "a")  # 1 of 100 is allowed
+    drops.check(ReadSettings())  # 1 of 100 is allowed
     drops.add("raw/a.jsonl", 9, "invalid text", "a lone surrogate")
     with pytest.raises(UserError) as error:
-        drops.check(ReadSettings(), "a")
+        drops.check(ReadSettings())
     assert str(error.value) == (
         "2 of 100 rows are bad or invalid, more than max_dropped_fraction 0.01 allows; the first is "
         "raw/a.jsonl:8: invalid JSON; another: raw/a.jsonl:9: a lone surrogate; correct the files, or raise "

@@ -9,8 +9,12 @@ from typing import Any
 
 from snaketron.config.data import SPLITS
 from snaketron.data.arrow import check_expected
+from snaketron.data.chats.left_out import LeftOut
+from snaketron.data.chats.unusable import ADVICE
+from snaketron.data.drops import tell_of_shards
 from snaketron.files import read_json, to_json
 from snaketron.lineage.record import Record, making, read
+from snaketron.lineage.walk import record_of
 from snaketron.log import UserError, logger
 from snaketron.settings.registering import PACKS
 
@@ -28,7 +32,10 @@ def build(weights: Mapping[str, float], records: Sequence[Path], output: Path, r
     """Weigh the packed shards of `records`; write blend.json and then `record`, and return it."""
     check_unique(records)
     with making("blend_sft", "sft", outputs={"blend.json": output}, record=record) as job:
-        value = weigh(weights, {path: read(path) for path in records})
+        packed = {path: read(path) for path in records}
+        value = weigh(weights, packed)
+        for source in weights:
+            _tell_left_out(source, [made for made in packed.values() if made.settings["source"] == source])
         job.aside["blend.json"].write_bytes(to_json(value))
         job.inputs, job.settings = {"records": records}, {"weights": weights}
         job.counts = {
@@ -65,6 +72,19 @@ def weigh(weights: Mapping[str, float], records: Mapping[Path, Record]) -> dict[
         "efficiency": round(tokens / (packs * settings["pack_size"]), 4),
         "splits": splits,
     }
+
+
+def _tell_left_out(source: str, packed: Sequence[Record]) -> None:
+    """A line each of the rows of a source that were not rendered, and of conversations that no pack takes."""
+    made_here = [record for record in packed if record.kind != PACKS]
+    rendered = {entry: record_of(entry) for record in made_here for entry in record.inputs_named("chats")}
+    counts = {found[0]: found[1].counts for found in rendered.values() if found}
+    tell_of_shards(f"source {source}", counts, "rows", ADVICE)
+    left_out = LeftOut()
+    for record in made_here:
+        left_out.add(record.counts["splits"].values(), record.counts["needed_pack_size"])
+    if made_here and (said := left_out.told(f"source {source}", made_here[0].settings["pack_size"])):
+        logger.warning("%s", said)
 
 
 def _same_settings(records: Mapping[Path, Record]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ the files collects as many packs as fit.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 from snaketron.config.data import SPLITS
 from snaketron.data.arrow import check_expected, flatten, read_footer, view
 from snaketron.data.chats import packing, packs
+from snaketron.data.chats.left_out import LeftOut
 from snaketron.data.chats.sequences import SCHEMA
 from snaketron.lineage.record import Record, making
 from snaketron.log import UserError, logger
-from snaketron.wording import counted
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +58,9 @@ def pack_chats(
             "long_conversations": long_conversations,
         }
         needed = smallest_packs(found.lengths + found.cut)
-        check_dropped(source, plans.values(), needed, pack_size, max_dropped_fraction)
+        left_out = LeftOut()
+        left_out.add((made.counts for made in plans.values()), needed)
+        check_dropped(left_out, source, pack_size, max_dropped_fraction)
         write(found, plans, job.aside, job.settings)
         job.inputs = {"chats": chats}
         job.counts = {
@@ -257,33 +258,16 @@ def smallest_packs(lengths: np.ndarray) -> dict[str, int]:
     return {str(2**k): int(number) for k, number in enumerate(powers) if number}
 
 
-def check_dropped(
-    source: str, plans: Iterable[Plan], needed: Mapping[str, int], pack_size: int, max_dropped_fraction: float
-) -> None:
-    """Warn of conversations that no pack takes; `UserError` where they are more than allowed.
-
-    Args:
-        needed: what `smallest_packs` says of all conversations, so that one can choose a size.
-    """
-    counts = [made.counts for made in plans]
-    reasons = sum((Counter(of_split["dropped"]) for of_split in counts), Counter[str]())
-    number, dropped = sum(of_split["conversations"] for of_split in counts), reasons.total()
-    if not dropped:
-        return
-    said = f"{source}: {dropped} of {number} conversations are left out ({counted(reasons, sign=' ')})"
-    larger = [size for size in map(int, needed) if size > pack_size]
-    if larger:
-        kept = (
-            f"{size} tokens keep {sum(n for at, n in needed.items() if int(at) <= size) / number:.1%}"
-            for size in larger[:4]
-        )
-        said += f"; packs of {', '.join(kept)}"
-    if dropped > max_dropped_fraction * number:
+def check_dropped(left_out: LeftOut, source: str, pack_size: int, max_dropped_fraction: float) -> None:
+    """Say what no pack takes; `UserError` where that is more than allowed."""
+    said = left_out.told(source, pack_size)
+    if left_out.reasons.total() > max_dropped_fraction * left_out.conversations:
         raise UserError(
             f"{said}. That is more than sft_data.max_dropped_fraction {max_dropped_fraction:g} allows: raise "
             "sft_data.pack_size, let sft_data.long_conversations cut them, or allow more"
         )
-    logger.warning("%s", said)
+    if said:
+        logger.info("%s", said)
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -169,7 +169,9 @@ class Renderer:
         totals = {name: sum(counts[name] for counts in kept.values()) for name in names}
         self.notes.tell(drops, totals["conversations"])
         where = ", ".join(map(str, self.read))
-        drops.check(self.settings, where, [reason for reason in drops.reasons if reason != FILTERED])
+        drops.check(self.settings, [reason for reason in drops.reasons if reason != FILTERED])
+        if totals["conversations"] and (said := drops.told(where)):
+            logger.info("%s", said)
         return {
             "rows": drops.num_rows,
             **totals,

@@ -108,7 +108,9 @@ def filter_shard(
                 f"{', '.join(map(str, text))}: holds no documents; remove it from the corpus "
                 f"{output.parent.name!r} or fill it"
             )
-        drops.check(settings, name)
+        drops.check(settings)
+        if tally.kept["documents"] and (said := drops.told(name)):
+            logger.info("%s", said)
         if not tally.kept["documents"]:
             logger.warning(
                 "%s: NOTHING IS LEFT of %d rows: %s", name, drops.num_rows, documents.describe(tally.removed)

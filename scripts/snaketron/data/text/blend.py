@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from snaketron import files
 from snaketron.config.data import SPLITS
+from snaketron.data.drops import tell_of_shards
 from snaketron.data.text import binidx
 from snaketron.lineage.record import Entry, Record, making, read
+from snaketron.lineage.walk import record_of
 from snaketron.log import UserError, logger
 from snaketron.settings.registering import TOKENS
 from snaketron.sizes import epochs as epochs_of
@@ -169,6 +171,7 @@ def _weighed(
             dtypes.add(pair.dtype)
             shards[split].append(shard)
     _check_weights(phase, weights, shards, dropped)
+    _tell_dropped(weights, records)
     if len(dtypes) > 1:
         raise UserError(f"phase {phase!r}: shards of different types: {', '.join(sorted(dtypes))}; {_AGAIN}")
     splits = {split: weigh(split, weights, shards[split], train_tokens) for split in SPLITS}
@@ -218,6 +221,24 @@ def _check_weights(
                 f"phase {phase!r}: {number} shards with tokens in {split}, where megatron-core takes "
                 f"{MAX_SHARDS}; set pretrain_data.shard_size to put several raw files into one"
             )
+
+
+def _tell_dropped(corpora: Iterable[str], records: Mapping[Path, Record]) -> None:
+    """A line for each corpus that lost rows when its shards were read, by curation or to be tokenized."""
+    for corpus in corpora:
+        made = {p: r for p, r in records.items() if r.kind == "tokens" and r.settings["corpus"] == corpus}
+        read_by_curation = dict(found for record in made.values() for found in _filtered(record))
+        tell_of_shards(f"corpus {corpus}, curation", read_by_curation, "rows")
+        tell_of_shards(f"corpus {corpus}", {path: r.counts for path, r in made.items()}, "documents")
+
+
+def _filtered(tokens: Record) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The path and the counts of each record of the filters that a shard of a curated corpus went through."""
+    for text in tokens.inputs_named("text"):
+        curated = record_of(text) if text.file.suffix == ".parquet" else None
+        for entry in curated[1].inputs_named("filtered") if curated else ():
+            if found := record_of(entry):
+                yield found[0], found[1].counts
 
 
 def _shard(record: Record, split: str, path: Path) -> tuple[Shard, binidx.Pair]:

@@ -244,7 +244,9 @@ class _Shard:
         """`UserError` when too much was dropped, or when nothing is left of a shard that nobody filtered."""
         settings, drops = self.settings, self._all_drops()
         where = ", ".join(map(str, self.reader.read))
-        drops.check(settings, where)
+        drops.check(settings)
+        if self._kept and (said := drops.told(where)):
+            logger.info("%s", said)
         if not self._kept:
             reasons = counted(dict(drops.reasons.most_common()), empty="it is empty", sign=" ")
             message = f"{where}: none of its {drops.num_rows} rows is used ({reasons})"

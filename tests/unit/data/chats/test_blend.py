@@ -24,7 +24,16 @@ SETTINGS = {
 
 
 def shard(
-    root: Path, source: str, number: int, *, train: int = 2, valid: int = 1, test: int = 1, **other: Any
+    root: Path,
+    source: str,
+    number: int,
+    *,
+    train: int = 2,
+    valid: int = 1,
+    test: int = 1,
+    of_train: dict[str, Any] | None = None,
+    chats: Path | None = None,
+    **other: Any,
 ) -> Path:
     """A packed shard, as rule pack_sft leaves it: so many packs of 4 tokens, 2 of them trained."""
     settings = {"source": source, **SETTINGS, **other}
@@ -35,11 +44,14 @@ def shard(
         pack: Pack = join([(np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], dtype=np.uint8))])
         write(path, [pack] * packs, settings)
         counts[split] = {"packs": packs, "tokens": 4 * packs, "trained_tokens": 2 * packs}
+        counts[split] |= {"conversations": packs, "dropped": {}}
         outputs[split] = path
     record = root / f"sft/{source}/part_{number}.json"
     with making("pack_sft", f"{source}/part_{number}", outputs={}, record=record) as job:
         job.present = [of_file(split, path) for split, path in outputs.items()]
-        job.settings, job.counts = settings, {"splits": counts}
+        counts["train"] |= of_train or {}
+        job.settings, job.inputs = settings, {"chats": [chats] if chats else []}
+        job.counts = {"splits": counts, "needed_pack_size": {"4": 4, **({"16": 2} if of_train else {})}}
     return record
 
 
@@ -95,6 +107,35 @@ def test_a_source_without_validation_packs_is_left_out_there_with_a_note(tmp_pat
         value = blend(tmp_path, records, "questions=0.5", "tools=0.5")
     assert [(s["source"], s["weight"]) for s in value["splits"]["valid"]] == [("questions", 1.0)]
     assert "valid: source 'tools' has no packs and is left out" in caplog.text
+
+
+def rendered(root: Path, number: int, *, rows: int, dropped: list[int]) -> Path:
+    """A rendered shard with its record, as rule render_chat leaves them; the blend reads the record alone."""
+    path, reason = root / f"chat/questions/part_{number}.parquet", "an empty answer"
+    with making(
+        "render_chat", f"questions/part_{number}", outputs={"chats": path}, record=path.with_suffix(".json")
+    ) as job:
+        job.aside["chats"].write_bytes(f"shard {number}".encode())
+        listed = [{"file": f"{number}.jsonl", "row": row, "reason": reason, "detail": ""} for row in dropped]
+        job.counts = {"rows": rows, "dropped": {reason: len(dropped)}, "dropped_rows": listed}
+    return path
+
+
+def test_what_the_shards_of_a_source_lost_is_one_line_for_rows_and_one_for_conversations(tmp_path, caplog):
+    """Three shards with 90 rows lost 3 of them when they were rendered, and two had 2 long conversations."""
+    records = []
+    for number, dropped in enumerate(([], [7, 8], [1])):
+        lost = {"dropped": {"longer than a pack": 2 * (number > 0)}, "conversations": 4}
+        chats = rendered(tmp_path, number, rows=30, dropped=dropped)
+        records.append(shard(tmp_path, "questions", number, of_train=lost, chats=chats))
+    blend(tmp_path, records, "questions=1")
+    assert [line.message for line in caplog.records if line.levelname == "WARNING"] == [
+        "source questions: dropped 3 of 90 rows (3 x an empty answer); the first is 1.jsonl:7: "
+        "an empty answer (remove the message, or the row); "
+        f"dropped_rows in {tmp_path}/chat/questions/*.json lists them",
+        "source questions: 4 of 18 conversations are left out (4 longer than a pack); "
+        "packs of 16 tokens keep 100.0%",
+    ]
 
 
 def test_files_without_packs_are_left_out(tmp_path):

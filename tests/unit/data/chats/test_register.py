@@ -101,10 +101,11 @@ def test_a_blend_takes_registered_and_packed_shards_alike(register, tmp_path: Pa
     outputs = {split: tmp_path / f"data/sft/{split}/own/a.parquet" for split in ("train", "valid", "test")}
     own = tmp_path / "data/sft/own/a.json"
     with making("pack_sft", "own/a", outputs=outputs, record=own) as job:
-        counts = {"packs": 1, "tokens": 5, "trained_tokens": 2}
+        counts = {"packs": 1, "tokens": 5, "trained_tokens": 2, "conversations": 1, "dropped": {}}
         for path in job.aside.values():
             packs.write(path, [packs.Pack(*map(np.array, ROW.values()))], settings)
-        job.settings, job.counts = settings, {"splits": dict.fromkeys(outputs, counts)}
+        job.settings = settings
+        job.counts = {"splits": dict.fromkeys(outputs, counts), "needed_pack_size": {"8": 3}}
     blend = tmp_path / "data/sft/blend.json"
     build({"help": 3, "own": 1}, [elsewhere, own], blend, tmp_path / "data/sft/record.json")
     loaded = check_packed_blend(blend, tokenizer_sha256=identity, pack_size=8, algorithm="concatenative")

@@ -11,6 +11,7 @@ from typing import Any
 from snaketron import files
 from snaketron.data.split import split_of
 from snaketron.data.text import blend
+from snaketron.lineage.record import Entry, making
 from snaketron.log import UserError
 
 import pytest
@@ -281,6 +282,9 @@ def empty_shard(record: Path, like: Path, dropped: dict[str, int]) -> Path:
     value["settings"]["corpus"] = record.parent.name
     value["counts"] |= {split: {"documents": 0, "tokens": 0} for split in ("train", "valid", "test")}
     value["counts"]["dropped"] = dropped
+    value["counts"]["dropped_rows"] = [
+        {"file": f"{record.stem}.jsonl", "row": 1, "reason": reason, "detail": ""} for reason in dropped
+    ]
     value["outputs"] = []
     for split in ("train", "valid", "test"):
         prefix = record.parent / split / record.stem
@@ -304,6 +308,65 @@ def test_a_corpus_without_documents_says_what_became_of_them(build, records, tmp
         "phase 'broad': corpus 'web' has no documents in any of its 2 shards "
         "(dropped: 3 empty, 5 filtered by where)",
     )
+
+
+def test_rows_that_shards_dropped_are_one_line_for_each_corpus(
+    build: Callable[..., tuple[int, str]], tokenize: Any, tmp_path: Path, write_jsonl: Any
+):
+    """Shards of docs lost 3 of 9 rows; code lost one that its settings ask to drop, and says nothing."""
+    texts = {
+        "docs/a": ["1", "", "2"],
+        "docs/b": ["1", "2"],
+        "docs/c": ["", "3", "", "4"],
+        "code/a": ["123", "4"],
+    }
+    made = []
+    for name, of_shard in texts.items():
+        corpus = name.partition("/")[0]
+        text = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": t} for t in of_shard])
+        limit = {"long_documents": "drop", "max_document_tokens": 3} if corpus == "code" else {}
+        status, stderr, record = tokenize(text, corpus=corpus, valid=0.0, test=0.0, **limit)
+        assert status == 0, stderr
+        made.append(record)
+    status, stderr = build(made, "docs=1", "code=1")
+    assert (status, [line for line in stderr.splitlines() if "dropped" in line]) == (
+        0,
+        [
+            f"corpus docs: dropped 3 of 9 rows (3 x empty); the first is {tmp_path}/docs/a.jsonl:2: empty; "
+            f"dropped_rows in {made[0].parent}/*.json lists them"
+        ],
+    )
+
+
+def test_rows_that_curation_could_not_read_are_one_line_too(
+    build: Callable[..., tuple[int, str]], records: list[Path], tmp_path: Path
+):
+    """The shards of docs are made of curated files; the second of these lost 2 of 5 rows."""
+    for record, lost in zip(records[:2], ([], [3, 5]), strict=True):
+        place = tmp_path / "curation" / f"{record.stem}.parquet"
+        listed = [{"file": "web.jsonl", "row": row, "reason": "bad row", "detail": "no JSON"} for row in lost]
+        counts = {"rows": 5, "dropped": {"bad row": len(lost)}, "dropped_rows": listed}
+        made = made_of([], "filtered", place, counts)
+        made = made_of([made.renamed("filtered")], "curated", tmp_path / f"curated_{record.stem}.parquet", {})
+        value = files.read_json(record)
+        value["inputs"] = [{"name": "text", **made.reference}]
+        files.write_json(record, value)
+    status, stderr = build(records, "docs=1", "code=1")
+    assert (status, [line for line in stderr.splitlines() if "dropped" in line]) == (
+        0,
+        [
+            "corpus docs, curation: dropped 2 of 10 rows (2 x bad row); the first is web.jsonl:3: no JSON; "
+            f"dropped_rows in {tmp_path}/curation/*.json lists them"
+        ],
+    )
+
+
+def made_of(inputs: list[Entry], kind: Any, path: Path, counts: dict[str, Any]) -> Entry:
+    """A file that a rule made, with its record beside it."""
+    with making(kind, path.stem, outputs={"documents": path}, record=path.with_suffix(".json")) as job:
+        job.aside["documents"].write_bytes(f"{path}".encode())
+        job.inputs, job.counts = {entry.name: entry for entry in inputs}, counts
+    return job.record.output("documents")
 
 
 def test_a_shard_without_documents_is_counted_and_left_out(build, records, tmp_path, caplog):

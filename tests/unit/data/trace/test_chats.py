@@ -47,6 +47,7 @@ def trained(work: Path, record: Callable[..., Path], train: Callable[..., Path])
     ]
     pq.write_table(table(sequences, schema), rendered)
     counts = {"dropped_rows": [{"file": str(raw), "row": 7, "reason": "bad row", "detail": "no messages"}]}
+    counts |= {"rows": 7, "dropped": {"bad row": 1}}
     inputs, outputs = {"chats": [of_user(raw)]}, {"chats.parquet": str(rendered)}
     place = "data/chat/talk/chats.json"
     record("render_chat", "talk/chats", place, inputs, outputs, {"messages_field": "messages"}, counts)
