@@ -101,6 +101,15 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
+def after(step: int) -> str:
+    """When something is, by the steps that a training has done.
+
+    >>> after(12), after(0)
+    ('after step 12', 'before the first step')
+    """
+    return f"after step {step}" if step else "before the first step"
+
+
 def some(names: Sequence[object], most: int = 12) -> str:
     """Names, the first ones of many.
 

@@ -104,9 +104,9 @@ def measure(slurm: Slurm, root: Path, overlays: tuple[str, ...], shards: int) ->
     log = (workspace.path / "ckpt/pretrain/broad/train.log").read_text()
     moments = [("the job starts", start)]
     for what, text in (
-        ("its processes are started", "processes: 2"),
+        ("its processes are started", "2 processes on"),
         ("the model is built", "parameters on this rank"),
-        ("the first validation is done, the first step begins", "after step 0\n"),
+        ("the first validation is done, the first step begins", " before the first step\n"),
         ("the checkpoint is published", " is ckpt/versions"),
     ):
         said = [row for row in log.splitlines(keepends=True) if text in row][-1]

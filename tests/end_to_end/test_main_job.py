@@ -99,7 +99,11 @@ def test_the_terminal_shows_progress_and_the_summary(finished: Workspace):
     assert "\nAll jobs are done, after " in said
     assert not re.search("rule sft:|Select jobs|jobid|resources:", said)
     # What takes its time is announced.
-    announced = ("sft: starts after step 0", "sft: validating after step 0", "sft: validation loss")
+    announced = (
+        "sft: starts (1 process on 1 node)",
+        "sft: validating before the first step",
+        "sft: validation loss",
+    )
     places = [said.index(text) for text in announced]
     assert places == sorted(places)
     assert "pretrain/broad: saving after step 12" in said  # the last save, however short

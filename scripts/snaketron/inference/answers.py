@@ -15,7 +15,7 @@ from snaketron.log import logger
 from snaketron.model.build import BuiltModel
 from snaketron.train.sft_batches import SftBatches
 from snaketron.train.stage import Stage
-from snaketron.wording import plural
+from snaketron.wording import after, plural
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def write_answers(stage: Stage, built: BuiltModel, iteration: int, batches: SftB
     text = load_tokenizer(stage.tokenizer_directory)
     if stage.run.num_samples and is_writer():
         what = plural(stage.run.num_samples, "prompt")
-        logger.info("%s: answering %s after step %d", stage.settings.stage, what, iteration)
+        logger.info("%s: answering %s %s", stage.settings.stage, what, after(iteration))
     prompts = held_out_prompts(batches, stage.run.num_samples)
     stop = {prompt.reference[-1] for prompt in prompts}
     given = generate(

@@ -10,6 +10,7 @@ from typing import Literal
 
 from snaketron.files import read_json, write_json
 from snaketron.log import UserError
+from snaketron.wording import after
 
 Outcome = Literal["finished", "stopped", "requeued", "time limit", "failed", "hung"]
 
@@ -88,7 +89,8 @@ class Attempts:
         recent = self._recent()
         failures = [(a.iteration, a.error) for a in recent[:2] if a.outcome in ("failed", "hung")]
         if len(failures) == 2 and failures[0] == failures[1]:
-            raise self.give_up(f"failed twice in the same way after step {failures[0][0]}: {failures[0][1]}")
+            step, error = failures[0]
+            raise self.give_up(f"failed twice in the same way {after(step)}: {error}")
         in_vain = 0
         for attempt in recent:
             if attempt.from_iteration != iteration:
@@ -96,8 +98,9 @@ class Attempts:
             in_vain += 1
         if in_vain > self.max_restarts:
             last = recent[0]
+            missing = f"checkpoint {after(iteration)}" if iteration else "first checkpoint"
             raise self.give_up(
-                f"{in_vain} starts in a row ended without a checkpoint after step {iteration} "
+                f"{in_vain} starts in a row ended without a {missing} "
                 f"(max_restarts {self.max_restarts}); the last one: "
                 f"{last.error or last.outcome or 'it ended without a word (a lost node, or killed)'}"
             )

@@ -32,6 +32,7 @@ from snaketron.jobs.owner import TOKEN, Owner
 from snaketron.log import UserError
 from snaketron.settings.training import RunSettings
 from snaketron.sizes.layout import layout
+from snaketron.wording import plural
 
 # Exit status of a process that saved and stopped as it was asked to: that of success, because srun kills the
 # processes that are still ending when one of them ends with another status.
@@ -224,7 +225,7 @@ class Ranks:
 
     def __str__(self) -> str:
         where = f", Slurm job {self.job.id}" if self.job else ""
-        return f"processes: {self.world}, nodes: {self.nodes}{where}"
+        return f"{plural(self.world, 'process')} on {plural(self.nodes, 'node')}{where}"
 
     def poll(self) -> int | None:
         """The exit status of the attempt; None while a process runs.

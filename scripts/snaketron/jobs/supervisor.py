@@ -26,6 +26,7 @@ from snaketron.jobs.owner import Owner, own
 from snaketron.jobs.version import Version
 from snaketron.log import UserError, logger
 from snaketron.settings.training import RunSettings
+from snaketron.wording import after
 
 POLL_S = 0.2
 TO_BE_CONTINUED = 75  # exit status of a training that saved before the time limit (EX_TEMPFAIL)
@@ -202,7 +203,8 @@ class Supervisor:
             ranks = Ranks([sys.executable, *sys.argv], self.run, owner, self.job)
             attempts.begin(before, self.job.id if self.job else None)
             ranks.start()
-            logger.info("%s: starts after step %d (%s)", self.name, before, ranks)
+            again = f" again, {after(before)}" if before else ""
+            logger.info("%s: starts%s (%s)", self.name, again, ranks)
             ended = watch(
                 ranks, version.heartbeat, self.signals, limit, self.run.step_timeout, self.look_ahead
             )
@@ -231,11 +233,12 @@ class Supervisor:
         attempts.end("hung" if ended.why == "hang" else "failed", done, error)
         if failure and failure["traceback"]:
             where = f"{self.name}: rank {failure['rank']} on {failure['host']}"
-            logger.error("%s failed after step %d\n%s", where, done, failure["traceback"].rstrip())
+            logger.error("%s failed %s\n%s", where, after(done), failure["traceback"].rstrip())
         if failure and failure["by_user"]:
             attempts.give_up(error)
             raise UserError(error)
-        logger.warning("%s: %s after step %d; starting again from step %d", self.name, error, done, saved)
+        again = f"step {saved}" if saved else "the beginning"
+        logger.warning("%s: %s %s; starting again from %s", self.name, error, after(done), again)
         return None
 
     def was_told_alone(self, ended: Ended) -> bool:
@@ -277,10 +280,10 @@ class Supervisor:
             )
         else:
             logger.warning(
-                "%s: stopped by %s after step %d; run the same command again to continue",
+                "%s: stopped by %s %s; run the same command again to continue",
                 self.name,
                 signal.Signals(number).name,
-                saved,
+                after(saved),
             )
         # Slurm requeues a pre-empted job, but counts one that ends by itself as failed.
         self.to_be_ended = number == signal.SIGTERM and self.job is not None and self.job.of_rule

@@ -22,7 +22,7 @@ from snaketron.report.collect import Data, add_up, collect
 from snaketron.report.history import History, read_history
 from snaketron.report.live import Follower
 from snaketron.report.workflow import Rule, rules
-from snaketron.wording import plural
+from snaketron.wording import after, plural
 
 
 @dataclass(frozen=True)
@@ -238,20 +238,18 @@ def _state(version: Version, attempts: Sequence[Attempt]) -> tuple[str, str]:
         beat = heartbeat.read(version.heartbeat)
         return "running", heartbeat.sentence(beat).replace("  ", ", ") if beat else "it is being started"
     last = attempts[-1] if attempts else Attempt()
-    after = f"after step {last.iteration}"
+    when = after(last.iteration)
     if last.gave_up:
         return "failed", last.gave_up
     if last.outcome in ("failed", "hung"):
-        return "failed", f"{last.error or last.outcome} ({after})"
+        return "failed", f"{last.error or last.outcome} ({when})"
     if last.outcome in ("requeued", "time limit"):
-        return "waiting", f"waits for its next job, {after}"
+        return "waiting", f"waits for its next job, {when}"
     if last.outcome == "stopped":
-        return "stopped", f"somebody stopped it {after}"
-    step = version.latest_iteration() or 0
-    return (
-        "stopped",
-        f"it ended without a word: killed, or its machine was lost. It continues after step {step}",
-    )
+        return "stopped", f"somebody stopped it {when}"
+    step = version.latest_iteration()
+    goes_on = f"continues {after(step)}" if step else "begins anew"
+    return "stopped", f"it ended without a word: killed, or its machine was lost. It {goes_on}"
 
 
 # ------------------------------------------------------------------------------------------- the rest

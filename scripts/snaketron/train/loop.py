@@ -31,6 +31,7 @@ from snaketron.train.losses import Batch, Sums, Totals, compute, sum_over_ranks
 from snaketron.train.metrics import Clock, Metrics, Progress
 from snaketron.train.observed import Observed
 from snaketron.train.schedule import seek
+from snaketron.wording import after
 
 import torch
 
@@ -250,11 +251,11 @@ class Trainer:
         if is_writer():
             by_source = ", ".join(f"{n} {loss:.4f}" for n, loss in found.get("valid_sources", {}).items())
             logger.info(
-                "%s: validation loss %.4f%s after step %d",
+                "%s: validation loss %.4f%s %s",
                 self.settings.stage,
                 found["valid_loss"],
                 f" ({by_source})" if by_source else "",
-                self.iteration,
+                after(self.iteration),
             )
 
     # --------------------------------------------------------------------------------------- metrics
@@ -321,7 +322,7 @@ class Trainer:
     def _announced(self, what: str, *, always: bool = False) -> Iterator[None]:
         """Say what is done now, unless it took no time worth a line when it was done before."""
         if (always or what not in self.quick) and is_writer():
-            logger.info("%s: %s after step %d", self.settings.stage, what, self.iteration)
+            logger.info("%s: %s %s", self.settings.stage, what, after(self.iteration))
         began = time.monotonic()
         yield
         if time.monotonic() - began < SILENCE_S:

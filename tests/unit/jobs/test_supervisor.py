@@ -108,6 +108,8 @@ def test_a_failed_process_is_reported_and_all_start_again_from_the_last_checkpoi
     assert toy.attempts == [(0, 5, "failed"), (4, 12, "finished")]
     assert "toy: rank 1 on " in output and "failed after step 5\nTraceback" in output
     assert "ValueError: the gradient is not finite after step 5; starting again from step 4\n" in output
+    assert "toy: starts (2 processes on 1 node)\n" in output
+    assert "toy: starts again, after step 4 (2 processes on 1 node)\n" in output
 
 
 def test_the_same_failure_twice_ends_it_with_its_error(toy: Toy):
@@ -134,8 +136,9 @@ def test_failures_without_progress_are_bounded(toy: Toy):
     status, output = toy.run(plan, max_restarts=2)
     assert status == 1
     assert toy.attempts == [(0, 0, "failed"), (0, 1, "failed"), (0, 2, "failed")]
+    assert "is not finite before the first step; starting again from the beginning\n" in output
     assert (
-        "error: toy: 3 starts in a row ended without a checkpoint after step 0 (max_restarts 2); the last "
+        "error: toy: 3 starts in a row ended without a first checkpoint (max_restarts 2); the last "
         "one: ValueError: the gradient is not finite\n"
     ) in output
 
@@ -392,7 +395,7 @@ def test_a_training_on_a_node_that_flaps_is_given_up_on(tmp_path: Path):
         attempts.check(0)
         attempts.begin(0, "7")
         attempts.end(outcome, 0)
-    with pytest.raises(UserError, match="2 starts in a row ended without a checkpoint after step 0"):
+    with pytest.raises(UserError, match="2 starts in a row ended without a first checkpoint"):
         Attempts("toy", path, 1).check(0)
 
 
