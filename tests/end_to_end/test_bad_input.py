@@ -72,7 +72,8 @@ def line_for(workspace: Workspace, output: str, *config: str) -> str:
 )
 def test_a_dry_run_finds_what_is_wrong_in_the_configuration(workspace: Workspace, config: str, message: str):
     result = workspace.snakemake("-n", config=(config,))
-    refused(result, "The configuration is wrong.", message)
+    refused(result, "error: The configuration is wrong.", message)
+    assert "Snakefile" not in result.output  # whose line says nothing to the user
     assert not (workspace.path / "data").exists() and not (workspace.path / "ckpt").exists()
 
 

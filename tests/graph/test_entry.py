@@ -39,8 +39,8 @@ def test_a_configuration_that_is_missing_is_named_in_a_line(workspace: Workspace
     assert result.status == 1 and "Traceback" not in result.output
     (said,) = (line for line in result.output.splitlines() if name in line)
     assert said == (
-        f"--configfile {name}: no such file. The option takes every word up to the next option, so targets "
-        "stand before it, or after `--`"
+        f"error: --configfile {name}: no such file. The option takes every word up to the next option, "
+        "so targets stand before it, or after `--`"
     )
 
 

@@ -50,6 +50,11 @@ INNER = re.compile(
     r"|  (Date|Workflow ID|Platform|Host|User|\w+ version|Command|Snakefile|\w+ directory|Config [\w()]+): "
     r"|    (input|output|log|jobid|benchmark|reason|wildcards|threads|resources|shell|params|priority): ?"
 )
+# An error that the Snakefile or an input function raises, and Snakemake's lines about where that is.
+RAISED = re.compile(
+    r'WorkflowError(?: in file ".*/Snakefile", line \d+)?:\n(.+?)(?:\n  File ".*", line \d+, in .+)*',
+    re.DOTALL,
+)
 STATUS = re.compile(r"returned non-zero exit status (\d+)|died with <Signals\.(\w+)")
 SUBMITTED = re.compile(r"Job (\S+) has been submitted with SLURM jobid (\S+) \(log: (.*)\)\.")
 
@@ -189,6 +194,8 @@ class Lines:
             return f"All jobs are done, after {took}." if self.done == self.total else None
         if text.rstrip().endswith(FAILED):
             return self._ending()
+        if found := RAISED.fullmatch(text):
+            return f"error: {found[1]}"
         if found := SUBMITTED.fullmatch(text):
             title = self._job(_number(found[1]), self.group).title
             return _at(f"{title} is submitted as Slurm job {found[2]}")
