@@ -1,0 +1,48 @@
+"""Variables of the environment that set keys."""
+
+from __future__ import annotations
+
+from snaketron.config import load
+from tests.unit.config.refusals import refusal
+
+import pytest
+
+
+def test_the_environment_is_over_every_file():
+    environment = {"SNAKETRON_SFT__TRAIN_ITERS": "11", "SNAKETRON_TRACKING": "off", "HOME": "/root"}
+    config = load({"sft": {"train_iters": 50, "num_samples": 3}}, environment)
+    assert (config.sft.train_iters, config.sft.num_samples, config.tracking) == (11, 3, "off")
+
+
+def test_the_environment_can_give_a_list():
+    blend = "[{source: tools, weight: 2}]"
+    config = load({}, {"SNAKETRON_SFT__BLEND": blend})
+    assert [(s.source, s.weight) for s in config.sft.blend] == [("tools", 2.0)]
+
+
+def test_the_variable_that_asks_for_plain_lines_is_no_key():
+    assert load({}, {"SNAKETRON_PLAIN": "1"}) == load({}, {})
+
+
+def test_the_environment_does_not_change_what_was_given():
+    values = {"sft": {"train_iters": 50}}
+    load(values, {"SNAKETRON_SFT__TRAIN_ITERS": "11"})
+    assert values == {"sft": {"train_iters": 50}}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SNAKETRON_SFT__TRAIN_ITER", "1", "sft.train_iter: unknown key; did you mean 'train_iters'?"),
+        ("SNAKETRON_STF__TRAIN_ITERS", "1", "stf: unknown key; did you mean 'sft'?"),
+        (
+            "SNAKETRON_SEED__X",
+            "1",
+            "environment variable SNAKETRON_SEED__X: 'seed' is not a section",
+        ),
+        ("SNAKETRON_SFT__TRAIN_ITERS", "many", "sft.train_iters: input should be a valid integer"),
+        ("SNAKETRON_SEED", "[1", "environment variable SNAKETRON_SEED: '[1' is not YAML"),
+    ],
+)
+def test_a_wrong_variable_is_named(name, value, message):
+    assert message in refusal({"seed": 1}, **{name: value})
