@@ -63,7 +63,11 @@ TOGETHER = {
     "main job": ("tests/end_to_end/test_main_job.py",),
     "killed data": ("tests/end_to_end/test_kill.py::test_killed_data_rules",),
     # They read tokens with megatron-core, which nothing else of `-m quick` imports.
-    "tokens": ("tests/unit/data/text/test_tokenize.py", "tests/unit/data/test_encode.py"),
+    "tokens": (
+        "tests/unit/data/text/test_tokenize.py",
+        "tests/unit/data/text/test_tokenize_documents.py",
+        "tests/unit/data/test_encode.py",
+    ),
 }
 PLACES = {place: name for name, places in TOGETHER.items() for place in places}
 ORDER = (

@@ -12,7 +12,7 @@ from snaketron import files
 from snaketron.data import encode
 from snaketron.data.tokenizer import encode_as_text, load_tokenizer, read_tokenizer, tokenizer_info
 from snaketron.log import UserError
-from tests.unit.data.text.test_tokenize import sequences
+from tests.unit.data.text.reading_back import sequences
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
