@@ -14,6 +14,8 @@ from snaketron.data.chats.marks import Rendered
 from snaketron.data.chats.template import Template
 from tests.unit.data.chats.chat_samples import TEMPLATE, question
 
+import pytest
+
 SOURCES = {
     "shipped": TEMPLATE.read_text(),
     "other": (Path(__file__).parent / "other_template.jinja").read_text(),
@@ -284,6 +286,15 @@ def _said(message: dict[str, Any]) -> str:
     calls = message.get("tool_calls", [])
     parts += [f"calls {c['function']['name']}({c['function']['arguments'] or ''})" for c in calls]
     return f"{message['role']} {', '.join(parts)}"
+
+
+EACH_CASE = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+BOTH = pytest.mark.parametrize("name", ["shipped", "other"])
+
+
+def rendered(name: str, case: Case, **arguments: Any) -> Rendered:
+    found = conversation.conversation(case.messages, case.tools)
+    return compiled(name, **arguments).render(found.messages, found.tools)
 
 
 # ------------------------------------------------------------ a template without generation blocks

@@ -10,7 +10,7 @@ from snaketron.data.chats import mask as masks
 from snaketron.data.chats.mask import Masker, in_bytes, tokenize
 from tests.unit.data.chats.chat_samples import build_tokenizer, question, save_tokenizer, write_jsonl
 from tests.unit.data.chats.golden import CASES, compiled
-from tests.unit.data.chats.test_render import arguments, render_files
+from tests.unit.data.chats.rendering import arguments, render_files
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers
