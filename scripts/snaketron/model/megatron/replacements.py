@@ -1,8 +1,8 @@
 """Everything that replaces or corrects a piece of megatron-core: one table, which is applied by `apply`.
 
 The rows for machines without a GPU are in `replacements_cpu`. A row goes when its test in
-tests/unit/model/megatron/test_replacements.py (tests/gpu for those of a GPU) says that the installed release
-does not need it any more: the test runs the original piece and shows its fault.
+tests/unit/model/megatron/test_replacements*.py (tests/gpu for what only a GPU can judge) says that the
+installed release does not need it any more: the test runs the original piece and shows its fault.
 """
 
 from __future__ import annotations
