@@ -46,7 +46,6 @@ class Figure:
     title: str
     alt: str
     svg: str
-    wide: bool = False
     kind: ClassVar[str] = "figure"
 
 

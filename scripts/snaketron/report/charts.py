@@ -52,8 +52,8 @@ class Curve:
     dots: bool = False  # few points, each of which counts
 
 
-def draw(title: str, curves: Sequence[Curve], *, x: str = "step") -> Figure | None:
-    """Curves over the same x; None where there are no points."""
+def draw(title: str, curves: Sequence[Curve]) -> Figure | None:
+    """Curves over the steps; None where there are no points."""
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return None
@@ -74,18 +74,18 @@ def draw(title: str, curves: Sequence[Curve], *, x: str = "step") -> Figure | No
                 markersize=4,
                 label=curve.name,
             )
-        _axes(axes, x)
+        _axes(axes)
         if len(curves) > 1:
             figure.legend(loc="outside upper left", ncols=2, handlelength=2.2, columnspacing=1.2)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    words = ". ".join(_in_words(curve, x) for curve in curves)
+    words = ". ".join(_in_words(curve) for curve in curves)
     alt = f"{title}: {words}."
     return Figure(title, alt, inline(buffer.getvalue().decode(), alt))
 
 
-def _axes(axes: Any, x: str) -> None:
-    axes.set_xlabel(x)
+def _axes(axes: Any) -> None:
+    axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(short))
@@ -108,14 +108,14 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def _in_words(curve: Curve, x: str) -> str:
+def _in_words(curve: Curve) -> str:
     (first_x, first), (last_x, last) = curve.points[0], curve.points[-1]
     name = f"{curve.name} " if curve.name else ""
     if len(curve.points) == 1:
-        return f"{name}{first:.4g} at {x} {first_x:,.0f}"
+        return f"{name}{first:.4g} at step {first_x:,.0f}"
     least, most = (pick(curve.points, key=lambda p: p[1]) for pick in (min, max))
     return (
-        f"{name}from {first:.4g} at {x} {first_x:,.0f} to {last:.4g} at {x} {last_x:,.0f}, "
+        f"{name}from {first:.4g} at step {first_x:,.0f} to {last:.4g} at step {last_x:,.0f}, "
         f"lowest {least[1]:.4g} at {least[0]:,.0f}, highest {most[1]:.4g} at {most[0]:,.0f}"
     )
 

@@ -136,7 +136,8 @@ def _gather(order: np.ndarray, bins: np.ndarray) -> Bins:
     return Bins(offsets, order[np.argsort(bins, kind="stable")])
 
 
-def _numbers(values: np.ndarray, at_once: int = 1 << 16) -> Iterable[int]:
+def _numbers(values: np.ndarray) -> Iterable[int]:
     """The values of an array as Python numbers, without a list of all of them."""
+    at_once = 1 << 16
     for start in range(0, len(values), at_once):
         yield from values[start : start + at_once].tolist()
