@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from snaketron.config import Model, Run
-from snaketron.sizes.parameters import expert_width, mamba_widths, padded_vocab_size
+from snaketron.sizes.parameters import expert_width, mamba_widths, padded_vocab_size, weight_bytes
 from snaketron.sizes.stages import pipeline_stages
 
 CHUNK = 32  # tokens of a chunk of Mamba's scan, `mamba2.CHUNK_SIZE`
@@ -23,7 +23,7 @@ def cpu_activation_memory(model: Model, vocab_size: int, seq_length: int, run: R
     beside the logits, any other one without them.
     """
     parallel, tp = run.parallel, run.parallel.tensor_model_parallel_size
-    width, norm = _width(model), _norm(model)
+    width, norm = weight_bytes(model), _norm(model)
     modules = [module for module in run.recompute if module != "layer"]
     stages = pipeline_stages(model, vocab_size, parallel)
     whole = {
@@ -52,7 +52,7 @@ def cpu_layer_activations(model: Model, layer: str, recompute: Sequence[str]) ->
 
     Mamba's scan keeps all that it makes, in fp32 whatever the precision of the model is.
     """
-    width = _width(model)
+    width = weight_bytes(model)
     if layer == "M":
         inner, _ = mamba_widths(model)
         gated_norm = (2 * FP32 + width) * inner
@@ -88,8 +88,4 @@ def _scan(model: Model) -> float:
 
 def _norm(model: Model) -> float:
     """Bytes of a token: a norm's input and what it makes of it in fp32, and the input of what follows."""
-    return (2 * FP32 + _width(model)) * model.hidden_size
-
-
-def _width(model: Model) -> int:
-    return FP32 if model.precision == "fp32" else 2
+    return (2 * FP32 + weight_bytes(model)) * model.hidden_size

@@ -38,16 +38,16 @@ def layer_flops(model: Model, layer: str, seq_length: float) -> float:
     return 2 * (router + projections + shared + model.moe_router_topk * expert_parameters(model))
 
 
-def training_flops(model: Model, vocab_size: int, seq_length: float) -> float:
+def training_flops(model: Model, vocab_size: int, seq_length: float, *, frozen: bool = False) -> float:
     """Model FLOPs of training on one token: three times those of the forward pass.
 
-    For each product of the forward pass, the backward pass has one for the gradient of the weights and one
-    for the gradient of the input. The output layer counts once, and once more for each depth of multi-token
-    prediction.
+    For each product of the forward pass, the backward pass has one for the gradient of the weights, unless
+    these are `frozen`, and one for the gradient of the input. The output layer counts once, and once more for
+    each depth of multi-token prediction.
     """
     hidden = model.hidden_size
     output = 2 * hidden * padded_vocab_size(model, vocab_size, 1)
     forward = output + sum(layer_flops(model, layer, seq_length) for layer in model.hybrid_layer_pattern)
     depth: float = 2 * 2 * hidden * hidden + output
     depth += sum(layer_flops(model, layer, seq_length) for layer in model.mtp_hybrid_layer_pattern)
-    return 3 * (forward + model.mtp_num_layers * depth)
+    return (2 if frozen else 3) * (forward + model.mtp_num_layers * depth)

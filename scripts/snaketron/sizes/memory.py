@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from snaketron.config import Adapters, Lora, Model, Optimizer, Parallel, Run
 from snaketron.sizes.activations import layer_activations
-from snaketron.sizes.parameters import Parameters, expert_width, padded_vocab_size
+from snaketron.sizes.parameters import Parameters, expert_width, padded_vocab_size, weight_bytes
 from snaketron.sizes.stages import adapter_parameters, pipeline_stages, stage_parameters
 
 
@@ -53,7 +53,7 @@ def static_memory(
         rounded = 2 * expert if model.precision.startswith("fp8") and not adapters else 0
         found.append(
             StaticMemory(
-                weights=(2 if in_bf16 else 4) * held + rounded,
+                weights=weight_bytes(model) * held + rounded,
                 gradients=(2 if optimizer.gradient_precision == "bf16" else 4) * (dense + expert),
                 main_weights=(2 if short else 4) * here if in_bf16 else 0,
                 moments=(4 if short else 8) * here,
@@ -99,8 +99,7 @@ def activation_memory(
     # Both norms before the joining projection, its input, and the block's layers.
     depth = 6 * model.hidden_size / tp + layers(model.mtp_hybrid_layer_pattern)
     found[-1] += logits / tp + model.mtp_num_layers * (depth + logits / tp)
-    width = 4 if model.precision == "fp32" else 2
-    return [width * tokens * kept * (len(stages) - stage) for stage, kept in enumerate(found)]
+    return [weight_bytes(model) * tokens * kept * (len(stages) - stage) for stage, kept in enumerate(found)]
 
 
 def memory_of_process(
@@ -122,4 +121,4 @@ def conversion_memory(model: Model, vocab_size: int) -> float:
     """
     experts = model.num_moe_experts * model.moe_ffn_hidden_size * expert_width(model)
     largest = max(experts, padded_vocab_size(model, vocab_size, 1) * model.hidden_size)
-    return 1.5e9 + 2 * largest * (4 if model.precision == "fp32" else 2)
+    return 1.5e9 + 2 * largest * weight_bytes(model)

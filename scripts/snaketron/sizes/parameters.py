@@ -43,6 +43,7 @@ class Parameters:
         return self.expert // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
 
     def of_process(self, parallel: Parallel) -> int:
+        """Parameters that one process holds."""
         return self.dense_of_process(parallel) + self.expert_of_process(parallel)
 
 
@@ -50,6 +51,11 @@ def padded_vocab_size(model: Model, vocab_size: int, tensor_parallel_size: int) 
     """Rows of the embedding: the next multiple of make_vocab_size_divisible_by and of the TP size."""
     multiple = math.lcm(model.make_vocab_size_divisible_by, tensor_parallel_size)
     return math.ceil(vocab_size / multiple) * multiple
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of a weight, and of a number between layers: bf16, unless the model is in fp32."""
+    return 4 if model.precision == "fp32" else 2
 
 
 def layer_parameters(model: Model, layer: str) -> Parameters:
@@ -111,10 +117,12 @@ def mamba_widths(model: Model) -> tuple[int, int]:
 
 
 def expert_width(model: Model) -> int:
+    """Channels that routed experts read and write."""
     return model.moe_latent_size or model.hidden_size
 
 
 def expert_parameters(model: Model) -> int:
+    """Parameters of one routed expert."""
     return 2 * expert_width(model) * model.moe_ffn_hidden_size
 
 

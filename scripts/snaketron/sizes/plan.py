@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from snaketron.config import Config, Model, Parallel, Training
 from snaketron.sizes.cpu_activations import cpu_activation_memory
 from snaketron.sizes.memory import activation_memory, static_of_run, updated_parameters
-from snaketron.sizes.parameters import Parameters, num_active_parameters, num_parameters
+from snaketron.sizes.parameters import Parameters, num_active_parameters, num_parameters, weight_bytes
 from snaketron.sizes.speed import Speed, flops_per_token, speed
 from snaketron.sizes.stages import adapter_parameters, stage_parameters
 
@@ -124,16 +124,12 @@ def merged_bytes(config: Config, training: Training) -> float:
     That checkpoint has no optimizer.
     """
     stages = stage_parameters(training.model, config.tokenizer.vocab_size, training.run.parallel)
-    return _in_weight(training.model) * _of_fullest(stages, training.run.parallel)
-
-
-def _in_weight(model: Model) -> int:
-    return 4 if model.precision == "fp32" else 2
+    return weight_bytes(training.model) * _of_fullest(stages, training.run.parallel)
 
 
 def _in_checkpoint(model: Model) -> int:
     """Bytes of a parameter: the weight, its main weight and both moments."""
-    return _in_weight(model) + 3 * 4
+    return weight_bytes(model) + 3 * 4
 
 
 def _copied_bytes(config: Config, training: Training) -> float:

@@ -33,12 +33,9 @@ class Speed(NamedTuple):
 
 
 def flops_per_token(config: Config, training: Training) -> float:
-    """Model FLOPs of training on one token.
-
-    Frozen weights have no gradient, which is one of the three products of each layer.
-    """
-    whole = training_flops(training.model, config.tokenizer.vocab_size, training.seq_length)
-    return whole * 2 / 3 if training.adapters else whole
+    """Model FLOPs of training on one token, whose weights are frozen where it trains adapters."""
+    frozen = training.adapters is not None
+    return training_flops(training.model, config.tokenizer.vocab_size, training.seq_length, frozen=frozen)
 
 
 def speed(config: Config, training: Training) -> Speed | None:

@@ -56,9 +56,10 @@ class Trainer:
         self.model, self.parallel_model = self.built.model, training.parallel_model
         self.settings, self.run = self.built.settings, self.built.run
         self.iteration, self.seconds = 0, 0.0
-        flops = training_flops(self.settings.model, self.built.vocab_size, self.settings.seq_length)
-        if self.built.adapters:
-            flops *= 2 / 3  # frozen weights have no gradient
+        flops = training_flops(
+            *(self.settings.model, self.built.vocab_size, self.settings.seq_length),
+            frozen=self.built.adapters is not None,
+        )
         recorded = backend.records_micro_batches(self.settings, self.run)
         self.micro_batches = backend.schedule(recorded=recorded)
         self.clock = Clock(flops, self.run.parallel.world_size)

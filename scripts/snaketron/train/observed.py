@@ -88,11 +88,8 @@ class Observed:
         here = torch.tensor([own, data_seconds], dtype=torch.float64, device=backend.device())
         gathered = torch.zeros(world * 2, dtype=torch.float64, device=backend.device())
         torch.distributed.all_gather_into_tensor(gathered, here)
-        return {"slowest": slowest(gathered.reshape(world, 2).tolist(), pipeline_stages())}
-
-
-def pipeline_stages() -> int:
-    return int(parallel_state.get_pipeline_model_parallel_world_size())
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        return {"slowest": slowest(gathered.reshape(world, 2).tolist(), stages)}
 
 
 def slowest(times: list[list[float]], stages: int) -> dict[str, Any]:
