@@ -39,6 +39,7 @@ class BuiltModel:
 
     @property
     def adapters(self) -> Adapters | None:
+        """Settings of the adapters; None for a model without."""
         return self.settings.lora if isinstance(self.settings, LoraSettings) else None
 
     @property

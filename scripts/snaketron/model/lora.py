@@ -327,6 +327,7 @@ class Part:
         return (".lora." in key) == self.adapters
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Like that of megatron-core's modules, without the keys of the other part."""
         return {k: v for k, v in self.model.sharded_state_dict(metadata=metadata).items() if self._is_here(k)}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> Any:

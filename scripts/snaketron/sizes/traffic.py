@@ -51,9 +51,11 @@ class Moved:
 
     @property
     def total(self) -> float:
+        """Bytes over both."""
         return self.nvlink + self.network
 
     def seconds(self, gpu: Gpu) -> float:
+        """How long they take, one after the other, at the shares of the peaks that were measured."""
         return self.nvlink / (gpu.nvlink * NVLINK) + self.network / (gpu.network * NETWORK)
 
 

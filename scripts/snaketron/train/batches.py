@@ -32,9 +32,11 @@ class Batches:
         self.micro_batch_size = micro_batch_size
 
     def has(self, split: Split) -> bool:
+        """Whether a split has samples."""
         raise NotImplementedError
 
     def collate(self, split: Split, indices: Sequence[int]) -> Batch:
+        """The micro-batch of the samples of these numbers; `micro_batches` has the shapes of its tensors."""
         raise NotImplementedError
 
     def share(self, first: int, count: int) -> np.ndarray:

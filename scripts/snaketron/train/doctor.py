@@ -34,6 +34,8 @@ SLOW_LINK = 20e9  # bytes a second between two GPUs: PCIe 4 gives about 20 GB/s,
 
 @dataclass(frozen=True)
 class Finding:
+    """What was tried or looked at, and how it went."""
+
     name: str
     good: bool
     text: str  # what there is, or what is wrong and what to do

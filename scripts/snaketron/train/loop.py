@@ -81,6 +81,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------ checkpoints
 
     def save(self, directory: Path) -> None:
+        """Write a checkpoint of this step into the version `directory`, or begin to, as `Saver.save` does."""
         progress = {
             "iteration": self.iteration,
             "consumed_train_samples": self.iteration * self.settings.global_batch_size,

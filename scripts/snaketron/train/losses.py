@@ -43,6 +43,7 @@ class Sums:
 
     @classmethod
     def zeros(cls, num_sources: int, device: torch.device | str = "cpu", *, mixed: bool = False) -> Sums:
+        """Sums of nothing, with a row for each source; one row where metrics know no sources."""
         rows = 1 + num_sources if mixed else max(1, num_sources)
         return cls(torch.zeros(rows, len(cls.NAMES), dtype=torch.float64, device=device), mixed)
 
@@ -162,6 +163,7 @@ class Totals:
         self.mtp = [total + loss for total, loss in zip(self.mtp or [0.0] * len(mtp), mtp, strict=True)]
 
     def clear(self) -> None:
+        """Begin anew, in the same tensors."""
         self.sums.values.zero_()
         self.steps, self.load_balancing, self.mtp = 0.0, 0.0, [0.0] * len(self.mtp)
 

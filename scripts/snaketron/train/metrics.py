@@ -58,6 +58,7 @@ class Metrics:
         return [orjson.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
     def write(self, **values: Any) -> None:
+        """Add a line, which `observe` gets too; nothing where this is not the writer."""
         if not self.writer:
             return
         with self.path.open("ab") as file:
@@ -123,6 +124,7 @@ class Clock:
 
     @contextlib.contextmanager
     def spend(self, on: str) -> Iterator[None]:
+        """Add the seconds within to those of `on`, a key of `spent`, also where an error ends them."""
         began = time.monotonic()
         try:
             yield
@@ -170,6 +172,7 @@ class Progress:
         self.speed: float | None = None  # tokens a second since the first call
 
     def show(self, done: int, loss: float) -> None:
+        """Show the line after `done` steps, if it is time for one; `loss` is in nats a token."""
         now = time.monotonic()
         self.began = self.began or (now, done)
         began, first = self.began

@@ -41,6 +41,7 @@ class MixedPacks:
 
     @property
     def num_samples(self) -> int:
+        """Samples of the split; each is a pack."""
         return len(self.sources)
 
 

@@ -131,6 +131,7 @@ class Stage:
 
     @cached_property
     def key(self) -> str:
+        """The hash of what defines the result, by which the version is found again."""
         return version_key(self.settings.model_dump(), self.identities)
 
     @property
@@ -249,6 +250,7 @@ class Stage:
         )
 
     def publish(self) -> None:
+        """Let the output, a link, lead to this version, which is complete."""
         self.version.publish(self.output)
         logger.info("%s: %s is %s", self.settings.stage, self.output, self.version.directory)
 

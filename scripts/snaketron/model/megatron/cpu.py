@@ -20,7 +20,10 @@ from torch import Tensor
 
 
 class Stream(torch.cpu.Stream):
+    """A stream that can record an event, as those of a GPU can."""
+
     def record_event(self, event: Any = None) -> Any:
+        """An event that has happened: a CPU computes in the order of the program."""
         return torch.cpu.Event()
 
 
@@ -62,14 +65,17 @@ current_stream = on_torch_cpu("current_stream")
 
 
 def manual_seed(seed: int) -> Any:
+    """Seed torch's generator, the only one on a CPU."""
     return torch.manual_seed(seed)
 
 
 def set_rng_state(new_state: Tensor, *_: Any, **__: Any) -> None:
+    """Set the state of torch's generator, whichever device is asked for."""
     torch.set_rng_state(new_state)
 
 
 def get_rng_state(*_: Any, **__: Any) -> Tensor:
+    """The state of torch's generator."""
     return torch.get_rng_state()
 
 
@@ -83,6 +89,7 @@ def tensor_type(self: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def cuda(self: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The tensor itself, which is where it is computed with."""
     return self
 
 
@@ -97,6 +104,7 @@ def check_sequence_packing(**_: Any) -> tuple[bool, str | None]:
 
 
 def is_te_min_version(*_: Any) -> bool:
+    """That Transformer Engine is as new as megatron-core asks: what stands in for it does all of that."""
     return True
 
 

@@ -66,6 +66,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         _mark_sequence_parallel(self.layer_norm_weight, config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (length, batch, inputs) to (length, batch, outputs / TP), and the bias if it is apart."""
         return super().forward(
             F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.config.layernorm_epsilon)
         )
@@ -89,6 +90,7 @@ class DuplicatedLinear(torch.nn.Linear):
         _mark_sequence_parallel(self.weight, config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """x (..., input size) to (..., output size), and no bias."""
         return super().forward(x), None
 
     def sharded_state_dict(

@@ -167,6 +167,7 @@ def dispatch_postprocess(self: Any, tokens: torch.Tensor, probs: torch.Tensor) -
 
 
 def combine_preprocess(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The experts' output (tokens, width), sorted for its way back where it has one."""
     return hidden_states if _alone(self) else original(COMBINE_PREPROCESS)(self, hidden_states)
 
 

@@ -220,6 +220,7 @@ class RMSNormGated(torch.nn.Module):
         self.eps, self.group_size = eps, group_size or hidden_size
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """x and z (..., hidden_size) to the same shape and type; computed in float32 at least."""
         work = torch.promote_types(x.dtype, torch.float32)
         y = x.to(work) if z is None else x.to(work) * F.silu(z.to(work))
         y = F.rms_norm(y.unflatten(-1, (-1, self.group_size)), (self.group_size,), eps=self.eps)

@@ -44,6 +44,7 @@ class Place(NamedTuple):
 
     @property
     def holders(self) -> range:
+        """The ranks that hold a part of the parameter."""
         return range(self.start // self.length, (self.end - 1) // self.length + 1)
 
     def part(self, rank: int) -> slice:
@@ -252,6 +253,7 @@ class Held(NamedTuple):
 
     @property
     def size(self) -> int:
+        """How many numbers this rank holds."""
         return self.values.numel()
 
     def fp32(self, begin: int, end: int) -> Tensor:
@@ -269,6 +271,7 @@ class Held(NamedTuple):
         return self.values if as_it_is else None
 
     def whole(self) -> Tensor:
+        """All of them in fp32, (size,)."""
         return self.fp32(0, self.size)
 
     def take(self, begin: int, values: Tensor) -> None:

@@ -90,6 +90,7 @@ class Expected:
 
     @classmethod
     def take(cls) -> Tensor | None:
+        """What is expected, (batch, length), which is forgotten by that."""
         factors, cls.factors = cls.factors, None
         return factors
 

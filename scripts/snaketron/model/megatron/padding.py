@@ -42,6 +42,7 @@ class _Padding:
 
 
 def model_forward(self: HybridModel, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The forward pass of the model (see `spec.build_model`), whose padding its layers then know."""
     _Padding.mask = kwargs.get("padding_mask")
     Expected.of_model(kwargs.get("loss_mask"))
     return original(MODEL_FORWARD)(self, *args, **kwargs)
@@ -53,6 +54,7 @@ def moe_forward(
     intermediate_tensors: Any = None,
     padding_mask: torch.Tensor | None = None,
 ) -> Any:
+    """A layer of experts of (length, batch, hidden), whose routers skip the padding of the micro-batch."""
     if padding_mask is None:
         padding_mask = _Padding.mask
     return original(MOE_FORWARD)(self, hidden_states, intermediate_tensors, padding_mask)

@@ -102,17 +102,20 @@ def take(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor | None:
 
 
 def mamba_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A Mamba layer of (length, batch, hidden), whose input its norm knows."""
     hidden_states = enter(hidden_states, self.norm, self.mixer.in_proj)
     return original(MAMBA)(self, hidden_states, *args, **kwargs)
 
 
 def forward_attention(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Attention with its norm and sum, of (length, batch, hidden), whose input the norm knows."""
     product = getattr(self.self_attention, "linear_qkv", None)
     hidden_states = enter(hidden_states, self.input_layernorm, product)
     return original(ATTENTION)(self, hidden_states, *args, **kwargs)
 
 
 def forward_mlp(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A dense layer or one of experts, with its norm and sum, of (length, batch, hidden)."""
     product = getattr(self.mlp, "linear_fc1", None)
     hidden_states = enter(hidden_states, self.pre_mlp_layernorm, product)
     return original(MLP)(self, hidden_states, *args, **kwargs)

@@ -32,6 +32,8 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Value:
+    """An object that takes a place itself, where a text would name what does."""
+
     value: Any
 
 

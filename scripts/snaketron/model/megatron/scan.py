@@ -21,6 +21,8 @@ from torch import Tensor
 
 
 class Sizes(NamedTuple):
+    """Sizes of a scan. Shapes are written with b batch, l length, h heads, p width, g groups, n state."""
+
     chunk: int  # positions of a chunk
     heads: int
     width: int  # of a head

@@ -18,10 +18,12 @@ class WriteResults:
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 - open for as long as it may be read
 
     def put(self, results: object) -> None:
+        """Write the results, which must be picklable; `OSError` where the disk is full."""
         pickle.dump(results, self.file)
         self.file.flush()
 
     def get_nowait(self) -> object:
+        """The results; `queue.Empty` as long as there are none."""
         self.file.seek(0)
         try:
             return pickle.load(self.file)
