@@ -77,6 +77,11 @@ class Drops:
             f"the first is {self._explain(first)}"
         )
 
+    def explained(self) -> str:
+        """Why all of them were dropped: how many for each reason, and the first one that is listed."""
+        first = [self._explain(row) for row in self.listed[:1]]
+        return "; ".join([counted(dict(self.reasons.most_common()), empty=""), *first])
+
     def _explain(self, row: Mapping[str, Any]) -> str:
         """A dropped row in a line: where, why and what to do."""
         reason, where = row["reason"], place(Path(row["file"]), row["row"])

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from snaketron.data.chats.conversation import Conversation
 from snaketron.data.chats.template import Template
-from snaketron.data.chats.unusable import ADVICE
-from snaketron.data.drops import FILTERED, Drops, place
+from snaketron.data.drops import FILTERED, Drops
 from snaketron.lineage.record import Opened
 from snaketron.log import UserError, logger
 from snaketron.settings.chats import RenderSettings
-from snaketron.wording import counted
 
 # What is counted and told, by its name in the record.
 NOTES = {
@@ -57,7 +54,7 @@ class Notes:
         """`UserError` when no row can be used; warnings for what is not as the files have it."""
         names, template = ", ".join(map(str, self.read)), self.template.name
         if not num_kept and drops.num_rows:
-            message = f"{names}: none of {drops.num_rows} rows can be used: {explain(drops)}"
+            message = f"{names}: none of {drops.num_rows} rows can be used: {drops.explained()}"
             if drops.num_rows > drops.reasons[FILTERED]:
                 raise UserError(message)
             logger.warning("%s", message)
@@ -87,14 +84,3 @@ class Notes:
                 template,
                 self.num_unwritten,
             )
-
-
-def explain(drops: Drops) -> str:
-    """Reasons and numbers in one line, with an example of the first and what to do."""
-    reasons = counted(dict(drops.reasons.most_common()), empty="")
-    if not drops.listed:
-        return reasons
-    first = drops.listed[0]
-    advice = f" ({ADVICE[first['reason']]})" if first["reason"] in ADVICE else ""
-    where = place(Path(first["file"]), first["row"])
-    return f"{reasons}; {where}: {first['detail'] or first['reason']}{advice}"

@@ -139,7 +139,7 @@ def test_a_file_of_which_no_row_can_be_used_is_an_error(tmp_path, tokenizer):
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [{"from": "human", "value": "a"}]}] * 3)
     assert refused(tmp_path, chats) == (
         "chats.jsonl: none of 3 rows can be used: 3 x a message without a role; "
-        "chats.jsonl:1: message 0 has from, value "
+        "chats.jsonl:1: a message without a role: message 0 has from, value "
         "(name its keys in role_key and content_key of the source (from, value: ShareGPT))"
     )
 
