@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # imports megatron-core (5 s)
     from snaketron.inference.chat import Chat
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="directory of a checkpoint, such as ckpt/sft")
     parser.add_argument(
@@ -66,7 +66,11 @@ def main(argv: list[str] | None = None) -> int:
         default=len(os.sched_getaffinity(0)),
         help="CPU threads (default: all CPUs, %(default)s here)",
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     Version(args.checkpoint).check_finished()
     tools = _tools(args.tools) if args.tools else []
     for stream in (sys.stdin, sys.stdout):  # a terminal may know less than the tokenizer, or send anything
