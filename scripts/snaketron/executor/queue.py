@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pwd
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ OVER = {
 }
 
 
-def states(name: str, clusters: Iterable[str] = ()) -> dict[str, str]:
+def states(name: str, clusters: Collection[str] = ()) -> dict[str, str]:
     """The states of all jobs of a name that Slurm still knows, by number; `slurm.NoAnswer`."""
     where = [f"--clusters={','.join(sorted(clusters))}"] if clusters else []
     said = slurm.ask("squeue", "--noheader", "--states=all", f"--name={name}", "--format=%i|%T", *where)

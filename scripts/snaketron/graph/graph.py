@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Graph:
     """
 
     def __init__(
-        self, config: Config, configfiles: Iterable[str | Path] = (), *, assuming: bool = False
+        self, config: Config, configfiles: Collection[str | Path] = (), *, assuming: bool = False
     ) -> None:
         check_trainings(config)
         self.config = config

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -266,7 +266,7 @@ def root_of(path: Path) -> Path:
     )
 
 
-def _json_files(roots: Iterable[Path]) -> Iterator[str]:
+def _json_files(roots: Collection[Path]) -> Iterator[str]:
     """All files `*.json`; a directory that links lead to as well counts once, under its own name."""
     directories = [str(root.absolute()) for root in roots]
     links: list[str] = []

@@ -8,7 +8,7 @@ import json
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
@@ -37,7 +37,7 @@ class Task(NamedTuple):
 
 
 def lock_sources(
-    config: Config, *, names: Iterable[str] = (), update: bool = False, patience: Patience | None = None
+    config: Config, *, names: Collection[str] = (), update: bool = False, patience: Patience | None = None
 ) -> Lock:
     """List the sources and hub models that lie elsewhere into the lock file; return it.
 
