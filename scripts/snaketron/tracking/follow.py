@@ -28,6 +28,7 @@ from snaketron.tracking.lines import Tail, line_of_metrics
 from snaketron.tracking.notify import tell
 from snaketron.tracking.sinks import Run, Sink
 from snaketron.tracking.warnings import warnings_of
+from snaketron.wording import after
 
 import orjson
 
@@ -167,7 +168,7 @@ class Follower:
                 break
             self.attempts += 1
             if attempt.outcome in ("failed", "hung"):
-                self.alert(attempt.outcome, f"after step {attempt.iteration}: {attempt.error}", failed=True)
+                self.alert(attempt.outcome, f"{after(attempt.iteration)}: {attempt.error}", failed=True)
             if attempt.outcome == "hung" and self.run.notify:
                 tell(self.run.notify, "stalled", self.run.version, error=attempt.error)
         return "finished" if self.run.version.is_finished else attempts[-1].outcome
