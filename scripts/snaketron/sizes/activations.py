@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass."""
+"""What a layer keeps on a GPU for its backward pass; `cpu_activations` says what one keeps on a CPU."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def static_of_run(model: Model, vocab_size: int, run: Run, optimizer: Optimizer)
 def activation_memory(
     model: Model, vocab_size: int, seq_length: int, run: Run, keeps_scan: bool = True
 ) -> list[float]:
-    """Bytes of activations on a process of each pipeline stage at their peak, the end of a forward pass.
+    """Bytes of activations on the GPU of each pipeline stage at their peak, the end of a forward pass.
 
     A stage also keeps the micro-batches that later stages are still computing. The logits of the output layer
     and of each depth of multi-token prediction are kept until their gradient takes their place.
