@@ -107,7 +107,7 @@ if workflow.is_main_process:
         *graph.bases.unread(),
         configfiles.mixed(workflow.overwrite_configfiles),
         notes.from_sample(graph.config),
-        notes.other_vocabulary(graph.config),
+        notes.other_vocabulary(graph.config, graph.tokenizer_directory()),
         *notes.unmeasured(graph.config),
     ):
         if note:

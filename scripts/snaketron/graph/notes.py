@@ -48,14 +48,21 @@ def from_sample(config: Config) -> str | None:
     return f"Still from the sample beside your own sources: {'; '.join(left)}" if left else None
 
 
-def other_vocabulary(config: Config) -> str | None:
-    """That the tokenizer has another size than is configured; None where it has not, or is not made yet."""
+def other_vocabulary(config: Config, taken_from: str) -> str | None:
+    """That the tokenizer has another size than is configured; None where it has not, or is not made yet.
+
+    Args:
+        config: the configuration.
+        taken_from: the directory of a tokenizer that is not trained. What was made of another one, or
+            trained, is replaced by a run, so its size says nothing.
+    """
     stated, directory = config.tokenizer.vocab_size, Path(config.pathvars["data"]) / "tokenizer"
     try:
-        there = read(directory / "record.json").counts.get("vocab_size") if config.tokenizer.path else stated
+        made = read(directory / "record.json")
     except (UserError, OSError):
         return None
-    if there in (stated, None):
+    there = made.counts.get("vocab_size")
+    if not taken_from or made.settings.get("path") != taken_from or there in (stated, None):
         return None
     return (
         f"tokenizer.vocab_size is {stated}, and the tokenizer in {directory} has {there} tokens: memory, "

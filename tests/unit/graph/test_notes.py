@@ -93,18 +93,20 @@ def test_a_misspelt_target_is_answered_by_a_result_or_a_rule():
 
 
 def test_a_tokenizer_of_another_size_than_the_plan_takes_is_told(tmp_path: Path):
-    def told(**tokenizer: Any) -> str | None:
-        return other_vocabulary(load({"tokenizer": tokenizer, "pathvars": {"data": str(tmp_path)}}, {}))
+    def told(path: str | None = None, **tokenizer: Any) -> str | None:
+        config = load({"tokenizer": {"path": path} | tokenizer, "pathvars": {"data": str(tmp_path)}}, {})
+        return other_vocabulary(config, path or "")
 
     assert told(path="mine") is None  # not made yet
     made = tmp_path / "tokenizer"
     made.mkdir()
     outputs = {"tokenizer.json": made / "tokenizer.json"}
     with making("tokenizer", "tokenizer", outputs=outputs, record=made / "record.json") as job:
-        job.counts = {"vocab_size": 40_000}
+        job.settings, job.counts = {"path": "mine"}, {"vocab_size": 40_000}
         job.aside["tokenizer.json"].write_text("{}")
     assert told(path="mine", vocab_size=40_000) is None
     assert told() is None  # a trained one, which may find pairs for less
+    assert told(path="other") is None  # it takes the place of what is there
     assert told(path="mine") == (
         f"tokenizer.vocab_size is 2048, and the tokenizer in {made} has 40000 tokens: memory, times and "
         "pipeline stages are worked out for 2048; set it to 40000"
