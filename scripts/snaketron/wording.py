@@ -75,12 +75,14 @@ def duration(seconds: float) -> str:
 def hours(number: float) -> str:
     """A time that is known roughly, in the unit that fits it.
 
-    >>> hours(0.5), hours(5), hours(72)
-    ('30.0 min', '5.0 h', '3.0 days')
+    >>> hours(0.001), hours(0.5), hours(5), hours(72)
+    ('4 s', '30.0 min', '5.0 h', '3.0 days')
     """
     if number >= 48:
         return f"{number / 24:,.1f} days"
-    return f"{number:.1f} h" if number >= 1 else f"{number * 60:.1f} min"
+    if number >= 1:
+        return f"{number:.1f} h"
+    return f"{number * 60:.1f} min" if number * 60 >= 1 else f"{number * 3600:.0f} s"
 
 
 def counted(numbers: Mapping[str, int], *, empty: str = "none", sign: str = " x ") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def test_each_version_has_its_state_size_and_age(ckpt: Path, caplog: pytest.LogC
         assert deleted(ckpt, "--dry-run") == []
     said = [message.split(maxsplit=2) for message in caplog.messages]
     lines = {words[1]: " ".join([words[0], *words[2].split()]) for words in said if words[0] == "keep"}
-    assert {name: line.partition(" min ")[2] for name, line in lines.items()} == {
+    assert {name: re.split(r" [\d.]+ (?:s|min) ", line)[1] for name, line in lines.items()} == {
         "pretrain_broad-1": "finished, sft-1 was built on it",
         "pretrain_broad-2": f"finished, published as {ckpt}/pretrain/broad",
         "sft-1": f"finished, published as {ckpt}/sft",
