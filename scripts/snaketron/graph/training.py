@@ -12,6 +12,7 @@ from snaketron.config.evaluation import Evaluation
 from snaketron.graph.base import BaseGraph
 from snaketron.graph.unknown import find
 from snaketron.huggingface.peft import refused
+from snaketron.jobs.version import Version
 from snaketron.settings.evaluation import eval_run, eval_settings
 from snaketron.settings.keeping import kept_at_end
 from snaketron.settings.schedule import steady_steps
@@ -44,11 +45,13 @@ class TrainingGraph:
         return [base] if (base := self.bases.start("pretrain")) else []
 
     def averaged(self, wildcards: Any) -> str:
-        """The phase whose checkpoints are averaged; `ConfigError` where it would keep fewer than two."""
+        """The phase whose checkpoints are averaged; `ConfigError` where fewer than two are and will be there.
+
+        One that was trained with other keys may have more than it would keep now.
+        """
         phase: str = wildcards.phase
         find("phase of pretraining", phase, dict.fromkeys(self.phases))
-        if not Path(self.config.pathvars["ckpt"], "pretrain", phase).exists():  # else its checkpoints decide
-            self._check_averaged(self.config.training(f"pretrain/{phase}"))
+        self._check_averaged(self.config.training(f"pretrain/{phase}"))
         return f"<ckpt>/pretrain/{phase}"
 
     def base(self, section: str) -> str:
@@ -139,8 +142,9 @@ class TrainingGraph:
     def _check_averaged(self, training: Training) -> None:
         settings, run, steps = train_settings(self.config, training.name), training.run, training.train_iters
         steady = steady_steps(settings.schedule, settings.optimizer, steps)
+        there = Version(Path(self.config.pathvars["ckpt"], training.name)).iterations()
         found = [step for step in kept_at_end(run, steady, steps) if step <= steady]
-        if len(found) < 2:
+        if len(found) < 2 and sum(0 < step <= steady for step in there) < 2:
             raise ConfigError(
                 f"pretrain.keep_steady {run.keep_steady}, steady_interval "
                 f"{run.steady_interval or run.save_interval}: {training.name} would keep "

@@ -48,7 +48,11 @@ def test_an_average_takes_two_checkpoints_and_the_graph_says_so_before_the_train
     )
     more = training(pretrain={"phases": PHASES, "keep_steady": 3, "steady_interval": 30})
     assert more.averaged(job(phase="one")) == "<ckpt>/pretrain/one"
-    (tmp_path / "ckpt/pretrain/one").mkdir(parents=True)  # trained with other keys: its checkpoints decide
+    trained = tmp_path / "ckpt/pretrain/one"  # with the same keys: there is one indeed
+    (trained / "iter_0000098").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="would keep 1 checkpoint"):
+        training().averaged(job(phase="one"))
+    (trained / "iter_0000060").mkdir()  # with other keys: its checkpoints decide
     assert training().averaged(job(phase="one")) == "<ckpt>/pretrain/one"
 
 
