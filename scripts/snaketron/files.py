@@ -129,6 +129,12 @@ def _is_at(path: Path, file: IO[bytes]) -> bool:
         return False
 
 
+def shown(path: str | Path) -> str:
+    """A path as a user in this directory would give it."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def write_text(path: Path, text: str | bytes) -> None:
     """Write a small file, complete or not at all."""
     with writing(path) as (temporary,):

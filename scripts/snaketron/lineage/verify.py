@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snaketron.files import directory_sha256, read_json, sha256, write_text
+from snaketron.files import directory_sha256, read_json, sha256, shown, write_text
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.tree import is_file, trouble
 from snaketron.log import UserError, end_progress, logger, show_progress
@@ -160,7 +160,7 @@ def _compare(one: Named, digest: str, found: Found) -> None:
 
 
 def _problem(one: Named, what: str) -> str:
-    return f"{one.path}: {what} (record {one.by})"
+    return f"{shown(one.path)}: {what} (record {shown(one.by)})"
 
 
 def _hash(path: Path) -> str:

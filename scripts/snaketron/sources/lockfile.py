@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
+from snaketron.files import shown
 from snaketron.wording import plural
 
 LOCK_VERSION = 1
@@ -115,7 +116,7 @@ def read_lock(path: str | Path, configfiles: Iterable[str | Path] = ()) -> Lock:
 
     `configfiles` are the user's `--configfile`, which messages repeat in the command to run.
     """
-    overlays = [_shown(file) for file in configfiles]
+    overlays = [shown(file) for file in configfiles]
     command = shlex.join(
         ["python", "scripts/lock_sources.py", *(["--configfile", *overlays] if overlays else [])]
     )
@@ -141,11 +142,6 @@ def read_lock(path: str | Path, configfiles: Iterable[str | Path] = ()) -> Lock:
         ) from None
     return lock
 
-
-def _shown(path: str | Path) -> str:
-    """A path as the user would give it."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def lock_text(lock: Lock) -> str:
