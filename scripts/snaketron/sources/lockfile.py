@@ -143,7 +143,6 @@ def read_lock(path: str | Path, configfiles: Iterable[str | Path] = ()) -> Lock:
     return lock
 
 
-
 def lock_text(lock: Lock) -> str:
     """The text of a lock file: entries by name, a line a file, so that a diff shows what changed."""
     parts = [f'  "sources": {_block(lock.sources)}']
