@@ -80,7 +80,7 @@ class Lines:
     done: int = 0
     stopping: bool = False  # as the user asked
     stopped: bool = False  # whether a job has
-    group: str = ""  # the group of jobs that is being submitted
+    groups_of: dict[str, str] = field(default_factory=dict)  # the groups of jobs by the ids of their members
     full_log: str = ""
 
     def of(self, record: LogRecord) -> str | None:
@@ -120,8 +120,13 @@ class Lines:
         return _at(f"{job.title} starts") if said["local"] and not said["indent"] else None
 
     def _group(self, record: LogRecord) -> str | None:
-        self.group = _group(job.rule.name for job in record.__dict__["jobs"])
-        return f"{self.group}:" if self.dryrun else None
+        jobs = record.__dict__["jobs"]
+        title = _group(job.rule.name for job in jobs)
+        if self.dryrun:
+            return f"{title}:"
+        # All groups are named before the first is submitted, as a job with the id of one of its members.
+        self.groups_of.update((job.uuid(), title) for job in jobs)
+        return None
 
     def _finished(self, record: LogRecord) -> str:
         job = self._job(record.__dict__["job_id"])
@@ -197,7 +202,7 @@ class Lines:
         if found := RAISED.fullmatch(text):
             return f"error: {found[1]}"
         if found := SUBMITTED.fullmatch(text):
-            title = self._job(_number(found[1]), self.group).title
+            title = self._job(_number(found[1]), self.groups_of.get(found[1], "a group of jobs")).title
             return _at(f"{title} is submitted as Slurm job {found[2]}")
         return text
 

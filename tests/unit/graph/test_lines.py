@@ -93,10 +93,23 @@ def test_on_slurm_the_line_comes_with_the_number_of_the_job(lines: Lines):
 
 
 def test_a_group_of_jobs_is_one_line_when_it_is_submitted(lines: Lines):
-    members = [SimpleNamespace(rule=SimpleNamespace(name="render_chat")) for _ in range(8)]
-    assert lines.of(record("Group job chats", LogEvent.GROUP_INFO, group_id="chats", jobs=members)) is None
-    submitted = record("Job 0b7c-12 has been submitted with SLURM jobid 42 (log: logs/slurm/42.log).")
-    assert without_time(lines.of(submitted)) == "a group of 8 render_chat is submitted as Slurm job 42"
+    """Snakemake names all groups before it submits the first one, under the id of a member."""
+
+    def member(rule: str, number: int) -> SimpleNamespace:
+        return SimpleNamespace(rule=SimpleNamespace(name=rule), uuid=lambda: f"{rule}-{number}")
+
+    for rule, size in (("render_chat", 8), ("pack_sft", 3)):
+        members = [member(rule, number) for number in range(size)]
+        assert lines.of(record("Group job", LogEvent.GROUP_INFO, group_id=rule, jobs=members)) is None
+
+    def submitted(number: str, job: int) -> str | None:
+        return lines.of(record(f"Job {number} has been submitted with SLURM jobid {job} (log: {job}.log)."))
+
+    said = [without_time(submitted("render_chat-5", 42)), without_time(submitted("pack_sft-2", 43))]
+    assert said == [
+        "a group of 8 render_chat is submitted as Slurm job 42",
+        "a group of 3 pack_sft is submitted as Slurm job 43",
+    ]
 
 
 def test_a_dry_run_gives_the_reason_of_each_job():
