@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -154,6 +155,12 @@ class BaseGraph:
         model, vocabulary = self.config.model, self.config.tokenizer.vocab_size
         if base.is_of_this_workflow(self.config):
             trained = Version(directory).describe()
+            if os.path.normpath(base.path) in self._made_from(base):
+                version = os.path.relpath(directory.resolve())
+                yield (
+                    f"{base.path} is made from it; name the version that it leads to now, {version}, or give "
+                    "this configuration another pathvars.ckpt"
+                )
             if trained.stage == "lora":
                 yield f"{base.path} holds adapters and not the model; name its lora_merged"
             yield from model_differences(trained.settings.get("model") or {}, model)
@@ -167,6 +174,15 @@ class BaseGraph:
             yield f"{base.path} is no checkpoint: neither config.json nor .metadata nor iter_* is there"
         else:
             yield from self._megatron(directory)
+
+    def _made_from(self, base: Base) -> set[str]:
+        """The published checkpoints of this configuration that are made from a base."""
+        sections = {key.partition(".")[0] for key in base.keys}
+        if "pretrain" in sections:
+            sections |= {name for name in ("sft", "lora") if not getattr(self.config, name).base}
+        names = {training.name for training in self.config.trainings() if training.section in sections}
+        names |= {"lora_merged"} if "lora" in sections else set()
+        return {os.path.normpath(f"{self.config.pathvars['ckpt']}/{name}") for name in names}
 
     def _megatron(self, directory: Path) -> Iterator[str]:
         """What the list of the tensors of a checkpoint of Megatron says; the weights are not read."""

@@ -168,6 +168,30 @@ def test_a_checkpoint_of_this_workflow_is_taken_as_it_is(tmp_path: Path):
     )
 
 
+def test_no_training_starts_from_what_is_made_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Snakemake would say `Cyclic dependency on rule sft`."""
+    monkeypatch.chdir(tmp_path)
+    version = tmp_path / "ckpt/versions/sft-1"
+    settings = train_settings(load({}, {}), "sft").model_dump()
+    write(version / "iter_0000002", values(MODEL))
+    (version / "config.yaml").write_text(yaml.safe_dump({"settings": settings}))
+    (version / "record.json").write_text("{}")
+    (version / "latest_checkpointed_iteration.txt").write_text("2")
+    Path("ckpt/sft").symlink_to("versions/sft-1")
+    sft = {"base": "ckpt/sft"}
+    for sections in ({"sft": sft}, {"pretrain": sft}):
+        with pytest.raises(ConfigError) as refused:
+            graph(**sections)
+        (section,) = sections
+        assert str(refused.value) == (
+            f"{section}.base: ckpt/sft is made from it; name the version that it leads to now, "
+            "ckpt/versions/sft-1, or give this configuration another pathvars.ckpt"
+        )
+    assert graph(sft={"base": "ckpt/versions/sft-1"}).start("sft") == "ckpt/versions/sft-1"
+    assert graph(sft=sft, pathvars={"ckpt": "second"}).start("sft") == "ckpt/sft"
+    assert graph(lora=sft).start("lora") == "ckpt/sft"  # another training, which SFT does not need
+
+
 def test_a_checkpoint_may_be_the_result_of_a_phase(checkpoint: Path, tmp_path: Path):
     """It is imported in place of training the phase, with the length of its sequences, and not as a base."""
     path, blend = str(checkpoint), [{"corpus": "docs", "weight": 1}]
