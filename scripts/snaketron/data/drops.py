@@ -134,7 +134,8 @@ def reject(bad: Bad, path: Path, number: int, settings: ReadSettings, drops: Dro
     """Stop at a row, or drop and count it, as the settings say."""
     policy = settings.invalid_text if bad.reason == INVALID_TEXT else settings.bad_rows
     if policy != "drop":
-        raise UserError(f"{place(path, number)}: {bad.detail}; {bad.fix}") from None
+        fix = bad.fix if bad.reason == INVALID_TEXT else f"{bad.fix}; or set bad_rows to drop"
+        raise UserError(f"{place(path, number)}: {bad.detail}; {fix}") from None
     drops.add(path, number, bad.reason, bad.detail)
 
 

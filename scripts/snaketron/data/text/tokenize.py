@@ -132,7 +132,7 @@ class _Shard:
                 raise Mismatch(error.index, f"{where}: {error}") from None
             except Unencodable as error:
                 document = batch.pop(error.index)
-                bad = Bad(str(error), "remove the row, or set bad_rows to drop")
+                bad = Bad(str(error), "remove the row")
                 reject(bad, Path(document.file), document.row, self.settings, self._drops)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
