@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # raw files of a branch that are named
 
+_Group = tuple[str, str, str]  # the role, kind and corpus of jobs
+
 
 @dataclass
 class Branch:
@@ -29,6 +31,7 @@ class Branch:
     role: str  # what they are to the branch below which this one hangs; empty for the first
     makers: list[Made] = field(default_factory=list)
     raw: list[tuple[Made, Entry]] = field(default_factory=list)  # the inputs, each with a job that read it
+    used: list[str] = field(default_factory=list)  # the paths of what was used of the jobs' outputs
     branches: list[Branch] = field(default_factory=list)
     is_above: bool = False  # the same jobs hang elsewhere, with what they were made from
 
@@ -54,6 +57,8 @@ class Branch:
         if self.makers:
             if self.is_checkpoint:
                 return [os.path.relpath(made.path.parent) for made in self.makers[:SHOWN]]
+            if len(self.makers) == 1 and self.used:
+                return self.used[:SHOWN]
             return [entry.path for made in self.makers[:SHOWN] for entry in made.record.outputs[:1]]
         return [entry.path for _, entry in self.raw[:SHOWN]]
 
@@ -72,33 +77,39 @@ def grow(catalogue: Catalogue, made: Made) -> Branch:
     """The branch of a job, with all that its outputs were made from."""
     seen: set[frozenset[str]] = set()
 
-    def branch(role: str, makers: list[Made]) -> Branch:
+    def branch(role: str, makers: list[Made], used: Iterable[str] = ()) -> Branch:
         identity = frozenset(made.digest for made in makers)
         if identity in seen and any(made.record.inputs for made in makers):
-            return Branch(role, makers, is_above=True)
+            return Branch(role, makers, used=list(used), is_above=True)
         seen.add(identity)
-        groups, raw = _inputs(catalogue, makers)
-        hanging = [branch(role, list(found.values())) for (role, *_), found in groups.items()]
+        groups, raw, paths = _inputs(catalogue, makers)
+        hanging = [branch(key[0], list(found.values()), paths[key]) for key, found in groups.items()]
         hanging += [Branch(role, raw=list(found.values())) for role, found in raw.items()]
-        return Branch(role, makers, branches=hanging)
+        return Branch(role, makers, used=list(used), branches=hanging)
 
     return branch("", [made])
 
 
 def _inputs(
     catalogue: Catalogue, makers: Iterable[Made]
-) -> tuple[dict[tuple[str, str, str], dict[str, Made]], dict[str, dict[str, tuple[Made, Entry]]]]:
-    """What some jobs used: jobs by role, kind and corpus, and what has no record by role."""
-    groups: dict[tuple[str, str, str], dict[str, Made]] = defaultdict(dict)
+) -> tuple[
+    dict[_Group, dict[str, Made]], dict[str, dict[str, tuple[Made, Entry]]], dict[_Group, dict[str, None]]
+]:
+    """What some jobs used: jobs by role, kind and corpus; what has no record by role; paths of outputs."""
+    groups: dict[_Group, dict[str, Made]] = defaultdict(dict)
     raw: dict[str, dict[str, tuple[Made, Entry]]] = defaultdict(dict)
+    paths: dict[_Group, dict[str, None]] = defaultdict(dict)
     for made in makers:
         for entry in made.record.inputs:
             maker = catalogue.made_by(entry, made)
             if maker:
-                groups[entry.name, maker.record.kind, corpus(maker)][maker.digest] = maker
+                key = (entry.name, maker.record.kind, corpus(maker))
+                groups[key][maker.digest] = maker
+                if any(output.path == entry.path for output in maker.record.outputs):
+                    paths[key][entry.path] = None
             else:
                 raw[entry.name][entry.path + entry.sha256 + entry.version] = (made, entry)
-    return groups, raw
+    return groups, raw, paths
 
 
 def trouble(catalogue: Catalogue, user: Made, entry: Entry) -> str:
@@ -123,7 +134,8 @@ def show(catalogue: Catalogue, made: Made) -> Tree:
 
     def label(branch: Branch) -> str:
         role = f"[dim]{escape(branch.role)}:[/] " if branch.role else ""
-        more = max(len(branch.makers), len(branch.raw)) - SHOWN
+        shown = branch.used if len(branch.makers) == 1 else []
+        more = max(len(branch.makers), len(branch.raw), len(shown)) - SHOWN
         places = ", ".join(branch.places) + (f" and {more:,} more" if more > 0 else "")
         above = " [dim](see above)[/]" if branch.is_above else ""
         return f"{role}[bold]{escape(branch.title)}[/]{above}  [cyan]{escape(places)}[/]"

@@ -10,7 +10,7 @@ from uuid import UUID
 from snaketron.files import write_json
 from snaketron.lineage import formats, tree
 from snaketron.lineage.catalogue import scan
-from tests.unit.lineage.conftest import prune, tokens, write
+from tests.unit.lineage.conftest import job, prune, tokens, write
 
 import pytest
 from pydantic import AnyUrl, AwareDatetime, BaseModel, Field
@@ -40,6 +40,19 @@ def test_the_tree_has_a_branch_for_each_kind_of_input(lineage: Path):
         "│   └── tokenizer: tokenizer (see above)  data/tokenizer/tokenizer.json",
         "└── base: checkpoint pretrain/one  ckpt/versions/pretrain_one-0a",
         "    └── blend: blend one (see above)  data/pretrain/one/blend.json",
+    ]
+
+
+def test_a_branch_names_the_files_that_were_used_of_a_job_that_made_several(lineage: Path):
+    made = {f"part_{i}": f"data/sample/docs/part_{i}.jsonl" for i in range(5)}
+    job("sample", "docs", "data/sample/docs/record.json", {}, made)
+    paths = [Path(path) for path in made.values()]
+    job("blend", "all", "data/all.json", {"text": paths[:4], "other": paths[4]}, {"blend": "data/all"})
+    lines = [line for line in text("data/all") if "sample" in line]
+    assert lines == [
+        "├── text: sample docs  data/sample/docs/part_0.jsonl, data/sample/docs/part_1.jsonl, "
+        "data/sample/docs/part_2.jsonl and 1 more",
+        "└── other: sample docs  data/sample/docs/part_4.jsonl",
     ]
 
 
