@@ -89,6 +89,8 @@ def _axes(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(short))
+    if not axes.dataLim.intervaly.any():  # counts that are all 0, which have no scale of their own
+        axes.set_ylim(0, 1)
     low, high = axes.get_ylim()
     if high - low > 1e-9 * max(abs(high), 1e-9) and (high >= 1000 or high < 0.01):
         axes.yaxis.set_major_formatter(FuncFormatter(short))

@@ -27,5 +27,10 @@ def test_a_drawing_is_told_in_words():
     )
 
 
+def test_counts_that_are_all_zero_have_no_scale_below_it():
+    figure = draw("Experts", [Curve("", [(1, 0.0), (2, 0.0)])])
+    assert figure and "\N{MINUS SIGN}" not in figure.svg and "0.2" in figure.svg
+
+
 def test_there_is_no_drawing_without_points():
     assert draw("Loss", [Curve("training", [])]) is None
