@@ -34,7 +34,7 @@ from snaketron.graph import (
     terminal,
     unknown,
 )
-from snaketron.graph.checks import check_files
+from snaketron.graph.checks import check_files, check_tokenizer
 from snaketron.graph.graph import Graph
 from snaketron.graph.requests import check_requests
 from snaketron.graph.submission import check_submission
@@ -84,6 +84,7 @@ try:
         check_submission(workflow, graph.paths())
         registered.check(graph.config)
         check_files(graph.config, graph.text, graph.conversations, graph.lock)
+        check_tokenizer(graph.config)
 except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 

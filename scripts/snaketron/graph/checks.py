@@ -1,4 +1,4 @@
-"""What of the raw files is wrong before the first job, though each source by itself is right."""
+"""What of the user's files is wrong before the first job, though each source of text by itself is right."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
+from snaketron.lineage.record import Record, read
+from snaketron.log import UserError
 from snaketron.sources.lockfile import Lock
+from snaketron.sources.models import tokenizer_model
 
 type Sources = Mapping[str, tuple[str, Corpus | ChatSource]]  # by name, with the key of each
 
@@ -51,6 +54,31 @@ def check_files(
     problems += _shared((entry.source for entry in config.sft.blend), chats, conversations, identity)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def check_tokenizer(config: Config) -> None:
+    """`ConfigError` where a tokenizer is to be taken from a directory that has none.
+
+    One that was taken from there before, and is still here, needs the directory no more.
+    """
+    path = config.tokenizer.path
+    if path is None or tokenizer_model(config) or any(Path(path).glob("tokenizer*")):
+        return
+    if any(Path(path).glob("vocab*")):  # of older models, which transformers converts
+        return
+    if (made := made_tokenizer(config)) and made.settings.get("path") == path:
+        return
+    if Path(path).is_dir():
+        raise ConfigError(f"tokenizer.path: {path} holds no tokenizer, such as a tokenizer.json")
+    raise ConfigError(f"tokenizer.path: {path!r} is no directory, and no OWNER/NAME of the Hugging Face hub")
+
+
+def made_tokenizer(config: Config) -> Record | None:
+    """The record of the tokenizer of these data; None where it is not made yet."""
+    try:
+        return read(Path(config.pathvars["data"]) / "tokenizer/record.json")
+    except (UserError, OSError):
+        return None
 
 
 class _Identity:

@@ -13,8 +13,7 @@ from typing import Any
 
 from snaketron.config import ChatSource, Config, Corpus
 from snaketron.config.data import PretrainData, SftData
-from snaketron.lineage.record import read
-from snaketron.log import UserError
+from snaketron.graph.checks import made_tokenizer
 from snaketron.sources.shards import SAMPLE
 from snaketron.wording import counted
 
@@ -56,17 +55,15 @@ def other_vocabulary(config: Config, taken_from: str) -> str | None:
         taken_from: the directory of a tokenizer that is not trained. What was made of another one, or
             trained, is replaced by a run, so its size says nothing.
     """
-    stated, directory = config.tokenizer.vocab_size, Path(config.pathvars["data"]) / "tokenizer"
-    try:
-        made = read(directory / "record.json")
-    except (UserError, OSError):
+    stated, made = config.tokenizer.vocab_size, made_tokenizer(config)
+    if not taken_from or made is None or made.settings.get("path") != taken_from:
         return None
     there = made.counts.get("vocab_size")
-    if not taken_from or made.settings.get("path") != taken_from or there in (stated, None):
+    if there in (stated, None):
         return None
     return (
-        f"tokenizer.vocab_size is {stated}, and the tokenizer in {directory} has {there} tokens: memory, "
-        f"times and pipeline stages are worked out for {stated}; set it to {there}"
+        f"tokenizer.vocab_size is {stated}, and the tokenizer in {config.pathvars['data']}/tokenizer has "
+        f"{there} tokens: memory, times and pipeline stages are worked out for {stated}; set it to {there}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Raw files that a blend would train on twice."""
+"""Raw files that a blend would train on twice, and tokenizers that are not there."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import ConfigError, load
-from snaketron.graph.checks import check_files
+from snaketron.graph.checks import check_files, check_tokenizer
 from snaketron.graph.graph import Graph
+from snaketron.lineage.record import making
 
 import pytest
+
+MADE = "data/tokenizer/record.json"
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +98,25 @@ def test_a_file_that_lies_elsewhere_is_known_by_its_content(tmp_path: Path):
     Path("sources.lock.json").write_text(json.dumps({"version": 1, "sources": listed}))
     found = check({"all": "one two"}, *({"name": name, "paths": [a]} for name, a in addresses.items()))
     assert found.startswith("corpora[1] (two): reads <data>/raw/two/x.jsonl, which corpora[0] reads too as ")
+
+
+def test_a_tokenizer_that_is_not_there_is_refused_before_the_first_job(tmp_path: Path):
+    def refused(**tokenizer: str) -> str:
+        with pytest.raises(ConfigError) as error:
+            check_tokenizer(load({"tokenizer": tokenizer}, {}))
+        return str(error.value)
+
+    assert refused(path="mine") == (
+        "tokenizer.path: 'mine' is no directory, and no OWNER/NAME of the Hugging Face hub"
+    )
+    assert refused(path="raw") == "tokenizer.path: raw holds no tokenizer, such as a tokenizer.json"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/tokenizer.json").touch()
+    for path in ("mine", "lab/tiny", None):  # there, of the hub, trained
+        check_tokenizer(load({"tokenizer": {"path": path}}, {}))
+    outputs = {"tokenizer.json": tmp_path / "data/tokenizer/tokenizer.json"}
+    with making("tokenizer", "tokenizer", outputs=outputs, record=tmp_path / MADE) as job:
+        job.settings = {"path": "gone"}
+        job.aside["tokenizer.json"].touch()
+    check_tokenizer(load({"tokenizer": {"path": "gone"}}, {}))  # taken before
+    assert refused(path="other").startswith("tokenizer.path: 'other' is no directory")
