@@ -34,7 +34,7 @@ def merged(configfiles: Sequence[Path]) -> dict[str, Any]:
         except FileNotFoundError:
             raise UserError(f"--configfile {path}: no such file") from None
         except (WorkflowError, OSError) as error:
-            raise UserError(f"--configfile {path}: {error}") from None
+            raise UserError(f"--configfile {path}: {_not_yaml(path) or error}") from None
         except UnicodeDecodeError as error:
             raise UserError(_not_utf8(path, error)) from None
     return config
@@ -42,6 +42,18 @@ def merged(configfiles: Sequence[Path]) -> dict[str, Any]:
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     return f"--configfile {path}: is not UTF-8 ({error.reason} at byte {error.start}); convert it"
+
+
+def _not_yaml(path: Path) -> str | None:
+    """Where a file is no YAML; None where it is. Snakemake says neither the file nor the line."""
+    try:
+        yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        return f"is no YAML: {line}{error.problem}"
+    except (yaml.YAMLError, OSError) as error:
+        return str(error)
+    return None
 
 
 def mixed(configfiles: Sequence[str | Path]) -> str | None:
@@ -83,6 +95,8 @@ def name_what_is_missing() -> None:
                 return read(path)
             except UnicodeDecodeError as error:
                 raise WorkflowError(_not_utf8(path, error)) from None
+            except WorkflowError as error:
+                raise WorkflowError(f"--configfile {path}: {_not_yaml(Path(path)) or error}") from None
         raise WorkflowError(
             f"--configfile {path}: no such file. The option takes every word up to the next option, so "
             "targets stand before it, or after `--`"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from snaketron.graph.configfiles import merged, mixed, of_last_run
+from snaketron.graph.configfiles import merged, mixed, name_what_is_missing, of_last_run
 from snaketron.log import UserError
 from tests.conftest import REPOSITORY
 
 import pytest
+from snakemake.exceptions import WorkflowError
+from snakemake.settings import types
 
 
 def test_the_newest_log_names_the_files(tmp_path: Path):
@@ -42,6 +44,19 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, monkeypatch: pytest.M
     path.write_bytes(b"# caf\xe9\nseed: 3\n")
     with pytest.raises(UserError, match=r"latin\.yaml: is not UTF-8 \(invalid .* at byte 5\)"):
         merged([path])
+
+
+def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPOSITORY)
+    path = tmp_path / "open.yaml"
+    path.write_text("seed: 3\nsft: {train_iters: 5\n")
+    said = rf"^--configfile {path}: is no YAML: line 3: did not find expected ',' or '}}'$"
+    with pytest.raises(UserError, match=said):
+        merged([path])
+    monkeypatch.setattr(types, "load_configfile", types.load_configfile)  # put back at the end
+    name_what_is_missing()
+    with pytest.raises(WorkflowError, match=said):
+        types.load_configfile(path)
 
 
 def test_elsewhere_the_directory_of_the_workflow_is_asked_for(
