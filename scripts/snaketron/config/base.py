@@ -19,6 +19,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 _MOST = 2**53  # beyond it floating-point numbers, in which times and sizes are computed, have gaps
 Positive = Annotated[int, Field(gt=0, le=_MOST)]
 Count = Annotated[int, Field(ge=0, le=_MOST)]
+Mixed = Annotated[float, Field(gt=0, le=_MOST)]  # in a mix; the sum of all must be a number, too
 # numpy.random.RandomState, with which megatron-core shuffles, takes no larger seed.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "nvfp4"]

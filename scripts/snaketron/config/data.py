@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from snaketron.config.base import Fraction, Name, Positive, Section, Share, Text, key
+from snaketron.config.base import Fraction, Mixed, Name, Positive, Section, Share, Text, key
 from snaketron.config.curation import Curation
 
 from pydantic import Field
@@ -169,16 +169,12 @@ class ChatSource(Source):
 
 class CorpusWeight(Section):
     corpus: Text = Field(description="name of a corpus")
-    weight: Annotated[float, Field(gt=0)] = Field(
-        description="share of the mix, relative to the other weights"
-    )
+    weight: Mixed = Field(description="share of the mix, relative to the other weights")
 
 
 class SourceWeight(Section):
     source: Text = Field(description="name of a chat source")
-    weight: Annotated[float, Field(gt=0)] = Field(
-        description="share of the mix, relative to the other weights"
-    )
+    weight: Mixed = Field(description="share of the mix, relative to the other weights")
 
 
 def sample_paths(name: str, count: int) -> list[str]:

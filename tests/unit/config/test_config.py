@@ -114,6 +114,11 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
             "sft.optimizer.learning_rate: input should be a finite",
         ),
         ("sft.optimizer.weight_decay", float("nan"), "sft.optimizer.weight_decay: input should be"),
+        (  # twice this is no number any more, and shares of it would be 0
+            "sft.blend",
+            [{"source": "tools", "weight": 1e308}, {"source": "questions", "weight": 1e308}],
+            "sft.blend[0].weight: input should be less than or equal to 9007199254740992 (it is 1e+308)",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_its_path(path, value, message):
