@@ -44,9 +44,9 @@ def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights
     problems = config.differences(values, model, vocab_size)
     shards = Shards(directory)
     rows = values.get("vocab_size", vocab_size)
-    if not problems:  # else there would be a line for each tensor
-        problems = _tensor_problems(shards, model, rows)
-    if problems := problems + shards.problems:
+    # Files first, which say why tensors are missing; and no line for each tensor of another model.
+    problems += shards.problems + ([] if problems else _tensor_problems(shards, model, rows))
+    if problems:
         raise UserError(listed(f"{directory} cannot be imported:", problems))
     padded = padded_vocab_size(model, vocab_size, 1)
     kept = tensors(model, min(rows, padded))
@@ -66,7 +66,7 @@ def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights
 def _tensor_problems(shards: Shards, model: Model, rows: int) -> list[str]:
     wanted = {tensor.name: tensor for tensor in tensors(model, rows)}
     lost = {problem.partition(":")[0] for problem in shards.problems}
-    files_lost = any(name.endswith(".safetensors") for name in lost)
+    files_lost = any(".safetensors" in name for name in lost)  # the index is one of them
     problems = []
     for name, tensor in wanted.items():
         if name not in shards.described:

@@ -155,8 +155,17 @@ class Shards:
             found = dict(json.loads(path.read_bytes())["weight_map"])
             if wrong := [name for name, file in found.items() if not isinstance(file, str)]:
                 raise TypeError(f"the file of {wrong[0]} is no name")
-            return found
-        except (ValueError, KeyError, TypeError) as error:
+            if not found:
+                raise ValueError("it lists no tensors")
+            # A file elsewhere would be no input of the job, and a change of it would make nothing again.
+            elsewhere = sorted(
+                {file for file in found.values() if "/" in file or not file.endswith(".safetensors")}
+            )
+            self.problems += [
+                f"{INDEX}: names {file!r}; only NAME.safetensors beside it is read" for file in elsewhere
+            ]
+            return {name: file for name, file in found.items() if file not in elsewhere}
+        except (ValueError, KeyError, TypeError, OSError) as error:
             self.problems.append(f"{INDEX}: not an index of safetensors ({type(error).__name__}: {error})")
             return {}
 

@@ -193,6 +193,39 @@ def test_a_tensor_in_two_files_and_one_that_the_index_invents_are_named(publishe
     ]
 
 
+def test_an_index_that_names_files_elsewhere_is_refused(published: Path):
+    """They would be no inputs of the job: a change of them would go unseen."""
+    index = json.loads((published / INDEX).read_bytes())
+    names = sorted(set(index["weight_map"].values()))
+    outside = published.parent / "outside.safetensors"
+    (published / names[0]).rename(outside)
+    (published / names[1]).rename(published.parent / names[1])
+    renamed = {names[0]: str(outside), names[1]: f"../{names[1]}", names[2]: "config.json"}
+    index["weight_map"] = {name: renamed.get(file, file) for name, file in index["weight_map"].items()}
+    (published / names[2]).unlink()
+    (published / INDEX).write_text(json.dumps(index))
+    assert refusal(published) == [
+        f"{INDEX}: names {file!r}; only NAME.safetensors beside it is read"
+        for file in (f"../{names[1]}", str(outside), "config.json")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (None, f"neither {INDEX} nor model.safetensors is there"),
+        ('{"weight_map": {}}', f"{INDEX}: not an index of safetensors (ValueError: it lists no tensors)"),
+    ],
+)
+def test_what_is_wrong_with_files_is_said_and_not_that_each_tensor_is_missing(
+    published: Path, index: str | None, said: str
+):
+    for path in published.glob("*.safetensors"):
+        path.unlink()
+    (published / INDEX).write_text(index) if index else (published / INDEX).unlink()
+    assert refusal(published) == [said]
+
+
 def test_numbers_that_are_not_finite_are_found_when_they_are_read(published: Path, tmp_path: Path):
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         for tensor in tensors.values():
