@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snaketron.config import Config, ConfigError
+from snaketron.graph.raw_files import RawFiles
 from snaketron.graph.unknown import find
 from snaketron.huggingface.config import differences, read_config, unread
 from snaketron.huggingface.metadata import damaged_files, listed_tensors, megatron_differences
@@ -53,6 +54,7 @@ class BaseGraph:
 
     def __init__(self, config: Config, lock: Lock) -> None:
         self.config, self.lock = config, lock
+        self.raw_files: RawFiles | None = None  # by the records of checkpoints, in the main process
         if problems := list(self._problems()):
             raise ConfigError("\n".join(problems))
 
@@ -78,21 +80,25 @@ class BaseGraph:
 
     def files(self, wildcards: Any) -> list[str]:
         """The files of a checkpoint that is imported."""
-        return self._files(find("base", wildcards.base, self.bases))
+        return self._seen(f"base/{wildcards.base}", find("base", wildcards.base, self.bases))
 
     def files_of_phase(self, wildcards: Any) -> list[str]:
         """The files of a checkpoint that is the result of a phase."""
-        return self._files(self._of_phase(wildcards))
+        return self._seen(f"pretrain/{wildcards.phase}", self._of_phase(wildcards))
 
     def _of_phase(self, wildcards: Any) -> Base:
         names = [phase.name for phase in self.config.pretrain.phases]
         path = self.config.pretrain.phases[names.index(wildcards.phase)].checkpoint
         return next(base for base in self.bases.values() if base.path == path)
 
-    def _files(self, base: Base) -> list[str]:
-        if base.hub:
+    def _seen(self, stage: str, base: Base) -> list[str]:
+        """The files of a base, marked by what the record of its import says of them."""
+        if base.hub:  # rules make them
             return base.hub.files(self.lock)
-        directory = Path(base.path)
+        files = self._files(Path(base.path))
+        return self.raw_files.seen_by(f"{stage}/record.json", files) if self.raw_files else files
+
+    def _files(self, directory: Path) -> list[str]:
         patterns = ("config.json", "*.safetensors*", ".metadata", "*.distcp", "common.pt", "tokenizer.json")
         nested = [directory, *sorted(directory.glob("iter_*"))[-1:]]
         return [str(path) for one in nested for pattern in patterns for path in sorted(one.glob(pattern))]

@@ -91,6 +91,7 @@ class Graph:
         """Let records decide which files of the user were changed. Only the main process asks that."""
         self._workflow = workflow
         self._raw_files = RawFiles(workflow, Path(self.config.pathvars["data"]))
+        self.bases.raw_files = RawFiles(workflow, Path(self.config.pathvars["ckpt"]))
 
     def _seen_by(self, record: str, files: list[str]) -> list[str]:
         return self._raw_files.seen_by(record, files) if self._raw_files else files

@@ -30,12 +30,12 @@ class RawFiles:
 
     Args:
         workflow: Snakemake's, in its main process; a job that it starts runs in any case.
-        data: the root of the data, with the records.
+        root: the root of the data, or of checkpoints, with the records.
         hashes: where the hashes of files are kept, so that each state of a file is read once.
     """
 
-    def __init__(self, workflow: Any, data: Path, hashes: Path = Path(".snakemake/snaketron.hashes")) -> None:
-        self._workflow, self._data = workflow, data
+    def __init__(self, workflow: Any, root: Path, hashes: Path = Path(".snakemake/snaketron.hashes")) -> None:
+        self._workflow, self._root = workflow, root
         self._hashes = _Hashes(hashes)
         self._records: dict[str, tuple[Record, os.stat_result] | None] = {}
         self._names: dict[str, set[str]] = {}  # of each directory of records what it holds
@@ -97,7 +97,7 @@ class RawFiles:
 
     def _read(self, record: str) -> tuple[Record, os.stat_result] | None:
         if record not in self._records:
-            path, self._records[record] = self._data / record, None
+            path, self._records[record] = self._root / record, None
             if path.name in self._beside(record):
                 with contextlib.suppress(UserError, OSError):
                     self._records[record] = read(path), path.stat()
@@ -109,7 +109,7 @@ class RawFiles:
         if directory not in self._names:
             self._names[directory] = set()
             with contextlib.suppress(OSError):
-                self._names[directory] = {entry.name for entry in os.scandir(self._data / directory)}
+                self._names[directory] = {entry.name for entry in os.scandir(self._root / directory)}
         return self._names[directory]
 
 

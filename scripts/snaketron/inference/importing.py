@@ -8,12 +8,12 @@ from pathlib import Path
 
 from snaketron.config import Model, Optimizer
 from snaketron.data.tokenizer import Info, load_tokenizer, tokenizer_info
-from snaketron.files import owned, sha256, writing_directory
+from snaketron.files import owned, writing_directory
 from snaketron.huggingface.load import Weights, megatron_weights, published_weights
 from snaketron.huggingface.save import listed
 from snaketron.huggingface.torch_dist import write
 from snaketron.jobs.version import Description, Version, version_key
-from snaketron.lineage.record import Entry
+from snaketron.lineage.record import Entry, of_user
 from snaketron.log import NO_SPACE, UserError, logger
 from snaketron.settings.schedule import Schedule
 from snaketron.settings.training import TrainSettings
@@ -43,7 +43,7 @@ def import_base(
     if weights.unread:
         logger.warning("%s: %s", source, weights.unread)
     logger.info("%s: hashing %d files", source, len(weights.files))
-    inputs = [Entry("weights", str(path), sha256=sha256(path)) for path in weights.files]
+    inputs = [of_user(path).renamed("weights") for path in weights.files]
     identities = [entry.sha256 for entry in inputs]
     key = version_key({"stage": stage, "model": model.model_dump()}, [*identities, info.sha256])
     version = Version.of(output, stage, key)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 from snaketron.config import Config, ConfigError, load
 from snaketron.graph.base import BaseGraph
+from snaketron.graph.raw_files import RawFiles
 from snaketron.huggingface.config import published
+from snaketron.lineage.record import making, of_user
 from snaketron.settings.training import train_settings
 from snaketron.sources.lockfile import Lock
 from tests.unit.huggingface.checkpoints import MODEL, values, write
@@ -59,6 +62,39 @@ def test_a_published_checkpoint_is_imported_once_for_all_that_begin_with_it(chec
         "tokenizer.json",
     ]
     assert (bases.directory(job), bases.seq_length(job)) == (path, 1024)
+
+
+@pytest.mark.parametrize("key", ["base", "checkpoint"])
+def test_weights_that_an_older_file_replaces_are_imported_again(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, key: str
+):
+    """As `cp -p` and `rsync -a` do it: Snakemake compares times, and would keep what was imported before."""
+    monkeypatch.chdir(checkpoint.parent)
+    blend = [{"corpus": "docs", "weight": 1}]
+    phase = {"name": "one", "tokens": 1000000, "blend": blend, "checkpoint": str(checkpoint)}
+    section = {"sft": {"base": str(checkpoint)}} if key == "base" else {"pretrain": {"phases": [phase]}}
+    bases = graph(tokenizer={"path": str(checkpoint)}, **section)
+    (name,) = bases.bases
+    stage = f"base/{name}" if key == "base" else "pretrain/one"
+    job = SimpleNamespace(base=name, phase="one")
+    weights = checkpoint / "model-00001-of-00001.safetensors"
+    with making("checkpoint", stage, outputs={}, record=Path(f"ckpt/{stage}/record.json")) as made:
+        made.inputs = {"weights": [of_user(checkpoint / "config.json"), of_user(weights)]}
+
+    def seen() -> tuple[set[str], set[str]]:
+        """The files that are as they were, and those that a new start would run the job again for."""
+        workflow = SimpleNamespace(iocache=SimpleNamespace(mtime={}))
+        bases.raw_files = RawFiles(workflow, Path("ckpt"), Path("hashes"))
+        files = bases.files(job) if key == "base" else bases.files_of_phase(job)
+        same = {Path(file).name for file in files if getattr(file, "flags", {}).get("ancient")}
+        return same, {Path(file).name for file in workflow.iocache.mtime}
+
+    assert seen() == ({"config.json", weights.name}, set())
+    weights.touch()
+    assert seen() == ({"config.json", weights.name}, set())
+    weights.write_text("other")
+    os.utime(weights, (1_000_000_000, 1_000_000_000))
+    assert seen() == ({"config.json"}, {weights.name})
 
 
 def test_keys_on_which_no_weight_depends_import_nothing_again(checkpoint: Path):
