@@ -29,6 +29,7 @@ from snaketron.graph import (
     outlook,
     published,
     reasons,
+    rerun,
     single_run,
     swift,
     terminal,
@@ -92,6 +93,7 @@ except ConfigError as error:
 # workflow.dryrun is known only after this file was read.
 if workflow.output_settings.dryrun:
     swift.remember()
+rerun.ask_each_job()
 published.keep_links()
 reasons.tell_changes(graph.config)
 unknown.tell_errors()

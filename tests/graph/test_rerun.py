@@ -1,0 +1,73 @@
+"""What was changed for a job is seen also when a job before it runs that gives it `ancient` files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.conftest import REPOSITORY, Result, Workspace
+
+import pytest
+
+# As filter_shard counts tokens by a tokenizer, whose change alone filters nothing again.
+SNAKEFILE = f"""
+import sys
+sys.path.insert(0, "{REPOSITORY}/scripts")
+from snaketron.graph import rerun
+if config["asked"]:
+    rerun.ask_each_job()
+
+rule tokenize:
+    input: "filtered", "tokenizer"
+    output: "tokens"
+    shell: "cat {{input}} > {{output}}"
+
+rule filter_shard:
+    input: text="text", tokenizer=ancient("tokenizer")
+    output: "filtered"
+    params: pattern=config["pattern"]
+    shell: "echo {{params.pattern}} > {{output}}; cat {{input.text}} >> {{output}}"
+
+rule build_tokenizer:
+    output: "tokenizer"
+    params: size=config["size"]
+    shell: "echo {{params.size}} > {{output}}"
+"""
+
+
+class Toy:
+    def __init__(self, path: Path) -> None:
+        self.workspace = Workspace(path)
+        self.workspace.write("Snakefile", SNAKEFILE)
+        self.text = self.workspace.write("text", "words")
+        assert self.run("a", 1).status == 0
+
+    def run(self, pattern: str, size: int, *options: str, asked: bool = True) -> Result:
+        config = [f"pattern={pattern}", f"size={size}", f"asked={asked}"]
+        return self.workspace.run("snakemake", "--cores", "1", *options, "--config", *config)
+
+    def jobs(self, pattern: str, size: int, *, asked: bool = True) -> set[str]:
+        return self.run(pattern, size, "-n", asked=asked).jobs.keys()
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    return Toy(tmp_path)
+
+
+def test_a_filter_that_was_changed_together_with_the_tokenizer_filters_again(toy: Toy):
+    assert toy.jobs("a", 2) == {"build_tokenizer", "tokenize"}
+    assert toy.jobs("b", 1) == {"filter_shard", "tokenize"}
+    assert toy.jobs("b", 2) == {"build_tokenizer", "filter_shard", "tokenize"}
+    assert toy.run("b", 2).status == 0
+    assert (toy.workspace.path / "tokens").read_text() == "b\nwords2\n"
+    assert toy.jobs("b", 2) == set()
+    toy.text.write_text("other words")
+    assert toy.jobs("b", 3) == {"build_tokenizer", "filter_shard", "tokenize"}
+
+
+def test_snakemake_alone_sees_the_filter_at_its_next_start(toy: Toy):
+    """Why `ask_each_job` is there. When this fails, look whether it is still needed."""
+    assert toy.jobs("b", 2, asked=False) == {"build_tokenizer", "tokenize"}
+    assert toy.run("b", 2, asked=False).status == 0
+    assert (toy.workspace.path / "tokens").read_text() == "a\nwords2\n"
+    assert toy.jobs("b", 2, asked=False) == {"filter_shard", "tokenize"}
