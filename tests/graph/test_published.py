@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from tests.conftest import REPOSITORY, Workspace
@@ -22,6 +23,11 @@ rule train:
     shell:
         "mkdir -p ckpt/versions/{{params.steps}} && cd ckpt && {{config[fate]}}"
         " && touch versions/{{params.steps}}/.snakemake_timestamp && ln -sfn versions/{{params.steps}} sft"
+
+rule export:
+    input: "ckpt/sft"
+    output: "export"
+    shell: "touch export"
 """
 
 
@@ -57,6 +63,18 @@ def test_a_failed_training_leaves_the_link_and_is_run_again(toy: Toy):
     assert toy.published == "versions/60"
     assert "Nothing to be done" in toy.run(60, "true", "-n")
     assert not (toy.workspace.path / ".snakemake/backups").exists()
+
+
+def test_a_version_that_somebody_deleted_is_made_again(toy: Toy):
+    targets = ("export", "ckpt/sft")
+    toy.run(30, "true", *targets)
+    shutil.rmtree(toy.workspace.path / "ckpt/versions/30")
+    alone = toy.run(30, "true", "-n", *targets, kept=False)
+    assert "although it existed before" in alone  # else look whether this is still needed
+    assert "Missing output files: ckpt/sft" in toy.run(30, "true", "-n", *targets)
+    toy.run(30, "true", *targets)
+    assert toy.published == "versions/30" and (toy.workspace.path / "ckpt/sft").is_dir()
+    assert "Nothing to be done" in toy.run(30, "true", "-n", *targets)
 
 
 def test_snakemake_alone_copies_the_checkpoint(toy: Toy):
