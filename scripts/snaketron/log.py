@@ -29,6 +29,12 @@ NO_SPACE = {
     errno.EFBIG: "file too large",
 }
 
+_NOT_ALLOWED = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
+    errno.EROFS: "the file system is read-only",
+}
+
 
 class _Terminal(logging.StreamHandler):
     """Writes to what is standard error when a line is written, not when the program began."""
@@ -96,11 +102,11 @@ def first_line(error: BaseException) -> str:
 def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
     """Run a script's `main` and leave with its exit status.
 
-    A `UserError` and a full disk end in one line on standard error and status 1, an interrupt in
-    status 130; anything else is our mistake and keeps its traceback. The line is noted for the executor,
-    which then does not submit the job again, since the user must mend something first. A `UserError` is not
-    noted where it `may_pass`, as an error of the network does. Where nobody reads the output any more, as
-    after `| head`, the status is 141, and nothing is said.
+    A `UserError`, a full disk and a file that may not be read or written end in one line on standard error
+    and status 1, an interrupt in status 130; anything else is our mistake and keeps its traceback. The line
+    is noted for the executor, which then does not submit the job again, since the user must mend something
+    first. A `UserError` is not noted where it `may_pass`, as an error of the network does. Where nobody reads
+    the output any more, as after `| head`, the status is 141, and nothing is said.
     """
     logger.setLevel(logging.INFO)
     _terminal.setLevel(logging.INFO)
@@ -118,13 +124,14 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
             raise
         status = 141
     except OSError as error:
-        if error.errno not in NO_SPACE:
+        if error.errno in NO_SPACE:
+            name = error.filename or "the output"
+            said = f"cannot write {name}: {NO_SPACE[error.errno]}; free some"
+        elif error.errno in _NOT_ALLOWED and error.filename:
+            said = f"{error.filename}: {_NOT_ALLOWED[error.errno]}; change that, or name another place,"
+        else:
             raise
-        name = error.filename or "the output"
-        status = _complain(
-            f"cannot write {name}: {NO_SPACE[error.errno]}; free some and run the same command again",
-            final=True,
-        )
+        status = _complain(f"{said} and run the same command again", final=True)
     except KeyboardInterrupt:
         status = 130
     finally:

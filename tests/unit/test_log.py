@@ -56,6 +56,18 @@ def script(body: str, *arguments: Path, limit: int | None = None) -> subprocess.
             "error: cannot write a.bin: the disk quota is used up; "
             "free some and run the same command again\n",
         ),
+        *(
+            (
+                f"raise OSError(errno.{name}, 'why', 'a.bin')",
+                1,
+                f"error: a.bin: {why}; change that, or name another place, and run the same command again\n",
+            )
+            for name, why in (
+                ("EACCES", "permission denied"),
+                ("EPERM", "not permitted"),
+                ("EROFS", "the file system is read-only"),
+            )
+        ),
         (
             "raise OSError(errno.ENOSPC, 'No space')",
             1,
