@@ -61,8 +61,10 @@ def check_parallel(training: Training) -> list[str]:
         problems.append(divides(f"{at}.tensor_model_parallel_size", tp, "model.num_query_groups", groups))
     problems += _check_experts(at, training.section, model, parallel)
     if (layers := len(model.hybrid_layer_pattern)) < stages:
-        by = f"{at}.pipeline_model_parallel_size"
-        problems.append(divides("the layers of model.hybrid_layer_pattern", layers, by, stages))
+        problems.append(
+            f"{at}.pipeline_model_parallel_size {stages} is more than the {layers} layers of "
+            "model.hybrid_layer_pattern, and each stage needs one"
+        )
     if "layer" in run.recompute and len(run.recompute) > 1:
         others = f"layer is everything; leave out the others of {run.recompute}"
         problems.append(f"{training.at('recompute')}: {others}")

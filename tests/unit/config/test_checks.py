@@ -146,8 +146,8 @@ PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight"
         ),
         (
             {"pretrain": {"parallel": {"pipeline_model_parallel_size": 8}}},
-            "the layers of model.hybrid_layer_pattern 7 is not divisible by "
-            "pretrain.parallel.pipeline_model_parallel_size 8",
+            "pretrain.parallel.pipeline_model_parallel_size 8 is more than the 7 layers of "
+            "model.hybrid_layer_pattern, and each stage needs one",
         ),
         (
             {"pretrain": {"parallel": {"data_parallel_size": 3}}},
