@@ -83,8 +83,14 @@ def build(
             record.unlink(missing_ok=True)
             shutil.rmtree(output, ignore_errors=True)
             building.replace(output)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(building, ignore_errors=True)
+            if (
+                isinstance(error, OSError) and error.errno is None
+            ):  # numpy: how much it has not written, and why
+                raise UserError(
+                    f"cannot write {output}: {error}; free some space there and run the same command again"
+                ) from error
             raise
     return job.record
 

@@ -233,6 +233,21 @@ def test_nothing_is_left_of_a_failure(make_blend, tmp_path: Path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith((".index", "index"))]
 
 
+def test_a_full_disk_is_said_and_nothing_is_left(make_blend, tmp_path: Path):
+    """numpy says how much it wrote of an array, and no error of the system."""
+    blend = make_blend({"a": 1}, train={"a": [4000]})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(
+            UserError, match=r"cannot write .*/index: \d+ requested and \d+ written; free some"
+        ):
+            build(blend)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.glob("*index*"))
+
+
 def test_reading_writes_nothing_and_opens_a_shard_when_it_is_read(make_blend, tmp_path: Path):
     blend = make_blend({"docs": 1, "code": 3}, train={"docs": [40, 40], "code": [80]})
     build(blend)
