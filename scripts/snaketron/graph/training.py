@@ -13,7 +13,7 @@ from snaketron.graph.base import BaseGraph
 from snaketron.graph.unknown import find
 from snaketron.huggingface.peft import refused
 from snaketron.jobs.version import Version
-from snaketron.settings.evaluation import eval_run, eval_settings
+from snaketron.settings.evaluation import eval_run, eval_settings, files_below
 from snaketron.settings.keeping import kept_at_end
 from snaketron.settings.schedule import steady_steps
 from snaketron.settings.training import run_settings, train_settings
@@ -63,8 +63,11 @@ class TrainingGraph:
         return self.phases[-1]
 
     def task_data(self, _wildcards: Any) -> list[str]:
-        """The files of the data sets that the tasks of an evaluation take from the hub."""
-        return [path for data in task_data(self.config).values() for path in data.files(self.bases.lock)]
+        """The files of the tasks of an evaluation: of the hub, as they are downloaded, and of the user."""
+        section, of_hub = self.config.eval, task_data(self.config)
+        downloaded = [path for data in of_hub.values() for path in data.files(self.bases.lock)]
+        data = (task.data for task in section.tasks if task.data and task.data not in of_hub)
+        return [*downloaded, *files_below([*section.task_directories, *data])]
 
     # Params: a change runs the job again.
 

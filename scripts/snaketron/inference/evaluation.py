@@ -18,7 +18,7 @@ from snaketron.files import read_json, sha256, write_json
 from snaketron.jobs.heartbeat import Heartbeat
 from snaketron.jobs.launch import SAVED, STOP, is_writer, rank
 from snaketron.jobs.version import Version, version_key
-from snaketron.lineage.record import Entry, making
+from snaketron.lineage.record import Entry, making, of_user
 from snaketron.log import logger
 from snaketron.settings.evaluation import EvalSettings
 from snaketron.settings.training import RunSettings, settings_of_checkpoint, template_date
@@ -50,6 +50,7 @@ class Evaluation:
         return [
             Entry("checkpoint", str(self.checkpoint), version=Version(self.checkpoint).identity),
             *(Entry("blend", str(path), sha256=sha256(path)) for path in blends),
+            *(of_user(Path(path)).renamed("task") for path in self.settings.task_files),
         ]
 
     @cached_property

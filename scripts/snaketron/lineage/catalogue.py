@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from snaketron.files import sha256
 from snaketron.lineage.record import Entry, Record, parse
 from snaketron.lineage.walk import places, record_of
 from snaketron.log import UserError
@@ -219,6 +220,8 @@ class Catalogue:
         for made in candidates:
             if any(made.output_place(output).resolve() == wanted for output in made.record.outputs):
                 return made
+        if path.is_file() and (same := self._by_output.get(sha256(path))):  # a copy, as eval/sft.json is one
+            return max(same, key=lambda made: made.record.created)
         if not path.exists():
             raise UserError(f"{path}: no such file or directory, and no record lists it as an output")
         used = f"; it is an input: --who-uses {path} says whose" if self.inputs_at(path) else ""

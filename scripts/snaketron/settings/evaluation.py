@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from snaketron.config import Config, Section
 from snaketron.config.evaluation import Task
@@ -22,6 +23,25 @@ class EvalSettings(Section):
     task_limit: int | None
     apply_chat_template: bool
     batch_size: int
+
+    @property
+    def task_files(self) -> list[str]:
+        """The files that the tasks are made of, but those that a YAML file names elsewhere."""
+        return files_below([*self.task_directories, *(task.data for task in self.tasks if task.data)])
+
+
+def files_below(directories: Iterable[str]) -> list[str]:
+    """All files of directories but hidden ones and what Python compiles, each once, in order."""
+    found = {
+        path
+        for directory in map(Path, directories)
+        for path in directory.rglob("*")
+        if path.is_file()
+        and not any(
+            part.startswith(".") or part == "__pycache__" for part in path.relative_to(directory).parts
+        )
+    }
+    return sorted(map(str, found))
 
 
 def eval_settings(config: Config, stage: str, downloaded: Mapping[str, str]) -> EvalSettings:

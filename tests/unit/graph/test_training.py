@@ -10,6 +10,7 @@ from typing import Any
 from snaketron.config import ConfigError, load
 from snaketron.graph.base import BaseGraph
 from snaketron.graph.training import TrainingGraph, missing_tasks
+from snaketron.settings.evaluation import EvalSettings
 from snaketron.sizes.limits import Limits
 from snaketron.sources.lockfile import Lock
 
@@ -142,6 +143,24 @@ def test_a_task_is_told_the_directory_that_its_data_is_downloaded_to(tmp_path: P
     settings = json.loads(asked.eval_settings(SimpleNamespace(stage="sft")))
     assert [task["data"] for task in settings["tasks"]] == ["data/hub/datasets/lab/quiz@abc", None]
     assert asked.task_data(None) == ["<data>/hub/datasets/lab/quiz@abc/one/test.parquet"]
+
+
+def test_an_evaluation_is_made_of_the_files_of_its_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """But what Python compiles of them, and what a download notes, which say nothing of their content."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("own/a.yaml", "own/utils.py", "quiz/one/test.parquet", "quiz/README.md"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("content")
+    for name in ("own/__pycache__/utils.pyc", "quiz/.cache/lock"):
+        Path(name).parent.mkdir()
+        Path(name).write_text("content")
+    tasks = [{"name": "a"}, {"name": "quiz", "data": "quiz"}, {"name": "quiz_2", "data": "quiz"}]
+    config = load({"eval": {"tasks": tasks, "task_directories": ["own"]}}, {})
+    graph = TrainingGraph(config, BaseGraph(config, Lock(tmp_path / "lock.json", {})))
+    files = ["own/a.yaml", "own/utils.py", "quiz/README.md", "quiz/one/test.parquet"]
+    assert graph.task_data(None) == files
+    settings = EvalSettings.model_validate_json(graph.eval_settings(SimpleNamespace(stage="sft")))
+    assert settings.task_files == files
 
 
 def test_data_of_tasks_that_is_not_here_is_named_at_once(tmp_path: Path):

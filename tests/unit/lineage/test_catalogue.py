@@ -46,6 +46,8 @@ def test_an_artifact_is_found_by_any_of_its_paths(lineage: Path):
         "data/pretrain/one/blend.json": "blend one",
     }
     assert {path: catalogue.about(Path(path)).title for path in places} == places
+    copy = shutil.copy("data/tokens/docs/train/b.bin", "copy.bin")  # as eval/sft.json is one
+    assert catalogue.about(Path(copy)).title == "tokens docs/b"
     with pytest.raises(UserError, match=r"raw/a.jsonl: no record says what .*; it is an input: --who-uses"):
         catalogue.about(Path("raw/a.jsonl"))
     with pytest.raises(UserError, match="nothing: no such file or directory, and no record lists it"):
