@@ -28,6 +28,12 @@ BEGINNING = b'{\n  "kind": "'  # of each record, and of hardly another file
 READERS, AT_ONCE = 16, 64  # threads, for file systems that take milliseconds to open a file; files of a task
 NEAR = 2  # a record lies at most so many directories below one that it shares with its outputs
 PASSED_OVER = ("wandb", "node_modules")
+# What a working directory has; raw files of the user may lie in some `data`, too.
+_OF_A_RUN = (
+    "Snakefile",
+    "ckpt",
+    *(f"data/{name}" for name in ("tokenizer", "tokens", "chat", "sample", "hub")),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +265,7 @@ def scan(*roots: Path) -> Catalogue:
 def root_of(path: Path) -> Path:
     """The working directory that an artifact belongs to: the nearest one that looks like one, or this one."""
     for parent in path.absolute().parents:
-        if (parent / "Snakefile").exists() or (parent / "ckpt").is_dir() or (parent / "data").is_dir():
+        if any((parent / name).exists() for name in _OF_A_RUN):
             return parent
     if path.absolute().is_relative_to(Path.cwd()):
         return Path.cwd()

@@ -156,6 +156,8 @@ def test_the_working_directory_of_an_artifact_is_found(lineage: Path, tmp_path: 
     assert root_of(Path("ckpt/sft")) == lineage
     monkeypatch.chdir(tmp_path)
     assert root_of(lineage / "ckpt/sft") == lineage
+    (lineage / "store/data").mkdir(parents=True)  # of the user
+    assert root_of(lineage / "store/data/a.jsonl") == lineage
     monkeypatch.chdir(lineage / "data")
     with pytest.raises(UserError, match=r"lies in no working directory of the workflow; name .* with --root"):
         root_of(Path("/nowhere/at/all"))
