@@ -263,6 +263,6 @@ def from_hugging_face(path: str) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers does not check what it reads, and fails in many ways
         why = first_line(error)
         raise UserError(f"tokenizer.path {path}: no tokenizer in this directory ({why})") from None

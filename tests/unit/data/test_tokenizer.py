@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from snaketron import files
@@ -147,6 +148,17 @@ def no_end(tmp_path: Path, tokenizer_dir: Path) -> Path:
     return copy_of(tokenizer_dir, tmp_path / "hf", eos_token=None)
 
 
+def no_object(name: str) -> Callable[[Path, Path], Path]:
+    """A tokenizer one of whose files is a list."""
+
+    def make(tmp_path: Path, tokenizer_dir: Path) -> Path:
+        directory = copy_of(tokenizer_dir, tmp_path / "hf")
+        (directory / name).write_text("[1]")
+        return directory
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -154,6 +166,12 @@ def no_end(tmp_path: Path, tokenizer_dir: Path) -> Path:
         (no_tokenizer, "no tokenizer in this directory"),
         (slow_tokenizer, "CTRLTokenizer has no fast version"),
         (no_end, "no eos_token"),
+        (no_object("tokenizer.json"), "no tokenizer in this directory"),
+        (no_object("tokenizer_config.json"), "no tokenizer in this directory"),
+        (
+            lambda tmp_path, of: copy_of(of, tmp_path / "hf", eos_token=["a"]),
+            "no tokenizer in this directory",
+        ),
         (lambda *_: "gpt2", "gpt2: no such directory (a tokenizer of the hub is named as OWNER/NAME or "),
     ],
 )
