@@ -99,8 +99,12 @@ class BaseGraph:
         return self.raw_files.seen_by(f"{stage}/record.json", files) if self.raw_files else files
 
     def _files(self, directory: Path) -> list[str]:
+        """Those that an import reads: of Megatron's iterations, the latest that is complete."""
         patterns = ("config.json", "*.safetensors*", ".metadata", "*.distcp", "common.pt", "tokenizer.json")
-        nested = [directory, *sorted(directory.glob("iter_*"))[-1:]]
+        nested = [directory]
+        version = Version(directory)
+        if not (directory / ".metadata").exists() and (latest := version.latest_iteration()) is not None:
+            nested.append(version.iteration_directory(latest))
         return [str(path) for one in nested for pattern in patterns for path in sorted(one.glob(pattern))]
 
     # Params: a change runs the job again.

@@ -134,7 +134,8 @@ class Version:
 
     def iterations(self) -> list[int]:
         """The steps after which there is a checkpoint, in order."""
-        return sorted(int(path.name.removeprefix("iter_")) for path in self.directory.glob("iter_*"))
+        names = (path.name.removeprefix("iter_") for path in self.directory.glob("iter_*"))
+        return sorted(int(name) for name in names if name.isdecimal())  # a person may keep iter_0000100.bak
 
     def latest_iteration(self) -> int | None:
         """Steps of the newest complete checkpoint; None when there is none.

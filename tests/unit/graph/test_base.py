@@ -302,6 +302,17 @@ def test_a_model_of_the_hub_is_downloaded_first(tmp_path: Path):
         graph(sft={"base": name})
 
 
+def test_of_a_directory_of_megatron_the_complete_iteration_is_imported(tmp_path: Path):
+    """Not one that is being written, nor what a person put aside."""
+    made = tmp_path / "made"
+    for name in ("iter_0000002", "iter_0000004", "iter_0000002.bak"):
+        write(made / name, values(MODEL))
+    (made / "latest_checkpointed_iteration.txt").write_text("2")
+    bases = graph(model=MODEL.model_dump(), tokenizer={"path": str(made)}, sft={"base": str(made)})
+    (name,) = bases.bases
+    assert {Path(file).parent for file in bases.files(SimpleNamespace(base=name))} == {made / "iter_0000002"}
+
+
 def test_a_checkpoint_of_megatron_is_compared_by_the_list_of_its_tensors(tmp_path: Path):
     """A checkpoint without one tensor, another one reshaped; the last of its two iterations counts."""
     found = values(MODEL)
