@@ -9,6 +9,7 @@ from typing import Any
 
 from snaketron.config import Config, ConfigError, Training
 from snaketron.config.evaluation import Evaluation
+from snaketron.config.names import unusable
 from snaketron.graph.base import BaseGraph
 from snaketron.graph.unknown import find
 from snaketron.huggingface.peft import refused
@@ -63,11 +64,17 @@ class TrainingGraph:
         return self.phases[-1]
 
     def task_data(self, _wildcards: Any) -> list[str]:
-        """The files of the tasks of an evaluation: of the hub, as they are downloaded, and of the user."""
+        """The files of the tasks of an evaluation: of the hub, as they are downloaded, and of the user.
+
+        `ConfigError` where the name of one cannot be used.
+        """
         section, of_hub = self.config.eval, task_data(self.config)
         downloaded = [path for data in of_hub.values() for path in data.files(self.bases.lock)]
         data = (task.data for task in section.tasks if task.data and task.data not in of_hub)
-        return [*downloaded, *files_below([*section.task_directories, *data])]
+        files = files_below([*section.task_directories, *data])
+        if problems := [problem for path in files if (problem := unusable(path))]:
+            raise ConfigError("\n".join(f"eval.tasks: {problem}" for problem in problems))
+        return [*downloaded, *files]
 
     # Params: a change runs the job again.
 

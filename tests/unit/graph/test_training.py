@@ -161,6 +161,9 @@ def test_an_evaluation_is_made_of_the_files_of_its_tasks(tmp_path: Path, monkeyp
     assert graph.task_data(None) == files
     settings = EvalSettings.model_validate_json(graph.eval_settings(SimpleNamespace(stage="sft")))
     assert settings.task_files == files
+    Path("own/{a}.yaml").touch()
+    with pytest.raises(ConfigError, match=r"eval\.tasks: 'own/\{a\}\.yaml' holds a brace"):
+        graph.task_data(None)
 
 
 def test_data_of_tasks_that_is_not_here_is_named_at_once(tmp_path: Path):
