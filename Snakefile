@@ -93,7 +93,7 @@ except ConfigError as error:
 # workflow.dryrun is known only after this file was read.
 if workflow.output_settings.dryrun:
     swift.remember()
-rerun.ask_each_job()
+rerun.ask_each_job(graph.config.pathvars.values())
 published.keep_links()
 reasons.tell_changes(graph.config)
 unknown.tell_errors()

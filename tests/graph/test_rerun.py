@@ -1,7 +1,9 @@
-"""What was changed for a job is seen also when a job before it runs that gives it `ancient` files alone."""
+"""What was changed for a job is seen: behind `ancient` files, and after a clock was ahead."""
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 from tests.conftest import REPOSITORY, Result, Workspace
@@ -14,7 +16,7 @@ import sys
 sys.path.insert(0, "{REPOSITORY}/scripts")
 from snaketron.graph import rerun
 if config["asked"]:
-    rerun.ask_each_job()
+    rerun.ask_each_job(["."])
 
 rule tokenize:
     input: "filtered", "tokenizer"
@@ -71,3 +73,20 @@ def test_snakemake_alone_sees_the_filter_at_its_next_start(toy: Toy):
     assert toy.run("b", 2, asked=False).status == 0
     assert (toy.workspace.path / "tokens").read_text() == "a\nwords2\n"
     assert toy.jobs("b", 2, asked=False) == {"filter_shard", "tokenize"}
+
+
+def test_outputs_of_a_clock_that_was_ahead_are_refused(toy: Toy):
+    """A run ended after the filter. Its output is of today, and the tokens, made before, are of tomorrow."""
+    toy.text.write_text("other words")
+    assert toy.run("a", 1, "--until", "filter_shard").jobs == {"filter_shard": 1}
+    tokens, tomorrow = toy.workspace.path / "tokens", time.time() + 86400
+    os.utime(tokens, (tomorrow, tomorrow))
+    assert toy.jobs("a", 1, asked=False) == set()  # Snakemake alone
+    found = toy.run("a", 1, "-n")
+    assert found.status == 1 and "tokens: of a time that is yet to come, in 24.0 hours." in found.output
+    (command,) = (line for line in found.output.splitlines() if line.startswith("    find . -newermt now"))
+    assert toy.workspace.run("bash", "-c", command).status == 0
+    assert toy.jobs("a", 1) == {"tokenize"}
+    soon = time.time() + 60  # the clock of a file server
+    os.utime(tokens, (soon, soon))
+    assert toy.run("a", 1, "-n").status == 0

@@ -1,21 +1,26 @@
-"""Each job is asked whether it has to run again, also after a job that runs and gives it `ancient` files.
+"""Which jobs run again, where Snakemake would pass over some.
 
-Snakemake 9.27 does not ask the jobs after one that runs, because that one makes them run. Where `ancient`
-files alone connect them it does not: what else was changed for them, parameters or other files, would be seen
-by the next start of Snakemake, and what is made until then would be made of their old output.
+- Snakemake 9.27 does not ask the jobs after one that runs, because that one makes them run. Where `ancient`
+  files alone connect them it does not: what else was changed for them, parameters or other files, would be
+  seen by the next start of Snakemake, and what is made until then would be made of their old output.
+- Outputs that a clock ahead has written pass for newer than what is made before them today: a run that ended
+  between the two would be taken for finished.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+AHEAD = 600  # seconds by which the clocks of machines and file servers may differ
 
 type Jobs = Mapping[Any, Mapping[Any, set[Any]]]  # by job those after it, with the files that connect them
 
 
-def ask_each_job() -> None:
-    """Replace it in this process."""
+def ask_each_job(roots: Iterable[str]) -> None:
+    """Replace what decides it in this process; `roots` are the directories of outputs."""
     from snakemake.dag import DAG
 
     original = DAG.update_needrun
@@ -29,6 +34,8 @@ def ask_each_job() -> None:
             await original(dag, *args, **keys)
         finally:
             del dag.bfs
+        if dag.workflow.is_main_process:
+            check_times(dag, roots)
 
     update_needrun.__module__ = __name__
     DAG.update_needrun = update_needrun
@@ -44,3 +51,25 @@ def made_to_run(after: Jobs, job: Any) -> Iterator[Any]:
             if other not in found and not all(file.is_ancient for file in files):
                 found.add(other)
                 waiting.append(other)
+
+
+def check_times(dag: Any, roots: Iterable[str]) -> None:
+    """`WorkflowError` where outputs are of a time that is yet to come."""
+    from snakemake.exceptions import WorkflowError
+
+    now, known = time.time(), dag.workflow.iocache.mtime
+    times = {
+        str(file): known[file].local_or_storage(follow_symlinks=True)
+        for job in dag.jobs
+        for file in job.output
+        if file in known
+    }
+    if late := sorted(name for name, at in times.items() if at > now + AHEAD):
+        more = f" and {len(late) - 1} more outputs" if len(late) > 1 else ""
+        hours = (times[late[0]] - now) / 3600
+        raise WorkflowError(
+            f"{late[0]}{more}: of a time that is yet to come, in {hours:.1f} hours. A clock was ahead, and "
+            "what is made of changed files now would pass for older. Correct the clock, or give these outputs "
+            "an old time, so that what follows from newer files is made again:\n"
+            f"    find {' '.join(sorted(set(roots)))} -newermt now -exec touch -h -d 2000-01-01 {{}} +"
+        )
