@@ -71,3 +71,24 @@ def test_content_decides_what_runs_again(tmp_path: Path):
     assert jobs(workspace) == {}
     replace(small, json.dumps({"messages": [*messages, *messages]}) + "\n")
     assert jobs(workspace) == {"render_chat": 1}
+
+
+def test_a_job_for_an_older_file_that_failed_is_still_to_run(tmp_path: Path):
+    """It has deleted its outputs. The packs of the old file are there, and newer than all that is left."""
+    workspace = make_workspace(tmp_path / "work")
+    workspace.overlays = (workspace.write("mine.yaml", yaml.safe_dump(CONFIG)).name,)
+    workspace.write("raw/large.jsonl", json.dumps({"text": "some words " * 400}))
+    workspace.write("raw/template.jinja", (workspace.path / "config/chat_template.jinja").read_text())
+    messages = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "Two."}]
+    small = workspace.write("raw/small.jsonl", json.dumps({"messages": messages}) + "\n")
+    packs = "data/sft/help/small.json"
+    assert workspace.snakemake(packs).status == 0
+    replace(small, json.dumps({"message": messages}) + "\n")
+    failed = workspace.snakemake(packs)
+    assert failed.status == 1 and "raw/small.jsonl:1: no field 'messages'" in failed.output
+    assert workspace.snakemake("-n", packs).jobs == {"render_chat": 1, "pack_sft": 1}
+    replace(small, json.dumps({"messages": messages * 2}) + "\n")
+    assert workspace.snakemake(packs).jobs == {"render_chat": 1, "pack_sft": 1}
+    assert workspace.snakemake("-n", packs).jobs == {}
+    (workspace.path / "data/chat/help/small.json").unlink()  # what was made of it is finished
+    assert workspace.snakemake("-n", packs).jobs == {}

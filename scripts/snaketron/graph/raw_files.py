@@ -37,6 +37,7 @@ class RawFiles:
     def __init__(self, workflow: Any, root: Path, hashes: Path = Path(".snakemake/snaketron.hashes")) -> None:
         self._workflow, self._root = workflow, root
         self._hashes = _Hashes(hashes)
+        self._pending = _Pending(hashes.with_name("snaketron.changed"))
         self._records: dict[str, tuple[Record, os.stat_result] | None] = {}
         self._names: dict[str, set[str]] = {}  # of each directory of records what it holds
         self._forced: set[str] = set()  # rules that run again for a changed directory
@@ -50,19 +51,22 @@ class RawFiles:
         from snakemake.io import ancient
         from snakemake_interface_storage_plugins.io import Mtime
 
-        made = self._read(record)
+        made, pending = self._read(record), self._pending.since(self._root / record)
         inputs = {entry.path: entry for entry in made[0].inputs} if made else {}
-        marked = []
+        # Later than all that the job wrote, also on a machine whose clock was ahead.
+        late = max(time.time(), made[1].st_mtime + 1 if made else pending)
+        marked, changed = [], False
         for file in files:
-            entry = inputs.get(str(Path(file))) if inputs and not SAMPLE.fullmatch(file) else None
-            if made and entry:
-                if self.unchanged(entry, made[1]):
-                    file = ancient(file)
-                else:
-                    # Later than all that the job wrote, also on a machine whose clock was ahead.
-                    late = max(time.time(), made[1].st_mtime + 1)
-                    self._workflow.iocache.mtime[file] = Mtime(local=late, local_target=late)
+            entry = inputs.get(str(Path(file))) if not SAMPLE.fullmatch(file) else None
+            if made and entry and self.unchanged(entry, made[1]):
+                file = ancient(file)
+            elif (made and entry) or (pending and not made and not SAMPLE.fullmatch(file)):
+                self._workflow.iocache.mtime[file] = Mtime(local=late, local_target=late)
+                changed = True
             marked.append(file)
+        self._pending.note(self._root / record, late if changed else 0)
+        if changed and not made:  # Snakemake may know the hash of the file from the job that failed
+            self._workflow.dag.forcefiles.add(str(self._root / record))
         return marked
 
     def watch_directory(self, rule: str, record: str, directory: Path) -> None:
@@ -70,14 +74,19 @@ class RawFiles:
 
         Snakemake is not told the files: new inputs of a rule would have it make again what is finished.
         """
-        made = self._read(record)
-        entries = {Path(entry.path): entry for entry in made[0].inputs} if made else {}
-        for path, entry in entries.items():
-            if path.parent == directory and path.exists() and made and not self.unchanged(entry, made[1]):
-                if rule not in self._forced:
-                    logger.info("%s: changed since rule %s read it, so the rule runs again", path, rule)
-                self._forced.add(rule)
-                self._workflow.dag.forcerules.add(self._workflow.get_rule(rule))
+        made, pending = self._read(record), self._pending.since(self._root / record)
+        entries = [entry for entry in made[0].inputs if entry.file.parent == directory] if made else []
+        changed = [
+            entry.file
+            for entry in entries
+            if made and entry.file.exists() and not self.unchanged(entry, made[1])
+        ]
+        self._pending.note(self._root / record, time.time() if changed or (pending and not made) else 0)
+        if changed and rule not in self._forced:
+            logger.info("%s: changed since rule %s read it, so the rule runs again", changed[0], rule)
+        if changed or (pending and not made):
+            self._forced.add(rule)
+            self._workflow.dag.forcerules.add(self._workflow.get_rule(rule))
 
     def unchanged(self, entry: Entry, record: os.stat_result) -> bool:
         """Whether a file is as an entry of a record says. The record has its own state, as it was written."""
@@ -141,3 +150,32 @@ class _Hashes:
                     path, size, modified, found = orjson.loads(line)
                     known[path, size, modified] = found
         return known
+
+
+class _Pending:
+    """The jobs that have to run again for changed files, by their records, kept in a file of JSON lines.
+
+    Such a job first deletes its record, and where it fails or is killed nothing else says that its files were
+    changed: what was made of the old ones would pass for finished. A later line counts, and 0 is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, float] | None = None
+
+    def since(self, record: Path) -> float:
+        """A time later than the last outputs of the job; 0 where its files are not known to be changed."""
+        if self._known is None:
+            self._known = {}
+            with contextlib.suppress(OSError):
+                for line in self._path.read_bytes().splitlines():
+                    with contextlib.suppress(ValueError, TypeError):  # a line that was cut off
+                        name, at = orjson.loads(line)
+                        self._known[name] = at
+        return self._known.get(str(record), 0)
+
+    def note(self, record: Path, at: float) -> None:
+        if bool(at) != bool(self.since(record)) and self._known is not None:
+            self._known[str(record)] = at
+            with self._path.open("ab") as file:
+                file.write(orjson.dumps([str(record), at]) + b"\n")

@@ -69,7 +69,7 @@ def check_times(dag: Any, roots: Iterable[str]) -> None:
         hours = (times[late[0]] - now) / 3600
         raise WorkflowError(
             f"{late[0]}{more}: of a time that is yet to come, in {hours:.1f} hours. A clock was ahead, and "
-            "what is made of changed files now would pass for older. Correct the clock, or give these outputs "
-            "an old time, so that what follows from newer files is made again:\n"
+            "what is made of changed files now would pass for older. Correct the clock, or give them an old "
+            "time, so that what follows from newer files is made again:\n"
             f"    find {' '.join(sorted(set(roots)))} -newermt now -exec touch -h -d 2000-01-01 {{}} +"
         )

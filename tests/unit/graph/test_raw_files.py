@@ -105,6 +105,24 @@ def test_a_touched_file_is_read_once_and_not_changed(hashed: list[str]):
     assert changed() == ["a.jsonl"] == changed() and hashed == ["a.jsonl"] * 2
 
 
+def test_a_job_that_has_lost_its_record_is_still_to_run(finished: Path):
+    """It deletes its outputs and fails, or is killed: what was made of the old file is there, and newer."""
+    replace("a.jsonl", "other")
+    assert changed() == ["a.jsonl"]
+    finished.unlink()
+    dag = SimpleNamespace(forcefiles=set())
+    workflow = SimpleNamespace(iocache=SimpleNamespace(mtime={}), dag=dag)
+    RawFiles(workflow, Path("data"), Path("hashes")).seen_by("tokens/docs/a.json", ["a.jsonl", "b.jsonl"])
+    assert dag.forcefiles == {str(finished)} and set(workflow.iocache.mtime) == {"a.jsonl", "b.jsonl"}
+    write_record()
+    assert changed() == []
+    finished.unlink()  # by the user, who needs the space: nothing was changed
+    RawFiles(workflow, Path("data"), Path("hashes")).seen_by("tokens/docs/b.json", ["a.jsonl"])
+    dag.forcefiles.clear()
+    RawFiles(workflow, Path("data"), Path("hashes")).seen_by("tokens/docs/a.json", ["a.jsonl", "b.jsonl"])
+    assert dag.forcefiles == set()
+
+
 def test_a_damaged_list_of_hashes_is_left(hashed: list[str]):
     Path("hashes").write_bytes(b'["a.jsonl", 1\n\xff\n3\n')
     Path("a.jsonl").touch()
