@@ -27,7 +27,7 @@ rule filter_shard:
     input: text="text", tokenizer=ancient("tokenizer")
     output: "filtered"
     params: pattern=config["pattern"]
-    shell: "echo {{params.pattern}} > {{output}}; cat {{input.text}} >> {{output}}"
+    shell: "test -z $FAIL && echo {{params.pattern}} > {{output}} && cat {{input.text}} >> {{output}}"
 
 rule build_tokenizer:
     output: "tokenizer"
@@ -43,9 +43,10 @@ class Toy:
         self.text = self.workspace.write("text", "words")
         assert self.run("a", 1).status == 0
 
-    def run(self, pattern: str, size: int, *options: str, asked: bool = True) -> Result:
+    def run(self, pattern: str, size: int, *options: str, asked: bool = True, fail: str = "") -> Result:
         config = [f"pattern={pattern}", f"size={size}", f"asked={asked}"]
-        return self.workspace.run("snakemake", "--cores", "1", *options, "--config", *config)
+        command = ["snakemake", "--cores", "1", *options, "--config", *config]
+        return self.workspace.run(*command, environment={"FAIL": fail})
 
     def jobs(self, pattern: str, size: int, *, asked: bool = True) -> set[str]:
         return self.run(pattern, size, "-n", asked=asked).jobs.keys()
@@ -73,6 +74,16 @@ def test_snakemake_alone_sees_the_filter_at_its_next_start(toy: Toy):
     assert toy.run("b", 2, asked=False).status == 0
     assert (toy.workspace.path / "tokens").read_text() == "a\nwords2\n"
     assert toy.jobs("b", 2, asked=False) == {"filter_shard", "tokenize"}
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_changed_job_that_failed_is_still_to_run(toy: Toy, asked: bool):
+    """Its output is gone, and tokens of the filter of before are there: finished, to Snakemake alone."""
+    assert toy.run("b", 1, asked=asked, fail="1").status == 1
+    assert not (toy.workspace.path / "filtered").exists() and (toy.workspace.path / "tokens").exists()
+    assert toy.jobs("b", 1, asked=asked) == ({"filter_shard", "tokenize"} if asked else set())
+    if asked:
+        assert toy.run("b", 1).status == 0 and toy.jobs("b", 1) == set()
 
 
 def test_outputs_of_a_clock_that_was_ahead_are_refused(toy: Toy):
