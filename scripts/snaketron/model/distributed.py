@@ -65,10 +65,14 @@ def _check(run: RunSettings) -> None:
 def _destroy_recordings() -> None:
     """Destroy what was recorded: NCCL waits for ever to leave a group of which a CUDA graph has an operation.
 
-    Those of attention and Mamba layers under tensor parallelism have.
+    Those of attention and Mamba layers under tensor parallelism have. What Python's garbage collector was told
+    to skip (`loop.freeze`) it does not list either, until it is thawed. A graph that a GPU still computes goes
+    when that has ended, and NCCL waits for it.
     """
-    for graph in [found for found in gc.get_objects() if type(found) is torch.cuda.CUDAGraph]:
-        graph.reset()
+    if torch.cuda.is_initialized():
+        gc.unfreeze()
+        for graph in [found for found in gc.get_objects() if type(found) is torch.cuda.CUDAGraph]:
+            graph.reset()
 
 
 def _join() -> None:
