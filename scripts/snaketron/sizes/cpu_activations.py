@@ -36,15 +36,15 @@ def cpu_activation_memory(model: Model, vocab_size: int, seq_length: int, run: R
     logits = (1 + model.mtp_num_layers) * FP32 * padded_vocab_size(model, vocab_size, tp)
     after = [0.0] * (len(stages) - 1) + [logits + norm]
     if "layer" in run.recompute:
-        inputs = [width * model.hidden_size * len(stage) for stage in stages]
+        kept = [width * model.hidden_size * len(stage) for stage in stages]
         after[-1] += depth if model.mtp_num_layers else 0
-        largest = [max(whole[layer] for layer in stage) for stage in stages]
-        kept = [x + max(a, b) for x, a, b in zip(inputs, after, largest, strict=True)]
+        after = [max(a, *(whole[layer] for layer in stage)) for a, stage in zip(after, stages, strict=True)]
     else:
+        kept = [sum(whole[layer] for layer in stage) for stage in stages]
         after[-1] += model.mtp_num_layers * depth
-        kept = [sum(whole[layer] for layer in stage) + a for stage, a in zip(stages, after, strict=True)]
     tokens = run.micro_batch_size * seq_length / parallel.context_parallel_size
-    return [tokens * each / tp * (len(stages) - stage) for stage, each in enumerate(kept)]
+    under_way = range(len(stages), 0, -1)  # micro-batches, whose layers keep what they keep
+    return [tokens / tp * (x * n + a) for x, n, a in zip(kept, under_way, after, strict=True)]
 
 
 def cpu_layer_activations(model: Model, layer: str, recompute: Sequence[str]) -> float:

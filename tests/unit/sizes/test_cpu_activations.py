@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from snaketron.config import Model, Run, load
+from snaketron.config import Model, Parallel, Run, load
 from snaketron.model import backend
 from snaketron.model.megatron import mamba2
 from snaketron.sizes import cpu_activations
@@ -100,6 +100,15 @@ def test_layers_that_are_computed_again_are_whole_one_by_one():
     many = 10_000  # whose logits are more than a layer
     (kept,) = cpu_activation_memory(model, many, 100, run)
     assert kept == 300 * (3 * 4 * 10 + 4 * many + 4 * NORM)
+
+
+def test_a_stage_computes_the_layers_of_one_micro_batch_again_however_many_are_under_way():
+    model = HAND.model_copy(update={"hybrid_layer_pattern": "M-" * 3, "mtp_num_layers": 0})
+    pipeline = Parallel(pipeline_model_parallel_size=3, pipeline_split="layers")
+    run = Run(micro_batch_size=3, recompute=["layer"], parallel=pipeline)
+    largest, inputs = cpu_layer_activations(model, "M", []), 2 * 4 * 10
+    expected = [300 * (n * inputs + largest) for n in (3, 2, 1)]
+    assert cpu_activation_memory(model, 16, 100, run) == expected
 
 
 def test_a_plan_without_gpus_counts_what_a_cpu_keeps():
