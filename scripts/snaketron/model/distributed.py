@@ -65,9 +65,9 @@ def _check(run: RunSettings) -> None:
 def _destroy_recordings() -> None:
     """Destroy what was recorded: NCCL waits for ever to leave a group of which a CUDA graph has an operation.
 
-    Those of attention and Mamba layers under tensor parallelism have. What Python's garbage collector was told
-    to skip (`loop.freeze`) it does not list either, until it is thawed. A graph that a GPU still computes goes
-    when that has ended, and NCCL waits for it.
+    Those of attention and Mamba layers under tensor parallelism have. What Python's garbage collector was
+    told to skip (`loop.freeze`) it does not list either, until it is thawed. A graph that a GPU still
+    computes goes when that has ended, and NCCL waits for it.
     """
     if torch.cuda.is_initialized():
         gc.unfreeze()

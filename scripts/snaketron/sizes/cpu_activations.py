@@ -36,9 +36,10 @@ def cpu_activation_memory(model: Model, vocab_size: int, seq_length: int, run: R
     logits = (1 + model.mtp_num_layers) * FP32 * padded_vocab_size(model, vocab_size, tp)
     after = [0.0] * (len(stages) - 1) + [logits + norm]
     if "layer" in run.recompute:
-        kept = [width * model.hidden_size * len(stage) for stage in stages]
+        kept: list[float] = [width * model.hidden_size * len(stage) for stage in stages]
         after[-1] += depth if model.mtp_num_layers else 0
-        after = [max(a, *(whole[layer] for layer in stage)) for a, stage in zip(after, stages, strict=True)]
+        largest = [max(whole[layer] for layer in stage) for stage in stages]
+        after = [max(a, layer) for a, layer in zip(after, largest, strict=True)]
     else:
         kept = [sum(whole[layer] for layer in stage) for stage in stages]
         after[-1] += model.mtp_num_layers * depth

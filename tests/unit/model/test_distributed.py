@@ -34,7 +34,7 @@ def test_gpus_that_are_not_there_are_named():
 
 
 def test_recordings_are_destroyed_before_groups_are_left(monkeypatch: pytest.MonkeyPatch):
-    """Also those that Python's garbage collector skips, as what a second training in a process finds there."""
+    """Also those that Python's garbage collector skips, as when a process trains a second time."""
     order = []
 
     class Graph:
