@@ -27,11 +27,20 @@ MEMORY = 0.8  # of the memory's peak
 FASTER = {"fp32": (0.5, 0.5), "bf16": (1.0, 1.0), "nvfp4": (1.5, 1.5)}
 FP8 = (1.85, 1.28)
 CASTS = 1.7  # as many more passes under fp8 and nvfp4, which round tokens and weights
+LAYER_ON_HOST = 6.8e-3  # seconds in which the host starts the kernels of a layer, forwards and backwards
+# How well the GPU computes while the host starts kernels: what takes as long on both takes 2 ** (1 / 8) times
+# that, and 2 ** (1 / 3) where the GPUs of a group wait for each other in each layer.
+OVERLAP, OVERLAP_TOGETHER = 8, 3
 
 
 def stays_in_bf16(model: Model, number: int) -> bool:
     """Whether a layer of the decoder, by its number, stays in bf16 under fp8 and nvfp4."""
     return number >= len(model.hybrid_layer_pattern) - model.bf16_layers_at_end
+
+
+def overlapped(on_gpu: float, on_host: float, power: int = OVERLAP) -> float:
+    """The time of what takes so long on a GPU and on the host that starts its kernels."""
+    return (on_gpu**power + on_host**power) ** (1 / power)
 
 
 def layer_seconds(

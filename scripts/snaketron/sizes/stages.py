@@ -9,24 +9,33 @@ from collections.abc import Iterable
 
 from snaketron.config import Adapters, Model, Parallel
 from snaketron.config.linears import Linear, linears, targeted
-from snaketron.sizes.compute import layer_seconds, output_seconds, stays_in_bf16
+from snaketron.sizes.compute import (
+    LAYER_ON_HOST,
+    layer_seconds,
+    output_seconds,
+    overlapped,
+    stays_in_bf16,
+)
 from snaketron.sizes.gpus import GPUS
 from snaketron.sizes.parameters import Parameters, mtp_parameters, of_layers, padded_vocab_size
 
-# Where stages take equally long. A model has the same stages on every GPU and for every length of sequences.
+# Where stages take equally long, with as many tokens in a micro-batch. A model has the same stages on every
+# GPU and for every length of sequences.
 GPU, LENGTH = GPUS["h100"], 8192
 
 
 def pipeline_stages(model: Model, vocab_size: int, parallel: Parallel) -> list[str]:
     """The layers of each pipeline stage, as patterns.
 
-    By `pipeline_split` they take equally long, as far as whole layers allow: the slowest one is as fast as
-    can be, and the others are as much alike as can be then. Or they have equally many layers, the first ones
-    one more. The last stage also has the output layer, the loss and multi-token prediction.
+    By `pipeline_split` they take equally long, as far as whole layers allow, on a GPU and its host: the
+    slowest one is as fast as can be, and the others are as much alike as can be then. Or they have equally
+    many layers, the first ones one more. The last stage also has the output layer, the loss and multi-token
+    prediction.
 
-    >>> model, two = Model(hybrid_layer_pattern="MEM*EME"), Parallel(pipeline_model_parallel_size=2)
+    >>> model = Model(hybrid_layer_pattern="MEM*EME", mtp_num_layers=1, mtp_hybrid_layer_pattern="*E")
+    >>> two = Parallel(pipeline_model_parallel_size=2)
     >>> pipeline_stages(model, 131072, two)
-    ['MEM*EM', 'E']
+    ['MEM*E', 'ME']
     >>> pipeline_stages(model, 131072, two.model_copy(update={"pipeline_split": "layers"}))
     ['MEM*', 'EME']
 
@@ -42,12 +51,13 @@ def pipeline_stages(model: Model, vocab_size: int, parallel: Parallel) -> list[s
     if stages == 1 or parallel.pipeline_split == "layers":
         ends = even_ends(len(pattern), stages)
     else:
-        ends = balanced_ends(tuple(layer_costs(model, vocab_size)), stages)
+        on_gpu, on_host = layer_costs(model, vocab_size), host_costs(model)
+        ends = balanced_ends(tuple(zip(on_gpu, on_host, strict=True)), stages)
     return [pattern[start:end] for start, end in itertools.pairwise([0, *ends])]
 
 
 def layer_costs(model: Model, vocab_size: int) -> list[int]:
-    """The time of each layer for a token in 10^-15 s, that of the last one with all that follows it.
+    """A GPU's time of each layer for a token in 10^-15 s, that of the last one with all that follows it.
 
     Whole numbers, so that stages of the same layers take the same time in whatever order it is added.
     """
@@ -63,6 +73,15 @@ def layer_costs(model: Model, vocab_size: int) -> list[int]:
     return [*costs[:-1], costs[-1] + round(after * 1e15)]
 
 
+def host_costs(model: Model) -> list[int]:
+    """What `layer_costs` is, of a host that starts kernels one by one: each layer takes it as long.
+
+    The output layer and the loss have few kernels. So the stage that has them waits least for its host.
+    """
+    each, last = round(LAYER_ON_HOST / LENGTH * 1e15), len(model.hybrid_layer_pattern) - 1
+    return [each] * last + [each * (1 + model.mtp_num_layers * len(model.mtp_hybrid_layer_pattern))]
+
+
 def even_ends(layers: int, stages: int) -> tuple[int, ...]:
     """How many layers there are up to the end of each stage, if these have equally many.
 
@@ -74,12 +93,16 @@ def even_ends(layers: int, stages: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def balanced_ends(costs: tuple[int, ...], stages: int) -> tuple[int, ...]:
+def balanced_ends(costs: tuple[tuple[int, int], ...], stages: int) -> tuple[int, ...]:
     """How many layers there are up to the end of each stage, if the slowest one is as fast as can be.
 
-    >>> balanced_ends((2, 2, 2, 2, 8), 2)
+    `costs` are those of each layer on a GPU and on its host.
+
+    >>> balanced_ends(((20, 0), (20, 0), (20, 0), (20, 0), (80, 0)), 2)
     (4, 5)
-    >>> balanced_ends((2, 2, 2, 2, 6), 2)  # 6 and 8, which leave more memory to the first stage than 8 and 6
+    >>> balanced_ends(((20, 0), (20, 0), (20, 0), (20, 0), (60, 0)), 2)  # the first stage keeps more memory
+    (3, 5)
+    >>> balanced_ends(((20, 30), (20, 30), (20, 30), (20, 30), (80, 30)), 2)
     (3, 5)
     """
     slowest, _, _ = _best(costs, stages, 0)
@@ -87,12 +110,12 @@ def balanced_ends(costs: tuple[int, ...], stages: int) -> tuple[int, ...]:
     return ends
 
 
-def _best(costs: tuple[int, ...], stages: int, allowed: int) -> tuple[int, int, tuple[int, ...]]:
+def _best(costs: tuple[tuple[int, int], ...], stages: int, allowed: int) -> tuple[int, int, tuple[int, ...]]:
     """The best cuts: the time of the slowest stage, the sum of the stages' times squared, the stages' ends.
 
     Where no stage takes longer than `allowed`, those are the best whose stages are most alike.
     """
-    until = [0, *itertools.accumulate(costs)]
+    on_gpu, on_host = ([0, *itertools.accumulate(of_layers)] for of_layers in zip(*costs, strict=True))
     best = {0: (allowed, 0, tuple[int, ...]())}  # by the end of the stages so far
     for later in reversed(range(stages)):  # each later stage has a layer at least
         last = len(costs) - later
@@ -101,7 +124,7 @@ def _best(costs: tuple[int, ...], stages: int, allowed: int) -> tuple[int, int, 
                 (max(slowest, took), squares + took**2, (*ends, end))
                 for start, (slowest, squares, ends) in best.items()
                 if start < end
-                for took in [until[end] - until[start]]
+                for took in [round(overlapped(on_gpu[end] - on_gpu[start], on_host[end] - on_host[start]))]
             )
             for end in range(stages - later if later else last, last + 1)
         }

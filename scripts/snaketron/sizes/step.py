@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from snaketron.sizes.compute import MEMORY, layer_seconds, output_seconds, stays_in_bf16
+from snaketron.sizes.compute import (
+    LAYER_ON_HOST,
+    MEMORY,
+    OVERLAP,
+    OVERLAP_TOGETHER,
+    layer_seconds,
+    output_seconds,
+    overlapped,
+    stays_in_bf16,
+)
 from snaketron.sizes.gpus import Gpu
 from snaketron.sizes.memory import memory_of_process
 from snaketron.sizes.parameters import padded_vocab_size
@@ -24,13 +33,9 @@ from snaketron.sizes.traffic import (
     tokens_of_process,
 )
 
-LAYER_ON_HOST = 6.8e-3  # seconds in which the host starts the kernels of a layer, forwards and backwards
 RECORDED_ON_HOST = 1.5e-3  # of a layer that is recorded as a CUDA graph
 CASTS_ON_HOST = 1.2  # as much more under fp8 and nvfp4
 PARTS_ON_HOST = 1.4  # as much more under tensor or context parallelism, with their exchanges
-# How well the GPU computes while the host starts kernels: what takes as long on both takes 2 ** (1 / 8) times
-# that, and 2 ** (1 / 3) where the GPUs of a group wait for each other in each layer.
-OVERLAP, OVERLAP_TOGETHER = 8, 3
 HOST_ADAM = 0.9e-9  # seconds a parameter of an offloaded optimizer
 
 
@@ -175,7 +180,7 @@ def _wait_for_host(stage: _Stage, pattern: str, work: Work) -> None:
     )
     power = OVERLAP_TOGETHER if max(sizes) > 1 else OVERLAP
     there = stage.total
-    stage.host = (there**power + busy**power) ** (1 / power) - there
+    stage.host = overlapped(there, busy, power) - there
 
 
 # ------------------------------------------------------------------------------------------- the update

@@ -29,21 +29,21 @@ def test_a_training_that_no_gpu_holds_is_refused_with_both_numbers():
             "lora.target_modules[1]: 'mlp.linear_fc1' is no linear layer of this model; "
             "did you mean 'linear_fc1'?",
         ),
-        (  # MEM*E|ME, with multi-token prediction at the end
+        (  # MEM*|EME, with multi-token prediction at the end
             {
                 "model": {"hybrid_layer_pattern": "MEM*EME"},
                 "lora": {"target_modules": ["eh_proj"], "parallel": {"pipeline_model_parallel_size": 2}},
             },
-            "lora.target_modules: none of the layers MEM*E of pipeline stage 0 is meant; "
+            "lora.target_modules: none of the layers MEM* of pipeline stage 0 is meant; "
             "add a target that it has, such as in_proj",
         ),
-        (  # M*EM*|E
+        (  # MM*|EEE
             {
-                "model": {"hybrid_layer_pattern": "M*EM*E", "mtp_num_layers": 0},
+                "model": {"hybrid_layer_pattern": "MM*EEE", "mtp_num_layers": 0},
                 "tokenizer": {"vocab_size": 32768},
                 "lora": {"target_modules": ["in_proj"], "parallel": {"pipeline_model_parallel_size": 2}},
             },
-            "lora.target_modules: none of the layers E of pipeline stage 1 is meant; "
+            "lora.target_modules: none of the layers EEE of pipeline stage 1 is meant; "
             "add a target that it has, such as router",
         ),
         (

@@ -62,12 +62,12 @@ def test_tensor_parallelism_stays_within_a_node():
 
 
 def test_stages_of_equally_many_layers_come_before_other_layouts():
-    """Of equal time they are MEMEMEM and E: the first one takes 117.7 MB; by layers 97.4."""
+    """Of equal time they are MEMEME and ME: the first one takes 99.8 MB; by layers 97.4."""
     model = {"hybrid_layer_pattern": "MEMEMEME", "mtp_num_layers": 2, "mtp_hybrid_layer_pattern": "*E"}
     sft = COUNTED["sft"] | {"parallel": {"pipeline_model_parallel_size": 2}}
-    cluster = {"gpus_per_node": 2, "gpu_memory_gb": 0.1}
+    cluster = {"gpus_per_node": 2, "gpu_memory_gb": 0.099}
     config = load({"model": model, "cluster": cluster, "sft": sft}, {})
-    assert estimate(config, config.training("sft")).peak_bytes == pytest.approx(0.1177e9, rel=1e-3)
+    assert estimate(config, config.training("sft")).peak_bytes == pytest.approx(0.0998e9, rel=1e-3)
     found = smallest_change(config, config.training("sft"))
     assert found is not None
     said, needs = found

@@ -6,16 +6,18 @@ import random
 
 from snaketron.config import Adapters, Model, Parallel
 from snaketron.sizes import parameters
-from snaketron.sizes.compute import layer_seconds
+from snaketron.sizes.compute import LAYER_ON_HOST, layer_seconds
 from snaketron.sizes.gpus import GPUS
 from snaketron.sizes.stages import (
     adapter_parameters,
     balanced_ends,
     even_ends,
+    host_costs,
     layer_costs,
     pipeline_stages,
     stage_parameters,
 )
+from tests.benchmarks.shapes import NANO
 from tests.conftest import run_module
 from tests.unit.sizes.built_sizes import ADAPTERS, LAYOUTS, MODEL, VOCABULARY
 from tests.unit.sizes.models import SUPER, VOCABULARY_OF_SUPER
@@ -62,7 +64,26 @@ def test_more_stages_than_layers_is_an_error_that_names_both(split):
     ],
 )
 def test_stages_of_equal_time_by_hand(costs, stages, ends):
-    assert balanced_ends(costs, stages) == ends
+    assert balanced_ends(tuple((cost, 0) for cost in costs), stages) == ends
+
+
+def test_stages_take_equally_long_with_the_host_that_starts_their_kernels():
+    """What takes 80 on a GPU and 80 on its host takes 80 x 2 ** (1 / 8) = 87.2; 60 and 80 take 80.9."""
+    on_gpu = (20, 20, 20, 20, 70)
+    assert balanced_ends(tuple((cost, 0) for cost in on_gpu), 2) == (4, 5)  # 80 and 70
+    assert balanced_ends(tuple((cost, 20) for cost in on_gpu), 2) == (4, 5)  # 87.2 and 70; else 62, 90
+    assert balanced_ends(tuple((cost, 25) for cost in on_gpu), 2) == (3, 5)  # 76 and 90.1; else 101 and 70
+
+
+def test_nano_has_stages_that_its_host_starts_as_fast():
+    """Four steps in a hundred faster than with 28 and 24 layers, by the estimate, on an H100 and an H200."""
+    assert [*map(len, pipeline_stages(Model(**NANO), 131072, by("time", 2)))] == [27, 25]
+
+
+def test_the_host_starts_each_layer_as_fast_and_those_of_multi_token_prediction_with_the_last():
+    model = Model(hybrid_layer_pattern="ME", mtp_num_layers=2, mtp_hybrid_layer_pattern="*E")
+    each = round(1e15 * LAYER_ON_HOST / 8192)
+    assert host_costs(model) == [each, 5 * each]
 
 
 def test_the_slowest_stage_is_the_fastest_that_there_is():
@@ -71,7 +92,7 @@ def test_the_slowest_stage_is_the_fastest_that_there_is():
     for _ in range(400):
         costs = tuple(draw.randint(1, 9) for _ in range(draw.randint(1, 9)))
         stages = draw.randint(1, len(costs))
-        found = times(costs, balanced_ends(costs, stages))
+        found = times(costs, balanced_ends(tuple((cost, 0) for cost in costs), stages))
         cuts = [
             times(costs, (*inner, len(costs)))
             for inner in itertools.combinations(range(1, len(costs)), stages - 1)
@@ -98,18 +119,18 @@ def test_the_stages_of_nemotron_3_super(precision: str, stages: int, layers: lis
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_stages_are_the_same_with_every_tensor_parallelism(size: int):
-    """With TP 8 the vocabulary of 125 has 1,000 rows, and its output layer takes 2.3 layers' time."""
+    """With TP 8 the vocabulary of 8,192 has 65,536 rows, and its output layer takes three layers' time."""
     model = Model(
         hybrid_layer_pattern="------",
         precision="bf16",
-        hidden_size=64,
-        ffn_hidden_size=64,
+        hidden_size=8192,
+        ffn_hidden_size=8192,
         mtp_num_layers=0,
-        make_vocab_size_divisible_by=125,
+        make_vocab_size_divisible_by=8192,
     )
     parallel = by("time", 2).model_copy(update={"tensor_model_parallel_size": size})
-    assert pipeline_stages(model, 125, parallel) == ["---", "---"]
-    assert pipeline_stages(model, 1000, parallel) == ["----", "--"]
+    assert pipeline_stages(model, 8192, parallel) == ["---", "---"]
+    assert pipeline_stages(model, 65536, parallel) == ["-----", "-"]
 
 
 def test_the_time_of_a_layer_is_that_of_a_token_of_8192_on_an_h100():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from snaketron.config import Model, Optimizer, Parallel, Run
-from snaketron.sizes import step
+from snaketron.sizes import compute
 from snaketron.sizes.gpus import Gpu
 from snaketron.sizes.step import Step, step_time
 from snaketron.sizes.traffic import Work
@@ -67,7 +67,7 @@ def test_gradients_are_summed_and_weights_gathered():
 
 def test_the_host_is_the_limit_of_small_micro_batches():
     """4 micro-batches of a layer that the GPU computes at once: the time to start it, 4 times."""
-    assert of({"hybrid_layer_pattern": "-"}).total == pytest.approx(4 * step.LAYER_ON_HOST, rel=0.1)
+    assert of({"hybrid_layer_pattern": "-"}).total == pytest.approx(4 * compute.LAYER_ON_HOST, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_gpus_that_wait_for_each_other_in_each_layer_wait_longer_for_the_host(
         sum(getattr(found, term) for term in ("experts", "output", "exchange", "tensor", "context"))
         / micro_batches
     )
-    starting = step.LAYER_ON_HOST * slower
+    starting = compute.LAYER_ON_HOST * slower
     assert 0.2 * starting < computing < 5 * starting
     together = (computing**power + starting**power) ** (1 / power)
     assert found.host == pytest.approx(micro_batches * (together - computing))

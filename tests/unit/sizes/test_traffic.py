@@ -60,9 +60,9 @@ def test_tensor_parallelism_divides_what_the_pipeline_sends():
 
 
 def test_the_stage_of_most_layers_sends_most():
-    """Two Mamba layers take longer than four MLPs, with 5 exchanges each, and the output layer, with 3."""
-    found = of("MM----", pipeline_model=2, tensor_model=2)
-    assert found["tensor"].nvlink == pytest.approx(4 * (4 * 5 + 3) * 1000 * 128 * 2 / 2)
+    """Three MLPs, with 5 exchanges each, and the output layer, with 3: the first stage has two MLPs."""
+    found = of("-----", pipeline_model=2, tensor_model=2)
+    assert found["tensor"].nvlink == pytest.approx(4 * (3 * 5 + 3) * 1000 * 128 * 2 / 2)
 
 
 def test_gradients_are_summed_and_weights_gathered_over_all_copies():
