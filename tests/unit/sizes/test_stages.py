@@ -76,7 +76,7 @@ def test_stages_take_equally_long_with_the_host_that_starts_their_kernels():
 
 
 def test_nano_has_stages_that_its_host_starts_as_fast():
-    """Four steps in a hundred faster than with 28 and 24 layers, by the estimate, on an H100 and an H200."""
+    """By the estimate a step takes 3 % less time than with 28 and 24 layers, on an H100 and on an H200."""
     assert [*map(len, pipeline_stages(Model(**NANO), 131072, by("time", 2)))] == [27, 25]
 
 
