@@ -132,7 +132,7 @@ _SCHEMA = '{"type": "function", "function": {"name": ..., "parameters": {...}}}'
 def _tools(path: Path) -> list[dict[str, Any]]:
     """The functions in a file; `UserError` where one is no object with a name."""
     try:
-        tools = json.loads(path.read_text())
+        tools = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; a JSON list of function schemas is expected") from None
     if not isinstance(tools, list):

@@ -82,7 +82,10 @@ class Warm:
         `arguments` are `snakemake ...`, or what stands after `python`: `-m MODULE ...`, `-c CODE` or
         `SCRIPT ...`.
         """
-        with Path(os.devnull).open() as nothing, Path(output).open("a") as said:
+        with (
+            Path(os.devnull).open(encoding="utf-8") as nothing,
+            Path(output).open("a", encoding="utf-8") as said,
+        ):
             return self.ask(arguments, directory, environments, (nothing, said, said))
 
     def ask(
@@ -129,7 +132,7 @@ class Warm:
         self, arguments: list[str], directory: Path, environments: list[dict[str, str]], timeout: float
     ) -> tuple[list[int], str]:
         """Exit statuses and output of processes that are started and waited for."""
-        with tempfile.NamedTemporaryFile("r") as output:
+        with tempfile.NamedTemporaryFile("r", encoding="utf-8") as output:
             numbers = self.start(arguments, directory, environments, output.name)
             try:
                 if not self.ended(timeout):
@@ -224,7 +227,7 @@ def prepare(kind: str, *arguments: str) -> None:
     if kind == "pytest":
         import pytest
 
-        with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
+        with Path(os.devnull).open("w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):
             pytest.main([*arguments, "-n0", "--collect-only", "-qq"])
         for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
             del sys.modules[name]  # each process has tests of its own

@@ -23,7 +23,7 @@ def read(path: str | None) -> dict[str, str]:
     at = f"cluster.secrets_file {file}"
     try:
         mode = file.stat().st_mode
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{at}: {(error.strerror or str(error)).lower()}") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):

@@ -116,7 +116,7 @@ def lock(file: IO[Any], *, wait: bool = False) -> bool:
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock of a file; no where there is none."""
     try:
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             return not lock(file)
     except OSError:
         return False

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import gc
+import io
 import logging
 import os
 import select
@@ -111,6 +112,8 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
     logger.setLevel(logging.INFO)
     _terminal.setLevel(logging.INFO)
     logger.addHandler(_terminal)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the locale lacks is shown as \u2014
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.raiseExceptions = False  # a log that a full disk cannot take is no reason for a traceback
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
@@ -183,7 +186,7 @@ def begin_log(path: Path) -> None:
     """Empty a log, and write to it which command writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):  # a full disk; `log_to` says what else is wrong with the file
-        path.write_text(f"$ {shlex.join(['python', *sys.argv])}\n")
+        path.write_text(f"$ {shlex.join(['python', *sys.argv])}\n", encoding="utf-8")
 
 
 def log_to(path: Path) -> None:
@@ -193,7 +196,7 @@ def log_to(path: Path) -> None:
     own would write over the lines of the others.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, "a")
+    handler = logging.FileHandler(path, "a", encoding="utf-8", errors="surrogateescape")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
 
@@ -202,5 +205,5 @@ def _complain(message: str, *, final: bool) -> int:
     logger.error("error: %s", message)
     if final and (record := os.environ.get(RECORD)):
         with contextlib.suppress(OSError):  # a full disk takes the name of the file, and no text
-            Path(f"{record}.final").write_text(message)
+            Path(f"{record}.final").write_text(message, encoding="utf-8")
     return 1

@@ -129,7 +129,8 @@ def table(name: str, path: Path, rows: list[dict[str, Any]], folder: Path, repea
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_file(str(folder / "tokenizer.json")), chat_template=path.read_text()
+        tokenizer_object=Tokenizer.from_file(str(folder / "tokenizer.json")),
+        chat_template=path.read_text(encoding="utf-8"),
     )
     template = load_template(path, off_arguments=OFF, arguments={"truncate_history_thinking": False})
 

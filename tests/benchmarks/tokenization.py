@@ -138,7 +138,7 @@ def megatron(corpus: Path, tokenizer: Path, output: Path) -> None:
     builder = IndexedDatasetBuilder(
         str(output / "code.bin"), dtype=DType.optimal_dtype(loaded.get_vocab_size())
     )
-    with corpus.open() as lines:
+    with corpus.open(encoding="utf-8") as lines:
         for line in lines:
             ids = [*loaded.encode(json.loads(line)["text"], add_special_tokens=False).ids, end]
             builder.add_document(torch.IntTensor(ids), [len(ids)])

@@ -99,8 +99,10 @@ def wait_for(reached: Callable[[], bool], ended: Callable[[], bool], log: Path) 
     """Wait for a moment, which comes before the end."""
     deadline = time.monotonic() + 900
     while not reached():
-        assert not ended(), f"ended before the moment came:\n{log.read_text()[-3000:]}"
-        assert time.monotonic() < deadline, f"the moment never came:\n{log.read_text()[-3000:]}"
+        assert not ended(), f"ended before the moment came:\n{log.read_text(encoding='utf-8')[-3000:]}"
+        assert time.monotonic() < deadline, (
+            f"the moment never came:\n{log.read_text(encoding='utf-8')[-3000:]}"
+        )
         time.sleep(0.002)
 
 

@@ -144,5 +144,5 @@ def test_a_norm_adds_the_gradient_that_goes_past_its_layer(fused: bool, width: i
 def test_importing_mamba_ssm_imports_its_language_models():
     spec = importlib.util.find_spec("mamba_ssm")
     assert spec and spec.origin
-    text = Path(spec.origin).read_text()
+    text = Path(spec.origin).read_text(encoding="utf-8")
     assert "from mamba_ssm.models.mixer_seq_simple import" in text, "this row of `replacements.TABLE` can go"

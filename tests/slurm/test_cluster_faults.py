@@ -18,7 +18,7 @@ import pytest
 
 def is_pending(number: signal.Signals, process: psutil.Process) -> bool:
     """Whether a suspended process will get a signal as soon as it goes on."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
     masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)$", status, re.MULTILINE)
     return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 

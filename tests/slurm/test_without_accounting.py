@@ -64,7 +64,7 @@ def meeting(plain: Slurm, directory: Path, *fates: str, before: tuple[str, ...] 
 
 def job_of(plain: Slurm, log: Path, fate: str) -> Job | None:
     """The last job that was submitted for a fate, as far as Slurm still knows it."""
-    numbers = re.findall(rf"meet {fate} is submitted as Slurm job (\d+)", log.read_text())
+    numbers = re.findall(rf"meet {fate} is submitted as Slurm job (\d+)", log.read_text(encoding="utf-8"))
     found = [job for job in plain.jobs(Workspace(log.parent)) if numbers and job.id == int(numbers[-1])]
     return found[0] if found else None
 

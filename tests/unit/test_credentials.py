@@ -13,7 +13,7 @@ import pytest
 
 
 def write(path: Path, text: str, mode: int = 0o600) -> str:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     path.chmod(mode)
     return str(path)
 

@@ -19,7 +19,9 @@ DOOR = "import errno, os, pathlib, signal, sys\nfrom snaketron import files\nfro
 ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": ""}
 
 
-def script(body: str, *arguments: Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+def script(
+    body: str, *arguments: Path, limit: int | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script whose `main` is `body`; `limit` is the largest file that it may write, in bytes."""
 
     def prepare() -> None:
@@ -31,7 +33,7 @@ def script(body: str, *arguments: Path, limit: int | None = None) -> subprocess.
     code = f"{DOOR}def main():\n    {body}\nrun(main)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
-        command, preexec_fn=prepare, capture_output=True, text=True, timeout=300, env=ENVIRONMENT
+        command, preexec_fn=prepare, capture_output=True, text=True, timeout=300, env=ENVIRONMENT | variables
     )
 
 
@@ -128,6 +130,16 @@ def test_a_log_file_takes_what_is_said_and_the_terminal_only_warnings(tmp_path: 
         script("argument_parser('x').parse_args(['--log-file', sys.argv[1]]); return 0", log).returncode == 0
     )
     assert log.read_text() == f"{command}\n"  # of the last attempt
+
+
+def test_a_locale_without_a_character_loses_no_text(tmp_path: Path):
+    """The log is UTF-8, and what is printed ends no script: SFT prints its summary after all its steps."""
+    log = tmp_path / "log"
+    said = "begin_log(pathlib.Path(sys.argv[1])); log_to(pathlib.Path(sys.argv[1]));"
+    said += " logger.info('\\xfcbung \\u65e5'); print('\\xfcbung \\u65e5'); return 0"
+    done = script(said, log, LC_ALL="C", PYTHONUTF8="0")
+    assert (done.returncode, done.stdout) == (0, "\\xfcbung \\u65e5\n"), done.stderr
+    assert log.read_text(encoding="utf-8").endswith(" übung 日\n")
 
 
 def test_processes_that_write_to_one_log_do_not_write_over_each_other(tmp_path: Path):

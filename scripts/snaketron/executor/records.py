@@ -82,7 +82,7 @@ class Records:
 
     def _text(self, name: str) -> str:
         try:
-            return (self.directory / name).read_text(errors="replace").strip()
+            return (self.directory / name).read_text(encoding="utf-8", errors="replace").strip()
         except OSError:
             return ""
 

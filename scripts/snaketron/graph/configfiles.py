@@ -108,7 +108,7 @@ def name_what_is_missing() -> None:
 def of_last_run(logs: Path = Path(".snakemake/log")) -> list[Path]:
     """The files of --configfile of the newest run here, as Snakemake's log names them; none without a log."""
     for log in sorted(logs.glob("*.snakemake.log"), reverse=True):
-        with log.open(errors="replace") as lines:
+        with log.open(encoding="utf-8", errors="replace") as lines:
             for line in itertools.islice(lines, 40):
                 if found := re.match(r"\s*Config file\(s\): (\[.*\])", line):
                     return [file for file in _named(found[1]) if file != DEFAULT_CONFIG]

@@ -242,7 +242,7 @@ def _end_of(logs: Iterable[str], count: int = END_OF_LOG) -> list[str]:
 
 def _last(path: Path, count: int) -> Iterator[str]:
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # the job has not come as far as its log
         return
     said = [line for line in lines if line.strip() and not line.startswith("$ ") and not INNER.match(line)]

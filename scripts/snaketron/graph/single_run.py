@@ -27,7 +27,7 @@ def hold(path: Path) -> bool:
     it off in favour of this one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a")
+    file = path.open("a", encoding="utf-8")
     if not files.lock(file):
         file.close()
         return False

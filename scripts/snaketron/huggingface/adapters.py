@@ -81,7 +81,7 @@ def export_adapters(
         rows.check()
         (aside / "adapter_config.json").write_bytes(to_json(adapter_config(adapters, found, base)))
         card = _CARD.format(base=base) + (_LEFT_OUT.format(count=left_out) if left_out else "")
-        (aside / "README.md").write_text(card)
+        (aside / "README.md").write_text(card, encoding="utf-8")
         small = ["adapter_config.json", "README.md", *copy_tokenizer(checkpoint.tokenizer, aside)]
         entries = [weights, *(entry_of(aside / name) for name in small)]
         with making("export", output.name, outputs={}, record=aside / "record.json") as job:

@@ -215,7 +215,7 @@ def _small_files(checkpoint: Checkpoint, aside: Path, reader: Reader, card: str)
     generation: dict[str, Any] = {"eos_token_id": eos, "pad_token_id": checkpoint.pad_token_id}
     (aside / "config.json").write_bytes(to_json(values))
     (aside / "generation_config.json").write_bytes(to_json(generation))
-    (aside / "README.md").write_text(card)
+    (aside / "README.md").write_text(card, encoding="utf-8")
     names = ["config.json", "generation_config.json", "README.md"]
     return [entry_of(aside / name) for name in (*names, *config.copy_tokenizer(checkpoint.tokenizer, aside))]
 

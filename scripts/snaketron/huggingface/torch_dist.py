@@ -139,7 +139,7 @@ def write(directory: Path, chunks: Sequence[Chunk], progress: dict[str, Any]) ->
     results = [writer.write_data(plan, planner).wait() for plan in plans]
     writer.finish(metadata, results)
     config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    (directory / "metadata.json").write_text(json.dumps(config))
+    (directory / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def _files(first: list[WriteItem], chunks: Sequence[Chunk]) -> list[list[WriteItem]]:

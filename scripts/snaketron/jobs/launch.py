@@ -267,7 +267,7 @@ def _free_port() -> int:
     The first process listens there some seconds later. A port of the kernel's own range, as port 0 gives,
     may be that of any connection of the machine by then.
     """
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split())
     others = [port for port in range(20_000, 65_536) if not low <= port <= high]
     for port in [*random.sample(others, min(100, len(others))), 0]:
         with contextlib.suppress(OSError), socket.create_server(("", port)) as server:

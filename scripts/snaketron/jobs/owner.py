@@ -76,7 +76,7 @@ def own(version: Version) -> Owner:
     lost, say, and the job runs again elsewhere. The new token ends its processes at their next write.
     """
     version.directory.mkdir(parents=True, exist_ok=True)
-    file = version.lock.open("a")
+    file = version.lock.open("a", encoding="utf-8")
     locked, holder = _lock(file), Holder.of(version)
     if not locked and holder and not holder.is_gone:
         file.close()
@@ -110,7 +110,7 @@ def check_owner(version: Version) -> None:
 def is_owned(version: Version) -> bool:
     """Whether a process owns a version now."""
     try:
-        with version.lock.open() as file:
+        with version.lock.open(encoding="utf-8") as file:
             return not _lock(file)
     except FileNotFoundError:
         return False

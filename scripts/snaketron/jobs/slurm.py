@@ -24,7 +24,9 @@ class NoAnswer(Exception):
 def ask(*command: str, seconds: float = TIMEOUT_S) -> str:
     """What a command of Slurm prints; `NoAnswer` with its error."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds
+        )
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"{command[0]}: no answer within {seconds:.0f} s") from None
     except FileNotFoundError:

@@ -55,7 +55,7 @@ class Description:
     def read(cls, path: Path) -> Description:
         """Raises `UserError` where there is no such file, or it says something else."""
         try:
-            value = yaml.safe_load(path.read_text())
+            value = yaml.safe_load(path.read_text(encoding="utf-8"))
             value["settings"]["stage"]
             inputs = [Entry(**{"name": "", "path": ""} | entry) for entry in value.get("inputs", ())]
             more = {key: value.get(key) for key in ("order", "continues")}
@@ -151,7 +151,7 @@ class Version:
 
     def _named(self) -> int:
         """The steps of the checkpoint that `latest` names."""
-        text = self.latest.read_text().strip()
+        text = self.latest.read_text(encoding="utf-8").strip()
         if not text.isdecimal():
             raise UserError(
                 f"{self.latest}: {text!r} is no iteration; name the directory that holds .metadata"

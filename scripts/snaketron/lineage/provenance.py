@@ -32,7 +32,8 @@ def code() -> dict[str, Any]:
             cwd=repository,
             env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=GIT_TIMEOUT_S,
             check=True,
         ).stdout.splitlines()
@@ -64,7 +65,7 @@ def hardware() -> dict[str, Any]:
 def _field(path: Path, name: str) -> str | None:
     """The first value of a name in a file of lines `name: value`."""
     with contextlib.suppress(OSError):
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == name:
                 return value.strip()

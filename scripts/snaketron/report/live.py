@@ -402,7 +402,7 @@ def _waits(job: Job, slurm: dict[str, Queued]) -> bool:
 def _benchmark(path: Path) -> float | None:
     """The seconds of a benchmark of Snakemake; None where there is none, or it cannot be read."""
     try:
-        header, values = (line.split("\t") for line in path.read_text().splitlines()[:2])
+        header, values = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[:2])
         return float(values[header.index("s")])
     except (OSError, ValueError, IndexError):
         return None

@@ -35,14 +35,14 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.from_string((_HERE / "page.html.jinja").read_text())
+    return environment.from_string((_HERE / "page.html.jinja").read_text(encoding="utf-8"))
 
 
 def html(title: str, parts: Sequence[Part], about: str = "") -> str:
     """A page of the parts that have content."""
     marks = {f"{sign} ": name for name, sign in SIGNS.items()}
     shown = [part for part in parts if not part.is_empty]
-    style = (_HERE / "page.css").read_text()
+    style = (_HERE / "page.css").read_text(encoding="utf-8")
     page = _template().render(title=title, about=about, parts=shown, style=style, marks=marks)
     drawings = enumerate(page.split("<svg "))
     return "<svg ".join(part.replace(OWN, f"f{number}-") for number, part in drawings)

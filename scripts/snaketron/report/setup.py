@@ -122,7 +122,9 @@ def git(directory: Path) -> list[str]:
     def ask(*arguments: str) -> str | None:
         try:
             command = ["git", "-C", str(directory), *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", timeout=60
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

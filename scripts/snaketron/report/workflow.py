@@ -147,7 +147,7 @@ def _files(root: Path, rule: str, suffix: str) -> list[Path]:
 def _read_benchmarks(rule: Rule, root: Path) -> None:
     for path in _files(root, rule.name, ".tsv"):
         try:
-            header, values = (line.split("\t") for line in path.read_text().splitlines()[:2])
+            header, values = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[:2])
             measured = dict(zip(header, values, strict=True))
             rule.seconds.append(float(measured["s"]))
         except (ValueError, KeyError):
@@ -170,7 +170,9 @@ def _read_logs(
             continue
         if old and benchmark.stat().st_mtime >= written - SLACK_S:
             continue
-        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
         if lines and _was_made(lines[0], lines[-1], directory):
             rule.done += not old
             continue

@@ -69,7 +69,8 @@ def _driver(wanted_gpus: int) -> Iterator[Finding]:
     done = subprocess.run(
         ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         timeout=30,
     )
     if done.returncode:
@@ -127,7 +128,11 @@ def _communication() -> Iterator[Finding]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(there)]
     try:
         done = subprocess.run(
-            [*command, "-m", "snaketron.train.doctor"], capture_output=True, text=True, timeout=45
+            [*command, "-m", "snaketron.train.doctor"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=45,
         )
     except subprocess.TimeoutExpired:
         advice = "NCCL_DEBUG=INFO says where it waits; try NCCL_P2P_DISABLE=1"

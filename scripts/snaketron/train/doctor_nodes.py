@@ -110,7 +110,7 @@ def _join(here: Rank, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         store = dist.TCPStore(socket.gethostname(), 0, here.world, True, timedelta(seconds=WAIT_S), False)
         with writing(meeting) as [partial]:
-            partial.write_text(f"{socket.gethostname()} {store.port}")
+            partial.write_text(f"{socket.gethostname()} {store.port}", encoding="utf-8")
     else:
         host, port = _address(meeting, here)
         store = dist.TCPStore(host, port, here.world, False, timedelta(seconds=WAIT_S), False)
@@ -135,7 +135,7 @@ def _address(meeting: Path, here: Rank) -> tuple[str, int]:
     end = time.monotonic() + WAIT_S
     while time.monotonic() < end:
         try:
-            host, port = meeting.read_text().split()
+            host, port = meeting.read_text(encoding="utf-8").split()
             return host, int(port)
         except FileNotFoundError:
             time.sleep(0.2)

@@ -95,7 +95,7 @@ def test_a_file_that_lies_elsewhere_is_known_by_its_content(tmp_path: Path):
         }
         for name, address in addresses.items()
     }
-    Path("sources.lock.json").write_text(json.dumps({"version": 1, "sources": listed}))
+    Path("sources.lock.json").write_text(json.dumps({"version": 1, "sources": listed}), encoding="utf-8")
     found = check({"all": "one two"}, *({"name": name, "paths": [a]} for name, a in addresses.items()))
     assert found.startswith("corpora[1] (two): reads <data>/raw/two/x.jsonl, which corpora[0] reads too as ")
 

@@ -22,7 +22,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A job that read a.jsonl and b.jsonl of the user; its record."""
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
-        Path(f"{name}.jsonl").write_text(name)
+        Path(f"{name}.jsonl").write_text(name, encoding="utf-8")
         os.utime(f"{name}.jsonl", (LONG_AGO, LONG_AGO))
     return write_record()
 
@@ -36,10 +36,10 @@ def write_record() -> Path:
 
 def without_times(record: Path) -> None:
     """The record as it was written before records had times."""
-    value = json.loads(record.read_text())
+    value = json.loads(record.read_text(encoding="utf-8"))
     for entry in value["inputs"]:
         del entry["bytes"], entry["modified"]
-    record.write_text(json.dumps(value))
+    record.write_text(json.dumps(value), encoding="utf-8")
     other = record.with_name("other")
     while not other.exists() or other.stat().st_ctime_ns <= record.stat().st_ctime_ns:
         other.touch()  # what comes after it has another time also where the clock of files ticks in 4 ms
@@ -60,7 +60,7 @@ def changed(*files: str) -> list[str]:
 
 def replace(name: str, text: str, seconds: float = LONG_AGO) -> None:
     """As `cp -p` and `rsync -a` do it: with the time of the other file."""
-    Path(f"{name}.other").write_text(text)
+    Path(f"{name}.other").write_text(text, encoding="utf-8")
     os.utime(f"{name}.other", (seconds, seconds))
     Path(f"{name}.other").rename(name)
 
@@ -143,7 +143,7 @@ def test_without_a_record_and_for_other_files_snakemake_decides(finished: Path):
     files = ["c.jsonl", "<data>/raw/web/a.parquet", "data/sample/docs/part_0.jsonl"]
     assert raw.seen_by("tokens/docs/a.json", files) == files
     assert raw.seen_by("tokens/docs/none.json", ["a.jsonl"]) == ["a.jsonl"]
-    finished.write_text("{")
+    finished.write_text("{", encoding="utf-8")
     raw = RawFiles(workflow, Path("data"), Path("hashes"))
     assert raw.seen_by("tokens/docs/a.json", ["a.jsonl"]) == ["a.jsonl"]
     assert workflow.iocache.mtime == {}

@@ -421,7 +421,7 @@ def test_slurm_says_that_it_runs_a_job_again(
 
 def test_processes_meet_at_a_port_that_no_connection_is_given(monkeypatch: pytest.MonkeyPatch):
     """One at which somebody listens already is passed over."""
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split())
     taken = launch._free_port()
     assert not low <= taken <= high
     with socket.create_server(("", taken)):

@@ -17,7 +17,7 @@ BLEND = "data/pretrain/one/blend.json"
 def write(path: str, text: str) -> Path:
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     return file
 
 

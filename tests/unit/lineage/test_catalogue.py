@@ -145,7 +145,10 @@ def test_what_is_no_record_is_passed_over(lineage: Path):
     before = len(scan(lineage).all)
     write("data/tokens/docs/raw.json", json.dumps({"kind": "of fruit"}))
     write("data/tokens/docs/cut.json", '{\n  "kind": "tokens", "outp')
-    write(".hidden/record.json", Path("data/pretrain/one/record.json").read_text().replace("one", "two"))
+    write(
+        ".hidden/record.json",
+        Path("data/pretrain/one/record.json").read_text(encoding="utf-8").replace("one", "two"),
+    )
     Path("again").symlink_to("data")  # the same directory under another name
     Path("data/loop").symlink_to("..")
     shutil.copytree("data", "copy", symlinks=True)

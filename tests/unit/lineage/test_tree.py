@@ -158,7 +158,10 @@ class Completed(Started):
 def test_the_events_of_openlineage_are_those_of_its_schema(lineage: Path):
     """The specification demands an event for the start of a run, and one for its end."""
     path = Path("ckpt/sft/record.json")
-    record = json.loads(path.read_text()) | {"created": "2026-11-02T10:30:00+00:00", "seconds": 90.5}
+    record = json.loads(path.read_text(encoding="utf-8")) | {
+        "created": "2026-11-02T10:30:00+00:00",
+        "seconds": 90.5,
+    }
     write_json(path, record)
     catalogue = scan(lineage)
     events = json.loads(json.dumps(formats.openlineage(catalogue, catalogue.about(Path("ckpt/sft")))))

@@ -53,7 +53,7 @@ def test_a_silent_change_is_found_when_all_is_read(lineage: Path):
     check()
     raw = Path("raw/a.jsonl")
     state = raw.stat()
-    raw.write_text(raw.read_text().replace("a", "b"))
+    raw.write_text(raw.read_text(encoding="utf-8").replace("a", "b"), encoding="utf-8")
     os.utime(raw, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert numbers(check()) == (0, FILES, 0)
     assert numbers(check(all_again=True)) == (FILES, 0, 1)
@@ -129,5 +129,5 @@ def test_a_state_that_cannot_be_read_or_written_is_no_obstacle(lineage: Path, ca
 
 def test_the_script_fails_where_something_is_wrong(lineage: Path, run_script, capsys):
     assert run_script("lineage", "ckpt/sft", "--verify") == (0, "")
-    Path("raw/b.jsonl").write_text("{}")
+    Path("raw/b.jsonl").write_text("{}", encoding="utf-8")
     assert run_script("lineage", "ckpt/sft", "--verify")[0] == 1

@@ -81,7 +81,7 @@ def failed(records, training, job, tmp_path: Path) -> Run:
 
 
 def write(path: Path, *runs: Run) -> Path:
-    path.write_text(report(runs))
+    path.write_text(report(runs), encoding="utf-8")
     return path
 
 

@@ -25,7 +25,7 @@ def entry(request: dict, *files: tuple[str, int]) -> dict:
 
 
 def write_lock(**sources: dict) -> Lock:
-    Path("sources.lock.json").write_text(json.dumps({"version": 1, "sources": sources}))
+    Path("sources.lock.json").write_text(json.dumps({"version": 1, "sources": sources}), encoding="utf-8")
     return read_lock("sources.lock.json", ["mine.yaml"])
 
 

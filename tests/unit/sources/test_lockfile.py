@@ -78,7 +78,7 @@ def test_other_settings_of_a_source_do_not_ask_for_another_listing():
     ],
 )
 def test_a_damaged_lock_file_is_named(text: str):
-    Path("lock.json").write_text(text)
+    Path("lock.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"^sources_lock: lock.json is not a lock file \(.*\n  python"):
         read_lock("lock.json")
 

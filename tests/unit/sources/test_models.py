@@ -56,7 +56,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 def test_a_model_is_pinned_with_the_files_in_its_root_that_can_be_used(hub: FakeHub):
     lock_sources(config("lab/tiny"), patience=PATIENCE)
     commit = hub.branches["lab/tiny"]["main"]
-    entry = json.loads(Path("sources.lock.json").read_text())["models"]["lab/tiny"]
+    entry = json.loads(Path("sources.lock.json").read_text(encoding="utf-8"))["models"]["lab/tiny"]
     assert entry["request"] == {"model": "lab/tiny", "revision": "main"} and entry["revision"] == commit
     names = [
         "config.json",

@@ -136,7 +136,9 @@ def test_what_is_not_read_is_named():
 def test_a_data_set_of_datasets_is_its_data_files():
     """As `save_to_disk` writes it; what `map` left beside it is no data."""
     touch("set/data-00000-of-00001.arrow", "set/cache-1f.arrow", "set/dataset_info.json")
-    Path("set/state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    Path("set/state.json").write_text(
+        '{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}', encoding="utf-8"
+    )
     assert found("set") == {"data_00000_of_00001": "set/data-00000-of-00001.arrow"}
     assert unread(config(corpora=[Corpus(name="docs", paths=["set"])])) == [
         "corpora[0].paths[0]: not read: set/cache-1f.arrow"
@@ -165,12 +167,12 @@ def test_what_is_no_file_is_named_for_what_it_is():
 
 def test_a_data_set_of_several_splits_is_refused_with_the_splits():
     touch("all/train/data-0.arrow", "all/test/data-0.arrow")
-    Path("all/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    Path("all/dataset_dict.json").write_text('{"splits": ["train", "test"]}', encoding="utf-8")
     assert refusal("all") == (
         "corpora[2].paths[0]: all is a data set with the splits train, test (save_to_disk of `datasets`); "
         "name the one to read: all/train"
     )
-    Path("all/dataset_dict.json").write_text('{"splits": ["train"]}')
+    Path("all/dataset_dict.json").write_text('{"splits": ["train"]}', encoding="utf-8")
     assert found("all/train") == {"data_0": "all/train/data-0.arrow"}
 
 
@@ -312,7 +314,7 @@ def test_a_file_name_that_is_only_a_suffix_is_refused():
 
 def test_files_are_put_together_by_name_until_a_shard_is_large_enough():
     for name, size in {"d": 1, "a": 4, "c": 6, "b": 5, "e": 20, "f": 3}.items():
-        Path(f"{name}.jsonl").write_text("x" * size)
+        Path(f"{name}.jsonl").write_text("x" * size, encoding="utf-8")
     assert grouped("*.jsonl", shard_size=10) == {
         "a": ["a.jsonl", "b.jsonl", "c.jsonl"],  # 4 + 5 are not 10 yet
         "d": ["d.jsonl", "e.jsonl"],

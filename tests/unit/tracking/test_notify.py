@@ -28,7 +28,7 @@ def version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Version:
 
 def test_the_command_gets_facts_as_json_and_its_words_reach_no_shell(version: Version, tmp_path: Path):
     notify.tell_of_workflow([*TELLING, "a; $(b) *"], "failed", Path("ckpt"), ["run.log"], ["evaluate sft"])
-    told = json.loads(Path("a; $(b) *").read_text())
+    told = json.loads(Path("a; $(b) *").read_text(encoding="utf-8"))
     assert told.pop("seconds") > 0
     assert told == {
         "what": "failed",
@@ -48,13 +48,18 @@ def test_the_command_gets_facts_as_json_and_its_words_reach_no_shell(version: Ve
 def test_a_training_of_an_earlier_run_is_not_told_of(version: Version):
     os.utime(version.heartbeat, (1, 1))
     notify.tell_of_workflow([*TELLING, "told"], "finished", Path("ckpt"), ["run.log"])
-    assert json.loads(Path("told").read_text()).keys() == {"what", "directory", "log", "seconds"}
+    assert json.loads(Path("told").read_text(encoding="utf-8")).keys() == {
+        "what",
+        "directory",
+        "log",
+        "seconds",
+    }
 
 
 def test_a_run_that_the_user_stopped_has_not_failed(version: Version):
     write_json(version.attempts, [{"outcome": "stopped", "error": None}])
     notify.tell_of_workflow([*TELLING, "told"], "failed", Path("ckpt"), ["run.log"])
-    assert json.loads(Path("told").read_text())["what"] == "stopped"
+    assert json.loads(Path("told").read_text(encoding="utf-8"))["what"] == "stopped"
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ UPLOADED = "000000000000"  # key of the training whose packs are uploaded
 def write(path: str, text: str = "") -> Path:
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text or path)
+    file.write_text(text or path, encoding="utf-8")
     return file
 
 

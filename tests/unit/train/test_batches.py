@@ -120,7 +120,7 @@ def test_a_split_without_tokens_is_none(make):
 def test_a_blend_of_another_tokenizer_is_refused(
     blend_path: Path, tokenizer_dir: Path, tmp_path: Path, settings
 ):
-    value = json.loads(blend_path.read_text())
+    value = json.loads(blend_path.read_text(encoding="utf-8"))
     other = tmp_path / "blend.json"
     other.write_text(json.dumps(value | {"tokenizer": "f" * 64}))
     info = tokenizer_info(tokenizer_dir)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 Message = dict[str, Any]
 Row = dict[str, Any]
 
-TOOLS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("tools.json").read_text())
+TOOLS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("tools.json").read_text(encoding="utf-8"))
 
 IN_TEXT = 200  # requests of each tool that are in the corpus, in every wording
 CONVERSATIONS = 2000

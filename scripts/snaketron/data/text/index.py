@@ -153,7 +153,7 @@ def _build_by_epoch(
     for name, array in arrays.items():
         np.save(getattr(dataset, f"path_to_{name}_index"), array, allow_pickle=True)
     description = dataset.path_to_document_index.replace("document_index.npy", "description.txt")
-    Path(description).write_text(dataset.unique_description)
+    Path(description).write_text(dataset.unique_description, encoding="utf-8")
     return _Built(Split.train, dataset.unique_identifiers, first)
 
 

@@ -36,7 +36,7 @@ class Removal:
 def requested(path: Path) -> list[tuple[str, int | None]]:
     """The documents of a list: a line each, `FILE` or `FILE:ROW` (from 1), as errors name them."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a list of documents that can be read ({error})") from None
     found: list[tuple[str, int | None]] = []

@@ -55,7 +55,7 @@ def test_rows_have_ids_of_their_own_and_no_path_of_this_machine(rows, name):
 def test_code_is_the_source_in_order(rows):
     pieces = [row["text"] for row in rows["code"] if row["id"].startswith("code/argparse/")]
     assert len(pieces) > 3
-    assert "".join(pieces) == Path(sys.modules["argparse"].__file__ or "").read_text()
+    assert "".join(pieces) == Path(sys.modules["argparse"].__file__ or "").read_text(encoding="utf-8")
 
 
 def test_a_decorator_stays_with_what_it_decorates(monkeypatch):

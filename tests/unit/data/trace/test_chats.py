@@ -36,7 +36,7 @@ def trained(work: Path, record: Callable[..., Path], train: Callable[..., Path])
     """A rendered and packed file, a blend of it, and SFT on it: 4 steps of 2 packs."""
     raw = Path("raw/chats.jsonl")
     raw.parent.mkdir()
-    raw.write_text("{}\n" * 6)
+    raw.write_text("{}\n" * 6, encoding="utf-8")
     rendered = Path("data/chat/talk/chats.parquet")
     rendered.parent.mkdir(parents=True)
     made_with = {"source": "talk", "tokenizer_sha256": "t", "template_sha256": "t"}

@@ -28,7 +28,7 @@ def curated(work: Path, record: Callable[..., Path]) -> Path:
     The record quotes row 2 as an example, and not row 3.
     """
     Path(RAW).parent.mkdir()
-    Path(RAW).write_text("".join(f'{{"text": "{i}"}}\n' for i in range(1, 8)))
+    Path(RAW).write_text("".join(f'{{"text": "{i}"}}\n' for i in range(1, 8)), encoding="utf-8")
     filtered = Path("data/curation/filtered/docs/a.parquet")
     filtered.parent.mkdir(parents=True)
     rows = [1, 4, 5, 6]
@@ -54,7 +54,7 @@ def curated(work: Path, record: Callable[..., Path]) -> Path:
     place = "data/curation/curated/docs/a.json"
     record("curated", "docs/a", place, inputs, {"documents": str(output)}, {}, counts)
     table("data/tokens/docs/a.parquet", RAW, [("train", 0, 1)])
-    Path("data/tokens/docs/a.bin").write_text("1")
+    Path("data/tokens/docs/a.bin").write_text("1", encoding="utf-8")
     made = {"train.bin": "data/tokens/docs/a.bin", "documents": "data/tokens/docs/a.parquet"}
     record("tokens", "docs/a", "data/tokens/docs/a.json", {"text": [output]}, made, {"corpus": "docs"})
     return work

@@ -56,14 +56,14 @@ def table(path: str, file: str, sequences: list[tuple[str, int, int]]) -> None:
 def shard(record: Callable[..., Path], name: str, sequences: list, counts: dict) -> Path:
     raw = Path(f"raw/{name}.jsonl")
     raw.parent.mkdir(exist_ok=True)
-    raw.write_text("".join(f'{{"text": "{name} number {i}"}}\n' for i in range(1, 5)))
+    raw.write_text("".join(f'{{"text": "{name} number {i}"}}\n' for i in range(1, 5)), encoding="utf-8")
     table(f"data/tokens/docs/{name}.parquet", str(raw), sequences)
     outputs = {
         "train.bin": f"data/tokens/docs/train/{name}.bin",
         "documents": f"data/tokens/docs/{name}.parquet",
     }
     Path("data/tokens/docs/train").mkdir(exist_ok=True)
-    Path(outputs["train.bin"]).write_text(name)
+    Path(outputs["train.bin"]).write_text(name, encoding="utf-8")
     place, settings = f"data/tokens/docs/{name}.json", {"corpus": "docs", "text_field": "text"}
     return record("tokens", f"docs/{name}", place, {"text": [of_user(raw)]}, outputs, settings, counts)
 
@@ -77,7 +77,7 @@ def trained(work: Path, record, train) -> Path:
     ]
     Path("data/pretrain/one").mkdir(parents=True)
     blend = "data/pretrain/one/blend.json"
-    Path(blend).write_text("{}")
+    Path(blend).write_text("{}", encoding="utf-8")
     record("blend", "one", "data/pretrain/one/record.json", {"records": shards}, {"blend.json": blend})
     save_index(Path("data/pretrain/one/index"), {A: ARRAYS, B: OTHER}, BLENDED)
     settings = {"seed": 7, "seq_length": 4, "train_samples": 8}
@@ -85,7 +85,7 @@ def trained(work: Path, record, train) -> Path:
     record("index", "one", "data/pretrain/one/index.json", {"blend": Path(blend)}, outputs, settings)
     train("pretrain/one", "0a", blend)
     train("pretrain/longer", "0b", blend, train_iters=9)
-    Path("data/sft.json").write_text("[]")
+    Path("data/sft.json").write_text("[]", encoding="utf-8")
     train("sft", "0c", "data/sft.json", base="pretrain/one-0a")
     return work
 
@@ -232,7 +232,7 @@ def test_a_list_names_files_and_rows(work: Path):
 
 
 def test_the_script_answers(trained: Path, run_script):
-    Path("remove.txt").write_text("raw/a.jsonl:1\nraw/b.jsonl\n")
+    Path("remove.txt").write_text("raw/a.jsonl:1\nraw/b.jsonl\n", encoding="utf-8")
     for question in (
         ("--who-uses", "raw/a.jsonl"),
         ("--who-uses", "raw/a.jsonl", "--text", "number 3", "--format", "json"),

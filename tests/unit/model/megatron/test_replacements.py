@@ -6,7 +6,6 @@ Here are the table itself and the rows for all machines; those for CPUs and for 
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import multiprocessing
 import sys
