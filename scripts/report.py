@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from snaketron.log import UserError, argument_parser, logger, run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from snaketron.report.runs import Run
 
 
@@ -73,6 +75,7 @@ def unique_names(directories: list[Path]) -> list[str]:
 def read(directory: Path, name: str, configfiles: list[Path] | None, *, alone: bool) -> Run:
     """What lies in a directory, with the plan of its configuration where that can be read."""
     from snaketron.config import ConfigError, load
+    from snaketron.graph.asked import asked
     from snaketron.graph.configfiles import merged, of_last_run
     from snaketron.graph.plan import plan
     from snaketron.report.runs import read_run
@@ -81,16 +84,17 @@ def read(directory: Path, name: str, configfiles: list[Path] | None, *, alone: b
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
     planned, changes, roots, trouble = None, None, {}, []
+    is_asked: Callable[[str], bool] = lambda log: True  # noqa: E731
     with contextlib.chdir(directory):
         files = of_last_run() if configfiles is None else configfiles
         try:
             config = load(merged(files))
             changes = differences(load({}).model_dump(mode="json"), config.model_dump(mode="json"))
             roots = dict(config.pathvars)
-            planned = plan(config)
+            planned, is_asked = plan(config), asked(config)
         except (ConfigError, UserError, OSError) as error:
             trouble.append(f"The configuration ({', '.join(map(str, files))}) cannot be read: {error}")
-    found = read_run(directory, roots, planned, name=name, alone=alone)
+    found = read_run(directory, roots, planned, name=name, alone=alone, asked=is_asked)
     found.changes, found.configfiles = changes, [str(file) for file in files]
     found.trouble += trouble
     return found

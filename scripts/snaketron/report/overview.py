@@ -13,6 +13,7 @@ from snaketron.wording import large
 
 TRAININGS = ("pretrain", "sft", "lora")  # the rules that train
 MAX_ANSWERS = 20  # prompts whose answers are shown
+LEFT = ", for which the configuration does not ask any more,"
 _VERBS = {
     "failed": "failed",
     "running": "is running",
@@ -49,8 +50,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         facts.append(
             ("Trained", f"{large(sum(s.tokens for s in trained))} tokens in {len(trained)} trainings")
         )
-        if (loss := trained[-1].last("valid_loss")) is not None:
-            facts.append(("Validation loss", f"{number(loss)} ({trained[-1].name})"))
+        # SFT and LoRA begin with the same base, so neither stands for the other.
+        ends = [stage for stage in trained if not stage.name.startswith("pretrain/")] or trained[-1:]
+        losses = [(stage.name, stage.last("valid_loss")) for stage in ends]
+        if said := ", ".join(f"{number(loss)} ({name})" for name, loss in losses if loss is not None):
+            facts.append(("Validation loss", said))
         facts.append(("Time of the trainings", short_duration(sum(s.seconds for s in trained))))
         facts.append(("Cost of the trainings", cost(trained)))
         if warned := sum(len(stage.history.warnings) for stage in trained):
@@ -70,16 +74,26 @@ def _beside(runs: Sequence[Run]) -> list[Block]:
 
 def missing(run: Run) -> list[str]:
     """What is not there yet and why, a sentence each."""
-    said = [f"{stage.name} {_VERBS[stage.state]}: {stage.reason}." for stage in run.stages if stage.reason]
+    said = [
+        f"{stage.name}{'' if run.is_asked(stage) else LEFT} {_VERBS[stage.state]}: {stage.reason}."
+        for stage in run.stages
+        if stage.reason
+    ]
     unfinished = [rule for rule in run.rules.values() if rule.state in ("failed", "running", "partly")]
     for rule in unfinished:
-        if rule.name in TRAININGS and any(stage.reason for stage in run.stages):
+        if rule.name in TRAININGS and any(stage.reason and run.is_asked(stage) for stage in run.stages):
             continue  # said above, by the training itself
         about = next(iter(rule.failed.items()), None)
         because = f": {about[1] or 'without a word'} (logs/{about[0]})" if about else ""
         said.append(
             f"{rule.name} {_VERBS[rule.state]}, {rule.done} of {rule.expected} jobs are done{because}."
         )
+    said += [
+        f"{rule.name}{LEFT} failed: {about or 'without a word'} (logs/{log})."
+        for rule in run.rules.values()
+        if rule.name not in TRAININGS
+        for log, about in rule.left.items()
+    ]
     if run.planned:
         waiting = "what they are made from is not there yet"
         if not unfinished and not any(stage.reason for stage in run.stages):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -120,10 +120,15 @@ class Run:
         names = [one["name"] for one in trainings if not one["on_request"]]
         return [name for name in names if not self.stage(name)]
 
+    def is_asked(self, stage: Stage) -> bool:
+        """Whether the configuration has a training, as far as it is known."""
+        return not self.plan or stage.name in {one["name"] for one in self.plan["trainings"]}
+
     @property
     def state(self) -> str:
-        """finished, running, failed, stopped or not finished."""
-        states = {stage.state for stage in self.stages} | {rule.state for rule in self.rules.values()}
+        """finished, running, failed, stopped or not finished; a phase that was taken out does not count."""
+        states = {stage.state for stage in self.stages if self.is_asked(stage)}
+        states |= {rule.state for rule in self.rules.values()}
         if "running" in states or self.running:
             return "running"
         for state in ("failed", "stopped"):
@@ -133,13 +138,20 @@ class Run:
 
 
 def read_run(
-    directory: Path, roots: Mapping[str, str], plan: dict[str, Any] | None, *, name: str, alone: bool
+    directory: Path,
+    roots: Mapping[str, str],
+    plan: dict[str, Any] | None,
+    *,
+    name: str,
+    alone: bool,
+    asked: Callable[[str], bool] = lambda log: True,
 ) -> Run:
     """Read what lies in a directory.
 
     Args:
         roots: those of `pathvars` that are not at their place.
         alone: nothing else works in the directory now, whatever its lock says.
+        asked: whether the configuration has the job of a log (`graph.asked`).
     """
     at = {key: directory / roots.get(key, key) for key in ("data", "ckpt", "eval", "logs", "benchmarks")}
     trouble: list[str] = []
@@ -160,6 +172,7 @@ def read_run(
             records.values(),
             running=running,
             begun=_begun(directory) if running else None,
+            asked=asked,
         ),
         data=data,
         records=records,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -83,6 +83,7 @@ class Rule:
     seconds: list[float] = field(default_factory=list)  # of each job that is done
     peak_mb: float = 0.0
     unfinished: dict[str, str] = field(default_factory=dict)  # what each log says last, by its name
+    left: dict[str, str] = field(default_factory=dict)  # the same of jobs that nobody asks for any more
     waiting: int = 0  # jobs that an earlier run has left a log of, and that have not started yet in this one
     running: bool = False
 
@@ -113,6 +114,7 @@ def rules(
     *,
     running: bool,
     begun: Mapping[Path, float] | None = None,
+    asked: Callable[[str], bool] = lambda log: True,
 ) -> dict[str, Rule]:
     """The rules that a run has or will have, in the order of the workflow.
 
@@ -123,13 +125,16 @@ def rules(
         running: whether a Snakemake is working in the directory.
         begun: when it began the jobs that have not ended (seconds since 1970), by their logs. One whose log
             is older has not started: it waits, in Slurm's queue say.
+        asked: whether the configuration has the job of a log, named from `logs`.
     """
     found: dict[str, Rule] = {}
     made = _by_rule(records)
     for name in RULES:
         rule = Rule(name, jobs.get(name, 0), running=running)
-        _read_benchmarks(rule, benchmarks)
+        _read_benchmarks(rule, benchmarks, asked)
         _read_logs(rule, directory, logs, benchmarks, begun or {})
+        rule.left = {log: said for log, said in rule.failed.items() if not asked(log)}
+        rule.unfinished = {log: said for log, said in rule.unfinished.items() if log not in rule.left}
         if not rule.done and not rule.unfinished:
             rule.done, rule.seconds = len(made[name]), made[name]
         rule.expected = max(rule.expected, rule.done + len(rule.unfinished) + rule.waiting)
@@ -144,7 +149,7 @@ def _files(root: Path, rule: str, suffix: str) -> list[Path]:
     return [*([alone] if alone.is_file() else []), *sorted((root / rule).rglob(f"*{suffix}"))]
 
 
-def _read_benchmarks(rule: Rule, root: Path) -> None:
+def _read_benchmarks(rule: Rule, root: Path, asked: Callable[[str], bool]) -> None:
     for path in _files(root, rule.name, ".tsv"):
         try:
             header, values = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[:2])
@@ -152,7 +157,7 @@ def _read_benchmarks(rule: Rule, root: Path) -> None:
             rule.seconds.append(float(measured["s"]))
         except (ValueError, KeyError):
             continue  # of another version of Snakemake, or cut off
-        rule.done += 1
+        rule.done += asked(str(path.relative_to(root).with_suffix(".log")))
         if re.fullmatch(r"[\d.]+", measured.get("max_rss", "")):
             rule.peak_mb = max(rule.peak_mb, float(measured["max_rss"]))
 

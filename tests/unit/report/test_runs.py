@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 from snaketron import files
-from snaketron.report.blocks import Figures, Quotes, Table, Text
+from snaketron.report.blocks import Facts, Figures, Quotes, Table, Text
 from snaketron.report.curves import curves_part
 from snaketron.report.origin import lineage_part
-from snaketron.report.overview import answers_part, missing
+from snaketron.report.overview import answers_part, missing, summary_part
 from snaketron.report.runs import Run, read_run
 from tests.unit.report.live_run import RunLog
 
@@ -114,6 +115,38 @@ def test_a_rule_of_which_jobs_are_still_to_be_done_says_how_many(job, tmp_path: 
     job("tokenize_shard/docs/a", seconds=2.5)
     run = read_run(tmp_path, {}, PLAN | {"jobs": {"tokenize_shard": 3}}, name="run", alone=False)
     assert missing(run)[0] == "tokenize_shard is not complete, 1 of 3 jobs are done."
+
+
+def test_what_the_configuration_has_no_more_does_not_decide_how_the_run_is(training, job, tmp_path: Path):
+    """A phase that had failed was called otherwise, and a bad file was taken out."""
+    training("pretrain/wide", steps=12, outcome="failed", error="out of memory")
+    training("pretrain/broad")
+    training("sft")
+    job("tokenize_shard/docs/a", seconds=2.5)
+    job("tokenize_shard/docs/bad", said="error: not JSON")
+    run = read_run(tmp_path, {}, PLAN, name="run", alone=False, asked=lambda log: "bad" not in log)
+    assert run.state == "finished"
+    assert missing(run) == [
+        "pretrain/wide, for which the configuration does not ask any more, failed: out of memory "
+        "(after step 12).",
+        "tokenize_shard, for which the configuration does not ask any more, failed: error: not JSON "
+        "(logs/tokenize_shard/docs/bad.log).",
+    ]
+    assert read(tmp_path).state == "failed"
+
+
+def test_the_loss_above_all_is_that_of_each_tuning(training, tmp_path: Path):
+    training("pretrain/broad")
+
+    def said() -> str:
+        run = read_run(tmp_path, {}, None, name="run", alone=False)
+        (found,) = (block for block in summary_part([run]).blocks if isinstance(block, Facts))
+        return dict(found.facts)["Validation loss"]
+
+    assert said().endswith(" (pretrain/broad)")
+    training("lora")
+    training("sft")
+    assert re.fullmatch(r"[\d.]+ \(sft\), [\d.]+ \(lora\)", said())
 
 
 def test_losses_by_corpus_are_before_after_and_tested(training, tmp_path: Path):

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from snaketron.lineage.record import Record
 from snaketron.report.workflow import RULES, Rule, rules
 from tests.conftest import REPOSITORY
 
+import pytest
+
 
 def read(
-    root: Path, records: tuple[Record, ...] = (), *, running: bool = False, **jobs: int
+    root: Path,
+    records: tuple[Record, ...] = (),
+    *,
+    running: bool = False,
+    asked: Callable[[str], bool] = lambda log: True,
+    **jobs: int,
 ) -> dict[str, Rule]:
-    return rules(root, root / "logs", root / "benchmarks", jobs, records, running=running)
+    return rules(root, root / "logs", root / "benchmarks", jobs, records, running=running, asked=asked)
 
 
 def test_every_rule_but_those_of_reports_is_drawn():
@@ -102,6 +110,25 @@ def test_a_job_that_waits_to_be_run_again_neither_runs_nor_has_failed(job, tmp_p
     assert state() == "running"
     os.utime(b, (1e9 + 120, 1e9 + 120))
     assert state() == "failed"
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_job_that_the_configuration_has_no_more_neither_fails_nor_counts(job, tmp_path: Path, running):
+    """A bad file was taken out of a corpus, and a corpus was called otherwise."""
+    job("tokenize_shard/docs/a", seconds=2.5)
+    job("tokenize_shard/docs/bad", said="error: raw/bad.jsonl, line 3: not JSON")
+    job("tokenize_shard/notes/a", seconds=2.5)
+    job("render_chat/tools/a", said="error: not JSON")
+    jobs = {"tokenize_shard": 1}
+
+    def asked(log: str) -> bool:
+        return log == "tokenize_shard/docs/a.log"
+
+    found = read(tmp_path, running=running, asked=asked, **jobs)
+    assert found.keys() == {"tokenize_shard"}
+    rule = found["tokenize_shard"]
+    assert (rule.state, rule.done, rule.expected) == ("finished", 1, 1)
+    assert rule.left == {"tokenize_shard/docs/bad.log": "error: raw/bad.jsonl, line 3: not JSON"}
 
 
 def test_records_tell_what_is_done_where_the_logs_were_removed(tmp_path: Path):
