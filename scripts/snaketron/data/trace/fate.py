@@ -12,7 +12,7 @@ from snaketron.data.text.order import SampleOrder
 from snaketron.data.trace.drops import why_dropped
 from snaketron.files import read_json
 from snaketron.lineage.catalogue import Catalogue, Made
-from snaketron.lineage.uses import Source, reach
+from snaketron.lineage.uses import INFLUENCE, Source, reach
 from snaketron.log import UserError
 
 import pyarrow.compute as pc
@@ -62,16 +62,28 @@ def fates(catalogue: Catalogue, source: Source, rows: Sequence[int]) -> list[Fat
 
     Raises `UserError` where no job has read the file as text or as conversations.
     """
-    names = {entry.path for made, entry in source.read}
     shards = [made for made in reach(catalogue, [source]).holders if made.record.kind in READERS]
     if not shards:
         raise UserError(f"{source.name}: no job made text or conversations of it, so it has no documents")
     found = []
     for shard in shards:
-        for name in sorted(names):
+        for name in _names_read(catalogue, shard, source):
             of_kind = _of_text if shard.record.kind == "tokens" else _of_chats
             found += of_kind(catalogue, shard, name, rows)
     return found
+
+
+def _names_read(catalogue: Catalogue, shard: Made, source: Source) -> list[str]:
+    """The files with the content of a source whose text a shard holds; other shards hold its copies."""
+    before, waiting = {shard.digest}, [shard]
+    while waiting:
+        made = waiting.pop()
+        texts = (entry for entry in made.record.inputs if entry.name not in INFLUENCE)
+        makers = [maker for entry in texts if (maker := catalogue.made_by(entry, made))]
+        waiting += [maker for maker in makers if maker.digest not in before]
+        before |= {maker.digest for maker in makers}
+    texts = (entry for made, entry in source.read if made.digest in before and entry.name not in INFLUENCE)
+    return sorted({entry.path for entry in texts})
 
 
 # ------------------------------------------------------------------------------------------------ text

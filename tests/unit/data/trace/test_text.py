@@ -12,6 +12,7 @@ No sample holds sequence 1. The shard's samples come in the order 1, 0.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,24 @@ def test_the_steps_at_which_a_document_was_trained_on(trained: Path):
     assert (one.samples, one.steps, one.num_steps) == ([2, 5], [2, 3], 4)
     one = next(t for t in fourth.trainings if t.made.record.name == "pretrain/one")
     assert fourth.splits == ["train", "train"] and (one.samples, one.steps) == ([5], [3])
+
+
+def test_copies_of_a_file_are_only_in_the_shards_that_read_them(trained: Path, record):
+    """A second file has the content of the first, and the tokenizer has read a third one."""
+    shard(record, "c", [("train", 0, 1)], {})
+    for copy in ("raw/c.jsonl", "raw/d.jsonl"):
+        shutil.copy("raw/a.jsonl", copy)
+    tokenizer = Path("data/tokenizer/tokenizer.json")
+    tokenizer.parent.mkdir(parents=True)
+    tokenizer.write_text("{}", encoding="utf-8")
+    made = {"tokenizer": str(tokenizer)}
+    record("tokenizer", "", "data/tokenizer/record.json", {"text": [of_user(Path("raw/d.jsonl"))]}, made)
+    settings = {"corpus": "docs", "text_field": "text"}
+    outputs = {"train.bin": "data/tokens/docs/train/c.bin", "documents": "data/tokens/docs/c.parquet"}
+    inputs = {"text": [of_user(Path("raw/c.jsonl"))], "tokenizer": tokenizer}
+    record("tokens", "docs/c", "data/tokens/docs/c.json", inputs, outputs, settings)
+    found = [(fate.file, fate.shard.record.name) for fate in look(1)]
+    assert found == [("raw/a.jsonl", "docs/a"), ("raw/c.jsonl", "docs/c")]
 
 
 def test_a_document_that_was_not_trained_on_says_why(trained: Path):
