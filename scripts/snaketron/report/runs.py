@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -194,20 +195,34 @@ def _begun(directory: Path) -> dict[Path, float]:
 
 
 def read_stages(ckpt: Path, plan: dict[str, Any] | None, trouble: list[str]) -> list[Stage]:
-    """The trainings of a directory, the version of each that was begun last, in the order of the workflow."""
+    """The trainings of a directory, in the order of the workflow.
+
+    Of each the version that was begun last, or published after that: what was trained before is not again.
+    """
     found: dict[str, Stage] = {}
+    asked_for: dict[str, float] = {}
     for version in versions(ckpt):
         try:
             stage = _stage(version, trouble)
         except (OSError, ValueError, KeyError, UserError) as error:
             trouble.append(f"{version.directory} cannot be read: {error}")
             continue
-        if stage and (stage.name not in found or _began(found[stage.name]) < _began(stage)):
-            found[stage.name] = stage
+        when = _asked_for(stage, ckpt) if stage else 0.0
+        if stage and when >= asked_for.get(stage.name, 0.0):
+            found[stage.name], asked_for[stage.name] = stage, when
     order = [one["name"] for one in plan["trainings"]] if plan else []
     return sorted(
         found.values(), key=lambda s: (order.index(s.name) if s.name in order else len(order), _began(s))
     )
+
+
+def _asked_for(stage: Stage, ckpt: Path) -> float:
+    """When a version was begun or published last, in seconds since 1970."""
+    began, link = _began(stage), ckpt / stage.name
+    times = [datetime.fromisoformat(began).timestamp() if began else 0.0]
+    if link.is_symlink() and link.resolve() == stage.version.directory.resolve():
+        times.append(link.lstat().st_mtime)
+    return max(times)
 
 
 def _began(stage: Stage) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 from snaketron import files
@@ -133,6 +134,23 @@ def test_what_the_configuration_has_no_more_does_not_decide_how_the_run_is(train
         "(logs/tokenize_shard/docs/bad.log).",
     ]
     assert read(tmp_path).state == "failed"
+
+
+def test_a_version_that_was_published_again_is_the_one_of_the_page(training, tmp_path: Path):
+    """Another setting of SFT failed, and the settings of before were asked for again and not trained."""
+    old = training("sft")
+    new = old.with_name("sft-ba9876543210")
+    shutil.copytree(old, new)
+    (new / "record.json").unlink()
+    (attempt,) = files.read_json(new / "attempts.json")
+    later = {"started": "2026-11-03T10:00:00+00:00", "outcome": "failed", "error": "out of memory"}
+    files.write_json(new / "attempts.json", [attempt | later])
+    link = tmp_path / "ckpt/sft"
+    link.symlink_to(old)
+    for when, state in (("2026-11-02T11:00:00+00:00", "failed"), ("2026-11-03T11:00:00+00:00", "finished")):
+        seconds = datetime.fromisoformat(when).timestamp()
+        os.utime(link, (seconds, seconds), follow_symlinks=False)
+        assert [stage.state for stage in read(tmp_path).stages] == [state]
 
 
 def test_the_loss_above_all_is_that_of_each_tuning(training, tmp_path: Path):
