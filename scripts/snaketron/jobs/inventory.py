@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron import files
-from snaketron.jobs import continuation
+from snaketron.jobs import continuation, slurm
 from snaketron.jobs.attempts import read_attempts
 from snaketron.jobs.owner import Holder, is_owned, own
 from snaketron.jobs.version import Description, Version, published, version_key, versions
@@ -36,7 +36,7 @@ class Item:
 
     version: Version
     state: str  # in words: finished, running (process 12 on vm), stopped at step 30 of 59
-    is_running: bool
+    is_running: bool  # or its Slurm job may go on with it
     links: list[Path]  # that publish it
     built_on: list[str]  # names of the versions that it was made from
     size: int  # bytes
@@ -177,16 +177,26 @@ def _item(version: Version, links: dict[Path, list[Path]]) -> Item:
         with contextlib.suppress(FileNotFoundError):  # a training replaces its checkpoints
             size += path.stat().st_size
             changed = max(changed, path.stat().st_mtime)
-    is_running = is_owned(version)
+    state, is_running = state_of(version, config), is_owned(version)
+    if is_running:
+        state = f"running ({Holder.of(version)})"
+    elif _may_go_on(version):
+        state, is_running = f"{state}, may go on ({Holder.of(version)})", True
     return Item(
         version,
-        f"running ({Holder.of(version)})" if is_running else state_of(version, config),
+        state,
         is_running,
         links.get(version.directory.resolve(), []),
         [entry.version.replace("/", "_") for entry in config.inputs if entry.version] if config else [],
         size,
         changed,
     )
+
+
+def _may_go_on(version: Version) -> bool:
+    """Whether the Slurm job of a training that is not finished is still there to continue it, or may be."""
+    holder = None if version.is_finished else Holder.of(version)
+    return bool(holder and holder.job and slurm.may_go_on(holder.job))
 
 
 def state_of(version: Version, config: Description | None = None) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 TIMEOUT_S = 60.0  # for a busy controller to answer
 # States in which the processes of a job may be alive.
 ALIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "CONFIGURING"}
+QUEUED = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 
 
 class NoAnswer(Exception):
@@ -87,11 +88,22 @@ def parse_time(text: str) -> float | None:
 
 def is_over(number: str) -> bool:
     """Whether Slurm says that a job does not run any more: then its processes are gone, or cut off."""
+    states = _states(number)
+    return states is not None and not states & ALIVE
+
+
+def may_go_on(number: str) -> bool:
+    """Whether a job runs, waits to be run again, or may, since Slurm does not answer."""
+    states = _states(number)
+    return states is None or bool(states & {*ALIVE, *QUEUED})
+
+
+def _states(number: str) -> set[str] | None:
+    """The states of a job; none of one that Slurm has forgotten, and None where it does not answer."""
     try:
-        states = ask("squeue", "--noheader", f"--jobs={number}", "--format=%T")
+        return set(ask("squeue", "--noheader", f"--jobs={number}", "--format=%T").split())
     except NoAnswer as error:
-        return "Invalid job id" in str(error)  # it ended so long ago that Slurm has forgotten it
-    return not set(states.split()) & ALIVE
+        return set() if "Invalid job id" in str(error) else None
 
 
 def requeue(job: Job) -> bool:

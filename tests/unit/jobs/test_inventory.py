@@ -115,6 +115,28 @@ def test_a_running_training_and_its_base_stay_whatever_is_told(tmp_path: Path):
         assert deleted(tmp_path, "--stopped") == []
 
 
+def test_a_training_that_waits_in_the_queue_to_go_on_stays_until_slurm_has_forgotten_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make(tmp_path, "pretrain_broad-1")
+    waiting = make(
+        tmp_path, "sft-1", base="pretrain/broad-1", finished=False, iteration=4, outcome="requeued"
+    )
+    files.write_json(waiting.owner, {"token": "a", "process": 12, "host": "node1", "job": "4711"})
+    squeue = tmp_path / "bin/squeue"
+    squeue.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    squeue.write_text("#!/bin/sh\necho PENDING\n", encoding="utf-8")
+    squeue.chmod(0o755)
+    (_, item) = inventory.inventory(tmp_path)
+    assert item.state == "stopped at step 4 of 59, may go on (process 12 on node1, Slurm job 4711)"
+    assert deleted(tmp_path, "--stopped") == []
+    squeue.write_text(
+        "#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n", encoding="utf-8"
+    )
+    assert deleted(tmp_path, "--stopped") == ["pretrain_broad-1", "sft-1"]
+
+
 @pytest.mark.parametrize(
     ("outcome", "state"),
     [
