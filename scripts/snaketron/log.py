@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import errno
 import gc
-import io
 import logging
 import os
 import select
@@ -109,11 +108,10 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
     first. A `UserError` is not noted where it `may_pass`, as an error of the network does. Where nobody reads
     the output any more, as after `| head`, the status is 141, and nothing is said.
     """
+    _speak_utf8()
     logger.setLevel(logging.INFO)
     _terminal.setLevel(logging.INFO)
     logger.addHandler(_terminal)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the locale lacks is shown as \u2014
-        sys.stdout.reconfigure(errors="backslashreplace")
     logging.raiseExceptions = False  # a log that a full disk cannot take is no reason for a traceback
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
@@ -141,6 +139,16 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
         _let_go()
     gc.freeze()  # else the interpreter would look at every object before it ends: 0.9 s after a training
     sys.exit(status)
+
+
+def _speak_utf8() -> None:
+    """Begin this program anew with names of files and output in UTF-8, where the locale says otherwise.
+
+    Python does so by itself in the locale C, unless PYTHONUTF8=0 is in the environment, and in no other one.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        environment = os.environ | {"PYTHONUTF8": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def _let_go() -> None:

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from snaketron import files
+
 import pytest
 
 DOOR = "import errno, os, pathlib, signal, sys\nfrom snaketron import files\nfrom snaketron.log import *\n"
@@ -133,12 +135,15 @@ def test_a_log_file_takes_what_is_said_and_the_terminal_only_warnings(tmp_path: 
 
 
 def test_a_locale_without_a_character_loses_no_text(tmp_path: Path):
-    """The log is UTF-8, and what is printed ends no script: SFT prints its summary after all its steps."""
-    log = tmp_path / "log"
-    said = "begin_log(pathlib.Path(sys.argv[1])); log_to(pathlib.Path(sys.argv[1]));"
-    said += " logger.info('\\xfcbung \\u65e5'); print('\\xfcbung \\u65e5'); return 0"
-    done = script(said, log, LC_ALL="C", PYTHONUTF8="0")
-    assert (done.returncode, done.stdout) == (0, "\\xfcbung \\u65e5\n"), done.stderr
+    """Names of files, the log and the output are UTF-8; SFT prints its summary after all its steps."""
+    log, named = tmp_path / "übung/log", tmp_path / "named"
+    said = "log, named = map(pathlib.Path, sys.argv[1:]); begin_log(log); log_to(log);"
+    said += (
+        " files.write_json(named, str(log)); logger.info('\\xfcbung \\u65e5'); print('\\xfcbung \\u65e5');"
+    )
+    done = script(f"{said} return 0", log, named, LC_ALL="C", PYTHONUTF8="0")
+    assert (done.returncode, done.stdout) == (0, "übung 日\n"), done.stderr
+    assert files.read_json(named) == str(log)
     assert log.read_text(encoding="utf-8").endswith(" übung 日\n")
 
 
