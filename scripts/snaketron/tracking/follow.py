@@ -90,6 +90,13 @@ def _end(process: subprocess.Popen[bytes], run: Run) -> None:
                 run.stage,
                 END_S + run.upload_s,
             )
+    else:
+        if process.returncode:
+            logger.warning(
+                "%s: tracking has died (status %d) and lacks what came after that, which metrics.jsonl has",
+                run.stage,
+                process.returncode,
+            )
 
 
 # ------------------------------------------------------------------------------------- in the process

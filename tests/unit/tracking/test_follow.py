@@ -49,6 +49,16 @@ def test_a_follower_that_hangs_is_left(run: Run, monkeypatch, caplog):
     ]
 
 
+def test_a_follower_that_was_killed_is_said(run: Run, monkeypatch, caplog):
+    """By the kernel that had no memory left, say."""
+    monkeypatch.setattr(follow, "PROGRAM", ["/bin/sh", "-c", "read order; kill -KILL $$"])
+    with following(run, {}, None):
+        pass
+    assert caplog.messages == [
+        "sft: tracking has died (status -9) and lacks what came after that, which metrics.jsonl has"
+    ]
+
+
 def test_nothing_is_started_where_there_is_nothing_to_tell(run: Run, tmp_path: Path):
     before = set(psutil.Process().children())
     with following(Run(run.directory, "sft", [], {}), {}, None):
