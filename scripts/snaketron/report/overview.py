@@ -89,7 +89,7 @@ def missing(run: Run) -> list[str]:
             f"{rule.name} {_VERBS[rule.state]}, {rule.done} of {rule.expected} jobs are done{because}."
         )
     said += [
-        f"{rule.name}{LEFT} failed: {about or 'without a word'} (logs/{log})."
+        f"{log.removesuffix('.log')}{LEFT} failed: {about or 'without a word'} (logs/{log})."
         for rule in run.rules.values()
         if rule.name not in TRAININGS
         for log, about in rule.left.items()

@@ -130,7 +130,7 @@ def test_what_the_configuration_has_no_more_does_not_decide_how_the_run_is(train
     assert missing(run) == [
         "pretrain/wide, for which the configuration does not ask any more, failed: out of memory "
         "(after step 12).",
-        "tokenize_shard, for which the configuration does not ask any more, failed: error: not JSON "
+        "tokenize_shard/docs/bad, for which the configuration does not ask any more, failed: error: not JSON "
         "(logs/tokenize_shard/docs/bad.log).",
     ]
     assert read(tmp_path).state == "failed"
