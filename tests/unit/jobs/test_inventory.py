@@ -97,6 +97,11 @@ def test_what_is_published_interrupted_or_a_base_stays_unless_told(
     assert Version(ckpt / "sft").is_finished and Version(ckpt / "pretrain/broad").is_finished
 
 
+def test_a_version_stays_for_a_link_of_a_person(ckpt: Path):
+    (ckpt / "mine").symlink_to("versions/sft-0")
+    assert "sft-0" not in deleted(ckpt)
+
+
 def test_the_base_of_an_interrupted_training_stays_with_it(tmp_path: Path):
     """Without the base it could not be continued; without the interrupted training nobody needs the base."""
     make(tmp_path, "pretrain_broad-1")
