@@ -26,7 +26,7 @@ def asked(config: Config) -> Callable[[str], bool]:
     lock = read_lock(config.sources_lock)
     lock.assuming = True
 
-    def names(source: Corpus | ChatSource, where: str, size: int) -> set[str] | None:
+    def names(source: Corpus | ChatSource, where: str, size: int | None) -> set[str] | None:
         try:
             return {*shards(source, where, lock, size)}
         except ConfigError:
@@ -34,7 +34,8 @@ def asked(config: Config) -> Callable[[str], bool]:
 
     text = {c.name: names(c, "corpora", config.pretrain_data.shard_size) for c in config.corpora}
     chats = {c.name: names(c, "chats", config.sft_data.shard_size) for c in config.chats}
-    packed = {name: {"all"} for name in chats} if config.sft_data.pack_across_shards else chats
+    across = config.sft_data.pack_across_shards
+    packed: dict[str, set[str] | None] = {name: {"all"} for name in chats} if across else chats
     phases: dict[str, set[str] | None] = {phase.name: None for phase in config.pretrain.phases}
     by_rule = dict.fromkeys(OF_TEXT, text) | dict.fromkeys(OF_CHATS, chats) | dict.fromkeys(OF_PHASES, phases)
     by_rule["pack_sft"] = packed
