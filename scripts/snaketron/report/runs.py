@@ -106,6 +106,7 @@ class Run:
     records: dict[Path, Record]
     evaluations: dict[str, dict[str, Any]]
     running: bool
+    asked: Callable[[str], bool] = lambda log: True  # whether the configuration has the job of a log
     plan: dict[str, Any] | None = None
     changes: list[tuple[str, Any, Any]] | None = None
     configfiles: list[str] = field(default_factory=list)
@@ -122,8 +123,8 @@ class Run:
         return [name for name in names if not self.stage(name)]
 
     def is_asked(self, stage: Stage) -> bool:
-        """Whether the configuration has a training, as far as it is known."""
-        return not self.plan or stage.name in {one["name"] for one in self.plan["trainings"]}
+        """Whether the configuration has a training: a phase that it does not train counts."""
+        return self.asked(f"{stage.name}.log")
 
     @property
     def state(self) -> str:
@@ -179,6 +180,7 @@ def read_run(
         records=records,
         evaluations=_read_evaluations(at["eval"], [stage.name for stage in stages], trouble),
         running=running,
+        asked=asked,
         plan=plan,
         trouble=trouble,
     )
