@@ -146,7 +146,7 @@ def _speak_utf8() -> None:
 
     Python does so by itself in the locale C, unless PYTHONUTF8=0 is in the environment, and in no other one.
     """
-    if sys.getfilesystemencoding() != "utf-8":
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         environment = os.environ | {"PYTHONUTF8": "1"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
