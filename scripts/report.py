@@ -84,7 +84,7 @@ def read(directory: Path, name: str, configfiles: list[Path] | None, *, alone: b
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
     planned, changes, roots, trouble = None, None, {}, []
-    is_asked: Callable[[str], bool] = lambda log: True  # noqa: E731
+    is_asked: Callable[[str], bool] | None = None
     with contextlib.chdir(directory):
         files = of_last_run() if configfiles is None else configfiles
         try:
@@ -94,7 +94,8 @@ def read(directory: Path, name: str, configfiles: list[Path] | None, *, alone: b
             planned, is_asked = plan(config), asked(config)
         except (ConfigError, UserError, OSError) as error:
             trouble.append(f"The configuration ({', '.join(map(str, files))}) cannot be read: {error}")
-    found = read_run(directory, roots, planned, name=name, alone=alone, asked=is_asked)
+    every = is_asked or (lambda log: True)
+    found = read_run(directory, roots, planned, name=name, alone=alone, asked=every)
     found.changes, found.configfiles = changes, [str(file) for file in files]
     found.trouble += trouble
     return found

@@ -75,14 +75,14 @@ def test_a_job_that_starts_or_ends_is_a_line(lines: Lines):
 def test_an_error_of_the_configuration_comes_without_a_traceback(lines: Lines):
     message = "The configuration is wrong.\nsft.train_iter: unknown key; did you mean 'train_iters'?"
     of_snakemake = (
-        f'WorkflowError in file "/home/me/my run/Snakefile", line 88:\n{message}\n'
-        '  File "/home/me/my run/Snakefile", line 88, in <module>'
+        f'WorkflowError in file "/my run/Snakefile", line 88:\n{message}\n'
+        '  File "/my run/Snakefile", line 88, in <module>'
     )
     assert lines.of(record(of_snakemake, LogEvent.ERROR)) == f"error: {message}"
     unknown = "no phase of pretraining is called 'foo'. Known: broad, focused"
     assert lines.of(record(f"WorkflowError:\n{unknown}", LogEvent.ERROR)) == f"error: {unknown}"
     # Elsewhere the place says what to mend.
-    of_a_rule = 'WorkflowError in rule sft in file "/home/me/rules/sft.smk", line 3:\nno such thing'
+    of_a_rule = 'WorkflowError in rule sft in file "/my run/rules/sft.smk", line 3:\nno such thing'
     assert lines.of(record(of_a_rule, LogEvent.ERROR)) == of_a_rule
 
 
