@@ -59,7 +59,7 @@ CASES: dict[str, Case] = {
 
 
 class Made(Batches):
-    """Random tokens, of which all are trained."""
+    """Random tokens, all trained."""
 
     sources = ("made",)
 

@@ -1,4 +1,4 @@
-"""Which jobs run again, where Snakemake would pass over some.
+"""Jobs that have to run again, and that Snakemake would pass over.
 
 - Snakemake 9.27 does not ask the jobs after one that runs, because that one makes them run. Where `ancient`
   files alone connect them it does not: what else was changed for them, parameters or other files, would be

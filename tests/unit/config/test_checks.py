@@ -131,7 +131,7 @@ PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight"
             "model.moe_ffn_hidden_size 128 is not divisible by "
             "pretrain.parallel.expert_tensor_parallel_size 3",
         ),
-        (  # 2 x 1 x 1 x 2 processes, of which a pipeline stage has 2
+        (  # 2 x 1 x 1 x 2 processes, 2 in each pipeline stage
             {
                 "sft": {
                     "parallel": {

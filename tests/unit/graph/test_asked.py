@@ -1,11 +1,12 @@
-"""Which logs are of jobs that a configuration has."""
+"""The jobs that a configuration has are told by their logs from those that it had."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from snaketron.config import load
-from snaketron.graph.asked import asked
+from snaketron.graph.asked import OF_CHATS, OF_PHASES, OF_TEXT, asked
+from snaketron.report.workflow import RULES
 
 import pytest
 
@@ -40,3 +41,7 @@ def test_a_job_is_asked_for_by_its_source_its_file_and_its_phase(tmp_path: Path,
     gone = ("tokenize_shard/notes/c", "filter_shard/docs/a", "render_chat/tools/b", "pretrain/broad")
     for log in (*gone, f"pack_sft/tools/{packed[not across]}"):
         assert not is_asked(f"{log}.log")
+
+
+def test_the_rules_whose_jobs_are_told_are_those_of_the_workflow():
+    assert {*OF_TEXT, *OF_CHATS, *OF_PHASES} <= {*RULES}

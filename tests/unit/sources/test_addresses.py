@@ -1,4 +1,4 @@
-"""Which files an address means: one, those of a directory, or those that a glob matches."""
+"""An address means one file, those of a directory, or those that a glob matches."""
 
 from __future__ import annotations
 

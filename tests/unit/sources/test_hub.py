@@ -1,4 +1,4 @@
-"""Which files of a data set of the hub a source has, asked with the real client."""
+"""A source has these files of a data set of the hub, asked with the real client."""
 
 from __future__ import annotations
 

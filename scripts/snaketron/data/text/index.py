@@ -85,9 +85,8 @@ def build(
             building.replace(output)
         except BaseException as error:
             shutil.rmtree(building, ignore_errors=True)
-            if (
-                isinstance(error, OSError) and error.errno is None
-            ):  # numpy: how much it has not written, and why
+            # numpy's error says how much it has not written, and has no number.
+            if isinstance(error, OSError) and error.errno is None:
                 raise UserError(
                     f"cannot write {output}: {error}; free some space there and run the same command again"
                 ) from error

@@ -1,4 +1,4 @@
-"""Which documents of its raw files a shard holds, in which pieces, and where they come from."""
+"""The documents of a shard: those of its raw files, whole or in pieces, and where each comes from."""
 
 from __future__ import annotations
 
