@@ -71,8 +71,8 @@ def job_of(plain: Slurm, log: Path, fate: str) -> Job | None:
 
 @pytest.fixture(scope="module")
 def transcript(plain: Slurm, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What Snakemake printed. The controller is away for half a minute, in which a job ends."""
-    fates = ("well", "killed", "never", "refused", "full")
+    """What Snakemake printed. The controller is away for half a minute, which one job outlasts."""
+    fates = ("well", "killed", "never", "refused", "full", "outlasting")
     with meeting(plain, tmp_path_factory.mktemp("fates"), *fates) as running:
 
         def runs(fate: str) -> Job | None:
@@ -94,10 +94,12 @@ def transcript(plain: Slurm, tmp_path_factory: pytest.TempPathFactory) -> str:
             wait_for(lambda: "Slurm is asked again" in running.log.read_text(), 300)
         finally:
             plain.start_controller()
+        wait_for(lambda: "Slurm answers again" in running.log.read_text(), 300)
+        (running.log.parent / "answered").touch()
         result = running.result()
     assert result.status == 1
     made = {path.stem for path in running.log.parent.glob("*.txt")}
-    assert made == {"well", "killed", "never"}
+    assert made == {"well", "killed", "never", "outlasting"}
     return result.output
 
 
@@ -154,11 +156,15 @@ def test_a_job_waits_for_one_that_a_killed_snakemake_left_and_a_script_can_stop_
         assert first and first.state == "RUNNING"
     try:
         with meeting(plain, here, "long", before=("sh", "-c", "trap '' INT; exec \"$@\"", "sh")) as running:
-            second = wait_for(lambda: job_of(plain, running.log, "long"), 180)
+
+            def waits() -> Job | None:  # at first Slurm may say that other jobs have the node
+                job = job_of(plain, running.log, "long")
+                return job if job and (job.state, job.reason) == ("PENDING", "Dependency") else None
+
+            second = wait_for(waits, 180)
             assert (
                 f"Slurm jobs of an earlier Snakemake are still here: {first.id}. " in running.log.read_text()
             )
-            assert (second.state, second.reason) == ("PENDING", "Dependency")
             os.kill(running.process.pid, signal.SIGINT)
             assert running.result().status != 0
         states = {job.id: job.state for job in plain.jobs(Workspace(here))}

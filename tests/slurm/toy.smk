@@ -11,6 +11,7 @@ COMMANDS = {
     "refused": "true",  # there is no such partition
     "full": 'python -c \'from snaketron import log; log.run(lambda: print(1, file=open("/dev/full", "w", 1)))\'',
     "long": "sleep 600",
+    "outlasting": "until [ -e answered ]; do sleep 0.2; done",
 }
 
 
