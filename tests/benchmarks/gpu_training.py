@@ -51,6 +51,15 @@ def spread(gpus: int, precision: str = "bf16", experts: int = 0) -> dict[str, An
     return SLICES["nano_8k"] | {"model": model, "text": True, "parallel": parallel}
 
 
+def shared(
+    of: str, precision: str = "bf16", *, experts: int, split: str = "time", **sizes: int
+) -> dict[str, Any]:
+    """Layers of Super or Nano on two GPUs, on tokens of a text."""
+    parallel = {f"{name}_parallel_size": size for name, size in sizes.items()}
+    shape = SLICES[of] | {"model": {"num_moe_experts": experts, "precision": precision}, "text": True}
+    return shape | {"parallel": parallel | {"pipeline_split": split}, "steps": 10}
+
+
 def quarter(gpus: int, layout: str) -> dict[str, Any]:
     """22 layers of Super with evenly loaded experts: in two stages, or with tensor parallelism."""
     shape = SLICE | {"of": QUARTER, "length": 8192, "config": EVEN}
@@ -64,6 +73,21 @@ def quarter(gpus: int, layout: str) -> dict[str, Any]:
     return shape | {"parallel": {f"{name}_parallel_size": size for name, size in sizes.items()}}
 
 
+# Trainings whose attention and Mamba layers are recorded, or are not.
+LAYERS = {
+    "nano_8k_tp2_ep2": shared("nano_8k", experts=32, tensor_model=2, expert_model=2),
+    "nano_8k_ep2_fp8": shared("nano_8k", "fp8_current", experts=32, expert_model=2, data=2),
+    "nano_8k_pp2": shared("nano_8k", experts=16, pipeline_model=2),
+    "super_8k_tp2_text": shared("super_8k", experts=64, tensor_model=2) | {"micro_batches": 4},
+    "super_8k_tp2_ep2": shared("super_8k", experts=128, tensor_model=2, expert_model=2)
+    | {"micro_batches": 4},
+    "super_8k_ep2_text": shared("super_8k", experts=128, expert_model=2, data=2),
+    **{
+        f"super_22_pp2_{split}": shared("super_8k", experts=64, pipeline_model=2, split=split)
+        | {"of": QUARTER, "micro_batches": 16}
+        for split in ("time", "layers")
+    },
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {"config": PLAIN, "environment": THEIRS},
     "baseline_mbs1": {"config": PLAIN, "environment": THEIRS, "micro_batch_size": 1},
@@ -121,6 +145,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "super_8k_ep2": SLICES["super_8k"]
     | {"model": {"num_moe_experts": 128}}
     | {"parallel": {"expert_model_parallel_size": 2, "data_parallel_size": 2}},
+    **{f"{name}_recorded": variant | {"run": GRAPHS} for name, variant in LAYERS.items()},
+    **{f"{name}_launched": variant | {"run": LAUNCHED} for name, variant in LAYERS.items()},
     "super_8k_tp2": SLICES["super_8k"] | {"parallel": {"tensor_model_parallel_size": 2}},
     "dp2": {"parallel": {"data_parallel_size": 2}},
     "dp2_overlap": {"parallel": {"data_parallel_size": 2}, "ddp": {"overlap_grad_reduce": True}},

@@ -51,8 +51,8 @@ RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model and how 
     "fp8_current": ({"precision": "fp8_current"}, {}),
     "fp8_delayed": ({"precision": "fp8_delayed"}, {}),
     "fp8_blockwise": ({"precision": "fp8_blockwise"}, {}),
-    **{name: ({"precision": "bf16"}, {"parallel": LAYOUTS[name]}) for name in ("dp", "ep")},
-    "tp": ({"precision": "bf16"}, {"parallel": LAYOUTS["tp"], "cuda_graphs": True}),
+    **{name: ({"precision": "bf16"}, {"parallel": LAYOUTS[name]}) for name in ("dp", "ep", "tp")},
+    "tp_ep": ({"precision": "bf16"}, {"parallel": LAYOUTS["tp"] | {"expert_model_parallel_size": 2}}),
 }
 TWO = {name for name, (_, run) in RECORDED.items() if "parallel" in run}
 RECORDED_LENGTH = 512
@@ -242,7 +242,7 @@ def test_recorded_kernels_give_the_losses_of_those_that_are_started_one_by_one(r
     """Steps 5 to 8, of which the first two are not recorded, with validations before and after them."""
     recorded, launched = runs[f"recorded {name}"], runs[f"launched {name}"]
     assert len(recorded["losses"]) == 4 and len(launched["losses"]) == 8
-    shared = "layers" if name in ("tp", "ep") else "micro-batches"
+    shared = "layers" if name in ("ep", "tp", "tp_ep") else "micro-batches"
     assert (recorded["recorded"], launched["recorded"]) == (shared, "nothing")
     check(name, difference(recorded, launched), LAYOUT_TOLERANCE["bf16"])
     assert abs(recorded["valid_after"] - launched["valid_after"]) < LAYOUT_TOLERANCE["bf16"][0]

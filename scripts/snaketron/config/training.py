@@ -233,8 +233,8 @@ class Pretrain(Run):
         None,
         "null: the kernels of a whole micro-batch are recorded once and started together where one GPU holds "
         "the model, and in bf16 those of attention and Mamba layers where the GPUs of a node share experts "
-        "and have the memory; true: those of attention and Mamba layers, in any layout; false: none are "
-        "recorded",
+        "or layers (EP, TP) and have the memory; true: those of attention and Mamba layers, in any layout; "
+        "false: none are recorded",
     )
     seq_length: Positive = key(256, "tokens of a sequence")
     global_batch_size: Positive = key(4, "sequences of a step, over all processes")

@@ -36,16 +36,17 @@ def recordable(model: Model, run: Run, seq_length: int, *, packed: bool, cluster
 def records_layers(work: Work, *, packed: bool, cluster: Cluster, usable: float) -> bool:
     """Whether GPUs record attention and Mamba layers, each by itself.
 
-    They do where that was tried: in bf16 where the GPUs of one node share experts alone, so that no whole
-    micro-batch is recorded, NCCL exchanges the tokens, and `usable` bytes of a GPU have room for it. With
-    tensor parallelism recordings have operations of NCCL, and no such training has been seen to its end. With
-    a pipeline each micro-batch under way would have a recording of its own.
+    They do where that was tried: in bf16 where the GPUs of one node share experts, layers (tensor
+    parallelism) or both, so that no whole micro-batch is recorded, NCCL exchanges the tokens, and `usable`
+    bytes of a GPU have room for it. With a pipeline each micro-batch under way would have a recording of its
+    own.
     """
     model, run = work.model, work.run
     sizes = run.parallel
     return (
-        sizes.world_size == sizes.data_parallel_size
-        and sizes.expert_model_parallel_size > 1 == sizes.expert_tensor_parallel_size
+        sizes.pipeline_model_parallel_size == sizes.context_parallel_size == 1
+        and sizes.expert_model_parallel_size * sizes.tensor_model_parallel_size > 1
+        and sizes.expert_tensor_parallel_size == 1
         and run.moe_token_dispatcher == "alltoall"
         and not run.moe_shared_expert_overlap
         and not run.offload_optimizer
@@ -76,7 +77,7 @@ def _twice(work: Work) -> float:
     On four H200s a model of Nano's layers kept 14 GiB of activations of them, and 9 to 12 GiB more were
     reserved when they were recorded.
     """
-    model = work.model
+    model, shares = work.model, work.run.parallel.tensor_model_parallel_size
     layers = Counter(model.hybrid_layer_pattern + model.mtp_hybrid_layer_pattern * model.mtp_num_layers)
-    kept = sum(layers[layer] * layer_activations(model, layer, 1, work.run.recompute) for layer in "M*")
+    kept = sum(layers[layer] * layer_activations(model, layer, shares, work.run.recompute) for layer in "M*")
     return 2 * kept * tokens_of_process(work)
