@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from snaketron.config.base import FLEXIBLE
 from snaketron.sizes.gpus import GPUS
 from snaketron.sizes.layout import SHORT_NAMES
 from snaketron.sizes.plan import checkpoint_bytes
@@ -139,7 +140,7 @@ def scaling(there: int) -> Iterator[Row]:
     for micro_batches in (4, 16):
         name = f"bubbles: PP 2, {micro_batches} micro-batches"
         yield Row(4, large(name, NANO, "PP 2", micro_batches, corpora=TEXT))
-    for dispatcher in ("deepep", "hybridep") if there > 1 else ():
+    for dispatcher in ("alltoall", "allgather", "deepep", "hybridep") if there > 1 else ():
         name, run = f"exchange: EP {there}, {dispatcher}", {"moe_token_dispatcher": dispatcher}
         made = large(
             name, NANO | {"num_moe_experts": 16 * there}, f"EP {there}, DP {there}", corpora=TEXT, run=run
@@ -180,6 +181,6 @@ def missing(row: Row, there: int) -> str:
     if (needed := trainings.estimates(training)["fullest_gib"]) > USABLE_GIB:
         return f"needs {needed:.0f} GiB of a GPU, by the estimate"
     dispatcher = training.run.get("moe_token_dispatcher")
-    if dispatcher and not importlib.util.find_spec("deep_ep"):
+    if dispatcher in FLEXIBLE and not importlib.util.find_spec("deep_ep"):
         return f"{dispatcher}: the package deep_ep is not installed"
     return ""

@@ -37,6 +37,7 @@ PLAIN = {
 }
 GRAPHS = {"cuda_graphs": True}
 LAUNCHED = {"cuda_graphs": False}
+ALLTOALL = {"moe_token_dispatcher": "alltoall"}
 # Transformer Engine's grouped products instead of our experts.
 THEIRS = {"SNAKETRON_THEIR_EXPERTS": "1"}
 CUTLASS = THEIRS | {"NVTE_USE_CUTLASS_GROUPED_GEMM": "1"}
@@ -73,14 +74,15 @@ def quarter(gpus: int, layout: str) -> dict[str, Any]:
     return shape | {"parallel": {f"{name}_parallel_size": size for name, size in sizes.items()}}
 
 
-# Trainings whose attention and Mamba layers are recorded, or are not.
-LAYERS = {
+# Layouts of two GPUs: as the program chooses, and with alltoall, attention and Mamba layers recorded or not.
+OF_TWO = {
     "nano_8k_tp2_ep2": shared("nano_8k", experts=32, tensor_model=2, expert_model=2),
     "nano_8k_ep2_fp8": shared("nano_8k", "fp8_current", experts=32, expert_model=2, data=2),
     "nano_8k_pp2": shared("nano_8k", experts=16, pipeline_model=2),
     "super_8k_tp2_text": shared("super_8k", experts=64, tensor_model=2) | {"micro_batches": 4},
     "super_8k_tp2_ep2": shared("super_8k", experts=128, tensor_model=2, expert_model=2)
     | {"micro_batches": 4},
+    "nano_8k_ep2_text": shared("nano_8k", experts=32, expert_model=2, data=2),
     "super_8k_ep2_text": shared("super_8k", experts=128, expert_model=2, data=2),
     **{
         f"super_22_pp2_{split}": shared("super_8k", experts=64, pipeline_model=2, split=split)
@@ -145,8 +147,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "super_8k_ep2": SLICES["super_8k"]
     | {"model": {"num_moe_experts": 128}}
     | {"parallel": {"expert_model_parallel_size": 2, "data_parallel_size": 2}},
-    **{f"{name}_recorded": variant | {"run": GRAPHS} for name, variant in LAYERS.items()},
-    **{f"{name}_launched": variant | {"run": LAUNCHED} for name, variant in LAYERS.items()},
+    **OF_TWO,
+    **{f"{name}_recorded": variant | {"run": GRAPHS | ALLTOALL} for name, variant in OF_TWO.items()},
+    **{f"{name}_launched": variant | {"run": LAUNCHED | ALLTOALL} for name, variant in OF_TWO.items()},
     "super_8k_tp2": SLICES["super_8k"] | {"parallel": {"tensor_model_parallel_size": 2}},
     "dp2": {"parallel": {"data_parallel_size": 2}},
     "dp2_overlap": {"parallel": {"data_parallel_size": 2}, "ddp": {"overlap_grad_reduce": True}},

@@ -16,12 +16,14 @@ import yaml
 
 TOLERANCE = 1e-5  # how far a loss of about 7 may be off, in nats, over 12 steps: sums in another order
 
+EP = "{expert_model_parallel_size: 2, data_parallel_size: 2}"
 LAYOUTS = {
-    "tp": "tensor_model_parallel_size: 2",  # with sequence parallelism
-    "ep": "expert_model_parallel_size: 2, data_parallel_size: 2",
-    "pp": "pipeline_model_parallel_size: 2",
-    "cp": "context_parallel_size: 2",
-    "dp": "data_parallel_size: 2",
+    "tp": "parallel: {tensor_model_parallel_size: 2}",  # with sequence parallelism
+    "ep": f"parallel: {EP}, moe_token_dispatcher: allgather",
+    "ep_alltoall": f"parallel: {EP}, moe_token_dispatcher: alltoall",
+    "pp": "parallel: {pipeline_model_parallel_size: 2}",
+    "cp": "parallel: {context_parallel_size: 2}",
+    "dp": "parallel: {data_parallel_size: 2}",
 }
 TARGET = "ckpt/pretrain/broad"
 # More than the main job has: experts in both stages of a pipeline, which are ME* and E, two depths of
@@ -59,7 +61,7 @@ def deeper(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Wor
 def test_the_stages_of_the_pipeline_are_uneven():
     micro = yaml.safe_load((Path(__file__).parents[1] / "config/micro.yaml").read_text())
     model = Model(**(micro["model"] | yaml.safe_load(DEEPER)["model"]))
-    parallel = Parallel(**yaml.safe_load(f"{{{LAYOUTS['pp']}}}"))
+    parallel = Parallel(**yaml.safe_load(LAYOUTS["pp"])["parallel"])
     assert pipeline_stages(model, micro["tokenizer"]["vocab_size"], parallel) == ["ME*", "E"]
 
 
@@ -76,7 +78,7 @@ def fresh(trained: Workspace) -> Workspace:
 
 
 def line(workspace: Workspace, layout: str) -> str:
-    config = f"pretrain={{cpus_per_task: 1, parallel: {{{LAYOUTS[layout]}}}}}"
+    config = f"pretrain={{cpus_per_task: 1, {LAYOUTS[layout]}}}"
     (found,) = shell_lines(workspace, TARGET, config)
     assert found.startswith("python scripts/pretrain.py ")
     return found
@@ -138,11 +140,11 @@ def test_packs_are_tuned_on_alike_in_every_layout(trained: Workspace):
     packs = "sft_data={padding_multiple: 4}"
     assert trained.snakemake("data/sft/blend.json", config=(packs,)).status == 0
     found = {}
-    for layout, sizes in {"one": "", **LAYOUTS}.items():
+    for layout, sizes in {"one": "parallel: {}", **LAYOUTS}.items():
         (trained.path / "ckpt/sft").unlink(missing_ok=True)
         for old in trained.path.glob("ckpt/versions/sft-*"):
             shutil.rmtree(old)
-        config = [f"sft={{{steps}, parallel: {{{sizes}}}}}", packs]
+        config = [f"sft={{{steps}, {sizes}}}", packs]
         *_, training = shell_lines(trained, "ckpt/sft", *config)
         result = run_forked(trained, training.replace("--base ckpt/pretrain/focused", f"--base {TARGET}"))
         assert result.status == 0, result.output[-3000:]

@@ -33,6 +33,7 @@ LAYOUTS = {
     "dp": {"data_parallel_size": 2},
     "dp_nodes": {"data_parallel_size": 2},  # as on two nodes: gradients are summed while others are computed
 }
+ALLTOALL: dict[str, Any] = {"parallel": LAYOUTS["ep"], "moe_token_dispatcher": "alltoall"}
 # How a training is run, which changes where and when things are computed, not what.
 SAME = {
     "recompute_moe": {"recompute": ["moe"]},
@@ -51,9 +52,14 @@ RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model and how 
     "fp8_current": ({"precision": "fp8_current"}, {}),
     "fp8_delayed": ({"precision": "fp8_delayed"}, {}),
     "fp8_blockwise": ({"precision": "fp8_blockwise"}, {}),
-    **{name: ({"precision": "bf16"}, {"parallel": LAYOUTS[name]}) for name in ("dp", "ep", "tp")},
+    **{name: ({"precision": "bf16"}, {"parallel": LAYOUTS[name]}) for name in ("dp", "tp")},
+}
+OF_LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ep": ({"precision": "bf16"}, {"parallel": LAYOUTS["ep"]}),
+    "ep_alltoall": ({"precision": "bf16"}, ALLTOALL),
     "tp_ep": ({"precision": "bf16"}, {"parallel": LAYOUTS["tp"] | {"expert_model_parallel_size": 2}}),
 }
+RECORDED |= OF_LAYERS
 TWO = {name for name, (_, run) in RECORDED.items() if "parallel" in run}
 RECORDED_LENGTH = 512
 # Median and mean loss of the last 8 of 40 steps (about 4.6 nats) against bf16. Under fp8 single steps were
@@ -146,9 +152,10 @@ class Runs:
         base = self.root / f"base_{precision}"
         found = train(base, gpus=0, model=model, save_at=[1])
         runs: list[tuple[str, int, dict]] = [("one", 1, {})]
+        layouts = {name: {"parallel": sizes} for name, sizes in LAYOUTS.items()} | {"ep_alltoall": ALLTOALL}
         runs += [
-            (name, 2, {"parallel": sizes})
-            for name, sizes in LAYOUTS.items()
+            (name, 2, run)
+            for name, run in layouts.items()
             if f"losses_of_one[{name}-{precision}]" in self.chosen
         ]
         if precision == "bf16":
@@ -212,7 +219,7 @@ def test_a_checkpoint_of_a_gpu_continues_on_a_cpu(runs: Runs, precision: str):
 
 @pytest.mark.gpus(2)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "ep_alltoall"])
 def test_two_gpus_give_the_losses_of_one(runs: Runs, layout: str, precision: str):
     if (layout, precision) == ("cp", "fp32"):  # Transformer Engine has no such attention
         with pytest.raises(AssertionError, match="context_parallel_size 2 needs bf16 on GPUs"):
@@ -242,7 +249,7 @@ def test_recorded_kernels_give_the_losses_of_those_that_are_started_one_by_one(r
     """Steps 5 to 8, of which the first two are not recorded, with validations before and after them."""
     recorded, launched = runs[f"recorded {name}"], runs[f"launched {name}"]
     assert len(recorded["losses"]) == 4 and len(launched["losses"]) == 8
-    shared = "layers" if name in ("ep", "tp", "tp_ep") else "micro-batches"
+    shared = "layers" if name in OF_LAYERS else "micro-batches"
     assert (recorded["recorded"], launched["recorded"]) == (shared, "nothing")
     check(name, difference(recorded, launched), LAYOUT_TOLERANCE["bf16"])
     assert abs(recorded["valid_after"] - launched["valid_after"]) < LAYOUT_TOLERANCE["bf16"][0]

@@ -161,10 +161,12 @@ class Run(Section):
     offload_optimizer: Annotated[float, Field(ge=0, le=1)] = key(
         0.0, "share of the optimizer's state that stays in host memory and is updated there. Needs a GPU"
     )
-    moe_token_dispatcher: Dispatcher = key(
-        "alltoall",
-        "what takes tokens to the experts of other processes: NCCL, or the kernels of DeepEP or of its "
-        "branch HybridEP, which need GPUs and the package deep_ep (docs/gpu.md)",
+    moe_token_dispatcher: Dispatcher | None = key(
+        None,
+        "what takes tokens to the experts of other processes. alltoall: NCCL, a token once for each of its "
+        "experts; allgather: NCCL, a token once to each process that shares experts; null: allgather on one "
+        "node where no more processes share experts than a token has, else alltoall; deepep, hybridep: the "
+        "kernels of DeepEP or of its branch HybridEP, which need GPUs and the package deep_ep (docs/gpu.md)",
     )
     moe_shared_expert_overlap: bool = key(
         False,
@@ -232,9 +234,9 @@ class Pretrain(Run):
     cuda_graphs: bool | None = key(
         None,
         "null: the kernels of a whole micro-batch are recorded once and started together where one GPU holds "
-        "the model, and in bf16 those of attention and Mamba layers where the GPUs of a node share experts "
-        "or layers (EP, TP) and have the memory; true: those of attention and Mamba layers, in any layout; "
-        "false: none are recorded",
+        "the model or its share of each layer (TP), and in bf16 those of attention and Mamba layers where "
+        "the GPUs of a node share experts (EP) and have the memory; true: those of attention and Mamba "
+        "layers, in any layout; false: none are recorded",
     )
     seq_length: Positive = key(256, "tokens of a sequence")
     global_batch_size: Positive = key(4, "sequences of a step, over all processes")

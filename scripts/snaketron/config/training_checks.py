@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from snaketron.config.base import FLEXIBLE
 from snaketron.config.cluster import Cluster, Parallel
 from snaketron.config.linears import check_names
 from snaketron.config.training import Adapters, Model, Pretrain, Tuning
@@ -194,7 +195,7 @@ def check_dispatcher(training: Training) -> Iterator[str]:
     """What is wrong with the dispatcher of a training, and with the overlap of the expert of all tokens."""
     model, run = training.model, training.run
     at = f"{training.at('moe_token_dispatcher')} {run.moe_token_dispatcher}"
-    if run.moe_token_dispatcher != "alltoall" and model.precision == "fp32":
+    if run.moe_token_dispatcher in FLEXIBLE and model.precision == "fp32":
         yield f"{at} sends tokens in bf16, and model.precision is fp32; set it to bf16 or below"
     parallel = run.parallel
     processes = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
@@ -203,9 +204,14 @@ def check_dispatcher(training: Training) -> Iterator[str]:
             f"{at} needs experts on several processes: raise {training.at('parallel')}"
             ".expert_model_parallel_size (now 1), or take alltoall"
         )
+    overlap = training.at("moe_shared_expert_overlap")
+    if run.moe_token_dispatcher == "allgather":
+        if parallel.expert_tensor_parallel_size > 1:
+            yield f"{at} takes whole experts: set expert_tensor_parallel_size to 1, or take alltoall"
+        if run.moe_shared_expert_overlap:
+            yield f"{at} leaves nothing to overlap with: leave {overlap} out, or take alltoall"
     if not run.moe_shared_expert_overlap:
         return
-    overlap = training.at("moe_shared_expert_overlap")
     if model.moe_latent_size is not None:
         yield (
             f"{overlap}: megatron-core has no overlap for experts in a latent space in a training "

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from snaketron.config import Model, Optimizer
+from snaketron.config.base import FLEXIBLE
 from snaketron.log import UserError
 from snaketron.model.megatron import replacements
 from snaketron.model.megatron.row import Machine
@@ -85,9 +86,7 @@ def check(model: Model, run: RunSettings, optimizer: Optimizer | None = None) ->
             "cuda_graphs": run.cuda_graphs or "",
             "offload_optimizer": (optimizer and run.offload_optimizer) or "",
             "recompute": "layernorm" if "layernorm" in run.recompute else "",  # by Transformer Engine
-            "moe_token_dispatcher": run.moe_token_dispatcher
-            if run.moe_token_dispatcher != "alltoall"
-            else "",
+            "moe_token_dispatcher": run.moe_token_dispatcher if run.moe_token_dispatcher in FLEXIBLE else "",
             "moe_shared_expert_overlap": run.moe_shared_expert_overlap or "",
         }
         problems += [
@@ -139,7 +138,7 @@ def absent_dispatcher(run: RunSettings) -> str:
     """Why tokens cannot be dispatched as `run` says, by what megatron-core could import; else empty."""
     from megatron.core.transformer.moe import fused_a2a
 
-    there = {"deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}
+    there: dict[str | None, bool] = {"deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}
     if there.get(run.moe_token_dispatcher, True):
         return ""
     branch = " of the branch hybrid-ep" if run.moe_token_dispatcher == "hybridep" else ""

@@ -92,7 +92,7 @@ def build_model(
         settings.model,
         run.parallel,
         **spec.recomputation(run.recompute),
-        **spec.dispatching(run),
+        **spec.dispatching(settings.model, run, run.cluster),
         **backend.cuda_graph_options(run),
         **(backend.packed_options() if settings.packed else {}),
         perform_initialization=draw,

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from snaketron.config import Model, Parallel, Run
+from snaketron.config import Cluster, Model, Parallel, Run
+from snaketron.config.base import FLEXIBLE
 from snaketron.model import backend
 from snaketron.model.megatron import corrections
+from snaketron.sizes.layout import dispatcher
 from snaketron.sizes.parameters import padded_vocab_size
 from snaketron.sizes.stages import pipeline_stages
 
@@ -81,13 +83,13 @@ def recomputation(modules: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
-def dispatching(run: Run) -> dict[str, Any]:
+def dispatching(model: Model, run: Run, cluster: Cluster) -> dict[str, Any]:
     """TransformerConfig fields that say how tokens reach the experts of other processes."""
     fields: dict[str, Any] = {"moe_shared_expert_overlap": run.moe_shared_expert_overlap}
-    if run.moe_token_dispatcher != "alltoall":
-        fields["moe_token_dispatcher_type"] = "flex"
-        fields["moe_flex_dispatcher_backend"] = run.moe_token_dispatcher
-    return fields
+    chosen = dispatcher(model, run, cluster)
+    if chosen in FLEXIBLE:
+        return fields | {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": chosen}
+    return fields | {"moe_token_dispatcher_type": chosen}
 
 
 def dtype_of(model: Model) -> torch.dtype:

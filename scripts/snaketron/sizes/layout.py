@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from snaketron.config import Cluster, Parallel, Run
+from snaketron.config import Cluster, Model, Parallel, Run
+from snaketron.config.base import FLEXIBLE, Dispatcher
 
 SHORT_NAMES = {
     "TP": "tensor_model_parallel_size",
@@ -38,6 +39,28 @@ def layout(run: Run, cluster: Cluster) -> Layout:
     processes = run.parallel.world_size
     per_node = min(processes, cluster.tasks_per_node or cluster.gpus_per_node or processes)
     return Layout(processes // per_node, per_node, min(per_node, cluster.gpus_per_node))
+
+
+def dispatcher(model: Model, run: Run, cluster: Cluster) -> Dispatcher:
+    """What takes tokens to the experts of other processes, where the configuration leaves it to the program.
+
+    By alltoall a token travels once for each of its experts that are elsewhere, and by allgather once to each
+    process that shares experts: where a token has as many experts as processes, that is less.
+
+    >>> run = Run(parallel=Parallel(expert_model_parallel_size=8, data_parallel_size=8))
+    >>> [dispatcher(Model(moe_router_topk=experts), run, Cluster(gpus_per_node=8)) for experts in (6, 22)]
+    ['alltoall', 'allgather']
+    """
+    asked, sizes = run.moe_token_dispatcher, run.parallel
+    group = sizes.expert_model_parallel_size
+    if asked in FLEXIBLE:
+        return asked
+    if group == 1 or asked == "alltoall":
+        return "alltoall"
+    on_a_node = layout(run, cluster).tasks_per_node % group == 0
+    less = group <= model.moe_router_topk and on_a_node
+    plain = sizes.expert_tensor_parallel_size == 1 and not run.moe_shared_expert_overlap
+    return "allgather" if asked or (less and plain) else "alltoall"
 
 
 def layout_words(parallel: Parallel) -> str:

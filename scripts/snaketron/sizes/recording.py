@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from snaketron.config import Cluster, Model, Run
+from snaketron.config.base import FLEXIBLE
 from snaketron.sizes.activations import layer_activations
 from snaketron.sizes.layout import layout
 from snaketron.sizes.memory import memory_of_process
@@ -19,14 +20,15 @@ SHORTEST_RECORDED = 512
 def recordable(model: Model, run: Run, seq_length: int, *, packed: bool, cluster: Cluster) -> bool:
     """Whether GPUs record the kernels of whole micro-batches.
 
-    They do where one process holds the whole model and nothing in a micro-batch waits for the host. The
-    exchange of tokens between GPUs waits, as do experts in fp32 and nvfp4 (`model.megatron.gpu`).
+    They do where one process holds all layers, or its share of each (tensor parallelism), and nothing in a
+    micro-batch waits for the host. The exchange of tokens between GPUs waits, as do experts in fp32 and nvfp4
+    (`model.megatron.gpu`).
     """
     sizes, precision = run.parallel, model.precision
     return (
-        sizes.world_size == sizes.data_parallel_size
+        sizes.pipeline_model_parallel_size == sizes.context_parallel_size == 1
         and sizes.expert_model_parallel_size == sizes.expert_tensor_parallel_size == 1
-        and run.moe_token_dispatcher == "alltoall"
+        and run.moe_token_dispatcher not in FLEXIBLE
         and not run.moe_shared_expert_overlap
         and (precision == "bf16" or precision.startswith("fp8"))
         and _repeats(run, seq_length, packed, cluster)
@@ -36,18 +38,16 @@ def recordable(model: Model, run: Run, seq_length: int, *, packed: bool, cluster
 def records_layers(work: Work, *, packed: bool, cluster: Cluster, usable: float) -> bool:
     """Whether GPUs record attention and Mamba layers, each by itself.
 
-    They do where that was tried: in bf16 where the GPUs of one node share experts, layers (tensor
-    parallelism) or both, so that no whole micro-batch is recorded, NCCL exchanges the tokens, and `usable`
-    bytes of a GPU have room for it. With a pipeline each micro-batch under way would have a recording of its
-    own.
+    They do where that was tried: in bf16 where the GPUs of one node share experts, so that no whole
+    micro-batch is recorded, NCCL takes the tokens to them, and `usable` bytes of a GPU have room for it. With
+    a pipeline each micro-batch under way would have a recording of its own.
     """
     model, run = work.model, work.run
     sizes = run.parallel
     return (
         sizes.pipeline_model_parallel_size == sizes.context_parallel_size == 1
-        and sizes.expert_model_parallel_size * sizes.tensor_model_parallel_size > 1
-        and sizes.expert_tensor_parallel_size == 1
-        and run.moe_token_dispatcher == "alltoall"
+        and sizes.expert_model_parallel_size > 1 == sizes.expert_tensor_parallel_size
+        and run.moe_token_dispatcher not in FLEXIBLE
         and not run.moe_shared_expert_overlap
         and not run.offload_optimizer
         and model.precision == "bf16"

@@ -13,7 +13,7 @@ from snaketron.config.base import Module
 from snaketron.config.cluster import Split
 from snaketron.config.training_checks import check_training
 from snaketron.sizes.gpus import Gpu, in_nodes, usable_bytes
-from snaketron.sizes.layout import layout_sizes, layout_words
+from snaketron.sizes.layout import dispatcher, layout_sizes, layout_words
 from snaketron.sizes.recording import recordable, records_layers
 from snaketron.sizes.step import Step, peak_bytes, step_time
 from snaketron.sizes.traffic import Work
@@ -46,7 +46,7 @@ def work(config: Config, training: Training) -> Work:
         global_batch_size=training.global_batch_size,
         run=run,
         optimizer=run.optimizer,
-        dispatcher=run.moe_token_dispatcher,
+        dispatcher=dispatcher(training.model, run, config.cluster),
         frozen=training.adapters is not None,
     )
     if not isinstance(run, Pretrain):

@@ -30,7 +30,8 @@ class Work(NamedTuple):
     optimizer: Optimizer
     cuda_graphs: bool = False  # of attention and Mamba layers
     recorded: bool = False  # whole micro-batches (`recording.recordable`)
-    # alltoall: each copy of a token crosses by itself; hybridep: once to each NVLink domain.
+    # alltoall: each copy of a token crosses by itself; allgather: one copy to each GPU that shares experts;
+    # hybridep: one to each NVLink domain.
     dispatcher: Dispatcher = "alltoall"
     frozen: bool = False  # adapters: no gradients of weights
     keeps_scan: bool = True  # Mamba's scan keeps its intermediate results, as here now
@@ -102,9 +103,14 @@ def exchange(work: Work, gpu: Gpu, layer: str) -> Moved:
 
 
 def _to_experts(work: Work, gpu: Gpu) -> Moved:
-    """The copies of one token, in one direction."""
+    """The copies of one token, in one direction, or the mean of both.
+
+    What is gathered goes in bf16, with the weights of each GPU's experts; what comes back is added in fp32.
+    """
     model, group = work.model, work.run.parallel.expert_model_parallel_size
     copies = model.moe_router_topk
+    if work.dispatcher == "allgather":
+        return _within(gpu, group) * (3.0 * expert_width(model) * group + 2.0 * model.num_moe_experts)
     of_copy = 2.0 * expert_width(model)  # bytes
     if work.dispatcher == "alltoall" or group <= gpu.domain:
         return _within(gpu, group) * (copies * of_copy)

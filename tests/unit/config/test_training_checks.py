@@ -35,7 +35,17 @@ def config(model: dict[str, Any], **pretrain: Any) -> dict[str, Any]:
             config({"moe_latent_size": None}, moe_shared_expert_overlap=True, recompute=["shared_experts"]),
             "pretrain.moe_shared_expert_overlap and shared_experts in pretrain.recompute: leave one of",
         ),
-        (config(BF16, moe_token_dispatcher="allgather"), "pretrain.moe_token_dispatcher: input should be"),
+        (config(BF16, moe_token_dispatcher="gather"), "pretrain.moe_token_dispatcher: input should be"),
+        (
+            config(BF16, moe_token_dispatcher="allgather", parallel=EP | {"expert_tensor_parallel_size": 2}),
+            "pretrain.moe_token_dispatcher allgather takes whole experts",
+        ),
+        (
+            config(
+                {"moe_latent_size": None}, moe_token_dispatcher="allgather", moe_shared_expert_overlap=True
+            ),
+            "pretrain.moe_token_dispatcher allgather leaves nothing to overlap with",
+        ),
     ],
 )
 def test_what_megatron_core_would_refuse_is_refused_before(values, message: str):

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from snaketron.config import Model, Optimizer
+from snaketron.config import Cluster, Model, Optimizer, Parallel
 from snaketron.log import UserError
 from snaketron.model import backend, spec
 from snaketron.settings.training import RunSettings
@@ -66,13 +66,16 @@ def test_a_dispatcher_whose_package_is_absent_is_named_and_reaches_megatron_core
     """No machine of the tests has it. megatron-core checks the rest of the combination."""
     run = RunSettings(tracking="off", moe_token_dispatcher=dispatcher)
     assert f"moe_token_dispatcher: {dispatcher} needs the package {package}" in backend.absent_dispatcher(run)
-    config = spec.transformer_config(Model(precision="bf16"), run.parallel, **spec.dispatching(run))
+    model = Model(precision="bf16")
+    config = spec.transformer_config(model, run.parallel, **spec.dispatching(model, run, Cluster()))
     chosen = config.moe_token_dispatcher_type, config.moe_flex_dispatcher_backend
     assert chosen == ("flex", dispatcher)
 
 
-def test_the_dispatcher_of_before_is_the_default():
-    run = RunSettings(tracking="off")
-    assert backend.absent_dispatcher(run) == ""
-    config = spec.transformer_config(Model(), run.parallel, **spec.dispatching(run))
-    assert (config.moe_token_dispatcher_type, config.moe_shared_expert_overlap) == ("alltoall", False)
+def test_the_dispatcher_that_the_program_chooses_reaches_megatron_core():
+    for processes, chosen in ((1, "alltoall"), (2, "allgather")):
+        parallel = Parallel(expert_model_parallel_size=processes, data_parallel_size=processes)
+        run = RunSettings(tracking="off", parallel=parallel)
+        assert backend.absent_dispatcher(run) == ""
+        config = spec.transformer_config(Model(), parallel, **spec.dispatching(Model(), run, Cluster()))
+        assert (config.moe_token_dispatcher_type, config.moe_shared_expert_overlap) == (chosen, False)

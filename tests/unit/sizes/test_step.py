@@ -48,6 +48,18 @@ def test_copies_of_tokens_cross_nvlink_and_the_network():
     assert of(experts).exchange == 0
 
 
+def test_tokens_that_are_gathered_cross_once_to_each_gpu():
+    """4 GPUs in 2 nodes: a token of 64 numbers goes to one GPU over NVLink and to two over the network.
+
+    There it has 2 bytes a number, and 4 for each of the 2 experts of the GPU; on its way back, when it is
+    added up, 4 bytes a number. Forwards and backwards, for 1,000 tokens.
+    """
+    experts = {"hybrid_layer_pattern": "E", "moe_latent_size": 64, "num_moe_experts": 8}
+    found = of(experts, parallel={"expert_model": 4, "data": 4}, dispatcher="allgather")
+    both_ways = 64 * 2 + 2 * 4 + 64 * 4
+    assert found.exchange == pytest.approx(2 * 1000 * both_ways * (1 / 6.2e9 + 2 / 0.8e9))
+
+
 def test_stages_of_a_pipeline_wait_for_each_other():
     """The layers are equal: the stage with the output layer is slower, and waits for the other once."""
     whole = of({"hybrid_layer_pattern": "--"})

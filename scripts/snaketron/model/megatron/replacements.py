@@ -134,6 +134,14 @@ TABLE = (
             )
         },
     ),
+    Replacement(
+        "tokens that are gathered",
+        "all",
+        why="the original gathers the probabilities of all experts, and waits for the host twice",
+        upstream=NONE_FOUND,
+        until="the original exchanges what the experts of a GPU need, and waits once",
+        pieces={_MOE + "moe_layer:MoEAllGatherTokenDispatcher": "gathering.GatherDispatcher"},
+    ),
     *replacements_cpu.ROWS,
     Replacement(
         "APEX's sum of gradients",

@@ -20,6 +20,7 @@ from snaketron.model.megatron import (
     corrections,
     cpu,
     cpu_experts,
+    gathering,
     gpu,
     optimizer_state,
     originals,
@@ -37,6 +38,8 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_mixer import MambaMixer
+from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -152,6 +155,44 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+@covers("tokens that are gathered")
+def test_the_original_gathers_the_probabilities_of_all_experts(build, monkeypatch: pytest.MonkeyPatch):
+    """Two processes with the same four tokens and four of eight experts each."""
+    (original_class,) = originals_of("tokens that are gathered").values()
+    model = build(hybrid_layer_pattern="E", mtp_num_layers=0)
+    (layer,) = (m for m in model.modules() if isinstance(m, MoELayer))
+    tokens, scores = torch.randn(4, 1, 16), torch.rand(4, 8)
+    chosen = torch.zeros(4, 8, dtype=torch.bool).index_fill_(1, torch.tensor([0, 6]), True)
+
+    def sent(dispatcher: Any) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+
+        def gather(x: torch.Tensor, **_: Any) -> torch.Tensor:
+            shapes.append(tuple(x.shape))
+            return torch.cat([x, x])
+
+        def exchange(_: Any, x: torch.Tensor) -> torch.Tensor:
+            shapes.append(tuple(x.shape))
+            return torch.cat([x[:4], x[:4]])  # what both have for the first process
+
+        for module in (token_dispatcher, gathering):
+            monkeypatch.setattr(module, "gather_from_sequence_parallel_region", gather)
+        monkeypatch.setattr(gathering, "all_to_all", exchange)
+        dispatcher.ep_size = 2
+        rows, numbers, weights = dispatcher.dispatch_postprocess(
+            *dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(tokens, chosen, scores))
+        )
+        assert torch.equal(rows, torch.cat([tokens[:, 0]] * 2)) and numbers.tolist() == [8, 0, 0, 0]
+        assert torch.equal(weights, torch.cat([scores[:, 0]] * 2))
+        return shapes
+
+    groups = layer.token_dispatcher
+    about = (4, [0, 1, 2, 3], layer.config)
+    collection = SimpleNamespace(ep=groups.ep_group, expt_tp=groups.tp_group, tp_ep=groups.tp_ep_group)
+    assert sent(original_class(*about, collection)) == [(4, 8), (4, 8), (4, 16)], CAN_GO
+    assert sent(gathering.GatherDispatcher(*about, collection)) == [(8, 4), (4, 16)]
 
 
 @covers("the shift of packed sequences")
