@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -20,11 +21,13 @@ from functools import cached_property
 from pathlib import Path
 
 from snaketron.files import sha256
-from snaketron.lineage.record import Entry, Record, parse
-from snaketron.lineage.walk import places, record_of
+from snaketron.lineage.record import BEGINNING, Entry, Record, begins, parse
+from snaketron.lineage.walk import damage, places, record_of
 from snaketron.log import UserError
+from snaketron.wording import some
 
-BEGINNING = b'{\n  "kind": "'  # of each record, and of hardly another file
+logger = logging.getLogger(__name__)
+
 READERS, AT_ONCE = 16, 64  # threads, for file systems that take milliseconds to open a file; files of a task
 NEAR = 2  # a record lies at most so many directories below one that it shares with its outputs
 PASSED_OVER = ("wandb", "node_modules")
@@ -230,6 +233,8 @@ class Catalogue:
             return max(same, key=lambda made: made.record.created)
         if not path.exists():
             raise UserError(f"{path}: no such file or directory, and no record lists it as an output")
+        if wrong := damage(path):
+            raise UserError(f"{path}: {wrong}")
         used = f"; it is an input: --who-uses {path} says whose" if self.inputs_at(path) else ""
         raise UserError(f"{path}: no record says what it was made from{used}")
 
@@ -255,11 +260,17 @@ class Catalogue:
 
 
 def scan(*roots: Path) -> Catalogue:
-    """The catalogue of all records below some directories. Hidden directories are passed over."""
+    """The catalogue of all records below some directories, with a warning of those that are damaged.
+
+    Hidden directories are passed over.
+    """
     paths = sorted(_json_files(roots))
     chunks = [paths[i : i + AT_ONCE] for i in range(0, len(paths), AT_ONCE)]
     with ThreadPoolExecutor(READERS) as pool:
-        return Catalogue((made for chunk in pool.map(_read_all, chunks) for made in chunk), roots)
+        found = [one for chunk in pool.map(_read_all, chunks) for one in chunk]
+    if damaged := [str(one) for one in found if isinstance(one, Path)]:
+        logger.warning("damaged records, and what they tell is missing here: %s", some(damaged))
+    return Catalogue((one for one in found if isinstance(one, Made)), roots)
 
 
 def root_of(path: Path) -> Path:
@@ -304,12 +315,18 @@ def _json_files(roots: Collection[Path]) -> Iterator[str]:
                 links.append(entry.path)
 
 
-def _read_all(paths: Sequence[str]) -> list[Made]:
-    found = []
+def _read_all(paths: Sequence[str]) -> list[Made | Path]:
+    """The records among some files; of a damaged one its path."""
+    found: list[Made | Path] = []
     for path in map(Path, paths):
-        with contextlib.suppress(UserError, OSError), path.open("rb", buffering=0) as file:
-            beginning = file.read(len(BEGINNING))
-            if beginning == BEGINNING:
-                text = beginning + file.readall()
-                found.append(Made(path, parse(path, text), hashlib.sha256(text).hexdigest()))
+        try:
+            with path.open("rb", buffering=0) as file:
+                beginning = file.read(len(BEGINNING))
+                if begins(beginning):
+                    text = beginning + file.readall()
+                    found.append(Made(path, parse(path, text), hashlib.sha256(text).hexdigest()))
+        except UserError:
+            found.append(path)
+        except OSError:
+            continue
     return found

@@ -24,6 +24,7 @@ from snaketron.log import UserError
 import orjson
 
 REFERENCE = ("path", "sha256", "bytes", "modified", "version", "revision")
+BEGINNING = b'{\n  "kind": "'  # of each record, and of hardly another file
 # The key of a Parquet footer under which a file says what it is and what made it.
 FOOTER = b"snaketron"
 PACKAGES = (
@@ -173,6 +174,11 @@ def parse(path: Path, text: bytes) -> Record:
         )
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: not a lineage record; delete it and run again") from None
+
+
+def begins(text: bytes) -> bool:
+    """Whether a file with this beginning is a record, or may be one that was cut short or lost its bytes."""
+    return BEGINNING.startswith(text[: len(BEGINNING)].rstrip(b"\0"))
 
 
 def _entries(values: list[dict[str, Any]], unnamed: Any) -> tuple[Entry, ...]:

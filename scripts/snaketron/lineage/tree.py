@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.record import Entry
-from snaketron.lineage.walk import why_lost
+from snaketron.lineage.walk import damage, why_lost
 from snaketron.wording import duration, plural
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ def trouble(catalogue: Catalogue, user: Made, entry: Entry) -> str:
     """What is wrong with an input that no record says the origin of; empty for a raw file that is there."""
     if entry.version:
         return why_lost(user.placed(entry))
+    if is_file(entry) and (wrong := damage(user.place(entry))):
+        return wrong
     remade = catalogue.remade(entry)
     if remade:
         return f"made again since, on {remade.record.created or 'an unknown day'}: its origin is not recorded"

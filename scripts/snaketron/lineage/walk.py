@@ -5,11 +5,12 @@ Only this module knows where the record of an artifact lies.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from snaketron.files import sha256
-from snaketron.lineage.record import Entry, Record, read
+from snaketron.lineage.record import BEGINNING, Entry, Record, begins, parse, read
 from snaketron.log import UserError
 
 LARGEST_RECORD = 1 << 28  # bytes; a larger file of JSON is data
@@ -18,6 +19,20 @@ LARGEST_RECORD = 1 << 28  # bytes; a larger file of JSON is data
 def places(path: Path) -> tuple[Path, ...]:
     """Where the record about a file may lie: record.json in its directory, or beside it under its name."""
     return path.parent / "record.json", path.with_suffix(".json"), path.with_name(f"{path.name}.json")
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a damaged record about a file or directory, or at its place; empty without one."""
+    for candidate in (path / "record.json", *places(path)):
+        try:
+            with candidate.open("rb") as file:
+                if begins(beginning := file.read(len(BEGINNING))):
+                    parse(candidate, beginning + file.read())
+        except UserError as error:
+            return f"its record is damaged: {error}"
+        except OSError:
+            continue
+    return ""
 
 
 def record_of(entry: Entry) -> tuple[Path, Record] | None:
@@ -46,16 +61,21 @@ def record_of(entry: Entry) -> tuple[Path, Record] | None:
 
 
 def _record_of_version(entry: Entry) -> tuple[Path, Record] | None:
-    """The record of a checkpoint, below its path or beside the directory that the path is a link to.
+    """The record of a checkpoint; None also where it is damaged (`why_lost`)."""
+    for directory in _directories(entry):
+        path = directory / "record.json"
+        with contextlib.suppress(UserError, OSError):
+            if (record := read(path)).version == entry.version:
+                return path, record
+    return None
+
+
+def _directories(entry: Entry) -> tuple[Path, Path]:
+    """Where a checkpoint may be: at its path, or beside the directory that the path is a link to.
 
     A stage that was trained again has its link moved to the new version; the old one lies beside that.
     """
-    beside = entry.file.resolve().with_name(entry.version.replace("/", "_"))
-    for directory in (entry.file, beside):
-        path = directory / "record.json"
-        if path.is_file() and (record := read(path)).version == entry.version:
-            return path, record
-    return None
+    return entry.file, entry.file.resolve().with_name(entry.version.replace("/", "_"))
 
 
 def lost(records: Collection[Record]) -> list[Entry]:
@@ -67,6 +87,9 @@ def lost(records: Collection[Record]) -> list[Entry]:
 
 def why_lost(entry: Entry) -> str:
     """What became of a checkpoint whose record is not to be found."""
+    for directory in _directories(entry):
+        if wrong := damage(directory):
+            return wrong
     try:
         now = read(entry.file / "record.json")
     except (UserError, OSError):

@@ -54,6 +54,36 @@ def test_an_artifact_is_found_by_any_of_its_paths(lineage: Path):
         catalogue.about(Path("nothing"))
 
 
+@pytest.mark.parametrize("text", [b'{\n  "kind": "tokens",\n  "name": "docs', b"", b"\0" * 900])
+def test_a_damaged_record_is_named_and_not_taken_for_none(
+    lineage: Path, caplog: pytest.LogCaptureFixture, text: bytes
+):
+    """As a full disk or a lost machine leaves one."""
+    for path in ("data/tokens/docs/a.json", "ckpt/sft/record.json"):
+        Path(path).write_bytes(text)
+    catalogue = scan(lineage)
+    there = f"{lineage}/ckpt/versions/sft-0b/record.json, {lineage}/data/tokens/docs/a.json"
+    assert caplog.messages == [f"damaged records, and what they tell is missing here: {there}"]
+    for asked, record in (
+        ("ckpt/sft", "ckpt/sft/record.json"),
+        ("data/tokens/docs/a.json", "data/tokens/docs/a.json"),
+        ("data/tokens/docs/a.parquet", "data/tokens/docs/a.json"),
+    ):
+        with pytest.raises(UserError, match=rf"^{asked}: its record is damaged: {record}: not a lineage rec"):
+            catalogue.about(Path(asked))
+
+
+def test_files_of_the_user_beside_raw_files_are_no_damaged_records(
+    lineage: Path, caplog: pytest.LogCaptureFixture
+):
+    write("raw/a.json", '{"text": "a"}\n{"text": "b"}\n')
+    write("raw/record.json", '{"kind": "of mine"}')
+    catalogue = scan(lineage)
+    assert not caplog.messages
+    with pytest.raises(UserError, match="no record says what it was made from"):
+        catalogue.about(Path("raw/a.jsonl"))
+
+
 def test_a_directory_that_was_moved_tells_the_same(lineage: Path, tmp_path: Path):
     moved = tmp_path / "elsewhere/data/new"
     moved.parent.mkdir(parents=True)

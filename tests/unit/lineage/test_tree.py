@@ -56,6 +56,14 @@ def test_a_branch_names_the_files_that_were_used_of_a_job_that_made_several(line
     ]
 
 
+def test_a_branch_that_ends_at_a_damaged_record_says_so(lineage: Path):
+    record = Path("data/tokens/docs/a.json")
+    record.write_bytes(record.read_bytes()[:100])
+    lines = " ".join(text("ckpt/sft"))
+    assert "its record is damaged: " in lines and "data/tokens/docs/a.json: not a lineage record (" in lines
+    assert "made again since" not in lines
+
+
 def test_the_tree_says_how_the_artifact_was_made(lineage: Path):
     lines = " ".join(text("ckpt/sft")[1:6])
     assert "made on 20" in lines and "cpu seconds" in lines and "GB" in lines and "megatron-core" in lines

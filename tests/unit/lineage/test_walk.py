@@ -90,6 +90,15 @@ def test_a_checkpoint_that_was_trained_again_and_removed_is_lost(rebuilt: Path):
     assert why_lost(base) == "no record of pretrain/one-0a is there any more"
 
 
+def test_a_checkpoint_with_a_damaged_record_is_not_said_to_have_none(lineage: Path):
+    record = Path("ckpt/versions/pretrain_one-0a/record.json")
+    record.write_bytes(record.read_bytes()[:100])
+    base = Entry("base", "ckpt/pretrain/one", version="pretrain/one-0a")
+    assert record_of(base) is None
+    said = why_lost(base)
+    assert said.startswith("its record is damaged: ckpt/pretrain/one/record.json: not a lineage record (")
+
+
 def test_an_input_is_taken_from_the_record_about_it_without_reading_it_again(tmp_path: Path):
     make(tmp_path / "a/other.bin", record=tmp_path / "a/record.json")
     made = make(tmp_path / "a/made.bin", record=tmp_path / "a/made.json")
