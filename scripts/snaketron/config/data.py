@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from snaketron.config.base import Fraction, Mixed, Name, Positive, Section, Share, Text, key
+from snaketron.config.base import Fraction, Mixed, Name, Positive, Section, Sha256, Share, Text, key
 from snaketron.config.curation import Curation
 
 from pydantic import Field
@@ -35,7 +35,7 @@ class Registered(Section):
     )
     valid: list[Text] = key(list, "held out for validation; []: none, so it has no validation loss")
     test: list[Text] = key(list, "held out for the test; []: none")
-    tokenizer_sha256: Text | None = key(
+    tokenizer_sha256: Sha256 | None = key(
         None,
         "sha256 of the tokenizer.json that it was made with, which that of this workflow must have; null: "
         "what packs say themselves, else only their ids are compared with the vocabulary",

@@ -130,6 +130,14 @@ def test_a_name_that_is_no_directory_name_is_refused():
     assert found.startswith("corpora[0].name: string should match pattern") and "'My Docs'" in found
 
 
+@pytest.mark.parametrize("given", ["5c6b...e1", "ab" * 31, "AB" * 32, f"{'ab' * 32}\n"])
+@pytest.mark.parametrize(("section", "key"), [("corpora", "tokens"), ("chats", "packs")])
+def test_what_is_no_sha256_is_refused_before_a_job_compares_it(section: str, key: str, given: str):
+    found = refusal({section: [{"name": "web", key: {"train": ["store/a"], "tokenizer_sha256": given}}]})
+    at = f"{section}[0].{key}.tokenizer_sha256"
+    assert found == f"{at}: string should match pattern '^[0-9a-f]{{64}}$' (it is {given!r})"
+
+
 def test_a_missing_key_of_a_list_item_is_named():
     assert refusal({"corpora": [{"paths": ["a.jsonl"]}]}) == "corpora[0].name: missing"
 

@@ -109,7 +109,7 @@ def test_all_differences_are_said_at_once_with_path_and_key():
     Path("store/e.parquet").write_bytes(b"PAR1")
     pq.write_table(pa.table({"input_ids": [[1]]}), "store/f.parquet")
     packs = {"train": ["store/d.parquet", "store/g.parquet"], "valid": ["store/e.parquet"]}
-    packs |= {"test": ["store/f.parquet"], "tokenizer_sha256": "y"}
+    packs |= {"test": ["store/f.parquet"], "tokenizer_sha256": "ab" * 32}
     values = web(train=["store/a", "store/b"], valid=["store/c"], test=["store/no*"])
     values |= {"chats": [{"name": "help", "packs": packs}], "sft_data": {"pack_size": 8}}
     values |= {"sft": {"blend": [{"source": "help", "weight": 1}]}}
@@ -121,8 +121,8 @@ def test_all_differences_are_said_at_once_with_path_and_key():
         "corpora[0].tokens.valid[0]: store/c.idx: 9 bytes, shorter than the header of 34",
         "chats[0].packs.train[0]: store/d.parquet: was made with pack_size 9, where 8 is wanted; set "
         "sft_data.pack_size to it, or pack them again",
-        "chats[0].packs.train[0]: store/d.parquet: was made with tokenizer_sha256 x, where y is wanted; pack "
-        "them again, or take the tokenizer that they were made with",
+        f"chats[0].packs.train[0]: store/d.parquet: was made with tokenizer_sha256 x, where {'ab' * 32} is "
+        "wanted; pack them again, or take the tokenizer that they were made with",
         "chats[0].packs.train[1]: store/g.parquet: no such file",
         "chats[0].packs.valid[0]: store/e.parquet: truncated or not Parquet",
         "chats[0].packs.test[0]: store/f.parquet: has no column loss_mask, seq_start_id; packs have "
