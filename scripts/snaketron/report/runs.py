@@ -245,7 +245,8 @@ def _stage(version: Version, trouble: list[str]) -> Stage | None:
     if bad := history.unreadable:
         trouble.append(
             f"{version.metrics}: {len(bad):,} of {history.lines + len(bad):,} lines cannot be read and are "
-            f"left out, the first of them line {bad[0]:,} (JSON has no NaN and no Infinity, but null)."
+            f"left out, the first of them line {bad[0]:,} (no JSON, which has null for NaN and Infinity, or "
+            "values of other types than a training writes)."
         )
     return Stage(
         name=told.stage,

@@ -52,9 +52,31 @@ class Tail:
 
 
 def line_of_metrics(text: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None where it is no JSON, which has no NaN, or has no step."""
+    """A line of metrics.jsonl; None where it is no JSON, which has no NaN, or not such a line."""
     try:
         line = orjson.loads(text)
     except orjson.JSONDecodeError:
         return None
-    return line if isinstance(line, dict) and isinstance(line.get("iteration"), int) else None
+    return line if isinstance(line, dict) and _is_sound(line) else None
+
+
+def _is_sound(line: dict[str, Any]) -> bool:
+    """Whether a line has a step, and what readers ask for by name has the type that trainings write."""
+    timing = line.get("timing", {})
+    if type(line.get("iteration")) is not int or not isinstance(timing, dict):  # True is an int, too
+        return False
+    said = line.get("warnings", []), timing.get("warnings", [])
+    return (
+        _is_number(line.get("loss"))
+        and _is_number(timing.get("seconds"))
+        and all(isinstance(found, list) and all(map(_is_warning, found)) for found in said)
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Or null, for one that is not finite."""
+    return value is None or type(value) in (int, float)
+
+
+def _is_warning(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("kind", "text"))

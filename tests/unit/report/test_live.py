@@ -49,11 +49,19 @@ def test_a_run_on_its_way(run: RunLog, tmp_path: Path):
     assert view.warning and (view.warning[0], view.warning[1].iteration) == ("pretrain/broad", 20)
 
 
-def test_a_line_of_metrics_that_is_no_json_is_passed_over(run: RunLog, tmp_path: Path):
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"iteration": 121, "loss": NaN}',
+        '{"iteration": 121, "loss": "low"}',
+        '{"iteration": 121, "timing": 1}',
+    ],
+)
+def test_a_line_that_is_none_of_metrics_is_passed_over(line: str, run: RunLog, tmp_path: Path):
     before = Follower(tmp_path, alive=True).look().trainings[0]
     (metrics,) = tmp_path.glob("ckpt/versions/pretrain_broad-*/metrics.jsonl")
     with metrics.open("a") as file:
-        file.write('{"iteration": 121, "loss": NaN}\n')
+        file.write(f"{line}\n")
     assert Follower(tmp_path, alive=True).look().trainings[0].curve == before.curve
 
 

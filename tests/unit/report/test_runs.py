@@ -214,11 +214,12 @@ def test_a_metric_that_is_being_written_is_left_out(training, tmp_path: Path):
     assert read(tmp_path).stages[0].done == 12
 
 
-def test_a_line_that_is_no_json_hides_no_training(training, tmp_path: Path):
-    """Other tools write NaN, which JSON does not have. The training has 42 lines."""
+@pytest.mark.parametrize("line", [b'{"iteration": 4, "loss": NaN}', b'{"iteration": 4, "timing": "soon"}'])
+def test_a_line_that_is_none_of_metrics_hides_no_training(training, tmp_path: Path, line: bytes):
+    """Other tools write NaN, which JSON does not have, or other types. The training has 42 lines."""
     directory = training("sft")
     lines = (directory / "metrics.jsonl").read_bytes().split(b"\n")
-    lines[4] = b'{"iteration": 4, "loss": NaN}'
+    lines[4] = line
     (directory / "metrics.jsonl").write_bytes(b"\n".join(lines))
     run = read(tmp_path)
     assert [(stage.name, stage.state, stage.done) for stage in run.stages] == [("sft", "finished", 40)]
