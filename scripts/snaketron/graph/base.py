@@ -15,6 +15,7 @@ from snaketron.config import Config, ConfigError
 from snaketron.graph.raw_files import RawFiles
 from snaketron.graph.unknown import find
 from snaketron.huggingface.config import differences, read_config, unread
+from snaketron.huggingface.index import missing_files, read_index
 from snaketron.huggingface.metadata import damaged_files, listed_tensors, megatron_differences
 from snaketron.huggingface.names import megatron_tensors, tensors
 from snaketron.jobs.version import Version
@@ -177,6 +178,8 @@ class BaseGraph:
             yield from _damage(Version(directory))
         elif (published := self._config_of(base)) is not None:
             yield from differences(published, model, vocabulary)
+            if not base.hub:  # a rule downloads those of the hub
+                yield from _lost_weights(directory)
             yield from self._tokenizer(base, directory)
         elif base.hub:  # not listed, or before lock files had config.json; the import compares
             yield from self._tokenizer(base, directory)
@@ -210,9 +213,7 @@ class BaseGraph:
         problems = damaged_files(directory) + megatron_differences(
             listed_tensors(directory), wanted, vocab_size
         )
-        yield from problems[:_SHOWN]
-        if len(problems) > _SHOWN:
-            yield f"and {len(problems) - _SHOWN} more in {directory}"
+        yield from _first(problems, directory)
 
     def _tokenizer(self, base: Base, directory: Path) -> Iterator[str]:
         """What can be said before the tokenizer of the trainings is made."""
@@ -234,6 +235,20 @@ class BaseGraph:
                     f"tokenizer.path {path}: {count} of the {len(wanted)} tokens of the checkpoint have "
                     f"another id there; set tokenizer.path: {base.path}"
                 )
+
+
+def _first(problems: list[str], directory: Path) -> Iterator[str]:
+    """The first of some problems with a directory, and how many there are beside them."""
+    yield from problems[:_SHOWN]
+    if len(problems) > _SHOWN:
+        yield f"and {len(problems) - _SHOWN} more in {directory}"
+
+
+def _lost_weights(directory: Path) -> Iterator[str]:
+    """The files of weights that are not there, by their index; none of them is read."""
+    index, problems = read_index(directory)
+    problems += missing_files(directory, index)
+    yield from _first([f"{directory}: {problem}" for problem in problems], directory)
 
 
 def _damage(version: Version) -> Iterator[str]:

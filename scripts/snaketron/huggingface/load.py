@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from snaketron.config import Model
 from snaketron.huggingface import config
+from snaketron.huggingface.index import INDEX
 from snaketron.huggingface.metadata import damaged_files, megatron_differences
 from snaketron.huggingface.names import VOCABULARY, Megatron, Source, megatron_tensors, tensors
 from snaketron.huggingface.save import TensorReader, listed, open_tensors
-from snaketron.huggingface.shards import DTYPES, INDEX, Shards
+from snaketron.huggingface.shards import DTYPES, Shards
 from snaketron.huggingface.torch_dist import Chunk, Reader, is_finite
 from snaketron.log import UserError
 from snaketron.sizes.parameters import padded_vocab_size

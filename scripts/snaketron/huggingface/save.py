@@ -12,6 +12,7 @@ from typing import Any
 from snaketron.config import Model
 from snaketron.files import sha256, sha256_of, to_json, writing_directory
 from snaketron.huggingface import config, shards
+from snaketron.huggingface.index import INDEX
 from snaketron.huggingface.names import VOCABULARY, Tensor, tensors
 from snaketron.huggingface.torch_dist import Reader, is_finite
 from snaketron.lineage.record import Entry, Record, making
@@ -73,8 +74,8 @@ def export(
         written = [[finished.entry(name) for name in files]]
         finished.close()
         written.append(_small_files(checkpoint, aside, reader, card))
-        shards.write_index(aside / shards.INDEX, files)
-        written.append([entry_of(aside / shards.INDEX)])
+        shards.write_index(aside / INDEX, files)
+        written.append([entry_of(aside / INDEX)])
         with making("export", output.name, outputs={}, record=aside / "record.json") as job:
             entries = [entry for group in written for entry in group]
             job.present = [

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import read_json, sha256, to_json, write_json
+from snaketron.huggingface.index import INDEX, missing_files, read_index
 from snaketron.lineage.record import Entry
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"  # the only file of a small model, which then has no index
 SHARD_BYTES = 5_000_000_000  # of a file, at most; a single tensor may be larger
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -132,49 +131,20 @@ class Shards:
     def __init__(self, directory: Path) -> None:
         """Look at every file, and gather all that is wrong in `problems`."""
         self.directory = directory
-        self.problems: list[str] = []
         self.described: dict[str, tuple[tuple[int, ...], str]] = {}  # shape and code of the type
         self._files: dict[str, Any] = {}  # by tensor, the open file that holds it
         self.paths: list[Path] = []
-        index = self._index()
-        here = {path.name for path in directory.glob("*.safetensors")}
-        for name in sorted(here | set(index.values())):
-            self._open(name, index)
+        index, self.problems = read_index(directory)
+        self.problems += missing_files(directory, index)
+        for path in sorted(directory.glob("*.safetensors")):
+            if path.exists():  # and is no link to nothing
+                self._open(path.name, index)
         read = {path.name for path in self.paths}
         lost = [tensor for tensor, name in index.items() if name in read and tensor not in self.described]
         self.problems += [f"{tensor}: listed in {INDEX}, and not in {index[tensor]}" for tensor in lost]
 
-    def _index(self) -> dict[str, str]:
-        """The file of each tensor; empty for a single file."""
-        path = self.directory / INDEX
-        if not path.exists():
-            if not (self.directory / SINGLE).exists():
-                self.problems.append(f"neither {INDEX} nor {SINGLE} is there")
-            return {}
-        try:
-            found = dict(json.loads(path.read_bytes())["weight_map"])
-            if wrong := [name for name, file in found.items() if not isinstance(file, str)]:
-                raise TypeError(f"the file of {wrong[0]} is no name")
-            if not found:
-                raise ValueError("it lists no tensors")
-            # A file elsewhere would be no input of the job, and a change of it would make nothing again.
-            elsewhere = sorted(
-                {file for file in found.values() if "/" in file or not file.endswith(".safetensors")}
-            )
-            self.problems += [
-                f"{INDEX}: names {file!r}; only NAME.safetensors beside it is read" for file in elsewhere
-            ]
-            return {name: file for name, file in found.items() if file not in elsewhere}
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            self.problems.append(f"{INDEX}: not an index of safetensors ({type(error).__name__}: {error})")
-            return {}
-
     def _open(self, name: str, index: Mapping[str, str]) -> None:
         path = self.directory / name
-        if not path.exists():
-            count = sum(file == name for file in index.values())
-            self.problems.append(f"{name}: missing, with {count} tensors")
-            return
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:

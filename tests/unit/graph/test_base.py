@@ -12,6 +12,7 @@ from snaketron.config import Config, ConfigError, load
 from snaketron.graph.base import BaseGraph
 from snaketron.graph.raw_files import RawFiles
 from snaketron.huggingface.config import published
+from snaketron.huggingface.index import INDEX
 from snaketron.lineage.record import making, of_user
 from snaketron.settings.training import train_settings
 from snaketron.sources.lockfile import Lock
@@ -40,7 +41,7 @@ def checkpoint(tmp_path: Path) -> Path:
     )
     (directory / "config.json").write_text(json.dumps(values))
     (directory / "tokenizer.json").write_text(vocabulary(a=1, b=2))
-    (directory / "model-00001-of-00001.safetensors").write_text("")
+    (directory / "model.safetensors").write_text("")
     return directory
 
 
@@ -58,7 +59,7 @@ def test_a_published_checkpoint_is_imported_once_for_all_that_begin_with_it(chec
     job = SimpleNamespace(base=name)
     assert [Path(file).name for file in bases.files(job)] == [
         "config.json",
-        "model-00001-of-00001.safetensors",
+        "model.safetensors",
         "tokenizer.json",
     ]
     assert (bases.directory(job), bases.seq_length(job)) == (path, 1024)
@@ -77,7 +78,7 @@ def test_weights_that_an_older_file_replaces_are_imported_again(
     (name,) = bases.bases
     stage = f"base/{name}" if key == "base" else "pretrain/one"
     job = SimpleNamespace(base=name, phase="one")
-    weights = checkpoint / "model-00001-of-00001.safetensors"
+    weights = checkpoint / "model.safetensors"
     with making("checkpoint", stage, outputs={}, record=Path(f"ckpt/{stage}/record.json")) as made:
         made.inputs = {"weights": [of_user(checkpoint / "config.json"), of_user(weights)]}
 
@@ -135,6 +136,28 @@ def test_keys_that_nobody_reads_are_named_before_anything_runs(checkpoint: Path)
     (checkpoint / "config.json").write_text(json.dumps(values | {"logit_scale": 0.5}))
     (said,) = graph(**keys).unread()
     assert said.startswith("sft.base: config.json says logit_scale: 0.5, which is not read here")
+
+
+def refused(**sections: dict) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        graph(**sections)
+    return str(error.value).splitlines()
+
+
+def test_weights_that_are_not_there_are_named_before_anything_runs(checkpoint: Path):
+    keys: dict[str, dict] = {"tokenizer": {"path": str(checkpoint)}, "sft": {"base": str(checkpoint)}}
+    (checkpoint / "model.safetensors").unlink()
+    at = f"sft.base: {checkpoint}:"
+    assert refused(**keys) == [f"{at} neither {INDEX} nor model.safetensors is there"]
+    files = {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}
+    (checkpoint / INDEX).write_text(json.dumps({"weight_map": files}))
+    (checkpoint / "one.safetensors").write_text("")
+    assert refused(**keys) == [f"{at} two.safetensors: missing, with 2 tensors"]
+    (checkpoint / "two.safetensors").symlink_to("blobs/none")  # as a cache of the hub is copied
+    assert refused(**keys) == [f"{at} two.safetensors: missing, with 2 tensors"]
+    (checkpoint / INDEX).write_text("{")
+    (line,) = refused(**keys)
+    assert line.startswith(f"{at} {INDEX}: not an index of safetensors (JSONDecodeError: ")
 
 
 def test_files_that_cannot_be_read_are_named(checkpoint: Path, tmp_path: Path):
@@ -238,7 +261,7 @@ def test_a_checkpoint_may_be_the_result_of_a_phase(checkpoint: Path, tmp_path: P
     job = SimpleNamespace(phase="one")
     assert [Path(file).name for file in bases.files_of_phase(job)] == [
         "config.json",
-        "model-00001-of-00001.safetensors",
+        "model.safetensors",
         "tokenizer.json",
     ]
     assert (bases.directory_of_phase(job), bases.seq_length_of_phase(job)) == (path, 64)

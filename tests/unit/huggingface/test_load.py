@@ -10,9 +10,9 @@ from pathlib import Path
 
 from snaketron.config import Model
 from snaketron.huggingface import config, torch_dist
+from snaketron.huggingface.index import INDEX
 from snaketron.huggingface.load import Weights, megatron_weights, published_weights
 from snaketron.huggingface.metadata import listed_tensors
-from snaketron.huggingface.shards import INDEX
 from snaketron.huggingface.torch_dist import Reader
 from snaketron.log import UserError
 from tests.conftest import run_module
@@ -176,9 +176,9 @@ def test_missing_truncated_and_doubled_files_are_named_at_once(published: Path):
     (published / names[1]).write_bytes(whole[:-100])
     shutil.copyfile(published / names[2], published / f"copy_of_{names[2]}")
     lines = refusal(published)
-    assert [line.partition(": ")[0] for line in lines] == [f"copy_of_{names[2]}", names[0], names[1]]
-    assert lines[0].endswith(f"not in {INDEX}; is it another copy? move it away")
-    assert lines[1].endswith(f"missing, with {count} tensors") and "damaged" in lines[2]
+    assert [line.partition(": ")[0] for line in lines] == [names[0], f"copy_of_{names[2]}", names[1]]
+    assert lines[0].endswith(f"missing, with {count} tensors") and "damaged" in lines[2]
+    assert lines[1].endswith(f"not in {INDEX}; is it another copy? move it away")
 
 
 def test_a_tensor_in_two_files_and_one_that_the_index_invents_are_named(published: Path):

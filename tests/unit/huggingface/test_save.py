@@ -10,6 +10,7 @@ from pathlib import Path
 from snaketron.config import Model
 from snaketron.huggingface import shards
 from snaketron.huggingface.config import TOKENIZER_FILES
+from snaketron.huggingface.index import INDEX
 from snaketron.huggingface.torch_dist import Reader
 from snaketron.log import UserError
 from tests.unit.huggingface.checkpoints import MODEL, ROWS, TOKENS, export_of, files, values, write
@@ -27,7 +28,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_an_export_holds_the_tensors_without_padding_in_files_of_the_wanted_size(checkpoint, tmp_path: Path):
     """safetensors itself reads what was written."""
     found, here = values(), export_of(checkpoint, tmp_path / "hf", shard_bytes=20_000)
-    index = json.loads((here / shards.INDEX).read_bytes())
+    index = json.loads((here / INDEX).read_bytes())
     names = sorted(path.name for path in here.glob("*.safetensors"))
     assert names == [f"model-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)]
     assert len(names) > 3 and set(index["weight_map"].values()) == set(names)

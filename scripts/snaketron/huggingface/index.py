@@ -1,0 +1,36 @@
+"""Which files hold the tensors of a published checkpoint, by names alone: a dry-run asks, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"  # the only file of a small model, which then has no index
+
+
+def read_index(directory: Path) -> tuple[dict[str, str], list[str]]:
+    """The file of each tensor, empty for a single file; and what is wrong with the index."""
+    path = directory / INDEX
+    if not path.exists():
+        return {}, [] if (directory / SINGLE).exists() else [f"neither {INDEX} nor {SINGLE} is there"]
+    try:
+        found = dict(json.loads(path.read_bytes())["weight_map"])
+        if wrong := [name for name, file in found.items() if not isinstance(file, str)]:
+            raise TypeError(f"the file of {wrong[0]} is no name")
+        if not found:
+            raise ValueError("it lists no tensors")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return {}, [f"{INDEX}: not an index of safetensors ({type(error).__name__}: {error})"]
+    # A file elsewhere would be no input of the job, and a change of it would make nothing again.
+    elsewhere = sorted({file for file in found.values() if "/" in file or not file.endswith(".safetensors")})
+    problems = [f"{INDEX}: names {file!r}; only NAME.safetensors beside it is read" for file in elsewhere]
+    return {name: file for name, file in found.items() if file not in elsewhere}, problems
+
+
+def missing_files(directory: Path, index: Mapping[str, str]) -> list[str]:
+    """A line for each file that an index names and that is not there."""
+    files = sorted(Counter(index.values()).items())
+    return [f"{name}: missing, with {n} tensors" for name, n in files if not (directory / name).exists()]
