@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from snaketron.data.chats.probes import ANSWER, PROBE
 from snaketron.data.chats.template import Template
@@ -13,6 +18,9 @@ from snaketron.log import UserError, logger
 
 # What stands for the special tokens while a template is tried.
 _VARIABLES = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+
+# Bytes and seconds that trying a template may take, which takes a few megabytes and milliseconds.
+ROOM, PATIENCE_S = 1_000_000_000, 60.0
 
 
 def install_template(*, template: Path | None, source: str | None, output: Path, record: Path) -> Record:
@@ -26,7 +34,8 @@ def install_template(*, template: Path | None, source: str | None, output: Path,
             text, name = template_of(source), source
             beside = Path(source) / "chat_template.jinja"
             job.inputs = {"origin": [*origin(source), *([beside] if beside.is_file() else [])]}
-        check_template(text, name)
+        with _limits(name):
+            check_template(text, name)
         job.aside["template"].write_text(text, encoding="utf-8")
         job.counts = {"characters": len(text)}
     return job.record
@@ -77,3 +86,35 @@ def check_template(text: str, name: str) -> None:
         )
     if template.marked:
         template.check_marks()
+
+
+@contextlib.contextmanager
+def _limits(name: str) -> Iterator[None]:
+    """Refuse a template that takes ever more memory or time, of which jinja2's sandbox limits neither.
+
+    A template of the hub may hold `"a" * 10 ** 10`, or loops in loops.
+    """
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + ROOM
+    if before[0] == resource.RLIM_INFINITY or before[0] > most:
+        resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    handler = signal.signal(signal.SIGALRM, _is_over)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE_S, 1.0)  # again, as jinja2 may have caught the first
+    try:
+        yield
+    except MemoryError:
+        raise UserError(f"{name}: takes more than {ROOM / 1e9:g} GB of memory for {_TRIED}") from None
+    except TimeoutError:
+        raise UserError(f"{name}: takes more than {PATIENCE_S:g} s for {_TRIED}") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+_TRIED = "a question and an answer; look for texts that are repeated and for loops in loops"
+
+
+def _is_over(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 from snaketron import files
+from snaketron.data.chats import install
+from snaketron.data.chats.install import install_template
+from snaketron.log import UserError
 
 import pytest
 
@@ -81,6 +87,36 @@ def test_a_template_that_would_train_on_nothing_is_refused(
     status, stderr = run_script("install_chat_template", "--template", path, *template_outputs)
     assert (status, message in stderr) == (1, True), stderr
     assert files_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("greedy", "said"),
+    [
+        ('{{ "a" * 10 ** 10 }}', "chat.jinja: takes more than 1 GB of memory for a question and an answer"),
+        ("{{ messages[0].content|center(10 ** 10) }}", "chat.jinja: takes more than 1 GB of memory"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "chat.jinja: takes more than 0.5 s for a question and an answer",
+        ),
+    ],
+)
+def test_a_template_that_takes_all_memory_or_no_end_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, greedy: str, said: str
+):
+    if "range" in greedy:
+        monkeypatch.setattr(install, "PATIENCE_S", 0.5)
+    (tmp_path / "chat.jinja").write_text(greedy + TEMPLATE)
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(UserError, match=re.escape(said)):
+        install_template(
+            template=tmp_path / "chat.jinja",
+            source=None,
+            output=tmp_path / "out/chat_template.jinja",
+            record=tmp_path / "out/template.json",
+        )
+    assert files_in(tmp_path / "out") == []
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_tokenizer_without_a_template_says_what_to_do(
