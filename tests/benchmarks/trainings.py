@@ -27,7 +27,7 @@ from snaketron.settings.training import run_settings, train_settings
 from snaketron.sizes.epochs import resized
 from snaketron.sizes.gpus import GPUS
 from snaketron.sizes.memory import activation_memory, static_of_run
-from snaketron.sizes.search import work
+from snaketron.sizes.recording import work
 from snaketron.sizes.step import step_time
 from snaketron.train.metrics import Metrics
 

@@ -93,6 +93,18 @@ def test_the_layers_of_pipeline_stages_are_said(
     assert said == ["- pretrain/broad, focused: pipeline stages of 2, 1 layers"]
 
 
+def test_recordings_have_a_column_where_layers_are_recorded(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for cuda_graphs, there in (("null", False), ("true", True)):
+        workspace.write(
+            "more.yaml", f"pretrain: {{cuda_graphs: {cuda_graphs}}}\ncluster: {{gpus_per_node: 1}}\n"
+        )
+        broad, *_ = of(workspace, monkeypatch, MICRO, "more.yaml")["trainings"]
+        assert (broad["memory"]["recordings"] > 0) is there
+        assert ("| activations | recordings |" in capsys.readouterr().out) is there
+
+
 def test_tokens_are_estimated_from_raw_files_before_they_are_counted(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -10,7 +10,7 @@ from typing import Any
 from snaketron.config import Config, Training
 from snaketron.graph.outlook import Look, trainings
 from snaketron.sizes.layout import layout_words
-from snaketron.sizes.plan import Estimate, estimate
+from snaketron.sizes.plan import Estimate, components, estimate
 from snaketron.wording import BYTES, hours, large, plural
 
 Request = Callable[[Any], str]  # from a job to options of sbatch
@@ -94,12 +94,13 @@ def size_lines(config: Config, training: Training, needs: Estimate) -> list[str]
     layout = layout_words(parallel)
     on = plural(parallel.world_size, "GPU" if config.cluster.gpus_per_node else "CPU process")
     adapters = needs.num_adapter_parameters
+    recordings = components(config, training).recordings
     return [
         f"{large(needs.num_parameters)} parameters, {large(needs.num_active_parameters)} active a token"
         + (f", {large(adapters)} of adapters trained" if adapters else ""),
         f"{on}{f': {layout}' if layout else ''}",
         f"{large(needs.static_bytes, BYTES)} of weights, gradients and optimizer on each, "
-        f"{large(needs.peak_bytes, BYTES)} with activations",
+        f"{large(needs.peak_bytes, BYTES)} with activations{' and recordings' if recordings else ''}",
     ]
 
 

@@ -20,7 +20,8 @@ from snaketron.sizes.fitting import smallest_change
 from snaketron.sizes.gpus import in_nodes
 from snaketron.sizes.layout import layout
 from snaketron.sizes.plan import Estimate, components, estimate
-from snaketron.sizes.search import measure, work
+from snaketron.sizes.recording import work
+from snaketron.sizes.search import measure
 from snaketron.sizes.speed import flops_per_token
 from snaketron.sizes.stages import pipeline_stages
 from snaketron.sizes.traffic import traffic

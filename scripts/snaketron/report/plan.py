@@ -12,7 +12,7 @@ from snaketron.sizes.published import Compared
 from snaketron.wording import BYTES, hours, large, some
 
 KINDS = ("experts", "TP", "CP", "PP", "DP")  # of what a GPU sends
-MEMORY = ("weights", "gradients", "main_weights", "moments", "activations", "total")
+MEMORY = ("weights", "gradients", "main_weights", "moments", "activations", "recordings", "total")
 
 
 def markdown(plan: Mapping[str, Any]) -> str:
@@ -124,10 +124,11 @@ def _time(trainings: Sequence[Mapping[str, Any]]) -> str:
 
 def _memory(trainings: Sequence[Mapping[str, Any]]) -> str:
     rows, lines, stages = [], [], dict[tuple[int, ...], list[str]]()
+    parts = [part for part in MEMORY if part != "recordings" or any(one["memory"][part] for one in trainings)]
     for one in trainings:
         memory = one["memory"]
         fits = {None: "not checked", True: "yes", False: "no"}[memory["fits"]]
-        rows.append([one["name"], *(_bytes(memory[part]) for part in MEMORY), _bytes(memory["limit"]), fits])
+        rows.append([one["name"], *(_bytes(memory[part]) for part in parts), _bytes(memory["limit"]), fits])
         if memory["fits"] is False:
             change = one["change_that_fits"] or "no change of layout was found"
             lines.append(f"- {one['name']} does not fit. What would: {change}")
@@ -135,7 +136,7 @@ def _memory(trainings: Sequence[Mapping[str, Any]]) -> str:
             stages.setdefault(tuple(one["layers_of_stages"]), []).append(one["name"])
     for layers, names in stages.items():
         lines.append(f"- {_joined(names)}: pipeline stages of {some(layers)} layers")
-    header = ["training", *(part.replace("_", " ") for part in MEMORY), "limit", "fits"]
+    header = ["training", *(part.replace("_", " ") for part in parts), "limit", "fits"]
     return "\n\n".join([table(header, _alike(rows)), *(["\n".join(lines)] if lines else [])])
 
 

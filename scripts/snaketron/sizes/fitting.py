@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from snaketron.config import Config, Parallel, Training
+from snaketron.config import Config, Parallel, Pretrain, Training
 from snaketron.config.training_checks import check_training
 from snaketron.sizes.plan import Estimate, estimate
 
@@ -35,12 +35,14 @@ def smallest_change(config: Config, training: Training) -> tuple[str, Estimate] 
 
 
 def _updates(training: Training) -> Iterator[dict[str, Any]]:
-    """Layouts by once, twice, four times, ... the GPUs, each with less and more recomputation.
+    """First no recordings; then layouts by once, twice, ... the GPUs, each with less and more recomputation.
 
     Each is tried with smaller micro-batches too: first all of them in the layout that there is, then single
     sequences in every layout.
     """
     run, own = training.run, training.run.parallel
+    if isinstance(run, Pretrain) and run.cuda_graphs:
+        yield {"cuda_graphs": None}
     again: list[dict[str, Any]] = [{}]
     if not run.recompute:
         again.append({"recompute": ["scan"]})
@@ -84,6 +86,8 @@ def _layouts(parallel: Parallel, more: int) -> Iterator[Parallel]:
 def _said(training: Training, update: Mapping[str, Any]) -> str:
     """A change in the words of the configuration."""
     parts = []
+    if "cuda_graphs" in update:
+        parts.append(f"{training.at('cuda_graphs')}: null, which records where there is room")
     if parallel := update.get("parallel"):
         before = training.run.parallel
         parts += [

@@ -102,16 +102,48 @@ def activation_memory(
     return [weight_bytes(model) * tokens * kept * (len(stages) - stage) for stage, kept in enumerate(found)]
 
 
-def memory_of_process(
-    model: Model, vocab_size: int, seq_length: int, run: Run, optimizer: Optimizer, keeps_scan: bool = True
-) -> float:
-    """Bytes in tensors on the GPU of the fullest process, at their peak.
+def recorded_memory(
+    model: Model, vocab_size: int, seq_length: int, run: Run, keeps_scan: bool = True
+) -> list[float]:
+    """Bytes that recordings (CUDA graphs) of attention and Mamba layers take on the GPU of each stage.
 
-    Not counted: what the allocator reserves beside them, buffers of libraries (1 to 2 GB), CUDA graphs.
+    They keep what the layers keep in memory of their own, and the allocator does not give back what the first
+    step had for it. So it is there twice, for each micro-batch that a stage keeps. With this, the estimate is
+    what was reserved on GPUs within 3 % (docs/measurements.md).
     """
-    static = static_of_run(model, vocab_size, run, optimizer)
-    activations = activation_memory(model, vocab_size, seq_length, run, keeps_scan)
-    return max(kept.total + peak for kept, peak in zip(static, activations, strict=True))
+    tp = run.parallel.tensor_model_parallel_size
+    tokens = run.micro_batch_size * seq_length / run.parallel.context_parallel_size
+    stages = pipeline_stages(model, vocab_size, run.parallel)
+    stages[-1] += model.mtp_hybrid_layer_pattern * model.mtp_num_layers
+    kept = [
+        sum(layers.count(one) * layer_activations(model, one, tp, run.recompute, keeps_scan) for one in "M*")
+        for layers in stages
+    ]
+    return [
+        weight_bytes(model) * tokens * numbers * (len(stages) - stage) for stage, numbers in enumerate(kept)
+    ]
+
+
+def memory_of_process(
+    model: Model,
+    vocab_size: int,
+    seq_length: int,
+    run: Run,
+    optimizer: Optimizer,
+    keeps_scan: bool = True,
+    records_layers: bool = False,
+) -> float:
+    """Bytes in tensors and recordings of layers on the GPU of the fullest process, at their peak.
+
+    Not counted: what the allocator reserves beside tensors, buffers of libraries (1 to 2 GB).
+    """
+    parts = [
+        [kept.total for kept in static_of_run(model, vocab_size, run, optimizer)],
+        activation_memory(model, vocab_size, seq_length, run, keeps_scan),
+    ]
+    if records_layers:
+        parts.append(recorded_memory(model, vocab_size, seq_length, run, keeps_scan))
+    return max(map(sum, zip(*parts, strict=True)))
 
 
 def conversion_memory(model: Model, vocab_size: int) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from snaketron.config import Config, Model, Parallel, Training
 from snaketron.sizes.cpu_activations import cpu_activation_memory
-from snaketron.sizes.memory import activation_memory, static_of_run, updated_parameters
+from snaketron.sizes.memory import activation_memory, recorded_memory, static_of_run, updated_parameters
 from snaketron.sizes.parameters import Parameters, num_active_parameters, num_parameters, weight_bytes
+from snaketron.sizes.recording import work
 from snaketron.sizes.speed import Speed, flops_per_token, speed
 from snaketron.sizes.stages import adapter_parameters, stage_parameters
 
@@ -23,7 +24,7 @@ class Estimate:
     num_adapter_parameters: int | None  # None where the model itself is trained
     tokens: int
     static_bytes: float  # weights, gradients and optimizer
-    peak_bytes: float  # with activations
+    peak_bytes: float  # with activations and recordings
     # That a process needs of its node's memory: all tensors without GPUs; with GPUs those that are offloaded,
     # and the copy of a checkpoint while it is written.
     host_bytes: float
@@ -83,21 +84,26 @@ class Components:
     main_weights: float
     moments: float
     activations: float
+    recordings: float  # of layers, as CUDA graphs
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.main_weights + self.moments + self.activations
+        return sum(asdict(self).values())
 
 
 def components(config: Config, training: Training) -> Components:
     """What the memory of the fullest process holds at its peak."""
     model, run, vocab_size = training.model, training.run, config.tokenizer.vocab_size
-    static = static_of_run(model, vocab_size, run, run.optimizer)
-    of_machine = activation_memory if config.cluster.gpus_per_node else cpu_activation_memory
-    activations = of_machine(model, vocab_size, training.seq_length, run)
+    static, about = static_of_run(model, vocab_size, run, run.optimizer), (model, vocab_size)
+    on_gpus = bool(config.cluster.gpus_per_node)
+    of_machine = activation_memory if on_gpus else cpu_activation_memory
+    activations = of_machine(*about, training.seq_length, run)
+    recordings = [0.0] * len(static)
+    if on_gpus and work(config, training).cuda_graphs:
+        recordings = recorded_memory(*about, training.seq_length, run)
     stages = [
-        Components(kept.weights, kept.gradients, kept.main_weights, kept.moments, peak)
-        for kept, peak in zip(static, activations, strict=True)
+        Components(kept.weights, kept.gradients, kept.main_weights, kept.moments, peak, recorded)
+        for kept, peak, recorded in zip(static, activations, recordings, strict=True)
     ]
     return max(stages, key=lambda stage: stage.total)
 

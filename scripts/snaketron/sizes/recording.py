@@ -1,20 +1,45 @@
-"""What GPUs record of a training where `cuda_graphs` leaves that to the program."""
+"""What a training does in a step, and what GPUs record of it (CUDA graphs)."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 
-from snaketron.config import Cluster, Model, Run
+from snaketron.config import Cluster, Config, Model, Pretrain, Run, Training
 from snaketron.config.base import FLEXIBLE
-from snaketron.sizes.activations import layer_activations
-from snaketron.sizes.layout import layout
+from snaketron.sizes.gpus import usable_bytes
+from snaketron.sizes.layout import dispatcher, layout
 from snaketron.sizes.memory import memory_of_process
-from snaketron.sizes.traffic import Work, tokens_of_process
+from snaketron.sizes.traffic import Work
 
 # Tokens of a sequence from which on kernels are recorded. At 64 tokens cuDNN's backward pass of attention
 # takes a kernel that reads memory of an earlier call when a recording starts it: gradients were wrong, or the
 # process ended (Transformer Engine 2.20.2). From 512 on gradients are right.
 SHORTEST_RECORDED = 512
+
+
+def work(config: Config, training: Training) -> Work:
+    """What a training does in a step."""
+    run = training.run
+    does = Work(
+        model=training.model,
+        vocab_size=config.tokenizer.vocab_size,
+        seq_length=training.seq_length,
+        global_batch_size=training.global_batch_size,
+        run=run,
+        optimizer=run.optimizer,
+        dispatcher=dispatcher(training.model, run, config.cluster),
+        frozen=training.adapters is not None,
+    )
+    if not isinstance(run, Pretrain):
+        return does
+    if run.cuda_graphs is not None:
+        return does._replace(cuda_graphs=run.cuda_graphs)
+    packed, cluster = training.packed, config.cluster
+    usable = usable_bytes(cluster) or math.inf
+    return does._replace(
+        recorded=recordable(training.model, run, training.seq_length, packed=packed, cluster=cluster),
+        cuda_graphs=records_layers(does, packed=packed, cluster=cluster, usable=usable),
+    )
 
 
 def recordable(model: Model, run: Run, seq_length: int, *, packed: bool, cluster: Cluster) -> bool:
@@ -52,7 +77,9 @@ def records_layers(work: Work, *, packed: bool, cluster: Cluster, usable: float)
         and not run.offload_optimizer
         and model.precision == "bf16"
         and _repeats(run, work.seq_length, packed, cluster)
-        and memory_of_process(model, work.vocab_size, work.seq_length, run, work.optimizer) + _twice(work)
+        and memory_of_process(
+            model, work.vocab_size, work.seq_length, run, work.optimizer, records_layers=True
+        )
         <= usable
     )
 
@@ -69,15 +96,3 @@ def _repeats(run: Run, seq_length: int, packed: bool, cluster: Cluster) -> bool:
         and not set(run.recompute) - {"scan"}
         and layout(run, cluster).nodes == 1
     )
-
-
-def _twice(work: Work) -> float:
-    """Bytes that recorded layers take beside what they take anyway: once more what they keep.
-
-    On four H200s a model of Nano's layers kept 14 GiB of activations of them, and 9 to 12 GiB more were
-    reserved when they were recorded.
-    """
-    model, shares = work.model, work.run.parallel.tensor_model_parallel_size
-    layers = Counter(model.hybrid_layer_pattern + model.mtp_hybrid_layer_pattern * model.mtp_num_layers)
-    kept = sum(layers[layer] * layer_activations(model, layer, shares, work.run.recompute) for layer in "M*")
-    return 2 * kept * tokens_of_process(work)

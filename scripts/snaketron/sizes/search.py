@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from snaketron.config import Config, Parallel, Pretrain, Training
+from snaketron.config import Config, Parallel, Training
 from snaketron.config.base import Module
 from snaketron.config.cluster import Split
 from snaketron.config.training_checks import check_training
-from snaketron.sizes.gpus import Gpu, in_nodes, usable_bytes
-from snaketron.sizes.layout import dispatcher, layout_sizes, layout_words
-from snaketron.sizes.recording import recordable, records_layers
+from snaketron.sizes.gpus import Gpu, in_nodes
+from snaketron.sizes.layout import layout_sizes, layout_words
+from snaketron.sizes.recording import work
 from snaketron.sizes.step import Step, peak_bytes, step_time
-from snaketron.sizes.traffic import Work
 from snaketron.wording import BYTES, large
 
 MICRO_BATCHES = (1, 2, 4)
@@ -34,31 +32,6 @@ class Found(NamedTuple):
     peak_bytes: float  # of the fullest GPU
     step: Step
     tokens_per_second: float  # of each GPU
-
-
-def work(config: Config, training: Training) -> Work:
-    """What a training does in a step."""
-    run = training.run
-    does = Work(
-        model=training.model,
-        vocab_size=config.tokenizer.vocab_size,
-        seq_length=training.seq_length,
-        global_batch_size=training.global_batch_size,
-        run=run,
-        optimizer=run.optimizer,
-        dispatcher=dispatcher(training.model, run, config.cluster),
-        frozen=training.adapters is not None,
-    )
-    if not isinstance(run, Pretrain):
-        return does
-    if run.cuda_graphs is not None:
-        return does._replace(cuda_graphs=run.cuda_graphs)
-    packed, cluster = training.packed, config.cluster
-    usable = usable_bytes(cluster) or math.inf
-    return does._replace(
-        recorded=recordable(training.model, run, training.seq_length, packed=packed, cluster=cluster),
-        cuda_graphs=records_layers(does, packed=packed, cluster=cluster, usable=usable),
-    )
 
 
 def measure(config: Config, training: Training, gpu: Gpu) -> Found:
@@ -119,11 +92,12 @@ def why_none(config: Config, training: Training, gpu_name: str, num_gpus: int) -
 
 
 def _on_gpus(config: Config, gpu_name: str) -> Config:
-    """The configuration on nodes of such GPUs."""
-    per_node = in_nodes(gpu_name, config.cluster).gpus_per_node
-    cluster = {"gpu": gpu_name, "gpus_per_node": per_node, "tasks_per_node": None}
-    if gpu_name != config.cluster.gpu:
-        cluster["gpu_memory_gb"] = None  # that of another kind
+    """The configuration on nodes of such GPUs, of which a layout may fill what a search lets it."""
+    gpu, memory = in_nodes(gpu_name, config.cluster), config.cluster.gpu_memory_gb
+    if gpu_name != config.cluster.gpu or memory is None or memory > gpu.usable_gb:
+        memory = gpu.usable_gb
+    cluster = {"gpu": gpu_name, "gpus_per_node": gpu.gpus_per_node, "tasks_per_node": None}
+    cluster["gpu_memory_gb"] = memory
     return config.model_copy(update={"cluster": config.cluster.model_copy(update=cluster)})
 
 

@@ -100,9 +100,15 @@ def tokens_per_second(work: Work, gpu: Gpu) -> float:
 
 
 def peak_bytes(work: Work) -> float:
-    """Bytes in tensors on the fullest GPU."""
+    """Bytes in tensors and recordings of layers on the fullest GPU."""
     return memory_of_process(
-        work.model, work.vocab_size, work.seq_length, work.run, work.optimizer, work.keeps_scan
+        work.model,
+        work.vocab_size,
+        work.seq_length,
+        work.run,
+        work.optimizer,
+        work.keeps_scan,
+        records_layers=work.cuda_graphs,
     )
 
 

@@ -57,6 +57,12 @@ def test_the_layout_names_what_is_shared():
     assert memory.endswith(" MB with activations")
 
 
+def test_the_memory_of_recordings_is_said_where_layers_are_recorded():
+    config, one = training(1000, None, {"data_parallel_size": 2}, cuda_graphs=True)
+    *_, memory = size_lines(config, one, estimate(config, one))
+    assert memory.endswith(" MB with activations and recordings")
+
+
 def test_the_plan_of_lora_counts_its_adapters_and_little_memory():
     """A fourteenth of the gradients and moments is left: 6.9 MB instead of 21.6 MB."""
     config = load({"tokenizer": {"vocab_size": 2048}, "lora": {"rank": 8, "expert_rank": None}}, {})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from snaketron.config import load
+from snaketron.config import ConfigError, load
+from snaketron.sizes.checks import check_memory
 from snaketron.sizes.fitting import smallest_change
 from snaketron.sizes.plan import estimate
 from tests.unit.sizes.models import COUNTED
@@ -48,6 +50,18 @@ def test_a_smaller_micro_batch_comes_before_another_layout():
     config = load(COUNTED | {"cluster": cluster, "pretrain": pretrain}, {})
     found = smallest_change(config, config.training("pretrain/broad"))
     assert found is not None and found[0] == "pretrain.micro_batch_size: 1"
+
+
+def test_recordings_that_have_no_room_are_left_to_the_program():
+    """It takes 64.3 MB, and recordings 15.7 more."""
+    parallel = {"data_parallel_size": 2, "expert_model_parallel_size": 2}
+    pretrain = {"parallel": parallel, "micro_batch_size": 1, "cuda_graphs": True, "seq_length": 512}
+    limits = {"gpus_per_node": 2, "gpu_memory_gb": 0.075}
+    config = load(COUNTED | {"cluster": limits, "pretrain": pretrain}, {})
+    training = config.training("pretrain/broad")
+    said = "pretrain.cuda_graphs: null, which records where there is room"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_memory(config, [training])
 
 
 def test_nothing_is_found_for_what_cannot_fit_or_is_not_limited():

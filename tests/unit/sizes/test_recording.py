@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from snaketron.config import Cluster, Model, Optimizer, Parallel, Run
+from snaketron.config import Cluster, Model, Optimizer, Parallel, Run, load
 from snaketron.sizes.gpus import usable_bytes
+from snaketron.sizes.memory import recorded_memory
+from snaketron.sizes.plan import components
 from snaketron.sizes.recording import recordable, records_layers
+from snaketron.sizes.recording import work as work_of
 from snaketron.sizes.step import peak_bytes
 from snaketron.sizes.traffic import Work
 
@@ -64,14 +67,55 @@ def test_micro_batches_are_recorded_where_a_gpu_holds_the_model_and_layers_where
     assert found == [recorded == "micro-batches", recorded == "layers"]
 
 
+# Each attention layer keeps for a token 64 numbers of the norm, 64 of queries and the output, and 32 of keys
+# and values.
+KEPT = 64 + 64 + 32
+SIZES: dict[str, Any] = {
+    **{"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8},
+    **{"mtp_num_layers": 0, "precision": "bf16"},
+}
+
+
 def test_layers_are_recorded_where_what_they_keep_has_room_once_more():
-    # 64 numbers a token of the norm, 64 of queries and the output, 32 of keys and values.
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8}
-    model = Model(hybrid_layer_pattern="*E*", mtp_num_layers=0, precision="bf16", **sizes)
+    model = Model(hybrid_layer_pattern="*E*", **SIZES)
     does = work(model, Run(micro_batch_size=1, parallel=Parallel(**EP_2)), 512)
-    needed = peak_bytes(does) + 2 * 512 * 2 * (64 + 64 + 32)
+    needed = peak_bytes(does) + 2 * 512 * 2 * KEPT
     for usable, recorded in ((needed, True), (needed - 1, False)):
         assert records_layers(does, packed=False, cluster=NODE, usable=usable) is recorded
+
+
+def recorded(cuda_graphs: bool | None, parallel: dict[str, int], **cluster: Any) -> tuple[float, float]:
+    """Bytes of the recordings of a training of 512 tokens, and its peak without them."""
+    pretrain = {"seq_length": 512, "micro_batch_size": 1, "parallel": parallel, "cuda_graphs": cuda_graphs}
+    model = {"hybrid_layer_pattern": "*E*E", **SIZES}
+    sections = {"model": model, "pretrain": pretrain, "cluster": {"gpus_per_node": 8} | cluster}
+    parts = components(config := load(sections, {}), config.training("pretrain/broad"))
+    assert peak_bytes(work_of(config, config.training("pretrain/broad"))) == parts.total
+    return parts.recordings, parts.total - parts.recordings
+
+
+def test_a_plan_counts_recordings_that_are_asked_for_and_those_that_the_program_makes():
+    """Two attention layers keep what they keep of 512 tokens, in 2 bytes each, once more."""
+    both, _ = recorded(True, EP_2)
+    assert both == 2 * 512 * 2 * KEPT == recorded(True, {})[0] == recorded(None, EP_2)[0]
+    assert recorded(True, {"tensor_model_parallel_size": 2})[0] == both / 2
+    assert recorded(True, {"pipeline_model_parallel_size": 2})[0] == both / 2  # the last stage is the fullest
+    assert recorded(None, {})[0] == recorded(False, EP_2)[0] == 0  # micro-batches as a whole, and nothing
+    _, without = recorded(None, EP_2)
+    for room, made in ((both, both), (both - 1, 0)):
+        assert recorded(None, EP_2, gpu_memory_gb=(without + room) / 1e9)[0] == made
+
+
+def test_a_stage_has_recordings_of_each_micro_batch_that_it_keeps():
+    """The first of two stages has a layer of the two, and keeps two micro-batches."""
+    run = Run(micro_batch_size=1, parallel=Parallel(pipeline_model_parallel_size=2))
+    model = Model(hybrid_layer_pattern="*E*E", **SIZES)
+    assert recorded_memory(model, 1024, 512, run) == [2 * 512 * 2 * KEPT, 512 * 2 * KEPT]
+
+
+def test_where_there_is_no_gpu_nothing_is_recorded():
+    config = load({"model": {"hybrid_layer_pattern": "*E*E", **SIZES}, "pretrain": {"seq_length": 512}}, {})
+    assert components(config, config.training("pretrain/broad")).recordings == 0
 
 
 def test_what_a_training_may_fill_is_configured_or_known_of_the_kind_of_gpu():
