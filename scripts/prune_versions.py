@@ -36,6 +36,14 @@ def main(argv: list[str] | None = None) -> int:
         logger.info("%-12s %s", verb if item in loose else "keep", item)
     size = size_text(sum(item.size for item in loose))
     logger.info("%s %s of %s, %s", verb, len(loose), plural(len(items), "version"), size)
+    for item in items if args.stopped else ():
+        if item.unanswered:
+            logger.warning(
+                "%s stays, since Slurm cannot be asked here whether its job goes on; give --stopped on a "
+                "machine of the cluster, or delete it yourself in %s if this is a copy of the run",
+                item.name,
+                args.ckpt / "versions",
+            )
     if not args.dry_run:
         inventory.remove_leftovers(args.ckpt)
         for item in loose:

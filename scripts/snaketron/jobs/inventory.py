@@ -41,6 +41,7 @@ class Item:
     built_on: list[str]  # names of the versions that it was made from
     size: int  # bytes
     changed: float  # time of its last change
+    unanswered: bool = False  # whether it may go on only because Slurm does not say whether it does
     needed_by: list[str] = field(default_factory=list)  # names of kept versions that were made from it
 
     @property
@@ -180,8 +181,13 @@ def _item(version: Version, links: dict[Path, list[Path]]) -> Item:
     state, is_running = state_of(version, config), is_owned(version)
     if is_running:
         state = f"running ({Holder.of(version)})"
-    elif _may_go_on(version):
-        state, is_running = f"{state}, may go on ({Holder.of(version)})", True
+    unanswered = ""
+    if not is_running and not version.is_finished and (holder := Holder.of(version)) and holder.job:
+        try:
+            is_running = slurm.goes_on(holder.job)
+        except slurm.NoAnswer as error:
+            is_running, unanswered = True, f"; {error.last}"
+        state += f", may go on ({holder}{unanswered})" if is_running else ""
     return Item(
         version,
         state,
@@ -190,13 +196,8 @@ def _item(version: Version, links: dict[Path, list[Path]]) -> Item:
         [entry.version.replace("/", "_") for entry in config.inputs if entry.version] if config else [],
         size,
         changed,
+        bool(unanswered),
     )
-
-
-def _may_go_on(version: Version) -> bool:
-    """Whether the Slurm job of a training that is not finished is still there to continue it, or may be."""
-    holder = None if version.is_finished else Holder.of(version)
-    return bool(holder and holder.job and slurm.may_go_on(holder.job))
 
 
 def state_of(version: Version, config: Description | None = None) -> str:

@@ -88,22 +88,25 @@ def parse_time(text: str) -> float | None:
 
 def is_over(number: str) -> bool:
     """Whether Slurm says that a job does not run any more: then its processes are gone, or cut off."""
-    states = _states(number)
-    return states is not None and not states & ALIVE
+    try:
+        return not _states(number) & ALIVE
+    except NoAnswer:
+        return False
 
 
-def may_go_on(number: str) -> bool:
-    """Whether a job runs, waits to be run again, or may, since Slurm does not answer."""
-    states = _states(number)
-    return states is None or bool(states & {*ALIVE, *QUEUED})
+def goes_on(number: str) -> bool:
+    """Whether a job runs, or waits to be run again; `NoAnswer` where Slurm does not say."""
+    return bool(_states(number) & {*ALIVE, *QUEUED})
 
 
-def _states(number: str) -> set[str] | None:
-    """The states of a job; none of one that Slurm has forgotten, and None where it does not answer."""
+def _states(number: str) -> set[str]:
+    """The states of a job; none of one that Slurm has forgotten."""
     try:
         return set(ask("squeue", "--noheader", f"--jobs={number}", "--format=%T").split())
     except NoAnswer as error:
-        return set() if "Invalid job id" in str(error) else None
+        if "Invalid job id" in str(error):
+            return set()
+        raise
 
 
 def requeue(job: Job) -> bool:

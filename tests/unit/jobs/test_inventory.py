@@ -142,6 +142,24 @@ def test_a_training_that_waits_in_the_queue_to_go_on_stays_until_slurm_has_forgo
     assert deleted(tmp_path, "--stopped") == ["pretrain_broad-1", "sft-1"]
 
 
+def test_in_a_copy_of_a_run_it_is_said_that_slurm_cannot_be_asked_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """A machine without squeue may have the run's own files, by a network, or a copy of them."""
+    waiting = make(tmp_path, "sft-1", finished=False, iteration=4, outcome="requeued")
+    files.write_json(waiting.owner, {"token": "a", "process": 12, "host": "node1", "job": "4711"})
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    (item,) = inventory.inventory(tmp_path)
+    asked = "process 12 on node1, Slurm job 4711; squeue: no such command"
+    assert item.state == f"stopped at step 4 of 59, may go on ({asked})"
+    assert deleted(tmp_path) == [] and "cannot be asked" not in caplog.text
+    assert deleted(tmp_path, "--stopped") == []
+    assert caplog.messages[-1] == (
+        "sft-1 stays, since Slurm cannot be asked here whether its job goes on; give --stopped on a machine "
+        f"of the cluster, or delete it yourself in {tmp_path}/versions if this is a copy of the run"
+    )
+
+
 @pytest.mark.parametrize(
     ("outcome", "state"),
     [
