@@ -56,8 +56,8 @@ class Cluster(Section):
     )
     gpu: Literal["h100", "h200", "b200", "gb200", "gb300"] | None = key(
         None,
-        "the GPU: times are estimated from what was measured on it, unless tokens_per_second_per_gpu is "
-        "stated; null: not known",
+        "the GPU: the times of steps are estimated for it, unless tokens_per_second_per_gpu is stated; null: "
+        "not known",
     )
     gpu_memory_gb: Annotated[float, Field(gt=0)] | None = key(
         None,

@@ -10,7 +10,8 @@ from typing import Any
 from snaketron.config import Config, Training
 from snaketron.graph.outlook import Look, trainings
 from snaketron.sizes.layout import layout_words
-from snaketron.sizes.plan import Estimate, components, estimate
+from snaketron.sizes.plan import Estimate, components, estimate, hours_at
+from snaketron.sizes.speed import ESTIMATED
 from snaketron.wording import BYTES, hours, large, plural
 
 Request = Callable[[Any], str]  # from a job to options of sbatch
@@ -72,7 +73,7 @@ def describe(config: Config, jobs: Iterable[Any], request: Request) -> str | Non
             cpu_hours += len(same) * minutes / 60 * cpus
     total = f"At most {cpu_hours:,.0f} CPU hours for data, by the time limits"
     if gpu_hours:
-        total += f"; {gpu_hours:,.1f} GPU hours for trainings, by the stated or measured throughput"
+        total += f"; {gpu_hours:,.1f} GPU hours for trainings, by the stated or estimated throughput"
     return "\n".join([*lines, "", f"{total}."])
 
 
@@ -111,6 +112,10 @@ def time_line(training: Training, needs: Estimate, limit_minutes: float) -> str:
         return f"{tokens}; name cluster.gpu or state tokens_per_second_per_gpu for an estimate of the time"
     assert needs.speed is not None
     text = f"{tokens} at {needs.speed.tokens_per_second:,.0f} tokens/s on each"
-    text += ("" if needs.speed.source == "stated" else f" ({needs.speed.source})") + f": {hours(needs.hours)}"
+    text += f" ({needs.speed.source})" if needs.speed.source == ESTIMATED else ""
+    text += f": {hours(needs.hours)}"
     jobs = needs.num_jobs(limit_minutes / 60, run.stop_before_limit) or 1
-    return text + (f", in {jobs:,} jobs of {hours(limit_minutes / 60)}" if jobs > 1 else "")
+    text += f", in {jobs:,} jobs of {hours(limit_minutes / 60)}" if jobs > 1 else ""
+    if needs.speed.source == ESTIMATED and (others := hours_at(needs.published, training)):
+        text += f"; {hours(others)} at the published speed of such GPUs"
+    return text

@@ -19,7 +19,7 @@ from snaketron.settings.training import train_settings
 from snaketron.sizes.fitting import smallest_change
 from snaketron.sizes.gpus import in_nodes
 from snaketron.sizes.layout import layout
-from snaketron.sizes.plan import Estimate, components, estimate
+from snaketron.sizes.plan import Estimate, components, estimate, hours_at
 from snaketron.sizes.recording import work
 from snaketron.sizes.search import measure
 from snaketron.sizes.speed import flops_per_token
@@ -294,7 +294,7 @@ def _training(config: Config, training: Training, corpora: Mapping[str, Any]) ->
         "adapter_parameters": needs.num_adapter_parameters,
         "flops_per_token": flops_per_token(config, training),
         "flops": needs.flops,
-        **_time(needs),
+        **_time(training, needs),
         "memory": asdict(parts) | {"total": parts.total, "limit": limit and limit * 1e9, "fits": fits},
         "change_that_fits": change and change[0],
         **_step(config, training),
@@ -320,12 +320,14 @@ def _step(config: Config, training: Training) -> dict[str, dict[str, Any] | None
     }
 
 
-def _time(needs: Estimate) -> dict[str, Any]:
+def _time(training: Training, needs: Estimate) -> dict[str, Any]:
     return {
         "tokens_per_second_per_process": needs.speed and needs.speed.tokens_per_second,
         "speed_source": needs.speed and needs.speed.source,
         "hours": needs.hours,
         "process_hours": needs.process_hours,
+        "published_hours": hours_at(needs.published, training),
+        "published_source": needs.published and needs.published.source,
     }
 
 

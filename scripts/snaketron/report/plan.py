@@ -99,7 +99,8 @@ def _trainings(trainings: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _time(trainings: Sequence[Mapping[str, Any]]) -> str:
-    rows, sources = [], dict[str, list[str]]()
+    rows, stated = [], list[str]()
+    sources = dict.fromkeys(one["published_source"] for one in trainings if one["published_source"])
     for one in trainings:
         lies = layout_words(Parallel(**one["parallel"])) or "-"
         known = one["hours"] is not None
@@ -113,13 +114,24 @@ def _time(trainings: Sequence[Mapping[str, Any]]) -> str:
                 f"{speed:,.0f}" if known else "-",
                 hours(one["hours"]) if known else "-",
                 f"{one['process_hours']:,.1f}" if known else "-",
+                *([hours(one["published_hours"])] if sources else []),
             ]
         )
-        if known:
-            sources.setdefault(one["speed_source"], []).append(one["name"])
+        if one["speed_source"] == "stated":
+            stated.append(one["name"])
     header = ["training", "nodes", "processes", "layout", "tokens/s of each", "time", "hours of all"]
-    told = [f"- {_joined(names)}: {source}" for source, names in sources.items()]
+    header += ["time as published"] if sources else []
+    told = [f"- {_joined(stated)}: at the stated tokens_per_second_per_gpu"] if stated else []
+    if sources and len(stated) < len(trainings):
+        told.append(f"- {'the others' if stated else 'tokens/s'}: {_ESTIMATE}")
+    told += [f"- as published, to compare: {source}" for source in sources]
     return "\n\n".join([table(header, _alike(rows)), *(["\n".join(told)] if told else [])])
+
+
+_ESTIMATE = (
+    "the estimate of a step below, with experts loaded evenly; `--published` shows how near such estimates "
+    "are to what was measured"
+)
 
 
 def _memory(trainings: Sequence[Mapping[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from snaketron.config import Config, Parallel, Pretrain, Training
 from snaketron.config.training_checks import check_training
-from snaketron.sizes.plan import Estimate, estimate
+from snaketron.sizes.plan import Estimate, components, estimate
 
 MAX_DOUBLINGS = 4
 
@@ -28,9 +28,8 @@ def smallest_change(config: Config, training: Training) -> tuple[str, Estimate] 
             continue  # it exchanges activations in every layer: too much between nodes
         if check_training(changed, config):
             continue
-        found = estimate(config, changed)
-        if found.peak_bytes <= limit * 1e9:
-            return _said(training, update), found
+        if components(config, changed).total <= limit * 1e9:
+            return _said(training, update), estimate(config, changed)
     return None
 
 

@@ -11,7 +11,7 @@ from snaketron.sizes.cpu_activations import cpu_activation_memory
 from snaketron.sizes.memory import activation_memory, recorded_memory, static_of_run, updated_parameters
 from snaketron.sizes.parameters import Parameters, num_active_parameters, num_parameters, weight_bytes
 from snaketron.sizes.recording import work
-from snaketron.sizes.speed import Speed, flops_per_token, speed
+from snaketron.sizes.speed import Speed, flops_per_token, published, speed
 from snaketron.sizes.stages import adapter_parameters, stage_parameters
 
 
@@ -30,8 +30,9 @@ class Estimate:
     host_bytes: float
     flops: float  # model FLOPs of all tokens
     checkpoint_bytes: float
-    speed: Speed | None  # stated or measured; None where it is not known
-    hours: float | None  # at that speed
+    speed: Speed | None  # stated or estimated; None where it is not known
+    published: Speed | None  # that of others on such a GPU, to compare with
+    hours: float | None  # at the first of these speeds
     process_hours: float | None  # of all processes together: GPU hours on GPUs
 
     def num_jobs(self, limit_hours: float, stop_before_limit: float) -> int | None:
@@ -50,7 +51,7 @@ def estimate(config: Config, training: Training) -> Estimate:
     model, run, vocab_size = training.model, training.run, config.tokenizer.vocab_size
     adapters, processes = training.adapters, run.parallel.world_size
     found = speed(config, training)
-    hours = training.tokens / (found.tokens_per_second * processes) / 3600 if found else None
+    hours = hours_at(found, training)
     static = max(kept.total for kept in static_of_run(model, vocab_size, run, run.optimizer))
     peak = components(config, training).total
     without = run.model_copy(update={"offload_optimizer": 0.0})
@@ -70,9 +71,17 @@ def estimate(config: Config, training: Training) -> Estimate:
         flops=training.tokens * flops_per_token(config, training),
         checkpoint_bytes=checkpoint_bytes(config, training),
         speed=found,
+        published=published(config, training),
         hours=hours,
         process_hours=hours * processes if hours else None,
     )
+
+
+def hours_at(found: Speed | None, training: Training) -> float | None:
+    """How long a training takes at a speed of each process; None where that is not known."""
+    if found is None:
+        return None
+    return training.tokens / (found.tokens_per_second * training.run.parallel.world_size) / 3600
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How fast trainings are on a GPU: what was measured on GPUs of that name, and nothing of another one."""
+"""How fast a training is: as stated or estimated, and what others measured on GPUs of that name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from snaketron.config import Config, Training
 from snaketron.sizes.flops import training_flops
+from snaketron.sizes.gpus import in_nodes
+from snaketron.sizes.recording import work
+from snaketron.sizes.step import tokens_per_second
 
 
 class Measured(NamedTuple):
@@ -25,6 +28,9 @@ MEASURED = {
 }
 
 
+ESTIMATED = "estimated"
+
+
 class Speed(NamedTuple):
     """Tokens that a process trains on in a second, and where the number is from."""
 
@@ -39,12 +45,20 @@ def flops_per_token(config: Config, training: Training) -> float:
 
 
 def speed(config: Config, training: Training) -> Speed | None:
-    """The stated throughput of a training, else what was measured on its GPU; None where neither is known.
+    """The stated throughput of a training, else that of its estimated step; None where neither is known."""
+    if stated := training.run.tokens_per_second_per_gpu:
+        return Speed(stated, "stated")
+    if config.cluster.gpu is None or not config.cluster.gpus_per_node:
+        return None
+    gpu = in_nodes(config.cluster.gpu, config.cluster)
+    return Speed(tokens_per_second(work(config, training), gpu), ESTIMATED)
+
+
+def published(config: Config, training: Training) -> Speed | None:
+    """What a training would do at the speed that others measured on its GPU, in a layout of their own.
 
     Layers that are computed again cost a forward pass more, a third of the model FLOPs of a full training.
     """
-    if stated := training.run.tokens_per_second_per_gpu:
-        return Speed(stated, "stated")
     if config.cluster.gpu is None or not config.cluster.gpus_per_node:
         return None
     measured, work = MEASURED[config.cluster.gpu], flops_per_token(config, training)

@@ -11,7 +11,13 @@ from snaketron.sizes.plan import estimate
 import pytest
 
 
-def training(tokens: int, speed: float | None, parallel: dict[str, int], **keys: Any):
+def training(
+    tokens: int,
+    speed: float | None,
+    parallel: dict[str, int],
+    cluster: dict[str, Any] | None = None,
+    **keys: Any,
+):
     phase = {"name": "one", "tokens": tokens, "blend": [{"corpus": "docs", "weight": 1}]}
     pretrain = {"phases": [phase], "warmup_tokens": 0, "decay_tokens": 0, "tokens_per_second_per_gpu": speed}
     pretrain |= {
@@ -21,7 +27,7 @@ def training(tokens: int, speed: float | None, parallel: dict[str, int], **keys:
         "micro_batch_size": 1,
         **keys,
     }
-    config = load({"pretrain": pretrain, "cluster": {"gpus_per_node": 2}}, {})
+    config = load({"pretrain": pretrain, "cluster": {"gpus_per_node": 2} | (cluster or {})}, {})
     return config, config.training("pretrain/one")
 
 
@@ -39,6 +45,17 @@ def test_a_time_limit_cuts_it_into_jobs():
     assert (
         time_line(one, estimate(config, one), 120)
         == "7.2 M tokens at 100 tokens/s on each: 5.0 h, in 3 jobs of 2.0 h"
+    )
+
+
+def test_an_estimated_time_stands_beside_that_at_the_published_speed():
+    config, one = training(7_200_000, None, {"data_parallel_size": 2}, cluster={"gpu": "h100"})
+    needs = estimate(config, one)
+    assert needs.speed and needs.published
+    once, others = (7_200_000 / found.tokens_per_second / 2 / 60 for found in (needs.speed, needs.published))
+    assert time_line(one, needs, 600) == (
+        f"7.2 M tokens at {needs.speed.tokens_per_second:,.0f} tokens/s on each (estimated): {once:.1f} min; "
+        f"{others * 60:.0f} s at the published speed of such GPUs"
     )
 
 
