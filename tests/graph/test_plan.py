@@ -181,7 +181,7 @@ def test_layouts_are_searched_for_a_training(tmp_path: Path, capsys: pytest.Capt
     assert plan.main([*asked, "pretrain/focused", "--json", str(tmp_path / "found.json")]) == 0
     text, found = capsys.readouterr().out, files.read_json(tmp_path / "found.json")
     assert text.startswith("# Layouts of pretrain/focused on 64 H100\n")
-    assert found[0]["parallel"]["expert_model_parallel_size"] == 8  # tokens stay within a node
+    assert found[0]["parallel"]["expert_model_parallel_size"] <= 8  # tokens stay within a node
     assert sum(found[0]["step"].values()) <= sum(found[1]["step"].values())
     with pytest.raises(
         UserError, match="--search focused: no training of that name; known: pretrain/broad, "
