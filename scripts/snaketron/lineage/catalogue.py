@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -315,7 +315,12 @@ def _json_files(roots: Collection[Path]) -> Iterator[str]:
                 links.append(entry.path)
 
 
-def _read_all(paths: Sequence[str]) -> list[Made | Path]:
+def read_all(paths: Iterable[str | Path]) -> list[Made]:
+    """The jobs that some files tell of; a file that is no record, or a damaged one, is passed over."""
+    return [one for one in _read_all(paths) if isinstance(one, Made)]
+
+
+def _read_all(paths: Iterable[str | Path]) -> list[Made | Path]:
     """The records among some files; of a damaged one its path."""
     found: list[Made | Path] = []
     for path in map(Path, paths):

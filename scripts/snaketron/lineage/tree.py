@@ -6,7 +6,7 @@ Jobs of one kind and corpus that serve the same purpose are one branch: ten thou
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,13 @@ class Branch:
         return bool(self.makers[0].version if self.makers else self.raw[0][1].version)
 
     @property
+    def place(self) -> str:
+        """The first of the paths, and how many more there are."""
+        used = self.used if len(self.makers) == 1 else []
+        more = max(len(self.makers), len(self.raw), len(used)) - SHOWN
+        return ", ".join(self.places) + (f" and {more:,} more" if more > 0 else "")
+
+    @property
     def places(self) -> list[str]:
         """The first of the paths, as the records have them."""
         if self.makers:
@@ -73,8 +80,8 @@ def is_file(entry: Entry) -> bool:
     return not entry.revision and "://" not in entry.path
 
 
-def grow(catalogue: Catalogue, made: Made) -> Branch:
-    """The branch of a job, with all that its outputs were made from."""
+def grow(catalogue: Catalogue, *jobs: Made) -> list[Branch]:
+    """The branch of each job, with all that its outputs were made from."""
     seen: set[frozenset[str]] = set()
 
     def branch(role: str, makers: list[Made], used: Iterable[str] = ()) -> Branch:
@@ -87,7 +94,7 @@ def grow(catalogue: Catalogue, made: Made) -> Branch:
         hanging += [Branch(role, raw=list(found.values())) for role, found in raw.items()]
         return Branch(role, makers, used=list(used), branches=hanging)
 
-    return branch("", [made])
+    return [branch("", [made]) for made in jobs]
 
 
 def _inputs(
@@ -126,6 +133,13 @@ def trouble(catalogue: Catalogue, user: Made, entry: Entry) -> str:
     return ""
 
 
+def troubles(catalogue: Catalogue, branch: Branch) -> list[str]:
+    """What is wrong with the inputs of a branch, a line each."""
+    found = Counter(trouble(catalogue, user, entry) for user, entry in branch.raw)
+    several = len(branch.raw) > 1
+    return [f"{n:,} of them: {said}" if several else said for said, n in found.items() if said]
+
+
 # ------------------------------------------------------------------------------------------------ text
 
 
@@ -136,34 +150,21 @@ def show(catalogue: Catalogue, made: Made) -> Tree:
 
     def label(branch: Branch) -> str:
         role = f"[dim]{escape(branch.role)}:[/] " if branch.role else ""
-        shown = branch.used if len(branch.makers) == 1 else []
-        more = max(len(branch.makers), len(branch.raw), len(shown)) - SHOWN
-        places = ", ".join(branch.places) + (f" and {more:,} more" if more > 0 else "")
         above = " [dim](see above)[/]" if branch.is_above else ""
-        return f"{role}[bold]{escape(branch.title)}[/]{above}  [cyan]{escape(places)}[/]"
+        return f"{role}[bold]{escape(branch.title)}[/]{above}  [cyan]{escape(branch.place)}[/]"
 
     def hang(branch: Branch, on: Tree) -> None:
-        for problem, number in _troubles(catalogue, branch).items():
-            on.add(
-                f"[red]{escape(f'{number:,} of them: ' if len(branch.raw) > 1 else '')}{escape(problem)}[/]"
-            )
+        for problem in troubles(catalogue, branch):
+            on.add(f"[red]{escape(problem)}[/]")
         for child in branch.branches:
             hang(child, on.add(label(child)))
 
-    root = grow(catalogue, made)
+    (root,) = grow(catalogue, made)
     tree = Tree(label(root), highlight=False)
     for fact in facts(made):
         tree.add(f"[dim]{escape(fact)}[/]")
     hang(root, tree)
     return tree
-
-
-def _troubles(catalogue: Catalogue, branch: Branch) -> dict[str, int]:
-    found: dict[str, int] = defaultdict(int)
-    for user, entry in branch.raw:
-        if problem := trouble(catalogue, user, entry):
-            found[problem] += 1
-    return found
 
 
 def facts(made: Made) -> list[str]:
@@ -206,7 +207,7 @@ def mermaid(catalogue: Catalogue, made: Made) -> str:
                     lines.append(arrow)
         return numbers[key]
 
-    draw(grow(catalogue, made))
+    draw(*grow(catalogue, made))
     return "\n".join(["flowchart LR", *lines])
 
 

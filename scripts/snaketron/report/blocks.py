@@ -77,10 +77,11 @@ class Quotes:
 
 @dataclass(frozen=True)
 class Tree:
-    """A line, and below it those of its branches."""
+    """A line, with what is less important of it in another colour, and below it those of its branches."""
 
     line: str
     branches: list[Tree] = field(default_factory=list)
+    about: str = ""
     kind: ClassVar[str] = "tree"
 
 

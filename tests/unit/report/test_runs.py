@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from snaketron import files
+from snaketron.lineage.record import making, of_user
 from snaketron.report.blocks import Facts, Figures, Quotes, Table, Text
 from snaketron.report.curves import curves_part
 from snaketron.report.origin import lineage_part
@@ -53,18 +54,38 @@ def test_the_page_names_the_base_that_was_used_and_says_where_its_record_is_gone
     training("sft", base="base-0123456789ab")
     run = read(tmp_path)
     tree = lineage_part(run).blocks[1:]
-    assert [(t.line, [b.line for b in t.branches]) for t in tree] == [
-        ("sft (checkpoint 0123456789ab)", ["base (checkpoint 0123456789ab)"])
+    assert [(t.line, t.about) for t in tree] == [("checkpoint sft", "ckpt/versions/sft-0123456789ab")]
+    assert [(t.line, t.about) for t in tree[0].branches] == [
+        ("base: checkpoint base", "other/ckpt/versions/base-0123456789ab")
     ]
     assert run.trouble == []
     shutil.rmtree(old)
     run = read(tmp_path)
     tree = lineage_part(run).blocks[1:]
-    assert [(t.line, [b.line for b in t.branches]) for t in tree] == [
-        ("sft (checkpoint 0123456789ab)", ["ckpt/base, base-0123456789ab, whose record is gone"])
-    ]
-    assert run.trouble == [
-        "ckpt/base: replaced since by base-ba9876543210, and the record of base-0123456789ab is gone."
+    (base,) = tree[0].branches
+    gone = "replaced since by base-ba9876543210, and the record of base-0123456789ab is gone"
+    assert (base.line, base.about) == ("base: checkpoint base-0123456789ab", "ckpt/base")
+    assert [b.line for b in base.branches] == [gone]
+    assert run.trouble == [f"ckpt/base: {gone}."]
+
+
+def test_the_page_names_a_raw_file_that_a_job_copied(training, tmp_path: Path, monkeypatch):
+    """The template that was installed has the hash of the user's, which is no product of that job."""
+    monkeypatch.chdir(tmp_path)
+    files.write_text(given := Path("template.jinja"), "{{ messages }}")
+    installed = Path("data/tokenizer/chat_template.jinja")
+    record = installed.with_name("chat_template.jinja.json")
+    with making("chat_template", "installed", outputs={"template": installed}, record=record) as job:
+        shutil.copy(given, job.aside["template"])
+        job.inputs = {"template": of_user(given)}
+    path = training("sft") / "record.json"
+    used = {"name": "template", "path": str(installed), "sha256": files.sha256(installed)}
+    files.write_json(path, files.read_json(path) | {"inputs": [used]})
+    (sft,) = lineage_part(read(tmp_path)).blocks[1:]
+    (template,) = sft.branches
+    assert (template.line, template.about) == ("template: chat_template installed", str(installed))
+    assert [(raw.line, raw.about) for raw in template.branches] == [
+        ("template: raw file", f"template.jinja, 14 bytes, sha256 {used['sha256'][:12]}")
     ]
 
 
