@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from snaketron.wording import plural
+
 CODE = ("scripts", "rules", "Snakefile")  # what decides on results, of the repository
 GIT_TIMEOUT_S = 30  # on a slow file system; the commit is left out then
 
@@ -81,3 +83,26 @@ def cpu_seconds() -> float:
 def provenance(more: Mapping[str, Any], cost: Mapping[str, float]) -> dict[str, Any]:
     """What a record says of it; `more` is what else is known of the hardware."""
     return {"code": code(), "hardware": {**hardware(), **more}, "cost": dict(cost)}
+
+
+# -------------------------------------------------------------------------------------------- in words
+
+
+def commit(code: Mapping[str, Any]) -> str:
+    """The code of a record.
+
+    >>> commit({"commit": "0edb11a495984f0b", "clean": False})
+    '0edb11a49598, and changes'
+    """
+    return str(code["commit"])[:12] + ("" if code.get("clean", True) else ", and changes")
+
+
+def machine(hardware: Mapping[str, Any]) -> str:
+    """The hardware of a record.
+
+    >>> machine({"cpu": "AMD EPYC", "cpus": 2, "memory_gb": 25.2, "gpu": "NVIDIA H200", "gpus": 8})
+    'AMD EPYC, 2 CPUs, 25 GB; 8 x NVIDIA H200'
+    """
+    cpus = plural(hardware.get("cpus") or 0, "CPU")
+    said = f"{hardware.get('cpu') or 'unknown'}, {cpus}, {hardware.get('memory_gb') or 0:,.0f} GB"
+    return said + (f"; {hardware.get('gpus', 1)} x {hardware['gpu']}" if hardware.get("gpu") else "")

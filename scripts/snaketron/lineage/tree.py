@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from snaketron.lineage.catalogue import Catalogue, Made
+from snaketron.lineage.provenance import commit, machine
 from snaketron.lineage.record import Entry
 from snaketron.lineage.walk import damage, why_lost
 from snaketron.wording import duration, plural
@@ -172,11 +173,9 @@ def facts(made: Made) -> list[str]:
     record, about = made.record, made.record.provenance
     lines = [f"made on {record.created}, in {duration(record.seconds)}"]
     if code := about.get("code"):
-        lines.append(f"code {code['commit'][:12]}" + ("" if code["clean"] else ", changed since that commit"))
+        lines.append(f"code {commit(code)}")
     if hardware := about.get("hardware"):
-        gpus = f"{hardware['gpus']} x {hardware['gpu']}, " if hardware.get("gpus") else ""
-        cpus = f"{plural(hardware['cpus'], 'CPU')} ({hardware['cpu']}), {hardware['memory_gb']} GB"
-        lines.append(gpus + cpus)
+        lines.append(machine(hardware))
     if cost := about.get("cost"):
         lines.append(", ".join(f"{n:,.1f} {name.replace('_', ' ')}" for name, n in cost.items()))
     versions = (f"{name} {version}" for name, version in record.versions.items() if version)

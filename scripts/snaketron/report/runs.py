@@ -16,8 +16,9 @@ from snaketron.jobs import heartbeat
 from snaketron.jobs.attempts import Attempt, read_attempts
 from snaketron.jobs.owner import is_owned
 from snaketron.jobs.version import Version, versions
+from snaketron.lineage.catalogue import read_all
 from snaketron.lineage.record import Record, read
-from snaketron.lineage.walk import LARGEST_RECORD, ancestors, lost, why_lost
+from snaketron.lineage.walk import ancestors, lost, why_lost
 from snaketron.log import UserError
 from snaketron.report.collect import Data, add_up, collect
 from snaketron.report.history import History, read_history
@@ -99,7 +100,6 @@ class Run:
 
     name: str
     directory: Path
-    roots: Mapping[str, Path]
     stages: list[Stage]
     rules: dict[str, Rule]
     data: Data
@@ -164,7 +164,6 @@ def read_run(
     return Run(
         name=name,
         directory=directory,
-        roots=at,
         stages=stages,
         rules=rules(
             directory,
@@ -305,7 +304,7 @@ def _read_data(
                     f"counted (removed, damaged or made again since): {', '.join(data.lacking[:3])}."
                 )
             return data, made | {path: read(path) for path in last}
-        there = {path: record for path in _json_files(root) if (record := _record(path))}
+        there = {made.path: made.record for made in read_all(sorted(root.rglob("*.json")))}
         data = collect([path for path in last if path.is_file()])
         every = add_up(there.values())
         every.mixes, every.indexed = data.mixes, data.indexed
@@ -313,18 +312,6 @@ def _read_data(
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         trouble.append(f"The records of the data cannot be followed: {error}")
         return Data(), {}
-
-
-def _json_files(root: Path) -> list[Path]:
-    found = (path for path in root.rglob("*.json") if not path.name.startswith("."))
-    return sorted(path for path in found if path.stat().st_size < LARGEST_RECORD)
-
-
-def _record(path: Path) -> Record | None:
-    try:
-        return read(path)
-    except UserError:
-        return None  # a blend or a tokenizer
 
 
 def _read_evaluations(root: Path, order: list[str], trouble: list[str]) -> dict[str, dict[str, Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from snaketron.lineage.diff import flat
-from snaketron.lineage.provenance import hardware
+from snaketron.lineage.provenance import commit, hardware, machine
 from snaketron.report.blocks import UNKNOWN, Block, Facts, Folded, Part, Table, Text
 from snaketron.report.measured import across
 from snaketron.report.runs import Run, Stage
@@ -90,7 +91,7 @@ def environment_part(runs: Sequence[Run], date: str) -> Part:
         blocks.append(
             Table("Versions, by the last record", ["package", *columns], rows, names=1 + len(columns))
         )
-    header = ["made", "code", "hardware"]
+    header = ["code", "hardware", "made"]
     blocks += across("Code and hardware, by the records", header, runs, _made_where, names=4)
     rows = [[run.name, *git(run.directory)] for run in runs]
     blocks.append(Table("Code in the directory now", ["run", "commit", "changed files"], rows, names=3))
@@ -100,15 +101,15 @@ def environment_part(runs: Sequence[Run], date: str) -> Part:
 
 
 def _made_where(run: Run) -> list[list[str]]:
-    """Which code made the artifacts of each kind and on what, each combination once."""
-    rows = []
+    """Which code made artifacts on what hardware, and which kinds of them."""
+    made: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for record in run.records.values():
-        told = record.provenance
-        code = told.get("code", {})
-        commit = code.get("commit", UNKNOWN)[:12] + ("" if code.get("clean", True) else ", and changes")
+        about = record.provenance
+        code = commit(about["code"]) if about.get("code") else UNKNOWN
+        hardware = machine(about["hardware"]) if about.get("hardware") else UNKNOWN
         kind = record.name if record.kind == "checkpoint" else record.kind.replace("_", " ")
-        rows.append([kind, commit, machine(told["hardware"]) if told.get("hardware") else UNKNOWN])
-    return [list(row) for row in dict.fromkeys(map(tuple, rows)) if row[1:] != (UNKNOWN, UNKNOWN)]
+        made[code, hardware][kind] = None
+    return [[*where, ", ".join(kinds)] for where, kinds in made.items() if where != (UNKNOWN, UNKNOWN)]
 
 
 def _versions(run: Run) -> dict[str, str | None]:
@@ -129,20 +130,8 @@ def git(directory: Path) -> list[str]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = ask("log", "-1", "--format=%h of %cs, %s")
-    if commit is None:
+    head = ask("log", "-1", "--format=%h of %cs, %s")
+    if head is None:
         return [UNKNOWN, UNKNOWN]
     changed = (ask("status", "--porcelain", "--untracked-files=no") or "").splitlines()
-    return [commit, ", ".join(line[2:].strip() for line in changed[:10]) or "none"]
-
-
-def machine(values: Mapping[str, Any]) -> str:
-    """Hardware in words, as records have it.
-
-    >>> machine({"cpu": "AMD EPYC", "cpus": 2, "memory_gb": 25.2, "gpu": "NVIDIA H200", "gpus": 8})
-    'AMD EPYC, 2 CPUs, 25 GB; 8 x NVIDIA H200'
-    """
-    said = (
-        f"{values.get('cpu') or 'unknown'}, {values.get('cpus')} CPUs, {values.get('memory_gb') or 0:,.0f} GB"
-    )
-    return said + (f"; {values.get('gpus', 1)} x {values['gpu']}" if values.get("gpu") else "")
+    return [head, ", ".join(line[2:].strip() for line in changed[:10]) or "none"]
