@@ -72,17 +72,19 @@ def duration(seconds: float) -> str:
     return f"{hours:02d}:{minutes:02d}:{seconds:02d}"
 
 
-def hours(number: float) -> str:
-    """A time that is known roughly, in the unit that fits it.
+DURATIONS = {"days": 86_400, "h": 3600, "min": 60, "s": 1}  # units of `short_duration`, in seconds
 
-    >>> hours(0.001), hours(0.5), hours(5), hours(72)
-    ('4 s', '30.0 min', '5.0 h', '3.0 days')
+
+def short_duration(seconds: float) -> str:
+    """A time in the unit that fits it.
+
+    >>> short_duration(0.3), short_duration(90), short_duration(7300), short_duration(259_200)
+    ('0.3 s', '1.5 min', '2.0 h', '3.0 days')
     """
-    if number >= 48:
-        return f"{number / 24:,.1f} days"
-    if number >= 1:
-        return f"{number:.1f} h"
-    return f"{number * 60:.1f} min" if number * 60 >= 1 else f"{number * 3600:.0f} s"
+    for unit, least in (("days", 172_800), ("h", 3600), ("min", 60)):
+        if seconds >= least:
+            return f"{seconds / DURATIONS[unit]:,.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def counted(numbers: Mapping[str, int], *, empty: str = "none", sign: str = " x ") -> str:

@@ -1,6 +1,6 @@
 """Numbers as a person reads them."""
 
-from snaketron.wording import binary, counted, duration, hours, large, plural, short, size_text
+from snaketron.wording import binary, counted, duration, large, plural, short, short_duration, size_text
 
 import pytest
 
@@ -41,9 +41,10 @@ def test_powers_of_two_of_an_axis():
 
 def test_times_that_are_left_and_times_that_are_estimated():
     assert [duration(seconds) for seconds in (0, 59.6, 93_784)] == ["00:00:00", "00:01:00", "26:03:04"]
-    short = [hours(seconds / 3600) for seconds in (2.4, 59, 60)]
-    assert short == ["2 s", "59 s", "1.0 min"]  # and not "0.0 min"
-    assert [hours(number) for number in (0.5, 1, 47.9, 48)] == ["30.0 min", "1.0 h", "47.9 h", "2.0 days"]
+    short = [short_duration(seconds) for seconds in (2.4, 59, 60)]
+    assert short == ["2.4 s", "59 s", "1.0 min"]  # and not "0.0 min"
+    hours = [short_duration(3600 * number) for number in (0.5, 1, 47.9, 48)]
+    assert hours == ["30.0 min", "1.0 h", "47.9 h", "2.0 days"]
 
 
 def test_a_number_of_things():

@@ -12,7 +12,7 @@ from snaketron.graph.outlook import Look, trainings
 from snaketron.sizes.layout import layout_words
 from snaketron.sizes.plan import Estimate, components, estimate, hours_at
 from snaketron.sizes.speed import ESTIMATED
-from snaketron.wording import BYTES, hours, large, plural
+from snaketron.wording import BYTES, large, plural, short_duration
 
 Request = Callable[[Any], str]  # from a job to options of sbatch
 
@@ -113,9 +113,9 @@ def time_line(training: Training, needs: Estimate, limit_minutes: float) -> str:
     assert needs.speed is not None
     text = f"{tokens} at {needs.speed.tokens_per_second:,.0f} tokens/s on each"
     text += f" ({needs.speed.source})" if needs.speed.source == ESTIMATED else ""
-    text += f": {hours(needs.hours)}"
+    text += f": {short_duration(3600 * needs.hours)}"
     jobs = needs.num_jobs(limit_minutes / 60, run.stop_before_limit) or 1
-    text += f", in {jobs:,} jobs of {hours(limit_minutes / 60)}" if jobs > 1 else ""
+    text += f", in {jobs:,} jobs of {short_duration(60 * limit_minutes)}" if jobs > 1 else ""
     if needs.speed.source == ESTIMATED and (others := hours_at(needs.published, training)):
-        text += f"; {hours(others)} at the published speed of such GPUs"
+        text += f"; {short_duration(3600 * others)} at the published speed of such GPUs"
     return text

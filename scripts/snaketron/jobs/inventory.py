@@ -19,7 +19,7 @@ from snaketron.jobs.version import Description, Version, published, version_key,
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.sizes.outlook import Inputs, Progress
-from snaketron.wording import hours, size_text
+from snaketron.wording import short_duration, size_text
 
 OUTCOMES = {
     "failed": "failed",
@@ -63,7 +63,7 @@ class Item:
         return "" if self.is_running or self.is_stopped else "superseded"
 
     def __str__(self) -> str:
-        age = hours((time.time() - self.changed) / 3600)
+        age = short_duration(time.time() - self.changed)
         words = ", ".join(filter(None, (self.state, self.why)))
         return f"{self.name:32} {size_text(self.size):>9} {age:>9}  {words}"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from snaketron.report.blocks import UNKNOWN, Block, Part, Table, Text, number
 from snaketron.report.evaluations import beside
 from snaketron.report.runs import Run, Stage
-from snaketron.wording import duration, hours, large
+from snaketron.wording import large, short_duration
 
 
 def across(
@@ -66,8 +66,8 @@ def _speed(runs: Sequence[Run]) -> list[Block]:
                     number(median_of(stage, "tokens_per_second_per_process"), 0),
                     number(median_of(stage, "tflops_per_process"), 3),
                     number(_peak(stage), 2),
-                    *(duration(seconds) for seconds in spent),
-                    duration(stage.seconds),
+                    *map(short_duration, spent),
+                    short_duration(stage.seconds),
                     f"{stage.seconds * stage.processes / 3600:,.3f}",
                 ]
             )
@@ -113,8 +113,8 @@ def _planned_rows(run: Run) -> list[list[str]]:
                 f"{stage.tokens:,}",
                 number(one["tokens_per_second_per_process"], 0),
                 number(median_of(stage, "tokens_per_second_per_process"), 0),
-                hours(planned) if planned else UNKNOWN,
-                hours(stage.total("timing", "step_seconds") / 3600),
+                short_duration(3600 * planned) if planned else UNKNOWN,
+                short_duration(stage.total("timing", "step_seconds")),
                 number(one["memory"]["total"] / 2**30, 2),
                 number(_peak(stage), 2),
             ]
@@ -135,7 +135,7 @@ def _attempts(runs: Sequence[Run]) -> list[Block]:
                 attempt.error or "",
                 f"{attempt.from_iteration:,}",
                 f"{attempt.iteration:,}",
-                UNKNOWN if attempt.seconds is None else duration(attempt.seconds),
+                UNKNOWN if attempt.seconds is None else short_duration(attempt.seconds),
             ]
             for stage in run.stages
             if len(stage.attempts) > 1 or stage.state != "finished"

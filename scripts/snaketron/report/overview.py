@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from snaketron.report.blocks import Block, Facts, Part, Quotes, Table, Text, number
 from snaketron.report.measured import across, cost, parameters
-from snaketron.report.progress import short_duration, sign
+from snaketron.report.progress import sign
 from snaketron.report.runs import Run, Stage
-from snaketron.wording import large
+from snaketron.wording import large, short_duration
 
 TRAININGS = ("pretrain", "sft", "lora")  # the rules that train
 MAX_ANSWERS = 20  # prompts whose answers are shown

@@ -9,7 +9,7 @@ from snaketron.config import Parallel
 from snaketron.report.tables import table
 from snaketron.sizes.layout import layout_words
 from snaketron.sizes.published import Compared
-from snaketron.wording import BYTES, hours, large, some
+from snaketron.wording import BYTES, large, short_duration, some
 
 KINDS = ("experts", "TP", "CP", "PP", "DP")  # of what a GPU sends
 MEMORY = ("weights", "gradients", "main_weights", "moments", "activations", "recordings", "total")
@@ -98,6 +98,10 @@ def _trainings(trainings: Sequence[Mapping[str, Any]]) -> str:
     return table([*header, "GFLOP a token", "FLOP"], _alike(rows))
 
 
+def _hours(time: float | None) -> str:
+    return "-" if time is None else short_duration(3600 * time)
+
+
 def _time(trainings: Sequence[Mapping[str, Any]]) -> str:
     rows, stated = [], list[str]()
     sources = dict.fromkeys(one["published_source"] for one in trainings if one["published_source"])
@@ -112,9 +116,9 @@ def _time(trainings: Sequence[Mapping[str, Any]]) -> str:
                 f"{one['processes']:,}",
                 lies,
                 f"{speed:,.0f}" if known else "-",
-                hours(one["hours"]) if known else "-",
+                _hours(one["hours"]),
                 f"{one['process_hours']:,.1f}" if known else "-",
-                *([hours(one["published_hours"])] if sources else []),
+                *([_hours(one["published_hours"])] if sources else []),
             ]
         )
         if one["speed_source"] == "stated":

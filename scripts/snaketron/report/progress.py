@@ -8,7 +8,7 @@ from html import escape
 from snaketron.report.blocks import OWN, UNKNOWN, Block, Figure, Listing, Part, Table, Text
 from snaketron.report.runs import Run
 from snaketron.report.workflow import RULES, Rule
-from snaketron.wording import duration, plural
+from snaketron.wording import plural, short_duration
 
 SIGNS = {
     "finished": "✓",
@@ -46,7 +46,8 @@ def progress_part(run: Run) -> Part:
 def _table(rules: Mapping[str, Rule]) -> Table:
     rows = []
     for rule in rules.values():
-        times = [duration(sum(rule.seconds)), duration(max(rule.seconds))] if rule.seconds else [UNKNOWN] * 2
+        taken = (sum(rule.seconds), max(rule.seconds)) if rule.seconds else ()
+        times = [short_duration(seconds) for seconds in taken] or [UNKNOWN] * 2
         memory = f"{rule.peak_mb:,.0f}" if rule.peak_mb else UNKNOWN
         rows.append([rule.name, sign(rule.state), f"{rule.done:,} of {rule.expected:,}", *times, memory])
     header = ["rule", "state", "jobs done", "time of all jobs", "longest job", "peak memory (MB)"]
@@ -121,15 +122,3 @@ def _arrow(above: tuple[int, int], below: tuple[int, int]) -> str:
         turn = to_y - (_ROW - _HEIGHT)  # below the boxes of its own lane
         line = f"M{x} {y}V{turn}C{x} {to_y - 4} {to_x} {turn + 4} {to_x} {to_y}"
     return f'<path class="edge" d="{line}" marker-end="url(#{OWN}arrow)"/>'
-
-
-def short_duration(seconds: float) -> str:
-    """A time in its largest unit.
-
-    >>> short_duration(0.3), short_duration(90), short_duration(7300)
-    ('0.3 s', '1.5 min', '2.0 h')
-    """
-    for size, unit in ((172_800, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / min(size, 86_400):.1f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

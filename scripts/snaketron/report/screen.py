@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from snaketron.report.live import Rule, Training, View
-from snaketron.report.progress import SIGNS, short_duration
-from snaketron.wording import duration, plural
+from snaketron.report.progress import SIGNS
+from snaketron.wording import duration, plural, short_duration
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text

@@ -7,8 +7,9 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from snaketron.wording import DURATIONS
+
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}  # of `wording.large`
-HOURS = {"min": 1 / 60, "h": 1.0, "days": 24.0}  # of `wording.hours`
 # Lines of `graph.outlook`, which the log has of each training that a run contains.
 TRAINING = re.compile(r"(pretrain/\w+|sft|lora\w*) +(trains|continues|was trained|was merged|adds) ?(.*)")
 JOB = re.compile(r"( *)(?:local)?(?:rule|checkpoint) (\w+):$")
@@ -158,8 +159,8 @@ def planned(verb: str, words: str) -> Planned:
     """
     if verb not in ("trains", "continues"):
         return Planned()
-    about = re.search(r"about ([\d.,]+) (min|h|days)", words)
-    seconds = _number(about[1]) * HOURS[about[2]] * 3600 if about else None
+    about = re.search(rf"about ([\d.,]+) ({'|'.join(DURATIONS)})\b", words)
+    seconds = _number(about[1]) * DURATIONS[about[2]] if about else None
     if found := re.match(r"(?:at|after) step ([\d,]+) of ([\d,]+)", words):
         return Planned(int(_number(found[2])), int(_number(found[1])), None, seconds)
     if found := re.match(r"([\d,]+) steps, ([\d.,]+) ?([kMBT]?) tokens", words):

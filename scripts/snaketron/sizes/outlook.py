@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snaketron.wording import hours, large
+from snaketron.wording import large, short_duration
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def outlook(progress: Progress, steps: int, tokens_per_step: int, stated: float 
     elif progress.done:
         text = f"continues after step {progress.done:,} of {steps:,}"
     if speed := stated or progress.tokens_per_second:
-        text += f", about {hours(left / speed / 3600)}"
+        text += f", about {short_duration(left / speed)}"
         text += "" if stated else " at the speed of the last time"
     if not progress.identity and not progress.done:
         text += ", once what it is made from is there"

@@ -241,6 +241,7 @@ def test_slurm_is_asked_in_a_thread_and_no_answer_is_no_fault(tmp_path: Path, mo
         (Progress(identity="a", tokens_per_second=100.0), None, Planned(80, 0, 80_000.0, 792.0)),
         (Progress(done=20), 100.0, Planned(80, 20, None, 600.0)),
         (Progress(done=20, origin="sft-1"), 1.0, Planned(80, 20, None, 60_120.0)),
+        (Progress(done=20), 5000.0, Planned(80, 20, None, 12.0)),
         (Progress(finished=True), None, Planned()),
     ],
 )
