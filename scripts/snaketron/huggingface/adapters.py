@@ -10,11 +10,12 @@ from snaketron.config import Adapters
 from snaketron.files import to_json, writing_directory
 from snaketron.huggingface import shards
 from snaketron.huggingface.config import copy_tokenizer
+from snaketron.huggingface.metadata import megatron_differences
+from snaketron.huggingface.names import megatron_tensors
 from snaketron.huggingface.peft import Factor, adapter_config, factors, refused
 from snaketron.huggingface.save import (
     Checkpoint,
     Rows,
-    compare,
     entry_of,
     listed,
     open_tensors,
@@ -64,7 +65,8 @@ def export_adapters(
         raise UserError("\n".join(problems))
     reader = open_tensors(checkpoint.tensors)
     found = factors(checkpoint.model, adapters)
-    if problems := compare([factor.tensor for factor in found], reader):
+    held = megatron_tensors((factor.tensor for factor in found), {})
+    if problems := megatron_differences(reader.listed, held, None):
         raise UserError(listed(f"{checkpoint.tensors} does not hold the adapters of its settings:", problems))
     kept = {factor.tensor.name: factor for factor in found if factor.is_computed}
     left_out = len(found) - len(kept)

@@ -120,8 +120,7 @@ def megatron_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
     reader = open_tensors(directory)
     padded = padded_vocab_size(model, vocab_size, 1)
     wanted = megatron_tensors(tensors(model, vocab_size), dict.fromkeys(VOCABULARY, padded))
-    there = {key: (shape, str(dtype)) for key, (shape, dtype) in reader.tensors.items()}
-    if problems := damaged_files(directory) + megatron_differences(there, wanted, vocab_size):
+    if problems := damaged_files(directory) + megatron_differences(reader.listed, wanted, vocab_size):
         raise UserError(listed(f"{directory} cannot be imported:", problems))
     bad: list[str] = []
     read = TensorReader(reader)

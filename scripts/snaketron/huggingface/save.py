@@ -13,7 +13,8 @@ from snaketron.config import Model
 from snaketron.files import sha256, sha256_of, to_json, writing_directory
 from snaketron.huggingface import config, shards
 from snaketron.huggingface.index import INDEX
-from snaketron.huggingface.names import VOCABULARY, Tensor, tensors
+from snaketron.huggingface.metadata import megatron_differences
+from snaketron.huggingface.names import Tensor, megatron_tensors, tensors
 from snaketron.huggingface.torch_dist import Reader, is_finite
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import UserError, logger
@@ -55,7 +56,8 @@ def export(
     """
     reader = open_tensors(checkpoint.tensors)
     wanted = tensors(checkpoint.model, checkpoint.vocab_size)
-    if problems := compare(wanted, reader):
+    held = megatron_tensors(wanted, {})
+    if problems := megatron_differences(reader.listed, held, checkpoint.vocab_size):
         raise UserError(listed(f"{checkpoint.tensors} does not hold the model of its settings:", problems))
     files = shards.plan(_described(wanted, reader), shard_bytes)
     parts = {tensor.name: tensor for tensor in wanted}
@@ -118,31 +120,6 @@ def open_tensors(directory: Path) -> Reader:
         raise UserError(
             f"{directory}: not a torch_dist checkpoint, or damaged ({type(error).__name__}: {error})"
         ) from error
-
-
-def compare(wanted: Iterable[Tensor], reader: Reader) -> list[str]:
-    """Everything that the checkpoint lacks, or has in another shape; and what it has beside the model."""
-    problems: list[str] = []
-    rows: dict[str, tuple[int, tuple[int, ...], int]] = {}
-    for tensor in wanted:
-        for part in tensor.parts:
-            columns = tensor.shape[1:]
-            before = rows.get(part.key, (0, columns, 0))
-            experts = 0 if part.expert is None else part.expert + 1
-            rows[part.key] = (max(before[0], part.stop), columns, max(before[2], experts))
-    for key, (least, columns, experts) in rows.items():
-        if key not in reader.tensors:
-            problems.append(f"{key}: missing")
-            continue
-        shape = reader.tensors[key][0]
-        wanted_shape = (experts, least, *columns) if experts else (least, *columns)
-        padded = key in VOCABULARY and shape[0] >= least and shape[1:] == columns
-        if shape != wanted_shape and not padded:
-            problems.append(f"{key}: {list(shape)}, and the model wants {list(wanted_shape)}")
-        if reader.tensors[key][1] not in shards.DTYPES.values():
-            problems.append(f"{key}: {reader.tensors[key][1]}; only float32 and bfloat16 are exported")
-    problems += [f"{key}: not of this model" for key in reader.tensors if key not in rows]
-    return problems
 
 
 def _described(wanted: Iterable[Tensor], reader: Reader) -> Iterator[shards.Described]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from snaketron.huggingface.metadata import Listed
+
 import torch
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
@@ -61,6 +63,11 @@ class Reader:
             for key, value in self._metadata.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata) and not key.startswith("optimizer.")
         }
+
+    @property
+    def listed(self) -> Listed:
+        """As `metadata.listed_tensors` gives them."""
+        return {key: (shape, str(dtype)) for key, (shape, dtype) in self.tensors.items()}
 
     def read(self, key: str) -> torch.Tensor:
         """A whole tensor. Raises `OSError` or `RuntimeError` where a file is missing or damaged."""

@@ -152,8 +152,8 @@ def test_all_differences_are_named_at_once(tmp_path: Path):
         export_of(directory, tmp_path / "hf")
     assert str(refused.value).splitlines() == [
         f"{directory} does not hold the model of its settings:",
-        "decoder.layers.2.self_attention.linear_proj.weight: torch.float16; only float32 and bfloat16 are "
-        "exported",
+        "decoder.layers.2.self_attention.linear_proj.weight: of type torch.float16; only float32 and "
+        "bfloat16 are read",
         "decoder.layers.3.mlp.linear_fc1.weight: [25, 16], and the model wants [24, 16]",
         "decoder.final_norm.weight: missing",
         "decoder.layers.4.mixer.D: not of this model",
