@@ -18,6 +18,7 @@ from snaketron.jobs.status import Queued, queued
 from snaketron.jobs.version import Version, published, versions
 from snaketron.log import UserError
 from snaketron.report.snakemake_log import Job, Log, Planned
+from snaketron.report.workflow import files_of, read_benchmark
 from snaketron.tracking.lines import Tail, line_of_metrics
 from snaketron.tracking.warnings import Warning, warnings_of
 
@@ -170,6 +171,7 @@ class Follower:
         self.directory, self.alive = directory, alive
         self.log, self.tail = Log(), Tail(Path())
         self.queue = Queue(directory)
+        self.slurm: dict[str, Queued] = {}  # what Slurm said when it was looked at last, by number
         self.metrics: dict[Path, Measured] = {}
         self.usual: dict[str, float | None] = {}  # seconds of a job of earlier runs, by rule
         self._lock: tuple[float, bool] = (-LOOK_AT_LOCK_S, False)
@@ -184,11 +186,11 @@ class Follower:
         begun = [job for job in log.jobs.values() if job.state == "running"]
         if any(job.slurm for job in begun):
             self.queue.look()
-        slurm = {job.number: job for job in self.queue.jobs or ()}
-        trainings = [self._training(*one, running, slurm) for one in log.trainings.items()]
-        rules = self._rules(running, slurm)
+        self.slurm = {job.number: job for job in self.queue.jobs or ()}
+        trainings = [self._training(*one, running) for one in log.trainings.items()]
+        rules = self._rules(running)
         states = {one.state for one in trainings} | {rule.state for rule in rules}
-        waiting = [job for job in begun if _waits(job, slurm)]
+        waiting = [job for job in begun if self._waits(job)]
         left, at_least = self._left(trainings, rules, [job for job in begun if job not in waiting])
         warned = max(
             ((one.warned, one.name, one.warning) for one in trainings if one.warning),
@@ -207,8 +209,8 @@ class Follower:
             total=total,
             rules=rules,
             trainings=trainings,
-            running=[self._running(job, slurm) for job in begun if running and job not in waiting],
-            waiting=_queue(waiting, slurm) if running else (),
+            running=[self._running(job) for job in begun if running and job not in waiting],
+            waiting=_queue([self.slurm[job.slurm] for job in waiting]) if running else (),
             failed=[job.title for job in log.jobs.values() if job.state == "failed"],
             seconds_left=left if running else None,
             at_least=at_least,
@@ -249,13 +251,15 @@ class Follower:
 
     # ---------------------------------------------------------------------------------------- rules
 
-    def _rules(self, running: bool, slurm: dict[str, Queued]) -> list[Rule]:
+    def _waits(self, job: Job) -> bool:
+        return job.slurm in self.slurm and self.slurm[job.slurm].waits
+
+    def _rules(self, running: bool) -> list[Rule]:
         """The rules that are not trainings. One waits whose jobs are all in Slurm's queue."""
-        trained = {name.partition("/")[0] for name in self.log.trainings}
-        trained = {"merge_lora" if name == "lora_merged" else name for name in trained}
+        trained = {_rule_of(name) for name in self.log.trainings}
         states: dict[str, Counter[str]] = {name: Counter() for name in self.log.totals}
         for job in self.log.jobs.values():
-            waits = job.state == "running" and _waits(job, slurm)
+            waits = job.state == "running" and self._waits(job)
             states.setdefault(job.rule, Counter())["waiting" if waits else job.state] += 1
         found = []
         for name, total in self.log.totals.items():
@@ -271,29 +275,25 @@ class Follower:
 
     # ------------------------------------------------------------------------------------ trainings
 
-    def _training(self, name: str, planned: Planned, running: bool, slurm: dict[str, Queued]) -> Training:
+    def _training(self, name: str, planned: Planned, running: bool) -> Training:
         job = self._job(name)
         if job is None:
             return Training(name, "waiting", planned.done, planned.steps, "", seconds_left=planned.seconds)
-        version = self._version(name, job)
-        if version is None:
-            state = job.state if running or job.state != "running" else "stopped"
-            state = "waiting" if state == "running" and _waits(job, slurm) else state
-            about = "is being started" if state == "running" else ""
-            left = 0.0 if state == "finished" else planned.seconds
-            return Training(name, state, planned.done, planned.steps, about, seconds_left=left)
-        state = job.state
-        if state == "running" and not running and not is_owned(version):
+        version, state = self._version(name, job), job.state
+        if state == "running" and not running and not (version and is_owned(version)):
             state = "stopped"
-        if state == "running" and _waits(job, slurm):  # it was requeued
+        if state == "running" and self._waits(job):  # for the first time, or it was requeued
             state = "waiting"
-        return self._of_version(name, state, version, planned)
+        if version:
+            return self._of_version(name, state, version, planned)
+        about = "is being started" if state == "running" else ""
+        left = 0.0 if state == "finished" else planned.seconds
+        return Training(name, state, planned.done, planned.steps, about, seconds_left=left)
 
     def _job(self, name: str) -> Job | None:
         """The newest job of a training."""
-        rule, _, phase = name.partition("/")
-        rule = "merge_lora" if name == "lora_merged" else rule
-        jobs = [job for job in self.log.jobs.values() if job.rule == rule and job.wildcards == phase]
+        wanted = _rule_of(name), name.partition("/")[2]
+        jobs = [job for job in self.log.jobs.values() if (job.rule, job.wildcards) == wanted]
         return jobs[-1] if jobs else None
 
     def _version(self, name: str, job: Job) -> Version | None:
@@ -336,9 +336,9 @@ class Follower:
             warned=version.metrics.stat().st_mtime if version.metrics.exists() else 0.0,
         )
 
-    def _running(self, job: Job, slurm: dict[str, Queued]) -> Running:
+    def _running(self, job: Job) -> Running:
         where = [f"job {job.slurm}"] if job.slurm else []
-        if known := slurm.get(job.slurm):
+        if known := self.slurm.get(job.slurm):
             where += [known.state, known.about]
         if job.rule == "evaluate" and (version := self._version(job.wildcards, job)):
             beat = heartbeat.read(version.heartbeat)
@@ -379,30 +379,19 @@ class Follower:
         if taken := self.log.seconds.get(rule):
             return statistics.mean(taken)
         if rule not in self.usual:
-            root = self.directory / "benchmarks"
-            paths = [root / f"{rule}.tsv", *sorted((root / rule).rglob("*.tsv"))[:BENCHMARKS]]
-            measured = [seconds for path in paths if (seconds := _benchmark(path)) is not None]
+            paths = files_of(rule, self.directory / "benchmarks", ".tsv")[:BENCHMARKS]
+            measured = [found[0] for path in paths if (found := read_benchmark(path))]
             self.usual[rule] = statistics.mean(measured) if measured else None
         return self.usual[rule]
 
 
-def _queue(waiting: Sequence[Job], slurm: dict[str, Queued]) -> list[tuple[str, int]]:
+def _rule_of(training: str) -> str:
+    return "merge_lora" if training == "lora_merged" else training.partition("/")[0]
+
+
+def _queue(waiting: Sequence[Queued]) -> list[tuple[str, int]]:
     """The jobs in Slurm's queue; where they are many, how many of each rule wait for the same reason."""
-    numbers = dict.fromkeys(job.slurm for job in waiting)
-    if len(numbers) > FEW:
-        return Counter(f"{slurm[n].rule}  {slurm[n].state} {slurm[n].about}" for n in numbers).most_common()
-    jobs = (slurm[number] for number in numbers)
+    jobs = {job.number: job for job in waiting}.values()
+    if len(jobs) > FEW:
+        return Counter(f"{job.rule}  {job.state} {job.about}" for job in jobs).most_common()
     return [(f"{f'{j.rule} {j.wildcards}'.strip()}  job {j.number}  {j.state} {j.about}", 1) for j in jobs]
-
-
-def _waits(job: Job, slurm: dict[str, Queued]) -> bool:
-    return job.slurm in slurm and slurm[job.slurm].waits
-
-
-def _benchmark(path: Path) -> float | None:
-    """The seconds of a benchmark of Snakemake; None where there is none, or it cannot be read."""
-    try:
-        header, values = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[:2])
-        return float(values[header.index("s")])
-    except (OSError, ValueError, IndexError):
-        return None

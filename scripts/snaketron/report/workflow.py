@@ -143,30 +143,36 @@ def rules(
     return found
 
 
-def _files(root: Path, rule: str, suffix: str) -> list[Path]:
+def files_of(rule: str, root: Path, suffix: str) -> list[Path]:
     """The files of a rule: one, or one for each of its jobs below a directory of its name."""
     alone = root / f"{rule}{suffix}"
     return [*([alone] if alone.is_file() else []), *sorted((root / rule).rglob(f"*{suffix}"))]
 
 
 def _read_benchmarks(rule: Rule, root: Path, asked: Callable[[str], bool]) -> None:
-    for path in _files(root, rule.name, ".tsv"):
-        try:
-            header, values = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[:2])
-            measured = dict(zip(header, values, strict=True))
-            rule.seconds.append(float(measured["s"]))
-        except (ValueError, KeyError):
-            continue  # of another version of Snakemake, or cut off
-        rule.done += asked(str(path.relative_to(root).with_suffix(".log")))
-        if re.fullmatch(r"[\d.]+", measured.get("max_rss", "")):
-            rule.peak_mb = max(rule.peak_mb, float(measured["max_rss"]))
+    for path in files_of(rule.name, root, ".tsv"):
+        if measured := read_benchmark(path):
+            rule.seconds.append(measured[0])
+            rule.peak_mb = max(rule.peak_mb, measured[1])
+            rule.done += asked(str(path.relative_to(root).with_suffix(".log")))
+
+
+def read_benchmark(path: Path) -> tuple[float, float] | None:
+    """The seconds and the peak memory (MB) of a job; None for a file that is cut off, or of other columns."""
+    try:
+        header, values = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[:2])
+        measured = dict(zip(header, values, strict=True))
+        memory = measured.get("max_rss", "")  # not a number where the job was too short
+        return float(measured["s"]), float(memory) if re.fullmatch(r"[\d.]+", memory) else 0.0
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _read_logs(
     rule: Rule, directory: Path, logs: Path, benchmarks: Path, begun: Mapping[Path, float]
 ) -> None:
     """Find the jobs that have a log, no benchmark that came after it, and did not make what they make."""
-    for path in _files(logs, rule.name, ".log"):
+    for path in files_of(rule.name, logs, ".log"):
         benchmark = benchmarks / path.relative_to(logs).with_suffix(".tsv")
         old, written = benchmark.exists(), path.stat().st_mtime
         if written < begun.get(path, 0.0) - SLACK_S:
