@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 from snaketron.report.blocks import OWN, Figure
-from snaketron.report.figures import BLUE, DARK, GREEN, GREY, LIGHT, PURPLE, SKY, VERMILION
+from snaketron.report.figures import (
+    BLUE,
+    DARK,
+    GREEN,
+    GREY,
+    LIGHT,
+    PURPLE,
+    SKY,
+    STYLE,
+    VERMILION,
+    as_svg,
+    drawing,
+)
 from snaketron.wording import short
 
-import matplotlib as mpl
-from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 MAX_POINTS = 300  # of a curve: as many as its drawing has pixels
@@ -22,21 +31,11 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, DARK)
 DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1)), (0, (1, 1)))
 # What the drawings are written in, and what the page calls it (page.css).
 _OF_PAGE = {DARK: "var(--ink)", GREY: "var(--muted)", LIGHT: "var(--line)"}
-_STYLE: dict[str, Any] = {
-    "svg.hashsalt": "snaketron",
-    "svg.fonttype": "none",
+_STYLE = STYLE | {
     "font.size": 11,
-    "text.color": DARK,
-    "axes.labelcolor": DARK,
-    "axes.edgecolor": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    "axes.axisbelow": "line",
     "axes.grid": True,
-    "grid.color": LIGHT,
-    "grid.linewidth": 0.6,
-    "xtick.color": DARK,
-    "ytick.color": DARK,
-    "legend.frameon": False,
+    "axes.grid.axis": "both",
     "legend.fontsize": 10,
 }
 
@@ -57,10 +56,8 @@ def draw(title: str, curves: Sequence[Curve]) -> Figure | None:
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return None
-    with mpl.rc_context(cast(Any, _STYLE)):
-        figure = Drawing(
-            figsize=(4.8, 2.5 + 0.18 * (len(curves) > 1) * -(-len(curves) // 2)), layout="constrained"
-        )
+    height = 2.5 + 0.18 * (len(curves) > 1) * -(-len(curves) // 2)
+    with drawing(height, 4.8, _STYLE) as figure:
         axes = figure.subplots()
         for curve in curves:
             xs, ys = zip(*thinned(curve.points), strict=True)
@@ -77,11 +74,10 @@ def draw(title: str, curves: Sequence[Curve]) -> Figure | None:
         _axes(axes)
         if len(curves) > 1:
             figure.legend(loc="outside upper left", ncols=2, handlelength=2.2, columnspacing=1.2)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        svg = as_svg(figure).decode()
     words = ". ".join(_in_words(curve) for curve in curves)
     alt = f"{title}: {words}."
-    return Figure(title, alt, inline(buffer.getvalue().decode(), alt))
+    return Figure(title, alt, inline(svg, alt))
 
 
 def _axes(axes: Any) -> None:

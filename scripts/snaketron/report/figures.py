@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -33,7 +33,7 @@ MAX_REASONS = 30  # bars of the figure of what was removed; the table has all
 ROW_INCHES = 0.32
 WIDTH = 5.0  # inches; a phone is about as wide
 
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "svg.hashsalt": "snaketron",
     "svg.fonttype": "none",  # letters that can be searched, in a tenth of the bytes
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -55,12 +55,12 @@ _STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def _figure(height: float) -> Iterator[Figure]:
-    with mpl.rc_context(cast(Any, _STYLE)):
-        yield Figure(figsize=(WIDTH, height), layout="constrained")
+def drawing(height: float, width: float = WIDTH, style: Mapping[str, Any] = STYLE) -> Iterator[Figure]:
+    with mpl.rc_context(cast(Any, style)):
+        yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Figure) -> bytes:
+def as_svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
@@ -68,9 +68,9 @@ def _svg(figure: Figure) -> bytes:
 
 def _nothing(what: str) -> bytes:
     """A figure with only a sentence: the rule promises every figure, whatever the data."""
-    with _figure(1.0) as figure:
+    with drawing(1.0) as figure:
         figure.text(0.5, 0.5, what, ha="center", va="center", color=GREY)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _names(axes: Any, names: Sequence[str]) -> None:
@@ -87,7 +87,7 @@ def draw_tokens(data: Data) -> bytes:
     if not data.texts:
         return _nothing("no corpora")
     names = sorted(data.texts, key=lambda name: (-data.texts[name].tokens["train"], name))
-    with _figure(1.1 + ROW_INCHES * len(names)) as figure:
+    with drawing(1.1 + ROW_INCHES * len(names)) as figure:
         axes = figure.subplots()
         for row, name in enumerate(names):
             values = [data.texts[name].tokens[split] for split in SPLITS if data.texts[name].tokens[split]]
@@ -119,7 +119,7 @@ def draw_tokens(data: Data) -> bytes:
         axes.grid(axis="x")
         _names(axes, names)
         figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def draw_lengths(data: Data) -> bytes:
@@ -133,7 +133,7 @@ def draw_lengths(data: Data) -> bytes:
     bins = [1 << k for k in range(low.bit_length() - 1, high.bit_length())]
     columns = min(2, len(found))
     rows = math.ceil(len(found) / columns)
-    with _figure(0.7 + 1.5 * rows) as figure:
+    with drawing(0.7 + 1.5 * rows) as figure:
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, name in zip(panels.flat, found, strict=False):
             lengths, total = found[name], sum(found[name].values())
@@ -151,7 +151,7 @@ def draw_lengths(data: Data) -> bytes:
             axes.tick_params(labelbottom=True)
         figure.supxlabel("tokens of a sequence (each bar: from a power of two to the next)", fontsize=9)
         figure.supylabel("share of the sequences", fontsize=9)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def draw_mix(data: Data) -> bytes:
@@ -168,7 +168,7 @@ def draw_mix(data: Data) -> bytes:
     others = [name for name in ordered if name not in named]
     kinds = (("there", "present"), ("asked", "asked"), ("realised", "realised"))
     lines = [(phase, label, key) for phase in data.mixes for label, key in kinds]
-    with _figure(1.4 + ROW_INCHES * 1.3 * len(lines)) as figure:
+    with drawing(1.4 + ROW_INCHES * 1.3 * len(lines)) as figure:
         axes = figure.subplots()
         places = [row + (row // 3 + 1) * 0.9 for row in range(len(lines))]  # a title above each phase
         ends: list[float] = [0.0] * len(lines)
@@ -194,7 +194,7 @@ def draw_mix(data: Data) -> bytes:
         axes.set_xlabel("share of the training tokens")
         axes.spines.left.set_visible(False)
         figure.legend(loc="outside upper left", ncols=3, handlelength=1.2)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _write_share(axes: Any, x: float, y: float, share: float, colour: str) -> None:
@@ -220,7 +220,7 @@ def draw_removed(data: Data) -> bytes:
     shown = ordered[:MAX_REASONS]
     steps = sorted({step for step, _ in shown})
     colours = dict(zip(steps, (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY), strict=False))
-    with _figure(1.1 + ROW_INCHES * len(shown)) as figure:
+    with drawing(1.1 + ROW_INCHES * len(shown)) as figure:
         axes = figure.subplots()
         for step in steps:
             rows = [row for row, key in enumerate(shown) if key[0] == step]
@@ -244,7 +244,7 @@ def draw_removed(data: Data) -> bytes:
         figure.legend(
             loc="outside upper left", ncols=3, handlelength=1.2, title="removed in the step", alignment="left"
         )
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def draw_packing(data: Data) -> bytes:
@@ -252,7 +252,7 @@ def draw_packing(data: Data) -> bytes:
     names = [name for name, chats in sorted(data.chats.items()) if chats.packs]
     if not names:
         return _nothing("no conversations")
-    with _figure(1.1 + 2.2 * ROW_INCHES * len(names)) as figure:
+    with drawing(1.1 + 2.2 * ROW_INCHES * len(names)) as figure:
         axes = figure.subplots()
         for offset, colour, label, key in (
             (-0.2, BLUE, "packing efficiency: filled part of the packs", "efficiency"),
@@ -272,7 +272,7 @@ def draw_packing(data: Data) -> bytes:
         axes.grid(axis="x")
         _names(axes, names)
         figure.legend(loc="outside upper left", ncols=1, handlelength=1.2)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 FIGURES: dict[str, Callable[[Data], bytes]] = {
@@ -290,7 +290,7 @@ type Rates = Sequence[tuple[str, Sequence[tuple[float, float]]]]
 
 def draw_rate(phases: Rates, closer: Rates = ()) -> bytes:
     """The learning rate of all phases, and in a panel of its own of those that are too short to be seen."""
-    with _figure(3.0) as figure:
+    with drawing(3.0) as figure:
         panels = figure.subplots(
             1, 2 if closer else 1, squeeze=False, width_ratios=[2, 1][: 2 if closer else 1]
         )
@@ -308,4 +308,4 @@ def draw_rate(phases: Rates, closer: Rates = ()) -> bytes:
             axes.grid(axis="both")
         panels[0][0].set_ylabel("learning rate (logarithmic)")
         figure.legend(loc="outside upper left", ncols=4, handletextpad=0.4)
-        return _svg(figure)
+        return as_svg(figure)

@@ -40,6 +40,6 @@ def rates(config: Config) -> list[PhaseRate]:
 
 def draw(config: Config) -> bytes:
     """The figure, as SVG: all phases, and beside them those with a rate of their own, which are short."""
-    found = [(one.phase, one.points) for one in rates(config)]
+    found = rates(config)
     constant = {training.phase for training in config.trainings() if training.constant_rate}
-    return draw_rate(found, [one for one in found if one[0] in constant])
+    return draw_rate(found, [one for one in found if one.phase in constant])
