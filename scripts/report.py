@@ -78,8 +78,8 @@ def read(directory: Path, name: str, configfiles: list[Path] | None, *, alone: b
     from snaketron.graph.asked import asked
     from snaketron.graph.configfiles import merged, of_last_run
     from snaketron.graph.plan import plan
+    from snaketron.lineage.diff import changed
     from snaketron.report.runs import read_run
-    from snaketron.report.setup import differences
 
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
@@ -89,7 +89,7 @@ def read(directory: Path, name: str, configfiles: list[Path] | None, *, alone: b
         files = of_last_run() if configfiles is None else configfiles
         try:
             config = load(merged(files))
-            changes = differences(load({}).model_dump(mode="json"), config.model_dump(mode="json"))
+            changes = changed(load({}).model_dump(mode="json"), config.model_dump(mode="json"))
             roots = dict(config.pathvars)
             planned, is_asked = plan(config), asked(config)
         except (ConfigError, UserError, OSError) as error:

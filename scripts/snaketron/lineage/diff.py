@@ -98,14 +98,14 @@ def values(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     >>> values({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "c": 2}, "d": 4})
     ['a.b: 1 | 3', 'd: not set | 4']
     """
+    return [f"{key}: {ours} | {theirs}" for key, ours, theirs in changed(one, other, "not set")]
+
+
+def changed(one: Mapping[str, Any], other: Mapping[str, Any], none: Any = None) -> list[tuple[str, Any, Any]]:
+    """The keys that differ, as `values` tells them, with both values; `none` where one of them has none."""
     ours, theirs = flat(one), flat(other)
-    keys = [*ours, *(key for key in theirs if key not in ours)]
-    none = "not set"
-    return [
-        f"{key}: {ours.get(key, none)} | {theirs.get(key, none)}"
-        for key in keys
-        if ours.get(key, none) != theirs.get(key, none)
-    ]
+    pairs = {key: (ours.get(key, none), theirs.get(key, none)) for key in ours | theirs}
+    return [(key, *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
 
 
 def flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:

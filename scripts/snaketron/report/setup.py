@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,6 @@ from snaketron.report.measured import across
 from snaketron.report.runs import Run, Stage
 
 MAX_CHARACTERS = 160  # of a value
-
-
-def differences(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The keys at which two configurations differ, with both values; None where one of them has none.
-
-    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
-    [('a.c', 2, 3)]
-    """
-    old, new = flat(defaults), flat(values)
-    return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
 def _shown(value: Any) -> str:

@@ -6,10 +6,10 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
+from snaketron.lineage.diff import changed
 from snaketron.report.overview import missing
 from snaketron.report.report import report
 from snaketron.report.runs import Run, read_run
-from snaketron.report.setup import differences
 from tests.chromium import Page, chromium, find
 
 import pytest
@@ -65,7 +65,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory):
 
 def read(root: Path, name: str) -> Run:
     run = read_run(root, {"data": "."}, None, name=name, alone=True)
-    run.changes = differences({"sft": {"seed": 1}}, {"sft": {"seed": 2}})
+    run.changes = changed({"sft": {"seed": 1}}, {"sft": {"seed": 2}})
     return run
 
 
