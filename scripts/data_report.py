@@ -25,9 +25,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from snaketron.report import page
+    from snaketron.report.data_report import write
 
-    data = page.write(args.records, args.output)
+    data = write(args.records, args.output)
     logger.info(
         "%s: %d corpora, %d chat sources, %d records",
         args.output / "report.md",

@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 from snaketron.report import figures
 from snaketron.report.blocks import UNKNOWN, Block, Part, Table, Text
 from snaketron.report.curves import curves_part
+from snaketron.report.data_report import data_parts
 from snaketron.report.measured import evaluations_part, measured_part
 from snaketron.report.origin import lineage_part
 from snaketron.report.overview import answers_part, summary_part
-from snaketron.report.page import data_parts, html
+from snaketron.report.page import html
 from snaketron.report.progress import progress_part
 from snaketron.report.runs import Run
 from snaketron.report.sections import sections

@@ -7,28 +7,7 @@ from dataclasses import dataclass, field
 
 from snaketron.config.data import SPLITS
 from snaketron.report.collect import ChatSource, Data, Text
-
-# Kinds of records, in the order of the steps that write them, and what the report calls these steps.
-STEPS = {
-    "raw": "download",
-    "tokenizer": "build tokenizer",
-    "filtered": "filter",
-    "exact_signature": "exact duplicates: hash",
-    "exact_duplicates": "exact duplicates: find",
-    "minhash_signature": "near duplicates: hash",
-    "minhash_pairs": "near duplicates: compare",
-    "near_duplicates": "near duplicates: join",
-    "decontamination_index": "decontamination: index",
-    "curated": "curate",
-    "tokens": "tokenize",
-    "registered_tokens": "register tokens",
-    "blend": "blend text",
-    "index": "index text",
-    "render_chat": "render conversations",
-    "pack_sft": "pack conversations",
-    "registered_packs": "register packs",
-    "blend_sft": "blend conversations",
-}
+from snaketron.report.workflow import RULES, rules_of
 
 
 @dataclass(frozen=True)
@@ -226,16 +205,11 @@ def _pack_size_section(data: Data) -> Section:
 
 
 def _time_section(data: Data) -> Section:
+    order = [kind for _, _, kind in RULES.values()]
     rows = []
-    for kind in sorted(data.seconds, key=lambda k: (list(STEPS).index(k) if k in STEPS else len(STEPS), k)):
+    for kind in sorted(data.seconds, key=lambda k: (order.index(k) if k in order else len(order), k)):
         seconds = data.seconds[kind]
-        rows.append(
-            [
-                STEPS.get(kind, kind.replace("_", " ")),
-                f"{len(seconds):,}",
-                f"{sum(seconds):,.1f}",
-                f"{max(seconds):,.1f}",
-            ]
-        )
+        made_by = ", ".join(rules_of(kind)) or kind.replace("_", " ")
+        rows.append([made_by, f"{len(seconds):,}", f"{sum(seconds):,.1f}", f"{max(seconds):,.1f}"])
     text = "From the start of a job's program to its record; jobs run side by side."
-    return Section("Time", text, ["step", "jobs", "seconds of all", "longest"], rows)
+    return Section("Time", text, ["rule", "jobs", "seconds of all", "longest"], rows)

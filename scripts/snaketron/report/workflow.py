@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,14 +210,18 @@ def _is_error(line: str) -> bool:
     return bool(re.search(r"\berror\b|Error:|Traceback|Killed", line))
 
 
+def rules_of(kind: str) -> list[str]:
+    """The rules that write records of a kind."""
+    return [name for name, (_, _, of_rule) in RULES.items() if of_rule == kind]
+
+
 def _by_rule(records: Iterable[Record]) -> dict[str, list[float]]:
-    """The seconds of the records of each rule."""
+    """The seconds of the records of each rule, as far as a record tells which rule wrote it."""
     seconds: dict[str, list[float]] = defaultdict(list)
-    kinds = Counter(kind for _, _, kind in RULES.values())
-    of_kind = {kind: name for name, (_, _, kind) in RULES.items() if kind and kinds[kind] == 1}
     for record in records:
-        name = of_kind.get(record.kind, "")
+        names = rules_of(record.kind)
         if record.kind == "checkpoint":
-            name = record.name.partition("/")[0]
-        seconds[name].append(record.seconds)
+            names = [record.name.partition("/")[0]]
+        if len(names) == 1:
+            seconds[names[0]].append(record.seconds)
     return seconds

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 from snaketron.report.collect import Data, collect
-from snaketron.report.page import markdown
+from snaketron.report.data_report import markdown
 from snaketron.report.sections import _quantile, sections
 
 import pytest
@@ -66,7 +66,7 @@ def test_the_text_has_every_table(records):
     assert cells(part, "tools") == ["96.2%", "96.2%", "96.2%", "100.0%"]
     assert "- `tools: packs of 100 tokens leave out 1 of 26 conversations (3.8%)`" in part
     assert cells(section(text, "Lengths"), "tools") == ["26", "16", "16", "128", "128"]
-    assert cells(section(text, "Time"), "tokenize") == ["3", "4.5", "2.5"]
+    assert cells(section(text, "Time"), "tokenize_shard") == ["3", "4.5", "2.5"]
 
 
 def test_what_no_record_is_about_is_left_out(records):
