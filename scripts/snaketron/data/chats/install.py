@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from snaketron.data.chats.probes import ANSWER, PROBE
-from snaketron.data.chats.template import Template
+from snaketron.data.chats.template import Template, read_source
 from snaketron.data.chats.unusable import Unusable
 from snaketron.data.tokenizer import from_hugging_face, origin
 from snaketron.lineage.record import Record, making, of_user
@@ -27,7 +27,7 @@ def install_template(*, template: Path | None, source: str | None, output: Path,
     """Check the chat template of a file, or of a Hugging Face tokenizer, and write it to `output`."""
     with making("chat_template", output.name, outputs={"template": output}, record=record) as job:
         if template is not None:
-            text, name = _read_template(template), str(template)
+            text, name = read_source(template, "tokenizer.chat_template"), str(template)
             job.inputs = {"template": of_user(template)}
         else:
             assert source is not None
@@ -39,17 +39,6 @@ def install_template(*, template: Path | None, source: str | None, output: Path,
         job.aside["template"].write_text(text, encoding="utf-8")
         job.counts = {"characters": len(text)}
     return job.record
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file (tokenizer.chat_template)") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: invalid UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
 
 
 def template_of(source: str) -> str:

@@ -361,12 +361,17 @@ class Template:
 
 def load_template(path: Path, variables: Mapping[str, str] | None = None, **arguments: Any) -> Template:
     """Compile the chat template of a file; the other arguments are those of `Template`."""
+    source = read_source(path, "rule install_chat_template")
+    return Template(source, name=str(path), variables=variables, **arguments)
+
+
+def read_source(path: Path, origin: str) -> str:
+    """The text of a file; where it is not there, `UserError` names the rule or the key it comes from."""
     try:
-        source = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such chat template (rule install_chat_template)") from None
+        raise UserError(f"{path}: no such chat template ({origin})") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: invalid UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from None
-    return Template(source, name=str(path), variables=variables, **arguments)

@@ -57,7 +57,7 @@ def test_the_template_of_a_tokenizer_is_taken(run_script, tmp_path, tokenizer_di
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "chat.jinja: no such file"),
+        (None, "chat.jinja: no such chat template (tokenizer.chat_template)"),
         ("{% for m in messages %}", "chat.jinja:1: the chat template does not parse"),
         ("{{ raise_exception('no roles') }}{% generation %}{% endgeneration %}", "no roles"),
         (
