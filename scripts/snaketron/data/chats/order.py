@@ -6,14 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.arrow import view
 from snaketron.data.chats.mixing import mix
 from snaketron.data.chats.pack import Conversations, plan
 from snaketron.data.chats.packs import PackedDataset
 from snaketron.log import UserError
 
 import numpy as np
-import pyarrow.parquet as pq
 
 AGAIN = "another version of the code packs otherwise; ask with the one that made it"
 
@@ -84,16 +82,3 @@ def samples(
             source, first = places[path]
             found |= (order[0] == source) & (order[1] == first + pack)
     return np.flatnonzero(found)
-
-
-def rows(path: Path, file: str, wanted: Iterable[int]) -> list[tuple[int, int, str]]:
-    """Number, raw row and split of each sequence of a rendered file that is from those rows of `file`."""
-    wanted, found, before = set(wanted), [], 0
-    with pq.ParquetFile(path) as opened:
-        for batch in opened.iter_batches(columns=["file", "row", "split"]):
-            numbers = view(batch.column(1))
-            for i in np.flatnonzero(np.isin(numbers, list(wanted))).tolist():
-                if batch.column(0)[i].as_py() == file:
-                    found.append((before + i, int(numbers[i]), batch.column(2)[i].as_py()))
-            before += batch.num_rows
-    return found

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from snaketron.data.curation import lists
+from snaketron.data.trace.rows import written
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.record import Record
 from snaketron.wording import counted
-
-import numpy as np
-import pyarrow.parquet as pq
 
 DUPLICATES = {"exact": "exact duplicate", "near": "near duplicate"}
 
@@ -32,14 +28,15 @@ def _in_curation(catalogue: Catalogue, curated: Made, file: str, row: int) -> st
     (entry,) = curated.record.inputs_named("filtered")
     filtered = catalogue.made_by(entry, curated)
     path = filtered.place(filtered.record.outputs[0]) if filtered else curated.place(entry)
-    number = _number(path, file, row)
-    if number is None:
+    found = written(path, file, [row])
+    if not found:
         if filtered is None:
             return "filtered out, or not in the file"
         if told := _listed(filtered.record, file, row):
             return f"dropped: {told}"
         told = _example(filtered.record, file, row)
         return f"filtered out: {told}" if told else _unlisted(filtered.record, "dropped or filtered out")
+    number = found[0][0]
     for name, reason in DUPLICATES.items():
         for entry in curated.record.inputs_named(name):
             if number in lists.Lists(curated.place(entry))[curated.record.name]:
@@ -47,18 +44,6 @@ def _in_curation(catalogue: Catalogue, curated: Made, file: str, row: int) -> st
     if told := _example(curated.record, file, row):
         return f"removed by curation: {told}"
     return _unlisted(curated.record, "removed by curation, or dropped after it")
-
-
-def _number(path: Path, file: str, row: int) -> int | None:
-    """The number of a document in a filtered shard; None where it is not in it."""
-    before = 0
-    with pq.ParquetFile(path) as opened:
-        for batch in opened.iter_batches(columns=["file", "row"]):
-            for i in np.flatnonzero(np.array(batch.column(1).to_pylist()) == row).tolist():
-                if batch.column(0)[i].as_py() == file:
-                    return before + i
-            before += batch.num_rows
-    return None
 
 
 def _listed(record: Record, file: str, row: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from snaketron.data.chats import order as chats
 from snaketron.data.text.order import SampleOrder
 from snaketron.data.trace.drops import why_dropped
+from snaketron.data.trace.rows import written
 from snaketron.files import read_json
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.uses import INFLUENCE, Source, reach
@@ -160,7 +161,7 @@ def _of_chats(catalogue: Catalogue, shard: Made, file: str, rows: Sequence[int])
     path = shard.place(shard.record.outputs[0])
     found = {row: Fate(file, row, shard) for row in rows}
     try:
-        for number, row, split in chats.rows(path, file, rows):
+        for number, row, split in written(path, file, rows, "split"):
             found[row].numbers.append(number)
             found[row].splits.append(split)
     except FileNotFoundError:

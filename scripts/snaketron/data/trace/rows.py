@@ -1,18 +1,36 @@
-"""The rows of a raw file that hold a text."""
+"""The rows of a raw file: those that hold a text, and where a file of the workflow has them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from snaketron.data.arrow import view
 from snaketron.data.rows import read_rows
 from snaketron.lineage.uses import Source
 from snaketron.log import UserError
 from snaketron.settings.text import ReadSettings
 
+import numpy as np
+import pyarrow.parquet as pq
+
 MOST = 100  # rows; a text that more have is not that of a document
 FIELDS = ("text_field", "messages_field")  # keys of settings that say which field of a row is read
+
+
+def written(path: Path, file: str, rows: Iterable[int], *columns: str) -> list[tuple[Any, ...]]:
+    """What a Parquet file has of some rows of the raw `file`: its own number, the raw row, `columns`."""
+    wanted, found, before = list(rows), list[tuple[Any, ...]](), 0
+    with pq.ParquetFile(path) as opened:
+        for batch in opened.iter_batches(columns=["file", "row", *columns]):
+            numbers = view(batch.column("row"))
+            for i in np.flatnonzero(np.isin(numbers, wanted)).tolist():
+                if batch.column("file")[i].as_py() == file:
+                    more = (batch.column(name)[i].as_py() for name in columns)
+                    found.append((before + i, int(numbers[i]), *more))
+            before += batch.num_rows
+    return found
 
 
 def rows_with(source: Source, text: str) -> list[int]:
