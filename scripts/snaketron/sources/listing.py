@@ -76,15 +76,11 @@ def _tasks(config: Config, lock: Lock, update: bool, patience: Patience) -> dict
     known, tasks = Known(lock), {}
     for name, (where, source) in remote(config).items():
         make = functools.partial(_source_entry, source, where, known, update, patience)
-        tasks[name] = Task(lock.sources, request(source), make, functools.partial(_enough, source))
+        tasks[name] = Task(lock.sources, request(source), make, functools.partial(enough, source))
     for model in hub_repositories(config):
         make = functools.partial(_model_entry, model, known, patience)
         tasks[model.name] = Task(lock.models, model.request, make, lambda _: True)
     return tasks
-
-
-def _enough(source: Corpus | ChatSource, entry: dict[str, Any]) -> bool:
-    return enough(entry, source)
 
 
 def _source_entry(

@@ -84,7 +84,7 @@ class Lock:
         elif entry["request"] != request(source):
             was, now = json.dumps(entry["request"]), json.dumps(request(source))
             problem = f"{self.path} lists what {was} asked for, and now it is {now}"
-        elif not enough(entry, source):
+        elif not enough(source, entry):
             now = f"max_files is {source.max_files}" if source.max_files else "all are asked for (max_files)"
             problem = f"{self.path} lists the first {plural(entry['max_files'], 'file')}, and now {now}"
         else:
@@ -176,7 +176,7 @@ def request(source: Corpus | ChatSource) -> dict[str, Any] | None:
     return None
 
 
-def enough(entry: dict[str, Any], source: Corpus | ChatSource) -> bool:
+def enough(source: Corpus | ChatSource, entry: dict[str, Any]) -> bool:
     """Whether an entry lists as many files as a source uses."""
     listed = entry.get("max_files")
     return listed is None or (source.max_files is not None and source.max_files <= listed)

@@ -9,12 +9,9 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from snaketron.data.sample.requests import conversations
+from snaketron.data.sample.requests import Message, conversations, message
 from snaketron.data.sample.text import Documented, Row, documented, standard_library
-
-Message = dict[str, Any]
 
 CONVERSATIONS = 2000
 ANSWER = 320  # characters of an answer at most
@@ -57,7 +54,7 @@ def questions() -> Iterator[Row]:
         rng = random.Random(f"questions {entry.name}")
         turns = _question(entry, rng, modules)
         if i % 4 == 0:
-            turns = [_message("system", rng.choice(SYSTEMS)), *turns]
+            turns = [message("system", rng.choice(SYSTEMS)), *turns]
         yield {"id": f"questions/{entry.name}", "messages": turns}
 
 
@@ -84,19 +81,19 @@ def _first_paragraph(doc: str) -> str:
 
 def _question(entry: Documented, rng: random.Random, modules: list[str]) -> list[Message]:
     kind = rng.choice(("what", "what", "signature", "both", "both", "module"))
-    what = [_message("user", rng.choice(WHAT).format(name=entry.name)), _message("assistant", entry.doc)]
+    what = [message("user", rng.choice(WHAT).format(name=entry.name)), message("assistant", entry.doc)]
     if kind == "signature" and entry.signature:
         asked = rng.choice(SIGNATURES).format(name=entry.name)
-        return [_message("user", asked), _message("assistant", f"`{entry.name}{entry.signature}`")]
+        return [message("user", asked), message("assistant", f"`{entry.name}{entry.signature}`")]
     if kind == "both" and entry.signature:
         answer = f"Like this: `{entry.name}{entry.signature}`"
-        return [*what, _message("user", rng.choice(FOLLOW_UPS)), _message("assistant", answer)]
+        return [*what, message("user", rng.choice(FOLLOW_UPS)), message("assistant", answer)]
     if kind == "module":
         module, other = _module(entry), rng.choice(modules)
         if not other.startswith(module) and not module.startswith(other):
             a, b = rng.sample((module, other), 2)
             asked = rng.choice(MODULES).format(short=entry.name.removeprefix(f"{module}."), a=a, b=b)
-            return [_message("user", asked), _message("assistant", f"It is in {module}: `{entry.name}`.")]
+            return [message("user", asked), message("assistant", f"It is in {module}: `{entry.name}`.")]
     return what
 
 
@@ -107,7 +104,3 @@ def _module(entry: Documented) -> str:
 def _is_method(entry: Documented) -> bool:
     parts = entry.name.split(".")
     return len(parts) > 2 and entry.signature.startswith(("(self", "(cls"))
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}

@@ -125,11 +125,11 @@ def conversations() -> Iterator[Row]:
         kind = _KINDS[i // LONGER % len(_KINDS)] if i % LONGER == 0 else ""
         messages = _turn(request, rng, reasons=kind == "reasons")
         if kind == "reasons":
-            messages.insert(0, _message("system", REASON))
+            messages.insert(0, message("system", REASON))
         elif kind == "thanks":
             thanks = rng.choice(sorted(THANKS))
-            messages.insert(0, _message("system", rng.choice(SYSTEMS)))
-            messages += [_message("user", thanks), _message("assistant", THANKS[thanks])]
+            messages.insert(0, message("system", rng.choice(SYSTEMS)))
+            messages += [message("user", thanks), message("assistant", THANKS[thanks])]
         elif kind == "asks twice":
             messages += _turn(next(found), rng, reasons=False)
         identifier = "/".join(["tools", request.tool, *request.arguments.values()])
@@ -143,18 +143,18 @@ _KINDS = ("lists tools", "reasons", "thanks", "asks twice")
 def _turn(request: Request, rng: random.Random, *, reasons: bool) -> list[Message]:
     arguments: Any = json.dumps(request.arguments) if rng.random() < 0.5 else request.arguments
     function = {"name": request.tool, "arguments": arguments}
-    call = _message("assistant", "") | {
+    call = message("assistant", "") | {
         "tool_calls": [{"id": "call_1", "type": "function", "function": function}]
     }
     if reasons:
         call["reasoning_content"] = f"The tool is {request.tool}."
     return [
-        _message("user", rng.choice(request.wordings)),
+        message("user", rng.choice(request.wordings)),
         call,
         {"role": "tool", "tool_call_id": "call_1", "name": request.tool, "content": request.result},
-        _message("assistant", request.answer),
+        message("assistant", request.answer),
     ]
 
 
-def _message(role: str, content: str) -> Message:
+def message(role: str, content: str) -> Message:
     return {"role": role, "content": content}

@@ -14,14 +14,12 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from snaketron.data.sample.requests import texts
+from snaketron.data.sample.requests import Row, texts
 from snaketron.lineage.record import Record, making
 
 import orjson
-
-Row = dict[str, Any]
 
 CODE_BYTES = 8_000_000  # of source in the corpus `code`
 GROUP_BYTES = 10_000  # longer modules become several documents, cut between their classes and functions

@@ -91,7 +91,6 @@ class Writer:
     """
 
     def __init__(self, bin_path: Path, idx_path: Path, dtype: np.dtype, final: Path) -> None:
-        self._paths = (bin_path, idx_path)
         self._final = final
         self._code = next(code for code, known in DTYPES.items() if known == dtype)
         self.dtype = dtype
