@@ -103,6 +103,7 @@ SLOW = (
     "test_a_continued_training_has_the_same_warnings_but_those_about_time_are_apart",
     "tests/unit/data/curation/test_filters.py::test_remembered_words_are_the_same_words",
     "tests/unit/sources/test_listing.py::test_the_command_lists_what_the_merged_configuration_asks_for",
+    "tests/unit/test_examples.py",
 )
 BUT = "tests/end_to_end/test_main_job.py"  # the workflow from raw text to its end, once
 BUT_NOT = (

@@ -58,8 +58,7 @@ class Training:
     def at(self, key: str) -> str:
         """Where the configuration has a key of this training, for messages.
 
-        >>> broad.at("seq_length"), broad.at("parallel")
-        ('pretrain.phases[0].seq_length', 'pretrain.parallel')
+        Of the first phase these are `pretrain.phases[0].seq_length` and `pretrain.parallel`.
         """
         return self.elsewhere.get(key, f"{self.section}.{key}")
 

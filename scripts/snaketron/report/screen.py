@@ -39,7 +39,7 @@ def curve(values: Sequence[float], columns: int) -> str:
     """Values as a curve of blocks. A column is the mean of as many as it stands for.
 
     >>> curve([8, 8, 6, 4, 2, 1], 3), curve([3.0], 8), curve([], 8)
-    ('█▄▁', '▁', '')
+    ('█▅▁', '▁', '')
     """
     finite = [value for value in values if abs(value) < float("inf")]  # neither NaN
     if not finite:
