@@ -231,12 +231,12 @@ def _is_unlimited(limit: Any) -> bool:
 
 
 def _patterns(config: Mapping[str, Any], model: Model) -> list[str]:
-    there, problems = pattern(config), []
+    there, problems = _pattern(config), []
     if there is None:
         problems.append("hybrid_override_pattern: missing in the checkpoint (layers_block_type too)")
     elif there != model.hybrid_layer_pattern:
         problems.append(_differ("hybrid_layer_pattern", there, model.hybrid_layer_pattern))
-    kinds = _of_kinds(config, "")
+    kinds = _of_kinds(config)
     if there and kinds and there != kinds:  # transformers would take the kinds, and vLLM the pattern
         problems.append(
             f"hybrid_override_pattern: {there} in the checkpoint, whose layers_block_type is {kinds}"
@@ -260,17 +260,13 @@ def _patterns(config: Mapping[str, Any], model: Model) -> list[str]:
     return problems
 
 
-def pattern(config: Mapping[str, Any]) -> str | None:
+def _pattern(config: Mapping[str, Any], prefix: str = "") -> str | None:
     """The letters of the layers; None where the file has none."""
-    return _pattern(config, "")
-
-
-def _pattern(config: Mapping[str, Any], prefix: str) -> str | None:
     written = config.get(f"{prefix}hybrid_override_pattern")
     return _of_kinds(config, prefix) if written is None else written
 
 
-def _of_kinds(config: Mapping[str, Any], prefix: str) -> str | None:
+def _of_kinds(config: Mapping[str, Any], prefix: str = "") -> str | None:
     """The letters of the layers whose kinds are listed; None where they are not."""
     kinds = config.get(f"{prefix}layers_block_type")
     if not kinds:

@@ -42,7 +42,7 @@ _STYLE = STYLE | {
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of a curve by their x; `look` is the number of its colour, where others have the same."""
+    """Points of a curve by their x; its colour and its dash by their numbers in `COLOURS` and `DASHES`."""
 
     name: str
     points: list[tuple[float, float]]

@@ -6,11 +6,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snaketron.files import read_json
 from snaketron.log import UserError
+from snaketron.report.blocks import Part, Table, Text
 from snaketron.report.tables import table
+
+if TYPE_CHECKING:
+    from snaketron.report.runs import Run
 
 # What is shown of a part, in order: the key of the result, and its name in the table.
 _SHOWN = {
@@ -105,3 +109,17 @@ def _value_text(value: float | None, measure: str) -> str:
     if value is None:
         return ""
     return f"{value:.1%}" if measure.startswith(("exact ", "cut ")) else f"{value:.4f}"
+
+
+def evaluations_part(runs: Sequence[Run]) -> Part:
+    """Evaluations of all checkpoints beside each other; what was not measured is empty."""
+    several = len(runs) > 1
+    evaluations = {
+        (f"{run.name}: {stage}" if several else stage): one
+        for run in runs
+        for stage, one in run.evaluations.items()
+    }
+    if not evaluations:
+        said = "No checkpoint was evaluated. The target eval/sft.json evaluates the one of SFT."
+        return Part("Evaluation", [Text(said)])
+    return Part("Evaluation", [Table("Evaluations on the test splits", *beside(evaluations), names=2)])

@@ -282,30 +282,3 @@ FIGURES: dict[str, Callable[[Data], bytes]] = {
     "removed": draw_removed,
     "packing": draw_packing,
 }
-
-
-# By phase: tokens before a step, and its rate.
-type Rates = Sequence[tuple[str, Sequence[tuple[float, float]]]]
-
-
-def draw_rate(phases: Rates, closer: Rates = ()) -> bytes:
-    """The learning rate of all phases, and in a panel of its own of those that are too short to be seen."""
-    with drawing(3.0) as figure:
-        panels = figure.subplots(
-            1, 2 if closer else 1, squeeze=False, width_ratios=[2, 1][: 2 if closer else 1]
-        )
-        for axes, shown in zip(panels[0], (phases, closer), strict=False):
-            first = shown[0][1][0][0]
-            for i, (name, points) in enumerate(shown):
-                tokens, rates = [at - first for at, _ in points], [rate for _, rate in points]
-                colour = COLOURS[[phase for phase, _ in phases].index(name) % len(COLOURS)]
-                axes.plot(tokens, rates, color=colour, linewidth=1.6, label=name if shown is phases else None)
-                axes.axvspan(tokens[0], tokens[-1], color=colour, alpha=0.06 + 0.04 * (i % 2), linewidth=0)
-            axes.set_xlabel(f"tokens after {short(first)}" if first else "tokens")
-            axes.set_yscale("log")
-            axes.xaxis.set_major_locator(MaxNLocator(6 if shown is phases else 3))
-            axes.xaxis.set_major_formatter(FuncFormatter(short))
-            axes.grid(axis="both")
-        panels[0][0].set_ylabel("learning rate (logarithmic)")
-        figure.legend(loc="outside upper left", ncols=4, handletextpad=0.4)
-        return as_svg(figure)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from snaketron.report.blocks import UNKNOWN, Block, Part, Table, Text, number
-from snaketron.report.evaluations import beside
 from snaketron.report.runs import Run, Stage
-from snaketron.wording import large, short_duration
+from snaketron.wording import short_duration
 
 
 def across(
@@ -144,24 +143,3 @@ def _attempts(runs: Sequence[Run]) -> list[Block]:
 
     header = ["training", "began", "Slurm job", "outcome", "error", "from step", "to step", "time"]
     return across("Attempts of trainings that did not finish in one", header, runs, rows, names=5)
-
-
-def evaluations_part(runs: Sequence[Run]) -> Part:
-    """Evaluations of all checkpoints beside each other; what was not measured is empty."""
-    several = len(runs) > 1
-    evaluations = {
-        (f"{run.name}: {stage}" if several else stage): one
-        for run in runs
-        for stage, one in run.evaluations.items()
-    }
-    if not evaluations:
-        said = "No checkpoint was evaluated. The target eval/sft.json evaluates the one of SFT."
-        return Part("Evaluation", [Text(said)])
-    return Part("Evaluation", [Table("Evaluations on the test splits", *beside(evaluations), names=2)])
-
-
-def parameters(run: Run) -> str:
-    """The size of the model by the plan."""
-    for one in run.plan["trainings"] if run.plan else []:
-        return f"{large(one['parameters'])} parameters, {large(one['active_parameters'])} active"
-    return ""

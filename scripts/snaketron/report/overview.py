@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from snaketron.report.blocks import Block, Facts, Part, Quotes, Table, Text, number
-from snaketron.report.measured import across, cost, parameters
+from snaketron.report.measured import across, cost
 from snaketron.report.progress import sign
 from snaketron.report.runs import Run, Stage
 from snaketron.wording import large, short_duration
@@ -36,7 +36,7 @@ def summary_part(runs: Sequence[Run]) -> Part:
         names=2,
     )
     for run in runs:
-        for quotes in _answers(run, of=len(runs) > 1)[:1]:
+        for quotes in _answers(run, named=len(runs) > 1)[:1]:
             blocks.append(replace(quotes, title=f"An answer: {quotes.title.lower()}"))
     return Part("Summary", blocks)
 
@@ -44,7 +44,7 @@ def summary_part(runs: Sequence[Run]) -> Part:
 def _facts(run: Run) -> list[tuple[str, str]]:
     trained = [stage for stage in run.stages if stage.history.lines]
     facts = [("State", sign(run.state))]
-    if said := parameters(run):
+    if said := _model(run):
         facts.append(("Model", said))
     if trained:
         facts.append(
@@ -62,6 +62,13 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if seconds := sum(sum(rule.seconds) for name, rule in run.rules.items() if name not in TRAININGS):
         facts.append(("Time of all other jobs", short_duration(seconds)))
     return facts
+
+
+def _model(run: Run) -> str:
+    """The size of the model by the plan."""
+    for one in run.plan["trainings"] if run.plan else []:
+        return f"{large(one['parameters'])} parameters, {large(one['active_parameters'])} active"
+    return ""
 
 
 def _beside(runs: Sequence[Run]) -> list[Block]:
@@ -123,7 +130,7 @@ def _planned_row(name: str) -> list[str]:
 
 def answers_part(runs: Sequence[Run]) -> Part:
     """Prompts of the validation split with the answers before and after tuning."""
-    quotes = [quote for run in runs for quote in _answers(run, of=len(runs) > 1)]
+    quotes = [quote for run in runs for quote in _answers(run, named=len(runs) > 1)]
     if not quotes:
         return Part("Answers", [Text("No training has answered a prompt yet (sft.num_samples).")])
     shown = quotes[:MAX_ANSWERS]
@@ -135,7 +142,7 @@ def answers_part(runs: Sequence[Run]) -> Part:
     return Part("Answers", [*shown, *more])
 
 
-def _answers(run: Run, *, of: bool) -> list[Quotes]:
+def _answers(run: Run, *, named: bool) -> list[Quotes]:
     found = []
     for stage in run.stages:
         answers = stage.answers()
@@ -147,7 +154,7 @@ def _answers(run: Run, *, of: bool) -> list[Quotes]:
             texts.append((_title(first, base), base["answer"]))
             if last != first and place <= len(after):
                 texts.append((_title(last, after[place - 1]), after[place - 1]["answer"]))
-            title = f"Prompt {place} of {stage.name}" + (f", {run.name}" if of else "")
+            title = f"Prompt {place} of {stage.name}" + (f", {run.name}" if named else "")
             found.append(Quotes(title, [(name, text.strip()) for name, text in texts]))
     return found
 

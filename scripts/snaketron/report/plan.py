@@ -205,7 +205,7 @@ def _text(plan: Mapping[str, Any]) -> str:
                 *("-" if share is None else f"{share:.1%}" for share in of_blends),
                 large(tokens),
                 _number(there["train_tokens"]) if there["train_tokens"] else _about(there),
-                f"{tokens / known:.2f}" if known else "-",
+                f"{tokens / known:,.2f}" if known else "-",
                 "-" if there["shards"] is None else f"{there['shards']:,}",
                 _bytes(there["raw_bytes"]),
             ]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from snaketron.config import Config
-from snaketron.report.figures import draw_rate
+from snaketron.report.figures import COLOURS, as_svg, drawing
 from snaketron.settings.schedule import learning_rate
 from snaketron.settings.training import train_settings
+from snaketron.wording import short
+
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 POINTS = 400  # of each phase
 
@@ -40,6 +43,26 @@ def rates(config: Config) -> list[PhaseRate]:
 
 def draw(config: Config) -> bytes:
     """The figure, as SVG: all phases, and beside them those with a rate of their own, which are short."""
-    found = rates(config)
+    phases = rates(config)
     constant = {training.phase for training in config.trainings() if training.constant_rate}
-    return draw_rate(found, [one for one in found if one.phase in constant])
+    closer = [one for one in phases if one.phase in constant]
+    colours = {one.phase: COLOURS[i % len(COLOURS)] for i, one in enumerate(phases)}
+    with drawing(3.0) as figure:
+        widths = [2, 1] if closer else [2]
+        panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+        for axes, shown in zip(panels, (phases, closer), strict=False):
+            first = shown[0].points[0][0]
+            for i, one in enumerate(shown):
+                tokens = [at - first for at, _ in one.points]
+                look = {"color": colours[one.phase], "label": one.phase if shown is phases else None}
+                axes.plot(tokens, [rate for _, rate in one.points], linewidth=1.6, **look)
+                shade = {"color": colours[one.phase], "alpha": 0.06 + 0.04 * (i % 2), "linewidth": 0}
+                axes.axvspan(tokens[0], tokens[-1], **shade)
+            axes.set_xlabel(f"tokens after {short(first)}" if first else "tokens")
+            axes.set_yscale("log")
+            axes.xaxis.set_major_locator(MaxNLocator(6 if shown is phases else 3))
+            axes.xaxis.set_major_formatter(FuncFormatter(short))
+            axes.grid(axis="both")
+        panels[0].set_ylabel("learning rate (logarithmic)")
+        figure.legend(loc="outside upper left", ncols=4, handletextpad=0.4)
+        return as_svg(figure)

@@ -198,7 +198,8 @@ def _begun(directory: Path) -> dict[Path, float]:
 def read_stages(ckpt: Path, plan: dict[str, Any] | None, trouble: list[str]) -> list[Stage]:
     """The trainings of a directory, in the order of the workflow.
 
-    Of each the version that was begun last, or published after that: what was trained before is not again.
+    A training may have several versions. Shown is the one that was begun or published last: settings that
+    were trained before are only published again.
     """
     found: dict[str, Stage] = {}
     asked_for: dict[str, float] = {}

@@ -122,7 +122,7 @@ def _mix_section(data: Data) -> Section:
                     *(f"{share:.2%}" for share in (s.asked, s.realised, s.present)),
                     f"{s.taken:,}",
                     f"{s.tokens:,}",
-                    f"{s.epochs:.2f}" + (" !" if s.repeated else ""),
+                    f"{s.epochs:,.2f}" + (" !" if s.repeated else ""),
                 ]
             )
             if s.repeated:
