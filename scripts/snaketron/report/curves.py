@@ -10,6 +10,7 @@ from snaketron.report.charts import MAX_POINTS, Curve, draw
 from snaketron.report.history import BLOCK, STRETCH
 from snaketron.report.measured import across
 from snaketron.report.runs import Run, Stage
+from snaketron.wording import plural
 
 # The drawings of a training in their order: its title, and its metrics with what they are called.
 CHARTS: dict[str, dict[str, str]] = {
@@ -46,7 +47,7 @@ def _of_training(name: str, runs: Sequence[Run]) -> Part:
     for run, stage in found.items():
         if warnings := stage.history.warnings:
             of_run = f" of {run}" if len(runs) > 1 else ""
-            blocks.append(Listing(f"{len(warnings)} warnings{of_run} while training", warnings))
+            blocks.append(Listing(f"{plural(len(warnings), 'warning')}{of_run} while training", warnings))
     return Part(f"Curves of {name}", blocks)
 
 

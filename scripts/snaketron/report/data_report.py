@@ -12,6 +12,7 @@ from snaketron.report.collect import Data, collect
 from snaketron.report.page import html
 from snaketron.report.sections import Section, sections
 from snaketron.report.tables import table
+from snaketron.wording import plural
 
 FIGURE_TITLES = {
     "tokens": "Tokens of each corpus and split",
@@ -70,6 +71,6 @@ def data_parts(parts: Sequence[Section], figures: Mapping[str, bytes]) -> list[P
             blocks.append(Figure(FIGURE_TITLES[section.figure], alt, svg))
         blocks.append(Table(section.title, section.header, section.rows))
         if section.details:
-            blocks.append(Listing(f"{len(section.details)} details", section.details))
+            blocks.append(Listing(plural(len(section.details), "detail"), section.details))
         made.append(Part(section.title, blocks))
     return made

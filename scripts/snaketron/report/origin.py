@@ -17,8 +17,7 @@ MOST_FILES = 100  # raw files of a branch that have a line each
 def lineage_part(run: Run) -> Part:
     """The tree of each checkpoint that no later one was trained from."""
     with contextlib.chdir(run.directory):
-        paths = dict.fromkeys(path.resolve() for path in run.records)  # a version by its name, not by a link
-        catalogue = Catalogue(read_all(paths), [run.directory])
+        catalogue = Catalogue(read_all(run.records), [run.directory])
         checkpoints = [made for made in catalogue.all if made.record.kind == "checkpoint"]
         used = {entry.version for made in checkpoints for entry in made.record.inputs if entry.version}
         ends = [made for made in checkpoints if made.version not in used]

@@ -9,7 +9,7 @@ from snaketron.report.blocks import Block, Facts, Part, Quotes, Table, Text, num
 from snaketron.report.measured import across, cost
 from snaketron.report.progress import sign
 from snaketron.report.runs import Run, Stage
-from snaketron.wording import large, short_duration
+from snaketron.wording import large, plural, short_duration
 
 TRAININGS = ("pretrain", "sft", "lora")  # the rules that train
 MAX_ANSWERS = 20  # prompts whose answers are shown
@@ -48,7 +48,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         facts.append(("Model", said))
     if trained:
         facts.append(
-            ("Trained", f"{large(sum(s.tokens for s in trained))} tokens in {len(trained)} trainings")
+            (
+                "Trained",
+                f"{large(sum(s.tokens for s in trained))} tokens in {plural(len(trained), 'training')}",
+            )
         )
         # SFT and LoRA begin with the same base, so neither stands for the other.
         ends = [stage for stage in trained if not stage.name.startswith("pretrain/")] or trained[-1:]

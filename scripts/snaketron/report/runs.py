@@ -160,7 +160,8 @@ def read_run(
     running = not alone and is_locked(directory / ".snakemake/snaketron.lock")
     stages = read_stages(at["ckpt"], plan, trouble)
     with contextlib.chdir(directory):
-        data, records = _read_data(Path(roots.get("data", "data")), stages, plan, trouble)
+        data, found = _read_data(Path(roots.get("data", "data")), stages, plan, trouble)
+        records = {path.resolve(): record for path, record in found.items()}  # a version has links
     return Run(
         name=name,
         directory=directory,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from snaketron.config.data import SPLITS
 from snaketron.report.collect import ChatSource, Data, Text
 from snaketron.report.workflow import RULES, rules_of
+from snaketron.wording import plural
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def _text_section(data: Data) -> Section:
             ]
         )
     encoders: Counter[str] = sum((t.encoders for t in data.texts.values()), Counter())
-    used = ", ".join(f"{name} for {number:,} shards" for name, number in sorted(encoders.items()))
+    used = ", ".join(f"{name} for {plural(number, 'shard')}" for name, number in sorted(encoders.items()))
     sentences = [f"Encoded by {used}." if used else "All of it was tokenized elsewhere."]
     for name, sentence in (
         ("checked", "documents were compared with tokenizers."),

@@ -89,6 +89,19 @@ def test_the_page_names_a_raw_file_that_a_job_copied(training, tmp_path: Path, m
     ]
 
 
+def test_a_checkpoint_counts_once_though_a_link_leads_to_it(training, tmp_path: Path):
+    """Its record lies in its version, and the training after it names the link."""
+    base = training("pretrain/broad")
+    (tmp_path / "ckpt/base").symlink_to(base)
+    training("sft", base="pretrain/broad-0123456789ab")
+    run = read(tmp_path)
+    assert {name: (rule.done, rule.expected) for name, rule in run.rules.items()} == {
+        "pretrain": (1, 1),
+        "sft": (1, 1),
+    }
+    assert len(run.records) == 2
+
+
 @pytest.mark.parametrize(
     ("attempt", "state", "why"),
     [

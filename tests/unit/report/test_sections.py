@@ -44,7 +44,7 @@ def test_the_text_has_every_table(records):
     ]
     part = section(text, "Text")
     assert cells(part, "docs") == ["2", "200", "400", "10", "0", "0.0", "4,000", "100", "0", "4.00"]
-    assert "Encoded by fastokens for 2 shards, tokenizers for 1 shards. 20 documents were compared" in part
+    assert "Encoded by fastokens for 2 shards, tokenizers for 1 shard. 20 documents were compared" in part
     assert "- `docs/b was encoded by tokenizers: Unigram is not supported`" in part
     assert cells(section(text, "Curation"), "docs") == ["50", "40", "900", "720", "80.0%", "80.0%", "4"]
     assert cells(section(text, "Lengths"), "docs") == ["100", "8", "8", "16", "2,048"]
