@@ -10,6 +10,7 @@ from typing import Any
 from snaketron import files
 from snaketron.log import UserError
 from snaketron.report.summary import summarize
+from tests.unit.report.conftest import packs
 
 import pytest
 
@@ -18,17 +19,6 @@ def shard(tokens: int, documents: int, num_bytes: int, empty: int = 0) -> dict[s
     counts = {"documents": documents, "bytes": num_bytes, "dropped": {"empty": empty, "no_tokens": 0}}
     splits = (("train", tokens, num_bytes - 40), ("valid", 10, 40), ("test", 0, 0))
     return counts | {s: {"documents": 1, "tokens": t, "bytes": b} for s, t, b in splits}
-
-
-def packs(count: int, tokens: int, trained: int, kept: int, **dropped: int) -> dict[str, Any]:
-    return {
-        "packs": count,
-        "tokens": tokens,
-        "trained_tokens": trained,
-        "packed": kept,
-        "dropped": dropped,
-        "cut": 0,
-    }
 
 
 NO_PACKS = packs(0, 0, 0, 0)
@@ -47,26 +37,16 @@ def publish(link: Path, record: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path):
+def run(make, tmp_path: Path):
     """Two shards of one corpus and one source, a blend of each, two phases and SFT."""
 
-    def make(
-        path: str,
-        kind: str,
-        *inputs: dict[str, Any],
-        counts: dict[str, Any],
-        settings: dict[str, Any] | None = None,
-        seconds: float = 0.5,
+    def checkpoint(
+        path: str, *inputs: dict[str, Any], counts: dict[str, Any], seconds: float
     ) -> dict[str, Any]:
-        """Write the record of an artifact; returns how a later record lists it as its input."""
-        record = {"kind": kind, "name": path, "seconds": seconds, "inputs": list(inputs), "outputs": []}
-        record |= {"settings": settings or {}, "counts": counts}
-        entry = {"path": str(tmp_path / path)}
-        if kind == "checkpoint":
-            publish(tmp_path / path, record | {"key": "0a"})
-            return entry | {"version": f"{path}-0a"}
-        files.write_json(tmp_path / path, record)
-        return entry | {"sha256": files.sha256(tmp_path / path)}
+        """Publish a checkpoint; returns how the record of a later one lists it as its input."""
+        record = {"kind": "checkpoint", "name": path, "seconds": seconds, "key": "0a", "counts": counts}
+        publish(tmp_path / path, record | {"inputs": list(inputs), "outputs": []})
+        return {"path": str(tmp_path / path), "version": f"{path}-0a"}
 
     docs = {"corpus": "docs"}
     shards = [
@@ -89,16 +69,14 @@ def run(tmp_path: Path):
         "test": NO_PACKS,
     }
     packed = make("sft/a.json", "pack_sft", rendered, settings=source, counts={"splits": splits})
-    broad = make(
+    broad = checkpoint(
         "ckpt/pretrain/broad",
-        "checkpoint",
         blend,
         counts=trained(7.5, 4.25, None, iterations=10, tokens=20_480, train_seconds=4.0),
         seconds=9,
     )
-    make(
+    checkpoint(
         "ckpt/sft",
-        "checkpoint",
         packed,
         broad,
         counts=trained(4.0, 3.12345, 3.5, iterations=1_200, tokens=1_000, train_seconds=0.5),
@@ -210,9 +188,9 @@ def test_time_is_summed_over_the_jobs_of_a_kind(run: Path):
     assert sections(summarize(run))["Time"].splitlines() == [
         "| made                | jobs | seconds |",
         "|---------------------|-----:|--------:|",
-        "| blend               |    1 |     0.5 |",
-        "| pack_sft            |    1 |     0.5 |",
-        "| render_chat         |    1 |     0.5 |",
+        "| blend               |    1 |     1.0 |",
+        "| pack_sft            |    1 |     1.0 |",
+        "| render_chat         |    1 |     1.0 |",
         "| tokens              |    2 |     3.2 |",
         "| ckpt/pretrain/broad |    1 |     9.0 |",
         "| ckpt/sft            |    1 |    12.3 |",
