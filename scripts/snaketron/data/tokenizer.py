@@ -70,14 +70,17 @@ def encode_as_text(tokenizer: Tokenizer) -> None:
 
 def read_tokenizer(directory: Path) -> dict[str, Any]:
     """What the tokenizer.json of a directory says."""
-    path = directory / "tokenizer.json"
+    made: dict[str, Any] = _read_json(directory / "tokenizer.json")
+    return made
+
+
+def _read_json(path: Path) -> Any:
     try:
-        made = files.read_json(path)
+        return files.read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; build the tokenizer first (rule build_tokenizer)") from None
     except ValueError as error:
         raise UserError(f"{path}: not a tokenizer ({error})") from None
-    return made
 
 
 def tokenizer_info(directory: Path, made: Mapping[str, Any] | None = None) -> Info:
@@ -127,12 +130,7 @@ def _ids(path: Path, made: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = files.read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; build the tokenizer first (rule build_tokenizer)") from None
-    except ValueError as error:
-        raise UserError(f"{path}: invalid JSON ({error})") from None
+    config = _read_json(path)
     return config if isinstance(config, dict) else {}
 
 
