@@ -103,7 +103,8 @@ class Measured:
 
     def look(self) -> None:
         if self.tail.changed():
-            self.curve, self.every, self.recent, self.lines, self.warning = [], 1, [], 0, None
+            self.curve, self.every, self.recent = [], 1, []
+            self.step, self.lines, self.warning = 0, 0, None
         for raw in self.tail.lines():
             line = line_of_metrics(raw)
             if line is None:

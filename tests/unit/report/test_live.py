@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def test_a_line_that_is_none_of_metrics_is_passed_over(line: str, run: RunLog, t
     with metrics.open("a") as file:
         file.write(f"{line}\n")
     assert Follower(tmp_path, alive=True).look().trainings[0].curve == before.curve
+
+
+@pytest.mark.parametrize("step", [80, 0])
+def test_a_training_that_was_killed_has_done_no_more_than_it_goes_on_from(run: RunLog, tmp_path: Path, step):
+    """It was killed after step 120. Its metrics are replaced by the lines up to its last checkpoint."""
+    follower = Follower(tmp_path, alive=True)
+    assert follower.look().trainings[0].done == 120
+    shutil.rmtree(tmp_path / "ckpt/versions")
+    train(tmp_path, "pretrain/broad", step, 196)
+    assert follower.look().trainings[0].done == step
 
 
 def test_the_time_left_is_what_was_measured_and_else_what_was_planned(run: RunLog, tmp_path: Path):
