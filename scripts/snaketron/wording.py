@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+FACTORS = (1e12, 1e9, 1e6, 1e3)
 THOUSANDS = ("T", "B", "M", "k")
 BYTES = ("TB", "GB", "MB", "kB")
 
@@ -18,7 +19,7 @@ def large(number: float, units: tuple[str, ...] = THOUSANDS) -> str:
     >>> large(120_600_000_000), large(29_200_000, BYTES), large(999)
     ('120.6 B', '29.2 MB', '999')
     """
-    for factor, unit in zip((1e12, 1e9, 1e6, 1e3), units, strict=True):
+    for factor, unit in zip(FACTORS, units, strict=True):
         if number >= factor:
             return f"{number / factor:,.1f} {unit}"
     return f"{number:.0f}"
@@ -43,9 +44,9 @@ def short(value: float, _position: int = 0) -> str:
     >>> short(1200), short(0.25)
     ('1.2 k', '0.25')
     """
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
+    for factor, unit in zip(FACTORS, THOUSANDS, strict=True):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
     return f"{value:.3g}"
 
 

@@ -7,9 +7,9 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from snaketron.wording import DURATIONS
+from snaketron.wording import DURATIONS, FACTORS, THOUSANDS
 
-UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}  # of `wording.large`
+UNITS = {"": 1.0, **dict(zip(THOUSANDS, FACTORS, strict=True))}  # of `wording.large`
 # Lines of `graph.outlook`, which the log has of each training that a run contains.
 TRAINING = re.compile(r"(pretrain/\w+|sft|lora\w*) +(trains|continues|was trained|was merged|adds) ?(.*)")
 JOB = re.compile(r"( *)(?:local)?(?:rule|checkpoint) (\w+):$")
