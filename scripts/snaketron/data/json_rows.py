@@ -45,7 +45,7 @@ def json_rows(
     optional: Sequence[str],
     settings: ReadSettings,
     drops: Drops,
-    exact: bool = False,
+    exact: bool,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a file, as `snaketron.data.rows.read_rows` gives them, without `where`."""
     limit = settings.max_line_bytes

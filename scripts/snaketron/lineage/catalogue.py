@@ -112,7 +112,7 @@ def _beginning(path: Path) -> str:
 class Catalogue:
     """The records that were found; `made_by` finds those that lie elsewhere by the paths of inputs."""
 
-    def __init__(self, found: Iterable[Made] = (), roots: Iterable[Path] = ()) -> None:
+    def __init__(self, found: Iterable[Made], roots: Iterable[Path]) -> None:
         self.roots = [root.absolute() for root in roots]
         self.all: list[Made] = []
         self._by_digest: dict[str, Made] = {}

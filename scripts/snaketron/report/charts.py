@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from snaketron.report.blocks import OWN, Figure
@@ -31,6 +30,7 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, DARK)
 DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1)), (0, (1, 1)))
 # What the drawings are written in, and what the page calls it (page.css).
 _OF_PAGE = {DARK: "var(--ink)", GREY: "var(--muted)", LIGHT: "var(--line)"}
+_COLOURS = re.compile("|".join(_OF_PAGE), re.IGNORECASE)
 _STYLE = STYLE | {
     "font.size": 11,
     "axes.axisbelow": "line",
@@ -118,11 +118,6 @@ def _in_words(curve: Curve) -> str:
     )
 
 
-@cache
-def _colours() -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, _OF_PAGE)), re.IGNORECASE)
-
-
 def inline(svg: str, alt: str) -> str:
     """A drawing of matplotlib as a part of a page: in its colours and width, with names of its own."""
     svg = svg[svg.index("<svg") :]
@@ -131,7 +126,7 @@ def inline(svg: str, alt: str) -> str:
     svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{OWN}{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{OWN}", svg)
     svg = re.sub(r'(<path [^>]*style="fill: )#ffffff', r"\1none", svg)  # the paper is that of the page
-    svg = _colours().sub(lambda m: _OF_PAGE[m[0].lower()], svg)
+    svg = _COLOURS.sub(lambda m: _OF_PAGE[m[0].lower()], svg)
     svg = svg.replace("'DejaVu Sans'", "system-ui, sans-serif")
     (view,) = re.findall(r'viewBox="[^"]+"', svg[: svg.index(">")])
     words = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

@@ -32,7 +32,10 @@ def summary_part(runs: Sequence[Run]) -> Part:
         "Trainings",
         ["training", "state", "steps", "tokens", "validation loss before", "after", "test loss", "time"],
         runs,
-        lambda run: [_row(stage) for stage in run.stages] + [_planned_row(name) for name in run.planned],
+        lambda run: (
+            [_row(stage) for stage in run.stages]
+            + [[name, sign("waiting"), *[""] * 6] for name in run.planned]
+        ),
         names=2,
     )
     for run in runs:
@@ -125,10 +128,6 @@ def _row(stage: Stage) -> list[str]:
         number(stage.last("test_loss")),
         short_duration(stage.seconds),
     ]
-
-
-def _planned_row(name: str) -> list[str]:
-    return [name, sign("waiting"), *[""] * 6]
 
 
 def answers_part(runs: Sequence[Run]) -> Part:

@@ -17,10 +17,11 @@ MEMORY = ("weights", "gradients", "main_weights", "moments", "activations", "rec
 
 def markdown(plan: Mapping[str, Any]) -> str:
     """The plan that `graph.plan` makes, in tables."""
-    trainings = plan["trainings"]
+    trainings, jobs = plan["trainings"], plan["jobs"]
+    counted = jobs | {"total": sum(jobs.values())}
     parts = [
         "# Plan",
-        "## Jobs\n\n" + table(["rule", "jobs"], [[rule, f"{n:,}"] for rule, n in _with_total(plan["jobs"])]),
+        "## Jobs\n\n" + table(["rule", "jobs"], [[rule, f"{n:,}"] for rule, n in counted.items()]),
         *_not_listed([name for name in plan["not_listed"] if name not in plan["missing"]]),
         *_missing(plan["missing"]),
         "## Trainings\n\n" + _trainings(trainings),
@@ -32,10 +33,6 @@ def markdown(plan: Mapping[str, Any]) -> str:
         "## Disk\n\n" + _disk(plan["disk"]),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _with_total(jobs: Mapping[str, int]) -> list[tuple[str, int]]:
-    return [*jobs.items(), ("total", sum(jobs.values()))]
 
 
 def _not_listed(names: Sequence[str]) -> list[str]:

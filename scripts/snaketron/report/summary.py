@@ -149,7 +149,7 @@ def _answers(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
         kinds.setdefault("calls" if CALL in entry["reference"] else "texts", []).append(index)
     rows = []
     for kind, indices in sorted(kinds.items()):
-        exact = (sum(_is_exact(said[i]) for i in indices) for said in (before, after))
+        exact = (sum(said[i]["answer"] == said[i]["reference"] for i in indices) for said in (before, after))
         rows.append([kind, *map(str, (len(indices), *exact))])
     parts = ["## Answers", table(["held out", "asked", "exact by the base", "exact after tuning"], rows)]
     for _, (first, *_others) in sorted(kinds.items()):
@@ -163,7 +163,3 @@ def _answers(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
 
 def _cut(entry: dict[str, str]) -> str:
     return " (cut)" if entry.get("finish_reason") == "length" else ""
-
-
-def _is_exact(entry: dict[str, str]) -> bool:
-    return entry["answer"] == entry["reference"]

@@ -112,7 +112,7 @@ class WandB:
 class Client:
     """wandb, set to print nothing, and to send no facts about this machine, its user or the code."""
 
-    def __init__(self, mode: str, upload: Sequence[str] = ()) -> None:
+    def __init__(self, mode: str, upload: Sequence[str]) -> None:
         """`upload` has the kinds of artifacts whose files are sent."""
         self.upload = upload
         self.directory = Path(os.environ.get("WANDB_DIR", ""), "wandb").absolute()
