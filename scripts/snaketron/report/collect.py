@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from snaketron import files
 from snaketron.config.data import SPLITS
@@ -149,47 +149,6 @@ def _example(example: dict[str, Any]) -> str:
     return f"{place}: {cut}" if cut else place
 
 
-# ------------------------------------------------------------------------- counts within the records
-
-
-class SplitCounts(TypedDict):
-    """What a tokenized shard has in a split."""
-
-    documents: int  # sequences
-    tokens: int
-    bytes: int
-
-
-class RemovedCounts(TypedDict):
-    """What curation removed from a shard for one reason."""
-
-    documents: int
-    tokens: int
-    examples: NotRequired[list[dict[str, Any]]]
-
-
-class PackedCounts(TypedDict):
-    """What a shard of packs has in a split."""
-
-    packed: int  # conversations
-    packs: int
-    tokens: int
-    trained_tokens: int
-    cut: int  # conversations
-    dropped: dict[str, int]
-
-
-class CorpusCounts(TypedDict):
-    """What the blend of a phase takes from a corpus."""
-
-    corpus: str
-    asked: float
-    share: float
-    present: float
-    taken: int  # tokens
-    tokens: int  # there are
-
-
 # ---------------------------------------------------------------------------------------- collecting
 
 
@@ -229,7 +188,7 @@ def _add_text(data: Data, record: Record) -> None:
     if counts.get("fallback"):
         data.fallbacks.append(f"{record.name} was encoded by tokenizers: {counts['fallback']}")
     for split in SPLITS:
-        part: SplitCounts = counts[split]
+        part = counts[split]
         text.kept[split] += part["documents"]
         text.tokens[split] += part["tokens"]
         text.bytes[split] += part["bytes"]
@@ -265,7 +224,6 @@ def _add_curated(data: Data, record: Record) -> None:
     curated.documents.update(before=counts["documents"], after=counts["kept"]["documents"])
     curated.tokens.update(before=counts["tokens"], after=counts["kept"]["tokens"])
     curated.changed += sum(changed["documents"] for changed in counts.get("changed", {}).values())
-    removed: RemovedCounts
     for reason, removed in counts["removed"].items():
         data.remove(
             corpus, "curate", reason, removed["documents"], removed["tokens"], removed.get("examples", [])
@@ -286,7 +244,6 @@ def _add_packed(data: Data, record: Record) -> None:
     chats.shards += 1
     chats.pack_sizes.add(record.settings["pack_size"])
     chats.needed.update({int(size): n for size, n in record.counts.get("needed_pack_size", {}).items()})
-    counts: PackedCounts
     for counts in record.counts["splits"].values():
         chats.conversations += counts["packed"]
         chats.packs += counts["packs"]
@@ -315,7 +272,7 @@ def _add_mix(data: Data, record: Record, index: Record | None) -> None:
     """Add the mix of a phase: counted from the samples of its index, or the plan where there is no index."""
     phase = record.name
     blend = files.read_json(record.output("blend.json").file)
-    corpora: list[CorpusCounts] = blend["train"]["corpora"]
+    corpora = blend["train"]["corpora"]
     shares = {c["corpus"]: c["share"] for c in corpora}
     taken = {c["corpus"]: c["taken"] for c in corpora}
     if index:
