@@ -15,7 +15,7 @@ from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.provenance import commit, machine
 from snaketron.lineage.record import Entry
 from snaketron.lineage.walk import damage, why_lost
-from snaketron.wording import duration, plural
+from snaketron.wording import plural, short_duration
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -171,7 +171,7 @@ def show(catalogue: Catalogue, made: Made) -> Tree:
 def facts(made: Made) -> list[str]:
     """Lines that tell when an artifact was made, in how long, by what code and on what machine."""
     record, about = made.record, made.record.provenance
-    lines = [f"made on {record.created}, in {duration(record.seconds)}"]
+    lines = [f"made on {record.created}, in {short_duration(record.seconds)}"]
     if code := about.get("code"):
         lines.append(f"code {commit(code)}")
     if hardware := about.get("hardware"):
