@@ -252,7 +252,7 @@ def _add_packed(data: Data, record: Record) -> None:
         chats.trained += counts["trained_tokens"]
         chats.cut += counts["cut"]
         chats.left_out += sum(counts["dropped"].values())
-        if "needed_pack_size" not in record.counts:  # before it was counted: those in packs alone
+        if "needed_pack_size" not in record.counts:  # packs from elsewhere: what they leave out is not known
             chats.needed.update({2 * length: n for length, n in _histogram(counts).items()})
         for reason, number in counts["dropped"].items():
             data.remove(source, "pack", reason, number)
