@@ -29,6 +29,7 @@ os.environ["RAYON_NUM_THREADS"] = os.environ["FASTOKENS_BPE_THREADS"] = "1"
 from snaketron.data import tokenizer
 from snaketron.data.chats import conversation, render
 from snaketron.data.chats.mask import Masker
+from snaketron.data.chats.sequences import num_tokens
 from snaketron.data.chats.template import Template, load_template
 from snaketron.data.sample import chats
 from snaketron.settings.chats import RenderSettings
@@ -43,6 +44,14 @@ TEMPLATES = {
 TURNS = 20
 VOCAB_SIZE = 8192
 OFF = {"enable_thinking": False}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "lookup_docs",
+        "description": "Look up a Python name.",
+        "parameters": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+    },
+}
 
 
 def conversations(count: int) -> list[dict[str, Any]]:
@@ -65,7 +74,7 @@ def conversations(count: int) -> list[dict[str, Any]]:
             )
             answer = f"{entry.doc}\n\nLike this: `{entry.name}{entry.signature}`"
             messages.append({"role": "assistant", "content": answer, "reasoning_content": reasoning})
-        rows.append({"messages": messages, "tools": [chats.TOOL]})
+        rows.append({"messages": messages, "tools": [TOOL]})
     return rows
 
 
@@ -86,9 +95,7 @@ def seconds(prepare: Callable[[], Callable[[], int]], repeats: int) -> tuple[flo
 def ours(renderer: render.Renderer, path: Path) -> int:
     """Rows of a file to ids and masks, as rule render_chat does but for writing them; returns the tokens."""
     drops = render.Drops()
-    renderer.read.clear()
-    done = renderer.encode(renderer.render([path], drops), drops)
-    return sum(sequences.num_tokens(sequences) for sequences in done)
+    return sum(num_tokens(made) for made in renderer.encode(renderer.render([path], drops), drops))
 
 
 def by_prefixes(

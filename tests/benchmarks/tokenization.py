@@ -20,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,8 +173,7 @@ def shares(corpus: Path, tokenizer: Path, output: Path) -> None:
 
     def timed_batches(reader):
         found = batches(reader)
-        following = {"next": lambda: next(found, None)}
-        holder = type("Holder", (), {"next": staticmethod(following["next"])})
+        holder = types.SimpleNamespace(next=lambda: next(found, None))
         timed(holder, "next", "reading, parsing, split hashes")
         while (batch := holder.next()) is not None:
             yield batch
