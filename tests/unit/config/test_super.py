@@ -46,3 +46,20 @@ def test_long_phases_keep_the_rate_at_which_the_decay_ended(config: Config):
     rates = {phase.learning_rate for phase in pretrain.phases[2:]}
     assert rates == {pretrain.optimizer.min_learning_rate} == {4.5e-6}
     assert pretrain.spans()[-1][1] - pretrain.decay_tokens == pytest.approx(20e12, rel=1e-5)
+
+
+def test_data_is_held_out_packed_and_cut_into_sequences_as_by_the_recipe(config: Config):
+    """A shard of 29 x 128 is held out of the text, 1 % of the conversations; a sequence is a turn."""
+    held_out = [config.pretrain_data.valid_fraction, config.pretrain_data.test_fraction]
+    assert held_out == 2 * [pytest.approx(1 / (29 * 128), rel=0.2)]
+    assert (config.sft_data.valid_fraction, config.sft_data.test_fraction) == (0.01, 0.01)
+    assert (config.sft_data.pack_size, config.sft_data.algorithm) == (4096, "first_fit_shuffle")
+    assert {source.sequences for source in config.chats} == {"turn"}
+
+
+def test_every_optimizer_decays_weights_as_the_recipe_does(config: Config):
+    optimizers = [config.pretrain.optimizer, config.sft.optimizer, config.lora.optimizer]
+    values = {(o.adam_beta1, o.adam_beta2, o.adam_eps, o.weight_decay, o.clip_grad) for o in optimizers}
+    assert values == {(0.9, 0.95, 1e-8, 0.1, 1.0)}
+    assert config.lora.optimizer.learning_rate == 1e-4
+    assert {training.run.log_interval for training in config.trainings() if training.packed} == {10}
