@@ -219,6 +219,12 @@ def unread(config: Mapping[str, Any]) -> str:
     )
 
 
+def stated_length(config: Mapping[str, Any]) -> int:
+    """The longest sequence that a file speaks of; 0 where it says nothing."""
+    length = config.get("max_position_embeddings")
+    return length if isinstance(length, int) else 0
+
+
 def _is_unlimited(limit: Any) -> bool:
     """Whether a range of time steps leaves them as they are; JSON has no infinity, so files differ."""
     if limit is None:

@@ -30,6 +30,7 @@ class Weights(NamedTuple):
     precision: str  # of the model: fp32 or bf16
     not_finite: list[str]  # names of tensors, filled while they are made
     unread: str = ""  # a sentence about keys of its configuration
+    stated_length: int = 0  # tokens of a sequence that its configuration speaks of; 0: of none
 
 
 def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
@@ -61,7 +62,7 @@ def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights
         files.append(directory / INDEX)
     main = DTYPES[shards.described["lm_head.weight"][1]]
     precision = "fp32" if main is torch.float32 else "bf16"
-    return Weights(chunks, files, precision, bad, config.unread(values))
+    return Weights(chunks, files, precision, bad, config.unread(values), config.stated_length(values))
 
 
 def _tensor_problems(shards: Shards, model: Model, rows: int) -> list[str]:

@@ -32,7 +32,7 @@ class Checkpoint:
     tensors: Path  # a directory such as iter_0000100
     tokenizer: Path
     model: Model
-    seq_length: int  # of its training
+    seq_length: int  # of its training, or of a longer one before it
     vocab_size: int  # tokens, without padding
     eos_token_ids: list[int]  # the tokenizer's own first, then what ends an answer
     pad_token_id: int

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
 from snaketron.huggingface.adapters import export_adapters
 from snaketron.huggingface.card import card
 from snaketron.huggingface.save import Checkpoint, export
+from snaketron.inference.importing import STATED_LENGTH
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import Entry, Record, read
 from snaketron.lineage.walk import ancestors, lost
@@ -47,7 +50,19 @@ def export_checkpoint(path: Path, output: Path, base: str | None = None) -> Reco
     before = list(ancestors(record.inputs).values())
     trained = [one for one in before if one.kind == "checkpoint"]
     text = card(record, settings.model, checkpoint.vocab_size, trained, lost([*before, record]))
+    checkpoint = replace(checkpoint, seq_length=_longest([record, *trained], settings.seq_length))
     return export(checkpoint, output, source=source, card=text)
+
+
+def _longest(made_from: Iterable[Record], own: int) -> int:
+    """The longest sequence that a model can be expected to read: of its training or of one before it.
+
+    Packs of a tuning may be shorter than the text before it, and programs refuse what is longer than they are
+    told.
+    """
+    before = [record.settings.get("seq_length", 0) for record in made_from]
+    stated = [record.counts.get(STATED_LENGTH, 0) for record in made_from]
+    return max([own, *before, *stated])
 
 
 def _check_place(output: Path) -> None:

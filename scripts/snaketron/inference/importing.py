@@ -18,6 +18,9 @@ from snaketron.log import NO_SPACE, UserError, logger
 from snaketron.settings.schedule import Schedule
 from snaketron.settings.training import TrainSettings
 
+# The count of a record that says which sequences a published config.json speaks of.
+STATED_LENGTH = "stated_length"
+
 
 def import_base(
     source: Path, output: Path, *, stage: str, model: Model, tokenizer: Path, seq_length: int
@@ -115,7 +118,8 @@ def _write(
         Description(settings.model_dump(), inputs, info.sha256),
         tokenizer,
         0,
-        {"bytes": size, "bytes_per_second": round(size / max(seconds, 1e-9))},
+        {"bytes": size, "bytes_per_second": round(size / max(seconds, 1e-9))}
+        | ({STATED_LENGTH: weights.stated_length} if weights.stated_length else {}),
         inputs={"weights": inputs},
         started=started,
     )

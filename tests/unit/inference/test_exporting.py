@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
+from snaketron.huggingface.config import read_config
 from snaketron.inference.exporting import export_checkpoint
 from snaketron.log import UserError
 
@@ -44,3 +45,16 @@ def test_a_finished_checkpoint_that_lost_its_last_step_is_not_exported_as_an_ear
     with pytest.raises(UserError, match=r"config\.yaml: no such file; the checkpoint is damaged"):
         export_checkpoint(path, tmp_path / "hf/one")
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_model_that_was_tuned_on_short_packs_still_says_how_long_a_text_it_has_seen(
+    publish, settings, tmp_path: Path
+):
+    """vLLM refuses sequences longer than max_position_embeddings."""
+    publish("pretrain/one", "0a", settings(seq_length=96)[0])
+    publish("pretrain/two", "0b", settings(seq_length=64)[0], base=tmp_path / "ckpt/pretrain/one")
+    publish("sft", "0c", settings(seq_length=32)[0], base=tmp_path / "ckpt/pretrain/two")
+    for stage in ("pretrain/two", "sft"):
+        output = tmp_path / "hf" / stage
+        export_checkpoint(tmp_path / "ckpt" / stage, output)
+        assert read_config(output)["max_position_embeddings"] == 96

@@ -67,6 +67,16 @@ def test_an_import_computes_what_was_exported_and_is_exported_to_the_same_bytes(
     assert weights[0] == weights[1] and len(weights[0]) == 2
 
 
+def test_an_imported_model_says_again_which_sequences_it_was_published_for(
+    bring, exported: Path, tmp_path: Path
+):
+    """The trainings that begin with it have sequences of 32 tokens."""
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 262144}))
+    export_checkpoint(bring(exported), tmp_path / "hf/again")
+    assert json.loads((tmp_path / "hf/again/config.json").read_text())["max_position_embeddings"] == 262144
+
+
 def test_an_import_is_made_once_and_found_finished(bring, exported: Path):
     base = bring(exported)
     before = (base / "record.json").read_bytes(), (base / "iter_0000000/.metadata").stat().st_mtime_ns

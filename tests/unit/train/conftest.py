@@ -243,7 +243,7 @@ def publish(tmp_path: Path, tokenizer_dir: Path, settings):
         version.config.write_text(yaml.safe_dump({"settings": values.model_dump()}))
         shutil.copytree(tokenizer_dir, version.tokenizer)
         with making("checkpoint", stage, outputs={}, record=version.record) as job:
-            job.key = key
+            job.key, job.settings = key, values.model_dump()
             job.inputs = {"base": Entry("base", str(base), version=Version(base).identity)} if base else {}
         version.publish(tmp_path / "ckpt" / stage)
         return built
