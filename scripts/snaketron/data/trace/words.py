@@ -8,7 +8,7 @@ from typing import Any
 
 from snaketron.data.drops import place
 from snaketron.data.trace.fate import Fate
-from snaketron.lineage.catalogue import Catalogue
+from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.uses import Source, reach
 from snaketron.lineage.words import steps
 from snaketron.wording import some
@@ -64,4 +64,10 @@ def _built_on(catalogue: Catalogue, fate: Fate) -> list[str]:
     sources = [Source(made.version, made.version, catalogue.users_of(made)) for made in trained]
     own = {made.digest for made in trained}
     found = (made for made in reach(catalogue, sources).holders if made.digest not in own)
-    return [made.version or f"{made.record.kind} {made.record.name}" for made in found]
+    return [_named(made) for made in found]
+
+
+def _named(made: Made) -> str:
+    """A checkpoint by its version, the others with what they are: evaluations have versions, too."""
+    kind, name = made.record.kind, made.version or made.record.name
+    return name if kind == "checkpoint" else f"{kind} {name}"

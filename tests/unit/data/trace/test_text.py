@@ -151,15 +151,17 @@ def test_a_training_whose_index_is_gone_is_named(trained: Path, train):
         assert problems[gone].startswith("the index that it read is not here any more")
 
 
-def test_the_answer_in_words(trained: Path):
+def test_the_answer_in_words(trained: Path, record):
     Path("ckpt/versions/pretrain_longer-0b/record.json").unlink()
+    tuned = {"checkpoint": Entry("checkpoint", "ckpt/sft", version="sft-0c")}
+    record("evaluation", "sft", "eval/versions/sft-0f/record.json", tuned, {}, key="0f")
     catalogue = scan(trained)
     found = fates(catalogue, source(catalogue, "raw/a.jsonl"), [1, 2])
     assert words.told(catalogue, found) == [
         "raw/a.jsonl:1 in tokens docs/a",
         "  sequence 0 of train",
         "  pretrain/one-0a: at 2 of 4 steps: 2, 3",
-        "  built on these: sft-0c",
+        "  built on these: sft-0c, evaluation sft-0f",
         "raw/a.jsonl:2 in tokens docs/a",
         "  sequence 0 of valid",
         "  not trained on: held out for validation",
