@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from snaketron.data.kinds import START, check_kind
 from snaketron.log import UserError, logger
 from snaketron.settings.text import ReadSettings
 from snaketron.sources.formats import suffix_of
@@ -35,6 +36,7 @@ class Drops:
     listed: list[dict[str, Any]] = field(default_factory=list)
     num_rows: int = 0  # rows that were read, used or not
     num_replaced: int = 0  # rows in whose text U+FFFD replaced invalid characters
+    first_filtered: str = ""  # the value for which `where` did not let the first row pass
     advice: Mapping[str, str] = field(default_factory=dict)  # what to do, by reason
 
     def add(self, path: Path | str, row: int, reason: str, detail: str = "") -> None:
@@ -78,8 +80,9 @@ class Drops:
         )
 
     def explained(self) -> str:
-        """Why all of them were dropped: how many for each reason, and the first one that is listed."""
-        first = [self._explain(row) for row in self.listed[:1]]
+        """Why all of them were dropped: how many for each reason, and the first ones."""
+        first = [f"{FILTERED}: {self.first_filtered}"] if self.first_filtered else []
+        first += [self._explain(row) for row in self.listed[:1]]
         return "; ".join([counted(dict(self.reasons.most_common()), empty=""), *first])
 
     def _explain(self, row: Mapping[str, Any]) -> str:
@@ -148,7 +151,10 @@ def no_field(name: str, present: Iterable[str]) -> str:
 
 
 def open_raw(path: Path) -> BinaryIO:
+    """A raw file of the kind that its name says."""
     try:
+        with path.open("rb") as file:
+            check_kind(path, file.read(START))
         return path.open("rb", buffering=BUFFER)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; restore it, or take it out of the configuration") from None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.drops import ARROW, FILTERED, Bad, Drops, missing, place, reject
+from snaketron.data.drops import ARROW, FILTERED, MAX_DETAIL, Bad, Drops, missing, place, reject
 from snaketron.data.json_rows import json_rows
 from snaketron.log import UserError
 from snaketron.settings.text import ReadSettings
@@ -88,14 +88,21 @@ def _filtered(
     where: dict[str, list[str | int | bool]],
     drops: Drops,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    wanted = {name: {(type(value), value) for value in values} for name, values in where.items()}
+    wanted = {name: set(map(_comparable, values)) for name, values in where.items()}
     for number, row in rows:
         for name, values in wanted.items():
             if name not in row:
                 raise UserError(missing(f"{place(path, number)}: `where`", name, row))
             found = row[name] if isinstance(row[name], list) else [row[name]]
-            if not any((type(v), v) in values for v in found if isinstance(v, str | int)):
+            if not any(_comparable(v) in values for v in found if isinstance(v, str | int | float)):
                 drops.reasons[FILTERED] += 1
+                drops.first_filtered = drops.first_filtered or f"{name} is {row[name]!r}"[:MAX_DETAIL]
                 break
         else:
             yield number, row
+
+
+def _comparable(value: str | int | float) -> tuple[type, str | int | float]:
+    """A value that tells 1 from true. Columns of whole numbers with gaps are often written as 1.0."""
+    whole = isinstance(value, float) and value.is_integer()
+    return (int, int(value)) if whole else (type(value), value)

@@ -152,6 +152,7 @@ def test_a_blank_line_is_not_a_row_but_counts_as_a_line(tmp_path: Path):
 
 
 GOOD = b'{"text": "good"}\n'
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 UTF8_COLUMN = pa.Array.from_buffers(
     pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\x01\0\0\0\x02\0\0\0"), pa.py_buffer(b"a\xff")]
 )
@@ -183,6 +184,16 @@ UTF8_COLUMN = pa.Array.from_buffers(
         ),
         ("a.json", b'{"rows": [\n"a"]}\n', ["a.json: is one JSON document over several", "jq -c ."]),
         ("a.jsonl", GOOD.decode().encode("utf-16"), ["a.jsonl: is UTF-16 or UTF-32; convert it to UTF-8"]),
+        (
+            "a.jsonl",
+            gzip.compress(GOOD, mtime=0),
+            ["a.jsonl: holds what a file in .gz does; add .gz to its name"],
+        ),
+        ("a.json.gz", zstd(GOOD), ["a.json.gz: holds what a file in .zst does; add .zst to its name"]),
+        ("a.jsonl", pa.table({"text": ["a"]}), ["a.jsonl: holds what a file in .parquet does"]),
+        ("a.jsonl", POINTER, ["a.jsonl: is a pointer of Git LFS and not the data; fetch the file with `git"]),
+        ("a.parquet", POINTER, ["a.parquet: is a pointer of Git LFS and not the data"]),
+        ("a.jsonl.gz", b"\n<!DOCTYPE html>\n<html>", ["a.jsonl.gz: is a web page and not the data; it may"]),
         ("a.jsonl", GOOD + GOOD + b'["text"]\n', ["a.jsonl:3: a JSON list, not an object"]),
         ("a.jsonl", GOOD + b'{"id": 1, "body": "b"}\n', ["a.jsonl:2: no field 'text'", "'id', 'body'"]),
         ("a.jsonl", GOOD + b"{}\n", ["a.jsonl:2: no field 'text'", "none"]),
@@ -233,6 +244,15 @@ def test_a_bad_file_is_named_and_leaves_no_output(tokenize, tmp_path: Path, name
     for message in messages:
         assert message in stderr
     assert [file for file in record.parent.rglob("*") if file.is_file()] == []
+
+
+def test_a_file_of_another_kind_is_no_few_bad_rows_among_many(tokenize, tmp_path: Path):
+    """Its three rows would be a small share of the shard, and nobody would miss what the file should hold."""
+    good, pointer = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    good.write_bytes(GOOD * 1000)
+    pointer.write_bytes(POINTER)
+    status, stderr, _record = tokenize(good, pointer, bad_rows="drop")
+    assert status == 1 and "b.jsonl: is a pointer of Git LFS" in stderr
 
 
 def test_a_parquet_file_with_a_damaged_page_is_named(tokenize, tmp_path: Path):
@@ -373,6 +393,13 @@ def test_a_number_is_not_a_truth_value(tmp_path: Path):
     path.write_bytes(b'{"text": "a", "n": 1}\n{"text": "b", "n": true}\n')
     assert read(path, where={"n": [1]})[0] == [(1, "a")]
     assert read(path, where={"n": [True]})[0] == [(2, "b")]
+
+
+def test_a_whole_number_with_a_point_is_that_number(tmp_path: Path):
+    """Programs write a column of whole numbers with gaps as floating-point numbers."""
+    path = parquet(tmp_path / "a.parquet", pa.table({"text": ["a", "b", "c"], "n": [3.0, None, 3.5]}))
+    assert read(path, where={"n": [3]})[0] == [(1, "a")]
+    assert read(path, where={"n": [3]})[1].first_filtered == "n is None"
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

@@ -252,7 +252,8 @@ class _Shard:
             message = f"{where}: none of its {drops.num_rows} rows is used ({reasons})"
             if not (self.reader.curated or drops.reasons[FILTERED]):
                 raise UserError(f"{message}; correct it, or take it out of the corpus {settings.corpus!r}")
-            logger.warning("%s", message)
+            why = self.reader.drops.first_filtered
+            logger.warning("%s", f"{message}: the first because {why}" if why else message)
         for name in settings.metadata_fields:
             if self._kept and name not in self.reader.found:
                 logger.warning("%s: no row has the metadata field %r", where, name)

@@ -97,13 +97,14 @@ def test_a_first_conversation_above_max_tokens_is_an_error(tmp_path, tokenizer, 
     )
 
 
-def test_rows_are_filtered_and_counted(tmp_path, tokenizer):
+def test_rows_are_filtered_and_counted(tmp_path, tokenizer, caplog):
     chats = [{"messages": question("a", str(i)), "used_in": used} for i, used in enumerate("xyx")]
     rows, record = render(tmp_path, chats, where={"used_in": ["x"]})
     assert [row["row"] for row in rows] == [1, 3]
     assert record.counts["dropped"] == {"filtered by where": 1}
     rows, record = render(tmp_path, chats, where={"used_in": ["z"]})
     assert rows == [] and record.counts["dropped"] == {"filtered by where": 3}
+    assert "3 x filtered by where; filtered by where: used_in is 'x'" in caplog.text
 
 
 def test_bad_rows_are_dropped_and_counted_up_to_a_share(tmp_path, tokenizer):

@@ -107,7 +107,7 @@ def test_a_filter_that_leaves_nothing_is_told(tokenize, tmp_path, write_jsonl, c
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "lang": "en"}])
     status, _, record = tokenize(path, where={"lang": ["de"]})
     assert (status, files.read_json(record)["counts"]["dropped"]) == (0, {"filtered by where": 1})
-    assert "none of its 1 rows is used (1 filtered by where)" in caplog.text
+    assert "none of its 1 rows is used (1 filtered by where): the first because lang is 'en'" in caplog.text
 
 
 LONG = {"valid": 0.0, "test": 0.0, "max_document_tokens": 4}
