@@ -110,6 +110,7 @@ if workflow.is_main_process:
         *graph.bases.unread(),
         configfiles.mixed(workflow.overwrite_configfiles),
         notes.from_sample(graph.config),
+        notes.unblended(graph.config),
         notes.other_vocabulary(graph.config, graph.tokenizer_directory()),
         *notes.unmeasured(graph.config),
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
@@ -11,6 +11,7 @@ from snaketron.lineage.record import Record, read
 from snaketron.log import UserError
 from snaketron.sources.lockfile import Lock
 from snaketron.sources.models import tokenizer_model
+from snaketron.sources.pairs import MAX_SHARDS
 
 type Sources = Mapping[str, tuple[str, Corpus | ChatSource]]  # by name, with the key of each
 
@@ -35,7 +36,7 @@ def check_files(
     conversations: Mapping[str, Mapping[str, Sequence[str]]],
     lock: Lock,
 ) -> None:
-    """`ConfigError` where a blend would train on the rows of a file twice.
+    """`ConfigError` where a blend would train on the rows of a file twice, or has too many shards.
 
     Two sources may share a file if they choose other rows of it (`where`), or make something else of them.
 
@@ -52,6 +53,7 @@ def check_files(
         for problem in _shared((entry.corpus for entry in phase.blend), corpora, text, identity)
     ]
     problems += _shared((entry.source for entry in config.sft.blend), chats, conversations, identity)
+    problems += _too_many(config, text)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
@@ -79,6 +81,21 @@ def made_tokenizer(config: Config) -> Record | None:
         return read(Path(config.pathvars["data"]) / "tokenizer/record.json")
     except (UserError, OSError):
         return None
+
+
+def _too_many(config: Config, text: Mapping[str, Mapping[str, Sequence[str]]]) -> Iterator[str]:
+    """A problem for each phase that blends more shards than megatron-core can number.
+
+    A shard of which rows are chosen may be left without tokens, and then does not count.
+    """
+    whole = {c.name for c in config.corpora if not (c.where or c.curation or c.registered)}
+    for i, phase in enumerate(config.pretrain.phases):
+        number = sum(len(text[entry.corpus]) for entry in phase.blend if entry.corpus in whole)
+        if number > MAX_SHARDS:
+            yield (
+                f"pretrain.phases[{i}].blend: {number:,} shards, where megatron-core takes {MAX_SHARDS:,}; "
+                "set pretrain_data.shard_size, or a larger one, to put several raw files into one"
+            )
 
 
 class _Identity:

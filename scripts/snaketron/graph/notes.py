@@ -94,6 +94,18 @@ def unmeasured(config: Config) -> list[str]:
     return lines
 
 
+def unblended(config: Config) -> str | None:
+    """Sources that the user lists and no blend names; None without any."""
+    blended = {entry.corpus for phase in config.pretrain.phases for entry in phase.blend}
+    tuned = {entry.source for entry in config.sft.blend}
+    left = [
+        f"{key} {', '.join(names)}"
+        for key, sources, used in (("corpora", config.corpora, blended), ("chats", config.chats, tuned))
+        if (names := [s.name for s in sources if s.name not in used and not _of_sample(s)])
+    ]
+    return f"In no blend, so nothing is trained on them: {'; '.join(left)}" if left else None
+
+
 def _of_sample(source: Corpus | ChatSource) -> bool:
     return any(SAMPLE.fullmatch(path) for path in source.paths)
 

@@ -19,6 +19,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 SIZES = {"int32": 4, "uint16": 2}  # bytes of a token
 LARGEST_UINT16 = 65536  # tokens of a vocabulary whose ids are uint16
+MAX_SHARDS = 32766  # in a split of a blend: megatron-core numbers them in 16 bits
 
 
 def paths(prefix: Path) -> tuple[Path, Path]:

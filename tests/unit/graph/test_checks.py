@@ -120,3 +120,14 @@ def test_a_tokenizer_that_is_not_there_is_refused_before_the_first_job(tmp_path:
         job.aside["tokenizer.json"].touch()
     check_tokenizer(load({"tokenizer": {"path": "gone"}}, {}))  # taken before
     assert refused(path="other").startswith("tokenizer.path: 'other' is no directory")
+
+
+def test_more_shards_than_megatron_core_numbers_are_refused_before_the_first_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("snaketron.graph.checks.MAX_SHARDS", 1)
+    two = {"name": "one", "paths": ["raw"]}
+    assert check({"all": "one"}, ONE) == ""
+    assert check({"all": "one"}, two).startswith("pretrain.phases[0].blend: 2 shards, where megatron-core")
+    assert check({"all": "one"}, two, pretrain_data={"shard_size": 1000}) == ""
+    assert check({"all": "one"}, two | {"where": {"lang": ["en"]}}) == ""  # one may be left empty

@@ -17,6 +17,7 @@ from snaketron.graph.notes import (
     moved_targets,
     other_vocabulary,
     replaced,
+    unblended,
     unmeasured,
 )
 from snaketron.lineage.record import making
@@ -65,6 +66,18 @@ def test_what_no_training_reads_is_not_told():
     taken = {"tokenizer": {"path": "my/tokenizer"}, "chats": [{"name": "talk", "paths": ["raw/c.jsonl"]}]}
     taken["sft"] = {"blend": [{"source": "talk", "weight": 1}]}
     assert from_sample(load(MINE | taken | {"pretrain": phases("mine")}, {})) is None
+
+
+def test_a_source_that_was_listed_and_blended_nowhere_is_told():
+    """It is easily forgotten in a second list; the sample's sources are nobody's."""
+    assert unblended(load({}, {})) is None
+    assert unblended(load({"pretrain": phases("docs")}, {})) is None
+    talk = {"chats": [{"name": name, "paths": ["raw/c.jsonl"]} for name in ("talk", "more")]}
+    talk["sft"] = {"blend": [{"source": "talk", "weight": 1}]}
+    assert unblended(load(MINE | talk | {"pretrain": phases("docs")}, {})) == (
+        "In no blend, so nothing is trained on them: corpora mine; chats more"
+    )
+    assert unblended(load(MINE | {"pretrain": phases("mine", "docs")}, {})) is None
 
 
 def test_a_target_below_a_moved_root_has_another_name():

@@ -17,11 +17,10 @@ from snaketron.lineage.walk import record_of
 from snaketron.log import UserError, logger
 from snaketron.settings.registering import TOKENS
 from snaketron.sizes import epochs as epochs_of
-from snaketron.sources.pairs import paths
+from snaketron.sources.pairs import MAX_SHARDS, paths
 from snaketron.wording import counted
 
 _AGAIN = "remove its record and run again, so that it is tokenized again"
-MAX_SHARDS = 32766  # in a split: megatron-core numbers them in 16 bits
 
 
 @dataclass(frozen=True)
