@@ -164,6 +164,16 @@ class Config(Section):
     eval: Evaluation = key(Evaluation, "what eval/<stage>.json says of a checkpoint")
 
     @model_validator(mode="after")
+    def limit(self) -> Self:
+        """Give each source the limits of its section that it does not have itself."""
+        for data, sources in ((self.pretrain_data, self.corpora), (self.sft_data, self.chats)):
+            for source in sources:
+                if not source.registered:
+                    source.max_files = source.max_files or data.max_files
+                    source.max_documents = source.max_documents or data.max_documents
+        return self
+
+    @model_validator(mode="after")
     def check(self) -> Self:
         """Everything that one key alone cannot show, with both numbers in the message."""
         problems = [

@@ -248,8 +248,14 @@ class Shards(Section):
 
 
 class Rows(Shards):
-    """What becomes of rows that cannot be used."""
+    """How many rows are used, and what becomes of those that cannot be used."""
 
+    max_files: Positive | None = key(
+        None, "`max_files` of each source that has none itself, to try a whole configuration out; null: all"
+    )
+    max_documents: Positive | None = key(
+        None, "`max_documents` of each source that has none itself, likewise; null: all"
+    )
     bad_rows: Literal["fail", "drop"] = key(
         "fail",
         "a row that cannot be read (invalid JSON, no text, a line that is too long): stop, or drop it and "

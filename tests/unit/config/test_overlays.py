@@ -95,3 +95,25 @@ def test_nano_has_its_parameters_and_runs_on_two_nodes():
     check_memory(two, two.trainings())
     one, other = (estimate(c, c.training("pretrain/broad")) for c in (config, two))
     assert one.checkpoint_bytes == other.checkpoint_bytes and other.peak_bytes < one.peak_bytes
+
+
+def test_the_limits_of_a_section_are_those_of_each_source_without_its_own():
+    """What was made elsewhere is not limited."""
+    tokens = {"train": ["store/a"]}
+    corpora = [
+        {"name": "all", "paths": ["raw/a"]},
+        {"name": "own", "paths": ["raw/b"], "max_documents": 7},
+        {"name": "made", "tokens": tokens},
+    ]
+    blend = [{"corpus": corpus["name"], "weight": 1} for corpus in corpora]
+    values = {
+        "corpora": corpora,
+        "pretrain": {"phases": [{"name": "one", "tokens": 300_000, "blend": blend}]},
+        "pretrain_data": {"max_files": 1, "max_documents": 100},
+        "sft_data": {"max_documents": 5},
+        "tokenizer": {"path": "store/tokenizer"},
+    }
+    config = load(values, {})
+    assert [(c.max_files, c.max_documents) for c in config.corpora] == [(1, 100), (1, 7), (None, None)]
+    assert [(s.max_files, s.max_documents) for s in config.chats] == [(None, 5), (None, 5)]
+    assert [(c.max_files, c.max_documents) for c in load({}, {}).corpora] == 4 * [(None, None)]
