@@ -88,6 +88,8 @@ rule index_pretrain:
     benchmark:
         "<benchmarks>/index_pretrain/{phase}.tsv"
     priority: 1
+    resources:
+        **graph.index_resources(),
     params:
         settings=graph.index_settings,
     shell:

@@ -22,6 +22,7 @@ from snaketron.settings.text import tokenize_settings
 from snaketron.settings.training import train_settings
 from snaketron.settings.weights import weight_options
 from snaketron.sizes.checks import check_trainings
+from snaketron.sizes.indexing import index_bytes, index_seconds
 from snaketron.sources.local import unread
 from snaketron.sources.lockfile import LockedFile, read_lock, request
 from snaketron.sources.models import task_data, tokenizer_model
@@ -296,6 +297,32 @@ class Graph:
         return self._locked_file(wildcards).sha256
 
     # Resources: a change runs nothing again.
+
+    def index_resources(self) -> dict[str, Callable[..., int]]:
+        """Memory and time of the jobs that index phases; none where the profile's for data jobs will do."""
+        if all(self._index_mb(name) < 3000 and self._index_minutes(name) < 50 for name in self.phases):
+            return {}
+
+        def mem_mb(wildcards: Any, attempt: int) -> int:
+            return max(4000 * attempt, self._index_mb(wildcards.phase))
+
+        def runtime(wildcards: Any) -> int:
+            return max(60, self._index_minutes(wildcards.phase))
+
+        return {"mem_mb": mem_mb, "runtime": runtime}
+
+    def _index_mb(self, phase: str) -> int:
+        return math.ceil(index_bytes(self._index_size(phase)[0]) / 1e6)
+
+    def _index_minutes(self, phase: str) -> int:
+        """With half as much again, and some for reading."""
+        return math.ceil(10 + 1.5 * index_seconds(*self._index_size(phase)) / 60)
+
+    def _index_size(self, phase: str) -> tuple[int, int, int]:
+        """Samples of a phase, the tokens of each, and the shards that it blends."""
+        training = self.config.training(f"pretrain/{phase}")
+        shards = sum(len(self.text[entry.corpus]) for entry in self.phases[phase].blend)
+        return training.train_iters * training.global_batch_size, training.seq_length, shards
 
     def download_address(self, wildcards: Any) -> str:
         """Where a file to download lies. A new revision may move a file that stays the same."""

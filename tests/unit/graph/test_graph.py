@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import shlex
 from pathlib import Path
@@ -252,3 +253,18 @@ def test_of_many_known_names_the_first_are_listed():
     assert message("shard", "x", map(str, range(100))).endswith(
         "Known: 0, 1, 10, 11, 12, 13, 14, 15, 16, 17 and 90 more"
     )
+
+
+def test_the_index_of_a_long_phase_asks_for_the_memory_and_the_time_that_it_takes():
+    """2.44 G samples of 18 bytes and 1 GB; 4,000 shards compared for each: 3 hours and half as much again."""
+    assert graph().index_resources() == {}  # the profile's for data jobs will do
+    long = VALUES["pretrain"]["phases"][0] | {"tokens": 20_000_000_000_000}
+    sizes = {"seq_length": 8192, "global_batch_size": 3072, "phases": [long, VALUES["pretrain"]["phases"][1]]}
+    made = graph(pretrain=sizes)
+    made.text["web"] = {str(number): ["raw/web/b.jsonl"] for number in range(3_999)}
+    asked = made.index_resources()
+    assert asked["mem_mb"](job(phase="one"), attempt=1) == 44_946
+    assert asked["mem_mb"](job(phase="two"), attempt=2) == 8_000
+    seconds = 794_729 * 3072 * (60 + 4_000 + 8192 * 0.06) * 1e-9
+    assert asked["runtime"](job(phase="one")) == math.ceil(10 + 1.5 * seconds / 60) == 288
+    assert asked["runtime"](job(phase="two")) == 60
