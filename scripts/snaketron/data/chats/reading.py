@@ -17,11 +17,13 @@ from snaketron.sources.formats import suffix_of
 
 _FUNCTIONS = "functions"  # OpenAI's older name of `tools`
 _UNREAD = ("chat_template_kwargs", "documents")  # fields for templates, which are not given to them
+_WEIGHTS = ("weight", "train")  # read in messages, and not in rows
 
 
 def optional_fields(settings: RenderSettings) -> list[str]:
     """The fields of a row that are read if it has them."""
-    return [name for name in (settings.tools_field, settings.system_field, _FUNCTIONS, *_UNREAD) if name]
+    known = (settings.tools_field, settings.system_field, _FUNCTIONS, *_UNREAD, *_WEIGHTS)
+    return [name for name in known if name]
 
 
 def read_conversation(
@@ -37,8 +39,11 @@ def read_conversation(
     tags = settings.thinking_tags
     form = Form(settings.role_key, settings.content_key, settings.roles, (tags[0], tags[1]) if tags else None)
     found = conversation(messages, tools, system=system, functions=functions, form=form)
-    if unread := {f"{name} of the row" for name in _UNREAD if row.get(name)}:
-        found = replace(found, unread=found.unread | unread)
+    unread = {name for name in _UNREAD if row.get(name)}
+    chosen = {*settings.where, *settings.metadata_fields}
+    unread |= {name for name in _WEIGHTS if name not in chosen and row.get(name) not in (None, 1)}
+    if unread:
+        found = replace(found, unread=found.unread | {f"{name} of the row" for name in unread})
     try:
         found.json  # noqa: B018 (text that is JSON may hold lone surrogates where the file has none)
     except Unusable as error:

@@ -176,6 +176,15 @@ def test_keys_that_nobody_reads_are_counted_and_told(tmp_path, tokenizer, caplog
     assert "nobody reads the key 'audio' of messages, in 2 rows" in caplog.text
 
 
+def test_a_row_that_is_not_to_be_trained_is_told(tmp_path, tokenizer):
+    """Only messages have weights here; a row is left out by `where: {train: [true]}`."""
+    rows = [{"messages": question("a", "b"), "train": train, "weight": 1.0} for train in (True, False, None)]
+    _, record = render(tmp_path, rows)
+    assert record.counts["unread_keys"] == {"train of the row": 1}
+    kept, record = render(tmp_path, rows, where={"train": [True]})
+    assert len(kept) == 1 and "unread_keys" not in record.counts
+
+
 def test_calls_of_different_shapes_in_parquet_keep_their_own_arguments(tmp_path, tokenizer):
     chats, expected = [], []
     for name, given in (("weather", {"city": "Oslo"}), ("dice", {"sides": 6})):
