@@ -137,6 +137,7 @@ def theirs(
         template = _compile_jinja_template(source)
         variables = {"messages": given, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         variables["strftime_now"] = datetime(2026, 1, 1).strftime
+        variables["chat_template_kwargs"] = arguments  # where the template of Nemotron's recipe reads them
         return str(template.render(SPECIAL | variables | arguments))
     except Exception:  # a template may raise anything
         return None
