@@ -123,6 +123,7 @@ if workflow.is_main_process:
         graph.config,
         inventory.look,
         request.sbatch_options,
+        graph.seconds,
     )
     atexit.register(notes.explain, workflow, graph.config)
 

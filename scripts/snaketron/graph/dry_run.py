@@ -15,17 +15,19 @@ from snaketron.sizes.speed import ESTIMATED
 from snaketron.wording import BYTES, large, plural, short_duration
 
 Request = Callable[[Any], str]  # from a job to options of sbatch
+Seconds = Callable[[Any], float]  # how long a job reads raw files, roughly
 
 
-def explain(workflow: Any, config: Config, look: Look, request: Request) -> None:
+def explain(workflow: Any, config: Config, look: Look, request: Request, seconds: Seconds) -> None:
     """Print the plan at the end of a dry-run, when the graph is known; nothing after another run.
 
-    `look` says how far a training is, and `request` what sbatch is asked for a job.
+    `look` says how far a training is, `request` what sbatch is asked for a job, and `seconds` how long a job
+    reads raw files.
     """
     if workflow.dryrun and (dag := getattr(workflow, "dag", None)):
         if lines := trainings(config, dag, look):
             print("\n  ".join(("\nTrainings:", *lines)), file=sys.stderr)
-        if plan := describe(config, _submitted(workflow, dag, config), request):
+        if plan := describe(config, _submitted(workflow, dag, config), request, seconds):
             print(f"\n{plan}", file=sys.stderr)
 
 
@@ -44,11 +46,11 @@ def _submitted(workflow: Any, dag: Any, config: Config) -> list[Any]:
     return list(dict.fromkeys(groups[job] for job in jobs))
 
 
-def describe(config: Config, jobs: Iterable[Any], request: Request) -> str | None:
+def describe(config: Config, jobs: Iterable[Any], request: Request, seconds: Seconds) -> str | None:
     """The plan of the jobs, or groups of jobs, that would be submitted to Slurm; None where none would.
 
     Jobs of the same rules with the same request are one entry. Hours of trainings are told where the
-    configuration states their throughput.
+    configuration states their throughput, and those of data where they are more than the time limit.
     """
     trainings = {(training.section, training.phase): training for training in config.trainings()}
     entries: dict[tuple[str, str], list[Any]] = {}
@@ -68,13 +70,26 @@ def describe(config: Config, jobs: Iterable[Any], request: Request) -> str | Non
             lines.append(f"    {time_line(training, needs, minutes)}")
             if needs.process_hours and config.cluster.gpus_per_node:
                 gpu_hours += needs.process_hours
-        elif not first.resources.get("run"):  # trainings have it, and the merging of adapters, on GPUs too
+        elif too_long := _too_long(same, minutes, seconds):
+            lines.append(f"    {too_long}")
+        if not training and not first.resources.get("run"):  # what trains and merges has it, on GPUs too
             cpus = first.resources.get("cpus_per_task") or first.threads
             cpu_hours += len(same) * minutes / 60 * cpus
     total = f"At most {cpu_hours:,.0f} CPU hours for data, by the time limits"
     if gpu_hours:
         total += f"; {gpu_hours:,.1f} GPU hours for trainings, by the stated or estimated throughput"
     return "\n".join([*lines, "", f"{total}."])
+
+
+def _too_long(jobs: Iterable[Any], minutes: float, seconds: Seconds) -> str:
+    """That the longest of some jobs, or groups of jobs, will not end within its time limit; else empty."""
+    most = max(sum(map(seconds, job.jobs if job.is_group() else [job])) for job in jobs)
+    if not minutes or most <= minutes * 60:
+        return ""
+    return (
+        f"about {hours(most / 3600)} by the sizes of its files, more than the limit of "
+        f"{hours(minutes / 60)}: raise `runtime` in the profile"
+    )
 
 
 def _key(job: Any) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from snaketron.settings.text import tokenize_settings
 from snaketron.settings.training import train_settings
 from snaketron.settings.weights import weight_options
 from snaketron.sizes.checks import check_trainings
-from snaketron.sizes.indexing import index_bytes, index_seconds
+from snaketron.sizes.data_jobs import index_bytes, index_seconds, reading_seconds
 from snaketron.sources.local import unread
 from snaketron.sources.lockfile import LockedFile, read_lock, request
 from snaketron.sources.models import task_data, tokenizer_model
@@ -144,6 +144,21 @@ class Graph:
     def unread(self) -> list[str]:
         """What lies in the sources and is not read, a line for each path of the configuration."""
         return unread(self.config)
+
+    def seconds(self, job: Any) -> float:
+        """How long a job will read its raw files, roughly; 0 where it reads none, or only their beginning."""
+        owner = job.wildcards.get("corpus") or job.wildcards.get("source") or ""
+        source, shards = {**self.corpora, **self.chats}.get(owner), self.text | self.conversations
+        if source is None or source.limited:
+            return 0.0
+        files = shards[owner].get(job.wildcards.get("shard", ""), [])
+        return reading_seconds(job.rule.name, {file: self._size(owner, file) for file in files})
+
+    def _size(self, source: str, file: str) -> int:
+        """Bytes of a raw file; 0 for one of the sample that is not made yet."""
+        if file.startswith("<data>/raw/"):
+            return self.lock.file(source, file.rpartition("/")[2]).size
+        return Path(file).stat().st_size if Path(file).exists() else 0
 
     def to_download(self) -> str | None:
         """The files of the lock that are not here yet, in one line; None when all are."""

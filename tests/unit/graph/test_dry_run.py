@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from snaketron.config import load
-from snaketron.graph.dry_run import size_lines, time_line
+from snaketron.graph.dry_run import describe, size_lines, time_line
 from snaketron.sizes.plan import estimate
 
 import pytest
@@ -90,3 +91,22 @@ def test_the_plan_of_lora_counts_its_adapters_and_little_memory():
     assert size == "1.4 M parameters, 1.1 M active a token, 94.3 k of adapters trained"
     assert memory.startswith("6.9 MB of weights, gradients and optimizer on each, ")
     assert full[2].startswith("21.6 MB of weights, ")
+
+
+def test_files_that_take_longer_than_the_time_limit_are_told_before_they_are_read():
+    """A group reads its shards one after the other: 80 and 30 minutes, of which it has 60."""
+
+    def job(*minutes: float) -> SimpleNamespace:
+        shards = [SimpleNamespace(rule=SimpleNamespace(name="render_chat"), minutes=m) for m in minutes]
+        asked = {"slurm_partition": "cpu", "runtime": 60}
+        return SimpleNamespace(jobs=shards, is_group=lambda: True, resources=asked, threads=1)
+
+    def plan(*jobs: SimpleNamespace) -> str | None:
+        return describe(load({}, {}), jobs, lambda job: "-t 60", lambda shard: shard.minutes * 60)
+
+    said = "\n    about 1.8 h by the sizes of its files, more than the limit of 1.0 h: raise `runtime` in the"
+    assert said in str(plan(job(1, 2), job(80, 30)))
+    assert plan(job(20, 30)) == (
+        "To be submitted to Slurm:\n\n  a group of 2 render_chat\n    sbatch -t 60\n\n"
+        "At most 1 CPU hours for data, by the time limits."
+    )

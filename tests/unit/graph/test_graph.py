@@ -268,3 +268,18 @@ def test_the_index_of_a_long_phase_asks_for_the_memory_and_the_time_that_it_take
     seconds = 794_729 * 3072 * (60 + 4_000 + 8192 * 0.06) * 1e-9
     assert asked["runtime"](job(phase="one")) == math.ceil(10 + 1.5 * seconds / 60) == 288
     assert asked["runtime"](job(phase="two")) == 60
+
+
+def test_how_long_a_job_reads_follows_from_the_sizes_of_its_files(tmp_path: Path):
+    """Half of what was measured: 60 MB of text a second, 2.5 MB of conversations; Parquet holds thrice."""
+    for name, size in (("web/a.parquet", 40_000_000), ("web/b.jsonl", 60_000_000), ("help.jsonl", 5_000_000)):
+        with (tmp_path / "raw" / name).open("wb") as file:
+            file.truncate(size)
+
+    def seconds(rule: str, **wildcards: str) -> float:
+        return graph().seconds(SimpleNamespace(rule=SimpleNamespace(name=rule), wildcards=wildcards))
+
+    assert seconds("tokenize_shard", corpus="web", shard="a") == 2.0
+    assert seconds("tokenize_shard", corpus="web", shard="b") == 1.0
+    assert seconds("render_chat", source="help", shard="help") == 2.0
+    assert seconds("blend_pretrain", phase="one") == seconds("pack_sft", source="help", shard="help") == 0
