@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from snaketron.log import UserError
-from snaketron.sources.formats import suffix_of
+from snaketron.sources.formats import FETCH, IS_POINTER, POINTER, suffix_of
 
 START = 64  # bytes that tell what a file holds
 
@@ -20,7 +20,7 @@ _SUFFIXES = {
 }
 # How files begin that programs leave in the place of the wanted ones: what they are, and what to do.
 _IN_PLACE = {
-    b"version https://git-lfs": ("a pointer of Git LFS", "fetch the file with `git lfs pull`"),
+    POINTER: (IS_POINTER, FETCH),
     b"<!doctype": ("a web page", "it may ask for a login or tell of an error; download the file again"),
     b"<html": ("a web page", "it may ask for a login or tell of an error; download the file again"),
 }

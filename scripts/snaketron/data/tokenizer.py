@@ -17,6 +17,7 @@ from snaketron.config.data import SPECIAL_TOKENS
 from snaketron.data.rows import read_texts
 from snaketron.lineage.record import Entry, Record, making, read
 from snaketron.log import UserError, first_line, logger
+from snaketron.sources.formats import FETCH, IS_POINTER, is_pointer
 from snaketron.sources.pairs import dtype_of
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -262,5 +263,6 @@ def from_hugging_face(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers does not check what it reads, and fails in many ways
-        why = first_line(error)
+        pointer = is_pointer(Path(path) / "tokenizer.json")
+        why = f"tokenizer.json is {IS_POINTER}; {FETCH}" if pointer else first_line(error)
         raise UserError(f"tokenizer.path {path}: no tokenizer in this directory ({why})") from None

@@ -17,6 +17,7 @@ from typing import Any
 from snaketron.files import read_json, sha256, to_json, write_json
 from snaketron.huggingface.index import INDEX, missing_files, read_index
 from snaketron.lineage.record import Entry
+from snaketron.sources.formats import FETCH, IS_POINTER, is_pointer
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -148,7 +149,8 @@ class Shards:
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            self.problems.append(f"{name}: damaged ({error})")
+            why = f"{IS_POINTER} and not the tensors; {FETCH}" if is_pointer(path) else f"damaged ({error})"
+            self.problems.append(f"{name}: {why}")
             return
         self.paths.append(path)
         if index and name not in index.values():

@@ -159,6 +159,12 @@ def no_object(name: str) -> Callable[[Path, Path], Path]:
     return make
 
 
+def pointer(tmp_path: Path, tokenizer_dir: Path) -> Path:
+    directory = copy_of(tokenizer_dir, tmp_path / "hf")
+    (directory / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    return directory
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -168,6 +174,7 @@ def no_object(name: str) -> Callable[[Path, Path], Path]:
         (no_end, "no eos_token"),
         (no_object("tokenizer.json"), "no tokenizer in this directory"),
         (no_object("tokenizer_config.json"), "no tokenizer in this directory"),
+        (pointer, "no tokenizer in this directory (tokenizer.json is a pointer of Git LFS; fetch the file"),
         (
             lambda tmp_path, of: copy_of(of, tmp_path / "hf", eos_token=["a"]),
             "no tokenizer in this directory",

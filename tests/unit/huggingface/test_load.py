@@ -174,11 +174,16 @@ def test_missing_truncated_and_doubled_files_are_named_at_once(published: Path):
     (published / names[0]).unlink()
     whole = (published / names[1]).read_bytes()
     (published / names[1]).write_bytes(whole[:-100])
+    (published / names[-1]).write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+    )
     shutil.copyfile(published / names[2], published / f"copy_of_{names[2]}")
     lines = refusal(published)
-    assert [line.partition(": ")[0] for line in lines] == [names[0], f"copy_of_{names[2]}", names[1]]
+    wrong = [names[0], f"copy_of_{names[2]}", names[1], names[-1]]
+    assert [line.partition(": ")[0] for line in lines] == wrong
     assert lines[0].endswith(f"missing, with {count} tensors") and "damaged" in lines[2]
     assert lines[1].endswith(f"not in {INDEX}; is it another copy? move it away")
+    assert lines[3].endswith(": a pointer of Git LFS and not the tensors; fetch the file with `git lfs pull`")
 
 
 def test_a_tensor_in_two_files_and_one_that_the_index_invents_are_named(published: Path):
