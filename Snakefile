@@ -113,6 +113,7 @@ if workflow.is_main_process:
         notes.unblended(graph.config),
         notes.other_vocabulary(graph.config, graph.tokenizer_directory()),
         *notes.unmeasured(graph.config),
+        *notes.read_again(graph.config),
     ):
         if note:
             logger.info(note)

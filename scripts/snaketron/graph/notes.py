@@ -15,7 +15,7 @@ from snaketron.config import ChatSource, Config, Corpus
 from snaketron.config.data import PretrainData, SftData
 from snaketron.graph.checks import made_tokenizer
 from snaketron.sources.shards import SAMPLE
-from snaketron.wording import counted
+from snaketron.wording import counted, some
 
 COSTLY = ("build_tokenizer", "tokenize_shard", "filter_shard", "curate_shard")  # rules
 
@@ -104,6 +104,26 @@ def unblended(config: Config) -> str | None:
         if (names := [s.name for s in sources if s.name not in used and not _of_sample(s)])
     ]
     return f"In no blend, so nothing is trained on them: {'; '.join(left)}" if left else None
+
+
+def read_again(config: Config) -> list[str]:
+    """Phases that read the text again with which an earlier one began, though there may be more of it."""
+    sample = {corpus.name for corpus in config.corpora if _of_sample(corpus)}
+    before: dict[int, dict[str, str]] = {}  # by the seed, the first phase that reads a corpus
+    lines = []
+    for i, phase in enumerate(config.pretrain.phases):
+        seen = before.setdefault(config.seed if phase.seed is None else phase.seed, {})
+        corpora = [entry.corpus for entry in phase.blend]
+        shared = {name: seen[name] for name in corpora if name in seen and name not in sample}
+        if shared and phase.checkpoint is None:
+            said = some([f"{name} ({first})" for name, first in shared.items()], 3)
+            lines.append(
+                f"pretrain.phases[{i}] ({phase.name}) reads again what phases before it began with, of "
+                f"{said}: their seed is the same; give it a `seed` of its own for other text"
+            )
+        for name in corpora:
+            seen.setdefault(name, phase.name)
+    return lines
 
 
 def _of_sample(source: Corpus | ChatSource) -> bool:

@@ -16,6 +16,7 @@ from snaketron.graph.notes import (
     meant,
     moved_targets,
     other_vocabulary,
+    read_again,
     replaced,
     unblended,
     unmeasured,
@@ -78,6 +79,25 @@ def test_a_source_that_was_listed_and_blended_nowhere_is_told():
         "In no blend, so nothing is trained on them: corpora mine; chats more"
     )
     assert unblended(load(MINE | {"pretrain": phases("mine", "docs")}, {})) is None
+
+
+def test_a_phase_that_reads_the_text_of_an_earlier_one_again_is_told():
+    """Each shard is shuffled by the seed, and a phase takes its first samples."""
+
+    def told(*seeds: int | None, names: tuple[str, ...] = ("mine", "docs")) -> list[str]:
+        found = [
+            phases(*names)["phases"][0] | {"name": f"p{i}", "seed": seed} for i, seed in enumerate(seeds)
+        ]
+        return read_again(load(MINE | {"pretrain": {"phases": found}}, {}))
+
+    assert told(None, None, 7) == [
+        "pretrain.phases[1] (p1) reads again what phases before it began with, of mine (p0): their seed is "
+        "the same; give it a `seed` of its own for other text"
+    ]
+    assert told(None, 1234) == told(None, None)  # the seed of the configuration
+    assert told(None, 7) == []
+    assert told(None, None, names=("docs",)) == []  # the sample, as it comes
+    assert read_again(load({}, {})) == []
 
 
 def test_a_target_below_a_moved_root_has_another_name():
