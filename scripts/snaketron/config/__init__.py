@@ -168,9 +168,9 @@ class Config(Section):
         """Give each source the limits of its section that it does not have itself."""
         for data, sources in ((self.pretrain_data, self.corpora), (self.sft_data, self.chats)):
             for source in sources:
-                if not source.registered:
-                    source.max_files = source.max_files or data.max_files
-                    source.max_documents = source.max_documents or data.max_documents
+                for limit in ("max_files", "max_documents"):
+                    if getattr(source, limit) is None and getattr(data, limit) and not source.registered:
+                        setattr(source, limit, getattr(data, limit))
         return self
 
     @model_validator(mode="after")

@@ -87,8 +87,8 @@ def _too_long(jobs: Iterable[Any], minutes: float, seconds: Seconds) -> str:
     if not minutes or most <= minutes * 60:
         return ""
     return (
-        f"about {hours(most / 3600)} by the sizes of its files, more than the limit of "
-        f"{hours(minutes / 60)}: raise `runtime` in the profile"
+        f"about {short_duration(most)} by the sizes of its files, more than the limit of "
+        f"{short_duration(60 * minutes)}: raise `runtime` in the profile"
     )
 
 

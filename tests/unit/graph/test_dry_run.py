@@ -56,7 +56,7 @@ def test_an_estimated_time_stands_beside_that_at_the_published_speed():
     once, others = (7_200_000 / found.tokens_per_second / 2 / 60 for found in (needs.speed, needs.published))
     assert time_line(one, needs, 600) == (
         f"7.2 M tokens at {needs.speed.tokens_per_second:,.0f} tokens/s on each (estimated): {once:.1f} min; "
-        f"{others * 60:.0f} s at the published speed of such GPUs"
+        f"{others * 60:.1f} s at the published speed of such GPUs"
     )
 
 
