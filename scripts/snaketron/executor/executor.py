@@ -25,11 +25,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from snaketron.executor import queue, request
+from snaketron.executor import request
 from snaketron.executor.records import COMMAND, Record, Records
 from snaketron.executor.submitter import Submitter, title
 from snaketron.executor.verdict import ABSENT, explanation, verdict
-from snaketron.jobs import slurm
+from snaketron.jobs import queue, slurm
 from snaketron.log import NO_SPACE
 
 import snakemake_executor_plugin_slurm as plugin

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from snaketron.executor import queue
 from snaketron.jobs import slurm
+from snaketron.jobs.queue import Queued, queued, queued_in
 
 from snakemake_executor_plugin_slurm.utils import get_job_wildcards
 
@@ -62,7 +62,7 @@ class Submitter:
         self._after: dict[Any, list[str]] = {}  # by job, the running ones that it waits for
         self._one = threading.Lock()
         self._stopping = threading.Event()
-        self._others: list[queue.Other] | None = None  # left by an earlier Snakemake; None before it is known
+        self._others: list[Queued] | None = None  # left by an earlier Snakemake; None before it is known
 
     def stop(self) -> None:
         """Submit nothing more."""
@@ -110,8 +110,8 @@ class Submitter:
 
     def _withdraw(self, named: str) -> None:
         """Cancel jobs that Slurm took although sbatch did not hear of it; `slurm.NoAnswer`."""
-        for other in queue.of_run(self.name):
-            if other.comment == named and other.number not in self.submitted:
+        for other in queued():
+            if (other.run, other.comment) == (self.name, named) and other.number not in self.submitted:
                 slurm.ask("scancel", other.number)
 
     def _clear_the_way(self, named: str) -> list[str]:
@@ -121,7 +121,7 @@ class Submitter:
         """
         if self._others is None or any(other.comment == named for other in self._others):
             known = self._others is not None
-            self._others = queue.others(self.directory, self.name)
+            self._others = [job for job in queued_in(self.directory) if job.run != self.name]
             if self._others and not known:
                 numbers = ", ".join(other.number for other in self._others)
                 self.logger.warning(

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from snaketron.executor.queue import OVER
 from snaketron.executor.records import Record, why_in_log
+from snaketron.jobs.queue import OVER
 
 Verdict = Literal["waits or runs", "succeeded", "failed"]
 

@@ -6,39 +6,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from snaketron.jobs import heartbeat, slurm
+from snaketron.jobs import heartbeat, queue, slurm
 from snaketron.jobs.owner import Holder
 from snaketron.jobs.version import versions
 from snaketron.log import UserError
 
 FEW = 8  # more jobs of one rule in one state are counted on one line
-FIELDS = "%i|%T|%M|%D|%r|%Z|%k"  # number, state, time, nodes, reason, working directory, comment
-
-
-@dataclass(frozen=True)
-class Queued:
-    """A job of the workflow that Slurm knows."""
-
-    number: str
-    state: str
-    run_time: str
-    nodes: str
-    reason: str  # why it waits
-    rule: str  # or the name of a group of jobs
-    wildcards: str
-
-    @property
-    def waits(self) -> bool:
-        return self.state == "PENDING"
-
-    @property
-    def about(self) -> str:
-        if self.waits:
-            return f"({self.reason})"
-        return f"{self.run_time} on {self.nodes} node{'s' if self.nodes != '1' else ''}"
 
 
 def lines(directory: Path, ckpt: Path) -> list[str]:
@@ -48,7 +23,7 @@ def lines(directory: Path, ckpt: Path) -> list[str]:
     """
     progress = _progress(ckpt)
     by_kind: dict[tuple[str, str], list[str]] = {}
-    for job in queued(directory):
+    for job in _queued_in(directory):
         title = f"{job.rule} {job.wildcards}".strip()
         said = progress.get(job.number, "")
         line = f"{title:32} job {job.number:<10} {job.state:10} {job.about}  {said}".rstrip()
@@ -56,16 +31,6 @@ def lines(directory: Path, ckpt: Path) -> list[str]:
     found = []
     for (rule, state), same in sorted(by_kind.items()):
         found += same if len(same) <= FEW else [f"{rule:32} {len(same)} jobs {state}"]
-    return found
-
-
-def queued(directory: Path) -> list[Queued]:
-    """The Slurm jobs of the workflow in `directory`; `UserError` where Slurm does not answer."""
-    found = []
-    for number, state, run_time, nodes, reason, where, comment in _jobs():
-        if Path(where) == directory and comment.startswith("rule_"):
-            rule, _, wildcards = comment.removeprefix("rule_").partition("_wildcards_")
-            found.append(Queued(number, state, run_time, nodes, reason, rule, wildcards))
     return found
 
 
@@ -89,19 +54,17 @@ def report_every(seconds: float, directory: Path, ckpt: Path, say: Callable[[str
     return thread
 
 
-def _jobs() -> list[list[str]]:
+def _queued_in(directory: Path) -> list[queue.Queued]:
     if not shutil.which("squeue"):
         raise UserError(
             "squeue: no such command; run this on a machine of the cluster, or with --watch without Slurm"
         )
     try:
-        said = slurm.ask("squeue", "--me", "--noheader", f"--format={FIELDS}")
+        return queue.queued_in(directory)
     except slurm.NoAnswer as error:
         raise UserError(
             f"{error.last}; ask again when Slurm answers, or with --watch, which reads the files of the run"
         ) from None
-    rows = [line.split("|", 6) for line in said.splitlines()]
-    return [row for row in rows if len(row) == 7]
 
 
 def _progress(ckpt: Path) -> dict[str, str]:

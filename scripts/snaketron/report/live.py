@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import is_locked
-from snaketron.jobs import heartbeat
+from snaketron.jobs import heartbeat, slurm
 from snaketron.jobs.owner import is_owned
-from snaketron.jobs.status import Queued, queued
+from snaketron.jobs.queue import Queued, queued_in
 from snaketron.jobs.version import Version, published, versions
-from snaketron.log import UserError
 from snaketron.report.snakemake_log import Job, Log, Planned
 from snaketron.report.workflow import files_of, read_benchmark
 from snaketron.tracking.lines import Tail, line_of_metrics
@@ -152,8 +151,8 @@ class Queue:
 
     def _ask(self) -> None:
         try:
-            self.jobs = queued(self.directory)
-        except (UserError, OSError):  # the controller is busy, or this is another machine
+            self.jobs = queued_in(self.directory)
+        except slurm.NoAnswer:  # the controller is busy, or this is another machine
             self.jobs = None
 
 

@@ -26,6 +26,11 @@ JOB = Job()
 HERE = Path("/data/work")
 
 
+def line(number: int, state: str, run: str, comment: str, directory: Path | str = HERE) -> str:
+    """What squeue says of a job."""
+    return f"{number}|{state}|0:00|1|None|{run}|{directory}|{comment}"
+
+
 def refusal(*lines: str) -> str:
     """A refusal in the words of the plugin."""
     text = "\n".join(f"sbatch: error: {line}" for line in lines)
@@ -100,10 +105,10 @@ def test_a_controller_that_does_not_come_back_is_an_error(monkeypatch: pytest.Mo
 def test_a_job_that_slurm_took_unheard_is_not_submitted_twice(monkeypatch: pytest.MonkeyPatch):
     """Job 8 is known, 9 is of other wildcards, 10 is the one that was taken, 11 is of another run."""
     queue = [
-        f"8|RUNNING|run|{HERE}|rule_tokens_wildcards_a",
-        f"9|PENDING|run|{HERE}|rule_tokens_wildcards_b",
-        f"10|PENDING|run|{HERE}|rule_tokens_wildcards_a",
-        "11|PENDING|another|/data/elsewhere|rule_tokens_wildcards_a",
+        line(8, "RUNNING", "run", "rule_tokens_wildcards_a"),
+        line(9, "PENDING", "run", "rule_tokens_wildcards_b"),
+        line(10, "PENDING", "run", "rule_tokens_wildcards_a"),
+        line(11, "PENDING", "another", "rule_tokens_wildcards_a", "/data/elsewhere"),
     ]
     slurm = Slurm(monkeypatch, queue, refusal(TIMED_OUT))
     slurm.submitter.submitted.add("8")
@@ -115,12 +120,12 @@ def test_a_job_replaces_a_waiting_one_of_an_earlier_run_and_waits_for_a_running_
     monkeypatch: pytest.MonkeyPatch,
 ):
     queue = [
-        f"3|RUNNING|earlier|{HERE}|rule_tokens_wildcards_a",
-        f"4|PENDING|earlier|{HERE}|rule_tokens_wildcards_a",
-        f"5|RUNNING|earlier|{HERE}|rule_tokens_wildcards_b",
-        "6|RUNNING|earlier|/data/elsewhere|rule_tokens_wildcards_a",
-        f"7|RUNNING|mine|{HERE}|something by hand",
-        f"8|RUNNING|run|{HERE}|rule_tokens_wildcards_a",
+        line(3, "RUNNING", "earlier", "rule_tokens_wildcards_a"),
+        line(4, "PENDING", "earlier", "rule_tokens_wildcards_a"),
+        line(5, "RUNNING", "earlier", "rule_tokens_wildcards_b"),
+        line(6, "RUNNING", "earlier", "rule_tokens_wildcards_a", "/data/elsewhere"),
+        line(7, "RUNNING", "mine", "something by hand"),
+        line(8, "RUNNING", "run", "rule_tokens_wildcards_a"),
     ]
     slurm = Slurm(monkeypatch, queue)
     assert slurm.submit() is None

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from snaketron import files
-from snaketron.jobs import status
-from snaketron.jobs.status import Queued
+from snaketron.jobs import slurm
+from snaketron.jobs.queue import Queued
 from snaketron.report.live import Follower
 from snaketron.report.snakemake_log import Planned, planned
 from snaketron.sizes.outlook import Progress, outlook
@@ -217,8 +217,8 @@ def test_what_waits_in_the_queue_of_slurm(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(follower.queue, "look", lambda: None)
     assert [job.where for job in follower.look().running] == ["job 42", "job 42", "job 43"]
     follower.queue.jobs = [
-        Queued("42", "PENDING", "0:00", "1", "Priority", "tokens_tokenize_shard", ""),
-        Queued("43", "RUNNING", "3:12", "4", "None", "sft", ""),
+        Queued("42", "PENDING", "0:00", "1", "Priority", "run", "/x", "rule_tokens_tokenize_shard"),
+        Queued("43", "RUNNING", "3:12", "4", "None", "run", "/x", "rule_sft"),
     ]
     view = follower.look()
     assert view.waiting == [("tokens_tokenize_shard  job 42  PENDING (Priority)", 1)]
@@ -232,9 +232,8 @@ def test_what_waits_in_the_queue_of_slurm(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_slurm_is_asked_in_a_thread_and_no_answer_is_no_fault(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(
-        status, "_jobs", lambda: [["7", "PENDING", "0:00", "1", "Priority", "/x", "rule_sft"]]
-    )
+    said = "7|PENDING|0:00|1|Priority|run|/x|rule_sft\n8|PENDING|0:00|1|Priority|run|/y|rule_lora\n"
+    monkeypatch.setattr(slurm, "ask", lambda *_: said)
     follower = Follower(Path("/x"))
     follower.queue._ask()
     assert [job.rule for job in follower.queue.jobs or ()] == ["sft"]
