@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from snaketron.sizes.data_jobs import index_bytes, index_seconds, reading_second
 from snaketron.sources.local import unread
 from snaketron.sources.lockfile import LockedFile, read_lock, request
 from snaketron.sources.models import task_data, tokenizer_model
-from snaketron.sources.shards import shards, to_download
+from snaketron.sources.shards import all_shards, to_download
 
 REPORT = "report/report.html"
 
@@ -50,14 +50,14 @@ class Graph:
         self.corpora: dict[str, Corpus] = {c.name: c for c in config.corpora}
         self.chats: dict[str, ChatSource] = {c.name: c for c in config.chats}
         self.phases = {p.name: p for p in config.pretrain.phases}
-        self.lock = read_lock(config.sources_lock, configfiles)
-        self.lock.assuming = assuming
+        self.lock = read_lock(config.sources_lock, configfiles, assuming=assuming)
         # The shards of each source, and the raw files that a shard is made from, in order.
-        missing: list[str] = []
-        self.text = self._shards("corpora", config.corpora, config.pretrain_data.shard_size, missing)
-        self.conversations = self._shards("chats", config.chats, config.sft_data.shard_size, missing)
-        if missing:
-            raise ConfigError("\n".join(missing))
+        self.text, self.conversations, wrong = all_shards(config, self.lock)
+        for where, source in config.sources():
+            if where in wrong and request(source):
+                raise wrong[where]
+        if wrong:
+            raise ConfigError("\n".join(map(str, wrong.values())))
         # The tokenizer of the hub that is used, and the files that it is fetched as.
         self.tokenizer_model = tokenizer_model(config)
         self.tokenizer_files = self.tokenizer_model.files(self.lock) if self.tokenizer_model else []
@@ -69,24 +69,6 @@ class Graph:
         self.configfiles = shlex.join(map(str, configfiles))
         self._raw_files: RawFiles | None = None
         self._workflow: Any = None
-
-    def _shards(
-        self,
-        key: str,
-        sources: Sequence[Corpus | ChatSource],
-        shard_size: int | None,
-        missing: list[str],
-    ) -> dict[str, dict[str, list[str]]]:
-        """The shards of sources by name; what is wrong with files of this machine is added to `missing`."""
-        found = {}
-        for i, source in enumerate(sources):
-            try:
-                found[source.name] = shards(source, f"{key}[{i}]", self.lock, shard_size)
-            except ConfigError as error:
-                if request(source):
-                    raise
-                missing.append(str(error))
-        return found
 
     def watch(self, workflow: Any) -> None:
         """Let records decide which files of the user were changed. Only the main process asks that."""

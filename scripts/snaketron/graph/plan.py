@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from snaketron.config import ChatSource, Config, ConfigError, Corpus, Phase, Training
+from snaketron.config import ChatSource, Config, Corpus, Phase, Training
 from snaketron.graph.base import Base, BaseGraph
 from snaketron.graph.disk import disk, made
 from snaketron.lineage.record import read
@@ -28,23 +28,20 @@ from snaketron.sizes.traffic import traffic
 from snaketron.sources.lockfile import Lock, read_lock, request
 from snaketron.sources.models import tokenizer_model
 from snaketron.sources.pairs import SIZES, dtype_of
-from snaketron.sources.shards import SAMPLE, shards
+from snaketron.sources.shards import SAMPLE, Shards, all_shards
 
 BYTES_OF_TOKEN = 4.4  # of English text and code with a vocabulary of 131,072, roughly
 PACKED = 2.5  # bytes of text in a byte of a compressed file or of Parquet, roughly
 PLAIN = (".jsonl", ".ndjson", ".json", ".arrow")
 
-type Shards = Mapping[str, Mapping[str, Sequence[str]] | None]  # by source; None where no file is known
-
 
 def plan(config: Config) -> dict[str, Any]:
     """The plan as JSON takes it. Bytes, tokens, hours and counts are numbers; what is not known is None."""
-    lock = _assuming(config)
-    missing: dict[str, str] = {}
-    text = {c.name: _shards(c, f"corpora[{i}]", lock, config, missing) for i, c in enumerate(config.corpora)}
-    chats = {c.name: _shards(c, f"chats[{i}]", lock, config, missing) for i, c in enumerate(config.chats)}
+    lock = read_lock(config.sources_lock, assuming=True)
+    text, chats, wrong = all_shards(config, lock)
     corpora = {
-        c.name: _corpus(config, c, text[c.name], lock) for c in _used_corpora(config, config.pretrain.phases)
+        c.name: _corpus(config, c, text.get(c.name), lock)
+        for c in _used_corpora(config, config.pretrain.phases)
     }
     trained = {phase.name for phase in _trained(config)}
     trainings = [
@@ -54,35 +51,28 @@ def plan(config: Config) -> dict[str, Any]:
     ]
     trained_on = {c.name: corpora[c.name] for c in _used_corpora(config, _trained(config))}
     conversations = {
-        c.name: _conversations(config, c, chats[c.name], lock)
+        c.name: _conversations(config, c, chats.get(c.name), lock)
         for c in config.chats
         if c.name in {entry.source for entry in config.sft.blend}
     }
-    unknown = [n for n, found in (*text.items(), *chats.items()) if found is None or n in lock.unlisted]
     return {
-        "jobs": jobs(config, text, chats),
-        "not_listed": unknown,  # sources of which one shard is assumed
-        "missing": missing,  # of these, those of this machine, with what a run says of them
+        "jobs": jobs(config, text, chats, lock),
+        # Sources of which one shard is assumed.
+        "not_listed": [
+            source.name
+            for where, source in config.sources()
+            if where in wrong or source.name in lock.unlisted
+        ],
+        # Of these, those of this machine, with what a run says of them.
+        "missing": {
+            source.name: str(wrong[where])
+            for where, source in config.sources()
+            if where in wrong and request(source) is None
+        },
         "corpora": corpora,
         "trainings": trainings,
         "disk": disk(config, trained_on, conversations, trainings),
     }
-
-
-def _shards(
-    source: Corpus | ChatSource, where: str, lock: Lock, config: Config, missing: dict[str, str]
-) -> dict[str, list[str]] | None:
-    """The raw files of each shard of a source; None where they are neither here nor in the lock file.
-
-    `missing` gets what is wrong with files of this machine.
-    """
-    data = config.pretrain_data if isinstance(source, Corpus) else config.sft_data
-    try:
-        return shards(source, where, lock, data.shard_size)
-    except ConfigError as error:
-        if request(source) is None:
-            missing[source.name] = str(error)
-        return None
 
 
 def _trained(config: Config) -> list[Phase]:
@@ -103,10 +93,10 @@ def _used_corpora(config: Config, phases: Sequence[Phase]) -> list[Corpus]:
 # --------------------------------------------------------------------------------------------------- jobs
 
 
-def jobs(config: Config, text: Shards, chats: Shards) -> dict[str, int]:
+def jobs(config: Config, text: Shards, chats: Shards, lock: Lock) -> dict[str, int]:
     """The jobs of `ckpt/sft` from nothing, by rule; a source of unknown files counts as one shard."""
     counts: Counter[str] = Counter(build_tokenizer=1, install_chat_template=1, blend_sft=1, sft=1)
-    phases, bases = len(_trained(config)), _bases(config)
+    phases, bases = len(_trained(config)), _bases(config, lock)
     counts.update(blend_pretrain=phases, index_pretrain=phases, pretrain=phases)
     counts.update(
         "import_base" if base.keys[0].endswith(".base") else "register_checkpoint" for base in bases
@@ -115,17 +105,17 @@ def jobs(config: Config, text: Shards, chats: Shards) -> dict[str, int]:
     registered = {source.name for source in config.chats if source.registered}
     used: list[tuple[str, Mapping[str, Sequence[str]]]] = []
     for corpus in _used_corpora(config, _trained(config)):
-        found = text[corpus.name] or {"?": []}
+        found = text.get(corpus.name) or {"?": []}
         used.append(("sample_corpus", found))
         counts["register_tokens" if corpus.registered else "tokenize_shard"] += len(found)
         if corpus.curation:
             counts.update(filter_shard=len(found), curate_shard=len(found))
             counts["exact_signature"] += len(found) if corpus.curation.exact_dedup else 0
             counts["minhash_signature"] += len(found) if corpus.curation.minhash_dedup else 0
-    counts["download_model"] = len(_files_of_models(config, bases))
+    counts["download_model"] = len(_files_of_models(config, bases, lock))
     counts.update(_curation_of_groups(config))
     for source in sorted(sources):
-        found = chats[source] or {"?": []}
+        found = chats.get(source) or {"?": []}
         used.append(("sample_chat", found))
         if source in registered:
             counts["register_packs"] += len(found)
@@ -137,29 +127,21 @@ def jobs(config: Config, text: Shards, chats: Shards) -> dict[str, int]:
     return {rule: number for rule, number in sorted(counts.items()) if number}
 
 
-def _bases(config: Config) -> list[Base]:
+def _bases(config: Config, lock: Lock) -> list[Base]:
     """The checkpoints from elsewhere that `ckpt/sft` begins with: at most one, with the key that is used."""
     given = len(config.pretrain.phases) - len(_trained(config))
     key = f"pretrain.phases[{given - 1}].checkpoint" if given else "pretrain.base"
     key = "sft.base" if config.sft.base else key
-    found = BaseGraph(config, _assuming(config)).bases.values()
+    found = BaseGraph(config, lock).bases.values()
     used = [base._replace(keys=(key,)) for base in found if key in base.keys]
     # A base of this workflow is taken as it is; as the result of a phase it is registered.
     return [base for base in used if key.endswith(".checkpoint") or not base.is_of_this_workflow(config)]
 
 
-def _files_of_models(config: Config, bases: Sequence[Base]) -> set[str]:
+def _files_of_models(config: Config, bases: Sequence[Base], lock: Lock) -> set[str]:
     """Files to download of the hub's models: as listed, else those that such models usually have."""
     models = [tokenizer_model(config), *(base.hub for base in bases)]
-    lock = _assuming(config)
     return {path for model in models if model for path in model.files(lock)}
-
-
-def _assuming(config: Config) -> Lock:
-    """The lock file; what it does not list is assumed, as a dry-run does."""
-    lock = read_lock(config.sources_lock)
-    lock.assuming = True
-    return lock
 
 
 def _curation_of_groups(config: Config) -> Counter[str]:

@@ -44,13 +44,19 @@ class Lock:
     """
 
     def __init__(
-        self, path: Path, sources: dict[str, Any], command: str = "", models: dict[str, Any] | None = None
+        self,
+        path: Path,
+        sources: dict[str, Any],
+        command: str = "",
+        models: dict[str, Any] | None = None,
+        *,
+        assuming: bool = False,
     ) -> None:
         self.path = path
         self.sources = sources
         self.models = {} if models is None else models
         self.command = command  # lists the sources; messages tell the user to run it
-        self.assuming = False  # whether files that are not listed are assumed, for a dry-run
+        self.assuming = assuming  # whether files that are not listed are assumed, for a dry-run
         self.unlisted: dict[str, str] = {}  # what was assumed, by source or model, and what to do
         self._files: dict[str, dict[str, LockedFile]] = {}
 
@@ -111,10 +117,11 @@ class Lock:
         )
 
 
-def read_lock(path: str | Path, configfiles: Iterable[str | Path] = ()) -> Lock:
+def read_lock(path: str | Path, configfiles: Iterable[str | Path] = (), *, assuming: bool = False) -> Lock:
     """Read the lock file; one that does not exist is empty. Raises `ConfigError`.
 
-    `configfiles` are the user's `--configfile`, which messages repeat in the command to run.
+    `configfiles` are the user's `--configfile`, which messages repeat in the command to run. With `assuming`,
+    files that it does not list are assumed, as a dry-run does.
     """
     overlays = [shown(file) for file in configfiles]
     command = shlex.join(
@@ -124,14 +131,14 @@ def read_lock(path: str | Path, configfiles: Iterable[str | Path] = ()) -> Lock:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        return Lock(path, {}, command)
+        return Lock(path, {}, command, assuming=assuming)
     except OSError as error:
         raise ConfigError(f"sources_lock: {str(path)!r} cannot be read ({error.strerror})") from None
     try:
         content = json.loads(text)
         if content["version"] != LOCK_VERSION:
             raise ValueError(f"its version is {content['version']}, this program reads {LOCK_VERSION}")
-        lock = Lock(path, content["sources"], command, content.get("models", {}))
+        lock = Lock(path, content["sources"], command, content.get("models", {}), assuming=assuming)
         for entries in (lock.sources, lock.models):
             for name, entry in entries.items():
                 entry["request"], entry["revision"], lock._listed(name, entries)

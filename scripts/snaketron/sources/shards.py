@@ -21,6 +21,8 @@ from snaketron.sources.lockfile import Lock, LockedFile, check_addresses, remote
 from snaketron.sources.models import hub_repositories
 from snaketron.wording import plural, size_text
 
+type Shards = dict[str, dict[str, list[str]]]  # of each source, by its name, what `shards` returns
+
 _LONGEST_NAME = 238  # bytes: a file system takes 255, and the job writes .NAME.parquet.partial
 
 
@@ -64,6 +66,23 @@ def shards(
             found[name] = [path]
             room = shard_size - size if shard_size and size is not None else 0
     return found
+
+
+def all_shards(config: Config, lock: Lock) -> tuple[Shards, Shards, dict[str, ConfigError]]:
+    """The shards of all corpora, those of all sources of conversations, and what is wrong with the others.
+
+    These are named by their keys, such as corpora[0].
+    """
+    text: Shards = {}
+    chats: Shards = {}
+    wrong: dict[str, ConfigError] = {}
+    for where, source in config.sources():
+        found, data = (text, config.pretrain_data) if isinstance(source, Corpus) else (chats, config.sft_data)
+        try:
+            found[source.name] = shards(source, where, lock, data.shard_size)
+        except ConfigError as error:
+            wrong[where] = error
+    return text, chats, wrong
 
 
 def _registered(source: Corpus | ChatSource, where: str) -> dict[str, list[str]]:

@@ -30,8 +30,7 @@ def test_what_is_not_listed_names_the_command_that_lists_it(here: Path):
 
 
 def test_a_dry_run_assumes_one_file_of_what_is_not_listed_and_says_so():
-    lock = read_lock("sources.lock.json")
-    lock.assuming = True
+    lock = read_lock("sources.lock.json", assuming=True)
     for _ in range(2):
         assert shards(HUB, "corpora[1]", lock) == {"unlisted": ["<data>/raw/math/unlisted.jsonl"]}
         assert HubRepository("lab/tiny", "tokenizer.path", TOKENIZER).files(lock) == [
