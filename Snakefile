@@ -27,17 +27,13 @@ from snaketron.graph import (
     dry_run,
     notes,
     outlook,
-    published,
-    reasons,
-    rerun,
     single_run,
-    swift,
     terminal,
-    unknown,
 )
 from snaketron.graph.checks import check_files, check_tokenizer
 from snaketron.graph.graph import Graph
 from snaketron.graph.requests import check_requests
+from snaketron.graph.snakemake import replace_pieces
 from snaketron.graph.submission import check_submission
 from snaketron.jobs import inventory, status
 from snaketron.sources import registered
@@ -90,13 +86,7 @@ except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 
 
-# workflow.dryrun is known only after this file was read.
-if workflow.output_settings.dryrun:
-    swift.remember()
-rerun.ask_each_job(graph.config.pathvars.values())
-published.keep_links()
-reasons.tell_changes(graph.config)
-unknown.tell_errors()
+replace_pieces(workflow, graph.config)
 logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     for note in (

@@ -1,11 +1,11 @@
 """Makes `snakemake --logger snaketron` known: Snakemake finds plugins by the name of their package."""
 
 from snaketron.graph import terminal
-from snaketron.graph.configfiles import name_what_is_missing
+from snaketron.graph.snakemake.errors import tell_wrong_configfiles
 
 __all__ = ["LogHandler"]
 
-name_what_is_missing()
+tell_wrong_configfiles()
 
 
 class LogHandler(terminal.LogHandler):

@@ -13,9 +13,9 @@ import pytest
 SNAKEFILE = f"""
 import sys
 sys.path.insert(0, "{REPOSITORY}/scripts")
-from snaketron.graph import published
+from snaketron.graph.snakemake import published
 if config["kept"]:
-    published.keep_links()
+    published.keep_what_failed()
 
 rule train:
     output: update(directory("ckpt/sft"))
@@ -78,7 +78,7 @@ def test_a_version_that_somebody_deleted_is_made_again(toy: Toy):
 
 
 def test_snakemake_alone_copies_the_checkpoint(toy: Toy):
-    """Why `keep_links` is there. When this fails, look whether it is still needed."""
+    """Why `keep_what_failed` is there. When this fails, look whether it is still needed."""
     (toy.workspace.path / "ckpt/sft/weights").write_text("terabytes")
     toy.run(60, "cp -r ../.snakemake/backups ../seen", kept=False)
     assert (toy.workspace.path / "seen/ckpt/sft/weights").read_text() == "terabytes"

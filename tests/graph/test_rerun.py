@@ -14,9 +14,10 @@ import pytest
 SNAKEFILE = f"""
 import sys
 sys.path.insert(0, "{REPOSITORY}/scripts")
-from snaketron.graph import rerun
+from snaketron.graph.snakemake import published, rerun
 if config["asked"]:
     rerun.ask_each_job(["."])
+    published.keep_what_failed()
 
 rule tokenize:
     input: "filtered", "tokenizer"

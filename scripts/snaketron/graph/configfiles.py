@@ -1,11 +1,11 @@
-"""The files of --configfile: merged as Snakemake does, for the programs beside it, and named when missing."""
+"""The files of --configfile: read and merged as Snakemake does, and which ones a run had."""
 
 from __future__ import annotations
 
 import ast
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ DEFAULT_CONFIG = Path("config/config.yaml")
 def merged(configfiles: Sequence[Path]) -> dict[str, Any]:
     """The defaults, and over them the files in their order."""
     from snakemake.common.configfile import load_configfile
-    from snakemake.exceptions import WorkflowError
     from snakemake.utils import update_config
 
     if not DEFAULT_CONFIG.is_file():
@@ -29,19 +28,23 @@ def merged(configfiles: Sequence[Path]) -> dict[str, Any]:
     check_doubled([DEFAULT_CONFIG, *configfiles])
     config: dict[str, Any] = {}
     for path in [DEFAULT_CONFIG, *configfiles]:
-        try:
-            update_config(config, load_configfile(path))
-        except FileNotFoundError:
-            raise UserError(f"--configfile {path}: no such file") from None
-        except (WorkflowError, OSError) as error:
-            raise UserError(f"--configfile {path}: {_not_yaml(path) or error}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(_not_utf8(path, error)) from None
+        update_config(config, read(path, load_configfile))
     return config
 
 
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
-    return f"--configfile {path}: is not UTF-8 ({error.reason} at byte {error.start}); convert it"
+def read(path: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What Snakemake's own function reads in a file of --configfile; `UserError` where it cannot be read."""
+    from snakemake.exceptions import WorkflowError
+
+    try:
+        return load(path)
+    except FileNotFoundError:
+        raise UserError(f"--configfile {path}: no such file") from None
+    except UnicodeDecodeError as error:
+        said = f"is not UTF-8 ({error.reason} at byte {error.start}); convert it"
+        raise UserError(f"--configfile {path}: {said}") from None
+    except (WorkflowError, OSError) as error:
+        raise UserError(f"--configfile {path}: {_not_yaml(path) or error}") from None
 
 
 def _not_yaml(path: Path) -> str | None:
@@ -76,33 +79,6 @@ def mixed(configfiles: Sequence[str | Path]) -> str | None:
             )
         before = path, gpu, recipe
     return None
-
-
-def name_what_is_missing() -> None:
-    """Let Snakemake name in a line a file of --configfile that is not there.
-
-    Snakemake 9.27.1 opens it outside of the block that would turn the error into a message, before it reads
-    the Snakefile, and ends with a traceback.
-    """
-    from snakemake.exceptions import WorkflowError
-    from snakemake.settings import types
-
-    read = types.load_configfile
-
-    def load(path: Path) -> Any:
-        if Path(path).is_file():
-            try:
-                return read(path)
-            except UnicodeDecodeError as error:
-                raise WorkflowError(_not_utf8(path, error)) from None
-            except WorkflowError as error:
-                raise WorkflowError(f"--configfile {path}: {_not_yaml(Path(path)) or error}") from None
-        raise WorkflowError(
-            f"--configfile {path}: no such file. The option takes every word up to the next option, so "
-            "targets stand before it, or after `--`"
-        )
-
-    types.load_configfile = load
 
 
 def of_last_run(logs: Path = Path(".snakemake/log")) -> list[Path]:

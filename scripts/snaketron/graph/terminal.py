@@ -8,8 +8,8 @@ import os
 import sys
 from typing import Protocol
 
-from snaketron.graph import swift
 from snaketron.graph.lines import Lines
+from snaketron.graph.snakemake import swift
 from snaketron.log import PLAIN
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from snaketron.config import ConfigError
 from snaketron.config.base import suggest
@@ -29,20 +28,3 @@ def message(what: str, name: str, known: Iterable[str]) -> str:
     close = suggest(name, set(names)) if names else ""
     close = f"{close.rstrip('?')}?" if "did you mean" in close else "."
     return f"no {what} is called {name!r}{close}{listed}"
-
-
-def tell_errors() -> None:
-    """Have Snakemake print a `ConfigError` of an input function as it is, and not with a traceback."""
-    from snakemake.exceptions import InputFunctionException, WorkflowError
-
-    original = InputFunctionException.__init__
-    if original.__module__ == __name__:
-        return
-
-    def init(self: Any, msg: Any, *args: Any, **keys: Any) -> None:
-        original(self, msg, *args, **keys)
-        if isinstance(msg, ConfigError):
-            self.__class__ = WorkflowError
-            self.__init__(str(msg))
-
-    InputFunctionException.__init__ = init

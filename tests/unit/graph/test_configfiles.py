@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from snaketron.graph.configfiles import merged, mixed, name_what_is_missing, of_last_run
+from snaketron.graph.configfiles import merged, mixed, of_last_run
+from snaketron.graph.snakemake.errors import tell_wrong_configfiles
 from snaketron.log import UserError
 from tests.conftest import REPOSITORY
 
@@ -54,7 +55,7 @@ def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match=said):
         merged([path])
     monkeypatch.setattr(types, "load_configfile", types.load_configfile)  # put back at the end
-    name_what_is_missing()
+    tell_wrong_configfiles()
     with pytest.raises(WorkflowError, match=said):
         types.load_configfile(path)
 

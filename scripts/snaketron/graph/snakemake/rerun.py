@@ -3,15 +3,12 @@
 - Snakemake 9.27 does not ask the jobs after one that runs, because that one makes them run. Where `ancient`
   files alone connect them it does not: what else was changed for them, parameters or other files, would be
   seen by the next start of Snakemake, and what is made until then would be made of their old output.
-- It records of a job that failed that its output was made with the new parameters and files, and deletes that
-  output. Where what follows was made before, the next start would take that for finished.
 - Outputs that a clock ahead has written pass for newer than what is made before them today: a run that ended
   between the two would be taken for finished.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -24,14 +21,9 @@ type Jobs = Mapping[Any, Mapping[Any, set[Any]]]  # by job those after it, with 
 def ask_each_job(roots: Iterable[str]) -> None:
     """Replace what decides it in this process; `roots` are the directories of outputs."""
     from snakemake.dag import DAG
-    from snakemake.jobs import Job
-    from snakemake.persistence import PersistenceBase
 
     original = DAG.update_needrun
-    if original.__module__ == __name__:
-        return
 
-    @functools.wraps(original)
     async def update_needrun(dag: Any, *args: Any, **keys: Any) -> None:
         dag.bfs = made_to_run  # with which it finds the jobs that it does not ask
         try:
@@ -41,20 +33,7 @@ def ask_each_job(roots: Iterable[str]) -> None:
         if dag.workflow.is_main_process:
             check_times(dag, roots)
 
-    failed = set[Any]()
-    end, record = Job.postprocess, PersistenceBase.finished
-
-    async def postprocess(job: Any, *args: Any, error: bool = False, **keys: Any) -> None:
-        (failed.add if error else failed.discard)(job)
-        await end(job, *args, error=error, **keys)
-
-    async def finished(persistence: Any, job: Any) -> None:
-        if job not in failed:
-            await record(persistence, job)
-
-    update_needrun.__module__ = __name__
     DAG.update_needrun = update_needrun
-    Job.postprocess, PersistenceBase.finished = postprocess, finished
 
 
 def made_to_run(after: Jobs, job: Any) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from snaketron.graph import swift
+from snaketron.graph.snakemake import swift
 
 import pytest
 import snakemake.api

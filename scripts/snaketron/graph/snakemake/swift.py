@@ -47,8 +47,6 @@ def remember() -> None:
     """Have Snakemake ask once, in this process, what it asks for each job or file."""
     from snakemake import common, dag, io, iocontainers, jobs, output_index, pathvars, rules
 
-    if hasattr(common.get_function_params, "cache_info"):
-        return
     remembered = functools.cache(common.get_function_params)
     for module in (common, jobs, rules):
         module.get_function_params = remembered

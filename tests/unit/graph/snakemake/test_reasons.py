@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from snaketron.config import Config, load
-from snaketron.graph.reasons import changes, is_check
+from snaketron.graph.snakemake.reasons import changes, is_check
 from snaketron.settings.chats import render_settings
 from snaketron.settings.text import tokenize_settings
 from snaketron.settings.training import train_settings
