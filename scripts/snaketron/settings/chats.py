@@ -7,6 +7,7 @@ from datetime import date
 from typing import Any, Literal
 
 from snaketron.config import ChatSource, Config, Reasoning
+from snaketron.settings import taken
 from snaketron.settings.text import ReadSettings
 
 from pydantic import Field
@@ -45,28 +46,12 @@ def render_settings(config: Config, source: ChatSource) -> RenderSettings:
     data = config.sft_data
     reasoning = source.reasoning or data.reasoning
     chosen = reasoning.stripped or reasoning.low_effort or reasoning.truncated
-    return RenderSettings(
-        where=source.where,
-        max_documents=source.max_documents,
-        bad_rows=data.bad_rows,
-        invalid_text=data.invalid_text,
-        max_line_bytes=data.max_line_bytes,
-        max_dropped_fraction=data.max_dropped_fraction,
-        max_tokens=source.max_tokens,
+    return taken(
+        RenderSettings,
+        source,
+        data,
         source=source.name,
-        messages_field=source.messages_field,
-        tools_field=source.tools_field,
-        metadata_fields=source.metadata_fields,
-        valid_fraction=data.valid_fraction,
-        test_fraction=data.test_fraction,
         template_arguments=data.template_arguments | source.template_arguments,
-        sequences=source.sequences,
-        system_field=source.system_field,
-        role_key=source.role_key,
-        content_key=source.content_key,
-        roles=dict(source.roles),
-        thinking_tags=source.thinking_tags,
-        template_date=data.template_date,
         reasoning=reasoning,
         seed=config.seed if chosen else None,
     )

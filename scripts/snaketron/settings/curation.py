@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from snaketron.config import Config, Corpus, Curation, Filter, Section
-from snaketron.settings.text import ReadSettings, read_settings
+from snaketron.settings import taken
+from snaketron.settings.text import ReadSettings
 
 
 class FilterSettings(ReadSettings):
@@ -22,12 +23,7 @@ class CurateSettings(Section):
 
 
 def filter_settings(config: Config, corpus: Corpus) -> FilterSettings:
-    return FilterSettings(
-        **read_settings(config, corpus).model_dump(),
-        text_field=corpus.text_field,
-        metadata_fields=corpus.metadata_fields,
-        filters=(corpus.curation or Curation()).filters,
-    )
+    return taken(FilterSettings, corpus, corpus.curation or Curation(), config.pretrain_data)
 
 
 def curate_settings(config: Config, corpus: Corpus) -> CurateSettings:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from snaketron.config import Config, Section
 from snaketron.config.evaluation import Task
+from snaketron.settings import taken
 from snaketron.settings.training import RunSettings
 
 
@@ -50,22 +51,13 @@ def eval_settings(config: Config, stage: str, downloaded: Mapping[str, str]) -> 
     Args:
         downloaded: the directories of data sets of the hub, by the `data` of the tasks that use them.
     """
-    section = config.eval
-    values = {key: getattr(section, key) for key in EvalSettings.model_fields if key != "stage"}
-    values["tasks"] = [
+    tasks = [
         task.model_copy(update={"data": downloaded.get(task.data, task.data)}) if task.data else task
-        for task in section.tasks
+        for task in config.eval.tasks
     ]
-    return EvalSettings(stage=stage, **values)
+    return taken(EvalSettings, config.eval, stage=stage, tasks=tasks)
 
 
 def eval_run(config: Config) -> RunSettings:
     """How evaluations are run: their processes, and the nodes that trainings run on too."""
-    section = config.eval
-    return RunSettings(
-        cluster=config.cluster,
-        tracking="off",
-        parallel=section.parallel,
-        cpus_per_task=section.cpus_per_task,
-        mem_gb_per_task=section.mem_gb_per_task,
-    )
+    return taken(RunSettings, config.eval, cluster=config.cluster, tracking="off")

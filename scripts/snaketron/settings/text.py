@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from snaketron.config import Config, Corpus, Section
+from snaketron.settings import taken
 
 from pydantic import Field
 
@@ -35,35 +36,11 @@ class TokenizeSettings(ReadSettings):
     long_documents: Literal["cut", "drop"] = "cut"
 
 
-def read_settings(config: Config, corpus: Corpus) -> ReadSettings:
-    """How the raw rows of a corpus are read."""
-    data = config.pretrain_data
-    return ReadSettings(
-        where=corpus.where,
-        max_documents=corpus.max_documents,
-        bad_rows=data.bad_rows,
-        invalid_text=data.invalid_text,
-        max_line_bytes=data.max_line_bytes,
-        max_dropped_fraction=data.max_dropped_fraction,
-    )
-
-
 def tokenize_settings(config: Config, corpus: Corpus) -> TokenizeSettings:
     """What defines the tokens of a corpus. Curation has already applied `where` and the limit."""
     data = config.pretrain_data
-    read = read_settings(config, corpus)
+    seed = config.seed if data.document_order == "shuffled" else None
+    curated: dict[str, Any] = {}
     if corpus.curation:
-        read = read.model_copy(update={"where": {}, "max_documents": None})
-    return TokenizeSettings(
-        **read.model_dump(),
-        corpus=corpus.name,
-        text_field="text" if corpus.curation else corpus.text_field,
-        metadata_fields=corpus.metadata_fields,
-        max_tokens=corpus.max_tokens,
-        valid_fraction=data.valid_fraction,
-        test_fraction=data.test_fraction,
-        document_order=data.document_order,
-        seed=config.seed if data.document_order == "shuffled" else None,
-        max_document_tokens=data.max_document_tokens,
-        long_documents=data.long_documents,
-    )
+        curated = {"where": {}, "max_documents": None, "text_field": "text"}
+    return taken(TokenizeSettings, corpus, data, corpus=corpus.name, seed=seed, **curated)

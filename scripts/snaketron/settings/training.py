@@ -19,6 +19,7 @@ from snaketron.config import (
     Tuning,
 )
 from snaketron.config.data import SftData
+from snaketron.settings import taken
 from snaketron.settings.schedule import Schedule
 
 from pydantic import Field
@@ -113,29 +114,27 @@ def template_date(run: Mapping[str, Any]) -> date:
 def train_settings(config: Config, name: str) -> TrainSettings:
     """What defines the result of a training: pretrain/broad, sft, lora. For adapters it is `LoraSettings`."""
     training = config.training(name)
-    run = training.run
-    values: dict[str, Any] = {
-        "stage": name,
-        "seed": config.seed,
-        "model": training.model,
-        "optimizer": run.optimizer,
-        "seq_length": training.seq_length,
-        "global_batch_size": training.global_batch_size,
-        "train_iters": training.train_iters,
-        "packed": training.packed,
-    }
-    if isinstance(run, Tuning):
-        values["schedule"] = _cosine(run)
-        values["loss_average"] = run.loss_average
-        values["switch_loss_average_after"] = run.switch_loss_average_after
+    own: dict[str, Any] = {}
+    if isinstance(training.run, Tuning):
+        own["schedule"] = _cosine(training.run)
     else:
-        values["schedule"] = _wsd(config.pretrain, training)
-        own = next(phase.seed for phase in config.pretrain.phases if phase.name == training.phase)
-        values["data_seed"] = None if own == config.seed else own
-    if (adapters := training.adapters) is None:
-        return TrainSettings(**values)
-    lora = {key: getattr(adapters, key) for key in Adapters.model_fields}
-    return LoraSettings(**values, lora=Adapters(**lora))
+        own["schedule"] = _wsd(config.pretrain, training)
+        seed = next(phase.seed for phase in config.pretrain.phases if phase.name == training.phase)
+        own["data_seed"] = None if seed == config.seed else seed
+    if training.adapters:
+        own["lora"] = taken(Adapters, training.adapters)
+    return taken(
+        LoraSettings if training.adapters else TrainSettings,
+        training.run,
+        stage=name,
+        seed=config.seed,
+        model=training.model,
+        seq_length=training.seq_length,
+        global_batch_size=training.global_batch_size,
+        train_iters=training.train_iters,
+        packed=training.packed,
+        **own,
+    )
 
 
 def _wsd(pretrain: Pretrain, training: Training) -> Schedule:
@@ -171,19 +170,6 @@ def _cosine(run: Tuning) -> Schedule:
 
 def run_settings(config: Config, name: str) -> RunSettings:
     """How the training `name` is run."""
-    run = config.training(name).run
-    values = {
-        key: getattr(run, key)
-        for key in RunSettings.model_fields
-        if key in type(run).model_fields  # answers are of tunings alone, CUDA graphs of pretraining
-    }
     day = config.sft_data.template_date.isoformat()
-    return RunSettings(
-        **values,
-        cluster=config.cluster,
-        tracking=config.tracking,
-        tracking_upload=[*config.tracking_upload],
-        tensorboard=config.tensorboard,
-        notify=config.notify.command,
-        template_date=day,
-    )
+    run = config.training(name).run
+    return taken(RunSettings, run, config, notify=config.notify.command, template_date=day)
