@@ -22,14 +22,7 @@ from snaketron.config import ConfigError, load
 from snaketron.config.data import SPLITS
 from snaketron.config.doubled import check_doubled
 from snaketron.executor import request
-from snaketron.graph import (
-    configfiles,
-    dry_run,
-    notes,
-    outlook,
-    single_run,
-    terminal,
-)
+from snaketron.graph import dry_run, notes, outlook, process, terminal
 from snaketron.graph.checks import check_files, check_tokenizer
 from snaketron.graph.graph import Graph
 from snaketron.graph.requests import check_requests
@@ -41,7 +34,7 @@ from snaketron.sources.formats import DOWNLOADED
 from snaketron.sources.models import MODEL_FILE, TASK_FILE
 from snaketron.tracking import notify
 
-if elsewhere := single_run.elsewhere(Path(workflow.basedir)):
+if elsewhere := process.elsewhere(Path(workflow.basedir)):
     raise WorkflowError(elsewhere)
 
 
@@ -65,7 +58,7 @@ wildcard_constraints:
     shard=r"[a-z0-9_.]+",
 
 
-notes.find_python()
+process.find_python()
 try:
     if workflow.is_main_process:
         check_doubled(
@@ -89,24 +82,8 @@ except ConfigError as error:
 replace_pieces(workflow, graph.config)
 logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
-    for note in (
-        *graph.unread(),
-        (
-            f"One file of each is assumed: {said}"
-            if (said := graph.lock.assumed())
-            else None
-        ),
-        graph.to_download(),
-        *graph.bases.unread(),
-        configfiles.mixed(workflow.overwrite_configfiles),
-        notes.from_sample(graph.config),
-        notes.unblended(graph.config),
-        notes.other_vocabulary(graph.config, graph.tokenizer_directory()),
-        *notes.unmeasured(graph.config),
-        *notes.read_again(graph.config),
-    ):
-        if note:
-            logger.info(note)
+    for note in notes.of_configuration(graph, workflow.overwrite_configfiles):
+        logger.info(note)
     # Snakemake has no hook for the end of a dry-run.
     atexit.register(
         dry_run.explain,
@@ -121,10 +98,10 @@ if workflow.is_main_process:
 
 # Before the first job; a dry-run does not come here.
 onstart:
-    single_run.obey_interrupts()
+    process.obey_interrupts()
     if graph.lock.unlisted:
         raise WorkflowError(graph.lock.assumed())
-    if not single_run.hold(Path(".snakemake/snaketron.lock")):
+    if not process.hold(Path(".snakemake/snaketron.lock")):
         raise WorkflowError(
             "Another Snakemake is running in this directory; wait for it or stop it."
         )
@@ -157,7 +134,7 @@ onsuccess:
 
 
 onerror:
-    what, jobs = single_run.ending(workflow)
+    what, jobs = process.ending(workflow)
     notify.tell_of_workflow(
         graph.config.notify.command,
         what,

@@ -2,7 +2,7 @@
 import sys
 
 sys.path.insert(0, f"{workflow.basedir}/../../scripts")
-from snaketron.graph import single_run
+from snaketron.graph import process
 
 COMMANDS = {
     "well": "sleep 20",
@@ -16,7 +16,7 @@ COMMANDS = {
 
 
 onstart:
-    single_run.obey_interrupts()
+    process.obey_interrupts()
 
 
 rule meet:

@@ -23,10 +23,9 @@ from snaketron.settings.training import train_settings
 from snaketron.settings.weights import weight_options
 from snaketron.sizes.checks import check_trainings
 from snaketron.sizes.data_jobs import index_bytes, index_seconds, reading_seconds
-from snaketron.sources.local import unread
 from snaketron.sources.lockfile import LockedFile, read_lock, request
 from snaketron.sources.models import task_data, tokenizer_model
-from snaketron.sources.shards import all_shards, to_download
+from snaketron.sources.shards import all_shards
 
 REPORT = "report/report.html"
 
@@ -123,10 +122,6 @@ class Graph:
     def _rendered(self, wildcards: Any) -> str:
         return f"chat/{wildcards.source}/{wildcards.shard}.json"
 
-    def unread(self) -> list[str]:
-        """What lies in the sources and is not read, a line for each path of the configuration."""
-        return unread(self.config)
-
     def seconds(self, job: Any) -> float:
         """How long a job will read its raw files, roughly; 0 where it reads none, or only their beginning."""
         owner = job.wildcards.get("corpus") or job.wildcards.get("source") or ""
@@ -141,10 +136,6 @@ class Graph:
         if file.startswith("<data>/raw/"):
             return self.lock.file(source, file.rpartition("/")[2]).size
         return Path(file).stat().st_size if Path(file).exists() else 0
-
-    def to_download(self) -> str | None:
-        """The files of the lock that are not here yet, in one line; None when all are."""
-        return to_download(self.config, self.lock)
 
     def rendered_chats(self, wildcards: Any) -> list[str]:
         """The rendered shards that are packed together: one, or all of a source."""

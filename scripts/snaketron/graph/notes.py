@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from snaketron.config import ChatSource, Config, Corpus
 from snaketron.config.data import PretrainData, SftData
 from snaketron.graph.checks import made_tokenizer
-from snaketron.sources.shards import SAMPLE
+from snaketron.graph.configfiles import mixed
+from snaketron.graph.graph import Graph
+from snaketron.sources.local import SAMPLE, unread
+from snaketron.sources.shards import to_download
 from snaketron.wording import counted, some
 
 COSTLY = ("build_tokenizer", "tokenize_shard", "filter_shard", "curate_shard")  # rules
 
 
-def find_python() -> None:
-    """Let the commands of rules find the programs of this environment, activated or not."""
-    here = Path(sys.executable).parent
-    found = shutil.which("python")
-    if found is None or Path(found).parent != here:
-        os.environ["PATH"] = f"{here}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+def of_configuration(graph: Graph, configfiles: Sequence[str | Path]) -> Iterator[str]:
+    """What the configuration leaves out, assumes or mixes, a line each, before the first job."""
+    config = graph.config
+    yield from unread(config)
+    if assumed := graph.lock.assumed():
+        yield f"One file of each is assumed: {assumed}"
+    downloads = to_download(config, graph.lock)
+    yield from filter(None, [downloads, *graph.bases.unread(), mixed(configfiles), from_sample(config)])
+    yield from filter(None, [unblended(config), other_vocabulary(config, graph.tokenizer_directory())])
+    yield from unmeasured(config)
+    yield from read_again(config)
 
 
 def from_sample(config: Config) -> str | None:

@@ -36,8 +36,12 @@ class RawFiles:
 
     def __init__(self, workflow: Any, root: Path, hashes: Path = Path(".snakemake/snaketron.hashes")) -> None:
         self._workflow, self._root = workflow, root
-        self._hashes = _Hashes(hashes)
-        self._pending = _Pending(hashes.with_name("snaketron.changed"))
+        self._hashes = _Kept(hashes)  # of files, by path, size and time
+        # Of jobs that have to run again for changed files, by their records: a time later than the last
+        # outputs; 0 for one that has run. Such a job first deletes its record. Where it fails or is killed,
+        # nothing else says that its files were changed, and what was made of the old ones would pass for
+        # finished.
+        self._pending = _Kept(hashes.with_name("snaketron.changed"))
         self._records: dict[str, tuple[Record, os.stat_result] | None] = {}
         self._names: dict[str, set[str]] = {}  # of each directory of records what it holds
         self._forced: set[str] = set()  # rules that run again for a changed directory
@@ -51,7 +55,7 @@ class RawFiles:
         from snakemake.io import ancient
         from snakemake_interface_storage_plugins.io import Mtime
 
-        made, pending = self._read(record), self._pending.since(self._root / record)
+        made, pending = self._read(record), self._pending_since(record)
         inputs = {entry.path: entry for entry in made[0].inputs} if made else {}
         # Later than all that the job wrote, also on a machine whose clock was ahead.
         late = max(time.time(), made[1].st_mtime + 1 if made else pending)
@@ -64,7 +68,7 @@ class RawFiles:
                 self._workflow.iocache.mtime[file] = Mtime(local=late, local_target=late)
                 changed = True
             marked.append(file)
-        self._pending.note(self._root / record, late if changed else 0)
+        self._note(record, late if changed else 0)
         if changed and not made:  # Snakemake may know the hash of the file from the job that failed
             self._workflow.dag.forcefiles.add(str(self._root / record))
         return marked
@@ -74,14 +78,14 @@ class RawFiles:
 
         Snakemake is not told the files: new inputs of a rule would have it make again what is finished.
         """
-        made, pending = self._read(record), self._pending.since(self._root / record)
+        made, pending = self._read(record), self._pending_since(record)
         entries = [entry for entry in made[0].inputs if entry.file.parent == directory] if made else []
         changed = [
             entry.file
             for entry in entries
             if made and entry.file.exists() and not self.unchanged(entry, made[1])
         ]
-        self._pending.note(self._root / record, time.time() if changed or (pending and not made) else 0)
+        self._note(record, time.time() if changed or (pending and not made) else 0)
         if changed and rule not in self._forced:
             logger.info("%s: changed since rule %s read it, so the rule runs again", changed[0], rule)
         if changed or (pending and not made):
@@ -102,7 +106,25 @@ class RawFiles:
         elif now.st_mtime <= record.st_mtime and now.st_ctime <= max(record.st_mtime, record.st_ctime):
             # The record has no times, and nothing came after it: not even a file with an older time.
             return True
-        return self._hashes.of(entry.file, now) == entry.sha256
+        return self._hash(entry.file, now) == entry.sha256
+
+    def _hash(self, path: Path, state: os.stat_result) -> str:
+        key = str(path), state.st_size, state.st_mtime_ns
+        found: str | None = self._hashes.get(*key)
+        if found is None:
+            if state.st_size >= _LARGE:
+                logger.info("reading %s (%s), to see if it was changed", path, size_text(state.st_size))
+            found = sha256(path)
+            with contextlib.suppress(OSError):  # the file is only read again the next time
+                self._hashes.put(found, *key)
+        return found
+
+    def _pending_since(self, record: str) -> float:
+        return float(self._pending.get(str(self._root / record)) or 0)
+
+    def _note(self, record: str, since: float) -> None:
+        if bool(since) != bool(self._pending_since(record)):
+            self._pending.put(since, str(self._root / record))
 
     def _read(self, record: str) -> tuple[Record, os.stat_result] | None:
         if record not in self._records:
@@ -122,60 +144,26 @@ class RawFiles:
         return self._names[directory]
 
 
-class _Hashes:
-    """The hashes of files by path, size and time, kept in a file of JSON lines; a later line counts."""
+class _Kept:
+    """Values by key, in a file of JSON lines: lists of a key and its value, of which a later one counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[tuple[str, int, int], str] | None = None
+        self._known: dict[tuple[Any, ...], Any] | None = None
 
-    def of(self, path: Path, state: os.stat_result) -> str:
-        key = str(path), state.st_size, state.st_mtime_ns
-        if self._known is None:
-            self._known = self._load()
-        if key not in self._known:
-            if state.st_size >= _LARGE:
-                logger.info("reading %s (%s), to see if it was changed", path, size_text(state.st_size))
-            self._known[key] = sha256(path)
-            # Without it, the file is only read again the next time.
-            with contextlib.suppress(OSError), self._path.open("ab") as file:
-                file.write(orjson.dumps([*key, self._known[key]]) + b"\n")
-        return self._known[key]
-
-    def _load(self) -> dict[tuple[str, int, int], str]:
-        known: dict[tuple[str, int, int], str] = {}
-        with contextlib.suppress(OSError):
-            for line in self._path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # a line that was cut off
-                    path, size, modified, found = orjson.loads(line)
-                    known[path, size, modified] = found
-        return known
-
-
-class _Pending:
-    """The jobs that have to run again for changed files, by their records, kept in a file of JSON lines.
-
-    Such a job first deletes its record, and where it fails or is killed nothing else says that its files were
-    changed: what was made of the old ones would pass for finished. A later line counts, and 0 is none.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[str, float] | None = None
-
-    def since(self, record: Path) -> float:
-        """A time later than the last outputs of the job; 0 where its files are not known to be changed."""
+    def get(self, *key: Any) -> Any:
+        """The value of a key; None where it has none."""
         if self._known is None:
             self._known = {}
             with contextlib.suppress(OSError):
                 for line in self._path.read_bytes().splitlines():
                     with contextlib.suppress(ValueError, TypeError):  # a line that was cut off
-                        name, at = orjson.loads(line)
-                        self._known[name] = at
-        return self._known.get(str(record), 0)
+                        *found, value = orjson.loads(line)
+                        self._known[tuple(found)] = value
+        return self._known.get(key)
 
-    def note(self, record: Path, at: float) -> None:
-        if bool(at) != bool(self.since(record)) and self._known is not None:
-            self._known[str(record)] = at
+    def put(self, value: Any, *key: Any) -> None:
+        if self.get(*key) != value and self._known is not None:
+            self._known[key] = value
             with self._path.open("ab") as file:
-                file.write(orjson.dumps([str(record), at]) + b"\n")
+                file.write(orjson.dumps([*key, value]) + b"\n")

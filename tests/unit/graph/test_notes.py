@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from snaketron.config import load
 from snaketron.graph.notes import (
-    find_python,
     from_sample,
     meant,
     moved_targets,
@@ -24,22 +20,6 @@ from snaketron.graph.notes import (
 from snaketron.lineage.record import making
 
 import pytest
-
-
-def test_the_commands_of_rules_find_the_python_of_snakemake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """As `.venv/bin/snakemake` is called: PATH is of a shell that knows nothing of the environment."""
-    other = tmp_path / "python"
-    other.write_text("#!/bin/sh\n")
-    other.chmod(0o755)
-    for path in ("/usr/bin:/bin", f"{tmp_path}:/bin"):
-        monkeypatch.setenv("PATH", path)
-        find_python()
-        assert shutil.which("python") == str(Path(sys.executable).parent / "python")
-        assert os.environ["PATH"].endswith(f":{path}")
-    found = os.environ["PATH"]
-    find_python()
-    assert os.environ["PATH"] == found  # there already
-
 
 MINE = {
     "corpora": [

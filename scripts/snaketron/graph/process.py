@@ -1,12 +1,12 @@
-"""Where a Snakemake may run: in the directory of the workflow, and one at a time; and that it can be stopped.
-
-The lock of a directory is one that a killed Snakemake does not leave behind.
-"""
+"""The process of Snakemake: where it may run, one at a time, what its commands find, and how it ends."""
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -49,6 +49,14 @@ def elsewhere(repository: Path) -> str | None:
         f"`pathvars` puts results elsewhere. To run in {Path.cwd()}, link the workflow into it: "
         f"ln -s {shlex.quote(str(repository))}/{{config,scripts}} ."
     )
+
+
+def find_python() -> None:
+    """Let the commands of rules find the programs of this environment, activated or not."""
+    here = Path(sys.executable).parent
+    found = shutil.which("python")
+    if found is None or Path(found).parent != here:
+        os.environ["PATH"] = f"{here}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def obey_interrupts() -> None:

@@ -1,31 +1,34 @@
-"""One Snakemake at a time in a directory."""
+"""One Snakemake at a time in a directory, which finds its programs and knows how it ended."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from snaketron.graph import single_run
+from snaketron.graph import process
 from tests.conftest import REPOSITORY, Workspace
 
 import pytest
 
 CODE = """
 import pathlib, sys, time
-from snaketron.graph import single_run
-print(single_run.hold(pathlib.Path(sys.argv[1])), flush=True)
+from snaketron.graph import process
+print(process.hold(pathlib.Path(sys.argv[1])), flush=True)
 time.sleep(float(sys.argv[2]))
 """
 
 
 def hold(path: Path, seconds: float) -> tuple[subprocess.Popen, str]:
-    process = subprocess.Popen(
+    program = subprocess.Popen(
         [sys.executable, "-c", CODE, str(path), str(seconds)], stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
-    return process, process.stdout.readline().strip()
+    assert program.stdout is not None
+    with program.stdout as said:
+        return program, said.readline().strip()
 
 
 def test_the_second_process_is_refused_until_the_first_is_killed(tmp_path: Path):
@@ -33,56 +36,55 @@ def test_the_second_process_is_refused_until_the_first_is_killed(tmp_path: Path)
     first, answer = hold(path, 600)
     assert answer == "True"
     try:
-        second, answer = hold(path, 0)
-        assert (answer, second.wait()) == ("False", 0)
+        for place, expected in ((path, "False"), (tmp_path / "elsewhere/lock", "True")):
+            second, answer = hold(place, 0)
+            assert (answer, second.wait()) == (expected, 0)
     finally:
         first.kill()
         first.wait()
-    third, answer = hold(path, 0)
-    assert (answer, third.wait()) == ("True", 0)
-    fourth, answer = hold(path, 0)  # and the end of a process frees it
-    assert (answer, fourth.wait()) == ("True", 0)
-    for process in (first, second, third, fourth):
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def test_two_directories_are_two_locks(tmp_path: Path):
-    first, answer = hold(tmp_path / "a/lock", 600)
-    try:
-        second, other = hold(tmp_path / "b/lock", 0)
-        assert (answer, other, second.wait()) == ("True", "True", 0)
-    finally:
-        first.kill()
-        first.wait()
-    for process in (first, second):
-        assert process.stdout is not None
-        process.stdout.close()
+    for _ in range(2):  # and the end of a process frees it
+        third, answer = hold(path, 0)
+        assert (answer, third.wait()) == ("True", 0)
 
 
 def test_another_directory_is_told_where_to_run_or_what_to_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(REPOSITORY)
-    assert single_run.elsewhere(REPOSITORY) is None
+    assert process.elsewhere(REPOSITORY) is None
     monkeypatch.chdir(tmp_path)
-    message = single_run.elsewhere(Path("/a b"))
+    message = process.elsewhere(Path("/a b"))
     assert message and "cd '/a b'. " in message and "ln -s '/a b'/{config,scripts} ." in message
     for name in ("config", "scripts"):
         Path(name).symlink_to(REPOSITORY / name)
-    assert single_run.elsewhere(REPOSITORY) is None
+    assert process.elsewhere(REPOSITORY) is None
+
+
+def test_the_commands_of_rules_find_the_python_of_snakemake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As `.venv/bin/snakemake` is called: PATH is of a shell that knows nothing of the environment."""
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    for path in ("/usr/bin:/bin", f"{tmp_path}:/bin"):
+        monkeypatch.setenv("PATH", path)
+        process.find_python()
+        assert shutil.which("python") == str(Path(sys.executable).parent / "python")
+        assert os.environ["PATH"].endswith(f":{path}")
+    found = os.environ["PATH"]
+    process.find_python()
+    assert os.environ["PATH"] == found  # there already
 
 
 SNAKEFILE = """
 import json
 from pathlib import Path
-from snaketron.graph import single_run
+from snaketron.graph import process
 
 onstart:
-    single_run.obey_interrupts()
+    process.obey_interrupts()
 
 onerror:
-    Path("ended.json").write_text(json.dumps(single_run.ending(workflow)))
+    Path("ended.json").write_text(json.dumps(process.ending(workflow)))
 
 rule fails:
     output: "{corpus}/{shard}.txt"
