@@ -1,5 +1,5 @@
 rule import_base:
-    """Import a checkpoint from elsewhere, which trainings begin with, and verify it.
+    """Import a checkpoint from elsewhere, which trainings begin with or which is the result of a phase, and verify it.
 
     The output is a link, like the output of rule pretrain. The template is `ancient`, because no weight depends on it.
     """
@@ -18,22 +18,19 @@ rule import_base:
     resources:
         mem_mb=graph.training.conversion_mb,
         seq_length=graph.bases.seq_length,
+        stage=graph.bases.stage,
     params:
         source=graph.bases.directory,
         model=graph.bases.model,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/import_base.py --source {params.source:q} --stage base/{wildcards.base:q}"
+        "python scripts/import_base.py --source {params.source:q} --stage {resources.stage:q}"
         " --model {params.model:q} --tokenizer {params.tokenizer:q} --seq-length {resources.seq_length:q}"
         " --output {output:q} --log-file {log:q}"
 
 
-rule register_checkpoint:
-    """Import a checkpoint from elsewhere as the result of a phase, which is then not trained, and verify it."""
-    input:
-        weights=graph.bases.files_of_phase,
-        tokenizer="<data>/tokenizer/tokenizer.json",
-        template=ancient("<data>/tokenizer/chat_template.jinja"),
+# The phase is then not trained.
+use rule import_base as register_checkpoint with:
     output:
         update(directory("<ckpt>/pretrain/{phase}")),
     log:
@@ -42,17 +39,6 @@ rule register_checkpoint:
         "<benchmarks>/register_checkpoint/{phase}.tsv"
     wildcard_constraints:
         phase=graph.registered.names("phases"),
-    resources:
-        mem_mb=graph.training.conversion_mb,
-        seq_length=graph.bases.seq_length_of_phase,
-    params:
-        source=graph.bases.directory_of_phase,
-        model=graph.bases.model,
-        tokenizer=subpath(input.tokenizer, parent=True),
-    shell:
-        "python scripts/import_base.py --source {params.source:q} --stage pretrain/{wildcards.phase:q}"
-        " --model {params.model:q} --tokenizer {params.tokenizer:q} --seq-length {resources.seq_length:q}"
-        " --output {output:q} --log-file {log:q}"
 
 
 rule export_hf:

@@ -1,31 +1,29 @@
 rule sample_corpus:
-    """Write a corpus: documentation and code that ship with Python, or requests that are made up."""
+    """Write a part of the sample: text and code that ship with Python, or requests and conversations that are made up."""
     output:
-        texts=expand("data/sample/{{corpus}}/part_{part}.jsonl", part=range(3)),
-        record="data/sample/{corpus}/record.json",
+        files=expand("data/sample/{{name}}/part_{part}.jsonl", part=range(3)),
+        record="data/sample/{name}/record.json",
     log:
-        "<logs>/sample_corpus/{corpus}.log",
+        "<logs>/sample_corpus/{name}.log",
     benchmark:
-        "<benchmarks>/sample_corpus/{corpus}.tsv"
+        "<benchmarks>/sample_corpus/{name}.tsv"
     wildcard_constraints:
-        corpus="docs|code|packages|requests",
+        name="docs|code|packages|requests",
     priority: 1
     shell:
-        "python scripts/sample_corpus.py --corpus {wildcards.corpus:q}"
-        " --texts {output.texts:q} --record {output.record:q} --log-file {log:q}"
+        "python scripts/write_sample.py --name {wildcards.name:q}"
+        " --files {output.files:q} --record {output.record:q} --log-file {log:q}"
 
 
-rule sample_chat:
-    """Write conversations about the standard library, or with requests that call tools."""
+# Conversations about the standard library, or with requests that call tools: no pretraining waits for them.
+use rule sample_corpus as sample_chat with:
     output:
-        chats=expand("data/sample/{{source}}/part_{part}.jsonl", part=range(2)),
-        record="data/sample/{source}/record.json",
+        files=expand("data/sample/{{name}}/part_{part}.jsonl", part=range(2)),
+        record="data/sample/{name}/record.json",
     log:
-        "<logs>/sample_chat/{source}.log",
+        "<logs>/sample_chat/{name}.log",
     benchmark:
-        "<benchmarks>/sample_chat/{source}.tsv"
+        "<benchmarks>/sample_chat/{name}.tsv"
     wildcard_constraints:
-        source="questions|tools",
-    shell:
-        "python scripts/sample_chat.py --source {wildcards.source:q}"
-        " --chats {output.chats:q} --record {output.record:q} --log-file {log:q}"
+        name="questions|tools",
+    priority: 0

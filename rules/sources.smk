@@ -12,6 +12,7 @@ rule download:
     resources:
         # A file may move to another address without changing, so the address is no parameter.
         address=graph.download_address,
+        artifact=graph.download_name,
         download_mb=graph.download_mb,
         downloads=1,
     params:
@@ -19,12 +20,12 @@ rule download:
         sha256=graph.download_sha256,
     shell:
         "python scripts/download.py --address {resources.address:q} --size {params.size:q}"
-        " --sha256 {params.sha256:q} --name {wildcards.source:q}/{wildcards.file:q}"
+        " --sha256 {params.sha256:q} --name {resources.artifact:q}"
         " --output {output.file:q} --record {output.record:q} --log-file {log:q}"
 
 
-rule download_model:
-    """Download one file of a hub model (a tokenizer or a checkpoint) of the lock file, as rule download does."""
+# One file of a hub model, a tokenizer or a checkpoint.
+use rule download as download_model with:
     output:
         file="<data>/hub/{owner}/{model}/{file}",
         record="<data>/hub/{owner}/{model}/{file}.json",
@@ -36,24 +37,11 @@ rule download_model:
         owner=r"[^/]+",
         model=r"[^/]+",
         file=MODEL_FILE,
-    resources:
-        address=graph.download_address,
-        download_mb=graph.download_mb,
-        downloads=1,
-    params:
-        size=graph.download_size,
-        sha256=graph.download_sha256,
-    shell:
-        "python scripts/download.py --address {resources.address:q} --size {params.size:q}"
-        " --sha256 {params.sha256:q} --name {wildcards.owner:q}/{wildcards.model:q}/{wildcards.file:q}"
-        " --output {output.file:q} --record {output.record:q} --log-file {log:q}"
 
 
-rule download_task_data:
-    """Download one file of a data set that a task of the evaluation asks from, as rule download does.
-
-    The record lies in a hidden directory: whoever reads the data set takes all files that are not hidden.
-    """
+# One file of a data set that a task of the evaluation asks from. The record lies in a hidden directory: whoever reads
+# the data set takes all files that are not hidden.
+use rule download as download_task_data with:
     output:
         file="<data>/hub/datasets/{owner}/{dataset}@{commit}/{file}",
         record="<data>/hub/datasets/{owner}/{dataset}@{commit}/.records/{file}.json",
@@ -66,14 +54,3 @@ rule download_task_data:
         dataset=r"[^/@]+",
         commit=r"[^/@]+",
         file=TASK_FILE,
-    resources:
-        address=graph.download_address,
-        download_mb=graph.download_mb,
-        downloads=1,
-    params:
-        size=graph.download_size,
-        sha256=graph.download_sha256,
-    shell:
-        "python scripts/download.py --address {resources.address:q} --size {params.size:q}"
-        " --sha256 {params.sha256:q} --name {wildcards.owner:q}/{wildcards.dataset:q}/{wildcards.file:q}"
-        " --output {output.file:q} --record {output.record:q} --log-file {log:q}"

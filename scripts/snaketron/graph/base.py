@@ -80,24 +80,19 @@ class BaseGraph:
     # Input functions get the wildcards of the job.
 
     def files(self, wildcards: Any) -> list[str]:
-        """The files of a checkpoint that is imported."""
-        return self._seen(f"base/{wildcards.base}", find("base", wildcards.base, self.bases))
-
-    def files_of_phase(self, wildcards: Any) -> list[str]:
-        """The files of a checkpoint that is the result of a phase."""
-        return self._seen(f"pretrain/{wildcards.phase}", self._of_phase(wildcards))
-
-    def _of_phase(self, wildcards: Any) -> Base:
-        names = [phase.name for phase in self.config.pretrain.phases]
-        path = self.config.pretrain.phases[names.index(wildcards.phase)].checkpoint
-        return next(base for base in self.bases.values() if base.path == path)
-
-    def _seen(self, stage: str, base: Base) -> list[str]:
-        """The files of a base, marked by what the record of its import says of them."""
+        """The files of a checkpoint, marked by what the record of its import says of them."""
+        base = self._base(wildcards)
         if base.hub:  # rules make them
             return base.hub.files(self.lock)
-        files = self._files(Path(base.path))
-        return self.raw_files.seen_by(f"{stage}/record.json", files) if self.raw_files else files
+        files, record = self._files(Path(base.path)), f"{self.stage(wildcards)}/record.json"
+        return self.raw_files.seen_by(record, files) if self.raw_files else files
+
+    def _base(self, wildcards: Any) -> Base:
+        """The checkpoint that is imported: a base by its name, or the result of a phase."""
+        if not hasattr(wildcards, "phase"):
+            return find("base", wildcards.base, self.bases)
+        phase = next(phase for phase in self.config.pretrain.phases if phase.name == wildcards.phase)
+        return next(base for base in self.bases.values() if base.path == phase.checkpoint)
 
     def _files(self, directory: Path) -> list[str]:
         """Those that an import reads: of Megatron's iterations, the latest that is complete."""
@@ -111,10 +106,7 @@ class BaseGraph:
     # Params: a change runs the job again.
 
     def directory(self, wildcards: Any) -> str:
-        return str(self.bases[wildcards.base].directory(self.config))
-
-    def directory_of_phase(self, wildcards: Any) -> str:
-        return str(self._of_phase(wildcards).directory(self.config))
+        return str(self._base(wildcards).directory(self.config))
 
     def model(self, _wildcards: Any) -> str:
         """What the checkpoint must agree with: keys on which no weight depends have their defaults."""
@@ -138,14 +130,16 @@ class BaseGraph:
 
     # Resources: a change runs nothing again.
 
-    def seq_length(self, wildcards: Any) -> int:
-        """The longest sequences of the trainings that begin with it."""
-        keys = self.bases[wildcards.base].keys
-        return max(t.seq_length for t in self.config.trainings() if f"{t.section}.base" in keys)
+    def stage(self, wildcards: Any) -> str:
+        """What a checkpoint is imported as, below <ckpt>."""
+        return f"pretrain/{wildcards.phase}" if hasattr(wildcards, "phase") else f"base/{wildcards.base}"
 
-    def seq_length_of_phase(self, wildcards: Any) -> int:
-        """The sequences of the phase that a checkpoint stands in for."""
-        return self.config.training(f"pretrain/{wildcards.phase}").seq_length
+    def seq_length(self, wildcards: Any) -> int:
+        """The longest sequences of the trainings that begin with it; those of a phase that it replaces."""
+        if hasattr(wildcards, "phase"):
+            return self.config.training(self.stage(wildcards)).seq_length
+        keys = self._base(wildcards).keys
+        return max(t.seq_length for t in self.config.trainings() if f"{t.section}.base" in keys)
 
     # ------------------------------------------------------------------------------------- differences
 

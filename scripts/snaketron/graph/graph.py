@@ -316,6 +316,11 @@ class Graph:
         """Where a file to download lies. A new revision may move a file that stays the same."""
         return self._locked_file(wildcards).address
 
+    def download_name(self, wildcards: Any) -> str:
+        """What the record calls a file to download: by its source, model or data set."""
+        names = ("source", "owner", "model", "dataset", "file")
+        return "/".join(getattr(wildcards, name) for name in names if hasattr(wildcards, name))
+
     def download_mb(self, wildcards: Any) -> int:
         """Size of a file to download, for limits of a profile."""
         return math.ceil(self._locked_file(wildcards).size / 1e6)

@@ -77,7 +77,7 @@ def test_weights_that_an_older_file_replaces_are_imported_again(
     bases = graph(tokenizer={"path": str(checkpoint)}, **section)
     (name,) = bases.bases
     stage = f"base/{name}" if key == "base" else "pretrain/one"
-    job = SimpleNamespace(base=name, phase="one")
+    job = SimpleNamespace(**({"base": name} if key == "base" else {"phase": "one"}))
     weights = checkpoint / "model.safetensors"
     with making("checkpoint", stage, outputs={}, record=Path(f"ckpt/{stage}/record.json")) as made:
         made.inputs = {"weights": [of_user(checkpoint / "config.json"), of_user(weights)]}
@@ -86,7 +86,7 @@ def test_weights_that_an_older_file_replaces_are_imported_again(
         """The files that are as they were, and those that a new start would run the job again for."""
         workflow = SimpleNamespace(iocache=SimpleNamespace(mtime={}))
         bases.raw_files = RawFiles(workflow, Path("ckpt"), Path("hashes"))
-        files = bases.files(job) if key == "base" else bases.files_of_phase(job)
+        files = bases.files(job)
         same = {Path(file).name for file in files if getattr(file, "flags", {}).get("ancient")}
         return same, {Path(file).name for file in workflow.iocache.mtime}
 
@@ -259,12 +259,12 @@ def test_a_checkpoint_may_be_the_result_of_a_phase(checkpoint: Path, tmp_path: P
     bases = graph(tokenizer={"path": path}, pretrain={"phases": phases}, sft={"base": path})
     assert bases.start("pretrain") is None and bases.start("sft") == f"<ckpt>/base/{next(iter(bases.bases))}"
     job = SimpleNamespace(phase="one")
-    assert [Path(file).name for file in bases.files_of_phase(job)] == [
+    assert [Path(file).name for file in bases.files(job)] == [
         "config.json",
         "model.safetensors",
         "tokenizer.json",
     ]
-    assert (bases.directory_of_phase(job), bases.seq_length_of_phase(job)) == (path, 64)
+    assert (bases.directory(job), bases.seq_length(job)) == (path, 64)
     with pytest.raises(ConfigError) as refused:
         graph(
             tokenizer={"path": path},

@@ -27,7 +27,8 @@ def read(
 
 def test_every_rule_but_those_of_reports_is_drawn():
     files = (REPOSITORY / "rules").glob("*.smk")
-    names = {name for file in files for name in re.findall(r"^rule (\w+):", file.read_text(), re.MULTILINE)}
+    named = re.compile(r"^(?:rule|use rule \w+ as) (\w+)", re.MULTILINE)
+    names = {name for file in files for name in named.findall(file.read_text())}
     assert set(RULES) == names - {"report", "data_report"}
 
 

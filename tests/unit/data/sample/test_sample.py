@@ -94,17 +94,15 @@ def test_rows_are_dealt_round_robin_and_again_the_same(tmp_path):
     assert again.outputs == record.outputs
 
 
-@pytest.mark.parametrize(("name", "option"), [("sample_corpus", "texts"), ("sample_chat", "chats")])
-def test_the_scripts_write_all_rows(run_script, tmp_path, rows, name, option):
-    source = "code" if name == "sample_corpus" else "tools"
+@pytest.mark.parametrize("name", ["code", "tools"])
+def test_the_script_writes_all_rows(run_script, tmp_path, rows, name):
     paths = [tmp_path / f"part_{i}.jsonl" for i in range(2)]
-    kind = "--corpus" if name == "sample_corpus" else "--source"
     status, stderr = run_script(
-        name, kind, source, f"--{option}", *paths, "--record", tmp_path / "record.json"
+        "write_sample", "--name", name, "--files", *paths, "--record", tmp_path / "record.json"
     )
     assert status == 0, stderr
-    assert sorted(row["id"] for row in read(paths)) == sorted(row["id"] for row in rows[source])
-    assert files.read_json(tmp_path / "record.json")["counts"]["rows"] == len(rows[source])
+    assert sorted(row["id"] for row in read(paths)) == sorted(row["id"] for row in rows[name])
+    assert files.read_json(tmp_path / "record.json")["counts"]["rows"] == len(rows[name])
 
 
 # ------------------------------------------------------------------------------------ conversations
