@@ -44,7 +44,9 @@ rule exact_signature:
 rule exact_find:
     """Find the documents whose text an earlier document of the group has, in the order of corpora and shards."""
     input:
-        signatures=graph.curation.exact_signatures,
+        signatures=graph.curation.shards(
+            "exact_dedup", "<data>/curation/exact_signatures/{corpus}/{shard}.sig"
+        ),
     output:
         duplicates="<data>/curation/exact_duplicates/{group}.parquet",
         record="<data>/curation/exact_duplicates/{group}.json",
@@ -55,7 +57,7 @@ rule exact_find:
     wildcard_constraints:
         group=r"[a-z0-9_]+",
     params:
-        order=graph.curation.exact_corpora,
+        order=graph.curation.corpora_of("exact_dedup"),
     shell:
         "python scripts/exact_find.py --signatures {input.signatures:q}"
         " --output {output.duplicates:q} --record {output.record:q} --log-file {log:q}"
@@ -85,7 +87,9 @@ rule minhash_buckets:
     Exact duplicates are left out, so that one of two copies stays.
     """
     input:
-        signatures=graph.curation.minhash_signatures,
+        signatures=graph.curation.shards(
+            "minhash_dedup", "<data>/curation/minhash_signatures/{corpus}/{shard}.sig"
+        ),
         removals=graph.curation.exact_duplicates_of_group,
     output:
         pairs="<data>/curation/minhash_pairs/{group}/{bucket}.dups",
@@ -99,7 +103,7 @@ rule minhash_buckets:
         bucket=r"\d+",
     params:
         settings=graph.curation.minhash_settings(),
-        order=graph.curation.minhash_corpora,
+        order=graph.curation.corpora_of("minhash_dedup"),
     shell:
         "python scripts/minhash_buckets.py --signatures {input.signatures:q} --removals {input.removals:q}"
         " --bucket {wildcards.bucket:q} --settings {params.settings:q}"
@@ -113,7 +117,9 @@ rule minhash_cluster:
             "<data>/curation/minhash_pairs/{{group}}/{bucket}.dups",
             bucket=range(graph.config.curation.minhash.num_buckets),
         ),
-        signatures=graph.curation.minhash_signatures,
+        signatures=graph.curation.shards(
+            "minhash_dedup", "<data>/curation/minhash_signatures/{corpus}/{shard}.sig"
+        ),
     output:
         duplicates="<data>/curation/near_duplicates/{group}.parquet",
         record="<data>/curation/near_duplicates/{group}.json",
@@ -125,7 +131,7 @@ rule minhash_cluster:
         group=r"[a-z0-9_]+",
     params:
         settings=graph.curation.minhash_settings(),
-        order=graph.curation.minhash_corpora,
+        order=graph.curation.corpora_of("minhash_dedup"),
     shell:
         "python scripts/minhash_cluster.py --pairs {input.pairs:q} --signatures {input.signatures:q}"
         " --settings {params.settings:q}"

@@ -28,7 +28,7 @@ rule tokenize_shard:
 rule register_tokens:
     """Verify a pair of .bin and .idx that was made elsewhere; its record stands in for that of tokenize_shard."""
     input:
-        pair=graph.registered_pair,
+        pair=graph.raw_text,
         tokenizer="<data>/tokenizer/tokenizer.json",
     output:
         "<data>/tokens/{corpus}/{shard}.json",
@@ -39,7 +39,7 @@ rule register_tokens:
     wildcard_constraints:
         corpus=graph.registered.names("corpora"),
     params:
-        settings=graph.register_tokens_settings,
+        settings=graph.register_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
         "python scripts/register_tokens.py --pair {input.pair:q} --settings {params.settings:q}"

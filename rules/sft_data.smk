@@ -50,7 +50,7 @@ rule pack_sft:
 rule register_packs:
     """Verify a file of packs that was made elsewhere; what it writes stands in for the outputs of pack_sft."""
     input:
-        packs=graph.registered_packs,
+        packs=graph.raw_chats,
         tokenizer="<data>/tokenizer/tokenizer.json",
     output:
         train="<data>/sft/train/{source}/{shard}.parquet",
@@ -64,7 +64,7 @@ rule register_packs:
     wildcard_constraints:
         source=graph.registered.names("chats"),
     params:
-        settings=graph.register_packs_settings,
+        settings=graph.register_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
         "python scripts/register_packs.py --packs {input.packs:q} --settings {params.settings:q}"

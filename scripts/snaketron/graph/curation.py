@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from snaketron.config import Config, Curation
 from snaketron.graph.unknown import find
 from snaketron.settings.curation import curate_settings, filter_settings
+
+type Kind = Literal["exact_dedup", "minhash_dedup"]  # keys of a corpus, which name a group of corpora
 
 
 class CurationGraph:
@@ -23,17 +25,20 @@ class CurationGraph:
 
     # Input functions get the wildcards of the job.
 
-    def exact_signatures(self, wildcards: Any) -> list[str]:
-        """The signatures of all shards of a group, in the order that decides which document stays."""
-        return self._shards("exact_dedup", wildcards.group, "<data>/curation/exact_signatures/{}.sig")
+    def shards(self, kind: Kind, pattern: str) -> Callable[[Any], list[str]]:
+        """The files of all shards of a group, in the order that decides which document stays.
 
-    def minhash_signatures(self, wildcards: Any) -> list[str]:
-        """The signatures of all shards of a group, in the order that decides which document stays."""
-        return self._shards("minhash_dedup", wildcards.group, "<data>/curation/minhash_signatures/{}.sig")
+        They are `pattern` with {corpus} and {shard} filled in.
+        """
+        return lambda wildcards: [
+            pattern.format(corpus=corpus, shard=shard)
+            for corpus in self._group(kind, wildcards.group)
+            for shard in self.text[corpus]
+        ]
 
     def exact_duplicates_of_group(self, wildcards: Any) -> list[str]:
         """What exact de-duplication removes from the corpora of a MinHash group."""
-        curations = [self.corpora[c].curation for c in self.group("minhash_dedup", wildcards.group)]
+        curations = [self.corpora[c].curation for c in self._group("minhash_dedup", wildcards.group)]
         groups = {c.exact_dedup for c in curations if c and c.exact_dedup}
         return [f"<data>/curation/exact_duplicates/{group}.parquet" for group in sorted(groups)]
 
@@ -60,22 +65,17 @@ class CurationGraph:
     def minhash_settings(self) -> str:
         return self.config.curation.minhash.model_dump_json()
 
-    def exact_corpora(self, wildcards: Any) -> list[str]:
+    def corpora_of(self, kind: Kind) -> Callable[[Any], list[str]]:
         """The corpora of a group; their order decides which document stays."""
-        return self.group("exact_dedup", wildcards.group)
+        return lambda wildcards: self._group(kind, wildcards.group)
 
-    def minhash_corpora(self, wildcards: Any) -> list[str]:
-        """The corpora of a group; their order decides which document stays."""
-        return self.group("minhash_dedup", wildcards.group)
-
-    def group(self, kind: Literal["exact_dedup", "minhash_dedup"], name: str) -> list[str]:
+    def _group(self, kind: Kind, name: str) -> list[str]:
         """The corpora that name a group, in the order of the configuration."""
-        return [c.name for c in self.config.corpora if c.curation and getattr(c.curation, kind) == name]
+        groups: dict[str, list[str]] = {}
+        for corpus in self.config.corpora:
+            if corpus.curation and (group := getattr(corpus.curation, kind)):
+                groups.setdefault(group, []).append(corpus.name)
+        return find(f"group of {kind}", name, groups)
 
     def _curation(self, wildcards: Any) -> Curation:
         return find("corpus", wildcards.corpus, self.corpora).curation or Curation()
-
-    def _shards(self, kind: Literal["exact_dedup", "minhash_dedup"], group: str, pattern: str) -> list[str]:
-        groups = {getattr(c.curation, kind) for c in self.config.corpora if c.curation} - {None}
-        find(f"group of {kind}", group, dict.fromkeys(groups, ""))
-        return [pattern.format(f"{c}/{shard}") for c in self.group(kind, group) for shard in self.text[c]]

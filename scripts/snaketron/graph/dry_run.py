@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from snaketron.config import Config, Training
+from snaketron.graph.lines import group_title
 from snaketron.graph.outlook import Look, trainings
 from snaketron.sizes.layout import layout_words
 from snaketron.sizes.plan import Estimate, components, estimate, hours_at
@@ -100,8 +101,7 @@ def _title(job: Any, trainings: dict[tuple[str, str], Training]) -> str:
     if not job.is_group():
         training = trainings.get(_key(job))
         return training.name.replace("/", " ") if training else job.rule.name
-    counts = Counter(member.rule.name for member in job.jobs)
-    return "a group of " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    return group_title(member.rule.name for member in job.jobs)
 
 
 def size_lines(config: Config, training: Training, needs: Estimate) -> list[str]:

@@ -87,7 +87,7 @@ class Graph:
     # Input functions get the wildcards of the job.
 
     def raw_text(self, wildcards: Any) -> list[str]:
-        """The raw files of a shard."""
+        """The raw files of a shard; of one that was tokenized elsewhere, its .bin and its .idx."""
         made = "curation/filtered" if self._corpus(wildcards).curation else "tokens"
         record = f"{made}/{wildcards.corpus}/{wildcards.shard}.json"
         files = find(f"shard of corpus {wildcards.corpus}", wildcards.shard, self.text[wildcards.corpus])
@@ -99,28 +99,15 @@ class Graph:
             return [f"<data>/curated/{wildcards.corpus}/{wildcards.shard}.parquet"]
         return self.raw_text(wildcards)
 
-    def registered_pair(self, wildcards: Any) -> list[str]:
-        """The .bin and the .idx of a shard that was tokenized elsewhere."""
-        files = find(f"shard of corpus {wildcards.corpus}", wildcards.shard, self.text[wildcards.corpus])
-        return self._seen_by(f"tokens/{wildcards.corpus}/{wildcards.shard}.json", files)
-
-    def registered_packs(self, wildcards: Any) -> list[str]:
-        """The file of a shard that was packed elsewhere."""
-        known = self.conversations[wildcards.source]
-        files = find(f"packed shard of source {wildcards.source}", wildcards.shard, known)
-        return self._seen_by(f"sft/{wildcards.source}/{wildcards.shard}.json", files)
-
     def raw_chats(self, wildcards: Any) -> list[str]:
-        """The raw files of a shard of conversations."""
+        """The raw files of a shard of conversations, or the packs of one that was packed elsewhere."""
         shards = find("source of conversations", wildcards.source, self.conversations)
         files = find(f"shard of source {wildcards.source}", wildcards.shard, shards)
-        return self._seen_by(self._rendered(wildcards), files)
+        made = "sft" if self.chats[wildcards.source].registered else "chat"
+        return self._seen_by(f"{made}/{wildcards.source}/{wildcards.shard}.json", files)
 
     def _corpus(self, wildcards: Any) -> Corpus:
         return find("corpus", wildcards.corpus, self.corpora)
-
-    def _rendered(self, wildcards: Any) -> str:
-        return f"chat/{wildcards.source}/{wildcards.shard}.json"
 
     def seconds(self, job: Any) -> float:
         """How long a job will read its raw files, roughly; 0 where it reads none, or only their beginning."""
@@ -169,7 +156,7 @@ class Graph:
     def source_template(self, wildcards: Any) -> str:
         """The template that renders a source: its own, or that of the tokenizer."""
         if template := self.chats[wildcards.source].chat_template:
-            return self._seen_by(self._rendered(wildcards), [template])[0]
+            return self._seen_by(f"chat/{wildcards.source}/{wildcards.shard}.json", [template])[0]
         return "<data>/tokenizer/chat_template.jinja"
 
     def evaluation_texts(self, _wildcards: Any) -> list[str]:
@@ -241,12 +228,9 @@ class Graph:
     def tokenize_settings(self, wildcards: Any) -> str:
         return tokenize_settings(self.config, self.corpora[wildcards.corpus]).model_dump_json()
 
-    def register_tokens_settings(self, wildcards: Any) -> str:
-        source = self.corpora[wildcards.corpus]
-        return register_settings(self.config, source, wildcards.shard).model_dump_json()
-
-    def register_packs_settings(self, wildcards: Any) -> str:
-        source = self.chats[wildcards.source]
+    def register_settings(self, wildcards: Any) -> str:
+        is_text = hasattr(wildcards, "corpus")
+        source = self.corpora[wildcards.corpus] if is_text else self.chats[wildcards.source]
         return register_settings(self.config, source, wildcards.shard).model_dump_json()
 
     def packing(self) -> str:

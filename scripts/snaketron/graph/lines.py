@@ -121,7 +121,7 @@ class Lines:
 
     def _group(self, record: LogRecord) -> str | None:
         jobs = record.__dict__["jobs"]
-        title = _group(job.rule.name for job in jobs)
+        title = group_title(job.rule.name for job in jobs)
         if self.dryrun:
             return f"{title}:"
         # All groups are named before the first is submitted, as a job with the id of one of its members.
@@ -161,7 +161,7 @@ class Lines:
     def _group_fails(self, record: LogRecord) -> str:
         """The line of the group; lines of the members that failed follow."""
         said = record.__dict__
-        title = _group(member["rule_name"] for member in said["job_error_info"])
+        title = group_title(member["rule_name"] for member in said["job_error_info"])
         if self.stopping:
             self.stopped = True
             return _at(f"{title} has stopped")
@@ -214,7 +214,8 @@ class Lines:
         return f"Failed: {failed}; {done}. All that Snakemake said: {self.full_log}"
 
 
-def _group(rules: Iterable[str]) -> str:
+def group_title(rules: Iterable[str]) -> str:
+    """What a group of jobs of these rules is called."""
     return "a group of " + ", ".join(f"{count} {rule}" for rule, count in sorted(Counter(rules).items()))
 
 

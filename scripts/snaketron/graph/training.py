@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from snaketron.config import Config, ConfigError, Training
+from snaketron.config import Config, ConfigError, Run, Training
 from snaketron.config.evaluation import Evaluation
 from snaketron.config.names import unusable
 from snaketron.graph.base import BaseGraph
@@ -17,7 +17,7 @@ from snaketron.jobs.version import Version
 from snaketron.settings.evaluation import eval_run, eval_settings, files_below
 from snaketron.settings.keeping import kept_at_end
 from snaketron.settings.schedule import steady_steps
-from snaketron.settings.training import run_settings, train_settings
+from snaketron.settings.training import RunSettings, run_settings, train_settings
 from snaketron.sizes.checks import check_requested
 from snaketron.sizes.layout import layout, resources
 from snaketron.sizes.limits import Limits
@@ -57,11 +57,7 @@ class TrainingGraph:
 
     def base(self, section: str) -> str:
         """The checkpoint that SFT or LoRA starts from."""
-        return self.bases.start(section) or f"<ckpt>/pretrain/{self.last_phase}"
-
-    @property
-    def last_phase(self) -> str:
-        return self.phases[-1]
+        return self.bases.start(section) or f"<ckpt>/pretrain/{self.phases[-1]}"
 
     def task_data(self, _wildcards: Any) -> list[str]:
         """The files of the tasks of an evaluation: of the hub, as they are downloaded, and of the user.
@@ -102,19 +98,15 @@ class TrainingGraph:
 
     def threads(self, rule: str) -> Any:
         """CPUs of a training on a node, for `profiles/local`, which caps them at those of the machine."""
-        return _shared(
-            {
-                training.phase: training.run.cpus_per_task
-                * layout(training.run, self.config.cluster).tasks_per_node
-                for training in self._of(rule)
-            }
-        )
+        return _shared({training.phase: self._cpus(training.run) for training in self._of(rule)})
+
+    def _cpus(self, run: Run) -> int:
+        return run.cpus_per_task * layout(run, self.config.cluster).tasks_per_node
 
     def resources(self, rule: str) -> dict[str, Any]:
         """What a training asks Slurm for, and what else its command needs that does not define its result."""
         asked = {
-            training.phase: resources(training.run, self.config.cluster)
-            | {"run": run_settings(self.config, training.name).model_dump_json(exclude_defaults=True)}
+            training.phase: self._asked(run_settings(self.config, training.name))
             for training in self._of(rule)
         }
         # Snakemake leaves out a resource that is None: a phase on one node has no `mpi`.
@@ -123,6 +115,10 @@ class TrainingGraph:
             name: _shared({phase: of_phase.get(name) for phase, of_phase in asked.items()}) for name in names
         }
         return shared | {"attempt": attempt}
+
+    def _asked(self, run: RunSettings) -> dict[str, Any]:
+        asked = resources(run, self.config.cluster)
+        return asked | {"run": run.model_dump_json(exclude_defaults=True)}
 
     def eval_settings(self, wildcards: Any) -> str:
         """What defines the evaluation of a checkpoint; `ConfigError` where the data of a task is not here."""
@@ -135,14 +131,11 @@ class TrainingGraph:
 
     def eval_resources(self) -> dict[str, Any]:
         """What an evaluation asks Slurm for, and how it is run."""
-        run = eval_run(self.config)
-        asked = resources(run, self.config.cluster)
-        return asked | {"run": run.model_dump_json(exclude_defaults=True)}
+        return self._asked(eval_run(self.config))
 
     def eval_threads(self) -> int:
         """CPUs of an evaluation on a node."""
-        run = eval_run(self.config)
-        return run.cpus_per_task * layout(run, self.config.cluster).tasks_per_node
+        return self._cpus(eval_run(self.config))
 
     @property
     def conversion_mb(self) -> int:

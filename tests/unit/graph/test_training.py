@@ -33,7 +33,7 @@ def test_a_phase_starts_from_the_one_before_it():
     assert training().previous_phase(job(phase="one")) == []
     assert training().previous_phase(job(phase="two")) == ["<ckpt>/pretrain/one"]
     assert training().previous_phase(job(phase="three")) == ["<ckpt>/pretrain/two"]
-    assert training().last_phase == "three"
+    assert training().base("sft") == "<ckpt>/pretrain/three"
 
 
 def test_an_average_takes_two_checkpoints_and_the_graph_says_so_before_the_training(
