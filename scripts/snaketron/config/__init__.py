@@ -207,6 +207,10 @@ class Config(Section):
             *((f"chats[{i}]", source) for i, source in enumerate(self.chats)),
         ]
 
+    def data_of(self, source: Corpus | ChatSource) -> PretrainData | SftData:
+        """What becomes of the rows of a source."""
+        return self.pretrain_data if source.section == "pretrain_data" else self.sft_data
+
     def trainings(self) -> list[Training]:
         """Every training, in the order in which they run."""
         return trainings(self)

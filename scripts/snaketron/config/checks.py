@@ -76,11 +76,10 @@ RESERVED = (  # columns that the workflow adds to the data
 def check_sources(config: Config) -> list[str]:
     problems = []
     for at, source in config.sources():
-        made = "tokens" if isinstance(source, Corpus) else "packs"
         if sum(map(bool, (source.paths, source.hub, source.registered))) != 1:
-            problems.append(f"{at} ({source.name}): give one of paths, hub and {made}")
+            problems.append(f"{at} ({source.name}): give one of paths, hub and {source.made}")
         elif source.registered:
-            problems += _without_effect(at, source, made)
+            problems += _without_effect(at, source)
         problems += [
             f"{at}.metadata_fields: {name!r} is the name of a column of ours; leave it out"
             for name in source.metadata_fields
@@ -111,12 +110,12 @@ def check_sources(config: Config) -> list[str]:
     return problems
 
 
-def _without_effect(at: str, source: Corpus | ChatSource, made: str) -> list[str]:
+def _without_effect(at: str, source: Corpus | ChatSource) -> list[str]:
     """The keys of a source that say how its data is made, where it was made elsewhere."""
     return [
-        f"{at}.{name}: has no effect on {made} that were made elsewhere; leave it out"
+        f"{at}.{name}: has no effect on {source.made} that were made elsewhere; leave it out"
         for name, field in type(source).model_fields.items()
-        if name not in ("name", made)
+        if name not in ("name", source.made)
         and getattr(source, name) != field.get_default(call_default_factory=True)
     ]
 

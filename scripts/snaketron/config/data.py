@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from snaketron.config.base import Fraction, Mixed, Name, Positive, Section, Sha256, Share, Text, key
 from snaketron.config.curation import Curation
@@ -45,6 +45,9 @@ class Registered(Section):
 class Source(Section):
     """Rows from files: of this machine, or of elsewhere and then listed in the lock file."""
 
+    section: ClassVar[Literal["pretrain_data", "sft_data"]]  # says what becomes of the rows
+    made: ClassVar[Literal["tokens", "packs"]]  # the key of what was made of it elsewhere
+
     name: Name = Field(description="directory name of what is made from it")
     paths: list[Text] = key(
         list,
@@ -74,11 +77,14 @@ class Source(Section):
     @property
     def registered(self) -> Registered | None:
         """What was made of it elsewhere; None where it is made here."""
-        return None
+        found: Registered | None = getattr(self, self.made)
+        return found
 
 
 class Corpus(Source):
     """One pretraining corpus: raw files of one kind, tokenized once and shared by every phase."""
+
+    section, made = "pretrain_data", "tokens"
 
     tokens: Registered | None = key(
         None, "pairs of .bin and .idx that Megatron's tools have made elsewhere, in place of `paths`"
@@ -87,10 +93,6 @@ class Corpus(Source):
         "text", "column or JSON key that holds the document; `a.b`: the field b of the object a"
     )
     curation: Curation | None = key(None, "what is removed before it is tokenized; null: nothing")
-
-    @property
-    def registered(self) -> Registered | None:
-        return self.tokens
 
 
 Tags = Annotated[list[Text], Field(min_length=2, max_length=2)]
@@ -128,6 +130,8 @@ class Reasoning(Section):
 class ChatSource(Source):
     """One source of conversations in the OpenAI message format."""
 
+    section, made = "sft_data", "packs"
+
     packs: Registered | None = key(
         None, "packed Parquet files as Megatron-Bridge reads them, made elsewhere, in place of `paths`"
     )
@@ -161,10 +165,6 @@ class ChatSource(Source):
         "reasoning, what inference sees up to the answers to one turn of the user, only these trained",
     )
     reasoning: Reasoning | None = key(None, "reasoning modes of this source; null: `sft_data.reasoning`")
-
-    @property
-    def registered(self) -> Registered | None:
-        return self.packs
 
 
 class CorpusWeight(Section):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import ChatSource, Config, Corpus
-from snaketron.config.data import PretrainData, SftData
 from snaketron.graph.checks import made_tokenizer
 from snaketron.graph.configfiles import mixed
 from snaketron.graph.graph import Graph
@@ -76,29 +75,22 @@ def other_vocabulary(config: Config, taken_from: str) -> str | None:
 
 def unmeasured(config: Config) -> list[str]:
     """Sources whose loss nobody will see, because hardly a document of them is held out for validation."""
-    parts: list[tuple[str, PretrainData | SftData, Sequence[Corpus | ChatSource]]] = [
-        ("corpora", config.pretrain_data, config.corpora),
-        ("chats", config.sft_data, config.chats),
-    ]
     lines = []
-    for key, data, sources in parts:
-        section = "pretrain_data" if key == "corpora" else "sft_data"
-        if not data.valid_fraction:
-            lines.append(f"{section}.valid_fraction is 0, so no validation loss is measured on {key}")
+    for at, source in config.sources():
+        section, fraction = source.section, config.data_of(source).valid_fraction
+        if not fraction:
+            every = at.partition("[")[0]
+            lines.append(f"{section}.valid_fraction is 0, so no validation loss is measured on {every}")
             continue
-        for i, source in enumerate(sources):
-            if source.registered and not source.registered.valid:
-                made = "tokens" if key == "corpora" else "packs"
-                lines.append(
-                    f"{key}[{i}] ({source.name}): {made}.valid names nothing, so it has no validation loss"
-                )
-            if source.max_documents and (expected := source.max_documents * data.valid_fraction) < 1:
-                lines.append(
-                    f"{key}[{i}] ({source.name}): of max_documents {source.max_documents} about "
-                    f"{expected:.2g} are held out ({section}.valid_fraction {data.valid_fraction:g}), so it "
-                    "may have no validation loss"
-                )
-    return lines
+        if source.registered and not source.registered.valid:
+            said = f"{source.made}.valid names nothing, so it has no validation loss"
+            lines.append(f"{at} ({source.name}): {said}")
+        if source.max_documents and (expected := source.max_documents * fraction) < 1:
+            lines.append(
+                f"{at} ({source.name}): of max_documents {source.max_documents} about {expected:.2g} are "
+                f"held out ({section}.valid_fraction {fraction:g}), so it may have no validation loss"
+            )
+    return list(dict.fromkeys(lines))
 
 
 def unblended(config: Config) -> str | None:

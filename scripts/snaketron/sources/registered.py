@@ -26,13 +26,10 @@ def listed(source: Corpus | ChatSource, where: str) -> Iterator[tuple[str, str, 
 
     A glob without a match gives nothing; `check` says so.
     """
-    made = source.registered
-    assert made is not None
-    key = "tokens" if isinstance(source, Corpus) else "packs"
-    suffix = ".bin" if key == "tokens" else ""
+    suffix = ".bin" if isinstance(source, Corpus) else ""
     for split in SPLITS:
-        for i, given in enumerate(getattr(made, split)):
-            pattern, at = given.removesuffix(suffix), f"{where}.{key}.{split}[{i}]"
+        for i, given in enumerate(getattr(source.registered, split)):
+            pattern, at = given.removesuffix(suffix), f"{where}.{source.made}.{split}[{i}]"
             found = [pattern]
             if glob.has_magic(pattern) and not Path(pattern + suffix).exists():
                 anchor = Path(Path(pattern).anchor)
@@ -59,12 +56,11 @@ def check(config: Config) -> None:
 
 def _unlisted(source: Corpus | ChatSource, where: str) -> Iterator[str]:
     """The globs that match nothing, and what is named twice."""
-    key = "tokens" if isinstance(source, Corpus) else "packs"
     found = {at for _, at, _ in listed(source, where)}
     for split in SPLITS:
         for i, given in enumerate(getattr(source.registered, split)):
-            if (at := f"{where}.{key}.{split}[{i}]") not in found:
-                yield f"{at}: no {'pair' if key == 'tokens' else 'file'} matches {given}"
+            if (at := f"{where}.{source.made}.{split}[{i}]") not in found:
+                yield f"{at}: no {'pair' if source.made == 'tokens' else 'file'} matches {given}"
     first: dict[str, str] = {}
     for _, at, path in listed(source, where):
         other = first.setdefault(os.path.realpath(files(source, path)[0]), at)

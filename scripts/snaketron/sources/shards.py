@@ -77,9 +77,9 @@ def all_shards(config: Config, lock: Lock) -> tuple[Shards, Shards, dict[str, Co
     chats: Shards = {}
     wrong: dict[str, ConfigError] = {}
     for where, source in config.sources():
-        found, data = (text, config.pretrain_data) if isinstance(source, Corpus) else (chats, config.sft_data)
+        found = text if isinstance(source, Corpus) else chats
         try:
-            found[source.name] = shards(source, where, lock, data.shard_size)
+            found[source.name] = shards(source, where, lock, config.data_of(source).shard_size)
         except ConfigError as error:
             wrong[where] = error
     return text, chats, wrong
