@@ -1,4 +1,4 @@
-"""The files in which a training says how its attempts ended, how far it is, and what it is."""
+"""The attempts at a version, and the files in which a training says how it fares."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from pathlib import Path
 
 from snaketron import files
 from snaketron.jobs.attempts import Attempt, Attempts, read_attempts
-from snaketron.jobs.heartbeat import Beat, Heartbeat
 from snaketron.jobs.heartbeat import read as read_beat
 from snaketron.jobs.version import Description
-from snaketron.lineage.record import Entry
 from snaketron.log import UserError
 
 import pytest
-import yaml
 
 
 def test_attempts_are_written_as_they_are_read(tmp_path: Path):
@@ -32,38 +29,6 @@ def test_attempts_are_written_as_they_are_read(tmp_path: Path):
     assert files.read_json(path)[0].keys() - begun.keys() == {"seconds", "gave_up"}
 
 
-def test_a_heartbeat_keeps_the_loss_and_the_speed_of_before(tmp_path: Path):
-    path = tmp_path / "progress.json"
-    assert read_beat(path) is None
-    heartbeat = Heartbeat(path, 3, writer=True)
-    heartbeat.beat(1)
-    assert files.read_json(path) == {"iteration": 1, "train_iters": 3}
-    heartbeat.beat(2, loss=5.25, tokens_per_second=50.0)
-    heartbeat.beat(3)
-    assert read_beat(path) == Beat(3, 3, 5.25, 50.0)
-
-
-def test_a_description_is_written_as_it_is_read(tmp_path: Path):
-    """What was not trained here says neither how it was run nor an order of samples."""
-    path, inputs = (
-        tmp_path / "config.yaml",
-        (Entry("", "data/blend.json", "ab"), Entry("", "ckpt/base", version="b-1")),
-    )
-    Description({"stage": "sft"}, inputs, "cd").write(path)
-    written = yaml.safe_load(path.read_text())
-    assert list(written) == ["settings", "inputs", "tokenizer_sha256"]
-    assert written["inputs"] == [
-        {"path": "data/blend.json", "sha256": "ab"},
-        {"path": "ckpt/base", "version": "b-1"},
-    ]
-    found = Description.read(path)
-    assert (found.stage, [*found.inputs], found.run, found.order) == ("sft", [*inputs], {}, None)
-    Description(found.settings, inputs, "cd", {"log_interval": 2}, "by epoch", {"iteration": 5}).write(path)
-    names = ["settings", "run", "inputs", "tokenizer_sha256", "order", "continues"]
-    assert list(yaml.safe_load(path.read_text())) == names
-    assert Description.read(path).continues == {"iteration": 5}
-
-
 @pytest.mark.parametrize("text", ["", "null", "[1]", "{", '{"settings": 3}', '[{"outcome": ]'])
 def test_a_damaged_file_is_named(tmp_path: Path, text: str):
     path = tmp_path / "file"
@@ -71,3 +36,24 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str):
     for read in (read_attempts, read_beat, Description.read):
         with pytest.raises(UserError, match=f"{path}: "):
             read(path)
+
+
+def test_an_attempt_that_ended_without_a_word_counts(tmp_path: Path):
+    """As when a node is lost: nobody could note how it ended."""
+    for _ in range(2):
+        Attempts("toy", tmp_path / "attempts.json", 1).begin(0, "7")
+    with pytest.raises(UserError, match=r"toy: 2 starts in a row .* it ended without a word"):
+        Attempts("toy", tmp_path / "attempts.json", 1).check(0)
+    Attempts("toy", tmp_path / "attempts.json", 1).check(0)  # asked for by a person
+
+
+def test_a_training_on_a_node_that_flaps_is_given_up_on(tmp_path: Path):
+    """Slurm requeues it each time, before a checkpoint. A stop that a person asked for is not counted."""
+    path = tmp_path / "attempts.json"
+    for outcome in ("stopped", "requeued", "requeued"):
+        attempts = Attempts("toy", path, 1)
+        attempts.check(0)
+        attempts.begin(0, "7")
+        attempts.end(outcome, 0)
+    with pytest.raises(UserError, match="2 starts in a row ended without a first checkpoint"):
+        Attempts("toy", path, 1).check(0)

@@ -13,7 +13,6 @@ from snaketron.jobs import inventory
 from snaketron.jobs.continuation import Origin, check_order, find, take_over, why_not
 from snaketron.jobs.version import Version, version_key
 from snaketron.log import UserError
-from snaketron.settings.keeping import kept, kept_at_end
 from snaketron.settings.training import run_settings, train_settings
 from snaketron.sizes.epochs import resized
 from snaketron.sizes.outlook import Inputs
@@ -242,41 +241,3 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_left(tmp_path: Path, ended: V
     run = run_settings(load({}, {}), "pretrain/broad")
     assert not take_over(version, Origin(ended, 7), run)
     assert version.latest_iteration() is None
-
-
-# --------------------------------------------------------------------------------------- what is kept
-
-
-@pytest.mark.parametrize(
-    ("keys", "left"),
-    [
-        # Kept of the checkpoints after every 10 steps, and after 45, where the rate begins to fall:
-        ({}, {45, 70, 80}),
-        ({"keep_steady": 3}, {30, 40, 45, 70, 80}),
-        ({"keep_steady": 3, "steady_interval": 20}, {20, 40, 45, 70, 80}),
-        ({"keep_steady": 0}, {70, 80}),
-        ({"keep_checkpoints": 1}, {45, 80}),
-    ],
-)
-def test_the_newest_checkpoints_and_those_before_the_decay_are_kept(keys: dict[str, int], left: set[int]):
-    run = run_settings(load({"pretrain": {"save_interval": 10} | keys}, {}), "pretrain/broad")
-    there = [10, 20, 30, 40, 45, 50, 60, 70, 80]
-    assert kept(there, run, steady=45) == left
-    # Saved with a shorter interval, there are others before the decay, of which as many are kept.
-    assert len(kept_at_end(run, steady=45, steps=80)) == len(left)
-
-
-def test_the_checkpoints_of_trillions_of_steps_are_counted_in_no_time():
-    """A large phase on the batches of the sample: the newest 2, and 3 from before the rate falls."""
-    run = run_settings(load({"pretrain": {"save_interval": 10, "keep_steady": 3}}, {}), "pretrain/broad")
-    assert len(kept_at_end(run, steady=4 * 10**12, steps=5 * 10**12)) == 5
-
-
-def test_the_blend_of_another_length_is_known_without_making_it():
-    """Half of 1,000 tokens is taken of a corpus of 400: 1.25 epochs; of 3,000 tokens it is 3.75."""
-    corpus = {"corpus": "a", "share": 0.5, "tokens": 400, "taken": 500, "epochs": 1.25}
-    of = {"phase": "one", "train_tokens": 1000, "train": {"corpora": [corpus]}}
-    made = resized(of, 3000)
-    assert made["train_tokens"] == 3000
-    assert made["train"]["corpora"] == [corpus | {"taken": 1500, "epochs": 3.75}]
-    assert resized(made, 1000) == of and list(made) == list(of)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from snaketron import files
-from snaketron.config import Cluster, load
-from snaketron.jobs import heartbeat, launch, slurm, supervisor
-from snaketron.jobs.attempts import Attempts
+from snaketron.config import load
+from snaketron.jobs import heartbeat, supervisor
 from snaketron.jobs.version import Version
-from snaketron.log import UserError
 from snaketron.settings.training import run_settings
-from snaketron.sizes.layout import layout
 
 import psutil
 import pytest
@@ -259,79 +254,6 @@ def test_several_nodes_need_slurm(toy: Toy):
 
 
 @pytest.mark.parametrize(
-    ("cluster", "options", "command"),
-    [
-        ({}, [], ["python3", "scripts/sft.py", "--x"]),
-        (
-            {"container": "a.sif", "mounts": ["/0"], "gpus_per_node": 8},
-            [],
-            "apptainer exec --nv --bind=/0 --bind={here} --pwd={here} a.sif python scripts/sft.py --x",
-        ),
-        (
-            {"container": "a.sqsh", "container_runtime": "pyxis", "mounts": ["/0", "/a:{here}/b"]},
-            [
-                "--container-image=a.sqsh",
-                "--container-mounts=/0:/0,{here}:{here},/a:{here}/b",
-                "--container-workdir={here}",
-            ],
-            "python scripts/sft.py --x",
-        ),
-        (
-            {"container": "a.image", "container_runtime": "charliecloud", "mounts": ["/0"]},
-            [],
-            "ch-run --set-env --bind=/0 --bind={here} --cd={here} a.image -- python scripts/sft.py --x",
-        ),
-    ],
-)
-def test_a_container_is_put_around_the_processes_and_not_around_srun(cluster, options, command):
-    here = str(Path.cwd())
-    words = command.format(here=here).split() if isinstance(command, str) else command
-    cluster |= {"mounts": [mount.format(here=here) for mount in cluster.get("mounts", [])]}
-    found = launch.containerized(["python3", "scripts/sft.py", "--x"], Cluster(**cluster))
-    assert found == ([option.format(here=here) for option in options], words)
-
-
-def test_the_environment_of_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What the user has set stays, what the configuration says goes over it, secrets come last."""
-    secrets = tmp_path / "secrets"
-    secrets.write_text("# of the team\nWANDB_API_KEY=abc=def\n\n")
-    secrets.chmod(0o600)
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    cluster = {
-        "environment": {"NCCL_DEBUG": "INFO", "TORCH_NCCL_AVOID_RECORD_STREAMS": "0"},
-        "cache_dir": str(tmp_path),
-        "secrets_file": str(secrets),
-    }
-    found = launch.environment(run_settings(load({"cluster": cluster}, {}), "pretrain/broad"))
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in found
-    assert found["NCCL_DEBUG"] == "INFO" and found["TORCH_NCCL_AVOID_RECORD_STREAMS"] == "0"
-    assert found["TRITON_CACHE_DIR"] == f"{tmp_path}/snaketron-{os.getuid()}/triton"
-    assert found["WANDB_API_KEY"] == "abc=def"
-
-
-def test_threads_that_wait_leave_the_core_to_others_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    found = [
-        launch.environment(run_settings(load({"cluster": {"gpus_per_node": gpus}}, {}), "pretrain/broad"))
-        for gpus in (0, 8)
-    ]
-    assert [of.get("OMP_WAIT_POLICY") for of in found] == ["PASSIVE", None]
-
-
-def test_in_an_image_caches_lie_in_its_own_tmp_and_charliecloud_has_the_user(monkeypatch: pytest.MonkeyPatch):
-    """$TMPDIR is a directory of the host, which the image need not see; cron and CI set no USER."""
-    for name in ("TRITON_CACHE_DIR", "USER"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TMPDIR", "/local/job7")
-    monkeypatch.setattr("tempfile.tempdir", None)
-    cluster = {"container": "image", "container_runtime": "charliecloud"}
-    found = launch.environment(run_settings(load({"cluster": cluster}, {}), "pretrain/broad"))
-    assert found["TRITON_CACHE_DIR"] == f"/tmp/snaketron-{os.getuid()}/triton"
-    assert found["USER"]
-
-
-@pytest.mark.parametrize(
     ("status", "words"),
     [
         (-9, "was killed by SIGKILL (out of memory?)"),
@@ -342,89 +264,3 @@ def test_in_an_image_caches_lie_in_its_own_tmp_and_charliecloud_has_the_user(mon
 )
 def test_how_a_process_ended_in_words(status: int, words: str):
     assert supervisor._ended_with(status) == words
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("2-00:00:01", 172801.0),
-        ("4:00:00", 14400.0),
-        ("1:05", 65.0),
-        ("UNLIMITED", None),
-        ("NOT_SET", None),
-        ("INVALID", None),
-        ("", None),
-    ],
-)
-def test_times_of_squeue(text: str, seconds: float | None):
-    assert slurm.parse_time(text) == seconds
-
-
-def test_an_attempt_that_ended_without_a_word_counts(tmp_path: Path):
-    """As when a node is lost: nobody could note how it ended."""
-    for _ in range(2):
-        Attempts("toy", tmp_path / "attempts.json", 1).begin(0, "7")
-    with pytest.raises(UserError, match=r"toy: 2 starts in a row .* it ended without a word"):
-        Attempts("toy", tmp_path / "attempts.json", 1).check(0)
-    Attempts("toy", tmp_path / "attempts.json", 1).check(0)  # asked for by a person
-
-
-@pytest.mark.parametrize(
-    ("parallel", "cluster", "expected"),
-    [
-        ({}, {}, (1, 1, 0)),
-        ({"data_parallel_size": 2}, {}, (1, 2, 0)),
-        ({}, {"gpus_per_node": 8}, (1, 1, 1)),
-        ({"tensor_model_parallel_size": 4, "data_parallel_size": 8}, {"gpus_per_node": 8}, (4, 8, 8)),
-        ({"data_parallel_size": 4}, {"gpus_per_node": 2}, (2, 2, 2)),
-        ({"data_parallel_size": 2}, {"tasks_per_node": 1}, (2, 1, 0)),
-    ],
-)
-def test_the_layout_follows_from_the_parallel_sizes(parallel, cluster, expected):
-    pretrain = {"parallel": parallel, "global_batch_size": 64, "micro_batch_size": 1}
-    model = {"num_query_groups": 4, "mamba_num_groups": 4}
-    config = load({"pretrain": pretrain, "cluster": cluster, "model": model}, {})
-    assert layout(config.pretrain, config.cluster) == expected
-
-
-def test_a_training_on_a_node_that_flaps_is_given_up_on(tmp_path: Path):
-    """Slurm requeues it each time, before a checkpoint. A stop that a person asked for is not counted."""
-    path = tmp_path / "attempts.json"
-    for outcome in ("stopped", "requeued", "requeued"):
-        attempts = Attempts("toy", path, 1)
-        attempts.check(0)
-        attempts.begin(0, "7")
-        attempts.end(outcome, 0)
-    with pytest.raises(UserError, match="2 starts in a row ended without a first checkpoint"):
-        Attempts("toy", path, 1).check(0)
-
-
-@pytest.mark.parametrize(
-    ("restarts", "time", "requeued", "pre_empted"),
-    [("2", "N/A", True, False), ("1", "N/A", False, False), ("1", "2026-11-28T18:34:20", False, True)],
-)
-def test_slurm_says_that_it_runs_a_job_again(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    restarts: str,
-    time: str,
-    requeued: bool,
-    pre_empted: bool,
-):
-    squeue = tmp_path / "squeue"
-    squeue.write_text(f"#!/bin/sh\ncase $* in *RestartCnt*) echo {restarts};; *) echo {time};; esac\n")
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    job = slurm.Job("7", of_rule=True, restarts=1)
-    assert (slurm.is_requeued(job), slurm.is_preempted(job)) == (requeued, pre_empted)
-
-
-def test_processes_meet_at_a_port_that_no_connection_is_given(monkeypatch: pytest.MonkeyPatch):
-    """One at which somebody listens already is passed over."""
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split())
-    taken = launch._free_port()
-    assert not low <= taken <= high
-    with socket.create_server(("", taken)):
-        free = launch._free_port()
-        monkeypatch.setattr(random, "sample", lambda *_: [taken, free])
-        assert launch._free_port() == free

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 from snaketron import files
-from snaketron.jobs.version import Version, version_key
+from snaketron.jobs.version import Description, Version, version_key
+from snaketron.lineage.record import Entry
 from snaketron.log import UserError
 
 import pytest
+import yaml
 
 SETTINGS = {"stage": "pretrain/broad", "optimizer": {"learning_rate": 0.1}}
 
@@ -152,3 +154,24 @@ def test_the_files_of_answers_come_in_the_order_of_their_steps(tmp_path: Path):
         "step_0000020.json",
         "step_0001000.json",
     ]
+
+
+def test_a_description_is_written_as_it_is_read(tmp_path: Path):
+    """What was not trained here says neither how it was run nor an order of samples."""
+    path, inputs = (
+        tmp_path / "config.yaml",
+        (Entry("", "data/blend.json", "ab"), Entry("", "ckpt/base", version="b-1")),
+    )
+    Description({"stage": "sft"}, inputs, "cd").write(path)
+    written = yaml.safe_load(path.read_text())
+    assert list(written) == ["settings", "inputs", "tokenizer_sha256"]
+    assert written["inputs"] == [
+        {"path": "data/blend.json", "sha256": "ab"},
+        {"path": "ckpt/base", "version": "b-1"},
+    ]
+    found = Description.read(path)
+    assert (found.stage, [*found.inputs], found.run, found.order) == ("sft", [*inputs], {}, None)
+    Description(found.settings, inputs, "cd", {"log_interval": 2}, "by epoch", {"iteration": 5}).write(path)
+    names = ["settings", "run", "inputs", "tokenizer_sha256", "order", "continues"]
+    assert list(yaml.safe_load(path.read_text())) == names
+    assert Description.read(path).continues == {"iteration": 5}

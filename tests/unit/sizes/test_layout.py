@@ -7,7 +7,7 @@ from typing import Any
 
 from snaketron.config import ConfigError, load
 from snaketron.executor.request import sbatch_options
-from snaketron.sizes.layout import resources
+from snaketron.sizes.layout import layout, resources
 
 import pytest
 
@@ -103,3 +103,21 @@ def test_processes_fill_their_nodes(cluster, parallel, message):
     with pytest.raises(ConfigError) as error:
         load({"pretrain": pretrain, "cluster": cluster}, {})
     assert message in str(error.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cluster", "expected"),
+    [
+        ({}, {}, (1, 1, 0)),
+        ({"data_parallel_size": 2}, {}, (1, 2, 0)),
+        ({}, {"gpus_per_node": 8}, (1, 1, 1)),
+        ({"tensor_model_parallel_size": 4, "data_parallel_size": 8}, {"gpus_per_node": 8}, (4, 8, 8)),
+        ({"data_parallel_size": 4}, {"gpus_per_node": 2}, (2, 2, 2)),
+        ({"data_parallel_size": 2}, {"tasks_per_node": 1}, (2, 1, 0)),
+    ],
+)
+def test_the_layout_follows_from_the_parallel_sizes(parallel, cluster, expected):
+    pretrain = {"parallel": parallel, "global_batch_size": 64, "micro_batch_size": 1}
+    model = {"num_query_groups": 4, "mamba_num_groups": 4}
+    config = load({"pretrain": pretrain, "cluster": cluster, "model": model}, {})
+    assert layout(config.pretrain, config.cluster) == expected

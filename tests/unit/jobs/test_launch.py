@@ -1,0 +1,65 @@
+"""What the processes of a training are started with."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from pathlib import Path
+
+from snaketron.config import load
+from snaketron.jobs import launch
+from snaketron.settings.training import run_settings
+
+import pytest
+
+
+def test_the_environment_of_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What the user has set stays, what the configuration says goes over it, secrets come last."""
+    secrets = tmp_path / "secrets"
+    secrets.write_text("# of the team\nWANDB_API_KEY=abc=def\n\n")
+    secrets.chmod(0o600)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    cluster = {
+        "environment": {"NCCL_DEBUG": "INFO", "TORCH_NCCL_AVOID_RECORD_STREAMS": "0"},
+        "cache_dir": str(tmp_path),
+        "secrets_file": str(secrets),
+    }
+    found = launch.environment(run_settings(load({"cluster": cluster}, {}), "pretrain/broad"))
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in found
+    assert found["NCCL_DEBUG"] == "INFO" and found["TORCH_NCCL_AVOID_RECORD_STREAMS"] == "0"
+    assert found["TRITON_CACHE_DIR"] == f"{tmp_path}/snaketron-{os.getuid()}/triton"
+    assert found["WANDB_API_KEY"] == "abc=def"
+
+
+def test_threads_that_wait_leave_the_core_to_others_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    found = [
+        launch.environment(run_settings(load({"cluster": {"gpus_per_node": gpus}}, {}), "pretrain/broad"))
+        for gpus in (0, 8)
+    ]
+    assert [of.get("OMP_WAIT_POLICY") for of in found] == ["PASSIVE", None]
+
+
+def test_in_an_image_caches_lie_in_its_own_tmp_and_charliecloud_has_the_user(monkeypatch: pytest.MonkeyPatch):
+    """$TMPDIR is a directory of the host, which the image need not see; cron and CI set no USER."""
+    for name in ("TRITON_CACHE_DIR", "USER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TMPDIR", "/local/job7")
+    monkeypatch.setattr("tempfile.tempdir", None)
+    cluster = {"container": "image", "container_runtime": "charliecloud"}
+    found = launch.environment(run_settings(load({"cluster": cluster}, {}), "pretrain/broad"))
+    assert found["TRITON_CACHE_DIR"] == f"/tmp/snaketron-{os.getuid()}/triton"
+    assert found["USER"]
+
+
+def test_processes_meet_at_a_port_that_no_connection_is_given(monkeypatch: pytest.MonkeyPatch):
+    """One at which somebody listens already is passed over."""
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split())
+    taken = launch._free_port()
+    assert not low <= taken <= high
+    with socket.create_server(("", taken)):
+        free = launch._free_port()
+        monkeypatch.setattr(random, "sample", lambda *_: [taken, free])
+        assert launch._free_port() == free
