@@ -79,20 +79,15 @@ except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 
 
+ckpt = Path(graph.config.pathvars["ckpt"])
 replace_pieces(workflow, graph.config)
 logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     for note in notes.of_configuration(graph, workflow.overwrite_configfiles):
         logger.info(note)
     # Snakemake has no hook for the end of a dry-run.
-    atexit.register(
-        dry_run.explain,
-        workflow,
-        graph.config,
-        inventory.look,
-        request.sbatch_options,
-        graph.seconds,
-    )
+    asked = inventory.look, request.sbatch_options, graph.seconds
+    atexit.register(dry_run.explain, workflow, graph.config, *asked)
     atexit.register(notes.explain, workflow, graph.config)
 
 
@@ -115,33 +110,18 @@ onstart:
             " profiles/slurm does, and write `snaketron-slurm-` for `slurm-` in the names of its options."
         )
     if workflow.executor_plugin.name == "snaketron-slurm":
-        status.report_every(
-            60,
-            Path.cwd(),
-            Path(graph.config.pathvars["ckpt"]),
-            partial(logger.info, extra={"in_view": True}),
-        )
+        say = partial(logger.info, extra={"in_view": True})
+        status.report_every(60, Path.cwd(), ckpt, say)
     terminal.begin_view()
 
 
 onsuccess:
-    notify.tell_of_workflow(
-        graph.config.notify.command,
-        "finished",
-        Path(graph.config.pathvars["ckpt"]),
-        log,
-    )
+    notify.tell_of_workflow(graph.config.notify.command, "finished", ckpt, log)
 
 
 onerror:
     what, jobs = process.ending(workflow)
-    notify.tell_of_workflow(
-        graph.config.notify.command,
-        what,
-        Path(graph.config.pathvars["ckpt"]),
-        log,
-        jobs,
-    )
+    notify.tell_of_workflow(graph.config.notify.command, what, ckpt, log, jobs)
 
 
 rule all:

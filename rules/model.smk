@@ -91,7 +91,7 @@ rule evaluate:
         checkpoint="<ckpt>/{stage}",
         text=expand("<data>/pretrain/{phase}/blend.json", phase=graph.training.phases),
         chats="<data>/sft/blend.json",
-        tasks=graph.training.task_data,
+        tasks=graph.evaluation.task_data,
     output:
         "<eval>/{stage}.json",
     log:
@@ -100,11 +100,11 @@ rule evaluate:
         "<benchmarks>/evaluate/{stage}.tsv"
     wildcard_constraints:
         stage=r"(pretrain|merged)/[a-z0-9_]+|sft|lora|lora_merged",
-    threads: graph.training.eval_threads()
+    threads: graph.evaluation.threads()
     resources:
-        **graph.training.eval_resources(),
+        **graph.evaluation.resources(),
     params:
-        settings=graph.training.eval_settings,
+        settings=graph.evaluation.settings,
     shell:
         "python scripts/evaluate.py --checkpoint {input.checkpoint:q} --text {input.text:q}"
         " --chats {input.chats:q} --settings {params.settings:q} --run-settings {resources.run:q}"

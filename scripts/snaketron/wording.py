@@ -123,3 +123,12 @@ def some(names: Sequence[object], most: int = 12) -> str:
     """
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
+
+
+def shortened(text: str, most: int) -> str:
+    """The beginning of a long text.
+
+    >>> shortened("a long text", 6), shortened("a text", 6)
+    ('a long...', 'a text')
+    """
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -12,6 +12,7 @@ from snaketron.config import ChatSource, Config, ConfigError, Corpus, Curation
 from snaketron.config.names import named_paths
 from snaketron.graph.base import BaseGraph
 from snaketron.graph.curation import CurationGraph
+from snaketron.graph.evaluation import EvaluationGraph
 from snaketron.graph.raw_files import RawFiles
 from snaketron.graph.registered import RegisteredGraph
 from snaketron.graph.training import TrainingGraph
@@ -64,6 +65,7 @@ class Graph:
         self.registered = RegisteredGraph(config)
         self.bases = BaseGraph(config, self.lock)
         self.training = TrainingGraph(config, self.bases)
+        self.evaluation = EvaluationGraph(config, self.lock)
         # Quoted, as they stand in a command.
         self.configfiles = shlex.join(map(str, configfiles))
         self._raw_files: RawFiles | None = None

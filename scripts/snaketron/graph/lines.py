@@ -15,7 +15,7 @@ from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
-from snaketron.wording import duration
+from snaketron.wording import duration, shortened
 
 from snakemake_interface_logger_plugins.common import LogEvent
 
@@ -228,8 +228,7 @@ def _at(text: str) -> str:
 
 
 def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return shortened(" ".join(text.split()), LONGEST)
 
 
 def _complains(line: str) -> bool:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from snaketron.config import Config, ConfigError, Run, Training
-from snaketron.config.evaluation import Evaluation
-from snaketron.config.names import unusable
+from snaketron.config import Config, ConfigError, Training
 from snaketron.graph.base import BaseGraph
 from snaketron.graph.unknown import find
 from snaketron.huggingface.peft import refused
 from snaketron.jobs.version import Version
-from snaketron.settings.evaluation import eval_run, eval_settings, files_below
 from snaketron.settings.keeping import kept_at_end
 from snaketron.settings.schedule import steady_steps
 from snaketron.settings.training import RunSettings, run_settings, train_settings
@@ -22,7 +19,6 @@ from snaketron.sizes.checks import check_requested
 from snaketron.sizes.layout import layout, resources
 from snaketron.sizes.limits import Limits
 from snaketron.sizes.memory import conversion_memory
-from snaketron.sources.models import task_data
 from snaketron.wording import plural
 
 MERGED = "lora_merged"  # the stage of adapters that are added to their base
@@ -59,19 +55,6 @@ class TrainingGraph:
         """The checkpoint that SFT or LoRA starts from."""
         return self.bases.start(section) or f"<ckpt>/pretrain/{self.phases[-1]}"
 
-    def task_data(self, _wildcards: Any) -> list[str]:
-        """The files of the tasks of an evaluation: of the hub, as they are downloaded, and of the user.
-
-        `ConfigError` where the name of one cannot be used.
-        """
-        section, of_hub = self.config.eval, task_data(self.config)
-        downloaded = [path for data in of_hub.values() for path in data.files(self.bases.lock)]
-        data = (task.data for task in section.tasks if task.data and task.data not in of_hub)
-        files = files_below([*section.task_directories, *data])
-        if problems := [problem for path in files if (problem := unusable(path))]:
-            raise ConfigError("\n".join(f"eval.tasks: {problem}" for problem in problems))
-        return [*downloaded, *files]
-
     # Params: a change runs the job again.
 
     def settings(self, rule: str, stage: str | None = None) -> Callable[[Any], str]:
@@ -98,44 +81,17 @@ class TrainingGraph:
 
     def threads(self, rule: str) -> Any:
         """CPUs of a training on a node, for `profiles/local`, which caps them at those of the machine."""
-        return _shared({training.phase: self._cpus(training.run) for training in self._of(rule)})
-
-    def _cpus(self, run: Run) -> int:
-        return run.cpus_per_task * layout(run, self.config.cluster).tasks_per_node
+        return _shared({phase: cpus(run) for phase, run in self._runs(rule).items()})
 
     def resources(self, rule: str) -> dict[str, Any]:
         """What a training asks Slurm for, and what else its command needs that does not define its result."""
-        asked = {
-            training.phase: self._asked(run_settings(self.config, training.name))
-            for training in self._of(rule)
-        }
+        asked = {phase: requested(run) for phase, run in self._runs(rule).items()}
         # Snakemake leaves out a resource that is None: a phase on one node has no `mpi`.
         names = dict.fromkeys(name for of_phase in asked.values() for name in of_phase)
         shared = {
             name: _shared({phase: of_phase.get(name) for phase, of_phase in asked.items()}) for name in names
         }
         return shared | {"attempt": attempt}
-
-    def _asked(self, run: RunSettings) -> dict[str, Any]:
-        asked = resources(run, self.config.cluster)
-        return asked | {"run": run.model_dump_json(exclude_defaults=True)}
-
-    def eval_settings(self, wildcards: Any) -> str:
-        """What defines the evaluation of a checkpoint; `ConfigError` where the data of a task is not here."""
-        of_hub = task_data(self.config)
-        if problems := list(missing_tasks(self.config.eval, of_hub)):
-            raise ConfigError("\n".join(problems))
-        root = self.config.pathvars["data"]
-        downloaded = {name: f"{root}/hub/{data.place(self.bases.lock)}" for name, data in of_hub.items()}
-        return eval_settings(self.config, wildcards.stage, downloaded).model_dump_json()
-
-    def eval_resources(self) -> dict[str, Any]:
-        """What an evaluation asks Slurm for, and how it is run."""
-        return self._asked(eval_run(self.config))
-
-    def eval_threads(self) -> int:
-        """CPUs of an evaluation on a node."""
-        return self._cpus(eval_run(self.config))
 
     @property
     def conversion_mb(self) -> int:
@@ -155,32 +111,23 @@ class TrainingGraph:
                 f"{steady:,} of {steps:,}, and an average takes two"
             )
 
-    def _of(self, rule: str) -> list[Training]:
-        """The trainings of a rule: all phases of pretraining, else one."""
-        return [training for training in self.config.trainings() if training.section == rule]
+    def _runs(self, rule: str) -> dict[str, RunSettings]:
+        """How the trainings of a rule are run, by phase; those that are no phases have the name ""."""
+        return {
+            training.phase: run_settings(self.config, training.name)
+            for training in self.config.trainings()
+            if training.section == rule
+        }
 
 
-def missing_tasks(section: Evaluation, downloaded: Container[str] = ()) -> Iterator[str]:
-    """The directories of tasks and of their data that are not there, or hold nothing, a line each.
+def cpus(run: RunSettings) -> int:
+    """CPUs of the processes on a node."""
+    return run.cpus_per_task * layout(run, run.cluster).tasks_per_node
 
-    A task without a directory is not looked for: its data is `downloaded` before, may lie in the cache of the
-    hub, or where its own YAML says.
-    """
-    own, data = "name the directory of your own tasks", "download the data set on a machine with a network"
-    named = [
-        (f"eval.task_directories[{i}]", path, "", own) for i, path in enumerate(section.task_directories)
-    ]
-    named += [
-        (f"eval.tasks[{i}].data", task.data, f" of {task.name}", data)
-        for i, task in enumerate(section.tasks)
-        if task.data is not None and task.data not in downloaded
-    ]
-    for at, path, of, advice in named:
-        if not Path(path).is_dir():
-            what = "is no directory" if Path(path).exists() else "is not there"
-            yield f"{at}: {path}{of} {what}; {advice}"
-        elif not any(Path(path).iterdir()):
-            yield f"{at}: {path}{of} is empty; {advice}"
+
+def requested(run: RunSettings) -> dict[str, Any]:
+    """What Slurm is asked for, and how it is run."""
+    return resources(run, run.cluster) | {"run": run.model_dump_json(exclude_defaults=True)}
 
 
 class OfPhase:

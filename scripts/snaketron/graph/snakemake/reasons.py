@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from snaketron.config import Config, Section, Training
+from snaketron.config import Config, Corpus, Section, Training
+from snaketron.wording import shortened
 
 ABSENT = "nothing"
 LONGEST = 60  # characters of a value
@@ -165,13 +166,10 @@ def _index(config: Config, training: Training) -> int:
 
 def _sections(config: Config, wildcards: Mapping[str, str]) -> Iterator[tuple[str, Section]]:
     """Where keys of a job that is no training may stand, the nearest first."""
-    for i, corpus in enumerate(config.corpora):
-        if corpus.name == wildcards.get("corpus"):
-            yield f"corpora[{i}]", corpus
-            yield "pretrain_data", config.pretrain_data
-    for i, source in enumerate(config.chats):
-        if source.name == wildcards.get("source"):
-            yield f"chats[{i}]", source
+    for at, source in config.sources():
+        if source.name == wildcards.get("corpus" if isinstance(source, Corpus) else "source"):
+            yield at, source
+            yield source.section, config.data_of(source)
     for i, phase in enumerate(config.pretrain.phases):
         if phase.name == wildcards.get("phase"):
             yield f"pretrain.phases[{i}]", phase
@@ -184,4 +182,4 @@ def _sections(config: Config, wildcards: Mapping[str, str]) -> Iterator[tuple[st
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return shortened(text, LONGEST)
