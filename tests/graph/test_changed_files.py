@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.conftest import Workspace, make_workspace
 
+import pytest
 import yaml
 
 LONG_AGO = 1_000_000_000  # seconds since 1970
@@ -73,10 +74,15 @@ def test_content_decides_what_runs_again(tmp_path: Path):
     assert jobs(workspace) == {"render_chat": 1}
 
 
-def test_a_job_for_an_older_file_that_failed_is_still_to_run(tmp_path: Path):
-    """It has deleted its outputs. The packs of the old file are there, and newer than all that is left."""
+@pytest.mark.parametrize("template", [None, "raw/template.jinja"])
+def test_a_job_for_an_older_file_that_failed_is_still_to_run(tmp_path: Path, template: str | None):
+    """It has deleted its outputs. The packs of the old file are there, and newer than all that is left.
+
+    A template of its own, which has not changed, is another file that the job reads.
+    """
     workspace = make_workspace(tmp_path / "work")
-    workspace.overlays = (workspace.write("mine.yaml", yaml.safe_dump(CONFIG)).name,)
+    config = CONFIG | {"chats": [{"name": "help", "paths": ["raw/small.jsonl"], "chat_template": template}]}
+    workspace.overlays = (workspace.write("mine.yaml", yaml.safe_dump(config)).name,)
     workspace.write("raw/large.jsonl", json.dumps({"text": "some words " * 400}))
     workspace.write("raw/template.jinja", (workspace.path / "config/chat_template.jinja").read_text())
     messages = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "Two."}]

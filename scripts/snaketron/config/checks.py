@@ -81,7 +81,7 @@ def check_sources(config: Config) -> list[str]:
         elif source.registered:
             problems += _without_effect(at, source)
         problems += [
-            f"{at}.metadata_fields: {name!r} is the name of a column of ours; leave it out"
+            f"{at}.metadata_fields: {name!r} is a column that the workflow adds; leave it out"
             for name in source.metadata_fields
             if name in RESERVED
         ]

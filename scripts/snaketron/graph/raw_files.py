@@ -44,6 +44,7 @@ class RawFiles:
         self._pending = _Kept(hashes.with_name("snaketron.changed"))
         self._records: dict[str, tuple[Record, os.stat_result] | None] = {}
         self._names: dict[str, set[str]] = {}  # of each directory of records what it holds
+        self._changed: set[str] = set()  # records of jobs that have to run again
         self._forced: set[str] = set()  # rules that run again for a changed directory
 
     def seen_by(self, record: str, files: Iterable[str]) -> list[str]:
@@ -85,7 +86,7 @@ class RawFiles:
             for entry in entries
             if made and entry.file.exists() and not self.unchanged(entry, made[1])
         ]
-        self._note(record, time.time() if changed or (pending and not made) else 0)
+        self._note(record, time.time() if changed else 0)
         if changed and rule not in self._forced:
             logger.info("%s: changed since rule %s read it, so the rule runs again", changed[0], rule)
         if changed or (pending and not made):
@@ -123,6 +124,11 @@ class RawFiles:
         return float(self._pending.get(str(self._root / record)) or 0)
 
     def _note(self, record: str, since: float) -> None:
+        """Note that a job has to run again; 0: as far as some of its files say, it has not."""
+        if since:
+            self._changed.add(record)
+        elif record in self._changed or not self._read(record):
+            return  # other files of it have changed, or had when it failed
         if bool(since) != bool(self._pending_since(record)):
             self._pending.put(since, str(self._root / record))
 

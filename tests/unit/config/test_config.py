@@ -152,7 +152,7 @@ BLEND = {"pretrain": {"phases": [{"name": "p", "tokens": 10**6, "blend": [{"corp
         ({"paths": ["x"], "hub": {"repository": "o/n"}}, "corpora[0] (a): give one of paths, hub and tokens"),
         (
             {"paths": ["x"], "metadata_fields": ["url", "row"]},
-            "corpora[0].metadata_fields: 'row' is the name of a column of ours; leave it out",
+            "corpora[0].metadata_fields: 'row' is a column that the workflow adds; leave it out",
         ),
         (
             {"paths": ["x"], "curation": {"decontaminate": True}},

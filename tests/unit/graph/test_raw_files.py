@@ -123,6 +123,28 @@ def test_a_job_that_has_lost_its_record_is_still_to_run(finished: Path):
     assert dag.forcefiles == set()
 
 
+@pytest.mark.parametrize("others", [[], ["b.jsonl"]])
+def test_a_job_that_reads_files_in_two_places_is_still_to_run(finished: Path, others: list[str]):
+    """A filter reads text and models, of which there may be none, and only the text was changed."""
+
+    def forced() -> set[str]:
+        dag = SimpleNamespace(forcefiles=set())
+        workflow = SimpleNamespace(iocache=SimpleNamespace(mtime={}), dag=dag)
+        raw = RawFiles(workflow, Path("data"), Path("hashes"))
+        for files in (others, ["a.jsonl"], others):
+            raw.seen_by("tokens/docs/a.json", files)
+        return dag.forcefiles
+
+    replace("a.jsonl", "other")
+    assert forced() == set()  # its record says enough
+    finished.unlink()
+    assert forced() == forced() == {str(finished)}
+    write_record()
+    assert forced() == set()
+    finished.unlink()
+    assert forced() == set()
+
+
 def test_a_damaged_list_of_hashes_is_left(hashed: list[str]):
     Path("hashes").write_bytes(b'["a.jsonl", 1\n\xff\n3\n')
     Path("a.jsonl").touch()
