@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.pathvars import Pathvars
 from snakemake.utils import min_version
 
 min_version("9.27")
@@ -39,13 +40,6 @@ if elsewhere := process.elsewhere(Path(workflow.basedir)):
 
 
 configfile: "config/config.yaml"
-
-
-pathvars:
-    data="data",
-    ckpt="ckpt",
-    hf="hf",
-    eval="eval",
 
 
 container: "envs/snaketron.sif"
@@ -80,6 +74,7 @@ except ConfigError as error:
 
 
 ckpt = Path(graph.config.pathvars["ckpt"])
+workflow.pathvars.update(Pathvars.from_config({"pathvars": graph.config.pathvars}))
 replace_pieces(workflow, graph.config)
 logger.addFilter(credentials.Redact())
 if workflow.is_main_process:

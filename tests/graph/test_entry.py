@@ -30,6 +30,14 @@ def test_a_target_that_moved_is_named_though_an_old_file_is_there(workspace: Wor
     )
 
 
+def test_a_root_may_be_written_with_a_slash_at_its_end_and_a_dot_before_it(workspace: Workspace):
+    """Snakemake would look for outputs below `./store//`, and warn of each."""
+    target = "store/tokenizer/chat_template.jinja"
+    result = workspace.snakemake("-n", target, config=("pathvars={data: ./store/, logs: logs/}",))
+    assert result.status == 0 and result.jobs == {"install_chat_template": 1}, result.output
+    assert "discouraged" not in result.output and "//" not in result.output
+
+
 @pytest.mark.parametrize("name", ["mine.yaml", "ckpt/sft"])
 def test_a_configuration_that_is_missing_is_named_in_a_line(workspace: Workspace, name: str):
     """A target after --configfile is taken for another file, and may be a directory."""

@@ -122,7 +122,8 @@ _ROOTS: dict[Root, str] = {"data": "data", "ckpt": "ckpt", "hf": "hf", "eval": "
 
 
 def _complete(roots: dict[Root, str]) -> dict[Root, str]:
-    return _ROOTS | roots
+    """All roots, as Snakemake compares paths: without `./` before them and `/` after them."""
+    return {name: str(Path(root)) for name, root in (_ROOTS | roots).items()}
 
 
 class Config(Section):

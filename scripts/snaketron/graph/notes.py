@@ -137,14 +137,14 @@ def moved_targets(config: Config, targets: Iterable[str]) -> list[str]:
         name, _, rest = os.path.normpath(target).partition("/")
         root = roots.get(name, name)
         sample = name == "data" and rest.startswith("sample/")  # not below a root that is moved
-        if rest and name and not sample and os.path.normpath(root) != name:
-            lines.append(f"{target}: pathvars.{name} is {root}, so ask for {root.rstrip('/')}/{rest}")
+        if rest and name and not sample and root != name:
+            lines.append(f"{target}: pathvars.{name} is {root}, so ask for {root}/{rest}")
     return lines
 
 
 def meant(config: Config, targets: Iterable[str], rules: Iterable[str] = ()) -> list[str]:
     """What a target that no rule makes may mean: a result or a rule of nearly the same name."""
-    ckpt, hf, measured = (config.pathvars[name].rstrip("/") for name in ("ckpt", "hf", "eval"))
+    ckpt, hf, measured = (config.pathvars[name] for name in ("ckpt", "hf", "eval"))
     merged = [f"merged/{phase.name}" for phase in config.pretrain.phases]
     stages = [*(training.name for training in config.trainings()), "lora_merged", *merged]
     known = [

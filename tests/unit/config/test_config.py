@@ -87,7 +87,7 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
             "pathvars.data: 'a{b}' holds a brace, which Snakemake takes for a wildcard",
         ),
         ("pathvars.data", "/dev/null/x", "pathvars.data: '/dev/null/x' cannot be made, because '/dev/null'"),
-        ("pathvars", {"data": "all", "ckpt": "./all"}, "pathvars.ckpt: is './all' like pathvars.data; both"),
+        ("pathvars", {"data": "all", "ckpt": "./all"}, "pathvars.ckpt: is 'all' like pathvars.data; both"),
         (
             "pathvars.logs",
             "<ckpt>/logs",

@@ -84,8 +84,8 @@ def test_a_target_below_a_moved_root_has_another_name():
     config = load({"pathvars": {"data": "data", "ckpt": "/lustre/me/ckpt/"}}, {})
     targets = ["ckpt/sft", "./ckpt/pretrain/broad", "data/report/report.md", "sft", "/lustre/me/ckpt/sft"]
     assert moved_targets(config, targets) == [
-        "ckpt/sft: pathvars.ckpt is /lustre/me/ckpt/, so ask for /lustre/me/ckpt/sft",
-        "./ckpt/pretrain/broad: pathvars.ckpt is /lustre/me/ckpt/, so ask for /lustre/me/ckpt/pretrain/broad",
+        "ckpt/sft: pathvars.ckpt is /lustre/me/ckpt, so ask for /lustre/me/ckpt/sft",
+        "./ckpt/pretrain/broad: pathvars.ckpt is /lustre/me/ckpt, so ask for /lustre/me/ckpt/pretrain/broad",
     ]
     moved = load({"pathvars": {"data": "store"}}, {})
     assert moved_targets(moved, ["data/sample/docs/record.json", "data/tokenizer/record.json"]) == [
