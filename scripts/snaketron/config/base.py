@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 # Looking for plugins of pydantic reads the metadata of all installed packages, in 40 ms of each job.
@@ -45,6 +46,12 @@ def key(default: Any, description: str) -> Any:
     return Field(default, description=description)
 
 
-def suggest(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
+def closest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name that is most like another one; None where none is."""
+    return next(iter(difflib.get_close_matches(name, [*known], n=1, cutoff=cutoff)), None)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known."""
+    close = closest(name, known)
+    return f"; did you mean {close!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import ChatSource, Config, Corpus
+from snaketron.config.base import closest
 from snaketron.graph.checks import made_tokenizer
 from snaketron.graph.configfiles import mixed
 from snaketron.graph.graph import Graph
@@ -152,9 +152,9 @@ def meant(config: Config, targets: Iterable[str], rules: Iterable[str] = ()) -> 
     ]
     lines = []
     for target in targets:
-        near = difflib.get_close_matches(os.path.normpath(target), [*known, *rules], n=1, cutoff=0.75)
-        if near and near[0] != os.path.normpath(target):
-            lines.append(f"{target}: did you mean {near[0]}?")
+        near = closest(os.path.normpath(target), [*known, *rules], cutoff=0.75)
+        if near and near != os.path.normpath(target):
+            lines.append(f"{target}: did you mean {near}?")
     return lines
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from snaketron.config import ConfigError
-from snaketron.config.base import suggest
+from snaketron.config.base import closest
 from snaketron.wording import some
 
 MOST = 10  # names that a message lists
@@ -25,6 +25,5 @@ def message(what: str, name: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     listed = f" Known: {some(names, MOST)}" if names else ""
-    close = suggest(name, set(names)) if names else ""
-    close = f"{close.rstrip('?')}?" if "did you mean" in close else "."
-    return f"no {what} is called {name!r}{close}{listed}"
+    close = closest(name, names)
+    return f"no {what} is called {name!r}{f'; did you mean {close!r}?' if close else '.'}{listed}"

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -66,5 +67,5 @@ def check_times(dag: Any, roots: Iterable[str]) -> None:
             f"{late[0]}{more}: of a time that is yet to come, in {hours:.1f} hours. A clock was ahead, and "
             "what is made of changed files now would pass for older. Correct the clock, or give them an old "
             "time, so that what follows from newer files is made again:\n"
-            f"    find {' '.join(sorted(set(roots)))} -newermt now -exec touch -h -d 2000-01-01 {{}} +"
+            f"    find {shlex.join(sorted(set(roots)))} -newermt now -exec touch -h -d 2000-01-01 {{}} +"
         )
