@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import posixpath
 import re
 import tempfile
 
 from snaketron.config import Hub
+from snaketron.config.base import closest
 from snaketron.log import UserError
 from snaketron.sources.addresses import Found, list_files, readable
 from snaketron.sources.formats import READABLE
@@ -164,6 +164,6 @@ def _described(
 
 
 def _unknown(at: str, name: str, known: list[str], of: str) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    close = closest(name, known)
+    hint = f"; did you mean {close!r}?" if close else "."
     return f"{at}: {of} has no {name!r}{hint} There are {some(known, _MOST)}"
