@@ -97,10 +97,7 @@ class BaseGraph:
     def _files(self, directory: Path) -> list[str]:
         """Those that an import reads: of Megatron's iterations, the latest that is complete."""
         patterns = ("config.json", "*.safetensors*", ".metadata", "*.distcp", "common.pt", "tokenizer.json")
-        nested = [directory]
-        version = Version(directory)
-        if not (directory / ".metadata").exists() and (latest := version.latest_iteration()) is not None:
-            nested.append(version.iteration_directory(latest))
+        nested = dict.fromkeys([directory, _of_tensors(directory) or directory])
         return [str(path) for one in nested for pattern in patterns for path in sorted(one.glob(pattern))]
 
     # Params: a change runs the job again.
@@ -194,20 +191,15 @@ class BaseGraph:
     def _megatron(self, directory: Path) -> Iterator[str]:
         """What the list of the tensors of a checkpoint of Megatron says; the weights are not read."""
         model, tokenizer = self.config.model, self.config.tokenizer
-        if not (directory / ".metadata").exists():
-            version = Version(directory)
-            if (iteration := version.latest_iteration()) is None:
-                there = version.latest.exists()
-                problem = "the checkpoint that it names is not there" if there else "no such file"
-                yield f"{version.latest}: {problem}; name the directory of one iteration, iter_*"
-                return
-            directory = version.iteration_directory(iteration)
+        if (found := _of_tensors(directory)) is None:
+            latest = Version(directory).latest
+            problem = "the checkpoint that it names is not there" if latest.exists() else "no such file"
+            yield f"{latest}: {problem}; name the directory of one iteration, iter_*"
+            return
         vocab_size = tokenizer.vocab_size if tokenizer.path is None else None
         wanted = megatron_tensors(tensors(model, tokenizer.vocab_size), {})
-        problems = damaged_files(directory) + megatron_differences(
-            listed_tensors(directory), wanted, vocab_size
-        )
-        yield from _first(problems, directory)
+        problems = damaged_files(found) + megatron_differences(listed_tensors(found), wanted, vocab_size)
+        yield from _first(problems, found)
 
     def _tokenizer(self, base: Base, directory: Path) -> Iterator[str]:
         """What can be said before the tokenizer of the trainings is made."""
@@ -243,6 +235,15 @@ def _lost_weights(directory: Path) -> Iterator[str]:
     index, problems = read_index(directory)
     problems += missing_files(directory, index)
     yield from _first([f"{directory}: {problem}" for problem in problems], directory)
+
+
+def _of_tensors(directory: Path) -> Path | None:
+    """Where the tensors of Megatron lie: in this directory, or in that of its latest complete iteration."""
+    version = Version(directory)
+    if (directory / ".metadata").exists():
+        return directory
+    latest = version.latest_iteration()
+    return None if latest is None else version.iteration_directory(latest)
 
 
 def _damage(version: Version) -> Iterator[str]:
