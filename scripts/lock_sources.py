@@ -6,23 +6,16 @@ Run it once, and commit the file: the workflow reads which files there are from 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from snaketron.config import ConfigError, load
-from snaketron.graph.configfiles import merged
+from snaketron.config import ConfigError
+from snaketron.graph import configfiles
 from snaketron.log import UserError, argument_parser, run
 from snaketron.sources.patience import Patience
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument(
-        "--configfile",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="configuration files, as you give them to snakemake",
-    )
+    configfiles.add_option(parser)
     parser.add_argument("--source", nargs="+", default=[], help="only these sources (default: all)")
     parser.add_argument(
         "--update", action="store_true", help="list listed sources again, at their newest revision"
@@ -47,7 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        config = load(merged(args.configfile))
+        config = configfiles.configuration(args.configfile)
     except ConfigError as error:
         raise UserError(f"the configuration is wrong.\n{error}") from None
     from snaketron.sources.listing import lock_sources

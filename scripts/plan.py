@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from snaketron.config import Config, ConfigError, load
+from snaketron.config import Config, ConfigError
 from snaketron.files import write_json, writing
-from snaketron.graph.configfiles import merged, mixed
+from snaketron.graph import configfiles
 from snaketron.log import UserError, argument_parser, logger, run
 from snaketron.sizes.gpus import GPUS, in_nodes
 
@@ -16,13 +16,7 @@ SUPER = Path("config/super.yaml")
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument(
-        "--configfile",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="configuration files, as you give them to snakemake",
-    )
+    configfiles.add_option(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the plan or the layouts there as JSON, too"
     )
@@ -64,10 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--gpu and --gpus belong to --search TRAINING")
     try:
         if args.published:
-            print(comparison(compare(load(merged([SUPER])))), end="")
+            print(comparison(compare(configfiles.configuration([SUPER]))), end="")
             return 0
-        config = load(merged(args.configfile))
-        if said := mixed(args.configfile):
+        config = configfiles.configuration(args.configfile)
+        if said := configfiles.mixed(args.configfile):
             logger.warning(said)
         if args.rate:
             from snaketron.report.rate import draw

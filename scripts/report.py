@@ -76,7 +76,7 @@ def read(directory: Path, name: str, configfiles: list[Path] | None, *, alone: b
     """What lies in a directory, with the plan of its configuration where that can be read."""
     from snaketron.config import ConfigError, load
     from snaketron.graph.asked import asked
-    from snaketron.graph.configfiles import merged, of_last_run
+    from snaketron.graph.configfiles import configuration, of_last_run
     from snaketron.graph.plan import plan
     from snaketron.lineage.diff import changed
     from snaketron.report.runs import read_run
@@ -88,7 +88,7 @@ def read(directory: Path, name: str, configfiles: list[Path] | None, *, alone: b
     with contextlib.chdir(directory):
         files = of_last_run() if configfiles is None else configfiles
         try:
-            config = load(merged(files))
+            config = configuration(files)
             changes = changed(load({}).model_dump(mode="json"), config.model_dump(mode="json"))
             roots = dict(config.pathvars)
             planned, is_asked = plan(config), asked(config)

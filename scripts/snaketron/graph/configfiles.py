@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import itertools
 import re
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from snaketron.config import Config, load
 from snaketron.config.doubled import check_doubled
 from snaketron.log import UserError
 
@@ -18,8 +20,14 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DEFAULT_CONFIG = Path("config/config.yaml")
 
 
-def merged(configfiles: Sequence[Path]) -> dict[str, Any]:
-    """The defaults, and over them the files in their order."""
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Let a program take --configfile as Snakemake does."""
+    said = "configuration files, as you give them to snakemake"
+    parser.add_argument("--configfile", type=Path, nargs="+", default=[], help=said)
+
+
+def configuration(configfiles: Sequence[Path]) -> Config:
+    """The defaults, and over them the files in their order; `ConfigError` or `UserError`."""
     from snakemake.common.configfile import load_configfile
     from snakemake.utils import update_config
 
@@ -29,7 +37,7 @@ def merged(configfiles: Sequence[Path]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for path in [DEFAULT_CONFIG, *configfiles]:
         update_config(config, read(path, load_configfile))
-    return config
+    return load(config)
 
 
 def read(path: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

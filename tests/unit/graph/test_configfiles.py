@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from snaketron.graph.configfiles import merged, mixed, of_last_run
+from snaketron.graph.configfiles import configuration, mixed, of_last_run
 from snaketron.graph.snakemake.errors import tell_wrong_configfiles
 from snaketron.log import UserError
 from tests.conftest import REPOSITORY
@@ -44,7 +44,7 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "latin.yaml"
     path.write_bytes(b"# caf\xe9\nseed: 3\n")
     with pytest.raises(UserError, match=r"latin\.yaml: is not UTF-8 \(invalid .* at byte 5\)"):
-        merged([path])
+        configuration([path])
 
 
 def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -53,7 +53,7 @@ def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path: Path, monkeypat
     path.write_text("seed: 3\nsft: {train_iters: 5\n")
     said = rf"^--configfile {path}: is no YAML: line 3: did not find expected ',' or '}}'$"
     with pytest.raises(UserError, match=said):
-        merged([path])
+        configuration([path])
     monkeypatch.setattr(types, "load_configfile", types.load_configfile)  # put back at the end
     tell_wrong_configfiles()
     with pytest.raises(WorkflowError, match=said):
@@ -65,4 +65,4 @@ def test_elsewhere_the_directory_of_the_workflow_is_asked_for(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"config\.yaml: no such file here; run this in the directory of the"):
-        merged([])
+        configuration([])
