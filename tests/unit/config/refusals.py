@@ -15,7 +15,7 @@ def nested(path: str, value: object) -> dict:
 
 
 def merged(base: dict, values: dict) -> dict:
-    """`values` over `base`, as Snakemake merges configurations."""
+    """`values` over `base`, as Snakemake merges --configfile: sections key by key, lists as a whole."""
     both = {
         name: merged(base[name], value) if isinstance(value, dict) and name in base else value
         for name, value in values.items()

@@ -9,17 +9,12 @@ from snaketron.sizes.checks import check_memory
 from snaketron.sizes.measured import NANO_SLICE
 from snaketron.sizes.parameters import num_active_parameters, num_parameters
 from snaketron.sizes.plan import estimate
+from tests.unit.config.refusals import merged
 
 import pytest
 import yaml
 
 CONFIG = Path(__file__).parents[3] / "config"
-
-
-def merged(one: dict, other: dict) -> dict:
-    """As Snakemake merges --configfile: sections key by key, lists as a whole."""
-    both = [key for key in one if isinstance(one[key], dict) and isinstance(other.get(key), dict)]
-    return one | other | {key: merged(one[key], other[key]) for key in both}
 
 
 def of(*names: str, **more: dict) -> Config:
