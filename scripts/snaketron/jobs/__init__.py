@@ -1,0 +1,8 @@
+"""What is around the processes of a training; nothing here imports torch.
+
+- Where a training works: `version`; whether a longer one may begin there: `continuation`; all of them:
+  `inventory`.
+- Who trains there: `owner`; what starts and watches the processes: `supervisor`, with `launch`, `containers`,
+  `attempts` and `heartbeat`.
+- What Slurm says: `slurm` about one job, `queue` about all, `status` to a person.
+"""
