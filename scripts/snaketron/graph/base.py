@@ -166,7 +166,7 @@ class BaseGraph:
             if trained.stage == "lora":
                 yield f"{base.path} holds adapters and not the model; name its lora_merged"
             yield from model_differences(trained.settings.get("model") or {}, model)
-            yield from _damage(Version(directory))
+            yield from _damage(directory)
         elif (published := self._config_of(base)) is not None:
             yield from differences(published, model, vocabulary)
             if not base.hub:  # a rule downloads those of the hub
@@ -246,13 +246,12 @@ def _of_tensors(directory: Path) -> Path | None:
     return None if latest is None else version.iteration_directory(latest)
 
 
-def _damage(version: Version) -> Iterator[str]:
+def _damage(directory: Path) -> Iterator[str]:
     """What a finished checkpoint of this workflow has lost since."""
-    iteration = version.latest_iteration()
-    if iteration is None:
-        yield f"{version.directory}: its last step is not there; restore it"
+    if found := _of_tensors(directory):
+        yield from damaged_files(found)[:_SHOWN]
     else:
-        yield from damaged_files(version.iteration_directory(iteration))[:_SHOWN]
+        yield f"{directory}: its last step is not there; restore it"
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
