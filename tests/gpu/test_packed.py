@@ -33,7 +33,7 @@ def test_logits_of_a_conversation_in_a_pack_are_those_of_it_alone(precision):
 
     def logits(tokens, starts, size):
         pack = Pack(tokens.astype(np.int32), np.ones(len(tokens), np.uint8), np.asarray(starts, np.int32))
-        batch = collate_pack(pack, size, 0, weights=np.ones((1, len(tokens)), np.float32))
+        batch = collate_pack(pack, size, weights=np.ones((1, len(tokens)), np.float32))
         for key in ("labels", "loss_mask", "report"):
             del batch[key]
         with torch.no_grad():

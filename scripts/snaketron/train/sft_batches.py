@@ -25,6 +25,9 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 PACK_CACHE = 2**28  # bytes of decoded packs that a split keeps
+# What multi-token prediction sees behind the last token of a sequence, so that it sees no more in layouts
+# that pad each conversation.
+PADDING_ID = 0
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,10 @@ class SftBatches(Batches):
         settings: TrainSettings,
         splits: dict[Split, MixedPacks],
         weights: dict[str, float],
-        *,
-        pad_id: int,
     ) -> None:
         """`weights` has the share of each source that is trained, in the order of `splits["train"]`."""
         super().__init__(micro_batch_size=1)
-        self.settings, self.splits, self.weights, self.pad_id = settings, splits, weights, pad_id
+        self.settings, self.splits, self.weights = settings, splits, weights
         self.sources = tuple(weights)
         self._reader = ThreadPoolExecutor(1, "packs")  # one thread, since the caches are for one
         self._reading: dict[tuple[Split, int, int], Future[Step]] = {}
@@ -91,7 +92,7 @@ class SftBatches(Batches):
             for split, number in samples.items()
         }
         weights = {source.source: source.weight for source in loaded.splits["train"]}
-        return cls(settings, splits, weights, pad_id=tokenizer.pad_id)
+        return cls(settings, splits, weights)
 
     def report(self, eval_samples: int) -> None:
         """Say how much of each source is trained, and which sources the validation does not see."""
@@ -166,7 +167,6 @@ class SftBatches(Batches):
             yield collate_pack(
                 pack,
                 self.settings.seq_length,
-                self.pad_id,
                 multiple=_sequence_multiple(),
                 weights=weights * factors,
                 source=source,
@@ -234,7 +234,6 @@ def _factors(totals: np.ndarray) -> np.ndarray:
 def collate_pack(
     pack: Pack,
     pack_size: int,
-    pad_id: int,
     *,
     weights: np.ndarray,
     multiple: int = 1,
@@ -244,7 +243,7 @@ def collate_pack(
     """A pack as the model takes it: shapes (1, pack_size), and where its sequences begin.
 
     Each conversation is padded to a `multiple`, and the pack to its size. Labels are the next token of the
-    same conversation; the last position of one has the padding id and counts nothing. `weights` (1 + MTP
+    same conversation; the last position of one has `PADDING_ID` and counts nothing. `weights` (1 + MTP
     depths, tokens) become the `loss_mask`. `padding_mask` is true at padding, so that the routers leave it
     out; sequence parallelism gives each rank its part of it, like its part of the hidden states.
     """
@@ -253,7 +252,7 @@ def collate_pack(
         raise AssertionError(f"a pack of {starts[-1]} tokens where the footer says {pack_size}")
     if starts[-1] < pack_size:
         starts = np.append(starts, pack_size)
-    rows = _rows(pack, places, starts, pad_id, weights)
+    rows = _rows(pack, places, starts, weights)
     rows = context_part(rows, torch.from_numpy(starts.astype(np.int32)))
     counts = _counts(pack, rows)
     ranks = parallel_state.get_tensor_model_parallel_world_size()
@@ -265,9 +264,7 @@ def collate_pack(
     return batch
 
 
-def _rows(
-    pack: Pack, places: np.ndarray, starts: np.ndarray, pad_id: int, weights: np.ndarray
-) -> dict[str, torch.Tensor]:
+def _rows(pack: Pack, places: np.ndarray, starts: np.ndarray, weights: np.ndarray) -> dict[str, torch.Tensor]:
     """The tensors of a whole pack, (..., 1, pack_size); token i is at `places[i]`.
 
     `report` (2, 1, pack_size) has the share of each position in the loss of a token and of a conversation.
@@ -279,13 +276,13 @@ def _rows(
         row[..., 0, places] = values
         return torch.from_numpy(row)
 
-    labels = np.append(pack.input_ids[1:], pad_id).astype(np.int64)
-    labels[pack.seq_start_id[1:] - 1] = pad_id
+    labels = np.append(pack.input_ids[1:], PADDING_ID).astype(np.int64)
+    labels[pack.seq_start_id[1:] - 1] = PADDING_ID
     shares = [loss_weights(pack, 0, average)[0] for average in ("token", "sample")]
     positions = np.arange(pack_size) - np.repeat(starts[:-1], np.diff(starts))
     return {
-        "input_ids": spread(pack.input_ids.astype(np.int64), pad_id),
-        "labels": spread(labels, pad_id),
+        "input_ids": spread(pack.input_ids.astype(np.int64), PADDING_ID),
+        "labels": spread(labels, PADDING_ID),
         "loss_mask": spread(weights, 0.0),
         "padding_mask": spread(np.zeros(len(places), dtype=bool), True),
         "position_ids": torch.from_numpy(positions)[None],

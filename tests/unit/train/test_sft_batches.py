@@ -17,7 +17,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-PAD = 99
+PAD = 0  # as behind the last token in the shift of multi-token prediction
 
 
 def pack(*conversations: list[tuple[int, int]]) -> Pack:
@@ -36,7 +36,7 @@ def listed(batch: dict, *keys: str) -> list[list]:
 
 def collate(pack: Pack, pack_size: int, depths: int = 0, **keys) -> dict:
     """With the weights of one pack by itself, averaged over tokens."""
-    return collate_pack(pack, pack_size, PAD, weights=loss_weights(pack, depths, "token")[0], **keys)
+    return collate_pack(pack, pack_size, weights=loss_weights(pack, depths, "token")[0], **keys)
 
 
 # --------------------------------------------------------------------------------------- collate_pack

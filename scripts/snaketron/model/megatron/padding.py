@@ -12,6 +12,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
+COUNT_TOKENS = "megatron.core.transformer.moe.router:get_tokens_per_expert_and_token_count"
 MODEL_FORWARD = "megatron.core.models.hybrid.hybrid_model:HybridModel.forward"
 MOE_FORWARD = "megatron.core.transformer.moe.moe_layer:MoELayer.forward"
 
@@ -28,6 +29,19 @@ def apply_expert_bias(
             if padding_mask is not None:
                 routing_map = routing_map & ~padding_mask.unsqueeze(-1)
             self.local_tokens_per_expert += routing_map.sum(dim=0)
+
+
+def count_tokens(
+    routing_map: torch.Tensor, reduce_group: torch.distributed.ProcessGroup, **options: Any
+) -> tuple[torch.Tensor, Any, Any]:
+    """The tokens of each expert, a rank's share of all tokens, and all tokens of the ranks that share them.
+
+    The router weighs the load balancing loss by that share times the ranks. megatron-core takes a rank's own
+    tokens without padding for it: where one of two ranks has all the padding of a half empty pack, its tokens
+    would count nothing, and those of the other twice.
+    """
+    per_expert, own, total = original(COUNT_TOKENS)(routing_map, reduce_group, **options)
+    return per_expert, own if reduce_group.size() == 1 else total / reduce_group.size(), total
 
 
 class _Padding:

@@ -36,6 +36,16 @@ TABLE = (
         pieces={_MOE + "router:TopKRouter._apply_expert_bias": "padding.apply_expert_bias"},
     ),
     Replacement(
+        "the weight of the load balancing loss",
+        "all",
+        why="ranks that share a padded sequence weigh the loss by their own tokens without padding, so the "
+        "gradient of a token depends on how much padding its rank has",
+        upstream="https://github.com/NVIDIA/Megatron-LM/issues/1652 (open); " + _PULL + "5047, in 0.19.2, is "
+        "right where no rank has padding",
+        until="the original weighs it by the tokens of all these ranks",
+        pieces={_MOE + "router:get_tokens_per_expert_and_token_count": "padding.count_tokens"},
+    ),
+    Replacement(
         "the type of the count of tokens",
         "all",
         why="Float16Module makes the count bf16, which is exact only up to 256 tokens",

@@ -38,7 +38,7 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_mixer import MambaMixer
-from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,6 +99,20 @@ def test_the_original_count_fails_for_a_padded_batch():
     with pytest.raises(RuntimeError):
         count(router, mapped, padding)
         pytest.fail(CAN_GO)
+
+
+@covers("the weight of the load balancing loss")
+def test_the_original_weight_is_that_of_the_tokens_of_a_rank(monkeypatch: pytest.MonkeyPatch):
+    """Two ranks, of which this one has 4 tokens of two experts each, and the other 2 and padding."""
+    here, there = torch.ones(4, 2, dtype=torch.bool), torch.tensor([2, 2])
+    monkeypatch.setattr(
+        moe_utils, "reduce_from_tensor_model_parallel_region", lambda counts, _: counts + there
+    )
+    two = SimpleNamespace(size=lambda: 2)
+    for which, expected in ((original, 4), (originals.current, 3)):
+        found = which(padding.COUNT_TOKENS)(here, two, topk=2, with_padding_mask=True)
+        per_expert, share, total = found
+        assert (per_expert.tolist(), float(share), float(total)) == ([6, 6], expected, 6), CAN_GO
 
 
 @pytest.fixture
