@@ -83,9 +83,9 @@ class Model(Section):
 
     @property
     def routed_layers(self) -> int:
-        """Layers with routed experts that a token passes; those of multi-token prediction at each depth."""
-        at_each_depth = self.mtp_hybrid_layer_pattern.count("E")
-        return self.hybrid_layer_pattern.count("E") + self.mtp_num_layers * at_each_depth
+        """Layers with routed experts; the depths of multi-token prediction share theirs."""
+        pattern = self.hybrid_layer_pattern + (self.mtp_hybrid_layer_pattern if self.mtp_num_layers else "")
+        return pattern.count("E")
 
 
 class Optimizer(Section):

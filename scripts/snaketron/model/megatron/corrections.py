@@ -18,6 +18,7 @@ def correct(model: HybridModel, config: TransformerConfig) -> None:
             set_epsilon(module, config)
         if isinstance(module, MultiTokenPredictionBlock):
             add_depths(module)
+            share_balance(module)
     mark_experts(model)
 
 
@@ -46,3 +47,14 @@ def add_depths(block: MultiTokenPredictionBlock) -> None:
     for module in block.modules():
         if hasattr(module, "disable_parameter_transpose_cache"):
             module.disable_parameter_transpose_cache = True
+
+
+def share_balance(block: MultiTokenPredictionBlock) -> None:
+    """Divide the load balancing losses of multi-token prediction among the depths, which share its layers.
+
+    The routers do so themselves where they know what they are a part of. They would note their loss at a
+    place that there may not be: of their numbers only the first is certain to have one.
+    """
+    for module in block.modules():
+        if isinstance(module, TopKRouter):
+            module.is_mtp_layer, module.layer_number = True, 1

@@ -19,9 +19,8 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 def take_router_loss(config: TransformerConfig, routed_layers: int) -> float:
     """The load balancing loss of the step, summed over micro-batches: the mean over the routed layers.
 
-    `routed_layers` counts those of multi-token prediction once for each depth, as their losses are recorded.
-    megatron-core would count one such layer a depth, whatever the pattern. The tracker is emptied; every rank
-    must call this.
+    The loss of a layer of multi-token prediction is the mean over its depths. megatron-core would count one
+    such layer a depth, whatever the pattern. The tracker is emptied; every rank must call this.
     """
     if not routed_layers:
         return 0.0

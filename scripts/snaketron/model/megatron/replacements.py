@@ -79,6 +79,17 @@ TABLE = (
         in_objects={_MTP + "MultiTokenPredictionBlock.__init__": "corrections.add_depths"},
     ),
     Replacement(
+        "the load balancing loss of several depths",
+        "all",
+        why="HybridStack does not tell its routers that they are part of multi-token prediction, so each "
+        "depth adds the whole loss of the layers that the depths share",
+        upstream=_PULL + "6748 (merged 2026-08)",
+        until="the first release that has the pull request; 0.19.2 has not",
+        in_objects={
+            "megatron.core.models.hybrid.hybrid_block:HybridStack.__init__": "corrections.share_balance"
+        },
+    ),
+    Replacement(
         "the padding in multi-token prediction",
         "all",
         why="HybridModel hands the padding mask to its decoder and not to multi-token prediction, whose "

@@ -149,6 +149,15 @@ def test_the_original_experts_of_one_group_are_marked_as_all_else(uncorrected):
     assert not any(parameter.allreduce for parameter in experts)
 
 
+@covers("the load balancing loss of several depths")
+def test_the_original_routers_do_not_know_of_multi_token_prediction(uncorrected):
+    model = uncorrected(hybrid_layer_pattern="M", mtp_num_layers=2, mtp_hybrid_layer_pattern="*E")
+    (router,) = (m for m in model.modules() if isinstance(m, TopKRouter))
+    assert not router.is_mtp_layer, CAN_GO
+    corrections.share_balance(model.mtp)
+    assert router.is_mtp_layer
+
+
 @covers("the padding in multi-token prediction")
 def test_the_original_model_has_multi_token_prediction_balance_padding(build, unreplaced):
     """6 of 16 tokens are padding: the router of the decoder counts 10 x 2, that of the depth more."""
