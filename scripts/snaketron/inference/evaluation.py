@@ -131,12 +131,14 @@ def parts(job: Evaluation) -> Iterator[tuple[str, Part]]:
         described = version.describe()
         ends = ends_of_answers(version, settings_of_checkpoint(described.settings))
         day = template_date(described.run)
-        template = load_template(directory / "chat_template.jinja", special_tokens(directory), day=day)
+        special = special_tokens(directory)
+        template = load_template(directory / "chat_template.jinja", special, day=day)
+        begin = special.get("bos_token")
         for task in settings.tasks:
 
             def of_task(built: BuiltModel, task: Any = task) -> dict[str, Any]:
                 return run_task(
-                    CheckpointLM(built, tokenizer, ends, template, batch),
+                    CheckpointLM(built, tokenizer, ends, template, batch, begin),
                     task,
                     directories=[Path(path) for path in settings.task_directories],
                     limit=settings.task_limit,

@@ -46,7 +46,9 @@ _FAULTS = (LookupError, TypeError, ValueError, StopIteration, TemplateError)
 class CheckpointLM(TemplateLM):
     """Every rank must run the same tasks; all get the same results.
 
-    ends: ids that end an answer. The first one ends a text too, and stands before one that has no beginning.
+    ends: ids that end an answer. The first one ends a text too.
+    begin: the token that begins a text, if the tokenizer has one. It stands before a text that has no
+        beginning, in whose place the first end does where there is none.
     """
 
     def __init__(
@@ -56,21 +58,30 @@ class CheckpointLM(TemplateLM):
         ends: Sequence[int],
         template: Template,
         batch_size: int,
+        begin: str | None,
     ) -> None:
         super().__init__()
         self.built, self._tokenizer, self._ends = built, tokenizer, ends
         self._template, self._batch_size = template, batch_size
+        self._begin = None if begin is None else tokenizer.token_to_id(begin)
 
     @property
     def eot_token_id(self) -> int:
         return self._ends[0]
 
     @property
+    def prefix_token_id(self) -> int:
+        return self.eot_token_id if self._begin is None else self._begin
+
+    @property
     def max_length(self) -> int:
         return self.built.settings.seq_length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self._tokenizer.encode(string, add_special_tokens=add_special_tokens is not False).ids
+        if add_special_tokens is None:  # a template may have written the beginning
+            prefix = self._tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)
+            add_special_tokens = not string.startswith(prefix)
+        return self._tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
 
     @property
     def tokenizer_name(self) -> str:
@@ -89,6 +100,12 @@ class CheckpointLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """(log probability, whether it is what the model would say) of each continuation."""
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:  # `hf` refuses it, too
+            raise UserError(
+                f"eval.tasks: a text of {longest} tokens has no score: the model was trained on up to "
+                f"{self.max_length}; leave out the task that has it"
+            )
         texts = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         found = []
         scores = score(self.built, texts, batch_size=self._batch_size)

@@ -40,9 +40,8 @@ metric_list: [{{metric: acc}}]
 def model(settings, tokenizer_dir: Path) -> CheckpointLM:
     built = build_model(*settings(seq_length=64), 300)
     template = load_template(Path(__file__).parents[3] / "config/chat_template.jinja")
-    return CheckpointLM(
-        built, load_tokenizer(tokenizer_dir), [tokenizer_info(tokenizer_dir).eos_id], template, batch_size=2
-    )
+    tokenizer, ends = load_tokenizer(tokenizer_dir), [tokenizer_info(tokenizer_dir).eos_id]
+    return CheckpointLM(built, tokenizer, ends, template, batch_size=2, begin=None)
 
 
 def log_probability(model: CheckpointLM, before: list[int], text: list[int]) -> float:
@@ -63,6 +62,15 @@ def test_the_probability_of_a_continuation_is_that_of_its_tokens(model):
     before, both = model.tok_encode(context), model.tok_encode(context + text)
     assert found == pytest.approx(log_probability(model, before, both[len(before) :]), rel=1e-5)
     assert greedy is False
+
+
+def test_a_continuation_that_is_longer_than_the_model_was_trained_on_is_refused(model):
+    """64 tokens have a score, however long the context is, and 65 have none."""
+    context, tokens = model.tok_encode("the quick brown " * 20), model.tok_encode("fox " * 80)[:65]
+    ((found, _),) = model._loglikelihood_tokens([(("", ""), context, tokens[:64])])
+    assert found == pytest.approx(log_probability(model, context[-1:], tokens[:64]), rel=1e-5)
+    with pytest.raises(UserError, match=r"a text of 65 tokens has no score: .* trained on up to 64;"):
+        model._loglikelihood_tokens([(("", ""), context, tokens)])
 
 
 def test_a_long_text_is_scored_in_windows_and_each_token_once(model):

@@ -10,10 +10,12 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Adapters
+from snaketron.config.data import SPECIAL_TOKENS
 from snaketron.config.evaluation import Task
+from snaketron.data.chats.environment import special_tokens
 from snaketron.data.chats.template import load_template
 from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
-from snaketron.files import write_json
+from snaketron.files import read_json, write_json
 from snaketron.inference.exporting import export_checkpoint
 from snaketron.inference.harness import CheckpointLM, _offline, run_task, task_manager
 from snaketron.inference.opening import open_checkpoint
@@ -26,7 +28,9 @@ from snaketron.settings.training import LoraSettings
 import lm_eval
 import pytest
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 
+BEGIN = SPECIAL_TOKENS[2]  # of the texts of a tokenizer that has such a token
 ROWS = [("the quick brown", 0), ("the lazy", 1), ("fox jumps over the", 1), ("quick", 0), ("dog", 0)]
 KINDS = {
     "choice": """\
@@ -66,8 +70,9 @@ def tasks(tmp_path: Path) -> Path:
 
 def own_model(path: Path, tokenizer_dir: Path) -> CheckpointLM:
     template = load_template(Path(__file__).parents[3] / "config/chat_template.jinja")
-    ends = [tokenizer_info(tokenizer_dir).eos_id]
-    return CheckpointLM(open_checkpoint(path), load_tokenizer(tokenizer_dir), ends, template, batch_size=2)
+    ends, begin = [tokenizer_info(tokenizer_dir).eos_id], special_tokens(tokenizer_dir).get("bos_token")
+    tokenizer = load_tokenizer(tokenizer_dir)
+    return CheckpointLM(open_checkpoint(path), tokenizer, ends, template, batch_size=2, begin=begin)
 
 
 def hf_model(path: Path, peft: Path | None = None) -> HFLM:
@@ -117,6 +122,27 @@ def test_tasks_give_the_numbers_of_the_export_in_lm_evals_hf(
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert len(cells) == 6
     assert all(float(ours) == pytest.approx(float(theirs), rel=1e-4) for _, _, ours, theirs in cells)
+
+
+@pytest.mark.parametrize("added", [True, False], ids=["added", "not added"])
+def test_a_token_that_begins_texts_stands_where_hf_has_it(publish, settings, tasks: Path, added: bool):
+    """Before texts without a beginning, before others if the tokenizer adds it, and never twice."""
+    publish("pretrain/one", "0a", settings(seq_length=48, model={"init_method_std": 0.2})[0])
+    path = tasks / "ckpt/pretrain/one"
+    directory = Version(path).tokenizer
+    config = read_json(directory / "tokenizer_config.json")
+    write_json(directory / "tokenizer_config.json", config | {"bos_token": BEGIN})
+    tokenizer = load_tokenizer(directory)
+    if added:
+        begin = (BEGIN, tokenizer.token_to_id(BEGIN))
+        tokenizer.post_processor = TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[begin])
+        tokenizer.save(str(directory / "tokenizer.json"))
+    export_checkpoint(path, tasks / "hf/one")
+    own, other = own_model(path, directory), hf_model(tasks / "hf/one")
+    for text in ("the fox", f"{BEGIN}the fox"):
+        assert own.tok_encode(text) == other.tok_encode(text)
+    here = {name: run_task(own, Task(name=name), directories=[tasks])[name] for name in KINDS}
+    check_equal(here, results_of(other, tasks, KINDS))
 
 
 def test_adapters_give_their_numbers_in_lm_evals_hf_beside_their_base_and_within_it(
