@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.cuda_graphs import _CudagraphGlobalRecord
@@ -26,13 +27,16 @@ def take_router_loss(config: TransformerConfig, routed_layers: int) -> float:
         return 0.0
     name = "seq_load_balancing_loss"
     losses: dict[str, torch.Tensor] = {}
-    get_moe_metrics_tracker().report(
+    # A pipeline stage without routed layers must take part in the sums, with as many numbers and over the
+    # same ranks.
+    tracker, num_layers = get_moe_metrics_tracker(), config.num_layers + (config.mtp_num_layers or 0)
+    tracker.ensure_initialized(name, num_layers)
+    tracker.metrics[name].reduce_group = parallel_state.get_tensor_and_context_parallel_group()
+    tracker.report(
         loss_scale=1.0,
         iteration=0,
-        # A pipeline stage without routed layers must take part in the reduction, with as many numbers.
-        force_initialize=True,
         track_names=name,
-        num_layers=config.num_layers + (config.mtp_num_layers or 0),
+        num_layers=num_layers,
         moe_layer_freq=[routed_layers],
         total_loss_dict=losses,
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from snaketron.config import Model
 from snaketron.model.megatron import internals
 
 import pytest
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -87,3 +90,24 @@ def test_a_layer_adds_its_load_balancing_loss_once_whatever_the_depths(build, mo
         by_hand = torch.zeros_like(parameter) if gradient is None else gradient
         found = 0.0 if parameter.grad is None else parameter.grad / (0.01 * BATCH * LENGTH)
         assert float((found - by_hand).abs().max()) < 1e-5 * scale
+
+
+def test_a_stage_without_routed_layers_takes_part_in_the_same_sums(build, monkeypatch):
+    """The group in which a step's losses are summed is known to routers, and a stage may have none."""
+    summed, all_reduce = [], torch.distributed.all_reduce
+
+    def watched(values: torch.Tensor, **options: Any) -> Any:
+        summed.append((len(values), options))
+        return all_reduce(values, **options)
+
+    found = []
+    for pattern in ("ME*", "M**"):
+        destroy_moe_metrics_tracker()
+        model = build(hybrid_layer_pattern=pattern, mtp_num_layers=0)
+        losses_of_layers(model, torch.ones(BATCH, LENGTH))
+        monkeypatch.setattr(torch.distributed, "all_reduce", watched)
+        internals.take_router_loss(model.config, 1)
+        monkeypatch.undo()
+        found.append(summed.copy())
+        summed.clear()
+    assert found[0] == found[1] and len(found[0]) == 3
