@@ -79,6 +79,46 @@ def test_expert_bias_moves_towards_experts_with_few_tokens(build, precision):
         assert router.local_tokens_per_expert.sum() == 0
 
 
+@torch.no_grad()
+def test_the_depths_of_multi_token_prediction_are_those_of_the_formula(build):
+    """DeepSeek-V3 (arXiv 2412.19437), equations 21 to 23, with dense layers and one block for both depths.
+
+    The embedding comes first in what is projected, as in published checkpoints.
+    """
+    keys = {"hybrid_layer_pattern": "-", "mtp_hybrid_layer_pattern": "-", "mtp_num_layers": 2}
+    model = build(**keys, init_method_std=0.2)
+    weights = dict(model.named_parameters())
+    for name, weight in weights.items():
+        if "norm" in name:
+            weight.uniform_(0.5, 1.5)
+    logits: list[torch.Tensor] = []
+    model.output_layer.register_forward_hook(lambda *call: logits.append(call[2][0][:, 0].clone()))
+    ids = torch.randint(0, 256, (9,), device=backend.device())
+    model(ids[None], None, None)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[name]
+
+    def dense(x: torch.Tensor, prefix: str) -> torch.Tensor:
+        inner = norm(x, f"{prefix}linear_fc1.layer_norm_weight") @ weights[f"{prefix}linear_fc1.weight"].T
+        return x + inner.relu().square() @ weights[f"{prefix}linear_fc2.weight"].T
+
+    embeddings, block = weights["embedding.word_embeddings.weight"], "mtp.layers.0."
+    hidden = norm(dense(embeddings[ids], "decoder.layers.0.mlp."), "decoder.final_norm.weight")
+    states = [hidden]
+    for depth in (1, 2):
+        following = torch.cat([ids[depth:], ids.new_zeros(depth)])
+        both = [norm(embeddings[following], f"{block}enorm.weight"), norm(hidden, f"{block}hnorm.weight")]
+        joined = torch.cat(both, -1) @ weights[f"{block}eh_proj.weight"].T
+        hidden = dense(joined, f"{block}mtp_model_layer.layers.0.mlp.")
+        hidden = norm(hidden, f"{block}final_layernorm.weight")
+        states.append(hidden)
+    *predicted, now = logits  # multi-token prediction comes first
+    for found, state in zip([now, *predicted], states, strict=True):
+        expected = state @ weights["output_layer.weight"].T
+        assert float((found - expected).abs().max()) < 0.05  # of about 10; a GPU has TF32
+
+
 def test_padding_is_kept_out_of_the_load_of_experts(build):
     model = build(mtp_num_layers=0)
     ids = torch.randint(0, 256, (2, 50)).to(backend.device())

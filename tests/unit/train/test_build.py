@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.model.build import BuiltModel, build_model
@@ -81,3 +82,40 @@ def test_evaluating_leaves_a_model_as_it_was(settings):
     with built.evaluating():
         assert not built.model.training and not torch.is_grad_enabled()
     assert built.model.training and torch.is_grad_enabled()
+
+
+def test_five_steps_are_those_of_adamw_by_hand(settings):
+    """From the gradients of the steps, in double precision; all but vectors have weight decay.
+
+    Steps of 64 tokens: two of warm-up, and the last one is half-way through the decay. The whole gradient is
+    clipped (arXiv 1711.05101, algorithm 2, and 1211.5063, algorithm 1).
+    """
+    rates = [0.0, 0.01, 0.02, 0.02, 0.002 + 0.018 * (1 - 0.5**0.5)]
+    keys = {"learning_rate": 0.02, "min_learning_rate": 0.002, "weight_decay": 0.3, "adam_eps": 1e-6}
+    keys |= {"adam_beta1": 0.8, "adam_beta2": 0.9, "clip_grad": 0.5}
+    trainer = Trainer(build_training(*settings(optimizer=keys, warmup_tokens=128, decay_tokens=128), 256))
+    parameters = dict(trainer.model.named_parameters())
+    gradients: dict[str, torch.Tensor] = {}
+    step = trainer.optimizer.step
+
+    def watched() -> Any:
+        gradients.update({name: p.main_grad.double() for name, p in parameters.items()})
+        return step()
+
+    trainer.optimizer.step = watched
+    by_hand = {name: p.detach().double() for name, p in parameters.items()}
+    first, second = ({name: torch.zeros_like(w) for name, w in by_hand.items()} for _ in range(2))
+    for number, rate in enumerate(rates, start=1):
+        norm = trainer._step(Random(2))
+        whole = float(torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt())
+        assert norm == pytest.approx(whole, rel=1e-5) and whole > 0.5
+        for name, weight in by_hand.items():
+            gradient = gradients[name] * 0.5 / whole
+            first[name] = 0.8 * first[name] + 0.2 * gradient
+            second[name] = 0.9 * second[name] + 0.1 * gradient.square()
+            step_of_adam = first[name] / (1 - 0.8**number)
+            step_of_adam /= (second[name] / (1 - 0.9**number)).sqrt() + 1e-6
+            decay = 0.3 * weight if weight.dim() > 1 else 0.0
+            by_hand[name] = weight - rate * (step_of_adam + decay)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.detach().double(), by_hand[name], atol=1e-5, rtol=0, msg=name)
