@@ -108,13 +108,13 @@ def measure(trainer: loop.Trainer, batches: Batches, steps: int) -> dict[str, fl
     trainer.parallel_model.train()
     trainer._step(batches)
     trainer.totals.clear()
-    trainer.clock.report(0)
+    trainer.clock.report()
     began = time.monotonic()
     while trainer.iteration < steps:
         with trainer.clock.spend("step"):
             trainer._step(batches)
     seconds = time.monotonic() - began
-    spent = trainer.clock.report(0)
+    spent = trainer.clock.report()
     sums = trainer.totals.sums.means()
     values = {"seconds": seconds, "trained": sums["trained_tokens"]}
     values |= {"conversations": sums["conversations"], "tokens": sums["tokens"]}

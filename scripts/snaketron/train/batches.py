@@ -59,6 +59,13 @@ class Batches:
         """Micro-batches of each data parallel rank for this number of samples."""
         return samples // (self.micro_batch_size * parallel_state.get_data_parallel_world_size())
 
+    def mean_length(self, first: int) -> float | None:
+        """Tokens of the sequence of a token, in the mean over the step that begins with sample `first`.
+
+        Padding is of no sequence. None where all are as long as the longest.
+        """
+        return None
+
     def wanted(self) -> dict[str, tuple[float, float]]:
         """By source the share of the samples that it should have, and how many there are of it."""
         return {}

@@ -56,13 +56,9 @@ class Trainer:
         self.model, self.parallel_model = self.built.model, training.parallel_model
         self.settings, self.run = self.built.settings, self.built.run
         self.iteration, self.seconds = 0, 0.0
-        flops = training_flops(
-            *(self.settings.model, self.built.vocab_size, self.settings.seq_length),
-            frozen=self.built.adapters is not None,
-        )
         recorded = backend.records_micro_batches(self.settings, self.run)
         self.micro_batches = backend.schedule(recorded=recorded)
-        self.clock = Clock(flops, self.run.parallel.world_size)
+        self.clock = Clock(self.run.parallel.world_size)
         steady = steady_steps(self.settings.schedule, self.settings.optimizer, self.settings.train_iters)
         self.saver = Saver.configured(self.run, steady)
         self.observed = Observed(self.built.config, self.model)
@@ -205,8 +201,17 @@ class Trainer:
                 "at the gradient norm and the warnings before it, then at the learning rate and the precision"
             )
         self.iteration += 1
+        tokens = self.settings.global_batch_size * self.settings.seq_length
+        self.clock.worked(tokens, tokens * self._flops(batches.mean_length(first)))
         self._add_up(outputs, batches.num_micro_batches(self.settings.global_batch_size))
         return grad_norm
+
+    def _flops(self, length: float | None) -> float:
+        """Model FLOPs of a token, in sequences of this mean length; None: of the model's longest."""
+        return training_flops(
+            *(self.settings.model, self.built.vocab_size, length or self.settings.seq_length),
+            frozen=self.built.adapters is not None,
+        )
 
     def _clear_gradients(self) -> None:
         """Forget the gradients of the step before: to a GPU it is one more task in its queue."""
@@ -283,7 +288,7 @@ class Trainer:
         totals, sums = self.totals, self.totals.sums
         mean = sums.means()
         step_tokens = self.settings.global_batch_size * self.settings.seq_length
-        times = self.clock.report(int(totals.steps) * step_tokens)
+        times = self.clock.report()
         line = {
             "iteration": self.iteration,
             "consumed_train_tokens": self.iteration * step_tokens,

@@ -111,16 +111,17 @@ def mix(lines: list[dict[str, Any]], wanted: Mapping[str, tuple[float, float]]) 
 
 
 class Clock:
-    """Seconds of this process by what they were spent on, and what a step costs to compute.
+    """Seconds of this process by what they were spent on, and the work that its steps were.
 
     `data` is a part of `step`: the time in which a step waited for its micro-batches.
     """
 
-    def __init__(self, flops_per_token: float, processes: int) -> None:
-        """`flops_per_token` of training (`sizes.flops.training_flops`), on `processes` together."""
-        self.flops_per_token, self.processes = flops_per_token, processes
+    def __init__(self, processes: int) -> None:
+        """`processes` do the work together."""
+        self.processes = processes
         self.spent = {"step": 0.0, "data": 0.0, "checkpoint": 0.0}
-        self.last, self.tokens = dict(self.spent), 0
+        self.last = dict(self.spent)
+        self.tokens, self.flops = 0.0, 0.0  # since the last report
 
     @contextlib.contextmanager
     def spend(self, on: str) -> Iterator[None]:
@@ -142,14 +143,20 @@ class Clock:
                     return
             yield item
 
-    def report(self, tokens: int) -> dict[str, float]:
-        """What happened since the last report, in which the processes together trained on `tokens`."""
+    def worked(self, tokens: float, flops: float) -> None:
+        """Count a step over so many tokens, of all processes, by its model FLOPs."""
+        self.tokens, self.flops = self.tokens + tokens, self.flops + flops
+
+    def report(self) -> dict[str, float]:
+        """What happened since the last report."""
         since = {name: self.spent[name] - self.last[name] for name in self.spent}
         self.last = dict(self.spent)
-        speed = tokens / max(since["step"], 1e-9) / self.processes
+        seconds = max(since["step"], 1e-9) * self.processes
+        speed, rate = self.tokens / seconds, self.flops / seconds
+        self.tokens = self.flops = 0.0
         return {
             "tokens_per_second_per_process": round(speed, 1),
-            "tflops_per_process": round(speed * self.flops_per_token / 1e12, 4),
+            "tflops_per_process": round(rate / 1e12, 4),
             **{f"{name}_seconds": round(seconds, 3) for name, seconds in since.items()},
         }
 

@@ -69,6 +69,7 @@ class SftBatches(Batches):
         super().__init__(micro_batch_size=1)
         self.settings, self.splits, self.weights = settings, splits, weights
         self.sources = tuple(weights)
+        self._mean_lengths: dict[int, float] = {}  # by the first sample of a step
         self._reader = ThreadPoolExecutor(1, "packs")  # one thread, since the caches are for one
         self._reading: dict[tuple[Split, int, int], Future[Step]] = {}
 
@@ -124,6 +125,9 @@ class SftBatches(Batches):
     def has(self, split: Split) -> bool:
         return bool(self.splits[split].datasets)
 
+    def mean_length(self, first: int) -> float | None:
+        return self._mean_lengths.pop(first)
+
     def wanted(self) -> dict[str, tuple[float, float]]:
         datasets = self.splits["train"].datasets
         return {
@@ -162,6 +166,9 @@ class SftBatches(Batches):
         if split == "train" and first + 2 * count <= self.splits[split].num_samples:
             following = (split, first + count, count)
             self._reading = {following: self._reader.submit(self._read, *following)}
+        if split == "train":
+            squares = sum(float(np.square(pack.lengths, dtype=np.float64).sum()) for _, pack in step.packs)
+            self._mean_lengths[first] = squares / (len(step.packs) * self.settings.seq_length)
         factors = _factors(step.totals)
         for (source, pack), weights in zip(step.packs, step.weights, strict=True):
             yield collate_pack(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.data.tokenizer import tokenizer_info
 from snaketron.model.megatron import packed, recording
+from snaketron.sizes.flops import training_flops
 from snaketron.train.build import build_training
 from snaketron.train.loop import Trainer
 from snaketron.train.losses import Counts, Report, Sums, Totals
@@ -219,6 +220,18 @@ def test_a_conversation_has_its_loss_wherever_it_lies_in_a_pack(trainer_of, orde
         expected = reference(trainer, [three[which]], "token")["losses"].tolist()
         line = trainer._line(0.0)
         assert [line["loss"], line["mtp_1_loss"], line["mtp_2_loss"]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_work_of_a_step_is_that_of_its_conversations(trainer_of):
+    """A token of 64 sees half of its conversation of 4, 8, 10, 15 or 7 tokens, and not of its pack of 16."""
+    trainer, batches = trainer_of(PACKED)
+    for _ in range(2):
+        trainer._step(batches)
+    length = sum(len(c) ** 2 for c in CONVERSATIONS) / 64
+    assert length == 454 / 64
+    model = trainer.settings.model
+    assert trainer.clock.tokens == 2 * 64
+    assert trainer.clock.flops / trainer.clock.tokens == training_flops(model, VOCABULARY, length)
 
 
 def test_routers_count_no_padding(trainer_of):

@@ -98,7 +98,7 @@ def test_progress_says_where_a_stage_is(capsys: pytest.CaptureFixture[str], monk
 def test_a_clock_reports_what_was_spent_since_the_last_report(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    clock = metrics.Clock(flops_per_token=3e9, processes=2)
+    clock = metrics.Clock(processes=2)
 
     def batches():
         for _ in range(2):
@@ -111,7 +111,9 @@ def test_a_clock_reports_what_was_spent_since_the_last_report(monkeypatch):
     with clock.spend("checkpoint"):
         now[0] += 6
     # 4 s for 8000 tokens on two processes: 1000 tokens/s on each, of 3 GFLOP.
-    assert clock.report(8_000) == {
+    for _ in range(2):
+        clock.worked(4_000, 4_000 * 3e9)
+    assert clock.report() == {
         "tokens_per_second_per_process": 1000.0,
         "tflops_per_process": 3.0,
         "step_seconds": 4.0,
@@ -120,7 +122,8 @@ def test_a_clock_reports_what_was_spent_since_the_last_report(monkeypatch):
     }
     with clock.spend("step"):
         now[0] += 1
-    found = clock.report(1_000)
+    clock.worked(1_000, 0)
+    found = clock.report()
     assert (found["tokens_per_second_per_process"], found["data_seconds"]) == (500.0, 0.0)
 
 
