@@ -43,7 +43,7 @@ class GatherDispatcher(MoETokenDispatcher):
         marked = torch.where(routing_map, probs, -1)
         parts = marked.view(len(marked), self.ep_size, self.experts).transpose(0, 1)
         here = all_to_all(self.ep_group, parts.reshape(-1, self.experts))
-        self.map = here >= 0
+        self.map = here != -1  # also where a probability is no number, which must reach the loss
         self.numbers = self.map.sum(0)
         if self.counted is not None:  # the host gets the number while the tokens are gathered
             self.rows = torch.empty((), dtype=torch.long, pin_memory=True)
