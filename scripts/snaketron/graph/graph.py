@@ -113,12 +113,13 @@ class Graph:
 
     def seconds(self, job: Any) -> float:
         """How long a job will read its raw files, roughly; 0 where it reads none, or only their beginning."""
-        owner = job.wildcards.get("corpus") or job.wildcards.get("source") or ""
-        source, shards = {**self.corpora, **self.chats}.get(owner), self.text | self.conversations
+        corpus, chats = (job.wildcards.get(key, "") for key in ("corpus", "source"))
+        source = self.corpora.get(corpus) or self.chats.get(chats)
         if source is None or source.limited:
             return 0.0
-        files = shards[owner].get(job.wildcards.get("shard", ""), [])
-        return reading_seconds(job.rule.name, {file: self._size(owner, file) for file in files})
+        shards = self.text[corpus] if corpus else self.conversations[chats]
+        files = shards.get(job.wildcards.get("shard", ""), [])
+        return reading_seconds(job.rule.name, {file: self._size(source.name, file) for file in files})
 
     def _size(self, source: str, file: str) -> int:
         """Bytes of a raw file; 0 for one of the sample that is not made yet."""

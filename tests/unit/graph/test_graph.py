@@ -277,10 +277,14 @@ def test_how_long_a_job_reads_follows_from_the_sizes_of_its_files(tmp_path: Path
         with (tmp_path / "raw" / name).open("wb") as file:
             file.truncate(size)
 
+    corpora = [*VALUES["corpora"], {"name": "help", "paths": ["raw/web"]}]  # which may have the name of chats
+
     def seconds(rule: str, **wildcards: str) -> float:
-        return graph().seconds(SimpleNamespace(rule=SimpleNamespace(name=rule), wildcards=wildcards))
+        asking = SimpleNamespace(rule=SimpleNamespace(name=rule), wildcards=wildcards)
+        return graph(corpora=corpora).seconds(asking)
 
     assert seconds("tokenize_shard", corpus="web", shard="a") == 2.0
     assert seconds("tokenize_shard", corpus="web", shard="b") == 1.0
+    assert seconds("tokenize_shard", corpus="help", shard="a") == 2.0
     assert seconds("render_chat", source="help", shard="help") == 2.0
     assert seconds("blend_pretrain", phase="one") == seconds("pack_sft", source="help", shard="help") == 0

@@ -27,7 +27,8 @@ WARM_UP = 2
 class Recorder:
     """A schedule as megatron-core's without a pipeline: the same arguments by name and the same result.
 
-    It is for trainings in which one process holds the whole model (`backend.records_micro_batches`).
+    It is for trainings in which one process holds all layers, or its share of each
+    (`backend.records_micro_batches`).
     """
 
     def __init__(self) -> None:
