@@ -62,12 +62,11 @@ class GatherDispatcher(MoETokenDispatcher):
             self.rows = self.numbers.sum()
         else:
             self.counted.synchronize()
+        rows = int(self.rows)
+        # Transformer Engine's function gives nothing back for no rows, where the others give all tokens.
+        self.fused = self.config.moe_permute_fusion and rows > 0
         tokens, weights, self.order, *_ = permute(
-            hidden_states,
-            self.map,
-            probs=probs,
-            num_out_tokens=int(self.rows),
-            fused=self.config.moe_permute_fusion,
+            hidden_states, self.map, probs=probs, num_out_tokens=rows, fused=self.fused
         )
         return tokens, self.numbers, weights
 
@@ -78,7 +77,7 @@ class GatherDispatcher(MoETokenDispatcher):
             self.order,
             restore_shape=self.gathered,
             routing_map=self.map,
-            fused=self.config.moe_permute_fusion,
+            fused=self.fused,
         )
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
