@@ -234,9 +234,9 @@ class Pretrain(Run):
     cuda_graphs: bool | None = key(
         None,
         "null: the kernels of a whole micro-batch are recorded once and started together where one GPU holds "
-        "the model or its share of each layer (TP), and in bf16 those of attention and Mamba layers where "
-        "the GPUs of a node share experts (EP) and have the memory; true: those of attention and Mamba "
-        "layers, in any layout; false: none are recorded",
+        "the model, in bf16 also where it holds its share of each layer (TP), and in bf16 those of attention "
+        "and Mamba layers where the GPUs of a node share experts (EP) and have the memory; true: those of "
+        "attention and Mamba layers, in any layout; false: none are recorded",
     )
     seq_length: Positive = key(256, "tokens of a sequence")
     global_batch_size: Positive = key(4, "sequences of a step, over all processes")

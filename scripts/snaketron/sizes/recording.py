@@ -47,15 +47,16 @@ def recordable(model: Model, run: Run, seq_length: int, *, packed: bool, cluster
 
     They do where one process holds all layers, or its share of each (tensor parallelism), and nothing in a
     micro-batch waits for the host. The exchange of tokens between GPUs waits, as do experts in fp32 and nvfp4
-    (`model.megatron.gpu`).
+    (`model.megatron.gpu`). With tensor parallelism that was tried in bf16 alone.
     """
     sizes, precision = run.parallel, model.precision
+    fp8 = precision.startswith("fp8") and sizes.tensor_model_parallel_size == 1
     return (
         sizes.pipeline_model_parallel_size == sizes.context_parallel_size == 1
         and sizes.expert_model_parallel_size == sizes.expert_tensor_parallel_size == 1
         and run.moe_token_dispatcher not in FLEXIBLE
         and not run.moe_shared_expert_overlap
-        and (precision == "bf16" or precision.startswith("fp8"))
+        and (precision == "bf16" or fp8)
         and _repeats(run, seq_length, packed, cluster)
     )
 

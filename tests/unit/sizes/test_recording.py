@@ -33,6 +33,7 @@ def work(model: Model, run: Run, seq_length: int) -> Work:
         ({"parallel": EP_2}, {}, "layers"),
         ({"parallel": {"data_parallel_size": 16, "expert_model_parallel_size": 2}}, {}, "nothing"),
         ({"parallel": {"tensor_model_parallel_size": 2}}, {}, "micro-batches"),
+        ({"parallel": {"tensor_model_parallel_size": 2}}, {"precision": "fp8_current"}, "nothing"),
         ({"parallel": EP_2, "moe_token_dispatcher": "alltoall"}, {}, "layers"),
         ({"parallel": EP_2 | {"tensor_model_parallel_size": 2}}, {}, "layers"),
         ({"parallel": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}}, {}, "nothing"),
