@@ -36,10 +36,9 @@ def of_configuration(graph: Graph, configfiles: Sequence[str | Path]) -> Iterato
 
 def from_sample(config: Config) -> str | None:
     """What the trainings take from the sample beside sources of the user's; None where either is nothing."""
-    corpora = {entry.corpus for phase in config.pretrain.phases for entry in phase.blend}
-    sources = {entry.source for entry in config.sft.blend}
-    text = [corpus for corpus in config.corpora if corpus.name in corpora]
-    chats = [source for source in config.chats if source.name in sources]
+    used = _blended(config)
+    text = [corpus for corpus in config.corpora if corpus.name in used["corpora"]]
+    chats = [source for source in config.chats if source.name in used["chats"]]
     if all(map(_of_sample, text)) and all(map(_of_sample, chats)):
         return None
     left = [
@@ -74,33 +73,37 @@ def other_vocabulary(config: Config, taken_from: str) -> str | None:
 
 
 def unmeasured(config: Config) -> list[str]:
-    """Sources whose loss nobody will see, because hardly a document of them is held out for validation."""
-    lines = []
+    """Sources in a blend whose loss nobody will see, because hardly a document is held out for validation."""
+    lines, few = [], dict[str, list[str]]()  # few: by what is said of them, the sources
+    used = _blended(config)
     for at, source in config.sources():
+        every = at.partition("[")[0]
+        if source.name not in used[every]:
+            continue
         section, fraction = source.section, config.data_of(source).valid_fraction
         if not fraction:
-            every = at.partition("[")[0]
             lines.append(f"{section}.valid_fraction is 0, so no validation loss is measured on {every}")
             continue
         if source.registered and not source.registered.valid:
             said = f"{source.made}.valid names nothing, so it has no validation loss"
             lines.append(f"{at} ({source.name}): {said}")
         if source.max_documents and (expected := source.max_documents * fraction) < 1:
-            lines.append(
-                f"{at} ({source.name}): of max_documents {source.max_documents} about {expected:.2g} are "
-                f"held out ({section}.valid_fraction {fraction:g}), so it may have no validation loss"
+            said = (
+                f"of max_documents {source.max_documents} about {expected:.2g} are held out "
+                f"({section}.valid_fraction {fraction:g}), so there may be no validation loss"
             )
+            few.setdefault(f"{every}: {said}", []).append(source.name)
+    lines += [f"{said} of {some(names, 3)}" for said, names in few.items()]
     return list(dict.fromkeys(lines))
 
 
 def unblended(config: Config) -> str | None:
     """Sources that the user lists and no blend names; None without any."""
-    blended = {entry.corpus for phase in config.pretrain.phases for entry in phase.blend}
-    tuned = {entry.source for entry in config.sft.blend}
+    used = _blended(config)
     left = [
         f"{key} {', '.join(names)}"
-        for key, sources, used in (("corpora", config.corpora, blended), ("chats", config.chats, tuned))
-        if (names := [s.name for s in sources if s.name not in used and not _of_sample(s)])
+        for key, sources in (("corpora", config.corpora), ("chats", config.chats))
+        if (names := [s.name for s in sources if s.name not in used[key] and not _of_sample(s)])
     ]
     return f"In no blend, so nothing is trained on them: {'; '.join(left)}" if left else None
 
@@ -117,12 +120,20 @@ def read_again(config: Config) -> list[str]:
         if shared and phase.checkpoint is None:
             said = some([f"{name} ({first})" for name, first in shared.items()], 3)
             lines.append(
-                f"pretrain.phases[{i}] ({phase.name}) reads again what phases before it began with, of "
-                f"{said}: their seed is the same; give it a `seed` of its own for other text"
+                f"pretrain.phases[{i}] ({phase.name}) reads again from the beginning, as phases before it "
+                f"did: {said}. Their seed is the same; give it a `seed` of its own for other text"
             )
         for name in corpora:
             seen.setdefault(name, phase.name)
     return lines
+
+
+def _blended(config: Config) -> dict[str, set[str]]:
+    """The names of the sources that some blend names, by the section that lists them."""
+    return {
+        "corpora": {entry.corpus for phase in config.pretrain.phases for entry in phase.blend},
+        "chats": {entry.source for entry in config.sft.blend},
+    }
 
 
 def _of_sample(source: Corpus | ChatSource) -> bool:

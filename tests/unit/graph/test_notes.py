@@ -71,8 +71,8 @@ def test_a_phase_that_reads_the_text_of_an_earlier_one_again_is_told():
         return read_again(load(MINE | {"pretrain": {"phases": found}}, {}))
 
     assert told(None, None, 7) == [
-        "pretrain.phases[1] (p1) reads again what phases before it began with, of mine (p0): their seed is "
-        "the same; give it a `seed` of its own for other text"
+        "pretrain.phases[1] (p1) reads again from the beginning, as phases before it did: mine (p0). Their "
+        "seed is the same; give it a `seed` of its own for other text"
     ]
     assert told(None, 1234) == told(None, None)  # the seed of the configuration
     assert told(None, 7) == []
@@ -134,10 +134,21 @@ def test_a_source_that_is_not_validated_is_told():
         {},
     )
     assert unmeasured(few) == [
-        "corpora[0] (mine): of max_documents 20 about 0.2 are held out (pretrain_data.valid_fraction 0.01), "
-        "so it may have no validation loss",
         "sft_data.valid_fraction is 0, so no validation loss is measured on chats",
+        "corpora: of max_documents 20 about 0.2 are held out (pretrain_data.valid_fraction 0.01), so there "
+        "may be no validation loss of mine",
     ]
+
+
+def test_a_limit_of_all_sources_is_told_once_and_of_those_that_are_trained_on():
+    sources = [{"name": name, "paths": [f"raw/{name}.jsonl"]} for name in "abcdef"]
+    limited = {"max_documents": 20}
+    config = load({"corpora": sources, "pretrain_data": limited, "pretrain": phases(*"abcde")}, {})
+    assert unmeasured(config) == [
+        "corpora: of max_documents 20 about 0.2 are held out (pretrain_data.valid_fraction 0.01), so there "
+        "may be no validation loss of a, b, c and 2 more"
+    ]
+    assert unblended(config) == "In no blend, so nothing is trained on them: corpora f"
 
 
 def job(rule: str, **why: Any) -> SimpleNamespace:
