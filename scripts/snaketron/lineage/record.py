@@ -156,7 +156,7 @@ def parse(path: Path, text: bytes) -> Record:
     try:
         value = orjson.loads(text)
     except ValueError as error:
-        raise UserError(f"{path}: not a lineage record ({error}); delete it and run again") from None
+        raise UserError(f"{path}: not a lineage record ({error}); {_again(path)}") from None
     try:
         kind, inputs, outputs = value["kind"], value.get("inputs", []), value["outputs"]
         return Record(
@@ -173,7 +173,13 @@ def parse(path: Path, text: bytes) -> Record:
             provenance=value.get("provenance", {}),
         )
     except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{path}: not a lineage record; delete it and run again") from None
+        raise UserError(f"{path}: not a lineage record; {_again(path)}") from None
+
+
+def _again(path: Path) -> str:
+    """What makes a damaged record again: of a published checkpoint only its link is an output of a rule."""
+    link = f" and the link {path.parent}" if path.parent.is_symlink() else ""
+    return f"delete it{link} and run again"
 
 
 def begins(text: bytes) -> bool:

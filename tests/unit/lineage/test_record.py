@@ -221,3 +221,12 @@ def test_what_is_no_record_is_named(tmp_path: Path, text: str | None, message: s
     with pytest.raises(UserError) as error:
         read(path)
     assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_a_damaged_record_of_a_published_checkpoint_goes_with_its_link(tmp_path: Path):
+    version = tmp_path / "versions/sft-1"
+    version.mkdir(parents=True)
+    (version / "record.json").write_text('{"kind": ')
+    (tmp_path / "sft").symlink_to("versions/sft-1")
+    with pytest.raises(UserError, match=f"delete it and the link {tmp_path}/sft and run again$"):
+        read(tmp_path / "sft/record.json")
