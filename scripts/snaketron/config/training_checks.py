@@ -60,7 +60,7 @@ def check_parallel(training: Training) -> list[str]:
     if model.num_query_groups < tp:  # each group is then on several processes
         groups = model.num_query_groups
         problems.append(divides(f"{at}.tensor_model_parallel_size", tp, "model.num_query_groups", groups))
-    problems += _check_experts(at, training.section, model, parallel)
+    problems += _check_experts(at, model, parallel)
     if (layers := len(model.hybrid_layer_pattern)) < stages:
         problems.append(
             f"{at}.pipeline_model_parallel_size {stages} is more than the {layers} layers of "
@@ -91,16 +91,16 @@ def _check_context(at: str, model: Model, parallel: Parallel) -> list[str]:
     return problems
 
 
-def _check_experts(at: str, section: str, model: Model, parallel: Parallel) -> list[str]:
+def _check_experts(at: str, model: Model, parallel: Parallel) -> list[str]:
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     width, processes = model.moe_ffn_hidden_size, parallel.world_size // parallel.pipeline_model_parallel_size
     return [
         divides("model.num_moe_experts", model.num_moe_experts, f"{at}.expert_model_parallel_size", ep),
         divides("model.moe_ffn_hidden_size", width, f"{at}.expert_tensor_parallel_size", etp),
         divides(
-            f"the processes of a pipeline stage ({section})",
+            f"{at}.tensor_model_parallel_size x context_parallel_size x data_parallel_size =",
             processes,
-            "expert_model_parallel_size x expert_tensor_parallel_size",
+            "expert_model_parallel_size x expert_tensor_parallel_size =",
             ep * etp,
         ),
     ]

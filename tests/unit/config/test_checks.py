@@ -141,8 +141,8 @@ PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight"
                     }
                 }
             },
-            "the processes of a pipeline stage (sft) 2 is not divisible by "
-            "expert_model_parallel_size x expert_tensor_parallel_size 4",
+            "sft.parallel.tensor_model_parallel_size x context_parallel_size x data_parallel_size = 2 is not "
+            "divisible by expert_model_parallel_size x expert_tensor_parallel_size = 4",
         ),
         (
             {"pretrain": {"parallel": {"pipeline_model_parallel_size": 8}}},
