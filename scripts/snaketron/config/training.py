@@ -150,7 +150,9 @@ class Run(Section):
         3, "starts in a row that may end without a new checkpoint before the training gives up"
     )
     tokens_per_second_per_gpu: Annotated[float, Field(gt=0)] | None = key(
-        None, "measured or expected throughput, from which a dry-run estimates the time; null: no estimate"
+        None,
+        "measured or expected throughput, by which a dry-run estimates the time; null: by the estimated step "
+        "on cluster.gpu",
     )
     parallel: Parallel = key(Parallel, "how many processes share the model")
     recompute: list[Module] = key(
