@@ -5,6 +5,7 @@ When a request changes on purpose, write the new text into tests/graph/requests/
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from tests.conftest import Workspace
@@ -28,6 +29,14 @@ def plan(workspace: Workspace, *arguments: str) -> str:
 def test_the_requests_are_those_written_down(workspace: Workspace, name: str, arguments: list[str]):
     found = plan(workspace, *arguments)
     assert found.splitlines() == (REQUESTS / f"{name}.txt").read_text().splitlines(), found
+
+
+def test_the_page_about_slurm_shows_the_request_of_the_full_size():
+    page = Path("docs/slurm.md").read_text().partition("It ends with:")[2]
+    shown = page.strip("\n").partition("\n\n")[0]
+    assert shown.startswith("    pretrain broad\n") and shown.count("\n") == 5
+    written = (REQUESTS / "super.txt").read_text()
+    assert f"\n\n{textwrap.indent(textwrap.dedent(shown), '  ')}\n\n" in written
 
 
 def test_the_full_size_has_the_published_number_of_parameters(workspace: Workspace):
