@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,24 @@ def trainings(config: Config, dag: Any, look: Look) -> list[str]:
     makers = {str(file): job for job in dag.needrun_jobs(exclude_finished=False) for file in job.output}
     known: dict[str, str | None] = dict.fromkeys(makers)
     makers = {file: job for file, job in makers.items() if job.rule.name == "blend_pretrain"}
-    lines = []
+    found = []
     for job in jobs:
         settings = json.loads(job.params.settings)
         output = str(job.output[0])
         progress = look(Path(output), settings, _inputs(dag, job, known, makers))
         known[output] = progress.identity
-        lines.append(f"{settings['stage']:18} {_words(config, job, settings, progress)}")
-    return lines
+        found.append((settings["stage"], _words(config, job, settings, progress)))
+    return in_columns(found)
+
+
+def in_columns(lines: Sequence[tuple[str, str]]) -> list[str]:
+    """Names and words, below each other.
+
+    >>> in_columns([("sft", "trains"), ("pretrain/mixed_1m_1", "continues")])
+    ['sft                 trains', 'pretrain/mixed_1m_1 continues']
+    """
+    width = max((18, *(len(name) for name, _ in lines)))
+    return [f"{name:{width}} {words}" for name, words in lines]
 
 
 def _words(config: Config, job: Any, settings: dict[str, Any], progress: Progress) -> str:

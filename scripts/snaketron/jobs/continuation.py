@@ -22,6 +22,7 @@ from snaketron.settings.schedule import Schedule, same_steps
 from snaketron.settings.training import RunSettings
 from snaketron.sizes.epochs import BY_EPOCH, repeats, resized
 from snaketron.sizes.outlook import Inputs
+from snaketron.wording import some
 
 import orjson
 from pydantic import ValidationError
@@ -185,7 +186,7 @@ def _other_than_length(old: Mapping[str, Any], settings: Mapping[str, Any]) -> l
 
 
 def _other(differ: Sequence[str]) -> str:
-    return f"other than before: {', '.join(differ)}"
+    return f"other than before: {some(differ, 8)}"
 
 
 def _paths(path: str, old: Any, new: Any) -> Iterator[str]:

@@ -112,6 +112,19 @@ def test_the_newest_of_all_versions_is_taken(tmp_path: Path):
     assert found(tmp_path, phase(14, 4), inputs(blend(14))) == 8
 
 
+NINE_KEYS = (
+    "hidden_size",
+    "ffn_hidden_size",
+    "kv_channels",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "mamba_state_dim",
+    "moe_ffn_hidden_size",
+    "moe_latent_size",
+    "moe_shared_expert_intermediate_size",
+)
+
+
 @pytest.mark.parametrize(
     ("changed", "of", "why"),
     [
@@ -120,6 +133,13 @@ def test_the_newest_of_all_versions_is_taken(tmp_path: Path):
             phase(14, 4, model={"moe_router_topk": 3}),
             inputs(blend(14)),
             "other than before: model.moe_router_topk",
+        ),
+        (
+            phase(14, 4, model=dict.fromkeys(NINE_KEYS, 512)),
+            inputs(blend(14)),
+            "other than before: model.hidden_size, model.ffn_hidden_size, model.kv_channels, "
+            "model.mamba_num_heads, model.mamba_head_dim, model.mamba_state_dim, model.moe_ffn_hidden_size, "
+            "model.moe_latent_size and 1 more",
         ),
         (phase(14, 4), inputs(blend(14, tokens=1001)), "other than before: the data"),
         (phase(14, 4), inputs(blend(14), "another"), "other than before: the tokenizer"),
