@@ -27,7 +27,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "nvfp4"]
 Module = Literal["layer", "core_attn", "layernorm", "mlp", "moe", "shared_experts", "scan"]
 Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
-FLEXIBLE = ("deepep", "hybridep")  # of the dispatchers, those of the package deep_ep
+FLEXIBLE = ("deepep", "hybridep")  # dispatchers of the package deep_ep
 
 
 class ConfigError(ValueError):

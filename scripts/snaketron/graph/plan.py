@@ -57,13 +57,13 @@ def plan(config: Config) -> dict[str, Any]:
     }
     return {
         "jobs": jobs(config, text, chats, lock),
-        # Sources of which one shard is assumed.
+        # Sources that count as one assumed shard each.
         "not_listed": [
             source.name
             for where, source in config.sources()
             if where in wrong or source.name in lock.unlisted
         ],
-        # Of these, those of this machine, with what a run says of them.
+        # The assumed sources that should lie on this machine, with what a run says of them.
         "missing": {
             source.name: str(wrong[where])
             for where, source in config.sources()

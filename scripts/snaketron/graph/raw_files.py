@@ -151,7 +151,7 @@ class RawFiles:
 
 
 class _Kept:
-    """Values by key, in a file of JSON lines: lists of a key and its value, of which a later one counts."""
+    """Values by key, in a file of JSON lines: lists of a key and its value. A later value of a key counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

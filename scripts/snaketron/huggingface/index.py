@@ -1,4 +1,7 @@
-"""Which files hold the tensors of a published checkpoint, by names alone: a dry-run asks, without torch."""
+"""The files of a published checkpoint and the tensors that each holds, by name alone.
+
+A dry-run asks this, without torch.
+"""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def environment_part(runs: Sequence[Run], date: str) -> Part:
 
 
 def _made_where(run: Run) -> list[list[str]]:
-    """Which code made artifacts on what hardware, and which kinds of them."""
+    """The code and the hardware that made artifacts, with the kinds of these artifacts."""
     made: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for record in run.records.values():
         about = record.provenance

@@ -92,7 +92,7 @@ def why_none(config: Config, training: Training, gpu_name: str, num_gpus: int) -
 
 
 def _on_gpus(config: Config, gpu_name: str) -> Config:
-    """The configuration on nodes of such GPUs, of which a layout may fill what a search lets it."""
+    """The configuration on nodes of such GPUs; a layout may fill as much of a GPU as a search lets it."""
     gpu, memory = in_nodes(gpu_name, config.cluster), config.cluster.gpu_memory_gb
     if gpu_name != config.cluster.gpu or memory is None or memory > gpu.usable_gb:
         memory = gpu.usable_gb

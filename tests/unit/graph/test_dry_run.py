@@ -94,7 +94,7 @@ def test_the_plan_of_lora_counts_its_adapters_and_little_memory():
 
 
 def test_files_that_take_longer_than_the_time_limit_are_told_before_they_are_read():
-    """A group reads its shards one after the other: 80 and 30 minutes, of which it has 60."""
+    """A group reads its shards one after the other, for 80 and 30 minutes; its limit is 60."""
 
     def job(*minutes: float) -> SimpleNamespace:
         shards = [SimpleNamespace(rule=SimpleNamespace(name="render_chat"), minutes=m) for m in minutes]

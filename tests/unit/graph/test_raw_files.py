@@ -125,7 +125,7 @@ def test_a_job_that_has_lost_its_record_is_still_to_run(finished: Path):
 
 @pytest.mark.parametrize("others", [[], ["b.jsonl"]])
 def test_a_job_that_reads_files_in_two_places_is_still_to_run(finished: Path, others: list[str]):
-    """A filter reads text and models, of which there may be none, and only the text was changed."""
+    """A filter reads text and perhaps models; only the text was changed."""
 
     def forced() -> set[str]:
         dag = SimpleNamespace(forcefiles=set())

@@ -1,4 +1,4 @@
-"""Which checkpoints of a training are kept."""
+"""The checkpoints of a training that are kept."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def check_template(text: str, name: str) -> None:
 
 @contextlib.contextmanager
 def _limits(name: str) -> Iterator[None]:
-    """Refuse a template that takes ever more memory or time, of which jinja2's sandbox limits neither.
+    """Refuse a template that takes ever more memory or time: jinja2's sandbox limits neither.
 
     A template of the hub may hold `"a" * 10 ** 10`, or loops in loops.
     """

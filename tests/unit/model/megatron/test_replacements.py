@@ -103,7 +103,7 @@ def test_the_original_count_fails_for_a_padded_batch():
 
 @covers("the weight of the load balancing loss")
 def test_the_original_weight_is_that_of_the_tokens_of_a_rank(monkeypatch: pytest.MonkeyPatch):
-    """Two ranks, of which this one has 4 tokens of two experts each, and the other 2 and padding."""
+    """This rank has 4 tokens of two experts each; the other one has 2, and padding."""
     here, there = torch.ones(4, 2, dtype=torch.bool), torch.tensor([2, 2])
     monkeypatch.setattr(
         moe_utils, "reduce_from_tensor_model_parallel_region", lambda counts, _: counts + there
