@@ -87,6 +87,20 @@ NORM_BACKWARD = "transformer_engine_torch:rmsnorm_bwd"
 TUNED_WIDTHS = (512, 768, 1024, 2048, 4096, 8192)
 
 
+class _Rounding:
+    """Whether the recordings of layers round their weights to fp8 anew; None before the first one starts."""
+
+    anew: bool | None = None
+
+
+def _round_anew(_recording: Any, anew: bool | None) -> None:
+    _Rounding.anew = anew
+
+
+# What each recording takes for its own note of it; all recordings read one mark on the GPU.
+WEIGHTS_ROUNDED = property(lambda _recording: _Rounding.anew, _round_anew)
+
+
 def experts_forward(
     self: Any, x: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor, **kwargs: Any
 ) -> Any:

@@ -165,6 +165,20 @@ TABLE = (
     ),
     *replacements_cpu.ROWS,
     Replacement(
+        "the rounding of weights in recordings",
+        "GPU",
+        why="the original's recordings share one mark that says whether fp8 weights are rounded anew, and "
+        "each remembers what it last wrote there. After a second depth of multi-token prediction took it "
+        "back, a step of one micro-batch did not set it, and the rounded weights stayed as they were",
+        upstream=NONE_FOUND,
+        until="the recordings compare with what the mark is",
+        pieces={
+            "megatron.core.transformer.cuda_graphs:_CudaGraphRunner.fp8_param_cache_updated": (
+                "gpu.WEIGHTS_ROUNDED"
+            )
+        },
+    ),
+    Replacement(
         "APEX's sum of gradients",
         "GPU",
         why="gradient_accumulation_fusion outside Transformer Engine's layers wants this module of APEX",

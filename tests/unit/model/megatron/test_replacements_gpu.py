@@ -11,8 +11,10 @@ from types import SimpleNamespace
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.model.megatron.originals import original
-from tests.unit.model.megatron.rows import CAN_GO, covers, originals_of
+from snaketron.model.megatron.row import stand_in
+from tests.unit.model.megatron.rows import CAN_GO, ROWS, covers, originals_of
 
+import pytest
 import torch
 
 
@@ -105,3 +107,37 @@ def test_the_original_experts_take_numbers_of_tokens_from_the_host():
     assert "tokens_per_expert.tolist()" in source(
         "megatron.core.transformer.moe.experts:TEGroupedMLP.forward"
     ), CAN_GO
+
+
+@covers("the rounding of weights in recordings")
+@pytest.mark.parametrize("replaced", [False, True])
+def test_the_original_rounds_weights_no_more_after_a_second_depth(
+    replaced: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Two steps of one micro-batch: the decoder rounds its weights in each, the second depth in none."""
+    graphs = importlib.import_module("megatron.core.transformer.cuda_graphs")
+    [(name, by)] = ROWS["the rounding of weights in recordings"].pieces.items()
+    attribute = name.rpartition(".")[2]
+    members = {attribute: stand_in(by)} if replaced else {}
+    mark, rounded = [], []
+    recipes = SimpleNamespace(common=SimpleNamespace(recipe=SimpleNamespace(DelayedScaling=str)))
+    monkeypatch.setattr(graphs, "te", recipes, raising=False)
+    manager = SimpleNamespace(get_fp8_recipe=lambda: None)
+    monkeypatch.setattr(graphs, "FP8GlobalStateManager", manager, raising=False)
+    monkeypatch.setattr(graphs, "_set_skip_fp8_weight_update_tensor", mark.append)
+
+    def recording(layer: str) -> SimpleNamespace:
+        made = type("Recording", (SimpleNamespace,), members)()
+        vars(made).update(status=graphs._GraphStatus.FWD_READY, fwd_graph_input_surface=[])
+        vars(made).update(
+            fp8_enabled=True, is_first_layer=True, use_stream=False, fwd_graph_output_surface=()
+        )
+        made.fwd_graph = SimpleNamespace(replay=lambda: None if mark[-1] else rounded.append(layer))
+        setattr(made, attribute, None)
+        return made
+
+    decoder, second_depth = recording("decoder"), recording("second depth")
+    for _step in range(2):
+        for runner, first in ((decoder, True), (second_depth, False)):
+            graphs._CudagraphReplayNode.forward(SimpleNamespace(), runner, first)
+    assert rounded == ["decoder"] * (2 if replaced else 1), CAN_GO
