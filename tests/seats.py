@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class Seats:
@@ -24,6 +26,7 @@ class Seats:
             self.give_back(gpus)
 
     def take(self, count: int) -> list[int]:
+        count = min(count, len(self.free))
         with self.changed:
             self.changed.wait_for(lambda: sum(seats > 0 for seats in self.free.values()) >= count)
             taken = sorted(sorted(self.free, key=lambda gpu: -self.free[gpu])[:count])
@@ -36,3 +39,11 @@ class Seats:
             for gpu in gpus:
                 self.free[gpu] += 1
             self.changed.notify_all()
+
+
+def shared(processes: int, gpus: int) -> dict[str, str]:
+    """What the environment of a training lacks whose processes share one GPU; nothing if each has its own."""
+    if gpus != 1 or processes <= 1:
+        return {}
+    first = str(Path(__file__).parent / "shared_gpu")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (first, os.environ.get("PYTHONPATH"))))}

@@ -3,6 +3,7 @@
     python -m tests.benchmarks.eight_gpus                        # all parts, on the GPUs that are there
     python -m tests.benchmarks.eight_gpus --parts 2 3 --seconds 580
     python -m tests.benchmarks.eight_gpus --tiny --parts 1 5     # on CPUs: the same code, small
+    python -m tests.benchmarks.eight_gpus --parts 1 --shared     # the processes of a layout share a GPU
     python -m tests.benchmarks.eight_gpus --table one.json two.json
 
 1  tests/gpu; layouts against one GPU (losses, gradient norms); a checkpoint of one layout goes on in another
@@ -47,7 +48,7 @@ from tests.benchmarks import trainings
 from tests.benchmarks.eight_gpus_rows import SMALL_SEATS, TOLERANCE, Row, missing, rows
 from tests.benchmarks.gpu_training import VARIANTS
 from tests.benchmarks.trainings import REPOSITORY, Training
-from tests.seats import Seats
+from tests.seats import Seats, shared
 
 # ----------------------------------------------------------------------------------------------- measuring
 
@@ -161,14 +162,14 @@ def variants(part: int, there: int, out: Path, left: float) -> Iterator[dict[str
 
 
 def together(
-    chosen: list[Row], each: int, there: int, one: Callable[[Row], dict[str, Any]], results: Results
+    chosen: list[Row], seats: Seats, there: int, one: Callable[[Row], dict[str, Any]], results: Results
 ) -> None:
-    """Train as many of the rows at once as there are seats, `each` on a GPU."""
-    seats = Seats(there, each)
+    """Train as many of the rows at once as there are seats."""
 
     def train(row: Row, gpus: list[int]) -> None:
         try:
             shown = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+            shown |= shared(row.training.gpus, len(gpus))
             training = dataclasses.replace(row.training, environment=row.training.environment | shown)
             results.add(one(dataclasses.replace(row, training=training)))
         finally:
@@ -184,12 +185,12 @@ def together(
 
 
 def run(args: argparse.Namespace, results: Results) -> None:
-    there = 8 if args.tiny else gpu_count()
+    there = 8 if args.tiny or args.shared else gpu_count()
     root, out, deadline = args.directory, args.out, time.monotonic() + args.seconds
     root.mkdir(parents=True, exist_ok=True)
     chosen = [row for row in rows(args.parts, there, args.tiny, root) if args.only in row.training.name]
     trainings.prepare(root, [row.training for row in chosen if not missing(row, there)])
-    if 1 in args.parts and not args.tiny and args.only in "tests/gpu":
+    if 1 in args.parts and not (args.tiny or args.shared) and args.only in "tests/gpu":
         for row in tests(out, deadline - time.monotonic()):
             results.add(row)
     for part in (2, 3, 4):
@@ -203,8 +204,9 @@ def run(args: argparse.Namespace, results: Results) -> None:
     small = [row for row in chosen if row.part == 1]
     for goes_on in (False, True):  # those that go on from others wait for them
         some = [row for row in small if bool(row.goes_on_from) == goes_on]
-        together(some, 1 if args.tiny else SMALL_SEATS, there, one, results)
-    together([row for row in chosen if row.part != 1], 1, there, one, results)
+        seats = Seats(1, SMALL_SEATS) if args.shared else Seats(there, 1 if args.tiny else SMALL_SEATS)
+        together(some, seats, there, one, results)
+    together([row for row in chosen if row.part != 1], Seats(there, 1), there, one, results)
     for log in [*root.glob("*.log"), *root.glob("*.out")]:
         shutil.copyfile(log, out / log.name.replace(" ", "_").replace(",", "").replace(":", ""))
 
@@ -280,11 +282,14 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     parser.add_argument("--tiny", action="store_true", help="up to eight processes on CPUs: parts 1 and 5")
+    parser.add_argument("--shared", action="store_true", help="part 1 in up to eight processes on one GPU")
     parser.add_argument("--table", nargs="+", type=Path, metavar="JSON", help="the table of earlier results")
     args = parser.parse_args()
     if args.table:
         print(table([row for path in args.table for row in read_json(path)]))
         return 0
+    if args.shared and (args.tiny or args.parts != [1]):
+        parser.error("--shared is for part 1 on a GPU: --parts 1 --shared")
     if not args.tiny and not gpu_count():
         parser.error("nvidia-smi shows no GPU; --tiny runs on CPUs")
     results = Results(args.out / "eight_gpus.json")

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.config import load
 from snaketron.inference.decoder import decoding
 from snaketron.inference.generate import generate
 from snaketron.model.build import BuiltModel, build_model
 from snaketron.model.lora import freeze
-from snaketron.settings.training import run_settings, train_settings
-from tests.unit.sizes.models import SMALL
+from tests.gpu import answers
+from tests.gpu.answers import PROMPTS, VOCABULARY
+from tests.gpu.test_training import LAYOUTS, report
 
+import numpy as np
 import pytest
 import torch
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-PROMPTS = [[5, 6, 7], [8], list(range(9, 40)), [5, 6]]
 # Largest difference of a logit of deviation 0.3 or so; TF32 in Triton's and cuBLAS' products in fp32.
 TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2}
 
 
 @pytest.fixture(params=TOLERANCE)
 def built(request: pytest.FixtureRequest) -> BuiltModel:
-    config = load({"model": SMALL | {"precision": request.param}}, {})
-    built = build_model(train_settings(config, "sft"), run_settings(config, "sft"), 512)
+    built = build_model(*answers.settings(request.param, {}), VOCABULARY)
     freeze(built.model)
     return built
 
@@ -78,3 +77,14 @@ def test_texts_beside_each_other_get_the_answers_that_each_gets_alone(built: Bui
     """Not in bf16, in which products over several rows round differently and may choose another token."""
     together = generate(built, PROMPTS, stop=[], max_tokens=8, batch_size=3)
     assert together == [generate(built, [p], stop=[], max_tokens=8)[0] for p in PROMPTS]
+
+
+@pytest.mark.parametrize("layout", ["tp", "ep", "pp"])
+def test_two_gpus_give_the_answers_of_one(layout: str):
+    """With experts on two GPUs, one of them may have no token of a step."""
+    keys = {"precision": "fp32", "parallel": LAYOUTS[layout]}
+    two = report("tests.gpu.answers", keys, 2)
+    one = answers.found(build_model(*answers.settings("fp32", {}), VOCABULARY))
+    off = max(float(np.abs(np.subtract(a, b)).max()) for a, b in zip(two["nats"], one["nats"], strict=True))
+    print(f"{layout}: scores within {off:.1e} nats")
+    assert off < 1e-3 and two["answers"] == one["answers"]

@@ -13,7 +13,7 @@ from statistics import mean, median
 from typing import Any
 
 from tests.conftest import REPOSITORY
-from tests.seats import Seats
+from tests.seats import Seats, shared
 
 import pytest
 import torch
@@ -81,15 +81,21 @@ SEATS = Seats(torch.cuda.device_count(), 8)
 
 def train(directory: Path, *, gpus: int, environment: dict[str, str] | None = None, **config: Any) -> Any:
     """What a training of `gpus` processes (0: one on the CPU) reports."""
+    keys = {"directory": str(directory), "steps": STEPS, "save_at": [], **config}
+    return report("tests.gpu.worker", keys, gpus, environment if gpus else None)
+
+
+def report(module: str, keys: dict[str, Any], gpus: int, environment: dict[str, str] | None = None) -> Any:
+    """What `gpus` processes of a module (0: one on the CPU) report. They share a GPU where there is one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(max(gpus, 1))]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "tests.gpu.worker"]
-    text = json.dumps({"directory": str(directory), "steps": STEPS, "save_at": [], **config})
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", module, json.dumps(keys)]
     with SEATS.taken(gpus) as seats:
         shown = {"CUDA_VISIBLE_DEVICES": ",".join(names_of_gpus()[seat] for seat in seats)}
+        shown |= shared(gpus, len(seats)) | (environment or {})
         done = subprocess.run(
-            [*command, text],
+            command,
             cwd=REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | shown | ((environment or {}) if gpus else {}),
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | shown,
             capture_output=True,
             text=True,
             timeout=420,
@@ -128,9 +134,8 @@ class Runs:
                 steps=40,
             )
 
-        there = torch.cuda.device_count()
         for name in [name for name in RECORDED if f"one_by_one[{name}]" in chosen]:
-            for how in ("recorded", "launched") if there > 1 or name not in TWO else ():
+            for how in ("recorded", "launched"):
                 self.futures[f"{how} {name}"] = self.pool.submit(self._recorded, name, how)
 
         for name in ("whole", "again", "resumed") if "resumed" in chosen else ():
@@ -166,18 +171,17 @@ class Runs:
         if precision == "bf16":
             runs += [(name, 1, run) for name, run in SAME.items() if f"same_losses[{name}]" in self.chosen]
         for name, gpus, run in runs:
-            if torch.cuda.device_count() >= gpus:
-                directory = self.root / f"{name}_{precision}"
-                shutil.copytree(base, directory)
-                self.futures[f"{name} {precision}"] = self.pool.submit(
-                    train,
-                    directory,
-                    gpus=gpus,
-                    model=model,
-                    run=run,
-                    cluster={"gpus_per_node": 1} if name == "dp_nodes" else {},
-                    save_at=[3] if name == "one" else [],
-                )
+            directory = self.root / f"{name}_{precision}"
+            shutil.copytree(base, directory)
+            self.futures[f"{name} {precision}"] = self.pool.submit(
+                train,
+                directory,
+                gpus=gpus,
+                model=model,
+                run=run,
+                cluster={"gpus_per_node": 1} if name == "dp_nodes" else {},
+                save_at=[3] if name == "one" else [],
+            )
         return found
 
     def __getitem__(self, name: str) -> Any:
@@ -222,7 +226,6 @@ def test_a_checkpoint_of_a_gpu_continues_on_a_cpu(runs: Runs, precision: str):
     check(precision, difference(cpu, gpu), TOLERANCE[precision])
 
 
-@pytest.mark.gpus(2)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", [*LAYOUTS, "ep_alltoall"])
 def test_two_gpus_give_the_losses_of_one(runs: Runs, layout: str, precision: str):
@@ -247,9 +250,7 @@ def test_what_saves_memory_or_time_gives_the_same_losses(runs: Runs, name: str):
     check(name, difference(runs[f"{name} bf16"], runs["one bf16"]), LAYOUT_TOLERANCE["bf16"])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.gpus(2)) if name in TWO else name for name in RECORDED]
-)
+@pytest.mark.parametrize("name", RECORDED)
 def test_recorded_kernels_give_the_losses_of_those_that_are_started_one_by_one(runs: Runs, name: str):
     """Steps 5 to 8, of which the first two are not recorded, with validations before and after them."""
     recorded, launched = runs[f"recorded {name}"], runs[f"launched {name}"]
