@@ -58,7 +58,7 @@ OF_LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ep": ({"precision": "bf16"}, {"parallel": LAYOUTS["ep"]}),
     "ep_alltoall": ({"precision": "bf16"}, ALLTOALL),
     "tp_ep": ({"precision": "bf16"}, {"parallel": LAYOUTS["tp"] | {"expert_model_parallel_size": 2}}),
-    "ep_fp8": ({"precision": "fp8_current"}, {"parallel": LAYOUTS["ep"], "cuda_graphs": True}),
+    "ep_fp8": ({"precision": "fp8_current"}, {"parallel": LAYOUTS["ep"]}),
     **{  # a step of one micro-batch, in which multi-token prediction calls its layer twice
         f"layers_{name}": ({"precision": name}, {"cuda_graphs": True, "micro_batch_size": 4})
         for name in ("fp8_current", "fp8_delayed", "fp8_blockwise")

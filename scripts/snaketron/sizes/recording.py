@@ -47,16 +47,15 @@ def recordable(model: Model, run: Run, seq_length: int, *, packed: bool, cluster
 
     They do where one process holds all layers, or its share of each (tensor parallelism), and nothing in a
     micro-batch waits for the host. The exchange of tokens between GPUs waits, as do experts in fp32 and nvfp4
-    (`model.megatron.gpu`). With tensor parallelism that was tried in bf16 alone.
+    (`model.megatron.gpu`).
     """
-    sizes, precision = run.parallel, model.precision
-    fp8 = precision.startswith("fp8") and sizes.tensor_model_parallel_size == 1
+    sizes = run.parallel
     return (
         sizes.pipeline_model_parallel_size == sizes.context_parallel_size == 1
         and sizes.expert_model_parallel_size == sizes.expert_tensor_parallel_size == 1
         and run.moe_token_dispatcher not in FLEXIBLE
         and not run.moe_shared_expert_overlap
-        and (precision == "bf16" or fp8)
+        and _was_tried(model, run)
         and _repeats(run, seq_length, packed, cluster)
     )
 
@@ -64,9 +63,9 @@ def recordable(model: Model, run: Run, seq_length: int, *, packed: bool, cluster
 def records_layers(work: Work, *, packed: bool, cluster: Cluster, usable: float) -> bool:
     """Whether GPUs record attention and Mamba layers, each by itself.
 
-    They do where that was tried: in bf16 where the GPUs of one node share experts, so that no whole
-    micro-batch is recorded, NCCL takes the tokens to them, and `usable` bytes of a GPU have room for it. With
-    a pipeline each micro-batch under way would have a recording of its own.
+    They do where that was tried: where the GPUs of one node share experts, so that no whole micro-batch is
+    recorded, NCCL takes the tokens to them, and `usable` bytes of a GPU have room for it. With a pipeline
+    each micro-batch under way would have a recording of its own.
     """
     model, run = work.model, work.run
     sizes = run.parallel
@@ -76,13 +75,19 @@ def records_layers(work: Work, *, packed: bool, cluster: Cluster, usable: float)
         and run.moe_token_dispatcher not in FLEXIBLE
         and not run.moe_shared_expert_overlap
         and not run.offload_optimizer
-        and model.precision == "bf16"
+        and _was_tried(model, run)
         and _repeats(run, work.seq_length, packed, cluster)
         and memory_of_process(
             model, work.vocab_size, work.seq_length, run, work.optimizer, records_layers=True
         )
         <= usable
     )
+
+
+def _was_tried(model: Model, run: Run) -> bool:
+    """Whether kernels of these precisions were recorded, and had the losses of kernels that were not."""
+    fp8 = model.precision.startswith("fp8") and run.parallel.tensor_model_parallel_size == 1
+    return model.precision == "bf16" or fp8
 
 
 def _repeats(run: Run, seq_length: int, packed: bool, cluster: Cluster) -> bool:

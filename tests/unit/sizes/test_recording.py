@@ -40,7 +40,9 @@ def work(model: Model, run: Run, seq_length: int) -> Work:
         ({"parallel": EP_2 | {"pipeline_model_parallel_size": 2}}, {}, "nothing"),
         ({"parallel": EP_2 | {"context_parallel_size": 2}}, {}, "nothing"),
         ({"parallel": EP_2}, {"precision": "fp32"}, "nothing"),
-        ({"parallel": EP_2}, {"precision": "fp8_current"}, "nothing"),
+        ({"parallel": EP_2}, {"precision": "fp8_current"}, "layers"),
+        ({"parallel": EP_2 | {"tensor_model_parallel_size": 2}}, {"precision": "fp8_current"}, "nothing"),
+        ({"parallel": EP_2}, {"precision": "nvfp4"}, "nothing"),
         ({"parallel": EP_2}, {"packed": True}, "nothing"),
         ({"parallel": EP_2}, {"seq_length": 256}, "nothing"),
         ({"parallel": EP_2, "recompute": ["moe"]}, {}, "nothing"),
@@ -77,10 +79,11 @@ SIZES: dict[str, Any] = {
 }
 
 
-def test_layers_are_recorded_where_what_they_keep_has_room_once_more():
-    model = Model(hybrid_layer_pattern="*E*", **SIZES)
+@pytest.mark.parametrize(("precision", "more"), [("bf16", 1), ("fp8_current", 1.6)])
+def test_layers_are_recorded_where_what_they_keep_has_room_once_more(precision: str, more: float):
+    model = Model(hybrid_layer_pattern="*E*", **SIZES | {"precision": precision})
     does = work(model, Run(micro_batch_size=1, parallel=Parallel(**EP_2)), 512)
-    needed = peak_bytes(does) + 2 * 512 * 2 * KEPT
+    needed = peak_bytes(does) + more * 2 * 512 * 2 * KEPT
     for usable, recorded in ((needed, True), (needed - 1, False)):
         assert records_layers(does, packed=False, cluster=NODE, usable=usable) is recorded
 
