@@ -226,9 +226,10 @@ def table(found: list[dict[str, Any]]) -> str:
     """Everything that was found, for people."""
     ran = [row for row in found if "losses" in row]
     by_name = {row["name"]: row for row in ran}
-    lines = ["", "| parity | losses (nats) | gradient norms | |", "|---|--:|--:|---|"]
+    lines: list[str] = []
     for row in ran:
         if other := by_name.get(row["like"]):
+            lines = lines or ["", "| parity | losses (nats) | gradient norms | |", "|---|--:|--:|---|"]
             limits = TOLERANCE[row["precision"]]
             worst = differences(row, other)
             same = "same" if worst[0] < limits[0] and worst[1] < limits[1] else "DIFFERS"
@@ -237,10 +238,10 @@ def table(found: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['name']} | {worst[0]:.1e} | {worst[1]:.1e} | {same} |")
     heads = "part, training, layout, recompute, tokens/s/GPU, TFLOP/s/GPU, published, step s, estimated, "
     heads += "GiB, estimated, fullest expert, last loss"
-    lines += ["", f"| {heads.replace(', ', ' | ')} |", "|--:|---|---|---|" + "--:|" * 9]
-    for row in ran:
-        if row["part"] == 1:
-            continue
+    timed = [row for row in ran if row["part"] != 1]
+    if timed:
+        lines += ["", f"| {heads.replace(', ', ' | ')} |", "|--:|---|---|---|" + "--:|" * 9]
+    for row in timed:
         cells = [row["part"], row["name"], row["layout"], "+".join(row["recompute"])]
         cells += [f"{row['tokens_per_second']:,.0f}", f"{row['tflops']:.0f}", row["published"]]
         cells += [f"{row[key]:.3f}" for key in ("step_s", "estimated_step_s")]
