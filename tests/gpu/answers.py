@@ -27,7 +27,8 @@ PROMPTS = [[5, 6, 7], [8], list(range(9, 40)), [5, 6]]
 
 def settings(precision: str, parallel: dict[str, int]) -> tuple[TrainSettings, RunSettings]:
     sft = {"parallel": parallel, "global_batch_size": 2}
-    config = load({"model": SMALL | {"precision": precision}, "sft": sft}, {})
+    model = {"precision": precision, "mamba_num_heads": 16, "mamba_head_dim": 16}  # as fp8 wants them
+    config = load({"model": SMALL | model, "sft": sft}, {})
     return train_settings(config, "sft"), run_settings(config, "sft")
 
 

@@ -79,12 +79,33 @@ def test_texts_beside_each_other_get_the_answers_that_each_gets_alone(built: Bui
     assert together == [generate(built, [p], stop=[], max_tokens=8)[0] for p in PROMPTS]
 
 
+@pytest.mark.parametrize("precision", ["fp8_current", "fp8_delayed", "fp8_blockwise"])
+def test_a_model_in_fp8_answers_in_bf16(precision: str):
+    """Single tokens are no multiple of eight. Whole texts are computed in fp8 again afterwards."""
+    in_fp8, in_bf16 = (build_model(*answers.settings(p, {}), VOCABULARY) for p in (precision, "bf16"))
+    for built in (in_fp8, in_bf16):
+        freeze(built.model)
+    before = logits(in_fp8, PROMPTS[2] + [1])
+    found, expected = answers.found(in_fp8), answers.found(in_bf16)
+    off = differ(found["nats"], expected["nats"])
+    after = float((logits(in_fp8, PROMPTS[2] + [1]) - before).abs().max())
+    print(f"{precision}: scores within {off:.1e} nats of bf16, logits in fp8 afterwards within {after:.1e}")
+    assert off < 1e-3 and [len(ids) for ids in found["answers"]] == [8] * len(PROMPTS)
+    assert after < TOLERANCE["bf16"] and not torch.equal(logits(in_bf16, PROMPTS[2] + [1]), before)
+
+
+def differ(some: list[list[float]], others: list[list[float]]) -> float:
+    """The largest difference of the scores of texts, in nats."""
+    pairs = zip(some, others, strict=True)
+    return max(float(np.abs(np.subtract(one, other)).max()) for one, other in pairs)
+
+
 @pytest.mark.parametrize("layout", ["tp", "ep", "pp"])
 def test_two_gpus_give_the_answers_of_one(layout: str):
     """With experts on two GPUs, one of them may have no token of a step."""
     keys = {"precision": "fp32", "parallel": LAYOUTS[layout]}
     two = report("tests.gpu.answers", keys, 2)
     one = answers.found(build_model(*answers.settings("fp32", {}), VOCABULARY))
-    off = max(float(np.abs(np.subtract(a, b)).max()) for a, b in zip(two["nats"], one["nats"], strict=True))
+    off = differ(two["nats"], one["nats"])
     print(f"{layout}: scores within {off:.1e} nats")
     assert off < 1e-3 and two["answers"] == one["answers"]

@@ -33,6 +33,7 @@ LAYOUTS = {
     "dp": {"data_parallel_size": 2},
     "dp_nodes": {"data_parallel_size": 2},  # as on two nodes: gradients are summed while others are computed
 }
+TP_EP = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}
 ALLTOALL: dict[str, Any] = {"parallel": LAYOUTS["ep"], "moe_token_dispatcher": "alltoall"}
 # How a training is run, which changes where and when things are computed, not what.
 SAME = {
@@ -53,12 +54,17 @@ RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model and how 
     "fp8_delayed": ({"precision": "fp8_delayed"}, {}),
     "fp8_blockwise": ({"precision": "fp8_blockwise"}, {}),
     **{name: ({"precision": "bf16"}, {"parallel": LAYOUTS[name]}) for name in ("dp", "tp")},
+    **{
+        f"tp_{name}": ({"precision": name, "mamba_num_heads": 32}, {"parallel": LAYOUTS["tp"]})
+        for name in ("fp8_current", "fp8_delayed", "fp8_blockwise")
+    },
 }
 OF_LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ep": ({"precision": "bf16"}, {"parallel": LAYOUTS["ep"]}),
     "ep_alltoall": ({"precision": "bf16"}, ALLTOALL),
-    "tp_ep": ({"precision": "bf16"}, {"parallel": LAYOUTS["tp"] | {"expert_model_parallel_size": 2}}),
+    "tp_ep": ({"precision": "bf16"}, {"parallel": TP_EP}),
     "ep_fp8": ({"precision": "fp8_current"}, {"parallel": LAYOUTS["ep"]}),
+    "tp_ep_fp8": ({"precision": "fp8_current", "mamba_num_heads": 32}, {"parallel": TP_EP}),
     **{  # a step of one micro-batch, in which multi-token prediction calls its layer twice
         f"layers_{name}": ({"precision": name}, {"cuda_graphs": True, "micro_batch_size": 4})
         for name in ("fp8_current", "fp8_delayed", "fp8_blockwise")

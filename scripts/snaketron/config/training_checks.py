@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from snaketron.config.base import FLEXIBLE
 from snaketron.config.cluster import Cluster, Parallel
-from snaketron.config.linears import check_names
+from snaketron.config.linears import check_names, linears
 from snaketron.config.training import Adapters, Model, Pretrain, Tuning
 from snaketron.config.trainings import Training
 
@@ -24,6 +24,7 @@ def check_training(training: Training, config: Config) -> list[str]:
         *check_parallel(training),
         *check_nodes(training, config.cluster),
         *check_precision(training, config.cluster),
+        *check_widths(training),
         *check_batches(training, config.sft_data.padding_multiple),
         *check_steps(training),
         *check_dispatcher(training),
@@ -132,6 +133,38 @@ def check_precision(training: Training, cluster: Cluster) -> list[str]:
         f"{training.at('precision')} nvfp4 needs a Blackwell GPU, and cluster.gpu is {cluster.gpu}; take "
         "bf16 or fp8_current"
     ]
+
+
+def check_widths(training: Training) -> Iterator[str]:
+    """fp8 products want multiples of 16; Transformer Engine says so in the first step.
+
+    Routed experts and routers may have any width.
+    """
+    model, run, tp = training.model, training.run, training.run.parallel.tensor_model_parallel_size
+    if not model.precision.startswith("fp8"):
+        return
+    at, by = training.at("precision"), f"{training.at('parallel')}.tensor_model_parallel_size"
+    pattern = model.hybrid_layer_pattern
+    in_fp8 = pattern[: len(pattern) - model.bf16_layers_at_end]
+    for linear in dict.fromkeys(linears(model, in_fp8, with_mtp=True)):
+        for what, width, split in (
+            ("inputs", linear.inputs, linear.parallel == "row"),
+            ("outputs", linear.outputs, linear.parallel == "column"),
+        ):
+            parts = tp if split else 1
+            if width % (16 * parts) and not linear.experts and not linear.name.endswith(".router"):
+                each = f", {width / parts:g} for each of {by} {tp}" if parts > 1 else ""
+                yield (
+                    f"{at} {model.precision} needs widths that are multiples of 16, and {linear.name} has "
+                    f"{width} {what}{each}; change the sizes of the model, or take bf16"
+                )
+    multiple, length = 16 * run.parallel.context_parallel_size, training.seq_length
+    if run.micro_batch_size * length % multiple:
+        yield (
+            f"{at} {model.precision} needs micro-batches of a multiple of {multiple} tokens, and "
+            f"micro_batch_size {run.micro_batch_size} x {training.at('seq_length')} {length} has "
+            f"{run.micro_batch_size * length}"
+        )
 
 
 def check_batches(training: Training, padding_multiple: int | None) -> list[str]:

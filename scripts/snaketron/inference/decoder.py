@@ -211,6 +211,7 @@ def decoding(built: BuiltModel, batch_size: int, max_length: int) -> Iterator[De
         built.evaluating(),
         internals.without_mtp(built.model),
         internals.without_sequence_parallel(built.model),
+        internals.without_low_precision(built.model),
         decoder.attached(),
     ):
         yield decoder

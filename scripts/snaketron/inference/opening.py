@@ -17,6 +17,7 @@ def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
     """The model of a finished checkpoint such as ckpt/sft, with its weights and no optimizer.
 
     The weights of a checkpoint of adapters (ckpt/lora) are those of its base, with the adapters beside them.
+    What was trained in fp8 or nvfp4 has weights in bf16, and answers in bf16 on any machine.
 
     Args:
         path: a version, or the link to one.
@@ -29,6 +30,9 @@ def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
     version = Version(path)
     version.check_finished()
     settings = settings_of_checkpoint(version.describe().settings)
+    if settings.model.precision != "fp32":
+        model = settings.model.model_copy(update={"precision": "bf16"})
+        settings = settings.model_copy(update={"model": model})
     vocab_size = tokenizer_info(version.tokenizer).vocab_size
     built = build_model(settings, run or RunSettings(tracking="off"), vocab_size, draw=False)
     if not built.adapters:  # which have frozen it

@@ -22,7 +22,7 @@ def recordable(built: BuiltModel) -> bool:
     """Whether nothing in a step waits for the host: one process has the whole model, and experts are in bf16.
 
     Experts in fp32 get their numbers of tokens from the host (`megatron.gpu`), and tokens that travel between
-    GPUs make it wait. Transformer Engine's fp8 keeps maxima of what it has seen.
+    GPUs make it wait. A training in fp8 may answer too, for samples, and keeps maxima of what it has seen.
     """
     return (
         backend.device().type == "cuda"

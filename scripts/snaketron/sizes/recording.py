@@ -55,7 +55,7 @@ def recordable(model: Model, run: Run, seq_length: int, *, packed: bool, cluster
         and sizes.expert_model_parallel_size == sizes.expert_tensor_parallel_size == 1
         and run.moe_token_dispatcher not in FLEXIBLE
         and not run.moe_shared_expert_overlap
-        and _was_tried(model, run)
+        and _was_tried(model)
         and _repeats(run, seq_length, packed, cluster)
     )
 
@@ -75,7 +75,7 @@ def records_layers(work: Work, *, packed: bool, cluster: Cluster, usable: float)
         and run.moe_token_dispatcher not in FLEXIBLE
         and not run.moe_shared_expert_overlap
         and not run.offload_optimizer
-        and _was_tried(model, run)
+        and _was_tried(model)
         and _repeats(run, work.seq_length, packed, cluster)
         and memory_of_process(
             model, work.vocab_size, work.seq_length, run, work.optimizer, records_layers=True
@@ -84,10 +84,9 @@ def records_layers(work: Work, *, packed: bool, cluster: Cluster, usable: float)
     )
 
 
-def _was_tried(model: Model, run: Run) -> bool:
-    """Whether kernels of these precisions were recorded, and had the losses of kernels that were not."""
-    fp8 = model.precision.startswith("fp8") and run.parallel.tensor_model_parallel_size == 1
-    return model.precision == "bf16" or fp8
+def _was_tried(model: Model) -> bool:
+    """Whether kernels of this precision were recorded, and had the losses of kernels that were not."""
+    return model.precision == "bf16" or model.precision.startswith("fp8")
 
 
 def _repeats(run: Run, seq_length: int, packed: bool, cluster: Cluster) -> bool:

@@ -1,4 +1,4 @@
-"""What does not fit in one training is refused in the dry-run: how tokens reach their experts."""
+"""What does not fit in one training is refused in the dry-run: how tokens are dispatched, sizes in fp8."""
 
 from __future__ import annotations
 
@@ -57,3 +57,45 @@ def test_what_fits_is_taken():
     found = load(config(BF16, moe_token_dispatcher="deepep", parallel=EP), {})
     assert found.training("pretrain/broad").run.moe_token_dispatcher == "deepep"
     load(config({"moe_latent_size": None}, moe_shared_expert_overlap=True), {})
+
+
+# 16 heads of 16: in_proj has 2 * 256 inner numbers, 2 * 1 * 32 states and 16 steps.
+FP8 = {"precision": "fp8_current", "mamba_num_heads": 16, "mamba_head_dim": 16}
+WIDTHS = "needs widths that are multiples of 16, and decoder.layers.mixer.in_proj has"
+TOKENS = "needs micro-batches of a multiple of 16 tokens, and micro_batch_size 1 x"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            config({"precision": "fp8_delayed"}),
+            f"model.precision fp8_delayed {WIDTHS} 584 outputs; change the sizes of the model, or take bf16",
+        ),
+        (
+            config(FP8, parallel={"tensor_model_parallel_size": 2}),
+            f"model.precision fp8_current {WIDTHS} 592 outputs, 296 for each of "
+            "pretrain.parallel.tensor_model_parallel_size 2; change the sizes of the model, or take bf16",
+        ),
+        (
+            config(FP8, micro_batch_size=1, seq_length=1032),
+            f"model.precision fp8_current {TOKENS} pretrain.seq_length 1032 has 1032",
+        ),
+        (
+            config(FP8) | {"sft": {"precision": "fp8_current"}, "sft_data": {"pack_size": 504}},
+            f"sft.precision fp8_current {TOKENS} sft_data.pack_size 504 has 504",
+        ),
+    ],
+)
+def test_what_transformer_engine_does_not_multiply_in_fp8_is_refused(values: dict[str, Any], message: str):
+    with pytest.raises(ConfigError) as refused:
+        load(values, {})
+    assert message in str(refused.value).splitlines()
+
+
+def test_layers_that_stay_in_bf16_and_routed_experts_have_any_width_under_fp8():
+    pattern = {"hybrid_layer_pattern": "*E*EM", "mtp_num_layers": 0}
+    odd = {"precision": "fp8_current", "moe_ffn_hidden_size": 40}
+    load(config(pattern | odd | {"bf16_layers_at_end": 1}), {})
+    with pytest.raises(ConfigError, match="in_proj has 584 outputs"):
+        load(config(pattern | odd), {})

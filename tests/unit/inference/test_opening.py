@@ -32,6 +32,18 @@ def test_the_model_that_was_saved_is_opened_by_its_path(publish, tmp_path: Path)
     assert (opened.settings, opened.vocab_size) == (saved.settings, saved.vocab_size)
 
 
+def test_what_was_trained_in_fp8_is_opened_in_bf16_on_any_machine(publish, settings, tmp_path: Path):
+    saved = publish("pretrain/one", "0a", settings(model={"precision": "bf16"})[0])
+    path = tmp_path / "ckpt/pretrain/one/config.yaml"
+    config = yaml.safe_load(path.read_text())
+    for precision in ("fp8_delayed", "nvfp4"):
+        config["settings"]["model"]["precision"] = precision
+        path.write_text(yaml.safe_dump(config))
+        opened = open_checkpoint(tmp_path / "ckpt/pretrain/one")
+        assert opened.settings.model.precision == "bf16"
+        assert torch.equal(logits(opened), logits(saved))
+
+
 def test_adapters_are_opened_with_the_base_that_they_were_trained_on(publish, settings, tmp_path: Path):
     base = publish("pretrain/one", "0a")
     adapters = Adapters(target_modules=["linear_*"], rank=2)

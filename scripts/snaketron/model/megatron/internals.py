@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -74,16 +75,35 @@ def without_mtp(model: HybridModel) -> Iterator[None]:
 def without_sequence_parallel(model: HybridModel) -> Iterator[None]:
     """Let every rank have all tokens: the ranks of tensor parallelism cannot share a single one."""
     names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-    changed = [
+    places = [
         (owner, name)
         for owner in (model.config, *model.modules())
         for name in names
         if getattr(owner, name, False) is True
     ]
-    for owner, name in changed:
-        setattr(owner, name, False)
+    with _changed(places, False):
+        yield
+
+
+@contextlib.contextmanager
+def without_low_precision(model: HybridModel) -> Iterator[None]:
+    """Multiply in the type of the weights: in fp8 and nvfp4 rows must come by eights or sixteens."""
+    modules = list(model.modules())
+    configs = {id(config): config for module in modules if (config := getattr(module, "config", None))}
+    places: list[tuple[Any, str]] = [(c, name) for c in configs.values() for name in ("fp8", "fp4")]
+    places += [(module, "te_quant_params") for module in modules]
+    with _changed([(owner, name) for owner, name in places if getattr(owner, name, None) is not None], None):
+        yield
+
+
+@contextlib.contextmanager
+def _changed(places: list[tuple[Any, str]], value: object) -> Iterator[None]:
+    """Give attributes another value for a while."""
+    before = [(owner, name, getattr(owner, name)) for owner, name in places]
+    for owner, name in places:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for owner, name in changed:
-            setattr(owner, name, True)
+        for owner, name, was in before:
+            setattr(owner, name, was)

@@ -111,3 +111,13 @@ def test_a_stage_without_routed_layers_takes_part_in_the_same_sums(build, monkey
         found.append(summed.copy())
         summed.clear()
     assert found[0] == found[1] and len(found[0]) == 3
+
+
+def test_low_precision_is_left_out_for_a_while_in_all_parts_of_a_model(build):
+    model = build()
+    layers = [layer for layer in model.modules() if getattr(layer, "config", None) is not None]
+    model.config.fp8 = "e4m3"
+    layers[-1].te_quant_params = quantized = object()  # as Transformer Engine's layers have it under nvfp4
+    with internals.without_low_precision(model):
+        assert {layer.config.fp8 for layer in layers} == {layers[-1].te_quant_params} == {None}
+    assert layers[0].config.fp8 == "e4m3" and layers[-1].te_quant_params is quantized
