@@ -45,5 +45,5 @@ def shared(processes: int, gpus: int) -> dict[str, str]:
     """What the environment of a training lacks whose processes share one GPU; nothing if each has its own."""
     if gpus != 1 or processes <= 1:
         return {}
-    first = str(Path(__file__).parent / "shared_gpu")
+    first = str(Path(__file__).parent / "gpu/shared")
     return {"PYTHONPATH": os.pathsep.join(filter(None, (first, os.environ.get("PYTHONPATH"))))}

@@ -2,7 +2,7 @@
 
     uv run pytest -n0 tests/gpu
 
-Without a GPU they are skipped. With one GPU the processes of a training share it (tests/shared_gpu).
+Without a GPU they are skipped. With one GPU the processes of a training share it (tests/gpu/shared).
 """
 
 from __future__ import annotations
