@@ -175,7 +175,8 @@ class Decoder:
             data_iterator=None,
             model=[self.built.module],
             num_microbatches=1,
-            seq_length=ids.shape[1],
+            # Pipeline stages expect a part of the tokens from each rank of a context, and here each has all.
+            seq_length=ids.shape[1] * self.built.run.parallel.context_parallel_size,
             micro_batch_size=ids.shape[0],
             forward_only=True,
             collect_non_loss_data=True,

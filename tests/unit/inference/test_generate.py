@@ -11,7 +11,7 @@ from snaketron.model import lora
 from snaketron.model.build import BuiltModel, build_model
 from snaketron.model.distributed import distributed
 from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
-from tests.ranks import on_two_ranks
+from tests.ranks import on_ranks
 
 import numpy as np
 import pytest
@@ -212,13 +212,18 @@ def _answers(settings: TrainSettings, run: RunSettings) -> tuple[list[list[list[
         {"expert_model_parallel_size": 2, "data_parallel_size": 2},
         {"pipeline_model_parallel_size": 2},
         {"context_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2, "context_parallel_size": 2},
     ],
-    ids=["tp", "ep", "pp", "cp"],
+    ids=["tp", "ep", "pp", "cp", "pp_cp"],
 )
-def test_two_processes_generate_what_one_does_and_give_the_same_scores(built, settings, layout):
-    """An evaluation consists of both: losses and tasks are made of scores, exact matches of answers."""
+def test_processes_generate_what_one_does_and_give_the_same_scores(built, settings, layout):
+    """An evaluation consists of both: losses and tasks are made of scores, exact matches of answers.
+
+    Stages of a pipeline hand all tokens on, although ranks that share a context would each hold a part.
+    """
     expected, scores = generate(built, PROMPTS, stop=[], max_tokens=4), score(built, TEXTS)
-    for answers, found in on_two_ranks(_answers, *settings(parallel=layout)):
+    values, run = settings(parallel=layout)
+    for answers, found in on_ranks(run.parallel.world_size, _answers, values, run):
         assert answers == [expected, expected]
         for here, there in zip(found, scores, strict=True):
             np.testing.assert_allclose(here.nats, there.nats, rtol=1e-5)
