@@ -78,7 +78,12 @@ def check(model: Model, run: RunSettings, optimizer: Optimizer | None = None) ->
         if absent := absent_dispatcher(run):
             problems.append(absent)
     else:
+        ep, etp = run.parallel.expert_model_parallel_size, run.parallel.expert_tensor_parallel_size
         keys = {
+            # gloo gathers parts of one size, and processes send others as many tokens as their experts get.
+            "parallel.expert_tensor_parallel_size": f"{etp} beside expert_model_parallel_size {ep}"
+            if min(ep, etp) > 1
+            else "",
             "model.precision": model.precision if model.precision not in ("fp32", "bf16") else "",
             "optimizer.moment_precision": "bf16"
             if optimizer and optimizer.moment_precision == "bf16"

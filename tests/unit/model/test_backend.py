@@ -39,12 +39,14 @@ def test_what_needs_a_gpu_is_refused_without_one():
         cuda_graphs=True,
         moe_token_dispatcher="deepep",
         moe_shared_expert_overlap=True,
+        parallel=Parallel(expert_model_parallel_size=2, expert_tensor_parallel_size=2),
     )
     with pytest.raises(UserError) as refused:
         backend.check(model, run, Optimizer(moment_precision="bf16"))
     assert str(refused.value).splitlines() == [
         f"{key} needs a GPU, and this machine has none"
         for key in (
+            "parallel.expert_tensor_parallel_size: 2 beside expert_model_parallel_size 2",
             "model.precision: nvfp4",
             "optimizer.moment_precision: bf16",
             "cuda_graphs: True",
