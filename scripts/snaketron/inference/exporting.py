@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -50,18 +48,19 @@ def export_checkpoint(path: Path, output: Path, base: str | None = None) -> Reco
     before = list(ancestors(record.inputs).values())
     trained = [one for one in before if one.kind == "checkpoint"]
     text = card(record, settings.model, checkpoint.vocab_size, trained, lost([*before, record]))
-    checkpoint = replace(checkpoint, seq_length=_longest([record, *trained], settings.seq_length))
     return export(checkpoint, output, source=source, card=text)
 
 
-def _longest(made_from: Iterable[Record], own: int) -> int:
+def longest_sequence(version: Version, own: int) -> int:
     """The longest sequence that a model can be expected to read: of its training or of one before it.
 
-    Packs of a tuning may be shorter than the text before it, and programs refuse what is longer than they are
-    told.
+    Packs of a tuning may be shorter than the text before it, and programs refuse or cut what is longer than
+    they are told. `own` is that of its training.
     """
-    before = [record.settings.get("seq_length", 0) for record in made_from]
-    stated = [record.counts.get(STATED_LENGTH, 0) for record in made_from]
+    record = read(version.record)
+    made_from = [record, *ancestors(record.inputs).values()]
+    before = [one.settings.get("seq_length", 0) for one in made_from if one.kind == "checkpoint"]
+    stated = [one.counts.get(STATED_LENGTH, 0) for one in made_from]
     return max([own, *before, *stated])
 
 
@@ -87,7 +86,7 @@ def _checkpoint(version: Version, settings: TrainSettings) -> Checkpoint:
         tensors=version.iteration_directory(iteration),
         tokenizer=version.tokenizer,
         model=settings.model,
-        seq_length=settings.seq_length,
+        seq_length=longest_sequence(version, settings.seq_length),
         vocab_size=tokenizer.vocab_size,
         eos_token_ids=ends_of_answers(version, settings),
         pad_token_id=tokenizer.pad_id,

@@ -92,7 +92,7 @@ class CheckpointLM(TemplateLM):
     ) -> str:
         if add_generation_prompt:
             return self._template.prompt(chat_history)
-        return self._template.render(chat_history).text
+        return self._template.begun(chat_history)  # a task has begun the answer
 
     # ----------------------------------------------------------------------------------- requests
 

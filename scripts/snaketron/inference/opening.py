@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from snaketron.data.tokenizer import tokenizer_info
+from snaketron.inference.exporting import longest_sequence
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import read
 from snaketron.log import UserError
@@ -18,6 +19,7 @@ def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
 
     The weights of a checkpoint of adapters (ckpt/lora) are those of its base, with the adapters beside them.
     What was trained in fp8 or nvfp4 has weights in bf16, and answers in bf16 on any machine.
+    It reads texts as long as an export of it says.
 
     Args:
         path: a version, or the link to one.
@@ -33,6 +35,8 @@ def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
     if settings.model.precision != "fp32":
         model = settings.model.model_copy(update={"precision": "bf16"})
         settings = settings.model_copy(update={"model": model})
+    longest = longest_sequence(version, settings.seq_length)
+    settings = settings.model_copy(update={"seq_length": longest})
     vocab_size = tokenizer_info(version.tokenizer).vocab_size
     built = build_model(settings, run or RunSettings(tracking="off"), vocab_size, draw=False)
     if not built.adapters:  # which have frozen it

@@ -30,6 +30,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 
+TEMPLATE = Path(__file__).parents[3] / "config/chat_template.jinja"
 BEGIN = SPECIAL_TOKENS[2]  # of the texts of a tokenizer that has such a token
 ROWS = [("the quick brown", 0), ("the lazy", 1), ("fox jumps over the", 1), ("quick", 0), ("dog", 0)]
 KINDS = {
@@ -69,7 +70,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def own_model(path: Path, tokenizer_dir: Path) -> CheckpointLM:
-    template = load_template(Path(__file__).parents[3] / "config/chat_template.jinja")
+    template = load_template(TEMPLATE)
     ends, begin = [tokenizer_info(tokenizer_dir).eos_id], special_tokens(tokenizer_dir).get("bos_token")
     tokenizer = load_tokenizer(tokenizer_dir)
     return CheckpointLM(open_checkpoint(path), tokenizer, ends, template, batch_size=2, begin=begin)
@@ -82,10 +83,17 @@ def hf_model(path: Path, peft: Path | None = None) -> HFLM:
         )
 
 
-def results_of(model: HFLM, tasks: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def results_of(
+    model: HFLM, tasks: Path, names: Iterable[str], *, apply_chat_template: bool = False
+) -> dict[str, dict[str, Any]]:
     with _offline(cached=False):
-        manager = task_manager("choice", (str(tasks),))
-        found = lm_eval.simple_evaluate(model, tasks=list(names), task_manager=manager, bootstrap_iters=0)
+        found = lm_eval.simple_evaluate(
+            model,
+            tasks=list(names),
+            task_manager=task_manager("choice", (str(tasks),)),
+            bootstrap_iters=0,
+            apply_chat_template=apply_chat_template,
+        )
     assert found is not None
     return found["results"]
 
@@ -122,6 +130,39 @@ def test_tasks_give_the_numbers_of_the_export_in_lm_evals_hf(
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert len(cells) == 6
     assert all(float(ours) == pytest.approx(float(theirs), rel=1e-4) for _, _, ours, theirs in cells)
+
+
+def test_a_model_that_was_tuned_on_short_packs_reads_as_much_of_a_text_as_its_export(
+    publish, settings, tokenizer_dir: Path, tasks: Path
+):
+    """The texts of up to 60 tokens were cut to the 16 of a pack, and `hf` read 48 of them."""
+    model = {"init_method_std": 0.2}
+    publish("pretrain/one", "0a", settings(seq_length=48, model=model)[0])
+    publish("sft", "0b", settings(seq_length=16, model=model)[0], base=tasks / "ckpt/pretrain/one")
+    export_checkpoint(tasks / "ckpt/sft", tasks / "hf/sft")
+    own, other = own_model(tasks / "ckpt/sft", tokenizer_dir), hf_model(tasks / "hf/sft")
+    assert own.max_length == other.max_length == 48
+    here = {name: run_task(own, Task(name=name), directories=[tasks])[name] for name in KINDS}
+    check_equal(here, results_of(other, tasks, KINDS))
+
+
+def test_an_answer_that_a_task_begins_goes_on_as_in_hf(publish, settings, tasks: Path):
+    """After the words of the task, in the assistant's turn: not after the end of that turn."""
+    publish("pretrain/one", "0a", settings(seq_length=96, model={"init_method_std": 0.2})[0])
+    path = tasks / "ckpt/pretrain/one"
+    directory = Version(path).tokenizer
+    shutil.copy(TEMPLATE, directory / "chat_template.jinja")
+    for name in ("choice", "answer"):
+        with (tasks / f"{name}.yaml").open("a") as file:
+            file.write('gen_prefix: "the fox"\n')
+    export_checkpoint(path, tasks / "hf/one")
+    own, other = own_model(path, directory), hf_model(tasks / "hf/one")
+    names = ("choice", "answer")
+    here = {
+        name: run_task(own, Task(name=name), directories=[tasks], apply_chat_template=True)[name]
+        for name in names
+    }
+    check_equal(here, results_of(other, tasks, names, apply_chat_template=True))
 
 
 @pytest.mark.parametrize("added", [True, False], ids=["added", "not added"])

@@ -35,6 +35,7 @@ from snaketron.log import UserError
 import jinja2
 
 _DAY = date(2026, 1, 1)
+_HERE = "\ufdd4 "  # marks the end of a message; the space shows whether the template trims texts
 
 
 class Template:
@@ -124,6 +125,18 @@ class Template:
     ) -> str:
         """The text that inference gives the model so that it answers `messages`."""
         return unmarked(self._write(messages, tools, arguments, True))
+
+    def begun(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text that inference gives the model so that it goes on with the last message.
+
+        As transformers' `continue_final_message` writes it.
+        """
+        *before, last = messages
+        written = self._write([*before, {**last, "content": last["content"] + _HERE}], None, None, False)
+        text, found, after = unmarked(written).rpartition(_HERE.strip())
+        if not found:
+            raise Unusable(LEFT_OUT, "the message that an answer goes on with")
+        return text if after.startswith(" ") else text.rstrip()
 
     def _write(
         self,

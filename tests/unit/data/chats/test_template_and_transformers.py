@@ -7,6 +7,7 @@ from typing import Any
 
 from snaketron.data.chats import conversation
 from snaketron.data.chats.mask import tokenize
+from snaketron.data.chats.template import Template
 from tests.unit.data.chats.chat_samples import build_tokenizer
 from tests.unit.data.chats.golden import (
     BOTH,
@@ -171,3 +172,20 @@ def test_the_prompt_for_an_answer_is_the_start_of_the_training_text(hugging_face
     input_ids, loss_mask = tokenize(build_tokenizer(), made.text, made.spans)
     assert input_ids[: len(prompt)].tolist() == prompt
     assert loss_mask.argmax() == len(prompt)
+
+
+KEEPS_SPACES = (
+    "{% for m in messages %}{{ m.role + ': ' }}{% generation %}{{ m.content + '|' }}{% endgeneration %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("begun", ["The answer is", "Well, ", "x\n", "two  words"])
+@pytest.mark.parametrize("source", [*SOURCES.values(), KEEPS_SPACES], ids=[*SOURCES, "keeps spaces"])
+def test_an_answer_that_is_begun_goes_on_where_transformers_goes_on(hugging_face, source, begun):
+    messages = [user("What is two?"), assistant(begun)]
+    theirs = hugging_face["other", False].apply_chat_template(
+        messages, tokenize=False, continue_final_message=True, chat_template=source
+    )
+    assert theirs.rstrip().endswith(begun.rstrip())
+    assert Template(source, variables={"bos_token": "<|endoftext|>"}).begun(messages) == theirs
