@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from snaketron.config import Model
@@ -170,7 +169,7 @@ class TensorReader:
             self._last = ("", torch.empty(0))  # before the next one is there
             try:
                 self._last = key, self.reader.read(key)
-            except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            except Exception as error:  # damage shows in many ways, such as names that are no UTF-8
                 raise UserError(
                     f"{self.reader.directory}: {key} cannot be read ({type(error).__name__}: {error}); the "
                     "checkpoint is damaged"

@@ -201,11 +201,13 @@ def test_files_with_numbers_that_are_not_finite_are_not_kept_for_an_export_that_
         export_of(directory, tmp_path / "hf", shard_bytes=20_000)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "no list"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "scrambled", "no list"])
 def test_a_damaged_checkpoint_is_refused(checkpoint, tmp_path: Path, damage: str):
     file = checkpoint / (".metadata" if damage == "no list" else "__0_0.distcp")
     if damage == "missing":
         file.unlink()
+    elif damage == "scrambled":  # names of its parts are no UTF-8 any more
+        file.write_bytes(file.read_bytes().replace(b"byteorder", b"byte\x8drder"))
     else:
         file.write_bytes(file.read_bytes()[:3000])
     with pytest.raises(UserError, match="damaged"):
