@@ -17,7 +17,6 @@ from snaketron.log import UserError
 from snaketron.wording import plural
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 # A call as JSON, or as the templates of Nemotron 3 and Qwen3-Coder write it.
 _CALL = re.compile(r'<tool_call>\s*(?:{\s*"name":\s*"|<function=)([^">]*)')
@@ -109,7 +108,8 @@ class Chat:
             self.decoder.forget(0)
             known = []
         unread, known = ids[len(known) :], ids
-        stream = DecodeStream(skip_special_tokens=False)
+        said: list[int] = []
+        text = shown = ""
         before: list[int] = []
         tokens = continuation(
             self.decoder, unread, stop=self.stop, max_tokens=self.max_tokens, sampling=self.sampling
@@ -117,11 +117,18 @@ class Chat:
         for token in tokens:
             known = [*known, *before]
             before = [token]
-            if token not in self.stop and (text := stream.step(self.tokenizer, token)):
+            if token in self.stop:
+                break
+            said.append(token)
+            # The whole answer: `DecodeStream` of tokenizers 0.23 raises where a byte makes others no text.
+            text = self.tokenizer.decode(said, skip_special_tokens=False)
+            if len(text) > len(shown) and not text.endswith("\ufffd"):  # which may be a part of a character
                 self._known = known
-                yield text
-                self._known = []
+                yield text[len(shown) :]
+                self._known, shown = [], text
         self._known = known
+        if len(text) > len(shown):
+            yield text[len(shown) :]
         if finish_reason(before, self.stop) == "length":
             said = len(known) + len(before) - len(ids)
             most = f"the model was trained on {self.decoder.max_length:,} with the conversation"

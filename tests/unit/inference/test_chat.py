@@ -17,6 +17,7 @@ from snaketron.log import UserError
 from snaketron.model.build import build_model
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 REPOSITORY = Path(__file__).parents[3]
 TEMPLATE = load_template(REPOSITORY / "config/chat_template.jinja")
@@ -80,6 +81,25 @@ def test_an_answer_that_was_cut_says_so(chat, capsys, monkeypatch):
     prompt = long.tokenizer.encode(TEMPLATE.prompt(long.messages[:1], None, {}), add_special_tokens=False)
     said = f"cut after {257 - len(prompt)} tokens (the model was trained on 256 with the conversation)"
     assert long.cut == said
+
+
+def test_parts_of_a_character_wait_for_the_rest_and_bytes_that_are_no_text_stop_nothing(chat, monkeypatch):
+    """In a tokenizer that spells what it does not know byte by byte; the last answer ends in a character."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "<end>": 257}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    talk = chat(stop=[257])
+    talk.tokenizer = tokenizer
+    smile = list("\U0001f600".encode())
+    for answer, pieces in (
+        ([*smile, 256, 257], ["\U0001f600", "a"]),
+        ([ord("\n"), 0xFF, 256, 257], ["\n", "\ufffda"]),
+        ([256, *smile[:2]], ["a", "\ufffd\ufffd"]),
+    ):
+        monkeypatch.setattr("snaketron.inference.chat.continuation", lambda *_, answer=answer, **__: answer)
+        talk.reset()
+        assert list(talk.say("a")) == pieces
+        assert talk.messages[1]["content"] == "".join(pieces)
 
 
 def test_what_is_said_until_an_answer_is_stopped_is_kept(chat):
