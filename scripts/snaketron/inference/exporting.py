@@ -73,6 +73,8 @@ def _check_place(output: Path) -> None:
         replaced = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     if not replaced:
         raise UserError(f"{output} is there and no export, so it is not replaced; move it away")
+    if output.is_symlink():
+        raise UserError(f"{output} is a link to {output.readlink()}; name that directory, or remove the link")
 
 
 def _checkpoint(version: Version, settings: TrainSettings) -> Checkpoint:

@@ -47,6 +47,19 @@ def test_a_finished_checkpoint_that_lost_its_last_step_is_not_exported_as_an_ear
     assert not (tmp_path / "hf").exists()
 
 
+def test_a_link_is_not_replaced_by_an_export(publish, tmp_path: Path):
+    """Where it leads to may be another disk, for which a model has no room here."""
+    publish("pretrain/one", "0a")
+    (tmp_path / "large").mkdir()
+    for name in ("large", "nowhere"):
+        link = tmp_path / f"hf_{name}"
+        link.symlink_to(name)
+        with pytest.raises(UserError, match=rf"hf_{name} is a link to {name}; name that directory"):
+            export_checkpoint(tmp_path / "ckpt/pretrain/one", link)
+        assert link.is_symlink()
+    assert not list(tmp_path.glob(".hf*")) and not list((tmp_path / "large").iterdir())
+
+
 def test_a_model_that_was_tuned_on_short_packs_still_says_how_long_a_text_it_has_seen(
     publish, settings, tmp_path: Path
 ):
