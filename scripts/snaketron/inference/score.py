@@ -61,7 +61,9 @@ def _scores(decoder: Decoder, ids: Tensor, targets: Tensor) -> Tensor:
     logits = decoder.read_all(ids)
     both = torch.zeros(2, *ids.shape, device=ids.device)
     if logits is not None:
-        both[0] = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        # Rows: over another axis PyTorch adds up one number after the other on a CPU.
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        both[0] = nats.view(targets.shape)
         both[1] = logits.argmax(-1) == targets
     if torch.distributed.get_world_size() > 1:  # the last rank is in the last pipeline stage
         torch.distributed.broadcast(both, src=torch.distributed.get_world_size() - 1)
