@@ -108,7 +108,7 @@ class Chat:
             self.decoder.forget(0)
             known = []
         unread, known = ids[len(known) :], ids
-        said: list[int] = []
+        answer: list[int] = []
         text = shown = ""
         before: list[int] = []
         tokens = continuation(
@@ -119,9 +119,9 @@ class Chat:
             before = [token]
             if token in self.stop:
                 break
-            said.append(token)
+            answer.append(token)
             # The whole answer: `DecodeStream` of tokenizers 0.23 raises where a byte makes others no text.
-            text = self.tokenizer.decode(said, skip_special_tokens=False)
+            text = self.tokenizer.decode(answer, skip_special_tokens=False)
             if len(text) > len(shown) and not text.endswith("\ufffd"):  # which may be a part of a character
                 self._known = known
                 yield text[len(shown) :]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from pathlib import Path
 
 from snaketron.config import Model, Optimizer
-from snaketron.data.tokenizer import Info, load_tokenizer, tokenizer_info
-from snaketron.files import owned, writing_directory
+from snaketron.data.tokenizer import Info, known_hashes, load_tokenizer, tokenizer_info
+from snaketron.files import owned, sha256, writing_directory
 from snaketron.huggingface.load import Weights, megatron_weights, published_weights
 from snaketron.huggingface.save import listed
 from snaketron.huggingface.torch_dist import write
@@ -17,6 +18,8 @@ from snaketron.lineage.record import Entry, of_user
 from snaketron.log import NO_SPACE, UserError, logger
 from snaketron.settings.schedule import Schedule
 from snaketron.settings.training import TrainSettings
+
+from tokenizers import Tokenizer
 
 # The count of a record that says which sequences a published config.json speaks of.
 STATED_LENGTH = "stated_length"
@@ -127,17 +130,32 @@ def _write(
 
 
 def check_tokenizer(source: Path, tokenizer: Path) -> None:
-    """`UserError` unless each token of the checkpoint has the same id in the tokenizer of the trainings."""
+    """`UserError` unless the tokenizer of the trainings gives the ids that the checkpoint was trained with.
+
+    Each token must have its id, and a text of all tokens be divided alike: by other merges, or another rule
+    for digits and spaces, a model would read texts otherwise than it learned to.
+    """
     if not (source / "tokenizer.json").exists() and (source / "tokenizer/tokenizer.json").exists():
         source = source / "tokenizer"  # a checkpoint of another working directory of this workflow
     path = source / "tokenizer.json"
     if not path.exists():
         logger.warning("%s: no tokenizer.json there, so the vocabulary is compared by its size alone", source)
         return
-    there, here = load_tokenizer(source).get_vocab(), load_tokenizer(tokenizer).get_vocab()
-    if differ := sorted(token for token in there if here.get(token) != there[token]):
-        shown = ", ".join(f"{token!r} {there[token]} and {here.get(token, 'none')}" for token in differ[:3])
+    if sha256(path) in known_hashes(tokenizer):
+        return
+    if problem := _difference(load_tokenizer(source), load_tokenizer(tokenizer)):
         raise UserError(
-            f"{path} is another tokenizer than {tokenizer}: {len(differ)} of {len(there)} tokens have "
-            f"another id ({shown}); set tokenizer.path to {source}"
+            f"{path} is another tokenizer than {tokenizer}: {problem}; set tokenizer.path to {source}"
         )
+
+
+def _difference(there: Tokenizer, here: Tokenizer) -> str:
+    """How the ids differ that two tokenizers give; empty where they do not."""
+    ids, own = there.get_vocab(), here.get_vocab()
+    if differ := sorted(token for token in ids if own.get(token) != ids[token]):
+        shown = ", ".join(f"{token!r} {ids[token]} and {own.get(token, 'none')}" for token in differ[:3])
+        return f"{len(differ)} of {len(ids)} tokens have another id ({shown})"
+    text = there.decode(sorted(ids.values()))
+    pairs = itertools.zip_longest(*(t.encode(text, add_special_tokens=False).tokens for t in (there, here)))
+    found = next((pair for pair in pairs if pair[0] != pair[1]), None)
+    return f"texts are divided into other tokens ({found[0]!r} and {found[1]!r})" if found else ""

@@ -152,6 +152,20 @@ def test_a_checkpoint_of_another_directory_stands_in_for_a_phase(
     assert not (tmp_path / "ckpt/pretrain/two").exists()
 
 
+@pytest.mark.parametrize("change", ["a merge less", "lower case"])
+def test_a_tokenizer_that_divides_texts_otherwise_is_another_one(bring, exported: Path, change: str):
+    """Each of its tokens has the same id here."""
+    made = json.loads((exported / "tokenizer.json").read_text())
+    if change == "a merge less":
+        made["model"]["merges"].pop()
+    else:
+        made["normalizer"] = {"type": "Lowercase"}
+    (exported / "tokenizer.json").write_text(json.dumps(made))
+    problem = r"texts are divided into other tokens \('.*' and '.*'\); set tokenizer\.path"
+    with pytest.raises(UserError, match=problem):
+        bring(exported)
+
+
 def test_what_cannot_be_imported_leaves_nothing(bring, exported: Path, tmp_path: Path, tokenizer_dir: Path):
     other = json.loads((exported / "tokenizer.json").read_text())
     ids = other["model"]["vocab"]
