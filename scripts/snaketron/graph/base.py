@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from snaketron.config import Config, ConfigError
 from snaketron.graph.raw_files import RawFiles
 from snaketron.graph.unknown import find
-from snaketron.huggingface.config import differences, read_config, unread
+from snaketron.huggingface.config import differences, of_files, read_config, unread
 from snaketron.huggingface.index import missing_files, read_index
 from snaketron.huggingface.metadata import damaged_files, listed_tensors, megatron_differences
 from snaketron.huggingface.names import megatron_tensors, tensors
@@ -120,9 +120,9 @@ class BaseGraph:
     def _config_of(self, base: Base) -> dict[str, Any] | None:
         """The config.json of a published checkpoint: as the lock file has it, or that of its directory."""
         listed = self.lock.models.get(base.hub.name, {}) if base.hub else {}
-        if base.hub and "config" in listed and listed["request"] == base.hub.request:
-            return dict(listed["config"])
         directory = base.directory(self.config)
+        if base.hub and "config" in listed and listed["request"] == base.hub.request:
+            return of_files(dict(listed["config"]), directory)
         return read_config(directory) if (directory / "config.json").is_file() else None
 
     # Resources: a change runs nothing again.

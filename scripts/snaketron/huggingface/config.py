@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import Model
+from snaketron.huggingface.index import tensor_names
 from snaketron.log import UserError
 from snaketron.sizes.parameters import CONV_WIDTH
 
@@ -98,7 +99,7 @@ def copy_tokenizer(tokenizer: Path, target: Path) -> list[str]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a published checkpoint; `UserError` where there is none."""
+    """config.json of a published checkpoint, as `of_files` gives it; `UserError` where there is none."""
     path = directory / "config.json"
     try:
         found = json.loads(path.read_bytes())
@@ -108,7 +109,17 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON ({error}); download or copy it again") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a configuration of a model; download or copy it again")
-    return found
+    return of_files(found, directory)
+
+
+def of_files(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """config.json without multi-token prediction where the files of a directory hold nothing of it.
+
+    transformers saves a model without it, and keeps the key.
+    """
+    names = tensor_names(directory)
+    lost = "lm_head.weight" in names and not any(name.startswith("mtp.") for name in names)
+    return config | {"num_nextn_predict_layers": 0} if lost else config
 
 
 def published(

@@ -5,6 +5,7 @@ A dry-run asks this, without torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"  # the only file of a small model, which then has no index
+LARGEST_HEAD = 100_000_000  # bytes, of a file of safetensors
 
 
 def read_index(directory: Path) -> tuple[dict[str, str], list[str]]:
@@ -37,3 +39,14 @@ def missing_files(directory: Path, index: Mapping[str, str]) -> list[str]:
     """A line for each file that an index names and that is not there."""
     files = sorted(Counter(index.values()).items())
     return [f"{name}: missing, with {n} tensors" for name, n in files if not (directory / name).exists()]
+
+
+def tensor_names(directory: Path) -> set[str]:
+    """The tensors of a checkpoint, by its index or the head of its only file; none where that is damaged."""
+    index, _ = read_index(directory)
+    if index:
+        return set(index)
+    with contextlib.suppress(OSError, ValueError), (directory / SINGLE).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return set(json.loads(file.read(min(length, LARGEST_HEAD))))
+    return set()

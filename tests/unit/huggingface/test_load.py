@@ -73,6 +73,31 @@ def test_rows_of_the_vocabulary_that_are_not_the_tokenizers_are_padding(tmp_path
         assert len(here) == rows and torch.equal(here[:kept], there[:kept]) and not here[kept:].any()
 
 
+def test_a_model_that_lost_multi_token_prediction_is_imported_without_it(published: Path, tmp_path: Path):
+    """As transformers saves it: config.json speaks of the block, and no file holds it."""
+    index = json.loads((published / INDEX).read_bytes())
+    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if not k.startswith("mtp.")}
+    (published / INDEX).write_text(json.dumps(index))
+    for path in published.glob("*.safetensors"):
+        kept = {k: v.clone() for k, v in load_file(path).items() if not k.startswith("mtp.")}
+        save_file(kept, path) if kept else path.unlink()
+    assert refusal(published) == [
+        "model.mtp_num_layers: 2 in the configuration, and the checkpoint has no block of multi-token "
+        "prediction; set it to 0"
+    ]
+    model = MODEL.model_copy(update={"mtp_num_layers": 0})
+    for single in (False, True):
+        if single:
+            tensors = {k: v for path in published.glob("*.safetensors") for k, v in load_file(path).items()}
+            for path in (published / INDEX, *published.glob("*.safetensors")):
+                path.unlink()
+            save_file(tensors, published / "model.safetensors")
+        reader = written(published_weights(published, model, TOKENS), tmp_path / f"made_{single}")
+        for key in reader.tensors:
+            assert torch.equal(reader.read(key)[:TOKENS], values()[key][:TOKENS])  # without padding
+        assert reader.tensors.keys() == {key for key in values() if not key.startswith("mtp.")}
+
+
 # ------------------------------------------------------------------------------------------- refused
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Adapters, Model, Optimizer
+from snaketron.huggingface import torch_dist
 from snaketron.huggingface.adapters import export_adapters
+from snaketron.huggingface.load import published_weights
 from snaketron.huggingface.peft import refused
 from snaketron.huggingface.save import Checkpoint, export
 from snaketron.inference.generate import generate
@@ -16,7 +18,7 @@ from snaketron.lineage.record import Entry
 from snaketron.log import UserError
 from snaketron.model import lora
 from snaketron.model.build import BuiltModel
-from snaketron.model.checkpoint import Saver
+from snaketron.model.checkpoint import Saver, load
 from snaketron.settings.training import RunSettings, Schedule, TrainSettings
 
 import pytest
@@ -190,6 +192,22 @@ def test_logits_of_a_text_of_several_chunks_are_those_of_transformers(build, sav
     model = build(vocab_size=VOCABULARY, **KEYS)
     unsettle(model)
     assert difference(model, save(model, KEYS), texts(1, 300)) < 1e-4
+
+
+def test_what_transformers_saves_is_imported(build, save, tmp_path: Path):
+    """A model that was tuned there lost its multi-token prediction, and lists its layers by kind."""
+    there = published(save(build(vocab_size=VOCABULARY, **KEYS), KEYS))
+    with torch.no_grad():
+        for parameter in there.parameters():
+            parameter.add_(torch.randn_like(parameter) / 50)
+    there.save_pretrained(tmp_path / "tuned", max_shard_size="40KB")
+    keys = KEYS | {"mtp_num_layers": 0}
+    weights = published_weights(tmp_path / "tuned", Model(**keys), VOCABULARY)
+    (tmp_path / "base/iter_0000001").mkdir(parents=True)
+    torch_dist.write(tmp_path / "base/iter_0000001", weights.chunks, {"iteration": 1})
+    model = build(vocab_size=VOCABULARY, **keys)
+    load(tmp_path / "base", 1, model, None)
+    assert difference(model, tmp_path / "tuned", texts(2, LENGTH)) < 1e-4
 
 
 # ------------------------------------------------------------------------------------- generation
