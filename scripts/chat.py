@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         if interactive:
             converse(chat)
         else:
-            show(chat.say(prompt), faint=False)
+            show(chat.say(prompt))
             if chat.cut:  # not on standard output, which holds the answer and nothing else
                 logger.warning("the answer was %s", chat.cut)
     return 0

@@ -49,6 +49,7 @@ class Chat:
     messages: list[dict[str, Any]] = field(init=False)
     cut: str = field(init=False, default="")  # why the last answer has no end; empty where it has one
     _known: list[int] = field(init=False, default_factory=list)  # what the decoder has read
+    _opened: bool = field(init=False, default=False)  # whether the last prompt has opened the thinking
 
     def __post_init__(self) -> None:
         self._control = control_tokens(self.tokenizer)
@@ -63,6 +64,10 @@ class Chat:
     def calls(self) -> list[str]:
         """The names of the functions that the last message calls."""
         return _CALL.findall(self.messages[-1]["content"]) if self.messages else []
+
+    def thinks(self, answer: str) -> bool:
+        """Whether the last answer, as far as it is here, is still thinking."""
+        return "</think>" not in answer and (self._opened or answer.lstrip().startswith("<think>"))
 
     def say(self, *texts: str, role: str = "user") -> Iterator[str]:
         """Add messages, and give the answer in the pieces in which it comes.
@@ -83,14 +88,14 @@ class Chat:
                 f"the conversation has {len(ids):,} tokens, and the model was trained on up to "
                 f"{self.decoder.max_length:,}; begin another one (/reset), or say less"
             )
-        self.messages = messages
+        self.messages, self._opened = messages, prompt.rstrip().endswith("<think>")
         answer = ""
         try:
             for piece in self._pieces(ids):
                 answer += piece
                 yield piece
         finally:
-            self.messages.append(self._answer(answer, thinking=prompt.rstrip().endswith("<think>")))
+            self.messages.append(self._answer(answer, thinking=self._opened))
 
     def _check(self, *texts: str) -> None:
         for text in texts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from snaketron.inference.chat import Chat
 from snaketron.log import UserError
@@ -50,16 +50,15 @@ def _answer(chat: Chat, text: str) -> None:
 
 
 def _show(chat: Chat, pieces: Iterator[str]) -> None:
-    show(pieces, faint=True)
+    show(pieces, chat.thinks)
     if chat.cut:
         print(f"{FAINT}… {chat.cut}{NORMAL}")
 
 
-def show(pieces: Iterator[str], *, faint: bool) -> None:
-    """Print an answer as it comes; where `faint`, what it thinks is so."""
+def show(pieces: Iterator[str], thinks: Callable[[str], bool] = lambda _: False) -> None:
+    """Print an answer as it comes; faintly while an answer so far only `thinks`."""
     text = ""
     for piece in pieces:
         text += piece
-        thinks = faint and text.lstrip().startswith("<think>") and "</think>" not in text
-        print(f"{FAINT}{piece}{NORMAL}" if thinks else piece, end="", flush=True)
+        print(f"{FAINT}{piece}{NORMAL}" if thinks(text) else piece, end="", flush=True)
     print()

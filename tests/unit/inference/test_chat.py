@@ -11,7 +11,7 @@ from snaketron.data.chats.mask import end_of_turn
 from snaketron.data.chats.template import load_template
 from snaketron.data.tokenizer import load_tokenizer
 from snaketron.inference.chat import Chat
-from snaketron.inference.conversing import COMMANDS, converse
+from snaketron.inference.conversing import COMMANDS, FAINT, NORMAL, _show, converse
 from snaketron.inference.decoder import decoding
 from snaketron.log import UserError
 from snaketron.model.build import build_model
@@ -166,6 +166,19 @@ def test_thoughts_are_apart_from_the_answer():
     assert answer == {"role": "assistant", "content": "It is 4.", "reasoning_content": "so it is 4"}
     assert Chat._answer("<think>\na\n</think>\n\nb", thinking=False)["reasoning_content"] == "a"
     assert "reasoning_content" not in Chat._answer("It is 4.", thinking=False)
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_thoughts_are_faint_whether_the_prompt_opens_them_or_the_answer(chat, opened, monkeypatch, capsys):
+    talk = chat(arguments={"enable_thinking": opened})
+    said = ("" if opened else "<think>") + "the fox</think>the dog"
+    ids = talk.tokenizer.encode(said, add_special_tokens=False).ids
+    monkeypatch.setattr("snaketron.inference.chat.continuation", lambda *_, **__: [*ids, *talk.stop])
+    _show(talk, talk.say("why"))
+    thought, _, answer = capsys.readouterr().out.partition("</think>")
+    assert thought.startswith(FAINT) and "\n" not in thought
+    assert "".join(thought.replace(FAINT, "").split(NORMAL)) == said.partition("</think>")[0]
+    assert answer == "the dog\n"
 
 
 def test_calls_are_found(chat):
