@@ -118,10 +118,11 @@ def megatron_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
     Raises:
         UserError: it is of another model, incomplete or damaged; all differences at once.
     """
+    problems = damaged_files(directory)  # first: torch would run what a strange list names
     reader = open_tensors(directory)
     padded = padded_vocab_size(model, vocab_size, 1)
     wanted = megatron_tensors(tensors(model, vocab_size), dict.fromkeys(VOCABULARY, padded))
-    if problems := damaged_files(directory) + megatron_differences(reader.listed, wanted, vocab_size):
+    if problems := problems + megatron_differences(reader.listed, wanted, vocab_size):
         raise UserError(listed(f"{directory} cannot be imported:", problems))
     bad: list[str] = []
     read = TensorReader(reader)

@@ -1,12 +1,14 @@
 """The tensors that a checkpoint of Megatron lists, read without torch and without running what it names.
 
-`.metadata` is a pickle of torch's classes. A dry-run reads their names and shapes alone.
+`.metadata` is a pickle of torch's classes. A dry-run reads their names and shapes alone. An import looks here
+before torch reads it, which would call whatever a file from elsewhere names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,19 @@ class _Object:
         self.__dict__.update(state if isinstance(state, dict) else {"state": state})
 
 
+# What such lists are made of: torch's descriptions of tensors and files, types, the path of the directory.
+_KNOWN = re.compile(
+    r"torch\.distributed\.(checkpoint\.metadata|_shard\.sharded_tensor\.metadata)\.\w+"
+    r"|torch\.distributed\.checkpoint\.filesystem\._StorageInfo"
+    r"|torch\.(Size|bool|[a-z]+\d\w*)|torch\.serialization\._get_layout"
+    r"|pathlib(\._local)?\.\w*Path|collections\.OrderedDict"
+)
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if not _KNOWN.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is none of its parts")
         return type(name, (_Object,), {"__module__": module})
 
 

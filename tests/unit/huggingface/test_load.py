@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from snaketron.config import Model
@@ -21,6 +23,7 @@ from tests.unit.huggingface.checkpoints import MODEL, ROWS, TOKENS, export_of, f
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 
 
 @pytest.fixture
@@ -305,6 +308,21 @@ def test_the_list_of_a_checkpoint_of_megatron_is_read_without_torch_and_without_
     (directory / ".metadata").write_bytes(evil)
     with pytest.raises(UserError):
         listed_tensors(directory)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_import_does_not_run_what_the_list_of_a_checkpoint_of_megatron_names(tmp_path: Path):
+    """A whole list, in which one value is a call."""
+
+    class Call:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    directory = write(tmp_path / "made", values())
+    listed = FileSystemReader(directory).read_metadata()
+    (directory / ".metadata").write_bytes(pickle.dumps(replace(listed, planner_data=Call())))
+    with pytest.raises(UserError, match=r"it names \w+\.system, which is none of its parts"):
+        megatron_weights(directory, MODEL, TOKENS)
     assert not (tmp_path / "ran").exists()
 
 
