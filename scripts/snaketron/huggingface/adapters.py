@@ -35,8 +35,10 @@ tags:
 
 ```python
 from peft import AutoPeftModelForCausalLM
+from transformers import GenerationConfig
 
 model = AutoPeftModelForCausalLM.from_pretrained("DIRECTORY")
+model.generation_config = GenerationConfig.from_pretrained("DIRECTORY")  # where answers end
 ```
 
 This loads `{base}` first, by `base_model_name_or_path` of `adapter_config.json`, so it must be there. Where
@@ -84,7 +86,13 @@ def export_adapters(
         (aside / "adapter_config.json").write_bytes(to_json(adapter_config(adapters, found, base)))
         card = _CARD.format(base=base) + (_LEFT_OUT.format(count=left_out) if left_out else "")
         (aside / "README.md").write_text(card, encoding="utf-8")
-        small = ["adapter_config.json", "README.md", *copy_tokenizer(checkpoint.tokenizer, aside)]
+        (aside / "generation_config.json").write_bytes(checkpoint.generation_config)
+        small = [
+            "adapter_config.json",
+            "generation_config.json",
+            "README.md",
+            *copy_tokenizer(checkpoint.tokenizer, aside),
+        ]
         entries = [weights, *(entry_of(aside / name) for name in small)]
         with making("export", output.name, outputs={}, record=aside / "record.json") as job:
             job.present = [Entry(e.name, str(output / e.name), e.sha256, e.bytes) for e in entries]

@@ -36,6 +36,11 @@ class Checkpoint:
     eos_token_ids: list[int]  # the tokenizer's own first, then what ends an answer
     pad_token_id: int
 
+    @property
+    def generation_config(self) -> bytes:
+        """generation_config.json, which says where answers end."""
+        return to_json({"eos_token_id": self.eos_token_ids, "pad_token_id": self.pad_token_id})
+
 
 def export(
     checkpoint: Checkpoint, output: Path, *, source: Entry, card: str, shard_bytes: int = shards.SHARD_BYTES
@@ -179,19 +184,17 @@ class TensorReader:
 
 def _small_files(checkpoint: Checkpoint, aside: Path, reader: Reader, card: str) -> list[Entry]:
     """config.json, generation_config.json, the tokenizer with its template, and README.md."""
-    eos = checkpoint.eos_token_ids
     dtype = reader.tensors["output_layer.weight"][1]
     values = config.published(
         checkpoint.model,
         vocab_size=checkpoint.vocab_size,
         seq_length=checkpoint.seq_length,
         dtype=str(dtype).removeprefix("torch."),
-        eos_token_id=eos[0],
+        eos_token_id=checkpoint.eos_token_ids[0],
         pad_token_id=checkpoint.pad_token_id,
     )
-    generation: dict[str, Any] = {"eos_token_id": eos, "pad_token_id": checkpoint.pad_token_id}
     (aside / "config.json").write_bytes(to_json(values))
-    (aside / "generation_config.json").write_bytes(to_json(generation))
+    (aside / "generation_config.json").write_bytes(checkpoint.generation_config)
     (aside / "README.md").write_text(card, encoding="utf-8")
     names = ["config.json", "generation_config.json", "README.md"]
     return [entry_of(aside / name) for name in (*names, *config.copy_tokenizer(checkpoint.tokenizer, aside))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -287,6 +288,20 @@ def test_peft_gives_the_logits_of_the_adapters_on_the_exported_base(
     scale = there.abs().max()
     assert (here - there).abs().max() / scale < 1e-4
     assert (before - there).abs().max() / scale > 1e-2
+
+
+def test_adapters_say_where_their_answers_end(build, tmp_path: Path):
+    """The exported base of a tuning knows the end of a text alone, and PEFT has nothing for it."""
+    from transformers import GenerationConfig
+
+    model = build(vocab_size=VOCABULARY, **KEYS)
+    adapters = Adapters(target_modules=["linear_qkv"], rank=2)
+    lora.add_adapters(model, adapters, 1)
+    checkpoint = saved(tmp_path / "ckpt", lora.Part(model, adapters=True), KEYS, tmp_path)
+    checkpoint = replace(checkpoint, eos_token_ids=[0, 3])
+    record = export_adapters(checkpoint, adapters, tmp_path / "hf", base="hf/one", source=SOURCE)
+    assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == [0, 3]
+    assert "generation_config.json" in {entry.name for entry in record.outputs}
 
 
 def test_adapters_that_peft_refuses_are_refused_with_the_way_out(build, tmp_path: Path):
