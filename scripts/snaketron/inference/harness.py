@@ -17,6 +17,7 @@ from typing import Any
 
 from snaketron.config.evaluation import Task
 from snaketron.data.chats.template import Template
+from snaketron.data.chats.unusable import Unusable
 from snaketron.inference.generate import Sampling, generate
 from snaketron.inference.score import score
 from snaketron.log import UserError, first_line
@@ -90,9 +91,17 @@ class CheckpointLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True
     ) -> str:
-        if add_generation_prompt:
-            return self._template.prompt(chat_history)
-        return self._template.begun(chat_history)  # a task has begun the answer
+        # Without the prompt of an answer, a task has begun the answer.
+        write = self._template.prompt if add_generation_prompt else self._template.begun
+        others = [message for message in chat_history if message["role"] != "system"]
+        try:
+            return write(chat_history)
+        except Unusable as error:
+            if len(others) == len(chat_history):
+                raise UserError(
+                    f"eval.apply_chat_template: the chat template cannot write a question: {error}"
+                ) from None
+            return self.apply_chat_template(others, add_generation_prompt)  # as `hf` does
 
     # ----------------------------------------------------------------------------------- requests
 

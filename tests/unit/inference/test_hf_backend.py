@@ -20,6 +20,7 @@ from snaketron.inference.exporting import export_checkpoint
 from snaketron.inference.harness import CheckpointLM, _offline, run_task, task_manager
 from snaketron.inference.opening import open_checkpoint
 from snaketron.jobs.version import Version
+from snaketron.log import UserError
 from snaketron.model import lora
 from snaketron.model.checkpoint import Saver
 from snaketron.report.evaluations import markdown, read_evaluations
@@ -69,8 +70,8 @@ def tasks(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def own_model(path: Path, tokenizer_dir: Path) -> CheckpointLM:
-    template = load_template(TEMPLATE)
+def own_model(path: Path, tokenizer_dir: Path, template_path: Path = TEMPLATE) -> CheckpointLM:
+    template = load_template(template_path)
     ends, begin = [tokenizer_info(tokenizer_dir).eos_id], special_tokens(tokenizer_dir).get("bos_token")
     tokenizer = load_tokenizer(tokenizer_dir)
     return CheckpointLM(open_checkpoint(path), tokenizer, ends, template, batch_size=2, begin=begin)
@@ -163,6 +164,22 @@ def test_an_answer_that_a_task_begins_goes_on_as_in_hf(publish, settings, tasks:
         for name in names
     }
     check_equal(here, results_of(other, tasks, names, apply_chat_template=True))
+
+
+def test_a_template_that_takes_no_system_is_not_given_one_as_in_hf(publish, settings, tasks: Path):
+    publish("pretrain/one", "0a", settings(seq_length=96)[0])
+    path = tasks / "ckpt/pretrain/one"
+    directory = Version(path).tokenizer
+    refuses = "{% if messages[0].role not in ['user', 'assistant'] %}{{ raise_exception('no') }}{% endif %}"
+    (directory / "chat_template.jinja").write_text(refuses + TEMPLATE.read_text())
+    export_checkpoint(path, tasks / "hf/one")
+    own, other = own_model(path, directory, directory / "chat_template.jinja"), hf_model(tasks / "hf/one")
+    question = {"role": "user", "content": "why?"}
+    asked = [{"role": "system", "content": "Be brief."}, question]
+    assert own.apply_chat_template(asked) == other.apply_chat_template(asked)
+    assert own.apply_chat_template(asked) == own.apply_chat_template([question])
+    with pytest.raises(UserError, match=r"eval\.apply_chat_template: .* cannot write a question: .* no"):
+        own.apply_chat_template([{"role": "critic", "content": "bad"}, question])
 
 
 @pytest.mark.parametrize("added", [True, False], ids=["added", "not added"])
