@@ -15,7 +15,7 @@ from snaketron.config import Config, ConfigError
 from snaketron.graph.raw_files import RawFiles
 from snaketron.graph.unknown import find
 from snaketron.huggingface.config import differences, of_files, read_config, unread
-from snaketron.huggingface.index import missing_files, read_index
+from snaketron.huggingface.index import cut_files, missing_files, read_index
 from snaketron.huggingface.metadata import damaged_files, listed_tensors, megatron_differences
 from snaketron.huggingface.names import megatron_tensors, tensors
 from snaketron.jobs.version import Version
@@ -231,9 +231,9 @@ def _first(problems: list[str], directory: Path) -> Iterator[str]:
 
 
 def _lost_weights(directory: Path) -> Iterator[str]:
-    """The files of weights that are not there, by their index; none of them is read."""
+    """The files of weights that are not there or not whole, by their index and heads; no tensor is read."""
     index, problems = read_index(directory)
-    problems += missing_files(directory, index)
+    problems += missing_files(directory, index) + cut_files(directory)
     yield from _first([f"{directory}: {problem}" for problem in problems], directory)
 
 

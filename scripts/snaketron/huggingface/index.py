@@ -10,6 +10,9 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from snaketron.sources.formats import FETCH, IS_POINTER, is_pointer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"  # the only file of a small model, which then has no index
@@ -41,12 +44,37 @@ def missing_files(directory: Path, index: Mapping[str, str]) -> list[str]:
     return [f"{name}: missing, with {n} tensors" for name, n in files if not (directory / name).exists()]
 
 
+def cut_files(directory: Path) -> list[str]:
+    """A line for each file of weights that is not whole, by its size and its head: no tensor is read."""
+    problems = []
+    for path in sorted(directory.glob("*.safetensors")):
+        if not path.exists():  # a link to nothing, which is missing
+            continue
+        size = path.stat().st_size
+        try:
+            start, head = _head(path)
+            end = start + max((part["data_offsets"][1] for part in head.values()), default=0)
+            why = f"{size} bytes, where its head promises {end}" if size < end else ""
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            why = f"{IS_POINTER}; {FETCH}" if is_pointer(path) else f"damaged ({size} bytes); copy it again"
+        problems += [f"{path.name}: {why}"] if why else []
+    return problems
+
+
 def tensor_names(directory: Path) -> set[str]:
     """The tensors of a checkpoint, by its index or the head of its only file; none where that is damaged."""
     index, _ = read_index(directory)
     if index:
         return set(index)
-    with contextlib.suppress(OSError, ValueError), (directory / SINGLE).open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return set(json.loads(file.read(min(length, LARGEST_HEAD))))
+    with contextlib.suppress(OSError, ValueError):
+        return set(_head(directory / SINGLE)[1])
     return set()
+
+
+def _head(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a file begin, and what its head says of each."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(min(length, LARGEST_HEAD)))
+    head.pop("__metadata__", None)
+    return 8 + length, head

@@ -15,12 +15,16 @@ from snaketron.huggingface.config import published
 from snaketron.huggingface.index import INDEX
 from snaketron.lineage.record import making, of_user
 from snaketron.settings.training import train_settings
+from snaketron.sources.formats import FETCH, IS_POINTER
 from snaketron.sources.lockfile import Lock
 from tests.unit.huggingface.checkpoints import MODEL, values, write
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
+
+NO_TENSORS = (2).to_bytes(8, "little") + b"{}"  # a file of safetensors
 
 
 def graph(**sections: dict) -> BaseGraph:
@@ -41,7 +45,7 @@ def checkpoint(tmp_path: Path) -> Path:
     )
     (directory / "config.json").write_text(json.dumps(values))
     (directory / "tokenizer.json").write_text(vocabulary(a=1, b=2))
-    (directory / "model.safetensors").write_text("")
+    (directory / "model.safetensors").write_bytes(NO_TENSORS)
     return directory
 
 
@@ -151,13 +155,30 @@ def test_weights_that_are_not_there_are_named_before_anything_runs(checkpoint: P
     assert refused(**keys) == [f"{at} neither {INDEX} nor model.safetensors is there"]
     files = {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}
     (checkpoint / INDEX).write_text(json.dumps({"weight_map": files}))
-    (checkpoint / "one.safetensors").write_text("")
+    (checkpoint / "one.safetensors").write_bytes(NO_TENSORS)
     assert refused(**keys) == [f"{at} two.safetensors: missing, with 2 tensors"]
     (checkpoint / "two.safetensors").symlink_to("blobs/none")  # as a cache of the hub is copied
     assert refused(**keys) == [f"{at} two.safetensors: missing, with 2 tensors"]
     (checkpoint / INDEX).write_text("{")
     (line,) = refused(**keys)
     assert line.startswith(f"{at} {INDEX}: not an index of safetensors (JSONDecodeError: ")
+
+
+def test_weights_that_are_cut_are_named_before_anything_runs(checkpoint: Path):
+    """By the sizes and heads of their files: the last of 4 numbers of 4 bytes lacks a byte."""
+    keys: dict[str, dict] = {"tokenizer": {"path": str(checkpoint)}, "sft": {"base": str(checkpoint)}}
+    weights, at = checkpoint / "model.safetensors", f"sft.base: {checkpoint}: model.safetensors:"
+    save_file({"a": torch.zeros(4)}, weights)
+    graph(**keys)
+    whole = weights.read_bytes()
+    for content, problem in (
+        (whole[:-1], f"{len(whole) - 1} bytes, where its head promises {len(whole)}"),
+        (whole[:20], "damaged (20 bytes); copy it again"),
+        (b"", "damaged (0 bytes); copy it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", f"{IS_POINTER}; {FETCH}"),
+    ):
+        weights.write_bytes(content)
+        assert refused(**keys) == [f"{at} {problem}"]
 
 
 def test_files_that_cannot_be_read_are_named(checkpoint: Path, tmp_path: Path):
