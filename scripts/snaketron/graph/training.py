@@ -75,7 +75,17 @@ class TrainingGraph:
         """The export of the model that adapters belong to; `ConfigError` where PEFT cannot express them."""
         if problems := refused(self.config.lora, self.config.model):
             raise ConfigError("\n".join(problems))
-        return self.base("lora").replace("<ckpt>", self.config.pathvars["hf"])
+        base, hf, ckpt = self.base("lora"), self.config.pathvars["hf"], self.config.pathvars["ckpt"]
+        if base.startswith("<ckpt>"):
+            return base.replace("<ckpt>", hf)
+        stage = Version(Path(base)).describe().stage
+        if Path(ckpt, stage).resolve() != Path(base).resolve():
+            raise ConfigError(
+                f"lora.base: {base} is not what {ckpt}/{stage} leads to, so no rule exports it; take "
+                f"{hf}/{MERGED}, or name its export: `python scripts/export_hf.py --checkpoint {ckpt}/lora "
+                f"--base EXPORT --output {hf}/lora`"
+            )
+        return f"{hf}/{stage}"
 
     # Resources: a change runs nothing again.
 

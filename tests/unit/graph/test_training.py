@@ -10,10 +10,13 @@ from typing import Any
 from snaketron.config import ConfigError, load
 from snaketron.graph.base import BaseGraph
 from snaketron.graph.training import TrainingGraph
+from snaketron.settings.training import train_settings
 from snaketron.sizes.limits import Limits
 from snaketron.sources.lockfile import Lock
+from tests.unit.huggingface.checkpoints import MODEL, values, write
 
 import pytest
+import yaml
 
 MIX = [{"corpus": "docs", "weight": 1}]
 PHASES = [{"name": name, "tokens": 100_000, "blend": MIX} for name in ("one", "two", "three")]
@@ -33,6 +36,30 @@ def test_a_phase_starts_from_the_one_before_it():
     assert training().previous_phase(job(phase="two")) == ["<ckpt>/pretrain/one"]
     assert training().previous_phase(job(phase="three")) == ["<ckpt>/pretrain/two"]
     assert training().base("sft") == "<ckpt>/pretrain/three"
+
+
+def test_adapters_belong_to_the_export_of_what_they_were_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """transformers cannot load ckpt/sft itself. No rule exports a version that no stage leads to."""
+    monkeypatch.chdir(tmp_path)
+
+    def adapters(**keys: str) -> str:
+        return training(lora={"target_modules": ["linear_qkv"]} | keys).exported_base(job())
+
+    assert adapters() == "hf/pretrain/three"
+    for name in ("sft-1", "sft-2"):
+        version = tmp_path / "ckpt/versions" / name
+        write(version / "iter_0000002", values(MODEL))
+        settings = train_settings(load({}, {}), "sft").model_dump()
+        (version / "config.yaml").write_text(yaml.safe_dump({"settings": settings}))
+        (version / "record.json").write_text("{}")
+        (version / "latest_checkpointed_iteration.txt").write_text("2")
+    Path("ckpt/sft").symlink_to("versions/sft-2")
+    for base in ("ckpt/sft", str(tmp_path / "ckpt/sft"), "ckpt/versions/sft-2"):
+        assert adapters(base=base) == "hf/sft"
+    with pytest.raises(ConfigError, match=r"ckpt/versions/sft-1 is not what ckpt/sft leads to, so no rule"):
+        adapters(base="ckpt/versions/sft-1")
 
 
 def test_an_average_takes_two_checkpoints_and_the_graph_says_so_before_the_training(
