@@ -99,7 +99,7 @@ rule evaluate:
     benchmark:
         "<benchmarks>/evaluate/{stage}.tsv"
     wildcard_constraints:
-        stage=r"(pretrain|merged)/[a-z0-9_]+|sft|lora|lora_merged",
+        stage=r"(base|pretrain|merged)/[a-z0-9_]+|sft|lora|lora_merged",
     threads: graph.evaluation.threads()
     resources:
         **graph.evaluation.resources(),

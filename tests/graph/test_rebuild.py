@@ -6,6 +6,7 @@ import re
 import shutil
 from typing import Any
 
+from snaketron.graph.base import Base
 from snaketron.report.workflow import RULES
 from tests.conftest import Workspace
 
@@ -166,6 +167,19 @@ def test_the_data_report_is_made_from_records_alone(copy: Workspace):
 def test_the_average_of_a_phase_is_made_evaluated_and_exported_beside_it(copy: Workspace):
     result = copy.snakemake("-n", "eval/merged/broad.json", "hf/merged/broad")
     assert result.jobs == {"merge_checkpoints": 1, "evaluate": 1, "export_hf": 1}, result.output
+
+
+def test_a_base_from_elsewhere_is_evaluated_and_exported_beside_its_tuning(copy: Workspace):
+    """One of Megatron: steps without a record."""
+    trained = (copy.path / "ckpt/pretrain/focused").resolve()
+    names = ["latest_checkpointed_iteration.txt", max(path.name for path in trained.glob("iter_*"))]
+    (copy.path / "elsewhere").mkdir()
+    for name in names:
+        (trained / name).rename(copy.path / "elsewhere" / name)
+    name = Base("elsewhere", (), None).name
+    targets = (f"eval/base/{name}.json", f"hf/base/{name}")
+    result = copy.snakemake("-n", *targets, config=("sft={base: elsewhere}",))
+    assert result.jobs == {"import_base": 1, "evaluate": 1, "export_hf": 1}, result.output
 
 
 def test_the_page_of_a_run_draws_the_graph_that_snakemake_has(copy: Workspace):
