@@ -236,6 +236,18 @@ def stated_length(config: Mapping[str, Any]) -> int:
     return length if isinstance(length, int) else 0
 
 
+def ends_of_answers(directory: Path) -> list[int]:
+    """The ids at which generation_config.json of a published checkpoint ends an answer; none without one."""
+    path = directory / "generation_config.json"
+    try:
+        found = json.loads(path.read_bytes()).get("eos_token_id")
+    except FileNotFoundError:
+        return []
+    except (ValueError, AttributeError):
+        raise UserError(f"{path}: not a JSON object; download or copy it again") from None
+    return [end for end in (found if isinstance(found, list) else [found]) if isinstance(end, int)]
+
+
 def _is_unlimited(limit: Any) -> bool:
     """Whether a range of time steps leaves them as they are; JSON has no infinity, so files differ."""
     if limit is None:

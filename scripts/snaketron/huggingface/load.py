@@ -5,6 +5,7 @@ Both give the tensors of a checkpoint of Megatron one by one, to be written as o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class Weights(NamedTuple):
     not_finite: list[str]  # names of tensors, filled while they are made
     unread: str = ""  # a sentence about keys of its configuration
     stated_length: int = 0  # tokens of a sequence that its configuration speaks of; 0: of none
+    ends: Sequence[int] = ()  # ids at which its answers end
 
 
 def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
@@ -62,7 +64,10 @@ def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights
         files.append(directory / INDEX)
     main = DTYPES[shards.described["lm_head.weight"][1]]
     precision = "fp32" if main is torch.float32 else "bf16"
-    return Weights(chunks, files, precision, bad, config.unread(values), config.stated_length(values))
+    return Weights(
+        *(chunks, files, precision, bad, config.unread(values), config.stated_length(values)),
+        ends=config.ends_of_answers(directory),
+    )
 
 
 def _tensor_problems(shards: Shards, model: Model, rows: int) -> list[str]:

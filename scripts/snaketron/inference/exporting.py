@@ -14,7 +14,7 @@ from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
 from snaketron.huggingface.adapters import export_adapters
 from snaketron.huggingface.card import card
 from snaketron.huggingface.save import Checkpoint, export
-from snaketron.inference.importing import STATED_LENGTH
+from snaketron.inference.importing import ENDS, STATED_LENGTH
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import Entry, Record, read
 from snaketron.lineage.walk import ancestors, lost
@@ -96,12 +96,15 @@ def _checkpoint(version: Version, settings: TrainSettings) -> Checkpoint:
 
 
 def ends_of_answers(version: Version, settings: TrainSettings) -> list[int]:
-    """The ids that end an answer: the tokenizer's own, and after a tuning that of its chat template."""
+    """The ids that end an answer: the tokenizer's own, and after a tuning that of its chat template.
+
+    Those of a checkpoint from elsewhere are as its generation_config.json said.
+    """
     ends = [tokenizer_info(version.tokenizer).eos_id]
+    found: list[int | None] = read(version.record).counts.get(ENDS, [])
     if settings.packed:
-        end = _end_of_turn(version.tokenizer, template_date(version.describe().run))
-        ends += [end] if end is not None and end not in ends else []
-    return ends
+        found = [_end_of_turn(version.tokenizer, template_date(version.describe().run))]
+    return ends + [end for end in found if end is not None and end not in ends]
 
 
 def _end_of_turn(tokenizer: Path, day: date) -> int | None:

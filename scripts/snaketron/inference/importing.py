@@ -21,8 +21,8 @@ from snaketron.settings.training import TrainSettings
 
 from tokenizers import Tokenizer
 
-# The count of a record that says which sequences a published config.json speaks of.
-STATED_LENGTH = "stated_length"
+# Counts of a record that say which sequences a published config.json speaks of, and where answers end.
+STATED_LENGTH, ENDS = "stated_length", "ends_of_answers"
 
 
 def import_base(
@@ -122,7 +122,8 @@ def _write(
         tokenizer,
         0,
         {"bytes": size, "bytes_per_second": round(size / max(seconds, 1e-9))}
-        | ({STATED_LENGTH: weights.stated_length} if weights.stated_length else {}),
+        | ({STATED_LENGTH: weights.stated_length} if weights.stated_length else {})
+        | ({ENDS: list(weights.ends)} if weights.ends else {}),
         inputs={"weights": inputs},
         started=started,
     )

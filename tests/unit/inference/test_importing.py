@@ -77,6 +77,18 @@ def test_an_imported_model_says_again_which_sequences_it_was_published_for(
     assert json.loads((tmp_path / "hf/again/config.json").read_text())["max_position_embeddings"] == 262144
 
 
+@pytest.mark.parametrize(("said", "ends"), [([0, 3], [0, 3]), (3, [0, 3]), (None, [0])])
+def test_an_imported_model_ends_its_answers_where_it_did(bring, exported: Path, tmp_path: Path, said, ends):
+    """As one that was tuned on conversations does, at the end of a turn. The tokenizer's own end is 0."""
+    path = exported / "generation_config.json"
+    path.write_text("[")
+    with pytest.raises(UserError, match=r"generation_config\.json: not a JSON object; download or copy"):
+        bring(exported)
+    path.write_text(json.dumps({"eos_token_id": said}))
+    export_checkpoint(bring(exported), tmp_path / "hf/again")
+    assert json.loads((tmp_path / "hf/again/generation_config.json").read_text())["eos_token_id"] == ends
+
+
 def test_an_import_is_made_once_and_found_finished(bring, exported: Path):
     base = bring(exported)
     before = (base / "record.json").read_bytes(), (base / "iter_0000000/.metadata").stat().st_mtime_ns
