@@ -115,7 +115,7 @@ OTHER: dict[str, Any] = {
     "notify.command": ["tell"],
     "model.hybrid_layer_pattern": "MEM*EM-",
     "model.mtp_hybrid_layer_pattern": "*-",
-    "model.precision": "fp8_current",
+    "model.precision": "fp32",
     "model.bf16_layers_at_end": 2,
     "pretrain.cuda_graphs": True,
     **{f"{s}.save_in_background": True for s in ("pretrain", "sft", "lora")},
@@ -124,7 +124,7 @@ OTHER: dict[str, Any] = {
         for s in ("pretrain", "sft", "lora")
         for k in ("gradient", "moment")
     },
-    **{f"{s}.precision": "fp8_current" for s in ("sft", "lora")},
+    **{f"{s}.precision": "fp32" for s in ("sft", "lora")},
     **{f"{s}.recompute": ["moe"] for s in ("pretrain", "sft", "lora")},
     **{f"{s}.offload_optimizer": 0.5 for s in ("pretrain", "sft", "lora")},
     "model.moe_router_topk": 1,
