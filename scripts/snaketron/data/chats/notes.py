@@ -34,20 +34,25 @@ class Notes:
     read: Opened
     fields: set[str] = field(default_factory=set)  # of any row
     noted: Counter[str] = field(default_factory=Counter)  # by the names of NOTES
-    unread: Counter[str] = field(default_factory=Counter)  # conversations with keys that nobody reads
     num_unwritten: int = 0  # conversations whose reasoning the template leaves out
+    _keys: Counter[str] = field(default_factory=Counter)  # conversations with keys for the template
+
+    @property
+    def unread(self) -> dict[str, int]:
+        """How many conversations have a key that nobody has read; all are rendered by now."""
+        return {key: count for key, count in self._keys.most_common() if key not in self.template.asked}
 
     def add(self, found: Conversation) -> None:
         """Count what the messages of a conversation hold."""
         self.noted["thinking_in_content"] += found.num_thoughts
         self.noted["null_arguments"] += found.num_nulls
         self.noted["untrained_answers"] += len(found.untrained)
-        self.unread.update(found.unread - self.template.names)
+        self._keys.update(found.unread)
 
     def counts(self) -> dict[str, Any]:
         """For the record; what is not there is left out, but for the oldest entry."""
         noted = {name: self.noted[name] for name in NOTES if self.noted[name]}
-        unread = {"unread_keys": dict(self.unread.most_common())} if self.unread else {}
+        unread = {"unread_keys": self.unread} if self.unread else {}
         return {"reasoning_not_written": self.num_unwritten, **noted, **unread}
 
     def tell(self, drops: Drops, num_kept: int) -> None:
@@ -69,7 +74,7 @@ class Notes:
         for name, explanation in NOTES.items():
             if self.noted[name]:
                 logger.warning("%s: %s", names, explanation.format(count=self.noted[name]))
-        for key, count in self.unread.most_common():
+        for key, count in self.unread.items():
             logger.warning("%s: nobody reads the key %r of messages, in %d rows", names, key, count)
         for text in sorted(self.template.opened):
             logger.warning(

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from snaketron.data.chats.asked import Asked
 from snaketron.data.chats.conversation import Span
 from snaketron.data.chats.environment import compile_source, tojson
 from snaketron.data.chats.marks import (
@@ -70,6 +71,7 @@ class Template:
         self.off_arguments = dict(off_arguments or {})
         made = compile_source(source, name, variables or {}, day)
         self._template, self.marked, self.names = made.template, made.marked, made.names
+        self.asked: set[str] = set()  # the keys that the template has asked messages for
         self.opened: set[str] = set()  # what inference puts before an answer, and the text does not
         self._asks = False  # whether only a text that asks for another answer ends the last one
         if not self.marked:
@@ -172,7 +174,7 @@ class Template:
 
     def _message(self, message: Mapping[str, Any]) -> Message:
         """The message in the form that the template takes."""
-        given = dict(message)
+        given = Asked(message, self.asked)
         if given["role"] == "developer" and "developer" not in self.roles:
             given["role"] = "system"
         if given["role"] not in self.roles:

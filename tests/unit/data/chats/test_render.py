@@ -23,6 +23,7 @@ from tests.unit.data.chats.rendering import (
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 
 def test_a_conversation_becomes_ids_mask_row_and_split(tmp_path, tokenizer):
@@ -174,6 +175,46 @@ def test_keys_that_nobody_reads_are_counted_and_told(tmp_path, tokenizer, caplog
     _, record = render(tmp_path, [*chats, row])
     assert record.counts["unread_keys"] == {"audio": 2, "chat_template_kwargs of the row": 1}
     assert "nobody reads the key 'audio' of messages, in 2 rows" in caplog.text
+
+
+def test_keys_that_the_template_does_not_ask_a_message_for_are_told(tmp_path, tokenizer):
+    """The template has each of these names: for a part of a text, for a call, for variables of its own."""
+    messages = [
+        {"role": "user", "text": "How is the weather?", "name": "Bob"},
+        {"role": "assistant", "content": "I look.", "tool_call": {"name": "weather"}, "tools": ["weather"]},
+    ]
+    rows, record = render(tmp_path, [{"messages": messages}])
+    assert texts(rows, ()) == ["<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n⟦I look.<|im_end|>⟧\n"]
+    assert record.counts["unread_keys"] == {"text": 1, "name": 1, "tool_call": 1, "tools": 1}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        *("m.name", "m['name']", "m.get('name')", "'name' in m", "m | tojson", "m | string"),
+        *(
+            "m | items | list",
+            "m | list",
+            "m.values() | list",
+            "dict(m) | length",
+            "[m] | map(attribute='name') | list",
+        ),
+    ],
+)
+def test_a_key_that_the_template_asks_for_is_read(tmp_path, tokenizer, read):
+    template = tmp_path / "names.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if ("
+        + read
+        + ") | string %}{% endif %}"
+        "<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    )
+    messages = [
+        {"role": "user", "content": "a", "name": "Bob", "x": 1},
+        {"role": "assistant", "content": "b"},
+    ]
+    _, record = render(tmp_path, [{"messages": messages}], template=template)
+    assert "name" not in record.counts.get("unread_keys", {})
 
 
 def test_a_row_that_is_not_to_be_trained_is_told(tmp_path, tokenizer):

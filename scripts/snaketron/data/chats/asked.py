@@ -1,0 +1,49 @@
+"""Messages that note what a template asks them for: any other key of a message reaches nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+class Asked(dict[str, Any]):
+    """A message that adds each key that it is asked for to `asked`; whoever goes through it asks for all."""
+
+    def __init__(self, message: Mapping[str, Any], asked: set[str]) -> None:
+        super().__init__(message)
+        self._asked = asked
+
+    def __getitem__(self, key: str) -> Any:
+        self._asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self._asked.add(str(key))
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self._all()
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self._all()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._all()
+        return super().values()
+
+    def items(self) -> Any:
+        self._all()
+        return super().items()
+
+    def __repr__(self) -> str:
+        self._all()
+        return super().__repr__()
+
+    def _all(self) -> None:
+        self._asked.update(super().keys())
