@@ -19,6 +19,8 @@ NOTES = {
     "(thinking_tags)",
     "null_arguments": "{count} calls have arguments that are null, and are trained with them; leave them out "
     "of the file where a program filled them in, as Arrow does",
+    "tools_left_out": "{count} conversations have tools that the template does not write; use one that does "
+    "(chat_template of the source)",
     "untrained_answers": "{count} answers have the weight 0 and are not trained",
     "reasoning_left_out": "{count} answers are trained without their reasoning, because the template leaves "
     "it out of the history; `sequences: turn` trains each with it",
@@ -47,6 +49,7 @@ class Notes:
         self.noted["thinking_in_content"] += found.num_thoughts
         self.noted["null_arguments"] += found.num_nulls
         self.noted["untrained_answers"] += len(found.untrained)
+        self.noted["tools_left_out"] += bool(found.tools) and not self.template.writes_tools
         self._keys.update(found.unread)
 
     def counts(self) -> dict[str, Any]:

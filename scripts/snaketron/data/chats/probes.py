@@ -7,6 +7,7 @@ from typing import Any
 from snaketron.data.chats.messages import Message
 
 QUESTION, ANSWER, RESULT = "What is 2 + 2?", "It is 4.", "42 apples"
+TOOL = "weather"
 
 PROBE: list[Message] = [
     {"role": "user", "content": QUESTION},
@@ -19,7 +20,7 @@ def _called(*cities: str) -> list[Message]:
         {
             "id": f"call0000{number}",
             "type": "function",
-            "function": {"name": "weather", "arguments": {"city": city}},
+            "function": {"name": TOOL, "arguments": {"city": city}},
         }
         for number, city in enumerate(cities, 1)
     ]
@@ -30,13 +31,13 @@ CALL = _called("Oslo")
 TWO_CALLS = _called("Oslo", "Bergen")
 CALLED: list[Message] = [
     *CALL,
-    {"role": "tool", "tool_call_id": "call00001", "name": "weather", "content": RESULT},
+    {"role": "tool", "tool_call_id": "call00001", "name": TOOL, "content": RESULT},
 ]
 TOOLS: list[Any] = [
     {
         "type": "function",
         "function": {
-            "name": "weather",
+            "name": TOOL,
             "description": "The weather of a city.",
             "parameters": {
                 "type": "object",

@@ -27,7 +27,7 @@ from snaketron.data.chats.marks import (
     unmarked,
 )
 from snaketron.data.chats.messages import ROLES, Message
-from snaketron.data.chats.probes import ANSWER, CALL, CALLED, PROBE, RESULT, TOOLS, TWO_CALLS
+from snaketron.data.chats.probes import ANSWER, CALL, CALLED, PROBE, RESULT, TOOL, TOOLS, TWO_CALLS
 from snaketron.data.chats.prompts import common, is_tag, opens, shared, without
 from snaketron.data.chats.unusable import LEFT_OUT, NO_PROMPT, REFUSED, Unusable
 from snaketron.data.chats.written import check_written, writes_reasoning
@@ -93,8 +93,11 @@ class Template:
         for number, message in enumerate(messages):
             written = "".join(part for _, part in pieces.get(number, [])) or text
             check_written(message, written, number)
-            if len(message.get("tool_calls", ())) > 1 and not self.writes_two_calls:
+            calls = message.get("tool_calls", ())
+            if len(calls) > 1 and not self.writes_two_calls:
                 raise Unusable(LEFT_OUT, f"all calls of message {number} but the first")
+            if any(call["function"]["arguments"] for call in calls) and not self.writes_arguments:
+                raise Unusable(LEFT_OUT, f"the arguments of the calls of message {number}")
             if not writes_reasoning(message, written):
                 unwritten.append(number)
         return rendered._replace(unwritten=tuple(unwritten))
@@ -201,6 +204,15 @@ class Template:
         """Whether the template writes the reasoning of an answer, or of a call."""
         thought = {"reasoning_content": RESULT}
         return any(self._writes([chat[0], chat[1] | thought], RESULT) for chat in (PROBE, CALL))
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the template writes the tools of a conversation."""
+        return self._writes(PROBE, TOOL)
+
+    @cached_property
+    def writes_arguments(self) -> bool:
+        return self._writes(CALL, "Oslo")
 
     @cached_property
     def writes_two_calls(self) -> bool:

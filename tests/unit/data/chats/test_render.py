@@ -217,6 +217,23 @@ def test_a_key_that_the_template_asks_for_is_read(tmp_path, tokenizer, read):
     assert "name" not in record.counts.get("unread_keys", {})
 
 
+def test_tools_that_the_template_does_not_write_are_counted_and_told(tmp_path, tokenizer, caplog):
+    template = tmp_path / "plain.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls %}"
+        "{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    )
+    call = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+    chats = [{"messages": messages, "tools": [{"type": "function", "function": {"name": "weather"}}]}]
+    chats.append({"messages": question("a", "b")})
+    _, record = render(tmp_path, chats, template=template)
+    assert record.counts["tools_left_out"] == 1
+    assert "1 conversations have tools that the template does not write" in caplog.text
+    assert "tools_left_out" not in render(tmp_path, chats)[1].counts
+
+
 def test_a_row_that_is_not_to_be_trained_is_told(tmp_path, tokenizer):
     """Only messages have weights here; a row is left out by `where: {train: [true]}`."""
     rows = [{"messages": question("a", "b"), "train": train, "weight": 1.0} for train in (True, False, None)]

@@ -35,6 +35,17 @@ def test_a_text_that_inference_does_not_ask_for_is_refused():
     fits.check(messages, None, OFF, fits.render(messages, None, OFF))
 
 
+CALLS_BY_NAME = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls %}"
+    "{{ call.function.name }}{% endfor %}<|end|>{% endfor %}" + PROMPT
+)
+
+
+def test_a_call_without_arguments_needs_no_more_than_its_name():
+    made = conversation.conversation([user("a"), assistant("", tool_calls=[call({})])])
+    assert Template(CALLS_BY_NAME).render(made.messages).text == "<|user|>a<|end|><|assistant|>weather<|end|>"
+
+
 @pytest.mark.parametrize(
     ("source", "messages", "reason"),
     [
@@ -47,6 +58,11 @@ def test_a_text_that_inference_does_not_ask_for_is_refused():
         (
             "{% for m in messages if m.role != 'system' %}{{ m.content }}<|end|>{% endfor %}",
             [{"role": "system", "content": "s"}, *question("a", "b")],
+            unusable.LEFT_OUT,
+        ),
+        (
+            CALLS_BY_NAME,
+            [user("a"), assistant("", tool_calls=[call({"city": "Rome"})])],
             unusable.LEFT_OUT,
         ),
         (
