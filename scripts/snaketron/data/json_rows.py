@@ -234,7 +234,8 @@ class _Frames(io.RawIOBase):
                 data = self._input or self._file.read(_CHUNK)
                 self._input = b""
                 if self._frame is None and self._kind == "xz":
-                    data = data.lstrip(b"\0") or self._file.read(_CHUNK).lstrip(b"\0")  # padding
+                    while data and not (data := data.lstrip(b"\0")):  # padding
+                        data = self._file.read(_CHUNK)
                 if not data:
                     if self._frame is not None:
                         raise EOFError(f"the file ends inside a {self._kind} frame")

@@ -129,6 +129,13 @@ def test_messages_of_bytes_are_text(tmp_path: Path):
     assert [row["messages"][0]["content"] for _, row in rows] == ["wörld", "\ufffd"]
 
 
+def test_a_stream_after_much_padding_is_read(tmp_path: Path):
+    """xz allows any number of zeros between its streams, four at a time."""
+    path = tmp_path / "a.jsonl.xz"
+    path.write_bytes(lzma.compress(LINES[0]) + bytes(100_000) + lzma.compress(LINES[1]) + bytes(100_000))
+    assert texts(path) == TEXTS[:2]
+
+
 def test_a_large_window_is_read(tmp_path: Path):
     parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
     path = tmp_path / "long.jsonl.zst"
