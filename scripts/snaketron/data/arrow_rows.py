@@ -67,8 +67,13 @@ def _places(
     for name in dict.fromkeys((*required, *optional)):
         if place := _place(list(schema), name):
             found[name] = place
-            if schema.names.count(place[0]) > 1:
-                raise UserError(f"{path}: several columns are called {place[0]!r}; leave one of them")
+            fields = list(schema)
+            for depth, part in enumerate(place, 1):
+                of_name = [field for field in fields if field.name == part]
+                if len(of_name) > 1:
+                    several = ".".join(place[:depth])
+                    raise UserError(f"{path}: several columns are called {several!r}; leave one of them")
+                fields = of_name[0].type.fields if depth < len(place) else []
         elif name in required:
             raise UserError(missing(str(path), name, schema.names))
     return found

@@ -120,6 +120,13 @@ def test_a_field_of_an_object_is_named_with_a_point(tmp_path: Path, name: str):
         texts(path, "doc.none")
 
 
+def test_two_fields_of_one_name_in_a_struct_are_refused(tmp_path: Path):
+    both = pa.StructArray.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    path = parquet(tmp_path / "a.parquet", pa.table({"doc": both}))
+    with pytest.raises(UserError, match=r"several columns are called 'doc\.text'; leave one of them"):
+        texts(path, "doc.text")
+
+
 def test_messages_of_bytes_are_text(tmp_path: Path):
     kind = pa.list_(pa.struct([("role", pa.binary()), ("content", pa.binary())]))
     message = {"role": b"user", "content": "wörld".encode()}
