@@ -33,7 +33,7 @@ import orjson
 
 _CHUNK = 1 << 14  # compressed bytes at a time: a few may become megabytes
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a str has no surrogate pairs, so each surrogate is invalid
-_LONG_NUMBER = re.compile(rb"[:,\[\s]-?[0-9]{19}")
+_LONG_NUMBER = re.compile(rb"[:,\[\s](?:-[0-9]{19}|[0-9]{20})")  # it may need more than 64 bits
 _MARK = b"\xef\xbb\xbf"  # the byte order mark that some programs put before UTF-8; it is no text
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the mark of UTF-16 and UTF-32
 _ABSENT = object()
@@ -49,14 +49,15 @@ def json_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a file, as `snaketron.data.rows.read_rows` gives them, without `where`."""
     limit = settings.max_line_bytes
-    dotted = [name for name in (*required, *settings.where, *optional) if "." in name]
+    beside = (*settings.where, *optional)
+    dotted = [name for name in (*required, *beside) if "." in name]
     before = drops.num_rows
     for number, line, too_long in _lines(path, limit):
         drops.num_rows += 1
         try:
             if too_long:
                 raise Bad(f"a line of more than {limit} bytes", "correct it, or raise max_line_bytes")
-            row = _parse(line, settings, drops, exact)
+            row = _parse(line, settings, drops, exact, beside)
             for name in dotted:
                 if (value := _nested(row, name)) is not _ABSENT:
                     row[name] = value
@@ -109,10 +110,12 @@ def _check_kind(path: Path, line: bytes) -> None:
         )
 
 
-def _parse(line: bytes, settings: ReadSettings, drops: Drops, exact: bool) -> dict[str, Any]:
+def _parse(
+    line: bytes, settings: ReadSettings, drops: Drops, exact: bool, beside: Sequence[str]
+) -> dict[str, Any]:
     try:
         row = orjson.loads(line)
-        if exact and _LONG_NUMBER.search(line):
+        if (exact and _LONG_NUMBER.search(line)) or any(_rounded(_nested(row, name)) for name in beside):
             row = doubled_keys.loads(line)  # orjson makes floating-point numbers of them
         elif isinstance(row, dict) and doubled_keys.may_be_doubled(line, row):
             doubled_keys.loads(line)
@@ -136,6 +139,13 @@ def _nested(value: Any, name: str) -> Any:
         if (found := _nested(value.get(name[:dot]), name[dot + 1 :])) is not _ABSENT:
             return found
     return _ABSENT
+
+
+def _rounded(value: Any) -> bool:
+    """Whether a value of orjson may hold an integer that has lost digits."""
+    if isinstance(value, dict | list):
+        return any(map(_rounded, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and abs(value) >= 1 << 63
 
 
 class _NotJson(ValueError):

@@ -63,7 +63,8 @@ def read_rows(
     that are in the file. `a.b` is the field b of the object a, where no field is called so. A line of only
     white space is not a row. Memory does not grow with the file.
 
-    Integers of more than 64 bits lose digits in rows of JSON unless they are wanted `exact`.
+    Integers of more than 64 bits keep their digits in the `optional` fields and in those of `where`, in the
+    other fields of JSON if they are wanted `exact`.
     `drops` counts all rows, and by reason those that do not pass. The caller stops at
     `settings.max_documents`, and calls `drops.check` after the last file.
     """

@@ -416,6 +416,29 @@ def test_a_whole_number_with_a_point_is_that_number(tmp_path: Path):
     assert read(path, where={"n": [3]})[1].first_filtered == "n is None"
 
 
+def test_decimals_and_days_of_parquet_are_compared_as_they_are_written(tmp_path: Path):
+    """Data bases write whole numbers as decimals; in YAML and JSON a day is text."""
+    numbers, day = [Decimal("3.00"), Decimal("3.50"), None], date(2026, 1, 31)
+    table = pa.table({"text": ["a", "b", "c"], "n": numbers, "day": [None, day, date(2026, 2, 1)]})
+    path = parquet(tmp_path / "a.parquet", table)
+    assert read(path, where={"n": [3]})[0] == [(1, "a")]
+    assert read(path, where={"day": ["2026-01-31"]})[0] == [(2, "b")]
+
+
+def test_large_integers_beside_a_text_keep_their_digits(tmp_path: Path):
+    """orjson reads those below -2^63 and above 2^64 - 1 as floating-point numbers."""
+    ids = [123456789012345678901234567890, 2**64, 2**64 - 1, 10**19 - 1, -(2**63), -(2**63) - 1, -(10**19)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "a", "id":{number}}}\n' for number in ids))
+    found = [row["id"] for _, _, row in read_documents(path, "text", optional=["id"])]
+    assert found == ids and {*map(type, found)} == {int}
+    assert read(path, where={"id": [2**64]})[0] == [(2, "a")]
+    path.write_text('{"text": "a", "of": {"ids": [{"id": 18446744073709551616}]}}\n')
+    assert [row["of"] for _, _, row in read_documents(path, "text", optional=["of"])] == [
+        {"ids": [{"id": 2**64}]}
+    ]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_a_field_to_filter_by_that_is_missing_is_an_error_whatever_the_policy(tmp_path: Path, suffix: str):
     path = tmp_path / f"a{suffix}"
