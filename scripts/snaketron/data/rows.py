@@ -7,6 +7,8 @@ or ends early is always an error: how many rows are missing is not known then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,7 @@ def _filtered(
             if name not in row:
                 raise UserError(missing(f"{place(path, number)}: `where`", name, row))
             found = row[name] if isinstance(row[name], list) else [row[name]]
-            if not any(_comparable(v) in values for v in found if isinstance(v, str | int | float)):
+            if not any(_comparable(v) in values for v in found if isinstance(v, _COMPARED)):
                 drops.reasons[FILTERED] += 1
                 drops.first_filtered = drops.first_filtered or f"{name} is {row[name]!r}"[:MAX_DETAIL]
                 break
@@ -103,7 +105,16 @@ def _filtered(
             yield number, row
 
 
-def _comparable(value: str | int | float) -> tuple[type, str | int | float]:
-    """A value that tells 1 from true. Columns of whole numbers with gaps are often written as 1.0."""
-    whole = isinstance(value, float) and value.is_integer()
+_COMPARED = (str, int, float, Decimal, date)
+
+
+def _comparable(value: str | int | float | Decimal | date) -> tuple[type, str | int | float | Decimal]:
+    """A value that tells 1 from true.
+
+    Columns of whole numbers with gaps are often written as 1.0, and data bases write them as decimals. A day
+    is text in JSON and in the configuration.
+    """
+    if isinstance(value, date):
+        return str, str(value)
+    whole = isinstance(value, float | Decimal) and value % 1 == 0
     return (int, int(value)) if whole else (type(value), value)

@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import lzma
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 from snaketron.data.drops import Drops
