@@ -134,7 +134,8 @@ def check_text(conversation: Conversation, control_tokens: re.Pattern[str] | Non
     A control token in a text would end a turn where none ends.
     """
     text = conversation.json.decode()
-    if control_tokens and (found := control_tokens.search(text)):
+    plain = text.replace('\\"', '"').replace("\\\\", "\\")  # a token may hold what JSON escapes
+    if control_tokens and (found := control_tokens.search(plain)):
         raise Unusable("a control token in the text", found.group())
     if found := re.search("|".join(NONCHARACTERS), text):
         raise Unusable(NOT_UNICODE, f"it holds the noncharacter U+{ord(found.group()):04X}")

@@ -104,6 +104,16 @@ def test_turns_reach_from_the_user_to_the_last_answer(roles, expected):
     assert conversation.conversation(messages).turns == expected
 
 
+@pytest.mark.parametrize("token", ['<|"|>', "<|\\|>"])
+def test_a_control_token_that_json_escapes_is_found(token):
+    """Gemma 4 writes the texts of calls between two of the first."""
+    pattern = conversation.control_tokens(build_tokenizer(added=[token]))
+    for text in ("<|", '"', "\\", '|>"', '<|\\"|>'):
+        conversation.check_text(conversation.Conversation(question(text, "|>"), None), pattern)
+    with pytest.raises(unusable.Unusable, match="control token"):
+        conversation.check_text(conversation.Conversation(question(f"a{token}", "b"), None), pattern)
+
+
 @pytest.mark.parametrize("place", ["messages", "tools"])
 def test_text_that_holds_a_control_token_is_unusable(place):
     pattern = conversation.control_tokens(build_tokenizer())
