@@ -100,7 +100,7 @@ def conversation(
         raise Unusable("nothing to train on", "the file gives every answer the weight 0")
     return Conversation(
         checked,
-        _tools(tools, functions),
+        _tools(tools, functions, reader.unread),
         frozenset(untrained),
         reader.num_thoughts,
         reader.num_nulls,
@@ -108,8 +108,11 @@ def conversation(
     )
 
 
-def _tools(tools: Any, functions: Any) -> list[Any] | None:
+def _tools(tools: Any, functions: Any, unread: set[str]) -> list[Any] | None:
+    """The tools of a conversation; adds `functions` beside them to what is `unread`."""
     tools, functions = from_json(tools), from_json(functions)
+    if tools and functions:
+        unread.add("functions of the row")
     found = tools or functions or []
     if not isinstance(found, list):
         raise Unusable("tools are not a list of objects", type(found).__name__)

@@ -196,7 +196,7 @@ def from_json(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return doubled_keys.loads(value)
+        return doubled_keys.loads(value, parse_constant=_refuse)
     except DoubledKey as error:
         raise Unusable(DOUBLED, str(error)) from None
     except (ValueError, RecursionError):

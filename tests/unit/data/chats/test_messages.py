@@ -144,6 +144,22 @@ def test_keys_that_only_the_template_could_read_are_named():
     )
 
 
+def test_functions_beside_tools_are_named():
+    tools, functions = [WEATHER], [{"name": "clock"}]
+    messages = [user("a"), assistant("b")]
+    found = conversation(messages, tools, functions=functions)
+    assert found.tools == tools and found.unread == {"functions of the row"}
+    assert not conversation(messages, "[]", functions="null").unread
+    assert not conversation(messages, tools, functions=[]).unread
+
+
+def test_tools_as_text_with_a_number_that_json_does_not_have_are_refused():
+    """Python reads NaN, and its JSON would be trained."""
+    assert reason([user("a"), assistant("b")], tools='[{"name": "weather", "least": NaN}]') == (
+        "tools are not a list of objects: str"
+    )
+
+
 def test_what_a_part_of_text_holds_beside_it_is_named():
     part = {"text": "What is this?", "image": "cat.png", "annotations": []}
     found = conversation([{"role": "user", "content": [part]}, assistant("A cat.")])
