@@ -37,12 +37,12 @@ class Conversation:
 
     @cached_property
     def json(self) -> bytes:
-        """Messages and tools as JSON; `Unusable` when a text holds lone surrogates."""
+        """Messages and tools as JSON, with text for what it does not have; `Unusable` for lone surrogates."""
         try:
-            return orjson.dumps([self.messages, self.tools])
+            return orjson.dumps([self.messages, self.tools], default=str)
         except TypeError:  # numbers of more than 64 bits, or lone surrogates
             try:
-                return json.dumps([self.messages, self.tools], ensure_ascii=False).encode()
+                return json.dumps([self.messages, self.tools], ensure_ascii=False, default=str).encode()
             except UnicodeEncodeError:
                 raise Unusable(NOT_UNICODE, "a lone surrogate in a text that is JSON") from None
 

@@ -203,11 +203,22 @@ def from_json(value: Any) -> Any:
         return value
 
 
-def filled(value: Any) -> Any:
-    """A value of Arrow without the keys that are null: a struct has the keys of all structs of its column."""
+def of_arrow(value: Any) -> Any:
+    """A value of Arrow as it would be in JSON: bytes are text, and a map, a list of pairs, is an object.
+
+    Keys of a struct that are null are left out, for it has the keys of all structs of its column. Bytes that
+    are not UTF-8 become lone surrogates.
+    """
     if isinstance(value, dict):
-        return {name: filled(item) for name, item in value.items() if item is not None}
-    return [filled(item) for item in value] if isinstance(value, list) else value
+        return {name: of_arrow(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        if not value or not all(isinstance(item, tuple) for item in value):
+            return [of_arrow(item) for item in value]
+        found = {name: of_arrow(item) for name, item in value}
+        if len(found) < len(value):
+            raise Unusable(DOUBLED, f"in a map with the keys {', '.join(str(name) for name, _ in value)}")
+        return found
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
 
 
 def _not_finite(value: Any) -> float | None:

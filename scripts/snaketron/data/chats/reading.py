@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.data.chats.conversation import Conversation, conversation
-from snaketron.data.chats.messages import Form, filled
+from snaketron.data.chats.messages import Form, of_arrow
 from snaketron.data.chats.unusable import Unusable
 from snaketron.data.drops import ARROW, INVALID_TEXT, Bad, Drops
 from snaketron.data.json_rows import replaced
@@ -34,7 +34,7 @@ def read_conversation(
     system = row.get(settings.system_field) if settings.system_field else None
     values = [row[settings.messages_field], row.get(settings.tools_field), system, row.get(_FUNCTIONS)]
     if suffix_of(path.name) in ARROW:
-        values = [filled(value) for value in values]
+        values = [of_arrow(value) for value in values]
     messages, tools, system, functions = values
     tags = settings.thinking_tags
     form = Form(settings.role_key, settings.content_key, settings.roles, (tags[0], tags[1]) if tags else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from snaketron.data.chats.conversation import conversation
-from snaketron.data.chats.messages import Form, filled, split_thinking
+from snaketron.data.chats.messages import Form, of_arrow, split_thinking
 from snaketron.data.chats.unusable import THOUGHTS, Unusable
 from tests.unit.data.chats.chat_samples import question
 from tests.unit.data.chats.golden import WEATHER, assistant, user
@@ -222,7 +222,7 @@ def test_reasoning_that_is_given_twice_is_the_same_or_refused():
 def test_keys_that_arrow_filled_with_null_are_left_out_at_any_depth():
     """A column of calls to weather(city) and dice(sides) gives each call both keys."""
     call = {"name": "dice", "arguments": {"sides": 6, "city": None, "more": [{"a": None, "b": 0}]}}
-    assert filled([call, None]) == [
+    assert of_arrow([call, None]) == [
         {"name": "dice", "arguments": {"sides": 6, "more": [{"b": 0}]}},
         None,
     ]

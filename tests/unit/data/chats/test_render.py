@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import render_chat
@@ -256,6 +258,57 @@ def test_calls_of_different_shapes_in_parquet_keep_their_own_arguments(tmp_path,
     rows, _ = render_files(tmp_path, tmp_path / "chats.parquet")
     for text, (given, tool) in zip(texts(rows, ()), expected, strict=True):
         assert f'"arguments": {given}}}' in text and tool in text and "null" not in text
+
+
+def test_bytes_and_maps_of_parquet_are_texts_and_objects(tmp_path, tokenizer):
+    """Spark writes objects of any keys as maps, and older programs all text as bytes."""
+    call = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.binary()))])
+    fields = [("role", pa.binary()), ("content", pa.binary()), ("tool_calls", pa.list_(call))]
+    calls = [{"name": "weather", "arguments": [("city", b"Oslo"), ("day", None), ("by", b"train")]}]
+    messages = [{"role": b"user", "content": b"a"}, {"role": b"assistant", "tool_calls": calls}]
+    tools = [[("name", "weather"), ("description", "Tells the weather.")]]
+    table = {
+        "messages": pa.array([messages], pa.list_(pa.struct(fields))),
+        "tools": pa.array([tools], pa.list_(pa.map_(pa.string(), pa.string()))),
+        "system": pa.array([b"Be brief."]),
+    }
+    pq.write_table(pa.table(table), tmp_path / "chats.parquet")
+    rows, counts = render_files(tmp_path, tmp_path / "chats.parquet")
+    text, given = texts(rows, ())[0], '{"city": "Oslo", "day": null, "by": "train"}'
+    assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools") and counts["null_arguments"] == 1
+    assert '\n{"name": "weather", "description": "Tells the weather."}\n' in text
+    assert f'⟦<tool_call>\n{{"name": "weather", "arguments": {given}}}\n</tool_call>' in text
+
+
+def test_a_map_of_parquet_with_a_key_twice_and_bytes_that_are_no_text_are_told(tmp_path, tokenizer):
+    kinds = {"tools": pa.list_(pa.map_(pa.string(), pa.string())), "system": pa.binary()}
+    rows = [
+        {"tools": [[("name", "weather"), ("name", "clock")]]},
+        {"system": b"caf\xe9"},
+        {"system": b"Be brief."},
+    ]
+    table = {name: pa.array([row.get(name) for row in rows], kind) for name, kind in kinds.items()}
+    table["messages"] = pa.array([question("a", "b")] * 3)
+    pq.write_table(pa.table(table), tmp_path / "chats.parquet")
+    options = {"invalid_text": "drop", "max_dropped_fraction": 1}
+    found, counts = render_files(tmp_path, tmp_path / "chats.parquet", **options)
+    assert [row["row"] for row in found] == [3]
+    assert counts["dropped"] == {"a key that stands twice": 1, "invalid text": 1}
+    found, _ = render_files(tmp_path, tmp_path / "chats.parquet", **options | {"invalid_text": "replace"})
+    assert "<|im_start|>system\ncaf\ufffd<|im_end|>" in texts(found, ())[0]
+
+
+def test_values_of_parquet_that_json_does_not_have_are_told(tmp_path, tokenizer):
+    """A day beside a message harms nobody; in a call only the template could say how it is written."""
+    calls = [{"name": "pay", "arguments": {"sum": Decimal("1.10")}}]
+    answer = {"role": "assistant", "content": "b", "tool_calls": calls, "on": date(2026, 1, 31)}
+    chats = [[{"role": "user", "content": "a"}, given] for given in (answer, answer | {"tool_calls": []})]
+    pq.write_table(pa.table({"messages": chats}), tmp_path / "chats.parquet")
+    rows, counts = render_files(tmp_path, tmp_path / "chats.parquet", max_dropped_fraction=1)
+    assert [row["row"] for row in rows] == [2] and counts["unread_keys"] == {"on": 2}
+    assert [row["detail"] for row in counts["dropped_rows"]] == [
+        "Object of type Decimal is not JSON serializable"
+    ]
 
 
 def test_null_arguments_of_json_are_trained_and_counted(tmp_path, tokenizer, caplog):
