@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from snaketron.config import Config
 
 _PATHVAR = re.compile(r"<[a-z][a-z0-9_]*>")  # what Snakemake replaces
+_REPEATED = re.compile(r"(.+?)\1{19}\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -33,6 +34,11 @@ def unusable(path: str) -> str | None:
     if found := _PATHVAR.search(path):
         return f"{path!r} holds {found[0]}, which Snakemake takes for one of its pathvars; rename it"
     return None
+
+
+def repeats(name: str) -> bool:
+    """Whether a name ends in twenty times the same, which no wildcard of Snakemake may be."""
+    return name.count(name[-1:]) >= 20 and bool(_REPEATED.search(name))
 
 
 def named_paths(config: Config) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
+from snaketron.config.names import repeats
 from snaketron.files import write_text
 from snaketron.log import UserError, logger
 from snaketron.sources.addresses import Found, list_address
@@ -174,7 +175,7 @@ def file_names(files: list[Found], known: dict[str, str]) -> list[str]:
         if file.location in known:
             names.append(known[file.location])
             continue
-        if len(stem) > _LONGEST_NAME or counts[stem] > 1 or stem in taken:
+        if len(stem) > _LONGEST_NAME or counts[stem] > 1 or stem in taken or repeats(stem):
             stem = f"{stem[: _LONGEST_NAME - 9]}_{hashlib.sha256(file.location.encode()).hexdigest()[:8]}"
         names.append(stem + suffix_of(file.path))
     return names

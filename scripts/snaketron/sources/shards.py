@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
-from snaketron.config.names import unusable
+from snaketron.config.names import repeats, unusable
 from snaketron.sources import registered
 from snaketron.sources.formats import READABLE, suffix_of, without_suffix
 from snaketron.sources.local import SAMPLE, list_files
@@ -93,7 +93,7 @@ def _registered(source: Corpus | ChatSource, where: str) -> dict[str, list[str]]
         if problem := unusable(path):
             raise ConfigError(f"{at}: {problem}")
         name = _plain(f"{split}.{without_suffix(Path(path).name)}")
-        if name in found or len(name) > _LONGEST_NAME:
+        if name in found or not _fits(name):
             name = _with_hash(name, path)
         found[name] = [str(Path(file).absolute()) if file.startswith("-") else file for file in files]
     return found
@@ -158,7 +158,7 @@ def _another_name(path: str, other: str, name: str, taken: set[str]) -> str:
     directories = [part for part in Path(path).parts[:-1] if part.strip("./")]
     for number in range(1, len(directories) + 1 if Path(path).parent != Path(other).parent else 1):
         longer = _plain(".".join([*directories[-number:], name]))
-        if longer not in taken and len(longer) <= _LONGEST_NAME:
+        if longer not in taken and _fits(longer):
             return longer
     return _with_hash(name, path)
 
@@ -170,7 +170,11 @@ def _shard_name(path: str, at: str) -> str:
     name = _plain(without_suffix(Path(path).name))
     if not name:
         raise ConfigError(f"{at}: {path} has no name before {suffix}; rename it")
-    return name if len(name) <= _LONGEST_NAME else _with_hash(name, path)
+    return name if _fits(name) else _with_hash(name, path)
+
+
+def _fits(name: str) -> bool:
+    return len(name) <= _LONGEST_NAME and not repeats(name)
 
 
 def _plain(name: str) -> str:

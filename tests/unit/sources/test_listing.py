@@ -218,6 +218,13 @@ def test_a_long_path_becomes_a_name_that_file_systems_take():
     assert first != second and max(len(first), len(second)) < 170
 
 
+def test_a_name_that_repeats_itself_gets_a_hash():
+    """Snakemake refuses the shard `____________________`."""
+    odd = f"b/{'二' * 20}.parquet"
+    digest = hashlib.sha256(f"s3://{odd}".encode()).hexdigest()[:8]
+    assert names(odd, "b/c.parquet") == [f"{'_' * 21}{digest}.parquet", "c.parquet"]
+
+
 def test_a_known_file_keeps_its_name_and_others_do_not_take_it():
     known = {"s3://b/deep/a.parquet": "a.parquet"}
     assert file_names([Found("s3://b/deep/a.parquet", "b/deep/a.parquet")], known) == ["a.parquet"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import re
 from pathlib import Path
 from typing import Any
 
 from snaketron.config import ConfigError, Corpus
+from snaketron.config.names import repeats
 from snaketron.sources.formats import DOWNLOADED
 from snaketron.sources.local import unread
 from snaketron.sources.lockfile import read_lock
@@ -16,6 +18,7 @@ from snaketron.sources.shards import shards, to_download
 from tests.unit.sources.locked import HUB, WEB, config, entry, listed, write_lock
 
 import pytest
+from snakemake.io import PeriodicityDetector
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +200,26 @@ def test_a_file_of_the_sample_need_not_exist_yet():
 def test_an_odd_file_name_becomes_a_plain_shard_name(name: str, shard: str):
     touch(f"raw/{name}")
     assert found(f"raw/{name}") == found("raw") == {shard: f"raw/{name}"}
+
+
+@pytest.mark.parametrize("name", ["二" * 20, "a" + "0" * 25, "ab" * 20, "x" + "日本語" * 20])
+def test_a_name_that_repeats_itself_is_one_that_snakemake_takes(name: str):
+    """It refuses a value that ends in twenty times the same. Letters that are not Latin become `_`."""
+    plain = re.sub(r"[^a-z0-9]", "_", name)
+    assert PeriodicityDetector().is_periodic(plain)
+    touch(f"raw/{name}.jsonl", f"more/{name}.jsonl")
+    made = grouped("raw", "more")
+    assert {*made} == {f"{plain}.{sha256(f'{of}/{name}.jsonl')}" for of in ("raw", "more")}
+    assert not any(PeriodicityDetector().is_periodic(shard) for shard in made)
+
+
+def test_what_repeats_is_what_snakemake_says():
+    draw = random.Random(1)
+    pieces = ["".join(draw.choices("ab_", k=draw.randint(1, 4))) for _ in range(500)]
+    names = [draw.choice(pieces) + piece * draw.randint(15, 25) for piece in pieces]
+    found = [repeats(name) for name in names]
+    assert found == [bool(PeriodicityDetector().is_periodic(name)) for name in names]
+    assert 100 < sum(found) < 400
 
 
 def test_a_later_file_of_the_same_name_is_called_after_its_directory():
