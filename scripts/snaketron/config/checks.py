@@ -81,6 +81,11 @@ def check_sources(config: Config) -> list[str]:
         elif source.registered:
             problems += _without_effect(at, source)
         problems += [
+            f"{at}.where.{name}: YAML takes yes, no, on, off for truth values; give texts in quotes: 'no'"
+            for name, values in source.where.items()
+            if {bool, str} <= {*map(type, values)}
+        ]
+        problems += [
             f"{at}.metadata_fields: {name!r} is a column that the workflow adds; leave it out"
             for name in source.metadata_fields
             if name in RESERVED

@@ -151,6 +151,10 @@ BLEND = {"pretrain": {"phases": [{"name": "p", "tokens": 10**6, "blend": [{"corp
         ({}, "corpora[0] (a): give one of paths, hub and tokens"),
         ({"paths": ["x"], "hub": {"repository": "o/n"}}, "corpora[0] (a): give one of paths, hub and tokens"),
         (
+            {"paths": ["x"], "where": {"lang": ["en", False], "ok": [True, 1]}},
+            "corpora[0].where.lang: YAML takes yes, no, on, off for truth values; give texts in quotes: 'no'",
+        ),
+        (
             {"paths": ["x"], "metadata_fields": ["url", "row"]},
             "corpora[0].metadata_fields: 'row' is a column that the workflow adds; leave it out",
         ),
