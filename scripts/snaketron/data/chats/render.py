@@ -218,6 +218,7 @@ class Renderer:
         optional = [*optional_fields(settings), *settings.metadata_fields]
         for path in chats:
             self.read.note(path)
+            before = drops.num_rows
             rows = read_rows(
                 path,
                 required=[settings.messages_field],
@@ -242,6 +243,11 @@ class Renderer:
                     split = split_of(whole, settings.valid_fraction, settings.test_fraction)
                     metadata = [text_of(row.get(name)) for name in settings.metadata_fields]
                     yield Texts(path, number, texts, split, metadata)
+            if drops.num_rows == before:
+                source = settings.source
+                logger.warning(
+                    "%s: holds no conversations; take it out of the source %r, or fill it", path, source
+                )
 
     def texts(self, found: Conversation) -> tuple[list[Text], str]:
         """The sequences of a conversation, and the text that decides its split.

@@ -111,6 +111,19 @@ def test_an_empty_file_gives_a_file_of_no_rows(tmp_path, tokenizer):
     assert rows == [] and record.counts["rows"] == 0
 
 
+def test_an_empty_file_is_told(tmp_path, tokenizer, caplog):
+    """It may be a copy that failed; of files after a limit nothing is known."""
+    full, empty = write_jsonl(tmp_path / "a.jsonl", [{"messages": question("a", "b")}]), tmp_path / "b.jsonl"
+    empty.write_text(" \n\n")
+    render_files(tmp_path, full, empty, max_documents=1)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    rows, _ = render_files(tmp_path, full, empty)
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(rows) == 1 and warnings == [
+        f"{empty}: holds no conversations; take it out of the source 'questions', or fill it"
+    ]
+
+
 def test_files_of_a_shard_are_rendered_in_order(tmp_path, tokenizer):
     parts = [
         write_jsonl(tmp_path / f"{name}.jsonl", [{"messages": question(name, str(i))} for i in range(2)])
