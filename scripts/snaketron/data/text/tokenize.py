@@ -251,7 +251,8 @@ class _Shard:
             reasons = counted(dict(drops.reasons.most_common()), empty="it is empty", sign=" ")
             message = f"{where}: none of its {drops.num_rows} rows is used ({reasons})"
             if not (self.reader.curated or drops.reasons[FILTERED]):
-                raise UserError(f"{message}; correct it, or take it out of the corpus {settings.corpus!r}")
+                out = f"correct it, or take it out of the corpus {settings.corpus!r}"
+                raise UserError(f"{message}; {'raise max_tokens' if self._full else out}")
             why = self.reader.drops.first_filtered
             logger.warning("%s", f"{message}: the first because {why}" if why else message)
         for name in settings.metadata_fields:
