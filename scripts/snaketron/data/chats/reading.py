@@ -16,7 +16,9 @@ from snaketron.settings.chats import RenderSettings
 from snaketron.sources.formats import suffix_of
 
 _FUNCTIONS = "functions"  # OpenAI's older name of `tools`
-_UNREAD = ("chat_template_kwargs", "documents")  # fields for templates, which are not given to them
+_UNREAD = (  # fields that say something to the model, and are not given to templates
+    *("chat_template_kwargs", "documents", "system_prompt", "system_message"),
+)
 _WEIGHTS = ("weight", "train")  # read in messages, and not in rows
 
 
@@ -39,7 +41,7 @@ def read_conversation(
     tags = settings.thinking_tags
     form = Form(settings.role_key, settings.content_key, settings.roles, (tags[0], tags[1]) if tags else None)
     found = conversation(messages, tools, system=system, functions=functions, form=form)
-    unread = {name for name in _UNREAD if row.get(name)}
+    unread = {name for name in _UNREAD if name != settings.system_field and row.get(name)}
     chosen = {*settings.where, *settings.metadata_fields}
     unread |= {name for name in _WEIGHTS if name not in chosen and row.get(name) not in (None, 1)}
     if unread:

@@ -249,6 +249,17 @@ def test_tools_that_the_template_does_not_write_are_counted_and_told(tmp_path, t
     assert "tools_left_out" not in render(tmp_path, chats)[1].counts
 
 
+def test_a_system_text_under_another_name_is_told(tmp_path, tokenizer):
+    rows = [{"messages": question("a", "b"), "system_prompt": "Be brief."}]
+    assert render(tmp_path, rows)[1].counts["unread_keys"] == {"system_prompt of the row": 1}
+    found, record = render(tmp_path, rows, system_field="system_prompt")
+    assert texts(found, ())[0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    assert "unread_keys" not in record.counts
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "chats.parquet")
+    counts = render_files(tmp_path, tmp_path / "chats.parquet")[1]
+    assert counts["unread_keys"] == {"system_prompt of the row": 1}
+
+
 def test_a_row_that_is_not_to_be_trained_is_told(tmp_path, tokenizer):
     """Only messages have weights here; a row is left out by `where: {train: [true]}`."""
     rows = [{"messages": question("a", "b"), "train": train, "weight": 1.0} for train in (True, False, None)]
