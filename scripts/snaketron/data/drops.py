@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from snaketron.data.kinds import START, check_kind
 from snaketron.log import UserError, logger
 from snaketron.settings.text import ReadSettings
 from snaketron.sources.formats import suffix_of
+from snaketron.sources.kinds import START, check_kind
 from snaketron.wording import counted
 
 BAD_ROW = "bad row"

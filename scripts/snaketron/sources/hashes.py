@@ -16,6 +16,7 @@ from snaketron.log import UserError, logger
 from snaketron.sources.addresses import Found
 from snaketron.sources.download import fetch
 from snaketron.sources.formats import suffix_of
+from snaketron.sources.kinds import START, check_content
 from snaketron.sources.lockfile import Lock
 from snaketron.sources.patience import Patience, ask
 from snaketron.sources.streams import Changed, open_stream
@@ -120,8 +121,8 @@ def _read(file: Found, known: Known, patience: Patience) -> Found:
 
     def take(block: bytes) -> None:
         digest.update(block)
-        if len(begin) < len(_GZIP):
-            begin.extend(block[: len(_GZIP)])
+        if len(begin) < START:
+            begin.extend(block[:START])
 
     try:
         head = fetch(file.address, take, size=file.size, patience=patience, quiet=True)
@@ -130,6 +131,8 @@ def _read(file: Found, known: Known, patience: Patience) -> Found:
             f"{file.address}: what comes has not the size that its service lists; if it is stored with "
             "Content-Encoding: gzip, store it without, else list it again"
         ) from None
+    if suffix_of(file.path):
+        check_content(file.address, bytes(begin))
     read = _Hash(head.size, digest.hexdigest(), _compressed(file, bytes(begin)))
     return _with(replace(file, etag=file.etag or head.etag), read)
 

@@ -167,6 +167,21 @@ def test_files_are_read_at_the_same_time_and_the_first_error_ends_it():
         list(in_parallel(lambda item: 1 // item, [0, 0, 0], threads=2))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_page_in_the_place_of_the_data_is_not_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """A server that wants a login answers with a page of its own, and with status 200."""
+    monkeypatch.chdir(tmp_path)
+    with FaultyServer() as server:
+        source = config(server.put(f"/{name}", b"\n<!DOCTYPE html><title>Log in</title>"))
+        with pytest.raises(
+            UserError, match=rf"/{name}: is a web page and not the data; it may ask for a login"
+        ):
+            lock(source)
+    assert not Path("sources.lock.json").exists()
+
+
 # Content-Encoding: gzip
 
 

@@ -34,6 +34,11 @@ def check_kind(path: Path, start: bytes) -> None:
     for begins, suffix in _SUFFIXES.items():
         if start.startswith(begins) and not suffix_of(path.name).endswith(suffix):
             raise UserError(f"{path}: holds what a file in {suffix} does; add {suffix} to its name")
+    check_content(str(path), start)
+
+
+def check_content(place: str, start: bytes) -> None:
+    """`UserError` where the first bytes of a file show that a program left it in the place of the data."""
     for begins, (what, fix) in _IN_PLACE.items():
         if start.lstrip().lower().startswith(begins):
-            raise UserError(f"{path}: is {what} and not the data; {fix}")
+            raise UserError(f"{place}: is {what} and not the data; {fix}")
