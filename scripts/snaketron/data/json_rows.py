@@ -99,7 +99,7 @@ def _lines(path: Path, limit: int) -> Iterator[tuple[int, bytes, bool]]:
 
 def _check_kind(path: Path, line: bytes) -> None:
     """`UserError` where the first row of a file shows that it is something else than JSON lines."""
-    if line.startswith(_UTF_16):
+    if line.startswith(_UTF_16) or b"\0" in line[:2]:  # `{` takes one byte of UTF-8
         raise UserError(f"{path}: is UTF-16 or UTF-32; convert it to UTF-8, for example with iconv")
     line = line.strip()
     if line.startswith((b"[", b"{")) and line.endswith((b"[", b"{", b",")):

@@ -25,6 +25,7 @@ TEXTS = ["first", "zwei — 二", "line\nbreaks\u2028stay", "", "  ", "x" * 100_
 LINES = [json.dumps({"id": i, "text": text}).encode() + b"\n" for i, text in enumerate(TEXTS)]
 JSONL = b"".join(LINES)
 MARK = b"\xef\xbb\xbf"  # of UTF-8
+WITHOUT_MARK = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 
 
 def zstd(data: bytes) -> bytes:
@@ -200,6 +201,7 @@ UTF8_COLUMN = pa.Array.from_buffers(
         ),
         ("a.json", b'{"rows": [\n"a"]}\n', ["a.json: is one JSON document over several", "jq -c ."]),
         ("a.jsonl", GOOD.decode().encode("utf-16"), ["a.jsonl: is UTF-16 or UTF-32; convert it to UTF-8"]),
+        *(("a.jsonl", GOOD.decode().encode(name), ["a.jsonl: is UTF-16 or UTF-32"]) for name in WITHOUT_MARK),
         (
             "a.jsonl",
             gzip.compress(GOOD, mtime=0),
