@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from snaketron import files
 from snaketron.log import UserError, logger
@@ -48,7 +49,8 @@ class Known:
             for file in entry["files"]:
                 if file.get("etag"):
                     found = Found(file["address"], "", etag=file["etag"])
-                    compressed = suffix_of(file["name"]) != suffix_of(file["address"].partition("?")[0])
+                    path = urlsplit(found.address).path if found.address.startswith("http") else found.address
+                    compressed = suffix_of(file["name"]) != suffix_of(path)
                     self._remember(found, _Hash(file["size"], file["sha256"], compressed))
         for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
             try:

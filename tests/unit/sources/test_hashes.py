@@ -127,6 +127,17 @@ def test_what_has_not_changed_is_not_read_again(store: Store):
     assert after["1.jsonl"].sha256 == hashlib.sha256(LINES.replace(b"a", b"b") * 2).hexdigest()
 
 
+def test_a_key_with_a_question_mark_keeps_its_name(store: Store):
+    """Only in an address of HTTP is what follows it no part of the name."""
+    store.pipe("/raw/why?.jsonl", LINES)
+    lock(config())
+    before = read_lock("sources.lock.json").files("web")
+    assert "why_.jsonl" in before
+    KEPT.unlink()  # as when all sources are listed
+    lock(config(), update=True)
+    assert read_lock("sources.lock.json").files("web") == before
+
+
 def test_an_interrupted_listing_goes_on_where_it_ended(store: Store, monkeypatch: pytest.MonkeyPatch):
     def fail_at_last(path: str) -> None:
         if path.endswith("2.jsonl"):
