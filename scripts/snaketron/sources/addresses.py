@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from snaketron.log import UserError
-from snaketron.sources.formats import READABLE, suffix_of
+from snaketron.log import UserError, logger
+from snaketron.sources.formats import MAX_NAMED, READABLE, suffix_of
 from snaketron.sources.patience import Patience, ask
 from snaketron.sources.streams import filesystem
+from snaketron.wording import some
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,12 @@ def list_files(system: Any, path: str, at: str, address: str, patience: Patience
         patience=patience,
         long=True,
     )
-    root = path.rstrip("/")
-    return {
-        name: info
-        for name, info in found.items()
-        if suffix_of(name) and not any(p.startswith(".") for p in name.removeprefix(root).split("/"))
-    }
+    root = f"{path.rstrip('/')}/"
+    below = {name.removeprefix(root): (name, info) for name, info in sorted(found.items())}
+    read = {n for n in below if suffix_of(n) and not any(part.startswith(".") for part in n.split("/"))}
+    if other := [name for name in below if name not in read]:
+        logger.info("%s: not read: %s", at, some(other, MAX_NAMED))
+    return dict(below[name] for name in below if name in read)
 
 
 def readable(files: list[Found], at: str) -> list[Found]:

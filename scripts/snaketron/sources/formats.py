@@ -11,6 +11,7 @@ SUFFIXES = (
     *(".parquet", ".arrow"),
 )
 READABLE = ".jsonl, .ndjson or .json (also .gz, .zst, .bz2 or .xz), .parquet or .arrow"
+MAX_NAMED = 5  # files that are not read, in a line
 _END = re.compile(f"(?:{'|'.join(map(re.escape, SUFFIXES))})\\Z")
 # Names of downloaded files. A name has no point before its suffix, so FILE.json, a record, never matches.
 DOWNLOADED = r"[a-z0-9_]+\.(?:(?:jsonl?|ndjson)(?:\.(?:gz|zst|bz2|xz))?|parquet|arrow)"

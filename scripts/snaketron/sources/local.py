@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snaketron.config import Config, ConfigError
-from snaketron.sources.formats import READABLE, suffix_of
+from snaketron.sources.formats import MAX_NAMED, READABLE, suffix_of
 from snaketron.sources.lockfile import request
 from snaketron.wording import some
 
 SAMPLE = re.compile(r"data/sample/([a-z0-9_]+)/part_\d+\.jsonl")
 _DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `datasets` writes beside data
-_MAX_NAMED = 5  # unread files in a line
 
 
 class Listed(NamedTuple):
@@ -73,7 +72,7 @@ def unread(config: Config) -> list[str]:
         for j, pattern in enumerate(source.paths if request(source) is None else ()):
             at = f"{where}.paths[{j}]"
             if names := list_files(pattern, at).unread:
-                lines.append(f"{at}: not read: {some([_shown(name) for name in names], _MAX_NAMED)}")
+                lines.append(f"{at}: not read: {some([_shown(name) for name in names], MAX_NAMED)}")
     return lines
 
 

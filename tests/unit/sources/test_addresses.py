@@ -26,6 +26,16 @@ def test_an_address_is_a_file_a_directory_or_a_glob(store: None):
     assert addresses("memory://raw/**/*.parquet") == ["memory:///raw/deep/a.parquet"]
 
 
+def test_what_lies_in_a_directory_and_is_not_read_is_named(store: None, caplog: pytest.LogCaptureFixture):
+    for name in ("c.jsonl.lz4", "deep/e.csv", "deep/f.txt"):
+        fsspec.filesystem("memory").pipe(f"/raw/{name}", b"")
+    caplog.set_level("INFO")
+    assert addresses("memory://raw") == ["memory:///raw/b.jsonl", "memory:///raw/deep/a.parquet"]
+    assert caplog.messages == [
+        "corpora[0].paths[0]: not read: .c.jsonl, .tmp/d.jsonl, README.md, c.jsonl.lz4, deep/e.csv and 1 more"
+    ]
+
+
 def test_a_key_with_a_bracket_is_named_by_itself_or_by_a_glob(store: None):
     system = fsspec.filesystem("memory")
     for name in ("data[1].jsonl", "data1.jsonl", "what?.jsonl"):
