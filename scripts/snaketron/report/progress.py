@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 
 from snaketron.report.blocks import OWN, UNKNOWN, Block, Figure, Listing, Part, Table, Text
@@ -20,6 +20,7 @@ SIGNS = {
     "not finished": "◐",
 }
 _WIDTH, _HEIGHT, _ROW, _LANE = 112, 38, 58, 122  # of a box, and from one to the next
+_BESIDE = 5  # how far beside the boxes of a lane an arrow passes them
 
 
 def sign(state: str) -> str:
@@ -83,7 +84,7 @@ def _drawing(rules: Mapping[str, Rule]) -> Figure:
     edges = _edges(rules)
     places = {name: (2 + lane * _LANE, 2 + row * _ROW) for name, (lane, row) in _places(rules, edges).items()}
     height = max(y for _, y in places.values()) + _HEIGHT + 2
-    shapes = [_arrow(places[above], places[below]) for above, below in edges]
+    shapes = [_arrow(places[above], places[below], set(places.values())) for above, below in edges]
     shapes += [_box(rules[name], *place) for name, place in places.items()]
     words = []
     for rule in rules.values():
@@ -112,13 +113,19 @@ def _box(rule: Rule, x: int, y: int) -> str:
     )
 
 
-def _arrow(above: tuple[int, int], below: tuple[int, int]) -> str:
+def _arrow(above: tuple[int, int], below: tuple[int, int], boxes: Collection[tuple[int, int]]) -> str:
+    """An arrow down its own lane and then across, between two rows; it passes boxes beside them."""
     (x, y), (to_x, to_y) = above, below
-    if x == to_x and to_y - y > _ROW:  # around the boxes between
-        side, out, middle = x + _WIDTH, x + _WIDTH + 13, _HEIGHT / 2
-        line = f"M{side} {y + middle}C{out} {y + middle} {out} {to_y + middle} {side} {to_y + middle}"
+    right, middle = x + _WIDTH, _HEIGHT // 2
+    turn = to_y - (_ROW - _HEIGHT)  # below the boxes of its own lane
+    if x == to_x and to_y - y > _ROW:
+        out = right + 13
+        line = f"M{right} {y + middle}C{out} {y + middle} {out} {to_y + middle} {right} {to_y + middle}"
     else:
-        x, to_x, y = x + _WIDTH // 2, to_x + _WIDTH // 2, y + _HEIGHT
-        turn = to_y - (_ROW - _HEIGHT)  # below the boxes of its own lane
-        line = f"M{x} {y}V{turn}C{x} {to_y - 4} {to_x} {turn + 4} {to_x} {to_y}"
+        at, start, to = x + _WIDTH // 2, f"M{x + _WIDTH // 2} {y + _HEIGHT}", to_x + _WIDTH // 2
+        if any(lane == x and y < row < to_y for lane, row in boxes):
+            side = right if to_x > x else x
+            at = side + (_BESIDE if to_x > x else -_BESIDE)
+            start = f"M{side} {y + middle}Q{at} {y + middle} {at} {y + _HEIGHT}"
+        line = f"{start}V{turn}C{at} {to_y - 4} {to} {turn + 4} {to} {to_y}"
     return f'<path class="edge" d="{line}" marker-end="url(#{OWN}arrow)"/>'
