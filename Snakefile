@@ -23,7 +23,7 @@ from snaketron.config import ConfigError, load
 from snaketron.config.data import SPLITS
 from snaketron.config.doubled import check_doubled
 from snaketron.executor import request
-from snaketron.graph import dry_run, notes, outlook, process, terminal
+from snaketron.graph import configfiles, dry_run, notes, outlook, process, terminal
 from snaketron.graph.checks import check_files, check_tokenizer
 from snaketron.graph.graph import Graph
 from snaketron.graph.requests import check_requests
@@ -95,6 +95,7 @@ onstart:
         raise WorkflowError(
             "Another Snakemake is running in this directory; wait for it or stop it."
         )
+    configfiles.keep(graph.config, workflow.overwrite_configfiles)
     if replaced := notes.replaced_by(workflow):
         logger.warning(replaced)
     for line in outlook.trainings(graph.config, workflow.dag, inventory.look):

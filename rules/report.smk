@@ -72,7 +72,5 @@ rule report:
     benchmark:
         "<benchmarks>/report.tsv"
     localrule: True
-    resources:
-        configfiles=graph.configfiles,
     shell:
-        "python scripts/report.py --alone --configfile {resources.configfiles} --output {output:q} --log-file {log:q}"
+        "python scripts/report.py --alone --output {output:q} --log-file {log:q}"

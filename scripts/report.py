@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--configfile",
         type=Path,
         nargs="*",
-        help="configuration files, as you gave them to snakemake; by default those of its last log",
+        help="configuration files, in place of what the last run was told",
     )
     parser.add_argument(
         "--alone",
@@ -86,17 +86,18 @@ def read(directory: Path, name: str, configfiles: list[Path] | None, *, alone: b
     planned, changes, roots, trouble = None, None, {}, []
     is_asked: Callable[[str], bool] | None = None
     with contextlib.chdir(directory):
-        files = of_last_run() if configfiles is None else configfiles
+        files = [str(path) for path in configfiles or ()]
         try:
-            config = configuration(files)
-            changes = changed(load({}).model_dump(mode="json"), config.model_dump(mode="json"))
+            config, files = of_last_run() if configfiles is None else (configuration(configfiles), files)
+            changes = changed(load({}, {}).model_dump(mode="json"), config.model_dump(mode="json"))
             roots = dict(config.pathvars)
             planned, is_asked = plan(config), asked(config)
-        except (ConfigError, UserError, OSError) as error:
-            trouble.append(f"The configuration ({', '.join(map(str, files))}) cannot be read: {error}")
+        except (ConfigError, UserError, OSError, ValueError) as error:
+            named = ", ".join(files) or "of the last run"
+            trouble.append(f"The configuration ({named}) cannot be read: {error}")
     every = is_asked or (lambda log: True)
     found = read_run(directory, roots, planned, name=name, alone=alone, asked=every)
-    found.changes, found.configfiles = changes, [str(file) for file in files]
+    found.changes, found.configfiles = changes, files
     found.trouble += trouble
     return found
 

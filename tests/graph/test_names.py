@@ -23,7 +23,7 @@ HOSTILE = [
     *("100%s.jsonl", "c::d.jsonl"),
 ]
 # Options that Graph has quoted (tests/unit/graph/test_graph.py); finished runs know them as texts.
-QUOTED = ("{params.source}", "{params.packing}", "{resources.configfiles}")
+QUOTED = ("{params.source}", "{params.packing}")
 
 
 def test_every_placeholder_of_every_command_is_quoted():

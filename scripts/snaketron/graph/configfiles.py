@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import itertools
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from snaketron.config import Config, load
 from snaketron.config.doubled import check_doubled
+from snaketron.files import read_json, write_json
 from snaketron.log import UserError
 
 import yaml
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DEFAULT_CONFIG = Path("config/config.yaml")
+_KEPT = Path(".snakemake/snaketron.config.json")
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -89,21 +88,15 @@ def mixed(configfiles: Sequence[str | Path]) -> str | None:
     return None
 
 
-def of_last_run(logs: Path = Path(".snakemake/log")) -> list[Path]:
-    """The files of --configfile of the newest run here, as Snakemake's log names them; none without a log."""
-    for log in sorted(logs.glob("*.snakemake.log"), reverse=True):
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            for line in itertools.islice(lines, 40):
-                if found := re.match(r"\s*Config file\(s\): (\[.*\])", line):
-                    return [file for file in _named(found[1]) if file != DEFAULT_CONFIG]
-    return []
+def keep(config: Config, configfiles: Sequence[str | Path]) -> None:
+    """Keep what a run is told, before its first job: with --config and the environment it is in no file."""
+    told = {"configfiles": [str(path) for path in configfiles], "config": config.model_dump(mode="json")}
+    write_json(_KEPT, told)
 
 
-def _named(files: str) -> list[Path]:
-    """The files of such a line.
-
-    >>> _named("[PosixPath('/run/my.yaml'), 'config/config.yaml']")
-    [PosixPath('/run/my.yaml'), PosixPath('config/config.yaml')]
-    """
-    nodes = [node for node in ast.walk(ast.parse(files, mode="eval")) if isinstance(node, ast.Constant)]
-    return [Path(str(node.value)) for node in sorted(nodes, key=lambda node: node.col_offset)]
+def of_last_run() -> tuple[Config, list[str]]:
+    """What the last run here was told, and its files of --configfile; the defaults where none has begun."""
+    if not _KEPT.exists():
+        return configuration([]), []
+    told = read_json(_KEPT)
+    return load(told["config"], {}), told["configfiles"]

@@ -66,8 +66,6 @@ class Graph:
         self.bases = BaseGraph(config, self.lock)
         self.training = TrainingGraph(config, self.bases)
         self.evaluation = EvaluationGraph(config, self.lock)
-        # Quoted, as they stand in a command.
-        self.configfiles = shlex.join(map(str, configfiles))
         self._raw_files: RawFiles | None = None
         self._workflow: Any = None
 

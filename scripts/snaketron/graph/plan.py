@@ -165,8 +165,7 @@ def _made_raw_files(used: Sequence[tuple[str, Mapping[str, Sequence[str]]]]) -> 
     for rule, found in used:
         for path in (path for files in found.values() for path in files):
             if sample := SAMPLE.fullmatch(path):
-                if not Path(path).exists():
-                    samples.add((rule, sample[1]))
+                samples.add((rule, sample[1]))
             elif path.startswith("<data>/"):
                 downloads.add(path)
     return Counter(rule for rule, _ in samples) + Counter(download=len(downloads))

@@ -1,11 +1,12 @@
-"""The files of --configfile: which a run had, by Snakemake's newest log, and which are no pair."""
+"""The files of --configfile: what a run was told with them, and which are no pair."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
 
-from snaketron.graph.configfiles import configuration, mixed, of_last_run
+from snaketron.config import load
+from snaketron.graph.configfiles import configuration, keep, mixed, of_last_run
 from snaketron.graph.snakemake.errors import tell_wrong_configfiles
 from snaketron.log import UserError
 from tests.conftest import REPOSITORY
@@ -15,16 +16,26 @@ from snakemake.exceptions import WorkflowError
 from snakemake.settings import types
 
 
-def test_the_newest_log_names_the_files(tmp_path: Path):
-    """Snakemake prints a list of Python, which has files of --configfile as paths."""
-    assert of_last_run(tmp_path) == []
-    for day, files in (
-        ("27", "[]"),
-        ("28", "[PosixPath('/run/it(s).yaml'), PosixPath('b.yaml'), 'config/config.yaml']"),
-    ):
-        said = f"SNAKEMAKE\n=========\n  Date: 2026-11-{day}\n  Config file(s): {files}\n"
-        (tmp_path / f"2026-11-{day}T193834.snakemake.log").write_text(said)
-    assert of_last_run(tmp_path) == [Path("/run/it(s).yaml"), Path("b.yaml")]
+def test_what_a_run_was_told_is_kept_with_what_is_in_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """--config and the environment are in no file, and the environment is another one later."""
+    (tmp_path / "config").symlink_to(REPOSITORY / "config")
+    (tmp_path / ".snakemake").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert of_last_run() == (configuration([]), [])
+    told = load({"sft": {"train_iters": 7}}, {"SNAKETRON_SFT__WARMUP_ITERS": "3"})
+    keep(told, [Path("/run/it(s).yaml"), "b.yaml"])
+    monkeypatch.setenv("SNAKETRON_SFT__WARMUP_ITERS", "4")
+    assert of_last_run() == (told, ["/run/it(s).yaml", "b.yaml"])
+    assert (told.sft.train_iters, told.sft.warmup_iters) == (7, 3)
+
+
+@pytest.mark.parametrize("names", [["super", "h100"], ["super", "gb200"], ["nano"]])
+def test_a_recipe_is_kept_as_it_was(names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPOSITORY)
+    told = configuration([Path(f"config/{name}.yaml") for name in names])
+    monkeypatch.setattr("snaketron.graph.configfiles._KEPT", tmp_path / "kept.json")
+    keep(told, names)
+    assert of_last_run() == (told, names)
 
 
 def test_a_recipe_and_after_it_a_machine_are_a_pair_and_no_others_are(tmp_path: Path):
