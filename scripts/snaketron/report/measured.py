@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from snaketron.jobs.attempts import Attempt
 from snaketron.report.blocks import UNKNOWN, Block, Part, Table, Text, number
 from snaketron.report.runs import Run, Stage
 from snaketron.wording import short_duration
@@ -121,6 +122,11 @@ def _planned_rows(run: Run) -> list[list[str]]:
     return found
 
 
+def _outcome(stage: Stage, attempt: Attempt) -> str:
+    running = stage.state == "running" and attempt is stage.attempts[-1]
+    return "running" if running else attempt.outcome or "no word"
+
+
 def _attempts(runs: Sequence[Run]) -> list[Block]:
     """The attempts of trainings that needed more than one, or that did not finish."""
 
@@ -130,7 +136,7 @@ def _attempts(runs: Sequence[Run]) -> list[Block]:
                 stage.name,
                 attempt.started,
                 attempt.job or UNKNOWN,
-                attempt.outcome or "no word",
+                _outcome(stage, attempt),
                 attempt.error or "",
                 f"{attempt.from_iteration:,}",
                 f"{attempt.iteration:,}",

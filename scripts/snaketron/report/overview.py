@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from snaketron.report.blocks import Block, Facts, Part, Quotes, Table, Text, number
+from snaketron.report.answers import exact_answers, quotes
+from snaketron.report.blocks import Block, Facts, Part, Table, Text, number
 from snaketron.report.measured import across, cost
 from snaketron.report.progress import sign
 from snaketron.report.runs import Run, Stage
 from snaketron.wording import large, plural, short_duration
 
 TRAININGS = ("pretrain", "sft", "lora")  # the rules that train
-MAX_ANSWERS = 20  # prompts whose answers are shown
 LEFT = ", for which the configuration does not ask any more,"
 _VERBS = {
     "failed": "failed",
@@ -39,8 +39,9 @@ def summary_part(runs: Sequence[Run]) -> Part:
         names=2,
     )
     for run in runs:
-        for quotes in _answers(run, named=len(runs) > 1)[:1]:
-            blocks.append(replace(quotes, title=f"An answer: {quotes.title.lower()}"))
+        for stage in [stage for stage in run.stages if stage.answers()][:1]:
+            said = quotes(stage, 0, f", {run.name}" if len(runs) > 1 else "")
+            blocks.append(replace(said, title=f"An answer: {said.title.lower()}"))
     return Part("Summary", blocks)
 
 
@@ -61,6 +62,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         losses = [(stage.name, stage.last("valid_loss")) for stage in ends]
         if said := ", ".join(f"{number(loss)} ({name})" for name, loss in losses if loss is not None):
             facts.append(("Validation loss", said))
+        answered = [(stage.name, said) for stage in ends if (said := exact_answers(stage))]
+        if said := "; ".join(f"{exact} ({name})" for name, exact in answered):
+            facts.append(("Exact answers", said))
         facts.append(("Time of the trainings", short_duration(sum(s.seconds for s in trained))))
         facts.append(("Cost of the trainings", cost(trained)))
         if warned := sum(len(stage.history.warnings) for stage in trained):
@@ -128,38 +132,3 @@ def _row(stage: Stage) -> list[str]:
         number(stage.last("test_loss")),
         short_duration(stage.seconds),
     ]
-
-
-def answers_part(runs: Sequence[Run]) -> Part:
-    """Prompts of the validation split with the answers before and after tuning."""
-    quotes = [quote for run in runs for quote in _answers(run, named=len(runs) > 1)]
-    if not quotes:
-        return Part("Answers", [Text("No training has answered a prompt yet (sft.num_samples).")])
-    shown = quotes[:MAX_ANSWERS]
-    more = (
-        [Text(f"{len(quotes) - len(shown)} more are in ckpt/sft/answers.")]
-        if len(quotes) > len(shown)
-        else []
-    )
-    return Part("Answers", [*shown, *more])
-
-
-def _answers(run: Run, *, named: bool) -> list[Quotes]:
-    found = []
-    for stage in run.stages:
-        answers = stage.answers()
-        if not answers:
-            continue
-        (first, before), (last, after) = answers[0], answers[-1]
-        for place, base in enumerate(before, start=1):
-            texts = [("prompt", base["prompt"]), ("reference", base["reference"])]
-            texts.append((_title(first, base), base["answer"]))
-            if last != first and place <= len(after):
-                texts.append((_title(last, after[place - 1]), after[place - 1]["answer"]))
-            title = f"Prompt {place} of {stage.name}" + (f", {run.name}" if named else "")
-            found.append(Quotes(title, [(name, text.strip()) for name, text in texts]))
-    return found
-
-
-def _title(step: int, entry: dict[str, str]) -> str:
-    return f"answer after step {step}" + (", cut" if entry.get("finish_reason") == "length" else "")

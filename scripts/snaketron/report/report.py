@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from snaketron.report import figures
+from snaketron.report.answers import answers_part
 from snaketron.report.blocks import UNKNOWN, Block, Part, Table, Text
 from snaketron.report.curves import curves_part
 from snaketron.report.data_report import data_parts
 from snaketron.report.evaluations import evaluations_part
 from snaketron.report.measured import measured_part
 from snaketron.report.origin import lineage_part
-from snaketron.report.overview import answers_part, summary_part
+from snaketron.report.overview import summary_part
 from snaketron.report.page import html
 from snaketron.report.progress import progress_part
 from snaketron.report.runs import Run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,6 +24,7 @@ from snaketron.log import UserError
 from snaketron.report.collect import Data, add_up, collect
 from snaketron.report.history import History, read_history
 from snaketron.report.live import Follower
+from snaketron.report.snakemake_log import Log
 from snaketron.report.workflow import Rule, rules
 from snaketron.wording import after, plural
 
@@ -74,9 +76,9 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """Time of all its attempts, and of the one that is running as far as its metrics tell."""
+        """Time of all its attempts; where one runs or ended without a word, at least that of its steps."""
         ended = sum(attempt.seconds or 0.0 for attempt in self.attempts)
-        return ended or (self.last("timing", "seconds") or 0.0)
+        return max(ended, self.last("timing", "seconds") or 0.0)
 
     @property
     def on_gpus(self) -> bool:
@@ -158,6 +160,7 @@ def read_run(
     at = {key: directory / roots.get(key, key) for key in ("data", "ckpt", "eval", "logs", "benchmarks")}
     trouble: list[str] = []
     running = not alone and is_locked(directory / ".snakemake/snaketron.lock")
+    log = _log(directory) if running else None
     stages = read_stages(at["ckpt"], plan, trouble)
     with contextlib.chdir(directory):
         data, found = _read_data(Path(roots.get("data", "data")), stages, plan, trouble)
@@ -170,10 +173,10 @@ def read_run(
             directory,
             at["logs"],
             at["benchmarks"],
-            plan["jobs"] if plan else {},
+            Counter(plan["jobs"] if plan else {}) | Counter(log.totals if log else {}),
             records.values(),
             running=running,
-            begun=_begun(directory) if running else None,
+            begun=_begun(directory, log) if log else None,
             asked=asked,
         ),
         data=data,
@@ -186,11 +189,16 @@ def read_run(
     )
 
 
-def _begun(directory: Path) -> dict[Path, float]:
-    """When the Snakemake of a directory began the jobs that have not ended, by their logs."""
+def _log(directory: Path) -> Log:
+    """What the Snakemake says that works in a directory."""
     follower = Follower(directory, alive=True)
     follower.read_log()
-    return {directory / job.log: job.began for job in follower.log.jobs.values() if job.state == "running"}
+    return follower.log
+
+
+def _begun(directory: Path, log: Log) -> dict[Path, float]:
+    """When a Snakemake began the jobs that have not ended, by their logs."""
+    return {directory / job.log: job.began for job in log.jobs.values() if job.state == "running"}
 
 
 # ------------------------------------------------------------------------------------------- trainings

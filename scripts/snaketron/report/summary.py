@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from snaketron.config.data import CALL, SPLITS
+from snaketron.config.data import SPLITS
 from snaketron.files import read_json
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import Entry, Record, read
 from snaketron.lineage.walk import ancestors, lost, why_lost
+from snaketron.report.answers import kinds
 from snaketron.report.blocks import number
 from snaketron.report.collect import Data, add_up
 from snaketron.report.tables import table
@@ -144,16 +145,11 @@ def _time(stages: list[Record], data: Data) -> str:
 
 def _answers(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
     """How many held-out prompts the base and the tuned model answer exactly, and the first of each kind."""
-    kinds: dict[str, list[int]] = {}
-    for index, entry in enumerate(before):
-        kinds.setdefault("calls" if CALL in entry["reference"] else "texts", []).append(index)
-    rows = []
-    for kind, indices in sorted(kinds.items()):
-        exact = (sum(said[i]["answer"] == said[i]["reference"] for i in indices) for said in (before, after))
-        rows.append([kind, *map(str, (len(indices), *exact))])
+    found = kinds(before, after)
+    rows = [[name, *map(str, (len(kind.places), kind.before, kind.after))] for name, kind in found.items()]
     parts = ["## Answers", table(["held out", "asked", "exact by the base", "exact after tuning"], rows)]
-    for _, (first, *_others) in sorted(kinds.items()):
-        base, tuned = before[first], after[first]
+    for kind in found.values():
+        base, tuned = before[kind.places[0]], after[kind.places[0]]
         texts = {f"{name}:": base[name] for name in ("prompt", "reference")}
         texts |= {f"base model:{_cut(base)}": base["answer"], f"tuned model:{_cut(tuned)}": tuned["answer"]}
         quoted = {title: text.strip().replace("\n", "\n    ") for title, text in texts.items()}

@@ -19,7 +19,7 @@ type Point = tuple[float, float]
 
 
 def points(line: str) -> Iterator[Point]:
-    """Points of a path of M, V, Q and C, 50 of each part: x(t) = sum of the corners in Bernstein's weights."""
+    """Points of a path of M, V, Q and C, 51 of each part."""
     at: Point = (0.0, 0.0)
     for kind, numbers in re.findall(r"([MVQC])([-\d. ]+)", line):
         found = [float(number) for number in numbers.split()]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from snaketron import files
 from snaketron.lineage.record import making, of_user
-from snaketron.report.blocks import Facts, Figures, Quotes, Table, Text
+from snaketron.report.blocks import Facts, Figures, Table, Text
 from snaketron.report.curves import curves_part
+from snaketron.report.measured import measured_part
 from snaketron.report.origin import lineage_part
-from snaketron.report.overview import answers_part, missing, summary_part
+from snaketron.report.overview import missing, summary_part
 from snaketron.report.runs import Run, read_run
 from tests.unit.report.live_run import RunLog
 
@@ -130,6 +131,39 @@ def test_a_training_whose_lock_is_held_is_running(training, tmp_path: Path):
     with (directory / "lock").open("a") as file:
         assert files.lock(file)
         assert (read(tmp_path).state, read(tmp_path).stages[0].state) == ("running", "running")
+        assert outcomes(tmp_path) == ["running"]  # it has said nothing yet, as one that was killed has not
+    assert outcomes(tmp_path) == ["no word"]
+
+
+def outcomes(root: Path) -> list[str]:
+    """How the attempts that are listed ended, by the page."""
+    *_, table = measured_part([read_run(root, {}, None, name="run", alone=False)]).blocks
+    assert isinstance(table, Table) and table.header[3] == "outcome"
+    return [row[3] for row in table.rows]
+
+
+def test_the_time_of_a_training_is_at_least_that_of_its_steps(training, tmp_path: Path):
+    """An attempt that was killed has no time; that of the next one alone was taken for all of it."""
+    directory = training("pretrain/broad", seconds=100.0)
+    lines = [{"iteration": step, "timing": {"seconds": 20.0 * step}} for step in range(41)]
+    (directory / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    assert read(tmp_path).stages[0].seconds == 800.0
+
+
+def test_what_was_asked_for_beside_the_main_job_waits_on_the_page(job, tmp_path: Path):
+    """Merging adapters was not drawn before it began: only what ckpt/sft takes was."""
+    job("sft", seconds=2.5)
+    (tmp_path / ".snakemake").mkdir()
+    with (tmp_path / ".snakemake/snaketron.lock").open("a") as file:
+        assert files.lock(file)
+        RunLog(tmp_path, {"lora": 1, "merge_lora": 1})
+        rules = read(tmp_path).rules
+    found = {name: (rule.state, rule.done, rule.expected) for name, rule in rules.items()}
+    assert found == {
+        "sft": ("finished", 1, 1),
+        "lora": ("waiting", 0, 1),
+        "merge_lora": ("waiting", 0, 1),
+    }
 
 
 def test_the_lock_of_the_directory_counts_unless_the_workflow_makes_the_page(job, tmp_path: Path):
@@ -220,17 +254,6 @@ def test_losses_by_corpus_are_before_after_and_tested(training, tmp_path: Path):
     (drawn,) = (block for block in blocks if isinstance(block, Figures))
     titles = ["Loss (nats a token)", "Loss by corpus, training", "Loss by corpus, validation"]
     assert [figure.title for figure in drawn.figures] == titles
-
-
-def test_an_answer_that_was_cut_says_so(training, tmp_path: Path):
-    """An entry of before has no word of how the answer ended."""
-    directory = training("sft")
-    answer = {"prompt": "Why?", "reference": "So.", "answer": "Since", "finish_reason": "length"}
-    files.write_json(directory / "answers/step_0000040.json", [answer])
-    (quotes,) = answers_part([read(tmp_path)]).blocks
-    assert isinstance(quotes, Quotes)
-    names = [name for name, _ in quotes.texts]
-    assert names == ["prompt", "reference", "answer after step 0", "answer after step 40, cut"]
 
 
 def test_evaluations_are_in_the_order_of_the_trainings(training, tmp_path: Path):
