@@ -94,7 +94,7 @@ def read(directory: Path, name: str, configfiles: list[Path] | None, *, alone: b
             planned, is_asked = plan(config), asked(config)
         except (ConfigError, UserError, OSError, ValueError) as error:
             named = ", ".join(files) or "of the last run"
-            trouble.append(f"The configuration ({named}) cannot be read: {error}")
+            trouble.append(f"The configuration ({named}) cannot be read: {error}.")
     every = is_asked or (lambda log: True)
     found = read_run(directory, roots, planned, name=name, alone=alone, asked=every)
     found.changes, found.configfiles = changes, files

@@ -95,8 +95,8 @@ def keep(config: Config, configfiles: Sequence[str | Path]) -> None:
 
 
 def of_last_run() -> tuple[Config, list[str]]:
-    """What the last run here was told, and its files of --configfile; the defaults where none has begun."""
+    """What the last run here was told, and its files of --configfile; `UserError` where none has begun."""
     if not _KEPT.exists():
-        return configuration([]), []
+        raise UserError("no run has kept it here; name its files with --configfile")
     told = read_json(_KEPT)
     return load(told["config"], {}), told["configfiles"]

@@ -86,7 +86,7 @@ def _axes(axes: Any) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(short))
     if not axes.dataLim.intervaly.any():  # counts that are all 0, which have no scale of their own
-        axes.set_ylim(0, 1)
+        axes.set_ylim(-0.05, 1)  # not on the axis, where nobody would see them
     low, high = axes.get_ylim()
     if high - low > 1e-9 * max(abs(high), 1e-9) and (high >= 1000 or high < 0.01):
         axes.yaxis.set_major_formatter(FuncFormatter(short))

@@ -90,12 +90,20 @@ def _beside(runs: Sequence[Run]) -> list[Block]:
 
 
 def missing(run: Run) -> list[str]:
-    """What is not there yet and why, a sentence each."""
+    """What is not there yet and why, and what is of another run, a sentence each."""
     said = [
         f"{stage.name}{'' if run.is_asked(stage) else LEFT} {_VERBS[stage.state]}: {stage.reason}."
         for stage in run.stages
         if stage.reason
     ]
+    for stage in run.stages:
+        for entry in stage.record.inputs if stage.record else ():
+            name, _, key = entry.version.rpartition("-")
+            base = run.stage(name)
+            if base and (shown := base.version.directory.name.rpartition("-")[2]) != key:
+                said.append(
+                    f"{stage.name} stands on another {name} (version {key}) than is shown here ({shown})."
+                )
     unfinished = [rule for rule in run.rules.values() if rule.state in ("failed", "running", "partly")]
     for rule in unfinished:
         if rule.name in TRAININGS and any(stage.reason and run.is_asked(stage) for stage in run.stages):

@@ -163,22 +163,26 @@ def read_run(
     log = _log(directory) if running else None
     stages = read_stages(at["ckpt"], plan, trouble)
     with contextlib.chdir(directory):
-        data, found = _read_data(Path(roots.get("data", "data")), stages, plan, trouble)
+        data, found = _read_data(Path(roots.get("data", "data")), at["ckpt"], stages, plan, trouble)
         records = {path.resolve(): record for path, record in found.items()}  # a version has links
+    of_rules = rules(
+        directory,
+        at["logs"],
+        at["benchmarks"],
+        Counter(plan["jobs"] if plan else {}) | Counter(log.totals if log else {}),
+        records.values(),
+        running=running,
+        begun=_begun(directory, log) if log else None,
+        asked=asked,
+    )
+    for stage in stages:
+        if stage.state in ("stopped", "waiting") and (rule := of_rules.get(stage.name.partition("/")[0])):
+            rule.ended[f"{stage.name}.log"] = stage.state
     return Run(
         name=name,
         directory=directory,
         stages=stages,
-        rules=rules(
-            directory,
-            at["logs"],
-            at["benchmarks"],
-            Counter(plan["jobs"] if plan else {}) | Counter(log.totals if log else {}),
-            records.values(),
-            running=running,
-            begun=_begun(directory, log) if log else None,
-            asked=asked,
-        ),
+        rules=of_rules,
         data=data,
         records=records,
         evaluations=_read_evaluations(at["eval"], [stage.name for stage in stages], trouble),
@@ -295,16 +299,23 @@ def _state(version: Version, attempts: Sequence[Attempt]) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------- the rest
 
 
+def _merged(ckpt: Path) -> dict[Path, Record]:
+    """The records of checkpoints that no training made: adapters merged into their base, and averages."""
+    found = [Version(link.resolve()).record for link in (ckpt / "lora_merged", *ckpt.glob("merged/*"))]
+    return {path: read(path) for path in found if path.exists()}
+
+
 def _read_data(
-    root: Path, stages: Sequence[Stage], plan: dict[str, Any] | None, trouble: list[str]
+    root: Path, ckpt: Path, stages: Sequence[Stage], plan: dict[str, Any] | None, trouble: list[str]
 ) -> tuple[Data, dict[Path, Record]]:
     """What the records say of the data, and all records: those of what was made last, else what there is."""
     phases = [one["name"].partition("/")[2] for one in plan["trainings"]] if plan else []
     phases = [phase for phase in phases if phase] or [path.name for path in sorted(root.glob("pretrain/*"))]
     last = [root / "pretrain" / phase / "index.json" for phase in phases] + [root / "sft/record.json"]
     try:
-        made = ancestors(entry for stage in stages if stage.record for entry in stage.record.inputs)
-        made |= {stage.version.record: stage.record for stage in stages if stage.record}
+        trained = {stage.version.record: stage.record for stage in stages if stage.record}
+        checkpoints = trained | _merged(ckpt)
+        made = ancestors(entry for record in checkpoints.values() for entry in record.inputs) | checkpoints
         trouble += [f"{entry.path}: {why_lost(entry)}." for entry in lost(made.values())]
         if all(path.is_file() for path in last):
             data = collect(last)

@@ -69,6 +69,7 @@ RULES: dict[str, tuple[int, tuple[str, ...], Kind | Literal[""]]] = {
 # The options that say what a job makes. Snakemake removes that before the job runs, but not where the rule
 # marks it with `update()`: there the last line of the log must name it.
 MADE = ("--record", "--output")
+TIME = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ ")  # before each line of a log
 ERROR = re.compile(r"(\S+ \S+ )?error: ")  # the last line of a program that failed
 SLACK_S = 5.0  # between the clocks of two machines that share a file system
 
@@ -86,20 +87,22 @@ class Rule:
     left: dict[str, str] = field(default_factory=dict)  # the same of jobs that nobody asks for any more
     waiting: int = 0  # jobs that an earlier run has left a log of, and that have not started yet in this one
     running: bool = False
+    ended: dict[str, str] = field(
+        default_factory=dict
+    )  # states of trainings that did not fail, by their logs
 
     @property
     def failed(self) -> dict[str, str]:
         """The jobs that ended with an error, or with nothing where none is running."""
-        if not self.running:
-            return self.unfinished
-        return {log: said for log, said in self.unfinished.items() if _is_error(said)}
+        found = {log: said for log, said in self.unfinished.items() if log not in self.ended}
+        return {log: said for log, said in found.items() if not self.running or _is_error(said)}
 
     @property
     def state(self) -> str:
         if self.failed:
             return "failed"
         if self.unfinished:
-            return "running"
+            return next((self.ended[log] for log in self.unfinished if log in self.ended), "running")
         if self.done and self.done >= self.expected:
             return "finished"
         return "partly" if self.done else "waiting"
@@ -189,7 +192,7 @@ def _read_logs(
             continue
         rule.done = max(0, rule.done - old)  # the job was begun again
         said = next((line for line in reversed(lines) if _is_error(line)), lines[-1] if lines else "")
-        rule.unfinished[str(path.relative_to(logs))] = "" if said.startswith("$ ") else said
+        rule.unfinished[str(path.relative_to(logs))] = "" if said.startswith("$ ") else TIME.sub("", said)
 
 
 def _was_made(command: str, last: str, directory: Path) -> bool:

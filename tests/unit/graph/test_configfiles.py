@@ -18,10 +18,10 @@ from snakemake.settings import types
 
 def test_what_a_run_was_told_is_kept_with_what_is_in_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """--config and the environment are in no file, and the environment is another one later."""
-    (tmp_path / "config").symlink_to(REPOSITORY / "config")
     (tmp_path / ".snakemake").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert of_last_run() == (configuration([]), [])
+    with pytest.raises(UserError, match="no run has kept it here"):
+        of_last_run()
     told = load({"sft": {"train_iters": 7}}, {"SNAKETRON_SFT__WARMUP_ITERS": "3"})
     keep(told, [Path("/run/it(s).yaml"), "b.yaml"])
     monkeypatch.setenv("SNAKETRON_SFT__WARMUP_ITERS", "4")

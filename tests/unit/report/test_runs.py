@@ -10,7 +10,7 @@ from pathlib import Path
 
 from snaketron import files
 from snaketron.lineage.record import making, of_user
-from snaketron.report.blocks import Facts, Figures, Table, Text
+from snaketron.report.blocks import Facts, Figures, Table, Text, Tree
 from snaketron.report.curves import curves_part
 from snaketron.report.measured import measured_part
 from snaketron.report.origin import lineage_part
@@ -124,6 +124,46 @@ def test_what_did_not_finish_says_why(training, tmp_path: Path, attempt, state: 
     assert (stage.state, stage.reason[: len(why)]) == (state, why)
     assert run.state == {"waiting": "not finished"}.get(state, state)
     assert why in missing(run)[0] and "Not begun: sft" in missing(run)[-1]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state", "of_run"), [(None, "stopped", "stopped"), ("requeued", "waiting", "not finished")]
+)
+def test_the_job_of_a_training_that_stopped_has_not_failed(
+    training, job, tmp_path: Path, outcome: str | None, state: str, of_run: str
+):
+    """A run that was killed was called failed: the job of the training has no benchmark."""
+    training("pretrain/broad", steps=12, outcome=outcome)
+    job("pretrain/broad", said="12 steps so far")
+    run = read(tmp_path)
+    assert (run.rules["pretrain"].state, run.state) == (state, of_run)
+    job("pretrain/focused", said="error: no space left")
+    run = read(tmp_path)
+    assert (run.rules["pretrain"].state, run.state) == ("failed", "failed")
+
+
+def test_the_lineage_has_adapters_that_were_merged_into_their_base(training, tmp_path: Path):
+    """No training made that checkpoint, and it is the one that is used."""
+    merged = training("lora_merged", base="lora-0123456789ab")
+    (tmp_path / "ckpt/lora_merged").symlink_to(merged)
+    training("lora", base="pretrain/broad-0123456789ab")
+    training("pretrain/broad")
+    run = read(tmp_path)
+    assert [stage.name for stage in run.stages] == ["pretrain/broad", "lora"]
+    trees = [block for block in lineage_part(run).blocks if isinstance(block, Tree)]
+    assert [tree.line for tree in trees] == ["checkpoint lora_merged"]
+    (merged / "record.json").write_text("{")
+    assert any("records of the data cannot be followed" in line for line in missing(read(tmp_path)))
+
+
+def test_a_training_on_another_base_than_is_shown_says_so(training, tmp_path: Path):
+    """The phase is trained again with more tokens; SFT is still that of before."""
+    training("sft", base="pretrain/broad-9876543210ba")
+    training("pretrain/broad", steps=12, outcome=None)
+    said = "sft stands on another pretrain/broad (version 9876543210ba) than is shown here (0123456789ab)."
+    assert said in missing(read(tmp_path))
+    training("lora", base="pretrain/broad-0123456789ab")
+    assert [line for line in missing(read(tmp_path)) if "stands on" in line] == [said]
 
 
 def test_a_training_whose_lock_is_held_is_running(training, tmp_path: Path):

@@ -88,7 +88,7 @@ def test_a_job_whose_command_was_run_by_hand_is_done_where_its_product_is_there(
     job(b, options="--record data/tokens/docs/b.json", said="2026-11-29 11:00:00,1 error: b.txt: not UTF-8")
     job("sft", options="--output ckpt/sft", said="sft: starts (1 process on 1 node)")
     found = read(tmp_path)
-    assert found["tokenize_shard"].failed == {f"{b}.log": "2026-11-29 11:00:00,1 error: b.txt: not UTF-8"}
+    assert found["tokenize_shard"].failed == {f"{b}.log": "error: b.txt: not UTF-8"}
     assert (found["tokenize_shard"].done, found["sft"].done, found["sft"].state) == (1, 0, "failed")
 
 
