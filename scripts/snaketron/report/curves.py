@@ -30,6 +30,7 @@ CHARTS: dict[str, dict[str, str]] = {
     "Peak memory of a process (GiB)": {"timing.peak_memory_gib": ""},
 }
 FEW = ("valid_loss", "valid_sources")
+MOST_DOTS = 40  # more of them hide their curve
 
 
 def curves_part(runs: Sequence[Run]) -> Part:
@@ -109,7 +110,8 @@ def _chart(name: str, title: str, found: dict[str, Stage], several: bool) -> Fig
             points = stage.values(*path)
             called = ": ".join(word for word in (run if several else "", label) if word)
             colour = run_place if several else place
-            curves.append(Curve(called, points, colour, place, dots=path[0] in FEW or len(points) < 4))
+            dots = len(points) < 4 or (path[0] in FEW and len(points) <= MOST_DOTS)
+            curves.append(Curve(called, points, colour, place, dots=dots))
     title = title.replace("source", _word(name))
     figure = draw(title, curves)
     return figure and Figure(title, f"{name}, {figure.alt}", figure.svg)

@@ -122,9 +122,11 @@ def _planned_rows(run: Run) -> list[list[str]]:
     return found
 
 
-def _outcome(stage: Stage, attempt: Attempt) -> str:
-    running = stage.state == "running" and attempt is stage.attempts[-1]
-    return "running" if running else attempt.outcome or "no word"
+def _ended(stage: Stage, attempt: Attempt) -> tuple[str, int]:
+    """How an attempt ended, and after which step; its metrics tell where it did not."""
+    if attempt.outcome or attempt is not stage.attempts[-1]:
+        return attempt.outcome or "no word", attempt.iteration
+    return "running" if stage.state == "running" else "no word", stage.done
 
 
 def _attempts(runs: Sequence[Run]) -> list[Block]:
@@ -136,15 +138,16 @@ def _attempts(runs: Sequence[Run]) -> list[Block]:
                 stage.name,
                 attempt.started,
                 attempt.job or UNKNOWN,
-                _outcome(stage, attempt),
+                outcome,
                 attempt.error or "",
                 f"{attempt.from_iteration:,}",
-                f"{attempt.iteration:,}",
+                f"{step:,}",
                 UNKNOWN if attempt.seconds is None else short_duration(attempt.seconds),
             ]
             for stage in run.stages
             if len(stage.attempts) > 1 or stage.state != "finished"
             for attempt in stage.attempts
+            for outcome, step in (_ended(stage, attempt),)
         ]
 
     header = ["training", "began", "Slurm job", "outcome", "error", "from step", "to step", "time"]

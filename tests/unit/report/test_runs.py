@@ -167,19 +167,21 @@ def test_a_training_on_another_base_than_is_shown_says_so(training, tmp_path: Pa
 
 
 def test_a_training_whose_lock_is_held_is_running(training, tmp_path: Path):
-    directory = training("pretrain/broad", steps=12, outcome=None)
+    directory = training("pretrain/broad", steps=12, outcome=None, iteration=0)
     with (directory / "lock").open("a") as file:
         assert files.lock(file)
         assert (read(tmp_path).state, read(tmp_path).stages[0].state) == ("running", "running")
-        assert outcomes(tmp_path) == ["running"]  # it has said nothing yet, as one that was killed has not
-    assert outcomes(tmp_path) == ["no word"]
+        assert ends(tmp_path) == [
+            ["running", "12"]
+        ]  # it has said nothing yet, as one that was killed has not
+    assert ends(tmp_path) == [["no word", "12"]]
 
 
-def outcomes(root: Path) -> list[str]:
-    """How the attempts that are listed ended, by the page."""
+def ends(root: Path) -> list[list[str]]:
+    """How the attempts that are listed ended, and after which step, by the page."""
     *_, table = measured_part([read_run(root, {}, None, name="run", alone=False)]).blocks
-    assert isinstance(table, Table) and table.header[3] == "outcome"
-    return [row[3] for row in table.rows]
+    assert isinstance(table, Table) and table.header[3:7:3] == ["outcome", "to step"]
+    return [row[3:7:3] for row in table.rows]
 
 
 def test_the_time_of_a_training_is_at_least_that_of_its_steps(training, tmp_path: Path):
