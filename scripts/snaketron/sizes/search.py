@@ -121,9 +121,10 @@ def _micro_batches(training: Training) -> tuple[int, ...]:
 
 def _layouts(training: Training, gpu: Gpu, num_gpus: int) -> Iterator[Parallel]:
     near = min(gpu.domain, 8)  # more parts than that are too small to keep a GPU busy
-    layers = len(training.model.hybrid_layer_pattern)
+    most = min(16, len(training.model.hybrid_layer_pattern), num_gpus)
+    stages = [number for number in range(1, most + 1) if num_gpus % number == 0]  # 3 on a rack of 72 GPUs
     contexts = _powers(num_gpus) if training.seq_length > SHORT else [1]
-    for tp, pp, cp in itertools.product(_powers(near), _powers(min(16, layers)), contexts):
+    for tp, pp, cp in itertools.product(_powers(near), stages, contexts):
         if num_gpus % (tp * pp * cp):
             continue
         for ep in _powers(min(num_gpus // pp, training.model.num_moe_experts)):

@@ -108,6 +108,15 @@ def test_nodes_are_as_large_as_they_are_configured(config: Config):
     assert (in_nodes("gb200", racks).gpus_per_node, in_nodes("gb200", racks).domain) == (2, 72)
 
 
+def test_a_rack_whose_gpus_are_no_power_of_two_is_divided_into_stages(config: Config):
+    """72 = 8 x 9, and 3,072 sequences have one factor 3, so 3, 6, 9 or 12 stages. Nothing fitted."""
+    found = search(config, config.training("pretrain/broad"), "gb300", 72)
+    stages = {one.parallel.pipeline_model_parallel_size for one in found}
+    assert {3, 9} <= stages <= {3, 6, 9, 12}
+    assert all(one.parallel.world_size == 72 for one in found)
+    assert all(3072 % one.parallel.data_parallel_size == 0 for one in found)
+
+
 def test_too_few_gpus_have_no_layout(config: Config):
     broad = config.training("pretrain/broad")
     assert search(config, broad, "h100", 8) == []
@@ -132,7 +141,7 @@ def test_too_few_gpus_have_no_layout(config: Config):
         ),
         (
             "gb200",
-            20,
+            68,
             "pretrain.global_batch_size 3072 is not divisible by micro_batch_size 1 x data_parallel",
         ),
     ],
