@@ -150,6 +150,21 @@ def test_what_does_not_fit_is_named_with_a_change_that_does(
     assert "- pretrain/broad does not fit. What would: pretrain.parallel: " in capsys.readouterr().out
 
 
+def test_where_no_layout_fits_the_plan_says_what_a_dry_run_says(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """It said that no change of layout was found; bf16 is no way out where all is in bf16."""
+    workspace.write("more.yaml", "cluster: {gpu: h100, gpus_per_node: 8, gpu_memory_gb: 1}\n")
+    bf16 = "{gradient_precision: bf16, moment_precision: bf16}"
+    workspace.write("bf16.yaml", f"sft: {{optimizer: {bf16}}}\n")
+    of(workspace, monkeypatch, "config/super.yaml", "more.yaml", "bf16.yaml")
+    said = capsys.readouterr().out
+    none = "no layout of up to 16 times as many GPUs fits; "
+    lower = "lower gradient_precision and moment_precision of pretrain.optimizer to bf16, or "
+    assert f"- pretrain/broad does not fit. {none}{lower}take GPUs with more memory\n" in said
+    assert f"- sft does not fit. {none}take GPUs with more memory\n" in said
+
+
 def test_local_paths_without_a_file_are_named_apart_from_what_is_not_listed(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -111,11 +111,12 @@ def size_lines(config: Config, training: Training, needs: Estimate) -> list[str]
     on = plural(parallel.world_size, "GPU" if config.cluster.gpus_per_node else "CPU process")
     adapters = needs.num_adapter_parameters
     recordings = components(config, training).recordings
+    each = "each" if parallel.pipeline_model_parallel_size == 1 else "the fullest"
     return [
         f"{large(needs.num_parameters)} parameters, {large(needs.num_active_parameters)} active a token"
         + (f", {large(adapters)} of adapters trained" if adapters else ""),
         f"{on}{f': {layout}' if layout else ''}",
-        f"{large(needs.static_bytes, BYTES)} of weights, gradients and optimizer on each, "
+        f"{large(needs.static_bytes, BYTES)} of weights, gradients and optimizer on {each}, "
         f"{large(needs.peak_bytes, BYTES)} with activations{' and recordings' if recordings else ''}",
     ]
 

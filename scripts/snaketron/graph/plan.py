@@ -16,7 +16,7 @@ from snaketron.log import UserError
 from snaketron.settings.keeping import kept_at_end
 from snaketron.settings.schedule import steady_steps
 from snaketron.settings.training import train_settings
-from snaketron.sizes.fitting import smallest_change
+from snaketron.sizes.fitting import no_change, smallest_change
 from snaketron.sizes.gpus import in_nodes
 from snaketron.sizes.layout import layout
 from snaketron.sizes.plan import Estimate, components, estimate, hours_at
@@ -251,7 +251,7 @@ def _training(config: Config, training: Training, corpora: Mapping[str, Any]) ->
     needs, parts, limit = (
         estimate(config, training),
         components(config, training),
-        config.cluster.gpu_memory_gb,
+        config.cluster.gpu_memory_gb if config.cluster.gpus_per_node else None,
     )
     parallel, lies = training.run.parallel, layout(training.run, config.cluster)
     stages = pipeline_stages(training.model, config.tokenizer.vocab_size, parallel)
@@ -278,6 +278,7 @@ def _training(config: Config, training: Training, corpora: Mapping[str, Any]) ->
         **_time(training, needs),
         "memory": asdict(parts) | {"total": parts.total, "limit": limit and limit * 1e9, "fits": fits},
         "change_that_fits": change and change[0],
+        "why_none_fits": no_change(training) if fits is False and not change else None,
         **_step(config, training),
         "checkpoint_bytes": needs.checkpoint_bytes,
         "checkpoints_kept": len(kept_at_end(training.run, steady, training.train_iters)),

@@ -143,8 +143,8 @@ def _memory(trainings: Sequence[Mapping[str, Any]]) -> str:
         fits = {None: "not checked", True: "yes", False: "no"}[memory["fits"]]
         rows.append([one["name"], *(_bytes(memory[part]) for part in parts), _bytes(memory["limit"]), fits])
         if memory["fits"] is False:
-            change = one["change_that_fits"] or "no change of layout was found"
-            lines.append(f"- {one['name']} does not fit. What would: {change}")
+            would = one["why_none_fits"] or f"What would: {one['change_that_fits']}"
+            lines.append(f"- {one['name']} does not fit. {would}")
         if len(one["layers_of_stages"]) > 1:
             stages.setdefault(tuple(one["layers_of_stages"]), []).append(one["name"])
     for layers, names in stages.items():

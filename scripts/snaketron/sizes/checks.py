@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from snaketron.config import Config, ConfigError, Training
 from snaketron.config.linears import check_targets
-from snaketron.sizes.fitting import MAX_DOUBLINGS, smallest_change
+from snaketron.sizes.fitting import no_change, smallest_change
 from snaketron.sizes.limits import Limits, check_limits
 from snaketron.sizes.plan import Estimate, estimate
 from snaketron.sizes.stages import pipeline_stages
@@ -37,7 +37,8 @@ def missing_targets(config: Config, training: Training) -> list[str]:
 
 def check_memory(config: Config, trainings: Iterable[Training]) -> None:
     """`ConfigError` when a training needs more of a GPU than it has, by `cluster.gpu_memory_gb`."""
-    if (limit := config.cluster.gpu_memory_gb) is None:
+    limit = config.cluster.gpu_memory_gb
+    if limit is None or not config.cluster.gpus_per_node:
         return
     # Phases that share their parallel sizes are one problem.
     largest: dict[str, tuple[Training, Estimate]] = {}
@@ -63,7 +64,4 @@ def _too_large(config: Config, training: Training, need: Estimate) -> str:
     if found := smallest_change(config, training):
         change, then = found
         return f"{what}the smallest change that fits ({then.peak_bytes / 1e9:.4g} GB): {change}"
-    return (
-        f"{what}no layout of up to {2**MAX_DOUBLINGS} times as many GPUs fits; lower gradient_precision and "
-        f"moment_precision of {training.at('optimizer')} to bf16, or take GPUs with more memory"
-    )
+    return what + no_change(training)

@@ -33,6 +33,14 @@ def smallest_change(config: Config, training: Training) -> tuple[str, Estimate] 
     return None
 
 
+def no_change(training: Training) -> str:
+    """What to say where no change lets a training fit."""
+    optimizer = training.run.optimizer
+    fp32 = [key for key in ("gradient_precision", "moment_precision") if getattr(optimizer, key) == "fp32"]
+    bf16 = f"lower {' and '.join(fp32)} of {training.at('optimizer')} to bf16, or " if fp32 else ""
+    return f"no layout of up to {2**MAX_DOUBLINGS} times as many GPUs fits; {bf16}take GPUs with more memory"
+
+
 def _updates(training: Training) -> Iterator[dict[str, Any]]:
     """First no recordings; then layouts by once, twice, ... the GPUs, each with less and more recomputation.
 

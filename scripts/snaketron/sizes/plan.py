@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from snaketron.config import Config, Model, Parallel, Training
 from snaketron.sizes.cpu_activations import cpu_activation_memory
@@ -52,10 +52,13 @@ def estimate(config: Config, training: Training) -> Estimate:
     adapters, processes = training.adapters, run.parallel.world_size
     found = speed(config, training)
     hours = hours_at(found, training)
-    static = max(kept.total for kept in static_of_run(model, vocab_size, run, run.optimizer))
-    peak = components(config, training).total
+    parts = components(config, training)
     without = run.model_copy(update={"offload_optimizer": 0.0})
-    whole = max(kept.total for kept in static_of_run(model, vocab_size, without, run.optimizer))
+    kept, whole = (
+        max(kept.total for kept in static_of_run(model, vocab_size, one, run.optimizer))
+        for one in (run, without)
+    )
+    host = whole - kept + _copied_bytes(config, training) if config.cluster.gpus_per_node else parts.total
     return Estimate(
         num_parameters=num_parameters(model, vocab_size).total,
         num_active_parameters=num_active_parameters(model, vocab_size),
@@ -65,9 +68,9 @@ def estimate(config: Config, training: Training) -> Estimate:
             else None
         ),
         tokens=training.tokens,
-        static_bytes=static,
-        peak_bytes=peak,
-        host_bytes=whole - static + _copied_bytes(config, training) if config.cluster.gpus_per_node else peak,
+        static_bytes=parts.static,
+        peak_bytes=parts.total,
+        host_bytes=host,
         flops=training.tokens * flops_per_token(config, training),
         checkpoint_bytes=checkpoint_bytes(config, training),
         speed=found,
@@ -96,8 +99,13 @@ class Components:
     recordings: float  # of layers, as CUDA graphs
 
     @property
+    def static(self) -> float:
+        """What lies there between two steps, too."""
+        return self.weights + self.gradients + self.main_weights + self.moments
+
+    @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        return self.static + self.activations + self.recordings
 
 
 def components(config: Config, training: Training) -> Components:

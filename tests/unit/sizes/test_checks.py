@@ -19,6 +19,7 @@ def test_a_training_that_no_gpu_holds_is_refused_with_both_numbers():
     with pytest.raises(ConfigError, match=message):
         check_trainings(config)
     check_trainings(load(COUNTED | {"cluster": {"gpus_per_node": 1, "gpu_memory_gb": 0.12}}, {}))
+    check_trainings(load(COUNTED | {"cluster": {"gpus_per_node": 0, "gpu_memory_gb": 0.1}}, {}))  # on CPUs
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from snaketron.config import load
+from snaketron.graph.configfiles import configuration
+from snaketron.graph.dry_run import size_lines
+from snaketron.sizes.memory import static_of_run
 from snaketron.sizes.plan import checkpoint_bytes, components, estimate
+from tests.conftest import REPOSITORY
 from tests.unit.sizes.models import COUNTED
 
 import pytest
@@ -49,6 +55,23 @@ def test_the_components_of_memory_add_up_to_the_peak(name: str):
     parts = components(config, config.training(name))
     assert parts.total == pytest.approx(estimate(config, config.training(name)).peak_bytes)
     assert parts.main_weights == 0  # of a model in fp32
+
+
+def test_what_lies_on_a_gpu_is_that_of_the_fullest_one(monkeypatch: pytest.MonkeyPatch):
+    """Of Super's four stages the first keeps most activations, and the last has most weights.
+
+    A dry-run said 51.5 GB of the last beside the sum of the first, 57.5 GB; the plan had 50.7 for the first.
+    """
+    monkeypatch.chdir(REPOSITORY)
+    config = configuration([Path("config/super.yaml"), Path("config/h100.yaml")])
+    broad = config.training("pretrain/broad")
+    stages = static_of_run(broad.model, config.tokenizer.vocab_size, broad.run, broad.run.optimizer)
+    found = estimate(config, broad)
+    assert found.static_bytes == stages[0].total < max(stage.total for stage in stages)
+    assert found.static_bytes == found.peak_bytes - components(config, broad).activations
+    assert "50.7 GB of weights, gradients and optimizer on the fullest, 57.5 GB" in "".join(
+        size_lines(config, broad, found)
+    )
 
 
 def test_a_checkpoint_holds_weights_main_weights_and_moments():
