@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from snaketron.config.base import Count, Positive, Section, Text, key
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 Split = Literal["time", "layers"]
+GpuName = Literal["h100", "h200", "b200", "gb200", "gb300"]
 
 
 class Parallel(Section):
@@ -54,7 +55,7 @@ class Cluster(Section):
         None,
         "processes of a training on a node without GPUs; null: all on one node. On GPUs each has one process",
     )
-    gpu: Literal["h100", "h200", "b200", "gb200", "gb300"] | None = key(
+    gpu: GpuName | None = key(
         None,
         "the GPU: the times of steps are estimated for it, unless tokens_per_second_per_gpu is stated; null: "
         "not known",
@@ -85,3 +86,13 @@ class Cluster(Section):
     secrets_file: Text | None = key(
         None, "file of mode 600 with lines NAME=value, such as WANDB_API_KEY, for the trainings alone"
     )
+
+    @field_validator("gpu", mode="before")
+    @classmethod
+    def _is_known(cls, gpu: Any) -> Any:
+        if gpu is not None and gpu not in get_args(GpuName):
+            raise ValueError(
+                f"cluster.gpu: {gpu!r} is none of {', '.join(get_args(GpuName))}; null goes for all others, "
+                "and their time is estimated where tokens_per_second_per_gpu of a training is stated"
+            )
+        return gpu

@@ -112,3 +112,14 @@ def test_the_limits_of_a_section_are_those_of_each_source_without_its_own():
     assert [(c.max_files, c.max_documents) for c in config.corpora] == [(1, 100), (1, 7), (None, None)]
     assert [(s.max_files, s.max_documents) for s in config.chats] == [(None, 5), (None, 5)]
     assert [(c.max_files, c.max_documents) for c in load({}, {}).corpora] == 4 * [(None, None)]
+
+
+@pytest.mark.parametrize("gpu", ["a100", "H100", ["h100"]])
+def test_a_gpu_that_is_not_known_has_a_way_out(gpu):
+    """Pydantic lists what is known and leaves out null, which goes for an A100."""
+    with pytest.raises(ConfigError) as refused:
+        load({"cluster": {"gpu": gpu}}, {})
+    assert str(refused.value) == (
+        f"cluster.gpu: {gpu!r} is none of h100, h200, b200, gb200, gb300; null goes for all others, and "
+        "their time is estimated where tokens_per_second_per_gpu of a training is stated"
+    )
