@@ -159,6 +159,38 @@ def test_what_a_source_says_renders_it_and_no_other(copy: Workspace, change: dic
     assert jobs(copy, config) == {"render_chat": 1, "pack_sft": 1, "blend_sft": 1, "sft": 1}
 
 
+@pytest.mark.parametrize(
+    ("gone", "change", "expected"),
+    [
+        (
+            "sft/train/tools/part_0.parquet",
+            "sft={train_iters: 13}",
+            {"pack_sft": 1, "blend_sft": 1, "sft": 1},
+        ),
+        ("sft/test/tools/part_0.parquet", "sft={train_iters: 13}", {"pack_sft": 1, "blend_sft": 1, "sft": 1}),
+        ("tokens/code/train/part_0.bin", "model={moe_router_topk: 3}", TEXT),
+    ],
+)
+def test_a_shard_that_is_gone_is_made_again_for_a_training(
+    copy: Workspace, gone: str, change: str, expected: dict[str, int]
+):
+    """Trainings read it through the blend. They failed each time, since nothing made it again."""
+    (copy.path / "data" / gone).unlink()
+    assert jobs(copy) == {}  # what is trained needs it no more
+    result = copy.snakemake("-n", "ckpt/sft", config=(change,))
+    assert result.jobs == expected
+    assert f"Missing output files: data/{gone}" in result.output
+
+
+def test_packs_that_failed_are_made_again_with_the_settings_of_before(copy: Workspace):
+    """Snakemake deletes what a job that fails made before, and took the rest for up to date."""
+    packed = copy.snakemake("ckpt/sft", config=("sft_data={pack_size: 64}",))
+    assert packed.status == 1 and "sft_data.max_dropped_fraction" in packed.output
+    assert not (copy.path / "data/sft/tools/part_0.json").exists()
+    done = copy.snakemake("ckpt/sft", config=("sft={train_iters: 13}",))
+    assert done.status == 0, done.output
+
+
 def test_the_data_report_is_made_from_records_alone(copy: Workspace):
     result = copy.snakemake("-n", "data_report")
     assert result.status == 0 and result.jobs == {"data_report": 1}, result.output

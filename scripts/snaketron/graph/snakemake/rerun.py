@@ -3,6 +3,9 @@
 - Snakemake 9.27 does not ask the jobs after one that runs, because that one makes them run. Where `ancient`
   files alone connect them it does not: what else was changed for them, parameters or other files, would be
   seen by the next start of Snakemake, and what is made until then would be made of their old output.
+- A blend names the shards that trainings read. Where one is gone, Snakemake makes it again only for a new
+  blend, and the training would fail each time: after a job of changed settings had failed, which deletes its
+  output, and these settings were taken back.
 - Outputs that a clock ahead has written pass for newer than what is made before them today: a run that ended
   between the two would be taken for finished.
 """
@@ -12,8 +15,10 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+VIEWS = ("blend_pretrain", "blend_sft")  # whose output names files for the jobs after it
 AHEAD = 600  # seconds by which the clocks of machines and file servers may differ
 
 type Jobs = Mapping[Any, Mapping[Any, set[Any]]]  # by job those after it, with the files that connect them
@@ -29,6 +34,13 @@ def ask_each_job(roots: Iterable[str]) -> None:
         dag.bfs = made_to_run  # with which it finds the jobs that it does not ask
         try:
             await original(dag, *args, **keys)
+            if gone := lost_shards(dag):
+                for job in gone:
+                    dag.forcefiles.update(job.output)
+                await original(dag, *args, **keys)
+                for job, files in gone.items():
+                    dag.reason(job).forced = False
+                    dag.reason(job).missing_output.update(files)
         finally:
             del dag.bfs
         if dag.workflow.is_main_process:
@@ -47,6 +59,21 @@ def made_to_run(after: Jobs, job: Any) -> Iterator[Any]:
             if other not in found and not all(file.is_ancient for file in files):
                 found.add(other)
                 waiting.append(other)
+
+
+def lost_shards(dag: Any) -> dict[Any, list[str]]:
+    """The jobs whose output is gone, in part, that a blend names for a job that runs; with what is gone."""
+    makers = {
+        maker
+        for view in dag.jobs
+        if view.rule.name in VIEWS
+        and not dag.needrun(view)
+        and any(dag.needrun(job) and view.output.blend in files for job, files in dag.depending[view].items())
+        for maker in dag.dependencies[view]
+        if not dag.needrun(maker)
+    }
+    gone = {maker: [file for file in maker.output if not Path(file).exists()] for maker in makers}
+    return {maker: files for maker, files in gone.items() if files}
 
 
 def check_times(dag: Any, roots: Iterable[str]) -> None:
