@@ -122,4 +122,18 @@ def evaluations_part(runs: Sequence[Run]) -> Part:
     if not evaluations:
         said = "No checkpoint was evaluated. The target eval/sft.json evaluates the one of SFT."
         return Part("Evaluation", [Text(said)])
-    return Part("Evaluation", [Table("Evaluations on the test splits", *beside(evaluations), names=2)])
+    table = Table("Evaluations on the test splits", *beside(evaluations), names=2)
+    return Part("Evaluation", [*_of_others(runs), table])
+
+
+def _of_others(runs: Sequence[Run]) -> list[Text]:
+    """Evaluations of checkpoints that were trained again since, a sentence each."""
+    said = []
+    for run in runs:
+        for name, one in run.evaluations.items():
+            stage, of = run.stage(name), one.get("checkpoint", "").rpartition("-")[2]
+            if stage and of and of != (shown := stage.version.directory.name.rpartition("-")[2]):
+                named = f"{run.name}: " if len(runs) > 1 else ""
+                other = f"is of another {name} (version {of}) than is shown here ({shown})."
+                said.append(Text(f"{named}eval/{name}.json {other}", attention=True))
+    return said

@@ -12,6 +12,7 @@ from snaketron import files
 from snaketron.lineage.record import making, of_user
 from snaketron.report.blocks import Facts, Figures, Table, Text, Tree
 from snaketron.report.curves import curves_part
+from snaketron.report.evaluations import evaluations_part
 from snaketron.report.measured import measured_part
 from snaketron.report.origin import lineage_part
 from snaketron.report.overview import missing, summary_part
@@ -140,6 +141,20 @@ def test_the_job_of_a_training_that_stopped_has_not_failed(
     job("pretrain/focused", said="error: no space left")
     run = read(tmp_path)
     assert (run.rules["pretrain"].state, run.state) == ("failed", "failed")
+
+
+def test_an_evaluation_of_another_version_says_so(training, tmp_path: Path):
+    """SFT was trained again; its evaluation stood beside the new losses."""
+    for name, version in (("pretrain/broad", "0123456789ab"), ("sft", "9876543210ba")):
+        training(name)
+        found = {"stage": name, "checkpoint": f"{name}-{version}", "text": {"docs": {"loss": 2.5}}}
+        files.write_json(tmp_path / f"eval/{name}.json", found)
+    said, table = evaluations_part([read(tmp_path)]).blocks
+    assert said == Text(
+        "eval/sft.json is of another sft (version 9876543210ba) than is shown here (0123456789ab).",
+        attention=True,
+    )
+    assert isinstance(table, Table) and table.rows == [["docs", "loss", "2.5000", "2.5000"]]
 
 
 def test_the_lineage_has_adapters_that_were_merged_into_their_base(training, tmp_path: Path):
