@@ -131,6 +131,7 @@ def screen(output: str, resized: int | None = None, columns: int = 1000) -> list
     After `resized` characters of the output it has `columns`, and has broken the lines that are longer.
     """
     lines, row, column = [""], 0, 0
+    output = re.sub(r"\x1b(\[[\d;?]*)?$", "", output)  # a colour of which half was read so far
     for found in re.finditer(r"\x1b\[[\d;?]*[A-Za-z]|\x1bE|[^\x1b]", output):
         part, width = found[0], columns if resized is not None and found.start() >= resized else 1000
         if part == "\r":
