@@ -10,7 +10,8 @@ from tests.conftest import Workspace
 def differences(page: str) -> dict[str, str]:
     """What the page says to differ from the defaults: each key with its value."""
     rows = re.findall(
-        r'<th scope="row" class="word">([^<]*)</th><td[^>]*>[^<]*</td><td[^>]*>([^<]*)</td>', page
+        r'<th scope="row" class="word">([^<]*)</th><td[^>]*>[^<]*</td><td[^>]*>([^<]*)</td>',
+        page.replace("<wbr>", ""),
     )
     return {key: value for key, value in rows if "." in key}
 

@@ -25,6 +25,7 @@ from snaketron.wording import short
 
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+MAX_NAME = 24  # characters of a curve that has another one beside it in the legend
 MAX_POINTS = 300  # of a curve: as many as its drawing has pixels
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, DARK)
 DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1)), (0, (1, 1)))
@@ -56,7 +57,8 @@ def draw(title: str, curves: Sequence[Curve]) -> Figure | None:
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return None
-    height = 2.5 + 0.18 * (len(curves) > 1) * -(-len(curves) // 2)
+    columns = 2 if max(len(curve.name) for curve in curves) <= MAX_NAME else 1
+    height = 2.5 + 0.18 * (len(curves) > 1) * -(-len(curves) // columns)
     with drawing(height, 4.8, _STYLE) as figure:
         axes = figure.subplots()
         for curve in curves:
@@ -73,7 +75,7 @@ def draw(title: str, curves: Sequence[Curve]) -> Figure | None:
             )
         _axes(axes)
         if len(curves) > 1:
-            figure.legend(loc="outside upper left", ncols=2, handlelength=2.2, columnspacing=1.2)
+            figure.legend(loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.2)
         svg = as_svg(figure).decode()
     words = ". ".join(_in_words(curve) for curve in curves)
     alt = f"{title}: {words}."

@@ -29,6 +29,7 @@ CHARTS: dict[str, dict[str, str]] = {
     "Tokens a second and process": {"timing.tokens_per_second_per_process": ""},
     "Peak memory of a process (GiB)": {"timing.peak_memory_gib": ""},
 }
+MOST_SOURCES = 6  # curves of a drawing: so many dashes there are, and the table has all sources
 FEW = ("valid_loss", "valid_sources")
 MOST_DOTS = 40  # more of them hide their curve
 
@@ -112,7 +113,9 @@ def _chart(name: str, title: str, found: dict[str, Stage], several: bool) -> Fig
             colour = run_place if several else place
             dots = len(points) < 4 or (path[0] in FEW and len(points) <= MOST_DOTS)
             curves.append(Curve(called, points, colour, place, dots=dots))
-    title = title.replace("source", _word(name))
+    sources = {one for stage in found.values() for one in _sources(stage, "sources")}
+    many = "source" in title and len(sources) > MOST_SOURCES
+    title = title.replace("source", _word(name)) + (f": {MOST_SOURCES} of {len(sources)}" if many else "")
     figure = draw(title, curves)
     return figure and Figure(title, f"{name}, {figure.alt}", figure.svg)
 
@@ -124,7 +127,14 @@ def _metrics(title: str, stage: Stage) -> dict[tuple[str, ...], str]:
         depths = [found for key in keys if (found := re.fullmatch(r"mtp_(\d+)_loss", key))]
         return {(found[0],): f"token {int(found[1]) + 1} ahead" for found in depths}
     if title == "Loss by source, validation":
-        return {("valid_sources", name): name for name in _sources(stage, "valid_sources")}
+        names = _largest(stage, _sources(stage, "valid_sources"))
+        return {("valid_sources", name): name for name in names}
     if title == "Loss by source, training":
-        return {("sources", name, "loss"): name for name in _sources(stage, "sources")}
+        return {("sources", name, "loss"): name for name in _largest(stage, _sources(stage, "sources"))}
     return {tuple(key.split(".")): label for key, label in CHARTS[title].items()}
+
+
+def _largest(stage: Stage, names: list[str]) -> list[str]:
+    """Those of the sources that most was trained on, in the order of `names`."""
+    order = sorted(names, key=lambda name: -stage.total("sources", name, "trained_tokens"))
+    return [name for name in names if name in order[:MOST_SOURCES]]

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from snaketron.config.data import SPLITS
 from snaketron.report.collect import Data
-from snaketron.wording import binary, short
+from snaketron.wording import binary, large, short
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -28,8 +28,11 @@ BLUE, ORANGE, GREEN, SKY, VERMILION, PURPLE, YELLOW = (
     "#F0E442",
 )
 COLOURS = (BLUE, ORANGE, GREEN, SKY, VERMILION, PURPLE, YELLOW)
+OTHERS = "#757575"  # white can be read on it
 GREY, DARK, LIGHT = "#999999", "#333333", "#dddddd"
 MAX_REASONS = 30  # bars of the figure of what was removed; the table has all
+MAX_PANELS = 8  # of lengths; more sources have a strip each
+MAX_NAME = 18  # characters beside a row; where one is longer, names stand above their rows
 ROW_INCHES = 0.32
 WIDTH = 5.0  # inches; a phone is about as wide
 
@@ -73,10 +76,25 @@ def _nothing(what: str) -> bytes:
         return as_svg(figure)
 
 
-def _names(axes: Any, names: Sequence[str]) -> None:
-    """Label the rows with names, the first at the top."""
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
+def _names(axes: Any, names: Sequence[str], most: int = MAX_NAME) -> None:
+    """Label the rows with names, the first at the top; above the rows where one has more characters."""
+    if not _are_long(names, most):
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        return
+    axes.set_yticks([])
+    axes.set_ylim(len(names) - 0.4, -0.8)
+    for row, name in enumerate(names):
+        axes.text(0.01, row - 0.5, name, transform=axes.get_yaxis_transform(), fontsize=9, va="center")
+
+
+def _are_long(names: Sequence[str], most: int = MAX_NAME) -> bool:
+    return max(map(len, names)) > most
+
+
+def _rows_inches(names: Sequence[str]) -> float:
+    """The height of rows of which each is a line, and one more where their names stand above."""
+    return ROW_INCHES * len(names) * (1.6 if _are_long(names) else 1)
 
 
 # ------------------------------------------------------------------------------------------- figures
@@ -87,7 +105,7 @@ def draw_tokens(data: Data) -> bytes:
     if not data.texts:
         return _nothing("no corpora")
     names = sorted(data.texts, key=lambda name: (-data.texts[name].tokens["train"], name))
-    with drawing(1.1 + ROW_INCHES * len(names)) as figure:
+    with drawing(1.1 + _rows_inches(names)) as figure:
         axes = figure.subplots()
         for row, name in enumerate(names):
             values = [data.texts[name].tokens[split] for split in SPLITS if data.texts[name].tokens[split]]
@@ -108,9 +126,8 @@ def draw_tokens(data: Data) -> bytes:
                 )
         for row, name in enumerate(names):
             if count := data.texts[name].tokens["train"]:
-                axes.annotate(
-                    f"{count:,}", (count, row), (8, 0), textcoords="offset points", va="center", fontsize=9
-                )
+                said = f"{count:,}" if count < 10_000_000 else large(count)
+                axes.annotate(said, (count, row), (8, 0), textcoords="offset points", va="center", fontsize=9)
         axes.set_xscale("log")
         axes.margins(x=0.12)
         axes.xaxis.set_major_formatter(FuncFormatter(short))
@@ -131,6 +148,8 @@ def draw_lengths(data: Data) -> bytes:
     low = min(min(lengths) for lengths in found.values())
     high = max(max(lengths) for lengths in found.values())
     bins = [1 << k for k in range(low.bit_length() - 1, high.bit_length())]
+    if len(found) > MAX_PANELS or _are_long([*found], MAX_NAME + 6):
+        return _strips(found, bins, data)
     columns = min(2, len(found))
     rows = math.ceil(len(found) / columns)
     with drawing(0.7 + 1.5 * rows) as figure:
@@ -145,12 +164,31 @@ def draw_lengths(data: Data) -> bytes:
             axes.grid(axis="y")
         for axes in list(panels.flat)[len(found) :]:
             axes.set_visible(False)
-        marks = range(0, len(bins), math.ceil(len(bins) / 5))
         for axes in panels.flat:
-            axes.set_xticks([i - 0.5 for i in marks], [binary(low << i) for i in marks])
+            _mark_bins(axes, bins)
             axes.tick_params(labelbottom=True)
         figure.supxlabel("tokens of a sequence (each bar: from a power of two to the next)", fontsize=9)
         figure.supylabel("share of the sequences", fontsize=9)
+        return as_svg(figure)
+
+
+def _mark_bins(axes: Any, bins: Sequence[int]) -> None:
+    marks = range(0, len(bins), math.ceil(len(bins) / 5))
+    axes.set_xticks([i - 0.5 for i in marks], [binary(bins[i]) for i in marks])
+
+
+def _strips(found: Mapping[str, Mapping[int, int]], bins: Sequence[int], data: Data) -> bytes:
+    """The lengths of many sources: a strip each, in a colour that is the stronger the more are so long."""
+    with drawing(0.9 + _rows_inches([*found])) as figure:
+        axes = figure.subplots()
+        for row, (name, lengths) in enumerate(found.items()):
+            colour = BLUE if name in data.texts else VERMILION
+            for place, size in enumerate(bins):
+                if share := lengths.get(size, 0) / max(lengths.values()):
+                    axes.barh(row, 1, left=place - 0.5, height=0.6, color=colour, alpha=max(share, 0.05))
+        _mark_bins(axes, bins)
+        axes.set_xlabel("tokens of a sequence (the stronger its colour, the more)")
+        _names(axes, [*found])
         return as_svg(figure)
 
 
@@ -168,12 +206,15 @@ def draw_mix(data: Data) -> bytes:
     others = [name for name in ordered if name not in named]
     kinds = (("there", "present"), ("asked", "asked"), ("realised", "realised"))
     lines = [(phase, label, key) for phase in data.mixes for label, key in kinds]
-    with drawing(1.4 + ROW_INCHES * 1.3 * len(lines)) as figure:
+    longest = max(map(len, named))
+    columns = 3 if longest <= 12 else 2 if longest <= MAX_NAME + 4 else 1
+    legend = math.ceil((len(named) + bool(others)) / columns)
+    with drawing(1.0 + 0.2 * legend + ROW_INCHES * 1.3 * len(lines)) as figure:
         axes = figure.subplots()
         places = [row + (row // 3 + 1) * 0.9 for row in range(len(lines))]  # a title above each phase
         ends: list[float] = [0.0] * len(lines)
         bars = [([name], name, style) for name, style in zip(named, styles, strict=False)]
-        bars += [(others, f"{len(others)} others", (GREY, ""))] if others else []
+        bars += [(others, f"{len(others)} others", (OTHERS, ""))] if others else []
         for members, label, (colour, hatch) in bars:
             widths: list[float] = [
                 sum((getattr(s, key) for s in data.mixes[phase] if s.corpus in members), 0.0)
@@ -193,7 +234,7 @@ def draw_mix(data: Data) -> bytes:
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_xlabel("share of the training tokens")
         axes.spines.left.set_visible(False)
-        figure.legend(loc="outside upper left", ncols=3, handlelength=1.2)
+        figure.legend(loc="outside upper left", ncols=columns, handlelength=1.2)
         return as_svg(figure)
 
 
@@ -203,7 +244,7 @@ def _write_share(axes: Any, x: float, y: float, share: float, colour: str) -> No
         *(x, y, f"{share:.0%}"),
         ha="center",
         va="center",
-        color="white" if colour == BLUE else "black",
+        color="white" if colour in (BLUE, OTHERS) else "black",
         fontsize=9,
         bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
     )
@@ -240,7 +281,7 @@ def draw_removed(data: Data) -> bytes:
         rest = len(ordered) - len(shown)
         axes.set_xlabel("rows (logarithmic)" + (f"; {rest} rarer reasons are not shown" if rest else ""))
         axes.grid(axis="x")
-        _names(axes, [reason if len(reason) <= 34 else f"{reason[:33]}…" for _, reason in shown])
+        _names(axes, [reason if len(reason) <= 34 else f"{reason[:33]}…" for _, reason in shown], 34)
         figure.legend(
             loc="outside upper left", ncols=3, handlelength=1.2, title="removed in the step", alignment="left"
         )

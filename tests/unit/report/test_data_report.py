@@ -22,7 +22,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag == "svg":
             self.drawings.append(dict(attributes)["aria-label"] or "")
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):  # which have no end
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:

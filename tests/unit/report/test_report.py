@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from itertools import pairwise
 from pathlib import Path
 
+from snaketron import files
+from snaketron.config.data import SPLITS
 from snaketron.lineage.diff import changed
 from snaketron.report.overview import missing
 from snaketron.report.report import report
 from snaketron.report.runs import Run, read_run
 from tests.chromium import Page, chromium, find
+from tests.conftest import REPOSITORY
+from tests.unit.report.conftest import packs, shard, share
 
+import orjson
 import pytest
+import yaml
 
 WIDTHS = (360, 768, 1280)
 OPEN_ALL = "document.querySelectorAll('details').forEach(d => d.open = true)"
@@ -51,6 +58,14 @@ FAINT = """(() => {
   }
   return [number, faint];
 })()"""
+# Texts of drawings that stick out of them, where they are cut off.
+CUT = """[...document.querySelectorAll('svg')].flatMap(svg => {
+  const all = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll('text')].filter(text => {
+    const box = text.getBoundingClientRect(), [x, y] = [all.x - 1, all.y - 1];
+    return box.left < x || box.right > x + all.width + 2 || box.top < y || box.bottom > y + all.height + 2;
+  }).map(text => text.textContent);
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +110,7 @@ def check(browser: Page, page: Path) -> None:
             assert browser.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, width
             number, faint = browser.evaluate(FAINT)
             assert number > 100 and faint == []
+            assert browser.evaluate(CUT) == []
     levels = browser.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => +h.tagName[1])")
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
@@ -120,6 +136,41 @@ def test_the_page_of_a_failed_run(browser: Page, failed: Run, tmp_path: Path):
     browser.press("Tab", 9)
     assert browser.evaluate("document.activeElement.textContent") == "Skip to the content"
     assert browser.evaluate("document.querySelectorAll('.wide:not([tabindex=\"0\"])').length") == 0
+
+
+def test_the_names_of_the_recipe_are_whole(browser: Page, make, training, tmp_path: Path):
+    """30 corpora of up to 61 letters: names and numbers were cut off, and panels wrote over each other."""
+    recipe = yaml.safe_load((REPOSITORY / "config/super.yaml").read_text())
+    names = [one["name"] for one in recipe["corpora"]]
+    counts = {"length_histogram": {"4": 90, "1024": 1}, "dropped": {"no " + "text " * 9: 3}}
+    shards = [
+        make(f"tokens/{name}.json", "tokens", counts=shard(7**n, n, n, **counts), settings={"corpus": name})
+        for name, n in zip(names, itertools.cycle(range(2, 13)), strict=False)
+    ]
+    for phase in recipe["pretrain"]["phases"][:3]:
+        blend = tmp_path / f"pretrain/{phase['name']}/blend.json"
+        total = sum(one["weight"] for one in phase["blend"])
+        mix = [share(one["corpus"], one["weight"] / total, 9, 9, 1 / 30) for one in phase["blend"]]
+        files.write_json(blend, {"train": {"corpora": mix}})
+        output = {"path": str(blend), "sha256": files.sha256(blend)}
+        record = f"pretrain/{phase['name']}/record.json"
+        make(record, "blend", *shards, counts={"repeated": {}}, name=phase["name"], outputs=[output])
+    for source in recipe["chats"]:
+        told = {"source": source["name"], "pack_size": 4096}
+        splits = {split: packs(4, 300, 90, 20) for split in SPLITS}
+        found = {"splits": splits, "needed_pack_size": {"8": 5}}
+        make(f"sft/{source['name']}/a.json", "pack_sft", counts=found, settings=told)
+    directory = training("pretrain/broad")
+    losses = {name: {"loss": 5.0 - n / 10, "trained_tokens": 100 + n} for n, name in enumerate(names)}
+    lines = [{"iteration": step, "loss": 5.0 / step, "sources": losses} for step in (1, 2, 40)]
+    (directory / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    page = write(tmp_path / "report.html", read(tmp_path, "recipe"))
+    check(browser, page)
+    browser.open(page, 360)
+    drawn = browser.evaluate("[...document.querySelectorAll('svg text')].map(text => text.textContent)")
+    assert all(drawn.count(name) >= 2 for name in names)  # tokens and lengths
+    assert "Loss by corpus, training: 6 of 30" in page.read_text()
+    assert drawn.count(names[-1]) == 3 and drawn.count(names[23]) == 2  # the six that most was trained on
 
 
 def test_two_runs_on_one_page(browser: Page, failed: Run, training, tmp_path: Path):
