@@ -206,10 +206,8 @@ def draw_mix(data: Data) -> bytes:
     others = [name for name in ordered if name not in named]
     kinds = (("there", "present"), ("asked", "asked"), ("realised", "realised"))
     lines = [(phase, label, key) for phase in data.mixes for label, key in kinds]
-    longest = max(map(len, named))
-    columns = 3 if longest <= 12 else 2 if longest <= MAX_NAME + 4 else 1
-    legend = math.ceil((len(named) + bool(others)) / columns)
-    with drawing(1.0 + 0.2 * legend + ROW_INCHES * 1.3 * len(lines)) as figure:
+    columns, legend = _legend(named, len(named) + bool(others))
+    with drawing(1.0 + legend + ROW_INCHES * 1.3 * len(lines)) as figure:
         axes = figure.subplots()
         places = [row + (row // 3 + 1) * 0.9 for row in range(len(lines))]  # a title above each phase
         ends: list[float] = [0.0] * len(lines)
@@ -236,6 +234,13 @@ def draw_mix(data: Data) -> bytes:
         axes.spines.left.set_visible(False)
         figure.legend(loc="outside upper left", ncols=columns, handlelength=1.2)
         return as_svg(figure)
+
+
+def _legend(names: Sequence[str], entries: int) -> tuple[int, float]:
+    """The columns of a legend with such names, and its height."""
+    longest = max(map(len, names))
+    columns = 3 if longest <= 12 else 2 if longest <= MAX_NAME + 4 else 1
+    return columns, 0.2 * math.ceil(entries / columns)
 
 
 def _write_share(axes: Any, x: float, y: float, share: float, colour: str) -> None:

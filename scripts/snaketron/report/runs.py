@@ -160,29 +160,16 @@ def read_run(
     at = {key: directory / roots.get(key, key) for key in ("data", "ckpt", "eval", "logs", "benchmarks")}
     trouble: list[str] = []
     running = not alone and is_locked(directory / ".snakemake/snaketron.lock")
-    log = _log(directory) if running else None
     stages = read_stages(at["ckpt"], plan, trouble)
     with contextlib.chdir(directory):
         data, found = _read_data(Path(roots.get("data", "data")), at["ckpt"], stages, plan, trouble)
         records = {path.resolve(): record for path, record in found.items()}  # a version has links
-    of_rules = rules(
-        directory,
-        at["logs"],
-        at["benchmarks"],
-        Counter(plan["jobs"] if plan else {}) | Counter(log.totals if log else {}),
-        records.values(),
-        running=running,
-        begun=_begun(directory, log) if log else None,
-        asked=asked,
-    )
-    for stage in stages:
-        if stage.state in ("stopped", "waiting") and (rule := of_rules.get(stage.name.partition("/")[0])):
-            rule.ended[f"{stage.name}.log"] = stage.state
-    return Run(
+    jobs = Counter(plan["jobs"] if plan else {})
+    run = Run(
         name=name,
         directory=directory,
         stages=stages,
-        rules=of_rules,
+        rules=_read_rules(directory, at, jobs, records, running=running, asked=asked),
         data=data,
         records=records,
         evaluations=_read_evaluations(at["eval"], [stage.name for stage in stages], trouble),
@@ -191,6 +178,37 @@ def read_run(
         plan=plan,
         trouble=trouble,
     )
+    for stage in stages:
+        if stage.state in ("stopped", "waiting") and (rule := run.rules.get(stage.name.partition("/")[0])):
+            rule.ended[f"{stage.name}.log"] = stage.state
+    return run
+
+
+def _read_rules(
+    directory: Path,
+    at: Mapping[str, Path],
+    jobs: Counter[str],
+    records: Mapping[Path, Record],
+    *,
+    running: bool,
+    asked: Callable[[str], bool],
+) -> dict[str, Rule]:
+    """The rules that a run has or will have; one that is running may have been asked for further ones."""
+    begun = None
+    if running:
+        log = _log(directory)
+        jobs |= Counter(log.totals)
+        begun = {directory / job.log: job.began for job in log.jobs.values() if job.state == "running"}
+    return rules(
+        directory,
+        at["logs"],
+        at["benchmarks"],
+        jobs,
+        records.values(),
+        running=running,
+        begun=begun,
+        asked=asked,
+    )
 
 
 def _log(directory: Path) -> Log:
@@ -198,11 +216,6 @@ def _log(directory: Path) -> Log:
     follower = Follower(directory, alive=True)
     follower.read_log()
     return follower.log
-
-
-def _begun(directory: Path, log: Log) -> dict[Path, float]:
-    """When a Snakemake began the jobs that have not ended, by their logs."""
-    return {directory / job.log: job.began for job in log.jobs.values() if job.state == "running"}
 
 
 # ------------------------------------------------------------------------------------------- trainings
