@@ -59,8 +59,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         )
         # SFT and LoRA begin with the same base, so neither stands for the other.
         ends = [stage for stage in trained if not stage.name.startswith("pretrain/")] or trained[-1:]
-        losses = [(stage.name, stage.last("valid_loss")) for stage in ends]
-        if said := ", ".join(f"{number(loss)} ({name})" for name, loss in losses if loss is not None):
+        validated = [(stage.name, stage.values("valid_loss")) for stage in ends]
+        # The first one is of what the training began with.
+        losses = [(name, values[-1][1]) for name, values in validated if len(values) > 1]
+        if said := ", ".join(f"{number(loss)} ({name})" for name, loss in losses):
             facts.append(("Validation loss", said))
         answered = [(stage.name, said) for stage in ends if (said := exact_answers(stage))]
         if said := "; ".join(f"{exact} ({name})" for name, exact in answered):

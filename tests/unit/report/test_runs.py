@@ -171,6 +171,21 @@ def test_the_lineage_has_adapters_that_were_merged_into_their_base(training, tmp
     assert any("records of the data cannot be followed" in line for line in missing(read(tmp_path)))
 
 
+def test_the_loss_before_the_first_step_is_not_that_of_the_training(training, tmp_path: Path):
+    """A training that failed at once was shown with the loss of its base."""
+    directory = training("sft", outcome="failed", error="not finite")
+
+    def facts(*lines: dict[str, float]) -> dict[str, str]:
+        (directory / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+        found = summary_part([read_run(tmp_path, {}, None, name="run", alone=False)]).blocks[0]
+        assert isinstance(found, Facts)
+        return dict(found.facts)
+
+    lines = [{"iteration": 0, "valid_loss": 6.25}, {"iteration": 2, "loss": 6.0}]
+    assert "Trained" in facts(*lines) and "Validation loss" not in facts(*lines)
+    assert facts(*lines, {"iteration": 2, "valid_loss": 5.75})["Validation loss"] == "5.7500 (sft)"
+
+
 def test_a_training_on_another_base_than_is_shown_says_so(training, tmp_path: Path):
     """The phase is trained again with more tokens; SFT is still that of before."""
     training("sft", base="pretrain/broad-9876543210ba")
