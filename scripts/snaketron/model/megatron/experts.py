@@ -15,6 +15,7 @@ from typing import Any
 from snaketron.model.megatron import gradients
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fusions.fused_weighted_squared_relu import (
     weighted_squared_relu,
     weighted_squared_relu_back,
@@ -45,7 +46,8 @@ class Experts(torch.autograd.Function):
     """fc2(squared_relu(fc1(x)) * probability), each token by its own expert.
 
     Gradients of the weights are added to `main_grad`, as megatron-core's fused accumulation does. The first
-    weight of each kind is an input, so that autograd calls the hooks that wait for the weights.
+    weight of each kind is an input, so that autograd calls the hooks that wait for the weights. There may be
+    no token, where processes share experts.
     """
 
     @staticmethod
@@ -76,7 +78,9 @@ class Experts(torch.autograd.Function):
             (tokens, output).
         """
         ctx.weights, ctx.grads, ctx.first, ctx.rounded = weights, grads, (fc1, fc2), rounded
-        if rounded is None:
+        if not len(x):
+            kept = out = x.new_empty(0, weights[1].shape[1])
+        elif rounded is None:
             kept = _activate(torch._grouped_mm(x, weights[0].mT, offs=ends), probs)
             out = torch._grouped_mm(kept, weights[1].mT, offs=ends)
             ctx.tiles = None
@@ -92,6 +96,12 @@ class Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, probs, ends, kept = ctx.saved_tensors
+        if not len(x):
+            for total in ctx.grads:
+                if gradients.is_new(total):
+                    total.zero_()
+            placeholders = (_added(first) for first in ctx.first)
+            return torch.empty_like(x), torch.empty_like(probs), None, *placeholders, None, None, None
         grad = grad.contiguous()
         if ctx.rounded is None:
             grad_activated = torch._grouped_mm(grad, ctx.weights[1], offs=ends)
@@ -124,7 +134,7 @@ def frozen_experts(
     """
 
     def product(x: Tensor, i: int) -> Tensor:
-        y = torch._grouped_mm(x, weights[i].mT, offs=ends)
+        y = torch._grouped_mm(x, weights[i].mT, offs=ends) if len(x) else F.linear(x, weights[i][0])
         adapter = adapters[i]
         return y if adapter is None else y + adapter(x, ends)
 

@@ -1,7 +1,10 @@
 """The experts of a GPU against a loop over them in double precision."""
 
+from types import SimpleNamespace
+
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.model import backend
+from snaketron.model.megatron import gpu, gradients
 from snaketron.model.megatron.experts import Experts, frozen_experts, stacked
 
 import torch
@@ -122,3 +125,39 @@ def test_adapters_join_both_products_of_frozen_experts():
     adapters = [lambda x, ends: x, lambda x, ends: 10 * x]
     out = frozen_experts(x, probs, ends, weights, adapters)
     assert out[0, 0].item() == (2 + 1) ** 2 * 0.5 * (3 + 10) and out[0, 1:].abs().max() == 0
+
+
+def test_experts_without_tokens_add_nothing(monkeypatch):
+    """Where processes share experts: in bf16 too, in which Transformer Engine's would write zeros."""
+    monkeypatch.setattr(gpu, "_rounded", lambda module: None)
+    device, layers, totals = backend.device(), [], []
+    for inner in ((INNER, INPUTS), (INPUTS, INNER)):
+        memory, total = torch.ones(2, 4, *inner, device=device).unbind()
+        layer = SimpleNamespace(num_gemms=4)
+        for i, (part, grad) in enumerate(zip(memory.bfloat16(), total, strict=True)):
+            weight = torch.nn.Parameter(torch.empty(0))
+            weight.data, weight.main_grad = part, grad
+            setattr(layer, f"weight{i}", weight)
+        layers.append(layer)
+        totals.append(total)
+    module = SimpleNamespace(config=SimpleNamespace(fp4=None), linear_fc1=layers[0], linear_fc2=layers[1])
+    x = torch.empty(0, INPUTS, device=device, dtype=torch.bfloat16, requires_grad=True)
+    probs = torch.empty(0, device=device, requires_grad=True)
+    out = gpu._our_experts(module, x, torch.zeros(4, dtype=torch.long), probs)
+    assert out is not None and out.shape == (0, INPUTS)
+    monkeypatch.setattr(gradients, "_unwritten", {totals[1].data_ptr()})  # which this product begins
+    out.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape and probs.grad is not None
+    assert (totals[0] == 1).all() and (totals[1] == 0).all()
+    for layer in layers:  # so that processes that wait for all gradients get word of these
+        assert layer.weight0.grad_added_to_main_grad and layer.weight0.grad is not None
+
+
+def test_frozen_experts_without_tokens_give_adapters_zeros():
+    weights = tuple(torch.ones(4, *s, device=backend.device()) for s in ((INNER, INPUTS), (INPUTS, INNER)))
+    added = torch.ones(INNER, INPUTS, device=backend.device(), requires_grad=True)
+    x, probs = weights[0].new_empty(0, INPUTS), weights[0].new_empty(0, 1)
+    ends = torch.zeros(4, dtype=torch.int32, device=backend.device())
+    out = frozen_experts(x, probs, ends, weights, (lambda x, ends: x @ added.T, None))
+    out.sum().backward()
+    assert out.shape == (0, INPUTS) and added.grad is not None and not added.grad.any()
