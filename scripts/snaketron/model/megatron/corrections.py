@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer import TransformerConfig
@@ -19,6 +20,8 @@ def correct(model: HybridModel, config: TransformerConfig) -> None:
         if isinstance(module, MultiTokenPredictionBlock):
             add_depths(module)
             share_balance(module)
+        if isinstance(module, HybridStack):
+            let_each_layer_mark(module)
     mark_experts(model)
 
 
@@ -47,6 +50,15 @@ def add_depths(block: MultiTokenPredictionBlock) -> None:
     for module in block.modules():
         if hasattr(module, "disable_parameter_transpose_cache"):
             module.disable_parameter_transpose_cache = True
+
+
+def let_each_layer_mark(stack: HybridStack) -> None:
+    """Let the recording of any layer set the mark that says whether fp8 weights are rounded anew.
+
+    The first layer alone sets it otherwise, and where that is one of experts, or dense, it has no recording.
+    """
+    for layer in stack.layers:
+        layer.is_first_layer = True
 
 
 def share_balance(block: MultiTokenPredictionBlock) -> None:

@@ -323,9 +323,10 @@ def _our_experts(
 
     That is in nvfp4, in fp32, and before the weights are in one buffer. Under fp8 they compute in e4m3 with a
     scale for each token and output, whatever the recipe of the other layers: on an H200
-    (docs/measurements.md) Transformer Engine's fp8 ones made the whole step take 2.2 times as long. Nor may it
-    compute no tokens: its layers, which are not called otherwise, would take any micro-batch for the first one
-    and write over the gradients, and under delayed scaling this process would send more maxima than others.
+    (docs/measurements.md) Transformer Engine's fp8 ones made the whole step take 2.2 times as long.
+
+    Nor may it compute no tokens: its layers, which are not called otherwise, would take any micro-batch for
+    the first one and write over the gradients, and under delayed scaling have maxima that others lack.
     """
     from snaketron.model.megatron.experts import Experts, frozen_experts, stacked
 

@@ -79,6 +79,20 @@ TABLE = (
         in_objects={_MTP + "MultiTokenPredictionBlock.__init__": "corrections.add_depths"},
     ),
     Replacement(
+        "the first of the recorded layers",
+        "all",
+        why="the original lets the recording of a stack's first layer say whether fp8 weights are rounded "
+        "anew. A layer of experts or a dense one has no recording. Multi-token prediction, whose stack may "
+        "begin with attention, then says for all that they are not, and the decoder's stay as they were",
+        upstream=NONE_FOUND,
+        until="the first recording of a step says it, whatever its layer",
+        in_objects={
+            "megatron.core.models.hybrid.hybrid_block:annotate_first_last_layer": (
+                "corrections.let_each_layer_mark"
+            )
+        },
+    ),
+    Replacement(
         "the load balancing loss of several depths",
         "all",
         why="HybridStack does not tell its routers that they are part of multi-token prediction, so each "

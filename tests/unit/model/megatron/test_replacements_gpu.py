@@ -10,6 +10,7 @@ import inspect
 from types import SimpleNamespace
 
 import snaketron.model  # noqa: F401  before megatron
+from snaketron.model.megatron import corrections
 from snaketron.model.megatron.originals import original
 from snaketron.model.megatron.row import stand_in
 from tests.unit.model.megatron.rows import CAN_GO, ROWS, covers, originals_of
@@ -109,35 +110,72 @@ def test_the_original_experts_take_numbers_of_tokens_from_the_host():
     ), CAN_GO
 
 
+class Recordings:
+    """Recordings of layers in fp8: which of them rounded its weights anew, in their order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, one_note: bool = True) -> None:
+        self.graphs = importlib.import_module("megatron.core.transformer.cuda_graphs")
+        [(name, by)] = ROWS["the rounding of weights in recordings"].pieces.items()
+        self.attribute = name.rpartition(".")[2]
+        self.members = {self.attribute: stand_in(by)} if one_note else {}
+        self.mark: list[bool] = [False]
+        self.rounded: list[str] = []
+        recipes = SimpleNamespace(common=SimpleNamespace(recipe=SimpleNamespace(DelayedScaling=str)))
+        monkeypatch.setattr(self.graphs, "te", recipes, raising=False)
+        manager = SimpleNamespace(get_fp8_recipe=lambda: None)
+        monkeypatch.setattr(self.graphs, "FP8GlobalStateManager", manager, raising=False)
+        monkeypatch.setattr(self.graphs, "_set_skip_fp8_weight_update_tensor", self.mark.append)
+
+    def made(self, layer: str, *, first: bool = True) -> SimpleNamespace:
+        made = type("Recording", (SimpleNamespace,), self.members)()
+        vars(made).update(status=self.graphs._GraphStatus.FWD_READY, fwd_graph_input_surface=[])
+        vars(made).update(
+            fp8_enabled=True, is_first_layer=first, use_stream=False, fwd_graph_output_surface=()
+        )
+        made.fwd_graph = SimpleNamespace(replay=lambda: None if self.mark[-1] else self.rounded.append(layer))
+        setattr(made, self.attribute, None)
+        return made
+
+    def compute(self, recording: SimpleNamespace, *, first_call: bool) -> None:
+        self.graphs._CudagraphReplayNode.forward(SimpleNamespace(), recording, first_call)
+
+
 @covers("the rounding of weights in recordings")
 @pytest.mark.parametrize("replaced", [False, True])
 def test_the_original_rounds_weights_no_more_after_a_second_depth(
     replaced: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """Two steps of one micro-batch: the decoder rounds its weights in each, the second depth in none."""
-    graphs = importlib.import_module("megatron.core.transformer.cuda_graphs")
-    [(name, by)] = ROWS["the rounding of weights in recordings"].pieces.items()
-    attribute = name.rpartition(".")[2]
-    members = {attribute: stand_in(by)} if replaced else {}
-    mark, rounded = [], []
-    recipes = SimpleNamespace(common=SimpleNamespace(recipe=SimpleNamespace(DelayedScaling=str)))
-    monkeypatch.setattr(graphs, "te", recipes, raising=False)
-    manager = SimpleNamespace(get_fp8_recipe=lambda: None)
-    monkeypatch.setattr(graphs, "FP8GlobalStateManager", manager, raising=False)
-    monkeypatch.setattr(graphs, "_set_skip_fp8_weight_update_tensor", mark.append)
-
-    def recording(layer: str) -> SimpleNamespace:
-        made = type("Recording", (SimpleNamespace,), members)()
-        vars(made).update(status=graphs._GraphStatus.FWD_READY, fwd_graph_input_surface=[])
-        vars(made).update(
-            fp8_enabled=True, is_first_layer=True, use_stream=False, fwd_graph_output_surface=()
-        )
-        made.fwd_graph = SimpleNamespace(replay=lambda: None if mark[-1] else rounded.append(layer))
-        setattr(made, attribute, None)
-        return made
-
-    decoder, second_depth = recording("decoder"), recording("second depth")
+    recordings = Recordings(monkeypatch, one_note=replaced)
+    decoder, second_depth = recordings.made("decoder"), recordings.made("second depth")
     for _step in range(2):
-        for runner, first in ((decoder, True), (second_depth, False)):
-            graphs._CudagraphReplayNode.forward(SimpleNamespace(), runner, first)
-    assert rounded == ["decoder"] * (2 if replaced else 1), CAN_GO
+        recordings.compute(decoder, first_call=True)
+        recordings.compute(second_depth, first_call=False)
+    assert recordings.rounded == ["decoder"] * (2 if replaced else 1), CAN_GO
+
+
+@covers("the first of the recorded layers")
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_original_rounds_no_weights_after_a_first_layer_of_experts(
+    corrected: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Two steps of two micro-batches: a decoder of EM, and a depth of attention, called twice."""
+    recordings = Recordings(monkeypatch)
+    decoder = SimpleNamespace(layers=[SimpleNamespace(), SimpleNamespace()])
+    depth = SimpleNamespace(layers=[SimpleNamespace()])
+    for stack in (decoder, depth):
+        recordings.graphs.annotate_first_last_layer(stack.layers)
+        if corrected:
+            corrections.let_each_layer_mark(stack)
+    mamba = recordings.made("mamba", first=decoder.layers[1].is_first_layer)
+    attention = recordings.made("attention", first=depth.layers[0].is_first_layer)
+    found = []
+    for _step in range(2):
+        for first in (True, False):
+            recordings.compute(mamba, first_call=first)
+            recordings.compute(attention, first_call=first)
+            recordings.compute(attention, first_call=False)
+        found.append(recordings.rounded.copy())
+        recordings.rounded.clear()
+    # The first step finds the mark unset.
+    assert found == [["mamba", "attention"], ["mamba", "attention"] if corrected else ["attention"]], CAN_GO
