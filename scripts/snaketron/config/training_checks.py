@@ -25,6 +25,8 @@ def check_training(training: Training, config: Config) -> list[str]:
         *check_nodes(training, config.cluster),
         *check_precision(training, config.cluster),
         *check_widths(training),
+        *check_recomputation(training),
+        *check_optimizer(training),
         *check_batches(training, config.sft_data.padding_multiple),
         *check_steps(training),
         *check_dispatcher(training),
@@ -125,14 +127,26 @@ def check_nodes(training: Training, cluster: Cluster) -> list[str]:
     ]
 
 
-def check_precision(training: Training, cluster: Cluster) -> list[str]:
-    """No Hopper GPU computes in NVFP4; Transformer Engine says so when the job has begun."""
-    if training.model.precision != "nvfp4" or cluster.gpu not in ("h100", "h200"):
-        return []
-    return [
-        f"{training.at('precision')} nvfp4 needs a Blackwell GPU, and cluster.gpu is {cluster.gpu}; take "
-        "bf16 or fp8_current"
-    ]
+def check_precision(training: Training, cluster: Cluster) -> Iterator[str]:
+    """What a GPU or megatron-core does not compute in a precision; a job says so when it has begun."""
+    model, parallel, at = training.model, training.run.parallel, training.at("precision")
+    precision, kept, stages = model.precision, model.bf16_layers_at_end, parallel.pipeline_model_parallel_size
+    most = len(model.hybrid_layer_pattern) // stages
+    if precision == "nvfp4" and cluster.gpu in ("h100", "h200"):
+        yield f"{at} nvfp4 needs a Blackwell GPU, and cluster.gpu is {cluster.gpu}; take bf16 or fp8_current"
+    if precision == "fp32" and cluster.gpus_per_node and parallel.context_parallel_size > 1:
+        yield (
+            f"{training.at('parallel')}.context_parallel_size {parallel.context_parallel_size} needs bf16 on "
+            f"GPUs, and {at} is fp32: Transformer Engine has no attention in fp32 that shares a sequence"
+        )
+    if precision == "fp8_delayed" and kept:
+        yield f"{at} fp8_delayed takes no model.bf16_layers_at_end ({kept}); set it to 0, or take fp8_current"
+    elif precision.startswith("fp8") and kept > most:
+        yield (
+            f"model.bf16_layers_at_end {kept} is more than {most}, and under {at} {precision} megatron-core "
+            f"takes no more than {len(model.hybrid_layer_pattern)} layers / {stages} stages of "
+            f"{training.at('parallel')}"
+        )
 
 
 def check_widths(training: Training) -> Iterator[str]:
@@ -158,12 +172,44 @@ def check_widths(training: Training) -> Iterator[str]:
                     f"{at} {model.precision} needs widths that are multiples of 16, and {linear.name} has "
                     f"{width} {what}{each}; change the sizes of the model, or take bf16"
                 )
-    multiple, length = 16 * run.parallel.context_parallel_size, training.seq_length
+    multiple, length = 16 * run.parallel.context_parallel_size * tp, training.seq_length
     if run.micro_batch_size * length % multiple:
         yield (
             f"{at} {model.precision} needs micro-batches of a multiple of {multiple} tokens, and "
             f"micro_batch_size {run.micro_batch_size} x {training.at('seq_length')} {length} has "
             f"{run.micro_batch_size * length}"
+        )
+
+
+def check_recomputation(training: Training) -> Iterator[str]:
+    """What megatron-core does not compute again: in one precision, and beside recordings of layers."""
+    run, at = training.run, training.at("recompute")
+    if training.model.precision == "fp8_delayed" and "layernorm" in run.recompute:
+        yield f"{at}: no layernorm under {training.at('precision')} fp8_delayed; leave it out"
+    if not (isinstance(run, Pretrain) and run.cuda_graphs):
+        return
+    for module in run.recompute:  # others are in layers that are not recorded
+        if module in ("layer", "core_attn", "moe"):
+            yield (
+                f"{at}: {module} is not computed again where layers are recorded; leave it out, or "
+                f"{training.at('cuda_graphs')} true"
+            )
+
+
+def check_optimizer(training: Training) -> Iterator[str]:
+    """megatron-core offloads fp32 moments of weights in bf16.
+
+    Of weights in fp32 it would not update those that stay on the GPU, and could not read a checkpoint.
+    """
+    run, at = training.run, f"{training.at('offload_optimizer')} {training.run.offload_optimizer}"
+    if not run.offload_optimizer:
+        return
+    if training.model.precision == "fp32":
+        yield f"{at} needs weights in bf16, and {training.at('precision')} is fp32; take bf16 or below"
+    if run.optimizer.moment_precision == "bf16":
+        yield (
+            f"{at} keeps moments in fp32, on the GPU too: set {training.at('optimizer')}.moment_precision to "
+            "fp32, or offload nothing"
         )
 
 

@@ -82,6 +82,15 @@ TOKENS = "needs micro-batches of a multiple of 16 tokens, and micro_batch_size 1
             f"model.precision fp8_current {TOKENS} pretrain.seq_length 1032 has 1032",
         ),
         (
+            config(
+                FP8 | {"mamba_num_heads": 32},
+                parallel={"tensor_model_parallel_size": 2},
+                micro_batch_size=1,
+                seq_length=1040,
+            ),
+            f"model.precision fp8_current {TOKENS.replace('16', '32')} pretrain.seq_length 1040 has 1040",
+        ),
+        (
             config(FP8) | {"sft": {"precision": "fp8_current"}, "sft_data": {"pack_size": 504}},
             f"sft.precision fp8_current {TOKENS} sft_data.pack_size 504 has 504",
         ),
@@ -91,6 +100,76 @@ def test_what_transformer_engine_does_not_multiply_in_fp8_is_refused(values: dic
     with pytest.raises(ConfigError) as refused:
         load(values, {})
     assert message in str(refused.value).splitlines()
+
+
+TWO_STAGES = {"pipeline_model_parallel_size": 2}
+OFFLOADED = {"offload_optimizer": 0.5}
+IN_PARTS = {"context_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            config(FP8 | {"precision": "fp8_delayed", "bf16_layers_at_end": 1}),
+            "model.precision fp8_delayed takes no model.bf16_layers_at_end (1); set it to 0, or take "
+            "fp8_current",
+        ),
+        (  # the pattern has six layers
+            config(FP8 | {"bf16_layers_at_end": 4}, parallel=TWO_STAGES),
+            "model.bf16_layers_at_end 4 is more than 3, and under model.precision fp8_current megatron-core "
+            "takes no more than 6 layers / 2 stages of pretrain.parallel",
+        ),
+        (
+            config(FP8 | {"precision": "fp8_delayed"}, recompute=["moe", "layernorm"]),
+            "pretrain.recompute: no layernorm under model.precision fp8_delayed; leave it out",
+        ),
+        (
+            config(BF16, recompute=["layer"], cuda_graphs=True),
+            "pretrain.recompute: layer is not computed again where layers are recorded; leave it out, or "
+            "pretrain.cuda_graphs true",
+        ),
+        (
+            config(BF16, recompute=["moe", "shared_experts"], cuda_graphs=True),
+            "pretrain.recompute: moe is not computed again where layers are recorded; leave it out, or "
+            "pretrain.cuda_graphs true",
+        ),
+        (
+            config({}, parallel=IN_PARTS) | {"cluster": {"gpus_per_node": 2}},
+            "pretrain.parallel.context_parallel_size 2 needs bf16 on GPUs, and model.precision is fp32: "
+            "Transformer Engine has no attention in fp32 that shares a sequence",
+        ),
+        (
+            config({}, **OFFLOADED),
+            "pretrain.offload_optimizer 0.5 needs weights in bf16, and model.precision is fp32; take bf16 or "
+            "below",
+        ),
+        (
+            config(BF16, **OFFLOADED, optimizer={"moment_precision": "bf16"}),
+            "pretrain.offload_optimizer 0.5 keeps moments in fp32, on the GPU too: set pretrain.optimizer"
+            ".moment_precision to fp32, or offload nothing",
+        ),
+    ],
+)
+def test_what_a_job_would_refuse_or_do_otherwise_is_refused_before(values: dict[str, Any], message: str):
+    with pytest.raises(ConfigError) as refused:
+        load(values, {})
+    assert message in str(refused.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        config(FP8 | {"bf16_layers_at_end": 3}, parallel=TWO_STAGES),
+        config(FP8, recompute=["layernorm"]),
+        config(BF16, recompute=["shared_experts", "scan"], cuda_graphs=True),
+        config({}, parallel=IN_PARTS),  # on CPUs
+        config(BF16, parallel=IN_PARTS) | {"cluster": {"gpus_per_node": 2}},
+        config(BF16, **OFFLOADED),
+    ],
+)
+def test_what_a_job_does_is_not_refused(values: dict[str, Any]):
+    load(values, {})
 
 
 def test_layers_that_stay_in_bf16_and_routed_experts_have_any_width_under_fp8():
