@@ -37,11 +37,13 @@ def static_memory(
 
     Weights are bf16 unless the model is in fp32. The distributed optimizer divides main weights and Adam's
     two moments among the processes that hold the same parameters. Main weights are fp32, and with moments in
-    bf16 only the 16 bits that bf16 weights lack; a model in fp32 has none. With adapters, the model has
-    weights alone, and only the adapters have gradients and an optimizer.
+    bf16 only the 16 bits that bf16 weights lack; a model in fp32 has none, or with moments in bf16 a copy
+    that Transformer Engine makes and does not use. With adapters, the model has weights alone, and only the
+    adapters have gradients and an optimizer.
     """
     optimizer = optimizer or Optimizer()
     in_bf16, short = model.precision != "fp32", optimizer.moment_precision == "bf16"
+    main = (2 if short else 4) if in_bf16 else (4 if short else 0)
     found = []
     stages = stage_parameters(model, vocab_size, parallel)
     trained = adapter_parameters(model, vocab_size, parallel, adapters) if adapters else stages
@@ -55,7 +57,7 @@ def static_memory(
             StaticMemory(
                 weights=weight_bytes(model) * held + rounded,
                 gradients=(2 if optimizer.gradient_precision == "bf16" else 4) * (dense + expert),
-                main_weights=(2 if short else 4) * here if in_bf16 else 0,
+                main_weights=main * here,
                 moments=(4 if short else 8) * here,
             )
         )

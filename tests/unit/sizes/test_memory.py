@@ -39,6 +39,8 @@ def test_memory_of_experts_is_divided_by_their_own_copies():
 def test_a_model_in_fp32_has_no_main_weights():
     (found,) = memory.static_memory(Model(), 512, Parallel())
     assert (found.main_weights, found.weights) == (0, found.gradients)
+    (found,) = memory.static_memory(Model(), 512, Parallel(), Optimizer(moment_precision="bf16"))
+    assert found.main_weights == found.moments == found.weights  # a copy that is not used; twice two bytes
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.model.megatron.optimizer_state import Place, _owners, joined, split
+from snaketron.model.megatron.optimizer_state import Place, _held, _owners, joined, split
 from tests.conftest import run_module
 
 import pytest
@@ -79,3 +81,19 @@ def test_a_main_weight_is_a_rounded_weight_and_16_bits():
     drawn = torch.randn(1000, generator=torch.Generator().manual_seed(1)) ** 9
     assert torch.equal(joined(*split(drawn)), drawn)
     assert torch.equal(joined(weights, remainders), values)
+
+
+def test_the_main_weight_of_a_weight_in_fp32_is_that_weight():
+    """With moments in bf16 Transformer Engine's AdamW has the weight of the first step beside it."""
+    weight, first = torch.arange(3.0), torch.zeros(3)
+    moments = {"exp_avg": torch.ones(3).bfloat16(), "master_param": first}
+    adam = SimpleNamespace(param_groups=[{"params": [weight]}], state={weight: moments})
+    optimizer: Any = SimpleNamespace(
+        optimizer=adam,
+        model_param_group_index_map={weight: (0, 0)},
+        config=SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=True),
+    )
+    assert _held(optimizer, weight, "param").whole().tolist() == [0, 1, 2]
+    _held(optimizer, weight, "param").take(1, torch.tensor([7.0, 8.0]))
+    assert weight.tolist() == [0, 7, 8] and not first.any()
+    assert _held(optimizer, weight, "exp_avg").whole().tolist() == [1, 1, 1]
