@@ -109,17 +109,36 @@ def test_two_gpus_give_the_adapters_of_one(runs: Runs, precision: str, layout: s
     assert abs(two["merged"] - two["tuned"]) < MERGED[precision]
 
 
-def test_a_frozen_base_may_be_in_fp8(tmp_path: Path):
+FP8_MODEL = {"mamba_num_heads": 32, "mamba_head_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def in_bf16(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
+    """What adapters of a base are trained with, but for its precision; and what they are in bf16."""
+    root = tmp_path_factory.mktemp("fp8")
+    train(root / "base", gpus=1, model=FP8_MODEL | {"precision": "bf16"}, steps=2, save_at=[2])
+    keys = {"lora": LORA, "base": str(root / "base")}
+    return keys, train(root / "bf16", gpus=1, model=FP8_MODEL | {"precision": "bf16"}, **keys)
+
+
+@pytest.mark.parametrize(
+    ("precision", "run"),
+    [
+        *((precision, {}) for precision in ("fp8_current", "fp8_delayed", "fp8_blockwise")),
+        ("fp8_current", {"recompute": ["layer"]}),
+        *(("fp8_current", {"parallel": LAYOUTS[layout]}) for layout in ("tp", "ep", "pp")),
+        ("fp8_delayed", {"parallel": LAYOUTS["ep"]}),
+    ],
+    ids=["current", "delayed", "blockwise", "recomputed", "tp", "ep", "pp", "delayed_ep"],
+)
+def test_a_frozen_base_may_be_in_fp8(
+    in_bf16: tuple[dict[str, Any], Any], tmp_path: Path, precision: str, run: dict[str, Any]
+):
     """fp8 products of a frozen base, with adapters in bf16 beside them: the losses of bf16."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("of a Hopper GPU")
-    model = {"mamba_num_heads": 16, "mamba_head_dim": 16}
-    train(tmp_path / "base", gpus=1, model=model | {"precision": "bf16"}, steps=2, save_at=[2])
-
-    def tune(precision: str) -> Any:
-        keys = {"model": model | {"precision": precision}, "lora": LORA, "base": str(tmp_path / "base")}
-        return train(tmp_path / precision, gpus=1, **keys)
-
-    with ThreadPoolExecutor(2) as pool:
-        bf16, fp8 = pool.map(tune, ("bf16", "fp8_current"))
-    check("fp8_current", difference(fp8, bf16), (0.05, 0.3))
+    keys, bf16 = in_bf16
+    model = FP8_MODEL | {"precision": precision}
+    fp8 = train(tmp_path / precision, gpus=2 if "parallel" in run else 1, model=model, run=run, **keys)
+    check(precision, difference(fp8, bf16), (0.05, 0.3))
+    assert abs(fp8["merged"] - fp8["tuned"]) < 0.05  # by weights that were rounded anew

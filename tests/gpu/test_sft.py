@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
@@ -68,3 +69,22 @@ def test_packs_have_the_losses_of_the_cpu(runs: dict[str, Future]):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_gpus_have_the_losses_of_one_on_packs(runs: dict[str, Future], layout: str):
     compare(runs[layout].result(), runs["one"].result(), LAYOUT_TOLERANCE["bf16"], layout)
+
+
+@pytest.mark.parametrize("precision", ["fp8_current", "fp8_delayed", "fp8_blockwise"])
+def test_packs_may_be_tuned_on_in_fp8(tmp_path: Path, precision: str):
+    """Padding is rounded with all else; the losses are the same where layers are computed again."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("of a Hopper GPU")
+    blend = str(write_packs(tmp_path / "packs"))
+
+    def tune(way: tuple[str, list[str]]) -> Any:
+        name, recompute = way
+        model = {"mamba_num_heads": 16, "mamba_head_dim": 16, "precision": name}
+        run = RUN | {"recompute": recompute}
+        return train(tmp_path / f"{name}{len(recompute)}", gpus=1, blend=blend, model=model, run=run)
+
+    with ThreadPoolExecutor(3) as pool:
+        bf16, fp8, again = pool.map(tune, [("bf16", []), (precision, []), (precision, ["layer"])])
+    compare(fp8, bf16, (0.05, 0.3), precision)
+    compare(again, fp8, LAYOUT_TOLERANCE["bf16"], f"{precision}, recomputed")

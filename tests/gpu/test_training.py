@@ -39,6 +39,7 @@ ALLTOALL: dict[str, Any] = {"parallel": LAYOUTS["ep"], "moe_token_dispatcher": "
 SAME = {
     "recompute_moe": {"recompute": ["moe"]},
     "recompute_layer": {"recompute": ["layer"]},
+    "recompute_parts": {"recompute": ["core_attn", "layernorm", "shared_experts"]},
     "offload": {"offload_optimizer": 0.5},
     "graphs": {"cuda_graphs": True},
 }
@@ -54,6 +55,7 @@ RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model and how 
     "fp8_delayed": ({"precision": "fp8_delayed"}, {}),
     "fp8_blockwise": ({"precision": "fp8_blockwise"}, {}),
     **{name: ({"precision": "bf16"}, {"parallel": LAYOUTS[name]}) for name in ("dp", "tp")},
+    "dp_fp8_delayed": ({"precision": "fp8_delayed"}, {"parallel": LAYOUTS["dp"]}),
     **{
         f"tp_{name}": ({"precision": name, "mamba_num_heads": 32}, {"parallel": LAYOUTS["tp"]})
         for name in ("fp8_current", "fp8_delayed", "fp8_blockwise")
@@ -69,8 +71,22 @@ OF_LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         f"layers_{name}": ({"precision": name}, {"cuda_graphs": True, "micro_batch_size": 4})
         for name in ("fp8_current", "fp8_delayed", "fp8_blockwise")
     },
+    **{
+        f"ep_{name}": ({"precision": name}, {"parallel": LAYOUTS["ep"]})
+        for name in ("fp8_delayed", "fp8_blockwise")
+    },
+    **{  # in a pipeline each micro-batch has recordings of its own
+        f"layers_{layout}_{name}": ({"precision": name}, {"cuda_graphs": True, "parallel": LAYOUTS[layout]})
+        for layout in ("pp", "cp")
+        for name in ("bf16", "fp8_current")
+    },
+    "layers_after_experts": (  # of which the first layer has no recording
+        {"precision": "fp8_current", "hybrid_layer_pattern": "EM*EME"},
+        {"cuda_graphs": True, "micro_batch_size": 4},
+    ),
 }
 RECORDED |= OF_LAYERS
+VALIDATED = ("bf16", "fp8_current", "fp8_blockwise", "layers_fp8_current", "layers_fp8_blockwise")
 TWO = {name for name, (_, run) in RECORDED.items() if "parallel" in run}
 RECORDED_LENGTH = 512
 # Median and mean loss of the last 8 of 40 steps (about 4.6 nats) against bf16. Under fp8 single steps were
@@ -142,7 +158,10 @@ class Runs:
 
         for name in [name for name in RECORDED if f"one_by_one[{name}]" in chosen]:
             for how in ("recorded", "launched"):
-                self.futures[f"{how} {name}"] = self.pool.submit(self._recorded, name, how)
+                self._start_recorded(name, how)
+        for name in [name for name in VALIDATED if f"recorded_steps[{name}]" in chosen]:
+            for how in ("recorded", "validated"):
+                self._start_recorded(name, how)
 
         for name in ("whole", "again", "resumed") if "resumed" in chosen else ():
             self.futures[f"{name} resume"] = self.pool.submit(self._resume, name)
@@ -153,15 +172,19 @@ class Runs:
             train(self.root / name, steps=2, save_at=[2], **options)
         return train(self.root / name, **options)
 
+    def _start_recorded(self, name: str, how: str) -> None:
+        if f"{how} {name}" not in self.futures:
+            self.futures[f"{how} {name}"] = self.pool.submit(self._recorded, name, how)
+
     def _recorded(self, name: str, how: str) -> Any:
         model, run = RECORDED[name]
         run = run | {"seq_length": RECORDED_LENGTH} | ({"cuda_graphs": False} if how == "launched" else {})
         gpus = 2 if name in TWO else 1
         options: dict[str, Any] = {"gpus": gpus, "model": FP8_MODEL | model, "run": run}
         directory = self.root / f"{how}_{name}"
-        if how == "recorded":  # a resumed training records anew
+        if how != "launched":  # a resumed training records anew, whole micro-batches in its third step
             train(directory, save_at=[4], **options | {"steps": 4})
-        return train(directory, **options, steps=8)
+        return train(directory, **options, steps=8, valid_at=[6, 7] if how == "validated" else [])
 
     def _cpu(self, precision: str) -> Any:
         model = {"precision": precision}
@@ -265,6 +288,13 @@ def test_recorded_kernels_give_the_losses_of_those_that_are_started_one_by_one(r
     assert (recorded["recorded"], launched["recorded"]) == (shared, "nothing")
     check(name, difference(recorded, launched), LAYOUT_TOLERANCE["bf16"])
     assert abs(recorded["valid_after"] - launched["valid_after"]) < LAYOUT_TOLERANCE["bf16"][0]
+
+
+@pytest.mark.parametrize("name", VALIDATED)
+def test_validations_change_nothing_between_recorded_steps(runs: Runs, name: str):
+    """In fp8 they round the weights that the recordings read, and use no transposed ones."""
+    recorded, validated = runs[f"recorded {name}"], runs[f"validated {name}"]
+    check(name, difference(validated, recorded), LAYOUT_TOLERANCE["bf16"])
 
 
 @pytest.mark.parametrize("precision", LOW_PRECISION)

@@ -124,7 +124,8 @@ def _kept(optimizer: Any) -> Iterator[torch.Tensor]:
 
 
 def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
-    """Train from what `directory` holds to step `steps`, and save at some of them."""
+    """Train from what `directory` holds to step `steps`, save at some of them, and validate at some."""
+    valid_at = keys.pop("valid_at", [])
     model, run, cluster = (keys.pop(key, {}) for key in ("model", "run", "cluster"))
     blend, lora, base = (keys.pop(key, None) for key in ("blend", "lora", "base"))
     if keys:
@@ -155,6 +156,8 @@ def main(directory: str, steps: int, save_at: list[int], **keys: Any) -> None:
             found["mtp"].append(line.get("mtp_1_loss"))
             if trainer.iteration in save_at:
                 trainer.save(Path(directory))
+            if trainer.iteration in valid_at:
+                evaluate(trainer.built, batches, "valid")
         trainer.saver.finish()
         if lora is not None:
             found["tuned"] = evaluate(trainer.built, batches, "valid")["valid_loss"]
