@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import snaketron.model  # noqa: F401  before megatron
+from snaketron.config import Adapters
 from snaketron.inference.decoder import decoding
 from snaketron.inference.generate import generate
 from snaketron.model.build import BuiltModel, build_model
 from snaketron.model.lora import freeze
+from snaketron.settings.training import LoraSettings
 from tests.gpu import answers
 from tests.gpu.answers import PROMPTS, VOCABULARY
 from tests.gpu.test_training import LAYOUTS, report
@@ -109,3 +111,18 @@ def test_two_gpus_give_the_answers_of_one(layout: str):
     off = differ(two["nats"], one["nats"])
     print(f"{layout}: scores within {off:.1e} nats")
     assert off < 1e-3 and two["answers"] == one["answers"]
+
+
+@pytest.mark.parametrize("rank", [8, 3])
+def test_adapters_of_any_rank_answer(rank: int):
+    """The third token of an answer and those after it are recorded."""
+    values, run = answers.settings("bf16", {})
+    adapters = Adapters(rank=rank, target_modules=["linear_*", "*_proj", "router"])
+    built = build_model(LoraSettings(**values.model_dump(), lora=adapters), run, VOCABULARY)
+    text = PROMPTS[2]
+    whole = logits(built, text)
+    with decoding(built, 1, 64) as decoder:
+        decoder.read(0, text[:24])
+        for i in range(24, 31):
+            row = decoder.step(torch.tensor([text[i]], device="cuda"))
+    assert float((row - whole[30]).abs().max()) < TOLERANCE["bf16"]

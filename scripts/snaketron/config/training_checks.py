@@ -139,6 +139,8 @@ def check_precision(training: Training, cluster: Cluster) -> Iterator[str]:
             f"{training.at('parallel')}.context_parallel_size {parallel.context_parallel_size} needs bf16 on "
             f"GPUs, and {at} is fp32: Transformer Engine has no attention in fp32 that shares a sequence"
         )
+    if cluster.gpus_per_node and precision not in ("fp32", "nvfp4"):  # those by Transformer Engine
+        yield from _check_experts_of_gpus(training)
     if precision == "fp8_delayed" and kept:
         yield f"{at} fp8_delayed takes no model.bf16_layers_at_end ({kept}); set it to 0, or take fp8_current"
     elif precision.startswith("fp8") and kept > most:
@@ -147,6 +149,16 @@ def check_precision(training: Training, cluster: Cluster) -> Iterator[str]:
             f"takes no more than {len(model.hybrid_layer_pattern)} layers / {stages} stages of "
             f"{training.at('parallel')}"
         )
+
+
+def _check_experts_of_gpus(training: Training) -> Iterator[str]:
+    """The product of all routed experts of a GPU, in bf16, takes rows of a multiple of 16 bytes."""
+    model, parts = training.model, training.run.parallel.expert_tensor_parallel_size
+    width = "hidden_size" if model.moe_latent_size is None else "moe_latent_size"
+    for name, split in ((width, 1), ("moe_ffn_hidden_size", parts)) if model.routed_layers else ():
+        if (size := getattr(model, name)) % (8 * split):
+            each = f" / {training.at('parallel')}.expert_tensor_parallel_size {split}" if split > 1 else ""
+            yield f"model.{name} {size}{each}: routed experts on GPUs need a multiple of 8 in bf16 and fp8"
 
 
 def check_widths(training: Training) -> Iterator[str]:

@@ -174,11 +174,16 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor | None) -> Tensor:
     """x (..., inputs) times weight (outputs, inputs), or times the weight of each token's expert."""
     if ends is None:
         return F.linear(x, weight)
-    # The kernel takes rows of a multiple of 16 bytes.
-    if x.dtype == torch.bfloat16 and len(x) and not any(width % 8 for width in weight.shape[1:]):
-        return torch._grouped_mm(x, weight.mT, offs=ends)
-    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([F.linear(part, w) for part, w in zip(x.split(counts), weight, strict=True)])
+    if x.dtype != torch.bfloat16 or not len(x):
+        counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        return torch.cat([F.linear(part, w) for part, w in zip(x.split(counts), weight, strict=True)])
+    # The kernel takes rows of a multiple of 16 bytes. A loop would ask the host for the numbers of tokens,
+    # which the recording of a decoder's step cannot.
+    outputs, inputs = weight.shape[1:]
+    more = -inputs % 8, -outputs % 8
+    if any(more):
+        x, weight = F.pad(x, (0, more[0])), F.pad(weight, (0, more[0], 0, more[1]))
+    return torch._grouped_mm(x, weight.mT, offs=ends)[:, :outputs]
 
 
 def is_grouped(module: torch.nn.Module) -> bool:

@@ -105,6 +105,7 @@ def test_what_transformer_engine_does_not_multiply_in_fp8_is_refused(values: dic
 TWO_STAGES = {"pipeline_model_parallel_size": 2}
 OFFLOADED = {"offload_optimizer": 0.5}
 IN_PARTS = {"context_parallel_size": 2}
+ON_GPUS = {"cluster": {"gpus_per_node": 2}}
 
 
 @pytest.mark.parametrize(
@@ -135,9 +136,22 @@ IN_PARTS = {"context_parallel_size": 2}
             "pretrain.cuda_graphs true",
         ),
         (
-            config({}, parallel=IN_PARTS) | {"cluster": {"gpus_per_node": 2}},
+            config({}, parallel=IN_PARTS) | ON_GPUS,
             "pretrain.parallel.context_parallel_size 2 needs bf16 on GPUs, and model.precision is fp32: "
             "Transformer Engine has no attention in fp32 that shares a sequence",
+        ),
+        (
+            config(BF16 | {"moe_latent_size": 36}) | ON_GPUS,
+            "model.moe_latent_size 36: routed experts on GPUs need a multiple of 8 in bf16 and fp8",
+        ),
+        (
+            config(
+                BF16 | {"moe_ffn_hidden_size": 24},
+                parallel={"expert_tensor_parallel_size": 2, "data_parallel_size": 2},
+            )
+            | ON_GPUS,
+            "model.moe_ffn_hidden_size 24 / pretrain.parallel.expert_tensor_parallel_size 2: routed experts "
+            "on GPUs need a multiple of 8 in bf16 and fp8",
         ),
         (
             config({}, **OFFLOADED),
@@ -164,7 +178,11 @@ def test_what_a_job_would_refuse_or_do_otherwise_is_refused_before(values: dict[
         config(FP8, recompute=["layernorm"]),
         config(BF16, recompute=["shared_experts", "scan"], cuda_graphs=True),
         config({}, parallel=IN_PARTS),  # on CPUs
-        config(BF16, parallel=IN_PARTS) | {"cluster": {"gpus_per_node": 2}},
+        config(BF16, parallel=IN_PARTS) | ON_GPUS,
+        config({"moe_latent_size": 36}) | ON_GPUS,  # in fp32 by Transformer Engine
+        config(BF16 | {"moe_latent_size": 36}),  # on CPUs
+        config(BF16 | {"moe_latent_size": None, "hybrid_layer_pattern": "M*", "moe_ffn_hidden_size": 9})
+        | ON_GPUS,
         config(BF16, **OFFLOADED),
     ],
 )

@@ -302,6 +302,15 @@ def test_grouped_adapters_are_those_of_a_loop_over_experts(grouped, dtype: str, 
     assert linear.lora.a.grad[1].abs().max() == 0  # nobody visited that one
 
 
+@pytest.mark.parametrize("rank", [8, 3])
+def test_grouped_adapters_ask_the_host_for_no_numbers_of_tokens(grouped, rank: int, monkeypatch):
+    """The step of a decoder is recorded on a GPU, and a recording cannot wait for the host."""
+    adapter = grouped(torch.bfloat16, rank).lora
+    x, ends = torch.randn(9, 16).bfloat16(), torch.tensor(COUNTS).cumsum(0).int()
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("the host was asked"))
+    assert adapter(x.to(backend.device()), ends.to(backend.device())).shape == (9, 8)
+
+
 def test_grouped_adapters_merge_into_the_weight_of_each_expert(grouped):
     linear = grouped()
     x = torch.randn(9, 16, device=backend.device())
