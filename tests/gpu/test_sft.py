@@ -73,7 +73,7 @@ def test_two_gpus_have_the_losses_of_one_on_packs(runs: dict[str, Future], layou
 
 @pytest.mark.parametrize("precision", ["fp8_current", "fp8_delayed", "fp8_blockwise"])
 def test_packs_may_be_tuned_on_in_fp8(tmp_path: Path, precision: str):
-    """Padding is rounded with all else; the losses are the same where layers are computed again."""
+    """Padding is rounded with all else; the losses are the same where experts are computed again."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("of a Hopper GPU")
     blend = str(write_packs(tmp_path / "packs"))
@@ -85,6 +85,6 @@ def test_packs_may_be_tuned_on_in_fp8(tmp_path: Path, precision: str):
         return train(tmp_path / f"{name}{len(recompute)}", gpus=1, blend=blend, model=model, run=run)
 
     with ThreadPoolExecutor(3) as pool:
-        bf16, fp8, again = pool.map(tune, [("bf16", []), (precision, []), (precision, ["layer"])])
+        bf16, fp8, again = pool.map(tune, [("bf16", []), (precision, []), (precision, ["moe"])])
     compare(fp8, bf16, (0.05, 0.3), precision)
     compare(again, fp8, LAYOUT_TOLERANCE["bf16"], f"{precision}, recomputed")

@@ -48,6 +48,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16": {"one": {}, **IN_BF16, "state": {"optimizer": BF16_STATE}, **STATE},
     **{precision: {"one": {}, **SHARED, **AGAIN} for precision in FP8},
 }
+del WAYS["fp8_delayed"]["layer"]  # refused with multi-token prediction
 CELLS = [(precision, way) for precision, ways in WAYS.items() for way in ways if way not in ("one", "state")]
 # In fp8 another layout rounds other numbers: one scale for the part of a tensor that a process has.
 IN_FP8 = (0.02, 0.1)

@@ -196,8 +196,17 @@ def check_widths(training: Training) -> Iterator[str]:
 def check_recomputation(training: Training) -> Iterator[str]:
     """What megatron-core does not compute again: in one precision, and beside recordings of layers."""
     run, at = training.run, training.at("recompute")
-    if training.model.precision == "fp8_delayed" and "layernorm" in run.recompute:
-        yield f"{at}: no layernorm under {training.at('precision')} fp8_delayed; leave it out"
+    if training.model.precision == "fp8_delayed":
+        under = f"under {training.at('precision')} fp8_delayed"
+        if "layernorm" in run.recompute:
+            yield f"{at}: no layernorm {under}; leave it out"
+        # A depth is computed again, and its layers again in that. Transformer Engine keeps the scales of both
+        # and takes one, so that those of a step come up ever later.
+        if "layer" in run.recompute and training.model.mtp_num_layers:
+            yield (
+                f"{at}: no layer {under} with multi-token prediction, whose layers would be computed with "
+                "scales of steps long ago; take fp8_current"
+            )
     if not (isinstance(run, Pretrain) and run.cuda_graphs):
         return
     for module in run.recompute:  # others are in layers that are not recorded

@@ -126,6 +126,11 @@ ON_GPUS = {"cluster": {"gpus_per_node": 2}}
             "pretrain.recompute: no layernorm under model.precision fp8_delayed; leave it out",
         ),
         (
+            config(FP8 | {"precision": "fp8_delayed"}, recompute=["layer"]),
+            "pretrain.recompute: no layer under model.precision fp8_delayed with multi-token prediction, "
+            "whose layers would be computed with scales of steps long ago; take fp8_current",
+        ),
+        (
             config(BF16, recompute=["layer"], cuda_graphs=True),
             "pretrain.recompute: layer is not computed again where layers are recorded; leave it out, or "
             "pretrain.cuda_graphs true",
@@ -176,6 +181,8 @@ def test_what_a_job_would_refuse_or_do_otherwise_is_refused_before(values: dict[
     [
         config(FP8 | {"bf16_layers_at_end": 3}, parallel=TWO_STAGES),
         config(FP8, recompute=["layernorm"]),
+        config(FP8, recompute=["layer"]),
+        config(FP8 | {"precision": "fp8_delayed", "mtp_num_layers": 0}, recompute=["layer"]),
         config(BF16, recompute=["shared_experts", "scan"], cuda_graphs=True),
         config({}, parallel=IN_PARTS),  # on CPUs
         config(BF16, parallel=IN_PARTS) | ON_GPUS,
