@@ -62,7 +62,7 @@ def runs(
     names = " ".join(item.name for item in request.session.items)
     chosen = [cell for cell in CELLS if f"one_process[{cell[0]}-{cell[1]}]" in names]
     chosen += [(precision, "one") for precision in WAYS] + [("bf16", "state")]
-    precisions = [p for p in WAYS if any(p == precision for precision, way in chosen if way != "one")]
+    precisions = [p for p in WAYS if any(p == of and way not in ("one", "state") for of, way in chosen)]
     with ThreadPoolExecutor(12) as pool:
 
         def start(precision: str) -> None:
