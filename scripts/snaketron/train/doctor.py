@@ -1,4 +1,4 @@
-"""Whether this machine can train: driver, CUDA, kernels, communication and disk, said in words.
+"""Whether this machine can train: driver, CUDA, kernels, compiler, communication and disk, said in words.
 
 Each check is a function that gives findings. It imports what it needs itself, because a package that cannot
 be imported is one of the things to find.
@@ -12,6 +12,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -57,6 +59,7 @@ def local(wanted_gpus: int) -> Iterator[Finding]:
     yield from gpus
     if all(finding.good for finding in gpus) and _gpu_count():
         yield from _kernels()
+        yield from _compiler()
 
 
 def _driver(wanted_gpus: int) -> Iterator[Finding]:
@@ -115,6 +118,33 @@ def _kernels() -> Iterator[Finding]:
         except Exception as error:
             advice = "uv sync --extra gpu, with the CUDA toolkit, or take the image of envs/"
             yield Finding("kernels", False, f"{package}: {type(error).__name__}: {error}; {advice}")
+
+
+def _compiler() -> Iterator[Finding]:
+    """Triton compiles what starts a kernel, in C, on the machine that computes."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        advice = "install gcc on the nodes that compute, or take the image of envs/"
+        yield Finding(
+            "compiler", False, f"no gcc and no clang here, and Triton starts kernels by it; {advice}"
+        )
+        return
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
+    headers = sysconfig.get_paths(scheme)["include"]
+    with tempfile.TemporaryDirectory() as directory:
+        done = subprocess.run(
+            [compiler, "-x", "c", "-", "-shared", "-fPIC", f"-I{headers}", "-o", f"{directory}/out.so"],
+            input="#include <Python.h>\n",
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[:1] or ["no message"]
+        advice = f"Triton needs it with this Python's headers in {headers} (python3-dev)"
+        yield Finding("compiler", False, f"{compiler} fails: {said[0]}; {advice}")
+        return
+    yield Finding("compiler", True, f"{compiler}, with Python's headers")
 
 
 def _communication() -> Iterator[Finding]:

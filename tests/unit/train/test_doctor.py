@@ -54,6 +54,30 @@ def test_a_kernel_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPat
     assert "uv sync --extra gpu" in found.text
 
 
+def test_a_machine_without_a_compiler_starts_no_kernels_of_triton(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (found,) = doctor._compiler()
+    assert not found.good and found.text.startswith(
+        "no gcc and no clang here, and Triton starts kernels by it"
+    )
+
+
+def test_a_compiler_needs_the_headers_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One that says what the real one would: its line is quoted."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\ngrep -q Python.h && echo 'Python.h: No such file' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    (found,) = doctor._compiler()
+    assert not found.good and found.text.startswith(f"{compiler} fails: Python.h: No such file; Triton needs")
+    compiler.write_text("#!/bin/sh\nexit 0\n")
+    (found,) = doctor._compiler()
+    assert found == Finding("compiler", True, f"{compiler}, with Python's headers")
+
+
 def test_the_report_counts_problems():
     lines: list[str] = []
     findings = [Finding("driver", True, "one"), Finding("disk", False, "full"), Finding("NCCL", False, "no")]
