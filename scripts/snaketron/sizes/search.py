@@ -62,7 +62,7 @@ def search(config: Config, training: Training, gpu_name: str, num_gpus: int) -> 
         for micro_batch, recompute in itertools.product(_micro_batches(training), RECOMPUTE):
             changed = _changed(training, parallel, micro_batch, recompute)
             if check_training(changed, on_gpus):
-                break  # another micro-batch that fails is larger, and recomputation changes nothing
+                continue
             if peak_bytes(work(on_gpus, changed)) <= gpu.usable_gb * 1e9:
                 found.append(measure(on_gpus, changed, gpu))
     return sorted(found, key=lambda one: one.step.total)
@@ -74,12 +74,14 @@ def why_none(config: Config, training: Training, gpu_name: str, num_gpus: int) -
     problems: list[str] = []
     least: tuple[float, Parallel] | None = None
     for parallel in _layouts(training, gpu, num_gpus):
-        changed = _changed(training, parallel, 1, RECOMPUTE[-1])
-        if wrong := check_training(changed, on_gpus):
-            problems.append("\n".join(wrong))
-        else:
-            needed = peak_bytes(work(on_gpus, changed)), parallel
+        # The one that recomputes most first; not every precision recomputes everything.
+        tried = [_changed(training, parallel, 1, recompute) for recompute in reversed(RECOMPUTE)]
+        wrong = [check_training(changed, on_gpus) for changed in tried]
+        if [] in wrong:
+            needed = peak_bytes(work(on_gpus, tried[wrong.index([])])), parallel
             least = min(least or needed, needed, key=lambda one: one[0])
+        else:
+            problems.append("\n".join(wrong[-1]))
     if least is None:  # every layout breaks a rule: told is the one that breaks the fewest
         return min(problems, key=lambda told: told.count("\n"))
     short = training.adapters or training.run.optimizer.gradient_precision == "bf16"

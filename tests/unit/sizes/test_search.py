@@ -150,3 +150,14 @@ def test_a_rule_that_every_layout_breaks_is_named_and_not_the_memory(config, gpu
     broad = config.training("pretrain/broad")
     assert search(config, broad, gpu, gpus) == []
     assert why in why_none(config, broad, gpu, gpus)
+
+
+def test_what_a_precision_does_not_recompute_hides_nothing_else(config: Config):
+    """`fp8_delayed` recomputes neither norms nor, with multi-token prediction, whole layers."""
+    model = config.model.model_copy(update={"precision": "fp8_delayed", "bf16_layers_at_end": 0})
+    changed = config.model_copy(update={"model": model})
+    training = changed.training("pretrain/broad")
+    found = search(changed, training, "b200", 64)
+    assert {one.micro_batch_size for one in found} > {1}
+    assert {"moe"} <= {part for one in found for part in one.recompute} <= {"moe", "scan"}
+    assert why_none(changed, training, "h100", 2).startswith("The one that needs least, ")
