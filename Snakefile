@@ -112,11 +112,13 @@ onstart:
 
 
 onsuccess:
+    process.leave_interrupts()
     notify.tell_of_workflow(graph.config.notify.command, "finished", ckpt, log)
 
 
 onerror:
     what, jobs = process.ending(workflow)
+    process.leave_interrupts()
     notify.tell_of_workflow(graph.config.notify.command, what, ckpt, log, jobs)
 
 

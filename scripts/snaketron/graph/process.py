@@ -68,8 +68,15 @@ def obey_interrupts() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop. Pressed again, Ctrl-C is for the jobs, which get it as well; Snakemake is waiting for their end."""
     _interrupts.append(number)
-    signal.default_int_handler(number, frame)
+    if not isinstance(sys.exception(), KeyboardInterrupt):
+        signal.default_int_handler(number, frame)
+
+
+def leave_interrupts() -> None:
+    """Take no notice of SIGINT when no job is left to stop: this process is about to end."""
+    signal.signal(signal.SIGINT, lambda *_: None)
 
 
 def ending(workflow: Workflow) -> tuple[Literal["failed", "stopped"], list[str]]:

@@ -76,7 +76,7 @@ def test_the_commands_of_rules_find_the_python_of_snakemake(monkeypatch: pytest.
 
 
 SNAKEFILE = """
-import json
+import json, os, signal
 from pathlib import Path
 from snaketron.graph import process
 
@@ -85,6 +85,8 @@ onstart:
 
 onerror:
     Path("ended.json").write_text(json.dumps(process.ending(workflow)))
+    process.leave_interrupts()
+    os.kill(os.getpid(), signal.SIGINT)
 
 rule fails:
     output: "{corpus}/{shard}.txt"
@@ -94,16 +96,18 @@ rule stops:
     output: "stopped"
     shell:
         "kill -INT $PPID; "
-        "until grep -qs 'Terminating[ ]processes' .snakemake/log/*; do sleep 0.1; done; exit 1"
+        "until grep -qs 'Terminating[ ]processes' .snakemake/log/*; do sleep 0.1; done; "
+        "kill -INT $PPID; exit 1"
 """
 
 
 def test_how_a_run_ended_is_known_with_its_jobs_that_failed(workspace: Workspace):
-    """Ctrl-C is no failure, although it kills a job."""
+    """Ctrl-C is no failure, although it kills a job; pressed again, it is for the jobs, and no traceback."""
     snakefile = str(workspace.write("toy.smk", SNAKEFILE))
 
     def ending(*targets: str) -> list:
-        assert workspace.run("snakemake", "-s", snakefile, "--cores", "1", "-k", *targets).status == 1
+        result = workspace.run("snakemake", "-s", snakefile, "--cores", "1", "-k", *targets)
+        assert result.status == 1 and "Traceback" not in result.output, result.output
         return json.loads((workspace.path / "ended.json").read_text())
 
     assert ending("docs/b.txt", "docs/a.txt") == ["failed", ["fails docs a", "fails docs b"]]
