@@ -1,7 +1,18 @@
 """The package under the workflow: all logic."""
 
 import os
+import sys
+from types import TracebackType
 
 # numpy starts a thread for each core when it is imported, and each looks for work in a loop before it sleeps:
 # 0.1 s of CPU on 2 cores in every program. Nothing here multiplies matrices with numpy.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def _complain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback, but not of Ctrl-C: programs import for a second or more before `log.run` obeys it."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _complain

@@ -90,6 +90,19 @@ def test_our_own_mistakes_keep_their_traceback(body: str):
     assert done.returncode == 1 and done.stderr.startswith("Traceback (most recent call last):")
 
 
+def test_an_interrupt_while_a_program_imports_is_no_traceback():
+    """A training imports for a second before it can obey Ctrl-C; a shell calls this end status 130."""
+    code = "import snaketron, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 def test_other_libraries_speak_only_to_warn():
     body = "x = logging.getLogger('other'); x.info('chatter'); x.warning('news'); return 0"
     assert script(body).stderr == "news\n"
