@@ -35,7 +35,7 @@ UNSAID = {
 CHATTER = (
     *("Config file ", "Assuming unrestricted shared", "Using shell", "Select jobs to"),
     *("Singularity containers: ignored", "Conda environments: ignored", "Group jobs: inactive"),
-    *("Shutting down", "Exiting because a job execution failed", "Will exit after finishing"),
+    *("Shutting down", "Exiting because a job execution failed"),
     *("Removing output files of", "This was a dry-run", "Some jobs were triggered by provenance"),
     *("Rules with provenance triggered", "Reasons:\n", "SLURM run ID", "Job rate limit reached"),
 )
@@ -79,7 +79,7 @@ class Lines:
     total: int = 0
     done: int = 0
     stopping: bool = False  # as the user asked
-    stopped: bool = False  # whether a job has
+    stopped: bool = False  # whether a job has, or no further one begins
     groups_of: dict[str, str] = field(default_factory=dict)  # the groups of jobs by the ids of their members
     full_log: str = ""
 
@@ -183,6 +183,9 @@ class Lines:
     # ----------------------------------------------------------------------------------------- messages
 
     def _message(self, text: str) -> str | None:
+        if text.startswith("Will exit after finishing"):  # SIGTERM came; said again after each job
+            first, self.stopped = not self.stopped, True
+            return _at("Stopping, as asked, when the jobs that run have ended") if first else None
         if text.startswith(CHATTER) or "have missing provenance/metadata" in text:
             return None
         if "CalledProcessError" in text and (found := STATUS.search(text)):

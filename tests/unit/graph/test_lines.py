@@ -131,6 +131,16 @@ def test_a_stop_is_a_stop_and_no_error(lines: Lines, tmp_path: Path):
     assert ends(lines) == "Stopped; 0 of 2 jobs are done. Run the same command again to continue."
 
 
+def test_sigterm_is_a_stop_that_waits_for_jobs(lines: Lines):
+    """Snakemake says so whenever one of them ends."""
+    starts(lines, 0, "sft")
+    waiting = record("Will exit after finishing currently running jobs (scheduler).")
+    assert without_time(lines.of(waiting)) == "Stopping, as asked, when the jobs that run have ended"
+    lines.of(record(event=LogEvent.JOB_FINISHED, job_id=0))
+    assert lines.of(waiting) is None
+    assert ends(lines) == "Stopped; 1 of 2 jobs are done. Run the same command again to continue."
+
+
 def test_a_training_that_was_stopped_elsewhere_is_no_error_either(lines: Lines, tmp_path: Path):
     """Somebody stopped the training by scancel, say, and nobody told this Snakemake."""
     log = tmp_path / "sft.log"
