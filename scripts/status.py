@@ -1,6 +1,6 @@
 """Show where the jobs of this directory's workflow stand in Slurm, a line a job.
 
-With --watch show the whole run, on Slurm or not, running or finished.
+With --watch show the whole run, on Slurm or not, running or finished. Without Slurm show that once.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from snaketron.jobs import status
-from snaketron.log import argument_parser, run
+from snaketron.jobs import slurm, status
+from snaketron.log import argument_parser, logger, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,12 +27,16 @@ def main(argv: list[str] | None = None) -> int:
         help="show stages, steps, losses, speed and time left, until Ctrl-C; once where there is no terminal",
     )
     args = parser.parse_args(argv)
-    if args.watch:
-        from snaketron.report.view import watch
+    from snaketron.report import view
 
-        watch(Path.cwd(), colors=not os.environ.get("NO_COLOR"))
+    if args.watch:
+        view.watch(Path.cwd(), colors=not os.environ.get("NO_COLOR"))
         return 0
-    print("\n".join(status.lines(Path.cwd(), args.ckpt)) or "Slurm has no job of this directory")
+    try:
+        print("\n".join(status.lines(Path.cwd(), args.ckpt)) or "Slurm has no job of this directory")
+    except slurm.NoAnswer as error:
+        logger.warning("%s. The files of the run say:", error.last)
+        view.show(Path.cwd())
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from pathlib import Path
 from snaketron.jobs import heartbeat, queue, slurm
 from snaketron.jobs.owner import Holder
 from snaketron.jobs.version import versions
-from snaketron.log import UserError
 
 FEW = 8  # more jobs of one rule in one state are counted on one line
 
@@ -19,11 +17,11 @@ FEW = 8  # more jobs of one rule in one state are counted on one line
 def lines(directory: Path, ckpt: Path) -> list[str]:
     """A line for each Slurm job of the workflow in `directory`, or one for many of a rule and state.
 
-    `ckpt` is the root of the checkpoints. Raises `UserError` where Slurm does not answer.
+    `ckpt` is the root of the checkpoints. Raises `slurm.NoAnswer`.
     """
     progress = _progress(ckpt)
     by_kind: dict[tuple[str, str], list[str]] = {}
-    for job in _queued_in(directory):
+    for job in queue.queued_in(directory):
         title = f"{job.rule} {job.wildcards}".strip()
         said = progress.get(job.number, "")
         line = f"{title:32} job {job.number:<10} {job.state:10} {job.about}  {said}".rstrip()
@@ -43,7 +41,7 @@ def report_every(seconds: float, directory: Path, ckpt: Path, say: Callable[[str
             time.sleep(seconds)
             try:
                 now = lines(directory, ckpt)
-            except (UserError, OSError):
+            except (slurm.NoAnswer, OSError):
                 continue  # the controller is busy; Snakemake itself asks it as well
             if now and now != said:
                 say("\n".join(now))
@@ -52,19 +50,6 @@ def report_every(seconds: float, directory: Path, ckpt: Path, say: Callable[[str
     thread = threading.Thread(target=report, name="status", daemon=True)
     thread.start()
     return thread
-
-
-def _queued_in(directory: Path) -> list[queue.Queued]:
-    if not shutil.which("squeue"):
-        raise UserError(
-            "squeue: no such command; run this on a machine of the cluster, or with --watch without Slurm"
-        )
-    try:
-        return queue.queued_in(directory)
-    except slurm.NoAnswer as error:
-        raise UserError(
-            f"{error.last}; ask again when Slurm answers, or with --watch, which reads the files of the run"
-        ) from None
 
 
 def _progress(ckpt: Path) -> dict[str, str]:

@@ -195,13 +195,18 @@ class LiveView:
                 self.area.say(rest.decode(errors="replace"))
 
 
+def show(directory: Path) -> None:
+    """Show the view of a directory once."""
+    size = shutil.get_terminal_size((110, 100))
+    print("\n".join(drawn(Follower(directory).look(), *size, colors=False)))
+
+
 def watch(directory: Path, *, colors: bool) -> None:
     """Show the view of a directory until Ctrl-C, or once where standard output is no terminal."""
-    follower = Follower(directory)
     if not sys.stdout.isatty():
-        print("\n".join(drawn(follower.look(), *shutil.get_terminal_size((110, 100)), colors=False)))
+        show(directory)
         return
-    area = Area(sys.stdout.fileno())
+    follower, area = Follower(directory), Area(sys.stdout.fileno())
     try:
         while True:
             lines: Sequence[str] = area.lines

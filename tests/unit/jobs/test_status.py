@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import status
-from snaketron.log import UserError
 
 import pytest
 
@@ -29,16 +28,28 @@ squeue: fatal: Could not establish a configuration source
         ("", "exit status 1"),
     ],
 )
-def test_an_error_of_squeue_is_one_line_that_names_what_works_without_slurm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, told: str
+def test_where_squeue_fails_its_error_is_a_line_and_the_files_of_the_run_say_the_rest(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    said: str,
+    told: str,
 ):
     (tmp_path / "said").write_text(said)
     squeue = tmp_path / "squeue"
     squeue.write_text(f"#!/bin/sh\n/bin/cat {tmp_path}/said >&2\nexit 1\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError) as error:
-        status.main([])
-    assert str(error.value) == (
-        f"squeue: {told}; ask again when Slurm answers, or with --watch, which reads the files of the run"
-    )
+    monkeypatch.chdir(tmp_path)
+    assert status.main([]) == 0
+    assert caplog.messages == [f"squeue: {told}. The files of the run say:"]
+    assert capsys.readouterr().out == "No run of the workflow in this directory yet.\n"
+
+
+def test_without_slurm_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert status.main([]) == 0
+    assert caplog.messages == ["squeue: no such command. The files of the run say:"]
+    assert capsys.readouterr().out == "No run of the workflow in this directory yet.\n"
