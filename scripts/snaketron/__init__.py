@@ -10,7 +10,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _complain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback, but not of Ctrl-C: programs import for a second or more before `log.run` obeys it."""
+    """Print a traceback, but none of Ctrl-C: programs import for a second before `log.run` obeys it."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
 

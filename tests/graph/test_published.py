@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -82,3 +84,22 @@ def test_snakemake_alone_copies_the_checkpoint(toy: Toy):
     (toy.workspace.path / "ckpt/sft/weights").write_text("terabytes")
     toy.run(60, "cp -r ../.snakemake/backups ../seen", kept=False)
     assert (toy.workspace.path / "seen/ckpt/sft/weights").read_text() == "terabytes"
+
+
+@pytest.mark.parametrize("lost", ["record.json", "config.yaml", "iter_0000008", "iter_0000008/.metadata"])
+def test_a_damaged_checkpoint_is_named_before_the_first_job_with_what_has_it_made_again(
+    copy: Workspace, lost: str
+):
+    """The job that reads it would find that out, after hours of jobs before it."""
+    changed = ("sft={optimizer: {learning_rate: 0.002}}",)
+    published = copy.path / "ckpt/pretrain/focused"
+    (published / lost).rename(copy.path / "lost")
+    for options in (("-n",), ()):
+        refused = copy.snakemake(*options, "ckpt/sft", config=changed)
+        said = "error: ckpt/pretrain/focused, which rule sft reads, is damaged: ckpt/pretrain/focused"
+        assert refused.status == 1 and said in refused.output, refused.output
+    assert "Nothing to be done" in copy.snakemake("-n", "ckpt/sft").output  # nobody would read it
+    assert copy.snakemake("-n", "report", "ckpt/pretrain/focused").jobs == {"report": 1}
+    (command,) = re.findall("^    (rm -r .*)$", refused.output, re.MULTILINE)
+    assert copy.run(*shlex.split(command)).status == 0
+    assert copy.snakemake("-n", "ckpt/sft", config=changed).jobs == {"pretrain": 1, "sft": 1}

@@ -68,7 +68,7 @@ def obey_interrupts() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Stop. Pressed again, Ctrl-C is for the jobs, which get it as well; Snakemake is waiting for their end."""
+    """Stop. Pressed again, Ctrl-C is for the jobs, which get it too: Snakemake waits for their end."""
     _interrupts.append(number)
     if not isinstance(sys.exception(), KeyboardInterrupt):
         signal.default_int_handler(number, frame)

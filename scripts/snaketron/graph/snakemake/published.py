@@ -11,13 +11,22 @@ output, and are replaced here:
 - Before the job it copies such an output, or what the link leads to, which may be terabytes, to restore it
   after a failure.
 - A link whose version somebody has deleted is there to it, and fails when it asks for its time.
+
+A version that has lost something is there to it, too. The job that reads it would say so, perhaps after days
+of other jobs, so `check_whole` says it before the first one.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from snaketron.huggingface.metadata import damaged_files
+from snaketron.jobs.version import Version
+from snaketron.log import UserError
 
 
 def keep_what_failed() -> None:
@@ -57,3 +66,43 @@ def keep_what_failed() -> None:
     Job.postprocess, PersistenceBase.finished = postprocess, finished
     FileBackupMixin.backup_output = lambda persistence, path: None
     _IOFile._local_inventory = look
+
+
+def check_whole(dag: Any) -> None:
+    """`WorkflowError` where a job that runs would read a published checkpoint that is damaged.
+
+    What this run makes anew is left out, and the report, which shows what is there.
+    """
+    from snakemake.exceptions import WorkflowError
+    from snakemake.io import is_flagged
+
+    readers: dict[str, str] = {}  # of each checkpoint, the rule of a job that reads it
+    for job in dag.needrun_jobs(exclude_finished=False):
+        for maker, files in dag.dependencies[job].items() if job.rule.name != "report" else ():
+            published = [str(file) for file in maker.output if is_flagged(file, "update") and file in files]
+            readers |= {} if dag.needrun(maker) else dict.fromkeys(published, job.rule.name)
+    problems = [
+        f"{path}, which rule {reader} reads, is damaged: {problem}"
+        for path, reader in readers.items()
+        if Path(path).is_symlink()  # an export is a directory, and a checkpoint a link
+        for problem in _damage(Path(path))
+    ]
+    if problems:
+        raise WorkflowError("\n".join(problems))
+
+
+def _damage(link: Path) -> Iterator[str]:
+    """What a published checkpoint has lost, with what has it made again from its last step that is whole."""
+    version, broken = Version(link), list[Path]()
+    try:
+        version.check_finished()
+        version.describe()
+        last = version.iteration_directory(version.latest_iteration() or 0)
+        broken.append(last)
+        if not (problems := damaged_files(last)):
+            return
+    except UserError as error:
+        problems = [str(error)]
+    gone = shlex.join(str(path) for path in (*broken, version.record, link) if os.path.lexists(path))
+    # The advice behind the semicolon is for a base that the user names.
+    yield f"{problems[0].partition('; ')[0]}. Restore that, or have it made again:\n    rm -r {gone}"

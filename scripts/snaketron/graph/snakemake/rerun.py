@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from snaketron.graph.snakemake.published import check_whole
+
 VIEWS = ("blend_pretrain", "blend_sft")  # whose output names files for the jobs after it
 AHEAD = 600  # seconds by which the clocks of machines and file servers may differ
 
@@ -45,6 +47,7 @@ def ask_each_job(roots: Iterable[str]) -> None:
             del dag.bfs
         if dag.workflow.is_main_process:
             check_times(dag, roots)
+            check_whole(dag)
 
     DAG.update_needrun = update_needrun
 
