@@ -125,7 +125,8 @@ def time_line(training: Training, needs: Estimate, limit_minutes: float) -> str:
     """The time of a training, and in how many jobs its time limit cuts it."""
     run, tokens = training.run, f"{large(needs.tokens)} tokens"
     if needs.hours is None:
-        return f"{tokens}; name cluster.gpu or state tokens_per_second_per_gpu for an estimate of the time"
+        known = "name cluster.gpu and gpus_per_node, or state tokens_per_second_per_gpu"
+        return f"{tokens}; {known}, for an estimate of the time"
     assert needs.speed is not None
     text = f"{tokens} at {needs.speed.tokens_per_second:,.0f} tokens/s on each"
     text += f" ({needs.speed.source})" if needs.speed.source == ESTIMATED else ""

@@ -30,6 +30,7 @@ def of_configuration(graph: Graph, configfiles: Sequence[str | Path]) -> Iterato
     downloads = to_download(config, graph.lock)
     yield from filter(None, [downloads, *graph.bases.unread(), mixed(configfiles), from_sample(config)])
     yield from filter(None, [unblended(config), other_vocabulary(config, graph.tokenizer_directory())])
+    yield from filter(None, [unused_gpu(config)])
     yield from unmeasured(config)
     yield from read_again(config)
 
@@ -69,6 +70,17 @@ def other_vocabulary(config: Config, taken_from: str) -> str | None:
     return (
         f"tokenizer.vocab_size is {stated}, and the tokenizer in {config.pathvars['data']}/tokenizer has "
         f"{there} tokens: memory, times and pipeline stages are worked out for {stated}; set it to {there}"
+    )
+
+
+def unused_gpu(config: Config) -> str | None:
+    """That the GPU which is named has no effect; None where it has one, or none is named."""
+    gpu = config.cluster.gpu
+    if gpu is None or config.cluster.gpus_per_node:
+        return None
+    return (
+        f"cluster.gpu is {gpu} and cluster.gpus_per_node 0, so trainings are planned for CPUs and run there; "
+        "say how many GPUs a node has"
     )
 
 

@@ -89,7 +89,9 @@ def _planned(runs: Sequence[Run]) -> list[Block]:
         )
         return [Text(said)]
     if any(one["hours"] is None for run in runs if run.plan for one in run.plan["trainings"]):
-        said = "The plan has no time where it knows neither the GPU (cluster.gpu) nor a speed of it."
+        said = (
+            "The plan has no time where neither the GPUs (cluster.gpu, gpus_per_node) nor a speed are known."
+        )
         tables.append(Text(said))
     if any(not stage.on_gpus for run in runs for stage in run.stages):
         said = "On CPUs the plan counts the model, and the memory is that of the whole process."

@@ -61,9 +61,13 @@ def test_an_estimated_time_stands_beside_that_at_the_published_speed():
 
 
 def test_without_a_throughput_there_is_no_estimate():
-    config, one = training(10_500, None, {})
-    text = "11.0 k tokens; name cluster.gpu or state tokens_per_second_per_gpu for an estimate of the time"
-    assert time_line(one, estimate(config, one), 60) == text
+    """Nor with a GPU that no node has."""
+    for cluster in ({}, {"gpu": "h100", "gpus_per_node": 0}):
+        config, one = training(10_500, None, {}, cluster)
+        assert time_line(one, estimate(config, one), 60) == (
+            "11.0 k tokens; name cluster.gpu and gpus_per_node, or state tokens_per_second_per_gpu, "
+            "for an estimate of the time"
+        )
 
 
 def test_the_layout_names_what_is_shared():

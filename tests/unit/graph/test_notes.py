@@ -16,6 +16,7 @@ from snaketron.graph.notes import (
     replaced,
     unblended,
     unmeasured,
+    unused_gpu,
 )
 from snaketron.lineage.record import making
 
@@ -59,6 +60,17 @@ def test_a_source_that_was_listed_and_blended_nowhere_is_told():
         "In no blend, so nothing is trained on them: corpora mine; chats more"
     )
     assert unblended(load(MINE | {"pretrain": phases("mine", "docs")}, {})) is None
+
+
+def test_a_gpu_that_no_node_has_is_told():
+    """It is named for estimates, which are made for GPUs alone."""
+    assert unused_gpu(load({}, {})) is None
+    assert unused_gpu(load({"cluster": {"gpu": "h200", "gpus_per_node": 8}}, {})) is None
+    said = unused_gpu(load({"cluster": {"gpu": "h200"}}, {}))
+    assert said == (
+        "cluster.gpu is h200 and cluster.gpus_per_node 0, so trainings are planned for CPUs and run there; "
+        "say how many GPUs a node has"
+    )
 
 
 def test_a_phase_that_reads_the_text_of_an_earlier_one_again_is_told():
