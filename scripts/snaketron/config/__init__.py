@@ -228,16 +228,17 @@ def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ)
     Raises `ConfigError` with one line for each problem.
     """
     merged = json.loads(json.dumps(values, default=str))  # YAML knows dates, which no key takes
-    for name, value in sorted(environment.items()):
-        if name.startswith(ENVIRONMENT_PREFIX) and name != PLAIN:
-            _set(merged, name, value)
+    variables = sorted(n for n in environment if n.startswith(ENVIRONMENT_PREFIX) and n != PLAIN)
+    paths = {name: tuple(name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")) for name in variables}
+    for name, path in paths.items():
+        _set(merged, path, name, environment[name])
     for text in _texts(merged):
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ConfigError(f"the configuration holds text that is not UTF-8: {text!r}")
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(e) + _given(e, paths) for e in error.errors())) from None
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -253,9 +254,8 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def _set(values: dict[str, Any], variable: str, text: str) -> None:
-    """Set the key that a variable of the environment names to its YAML value."""
-    path = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+def _set(values: dict[str, Any], path: tuple[str, ...], variable: str, text: str) -> None:
+    """Set the key at a path to the YAML value of a variable of the environment."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -266,7 +266,25 @@ def _set(values: dict[str, Any], variable: str, text: str) -> None:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
             raise ConfigError(f"environment variable {variable}: {name!r} is not a section")
-    values[path[-1]] = value
+    _merge(values, path[-1], value)
+
+
+def _merge(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set a key; of a section the keys that are given, as Snakemake merges files."""
+    if isinstance(value, dict) and isinstance(values.get(name), dict):
+        for inner, one in value.items():
+            _merge(values[name], inner, one)
+    else:
+        values[name] = value
+
+
+def _given(error: ErrorDetails, paths: Mapping[str, tuple[str, ...]]) -> str:
+    """The variable of the environment that has set the key of an error, or a key of an unknown section."""
+    at, unknown = error["loc"], error["type"] == "extra_forbidden"
+    for name, path in paths.items():
+        if at[: len(path)] == path or (unknown and path[: len(at)] == at):
+            return f" (environment variable {name})"
+    return ""
 
 
 def _explain(error: ErrorDetails) -> str:

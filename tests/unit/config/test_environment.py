@@ -20,6 +20,12 @@ def test_the_environment_can_give_a_list():
     assert [(s.source, s.weight) for s in config.sft.blend] == [("tools", 2.0)]
 
 
+def test_a_section_in_the_environment_is_merged_as_that_of_a_file():
+    """It took the place of all keys that files had given there."""
+    config = load({"sft": {"train_iters": 50, "num_samples": 3}}, {"SNAKETRON_SFT": "{train_iters: 11}"})
+    assert (config.sft.train_iters, config.sft.num_samples) == (11, 3)
+
+
 def test_the_variable_that_asks_for_plain_lines_is_no_key():
     assert load({}, {"SNAKETRON_PLAIN": "1"}) == load({}, {})
 
@@ -33,16 +39,35 @@ def test_the_environment_does_not_change_what_was_given():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("SNAKETRON_SFT__TRAIN_ITER", "1", "sft.train_iter: unknown key; did you mean 'train_iters'?"),
-        ("SNAKETRON_STF__TRAIN_ITERS", "1", "stf: unknown key; did you mean 'sft'?"),
+        (
+            "SNAKETRON_SFT__TRAIN_ITER",
+            "1",
+            "sft.train_iter: unknown key; did you mean 'train_iters'? "
+            "(environment variable SNAKETRON_SFT__TRAIN_ITER)",
+        ),
+        (
+            "SNAKETRON_STF__TRAIN_ITERS",
+            "1",
+            "stf: unknown key; did you mean 'sft'? (environment variable SNAKETRON_STF__TRAIN_ITERS)",
+        ),
         (
             "SNAKETRON_SEED__X",
             "1",
             "environment variable SNAKETRON_SEED__X: 'seed' is not a section",
         ),
-        ("SNAKETRON_SFT__TRAIN_ITERS", "many", "sft.train_iters: input should be a valid integer"),
+        (
+            "SNAKETRON_SFT__TRAIN_ITERS",
+            "many",
+            "sft.train_iters: input should be a valid integer, unable to parse string as an integer "
+            "(it is 'many') (environment variable SNAKETRON_SFT__TRAIN_ITERS)",
+        ),
         ("SNAKETRON_SEED", "[1", "environment variable SNAKETRON_SEED: '[1' is not YAML"),
     ],
 )
 def test_a_wrong_variable_is_named(name, value, message):
     assert message in refusal({"seed": 1}, **{name: value})
+
+
+@pytest.mark.parametrize("values", [{"sft": {"train_iter": 1}}, {"sft": {"warmup_iters": 9000}}])
+def test_a_variable_is_not_named_for_what_a_file_says(values):
+    assert "environment variable" not in refusal(values, SNAKETRON_SFT__NUM_SAMPLES="1")
