@@ -1,11 +1,12 @@
 """Makes `snakemake --logger snaketron` known: Snakemake finds plugins by the name of their package."""
 
 from snaketron.graph import terminal
-from snaketron.graph.snakemake.errors import tell_wrong_configfiles
+from snaketron.graph.snakemake.errors import tell_wrong_configfiles, tell_wrong_keys
 
 __all__ = ["LogHandler"]
 
 tell_wrong_configfiles()
+tell_wrong_keys()
 
 
 class LogHandler(terminal.LogHandler):

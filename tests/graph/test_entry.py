@@ -52,6 +52,26 @@ def test_a_configuration_that_is_missing_is_named_in_a_line(workspace: Workspace
     )
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("sft.train_iters=200", "write --config 'sft={train_iters: 200}'"),
+        ("sft.optimizer.learning_rate=1", "write --config 'sft={optimizer: {learning_rate: 1}}'"),
+        ("=200", "'' is no key of the configuration"),
+        (
+            "ckpt/sft",
+            "not KEY=VALUE. The option takes every word up to the next option, so targets stand before it, "
+            "or after `--`",
+        ),
+    ],
+)
+def test_a_word_of_config_that_is_no_key_is_named_in_a_line(workspace: Workspace, word: str, said: str):
+    """A target after --config is taken for another word."""
+    result = workspace.snakemake("-n", config=("sft={num_samples: 3}", word))
+    assert result.status == 1 and "Traceback" not in result.output
+    assert f"error: --config {word}: {said}" in result.output.splitlines()
+
+
 def test_what_stays_from_the_sample_is_one_line_of_a_dry_run(workspace: Workspace):
     workspace.write("raw/a.jsonl", '{"text": "mine"}\n')
     corpora = "corpora=[{name: docs, paths: [raw]}, {name: code, paths: [data/sample/code/part_0.jsonl]}]"
