@@ -56,6 +56,7 @@ RAISED = re.compile(
     re.DOTALL,
 )
 STATUS = re.compile(r"returned non-zero exit status (\d+)|died with <Signals\.(\w+)")
+AGAIN = re.compile(r"Trying to restart job (\S+)\.")
 SUBMITTED = re.compile(r"Job (\S+) has been submitted with SLURM jobid (\S+) \(log: (.*)\)\.")
 
 
@@ -205,9 +206,14 @@ class Lines:
         if found := RAISED.fullmatch(text):
             return f"error: {found[1]}"
         if found := SUBMITTED.fullmatch(text):
-            title = self._job(_number(found[1]), self.groups_of.get(found[1], "a group of jobs")).title
-            return _at(f"{title} is submitted as Slurm job {found[2]}")
+            return _at(f"{self._named(found[1])} is submitted as Slurm job {found[2]}")
+        if found := AGAIN.fullmatch(text):
+            return _at(f"{self._named(found[1])} is tried again")
         return text
+
+    def _named(self, number: str) -> str:
+        """The title of a job, or of a group, by the number or the id in a message."""
+        return self._job(_number(number), self.groups_of.get(number, "a group of jobs")).title
 
     def _ending(self) -> str:
         done = f"{self.done} of {self.total} jobs are done"

@@ -202,6 +202,14 @@ def test_of_the_log_of_a_slurm_job_lines_of_the_inner_snakemake_are_left_out(lin
     ]
 
 
+def test_a_job_that_is_tried_again_is_named(lines: Lines):
+    """Snakemake gives its own number of the job, which nobody knows."""
+    starts(lines, 7, "sft", local=False)
+    assert without_time(lines.of(record("Trying to restart job 7."))) == "sft is tried again"
+    group = "Trying to restart job 0b44d4a0-7c9e-4b4e-9f3c-3e1f6a7e5d10."
+    assert without_time(lines.of(record(group))) == "a group of jobs is tried again"
+
+
 def test_a_job_that_succeeds_at_a_second_try_is_not_among_those_that_failed(lines: Lines, tmp_path: Path):
     for number, rule in ((0, "sft"), (1, "lora"), (0, "sft")):
         starts(lines, number, rule)
