@@ -79,6 +79,23 @@ def test_a_version_that_somebody_deleted_is_made_again(toy: Toy):
     assert "Nothing to be done" in toy.run(30, "true", "-n", *targets)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_job_whose_end_no_snakemake_has_seen_is_still_to_run(toy: Toy, kept: bool):
+    """It outlived the one that submitted it, which notes with what parameters a job was made.
+
+    Snakemake alone takes it for finished, whatever they are later: then `finished` is still needed.
+    """
+    (toy.workspace.path / "ckpt/sft").unlink()
+    shutil.rmtree(toy.workspace.path / ".snakemake/metadata")
+    toy.run(30, "true", "--mode", "remote", kept=kept)  # as the Snakemake in a Slurm job
+    assert toy.published == "versions/30"
+    for steps in (30, 60):
+        assert ("rule train" in toy.run(steps, "true", "-n", kept=kept)) == kept
+    toy.run(30, kept=kept)
+    assert "Nothing to be done" in toy.run(30, "true", "-n", kept=kept)
+    assert ("rule train" in toy.run(60, "true", "-n", kept=kept)) == kept
+
+
 def test_snakemake_alone_copies_the_checkpoint(toy: Toy):
     """Why `keep_what_failed` is there. When this fails, look whether it is still needed."""
     (toy.workspace.path / "ckpt/sft/weights").write_text("terabytes")

@@ -15,7 +15,7 @@ from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
-from snaketron.wording import duration, shortened
+from snaketron.wording import duration, plural, shortened
 
 from snakemake_interface_logger_plugins.common import LogEvent
 
@@ -56,6 +56,7 @@ RAISED = re.compile(
     re.DOTALL,
 )
 STATUS = re.compile(r"returned non-zero exit status (\d+)|died with <Signals\.(\w+)")
+UNKNOWN = re.compile(r"(\d+) jobs have missing provenance/metadata [^\n]*\n[^\n]*metadata: (.+)")
 AGAIN = re.compile(r"Trying to restart job (\S+)\.")
 SUBMITTED = re.compile(r"Job (\S+) has been submitted with SLURM jobid (\S+) \(log: (.*)\)\.")
 
@@ -187,8 +188,13 @@ class Lines:
         if text.startswith("Will exit after finishing"):  # SIGTERM came; said again after each job
             first, self.stopped = not self.stopped, True
             return _at("Stopping, as asked, when the jobs that run have ended") if first else None
-        if text.startswith(CHATTER) or "have missing provenance/metadata" in text:
+        if text.startswith(CHATTER):
             return None
+        if found := UNKNOWN.match(text):
+            return (
+                f"Of {plural(int(found[1]), 'finished job')} ({found[2]}) Snakemake has no notes, as in a "
+                "copy without .snakemake: keys that were changed since do not make them run again; -R RULE does"
+            )
         if "CalledProcessError" in text and (found := STATUS.search(text)):
             self.statuses.append((text, found[1] or found[2]))
             return None

@@ -269,6 +269,18 @@ def test_a_finished_run_says_so(lines: Lines):
     assert lines.of(record("Elapsed time: 0:07:55.38")) == "All jobs are done, after 0:07:55."
 
 
+def test_jobs_for_which_no_changed_key_is_noticed_are_told(lines: Lines):
+    """Snakemake says that in words of its own, after 'Nothing to be done'."""
+    said = (
+        "2 jobs have missing provenance/metadata so that it in part cannot be used to trigger re-runs.\n"
+        "Rules with missing metadata: sft tokenize_shard"
+    )
+    assert lines.of(record(said)) == (
+        "Of 2 finished jobs (sft tokenize_shard) Snakemake has no notes, as in a copy without .snakemake: "
+        "keys that were changed since do not make them run again; -R RULE does"
+    )
+
+
 def test_other_messages_are_passed_on(lines: Lines):
     for text in (
         "Nothing to be done (all requested files are present and up to date).",

@@ -2,11 +2,13 @@
 
 Snakemake deletes the output of a job before it starts and after it fails. The output of a training is a
 link to a version, that of an export a directory; both are marked with `update()`, so Snakemake leaves them
-alone before the job. Four things that Snakemake 9.27 does are wrong for a checkpoint, the first one for any
+alone before the job. Five things that Snakemake 9.27 does are wrong for a checkpoint, the first two for any
 output, and are replaced here:
 
 - After a failure it records that the output was made with the new parameters and files. Where what follows
   was made before, the next start would take that for finished.
+- The Snakemake in a Slurm job takes the mark away that its output is incomplete. Where the one that submitted
+  the job was killed before, nobody records parameters: a changed one would never be noticed again.
 - After a failure it deletes an output of `update()`, which it takes for half of a new one.
 - Before the job it copies such an output, or what the link leads to, which may be terabytes, to restore it
   after a failure.
@@ -32,8 +34,9 @@ from snaketron.log import UserError
 def keep_what_failed() -> None:
     """Replace these in this process. A job that fails leaves what one leaves that Ctrl-C stopped.
 
-    That is Snakemake's mark that its output is incomplete, so the job runs again, and what is published. A
-    link to nothing is a missing output, and is replaced by what makes it.
+    That is Snakemake's mark that its output is incomplete, so the job runs again, and what is published. So
+    does one that succeeds, until the process that records its parameters has seen that. A link to nothing is
+    a missing output, and is replaced by what makes it.
     """
     from snakemake.io import _IOFile, is_flagged
     from snakemake.jobs import Job
@@ -48,7 +51,7 @@ def keep_what_failed() -> None:
             await end(job, *args, error=error, **keys)
 
     async def finished(persistence: Any, job: Any) -> None:
-        if job not in failed:
+        if job not in failed and persistence.dag.workflow.is_main_process:
             await record(persistence, job)
 
     look_around = _IOFile._local_inventory
