@@ -35,8 +35,8 @@ from snaketron.sources.formats import DOWNLOADED
 from snaketron.sources.models import MODEL_FILE, TASK_FILE
 from snaketron.tracking import notify
 
-if elsewhere := process.elsewhere(Path(workflow.basedir)):
-    raise WorkflowError(elsewhere)
+if wrong := process.elsewhere(Path(workflow.basedir)) or process.unwritable():
+    raise WorkflowError(wrong)
 
 
 configfile: "config/config.yaml"

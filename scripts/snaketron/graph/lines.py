@@ -193,7 +193,8 @@ class Lines:
         if found := UNKNOWN.match(text):
             return (
                 f"Of {plural(int(found[1]), 'finished job')} ({found[2]}) Snakemake has no notes, as in a "
-                "copy without .snakemake: keys that were changed since do not make them run again; -R RULE does"
+                "copy without .snakemake: keys that were changed since do not make them run again; -R RULE "
+                "does"
             )
         if "CalledProcessError" in text and (found := STATUS.search(text)):
             self.statuses.append((text, found[1] or found[2]))

@@ -51,6 +51,17 @@ def elsewhere(repository: Path) -> str | None:
     )
 
 
+def unwritable() -> str | None:
+    """What to do where Snakemake cannot keep its notes, as a dry-run does too; None where it can."""
+    for place in (Path(".snakemake"), Path()):
+        if place.exists() and not os.access(place, os.W_OK):
+            return (
+                f"{place.absolute()} cannot be written, and Snakemake keeps notes there, in a dry-run too; "
+                "change that, or run in a copy"
+            )
+    return None
+
+
 def find_python() -> None:
     """Let the commands of rules find the programs of this environment, activated or not."""
     here = Path(sys.executable).parent

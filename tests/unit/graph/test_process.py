@@ -60,6 +60,17 @@ def test_another_directory_is_told_where_to_run_or_what_to_link(
     assert process.elsewhere(REPOSITORY) is None
 
 
+def test_a_directory_without_room_for_notes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a colleague's, in which somebody looks what would run. (To root every place is open.)"""
+    monkeypatch.chdir(tmp_path)
+    assert process.unwritable() is None
+    monkeypatch.setattr(os, "access", lambda place, mode: str(place) != ".snakemake")
+    assert process.unwritable() is None
+    (tmp_path / ".snakemake").mkdir()
+    said = process.unwritable()
+    assert said and said.startswith(f"{tmp_path}/.snakemake cannot be written, and Snakemake keeps notes")
+
+
 def test_the_commands_of_rules_find_the_python_of_snakemake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """As `.venv/bin/snakemake` is called: PATH is of a shell that knows nothing of the environment."""
     other = tmp_path / "python"
