@@ -24,7 +24,7 @@ from snaketron.config.data import SPLITS
 from snaketron.config.doubled import check_doubled
 from snaketron.executor import request
 from snaketron.graph import configfiles, dry_run, notes, outlook, process, terminal
-from snaketron.graph.checks import check_files, check_tokenizer
+from snaketron.graph.checks import check_files, check_secrets, check_tokenizer
 from snaketron.graph.graph import Graph
 from snaketron.graph.requests import check_requests
 from snaketron.graph.snakemake import replace_pieces
@@ -69,6 +69,7 @@ try:
         registered.check(graph.config)
         check_files(graph.config, graph.text, graph.conversations, graph.lock)
         check_tokenizer(graph.config)
+        check_secrets(graph.config)
 except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong.\n{error}") from None
 

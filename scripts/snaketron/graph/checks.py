@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from snaketron import credentials
 from snaketron.config import ChatSource, Config, ConfigError, Corpus
 from snaketron.lineage.record import Record, read
 from snaketron.log import UserError
@@ -73,6 +74,14 @@ def check_tokenizer(config: Config) -> None:
     if Path(path).is_dir():
         raise ConfigError(f"tokenizer.path: {path} holds no tokenizer, such as a tokenizer.json")
     raise ConfigError(f"tokenizer.path: {path!r} is no directory, and no OWNER/NAME of the Hugging Face hub")
+
+
+def check_secrets(config: Config) -> None:
+    """`ConfigError` where the file with secrets cannot be read, as a training would find when it begins."""
+    try:
+        credentials.read(config.cluster.secrets_file)
+    except UserError as error:
+        raise ConfigError(str(error)) from None
 
 
 def made_tokenizer(config: Config) -> Record | None:

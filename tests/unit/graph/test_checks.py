@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import ConfigError, load
-from snaketron.graph.checks import check_files, check_tokenizer
+from snaketron.graph.checks import check_files, check_secrets, check_tokenizer
 from snaketron.graph.graph import Graph
 from snaketron.lineage.record import making
 
@@ -120,6 +120,19 @@ def test_a_tokenizer_that_is_not_there_is_refused_before_the_first_job(tmp_path:
         job.aside["tokenizer.json"].touch()
     check_tokenizer(load({"tokenizer": {"path": "gone"}}, {}))  # taken before
     assert refused(path="other").startswith("tokenizer.path: 'other' is no directory")
+
+
+def test_secrets_that_no_training_could_read_are_refused_before_the_first_job(tmp_path: Path):
+    secrets = tmp_path / "secrets"
+    config = load({"cluster": {"secrets_file": str(secrets)}}, {})
+    with pytest.raises(ConfigError, match=rf"cluster.secrets_file {secrets}: no such file or directory"):
+        check_secrets(config)
+    secrets.touch(0o644)
+    with pytest.raises(ConfigError, match="its mode is 644, so others can read it; run chmod 600"):
+        check_secrets(config)
+    secrets.chmod(0o600)
+    check_secrets(config)
+    check_secrets(load({}, {}))
 
 
 def test_more_shards_than_megatron_core_numbers_are_refused_before_the_first_is_made(
