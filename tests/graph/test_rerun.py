@@ -47,7 +47,7 @@ class Toy:
 
     def run(self, pattern: str, size: int, *options: str, asked: bool = True, fail: str = "") -> Result:
         config = [f"pattern={pattern}", f"size={size}", f"asked={asked}"]
-        command = ["snakemake", "--cores", "1", *options, "--config", *config]
+        command = ["snakemake", "--cores", "1", "--rerun-incomplete", *options, "--config", *config]
         return self.workspace.run(*command, environment={"FAIL": fail})
 
     def jobs(self, pattern: str, size: int, *, asked: bool = True) -> set[str]:
@@ -89,6 +89,16 @@ def test_a_changed_job_that_failed_is_still_to_run(toy: Toy, asked: bool):
     assert toy.jobs("b", 1, asked=asked) == ({"filter_shard", "tokenize"} if asked else set())
     if asked:
         assert toy.run("b", 1).status == 0 and toy.jobs("b", 1) == set()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_job_that_ran_once_more_and_failed_is_still_to_run(toy: Toy, asked: bool):
+    """Nothing was changed. Its output is gone, which Snakemake alone does not miss: tokens are there."""
+    assert toy.run("a", 1, "-R", "filter_shard", asked=asked, fail="1").status == 1
+    assert not (toy.workspace.path / "filtered").exists() and (toy.workspace.path / "tokens").exists()
+    assert toy.jobs("a", 1, asked=asked) == ({"filter_shard", "tokenize"} if asked else set())
+    if asked:
+        assert toy.run("a", 1).status == 0 and toy.jobs("a", 1) == set()
 
 
 def test_outputs_of_a_clock_that_was_ahead_are_refused(toy: Toy):

@@ -2,11 +2,12 @@
 
 Snakemake deletes the output of a job before it starts and after it fails. The output of a training is a
 link to a version, that of an export a directory; both are marked with `update()`, so Snakemake leaves them
-alone before the job. Five things that Snakemake 9.27 does are wrong for a checkpoint, the first two for any
+alone before the job. Six things that Snakemake 9.27 does are wrong for a checkpoint, the first three for any
 output, and are replaced here:
 
 - After a failure it records that the output was made with the new parameters and files. Where what follows
   was made before, the next start would take that for finished.
+- Of a job that failed or was killed and whose output is gone it takes no notice, if what follows is there.
 - The Snakemake in a Slurm job takes the mark away that its output is incomplete. Where the one that submitted
   the job was killed before, nobody records parameters: a changed one would never be noticed again.
 - After a failure it deletes an output of `update()`, which it takes for half of a new one.
@@ -66,7 +67,12 @@ def keep_what_failed() -> None:
                     if entry.is_symlink() and not Path(entry).exists():
                         cache.exists_local[entry.path] = False
 
+    async def incomplete(persistence: Any, job: Any) -> list[Any]:
+        files = {persistence._get_key(file): file for file in job.output}
+        return [files[key] for key in persistence._filter_incomplete_keys(list(files))]
+
     Job.postprocess, PersistenceBase.finished = postprocess, finished
+    PersistenceBase.incomplete = incomplete
     FileBackupMixin.backup_output = lambda persistence, path: None
     _IOFile._local_inventory = look
 
