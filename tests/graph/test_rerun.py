@@ -19,6 +19,15 @@ from snaketron.graph.snakemake import published, rerun
 if config["asked"]:
     rerun.ask_each_job([os.getcwd()])
     published.keep_what_failed()
+if "DIE" in os.environ:
+    from snakemake.jobs import Job
+    remove = Job.remove_existing_output
+
+    async def remove_and_die(job):
+        await remove(job)
+        os.kill(os.getpid(), 9)
+
+    Job.remove_existing_output = remove_and_die
 
 rule tokenize:
     input: "filtered", "tokenizer"
@@ -45,10 +54,12 @@ class Toy:
         self.text = self.workspace.write("text", "words")
         assert self.run("a", 1).status == 0
 
-    def run(self, pattern: str, size: int, *options: str, asked: bool = True, fail: str = "") -> Result:
+    def run(
+        self, pattern: str, size: int, *options: str, asked: bool = True, fail: str = "", **variables: str
+    ) -> Result:
         config = [f"pattern={pattern}", f"size={size}", f"asked={asked}"]
         command = ["snakemake", "--cores", "1", "--rerun-incomplete", *options, "--config", *config]
-        return self.workspace.run(*command, environment={"FAIL": fail})
+        return self.workspace.run(*command, environment={"FAIL": fail, **variables})
 
     def jobs(self, pattern: str, size: int, *, asked: bool = True) -> set[str]:
         return self.run(pattern, size, "-n", asked=asked).jobs.keys()
@@ -99,6 +110,14 @@ def test_a_job_that_ran_once_more_and_failed_is_still_to_run(toy: Toy, asked: bo
     assert toy.jobs("a", 1, asked=asked) == ({"filter_shard", "tokenize"} if asked else set())
     if asked:
         assert toy.run("a", 1).status == 0 and toy.jobs("a", 1) == set()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_job_is_still_to_run_where_snakemake_was_killed_as_it_had_deleted_the_output(toy: Toy, asked: bool):
+    """Alone it marks the output as incomplete after that."""
+    assert toy.run("a", 1, "-R", "filter_shard", asked=asked, DIE="1").status == -9
+    assert not (toy.workspace.path / "filtered").exists() and (toy.workspace.path / "tokens").exists()
+    assert toy.jobs("a", 1, asked=asked) == ({"filter_shard", "tokenize"} if asked else set())
 
 
 def test_outputs_of_a_clock_that_was_ahead_are_refused(toy: Toy):

@@ -7,7 +7,8 @@ output, and are replaced here:
 
 - After a failure it records that the output was made with the new parameters and files. Where what follows
   was made before, the next start would take that for finished.
-- Of a job that failed or was killed and whose output is gone it takes no notice, if what follows is there.
+- Of a job that failed or was killed and whose output is gone it takes no notice, if what follows is there. It
+  marks an output as incomplete after it has deleted it, so one that is killed in between leaves no mark.
 - The Snakemake in a Slurm job takes the mark away that its output is incomplete. Where the one that submitted
   the job was killed before, nobody records parameters: a changed one would never be noticed again.
 - After a failure it deletes an output of `update()`, which it takes for half of a new one.
@@ -21,6 +22,7 @@ of other jobs, so `check_whole` says it before the first one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Iterator
@@ -71,8 +73,15 @@ def keep_what_failed() -> None:
         files = {persistence._get_key(file): file for file in job.output}
         return [files[key] for key in persistence._filter_incomplete_keys(list(files))]
 
-    Job.postprocess, PersistenceBase.finished = postprocess, finished
-    PersistenceBase.incomplete = incomplete
+    prepare_output = Job.prepare
+
+    async def prepare(job: Any) -> None:
+        with contextlib.suppress(OSError):  # Snakemake says so when it marks it once more
+            job.dag.workflow.persistence.started(job)
+        await prepare_output(job)
+
+    Job.prepare, Job.postprocess = prepare, postprocess
+    PersistenceBase.finished, PersistenceBase.incomplete = finished, incomplete
     FileBackupMixin.backup_output = lambda persistence, path: None
     _IOFile._local_inventory = look
 
