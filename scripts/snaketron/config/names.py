@@ -66,7 +66,7 @@ def check_paths(config: Config) -> list[str]:
     return [
         f"{at}: {problem}"
         for at, path in named_paths(config)
-        if (problem := unusable(path) or _an_option(path))
+        if (problem := unusable(path) or _of_a_shell(path))
     ]
 
 
@@ -88,7 +88,10 @@ def check_roots(config: Config) -> list[str]:
     return problems
 
 
-def _an_option(path: str) -> str | None:
+def _of_a_shell(path: str) -> str | None:
+    """Why programs would take a path for something else; None where they would not."""
     if path.startswith("-"):
         return f"{path!r} starts with a dash, as the options of programs do; give the absolute path"
+    if path.startswith("~/"):  # results would lie in a directory `~`, until somebody removes it by `rm -r ~`
+        return f"{path!r}: only a shell reads ~ as your home; give the absolute path"
     return None

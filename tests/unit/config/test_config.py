@@ -98,6 +98,7 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
             "-x",
             "pathvars.ckpt: '-x' starts with a dash, as the options of programs do; give",
         ),
+        ("pathvars.ckpt", "~/ckpt", "pathvars.ckpt: '~/ckpt': only a shell reads ~ as your home; give the"),
         ("tokenizer.text", ["a", "b\n"], "tokenizer.text[1]: 'b\\n' holds a line break or another control"),
         (
             "tokenizer.path",
