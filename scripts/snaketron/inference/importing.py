@@ -58,6 +58,7 @@ def import_base(
         if not version.is_finished:
             settings = _settings(stage, model, weights.precision, seq_length)
             _write(version, weights, settings, tokenizer, info, inputs, started)
+    version.ask(output)
     version.publish(output)
     logger.info("%s: %s is %s", stage, output, version.directory)
 

@@ -224,9 +224,23 @@ class Version:
             job.key = self.directory.name.rpartition("-")[2]
             job.counts = {**UNTRAINED, **counts}
 
+    def ask(self, output: Path) -> None:
+        """Note that this version is what a run wants as `output`, when the run begins with it."""
+        write_text(_asked(output), self.directory.name)
+
     def publish(self, output: Path) -> None:
-        """Make `output` a link to this version, in one step; `UserError` where a directory is in the way."""
+        """Make `output` a link to this version, in one step.
+
+        Raises `UserError` where a directory is in the way, or a run has asked for another version since: then
+        this job has outlived its Snakemake, and would replace what the later one has made.
+        """
         check_place(output)
+        asked = _asked(output)
+        if asked.exists() and (other := asked.read_text("utf-8")) != self.directory.name:
+            raise UserError(
+                f"{output}: a run has asked for {other} since, so {self.directory.name} is complete and not "
+                "published; run the same command again to publish it"
+            )
         self.remove_partial()
         # Snakemake takes the time of a directory from this file. An old version is as new as its link.
         (self.directory / ".snakemake_timestamp").touch()
@@ -235,6 +249,11 @@ class Version:
         output.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(self.directory, output.parent), target_is_directory=True)
         link.replace(output)
+
+
+def _asked(output: Path) -> Path:
+    """The file that names the version that a run asked for last."""
+    return output.with_name(f".{output.name}.asked")
 
 
 def check_place(output: Path) -> None:

@@ -70,6 +70,7 @@ def average(source: Path, output: Path, *, stage: str, tokens: int | None) -> No
         if not version.is_finished:
             entry = Entry("checkpoint", str(source), version=identity)
             _write(version, phase, iterations, stage, entry, started)
+    version.ask(output)
     version.publish(output)
     logger.info("%s: %s is %s", stage, output, version.directory)
 

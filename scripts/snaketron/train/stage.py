@@ -75,6 +75,7 @@ def run_stage(
         with launch.telling(stage.version.failures):
             return train(stage)
     check_place(stage.output)
+    stage.version.ask(stage.output)
     status = supervisor.supervise(
         stage.settings.stage,
         stage.version,

@@ -72,6 +72,26 @@ def test_publish_replaces_a_link_and_leaves_nothing_beside_it(tmp_path: Path):
     assert first.is_finished  # what was trained before stays
 
 
+def test_what_outlived_its_run_does_not_replace_what_a_later_run_has_made(tmp_path: Path):
+    """The first Snakemake was killed, its training went on, and a second one trained with other settings."""
+    first, second, other = make(tmp_path, "sft-0a"), make(tmp_path, "sft-0b"), make(tmp_path, "lora-0a")
+    for version in (first, second):
+        version.ask(tmp_path / "sft")
+    other.ask(tmp_path / "lora")
+    second.publish(tmp_path / "sft")
+    with pytest.raises(UserError) as error:
+        first.publish(tmp_path / "sft")
+    assert str(error.value) == (
+        f"{tmp_path}/sft: a run has asked for sft-0b since, so sft-0a is complete and not published; run the "
+        "same command again to publish it"
+    )
+    assert (tmp_path / "sft").resolve() == second.directory
+    other.publish(tmp_path / "lora")
+    first.ask(tmp_path / "sft")  # the same command again
+    first.publish(tmp_path / "sft")
+    assert (tmp_path / "sft").resolve() == first.directory
+
+
 def test_a_reader_always_finds_a_checkpoint_while_it_is_replaced(tmp_path: Path):
     """In one step: a process that looks all the time never sees the link missing."""
     both = make(tmp_path, "sft-0a"), make(tmp_path, "sft-0b")
