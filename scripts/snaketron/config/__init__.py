@@ -295,6 +295,8 @@ def _explain(error: ErrorDetails) -> str:
         return str(error["ctx"]["error"])
     if error["type"] == "missing":
         return f"{path}: missing"
+    if error["type"] == "model_type" and error["input"] is None:  # all of its lines may be comments
+        return f"{path}: holds no key; leave it out"
     return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]} (it is {error['input']!r})"
 
 

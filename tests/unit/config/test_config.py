@@ -72,7 +72,7 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
             "model.precision: input should be 'fp32', 'bf16', 'fp8_delayed', ",
         ),
         ("tokenizer.text", "a.jsonl", "tokenizer.text: input should be a valid list (it is 'a.jsonl')"),
-        ("sft", None, "sft: input should be a valid dictionary or instance of Sft (it is None)"),
+        ("sft", None, "sft: holds no key; leave it out"),
         ("sft.micro_batch_size", 2, "sft.micro_batch_size: input should be 1 (it is 2)"),
         ("tracking_upload", ["model-sft"], "tracking_upload[0]: input should be 'raw-data', 'tokenizer', "),
         ("tracking", True, "tracking: input should be 'off', 'offline' or 'online' (it is True)"),
