@@ -230,15 +230,16 @@ def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ)
     merged = json.loads(json.dumps(values, default=str))  # YAML knows dates, which no key takes
     variables = sorted(n for n in environment if n.startswith(ENVIRONMENT_PREFIX) and n != PLAIN)
     paths = {name: tuple(name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")) for name in variables}
+    given: dict[tuple[Any, ...], str] = {}  # by the path of a key, the variable that sets it
     for name, path in paths.items():
-        _set(merged, path, name, environment[name])
+        given |= dict.fromkeys(_set(merged, path, name, environment[name]), name)
     for text in _texts(merged):
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ConfigError(f"the configuration holds text that is not UTF-8: {text!r}")
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) + _given(e, paths) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(e) + _given(e, given) for e in error.errors())) from None
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -254,8 +255,10 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def _set(values: dict[str, Any], path: tuple[str, ...], variable: str, text: str) -> None:
-    """Set the key at a path to the YAML value of a variable of the environment."""
+def _set(
+    values: dict[str, Any], path: tuple[str, ...], variable: str, text: str
+) -> Iterator[tuple[Any, ...]]:
+    """Set the key at a path to the YAML value of a variable of the environment; the paths of what is set."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -267,6 +270,16 @@ def _set(values: dict[str, Any], path: tuple[str, ...], variable: str, text: str
         if not isinstance(values, dict):
             raise ConfigError(f"environment variable {variable}: {name!r} is not a section")
     _merge(values, path[-1], value)
+    return _keys(path, value)
+
+
+def _keys(path: tuple[Any, ...], value: Any) -> Iterator[tuple[Any, ...]]:
+    """The path of a key, or of each key in its section."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _keys((*path, name), inner)
+    else:
+        yield path
 
 
 def _merge(values: dict[str, Any], name: str, value: Any) -> None:
@@ -278,10 +291,10 @@ def _merge(values: dict[str, Any], name: str, value: Any) -> None:
         values[name] = value
 
 
-def _given(error: ErrorDetails, paths: Mapping[str, tuple[str, ...]]) -> str:
+def _given(error: ErrorDetails, given: Mapping[tuple[Any, ...], str]) -> str:
     """The variable of the environment that has set the key of an error, or a key of an unknown section."""
     at, unknown = error["loc"], error["type"] == "extra_forbidden"
-    for name, path in paths.items():
+    for path, name in given.items():
         if at[: len(path)] == path or (unknown and path[: len(at)] == at):
             return f" (environment variable {name})"
     return ""

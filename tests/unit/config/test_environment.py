@@ -71,3 +71,10 @@ def test_a_wrong_variable_is_named(name, value, message):
 @pytest.mark.parametrize("values", [{"sft": {"train_iter": 1}}, {"sft": {"warmup_iters": 9000}}])
 def test_a_variable_is_not_named_for_what_a_file_says(values):
     assert "environment variable" not in refusal(values, SNAKETRON_SFT__NUM_SAMPLES="1")
+    assert "environment variable" not in refusal(values, SNAKETRON_SFT="{num_samples: 1}")
+
+
+def test_of_a_section_in_the_environment_each_key_is_named():
+    said = refusal({}, SNAKETRON_SFT="{train_iters: many, optimizer: {lr: high}}").splitlines()
+    assert [line.partition(":")[0] for line in said] == ["sft.train_iters", "sft.optimizer.lr"]
+    assert all(line.endswith("(environment variable SNAKETRON_SFT)") for line in said)
