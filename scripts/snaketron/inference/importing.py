@@ -54,11 +54,11 @@ def import_base(
     key = version_key({"stage": stage, "model": model.model_dump()}, [*identities, info.sha256])
     version = Version.of(output, stage, key)
     version.directory.mkdir(parents=True, exist_ok=True)
+    version.ask(output)
     with owned(version.lock):
         if not version.is_finished:
             settings = _settings(stage, model, weights.precision, seq_length)
             _write(version, weights, settings, tokenizer, info, inputs, started)
-    version.ask(output)
     version.publish(output)
     logger.info("%s: %s is %s", stage, output, version.directory)
 

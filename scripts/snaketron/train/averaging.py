@@ -66,11 +66,11 @@ def average(source: Path, output: Path, *, stage: str, tokens: int | None) -> No
     key = version_key({"stage": stage, "iterations": iterations}, [identity])
     version = Version.of(output, stage, key)
     version.directory.mkdir(parents=True, exist_ok=True)
+    version.ask(output)
     with owned(version.lock):
         if not version.is_finished:
             entry = Entry("checkpoint", str(source), version=identity)
             _write(version, phase, iterations, stage, entry, started)
-    version.ask(output)
     version.publish(output)
     logger.info("%s: %s is %s", stage, output, version.directory)
 

@@ -11,6 +11,7 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Model
 from snaketron.files import partial, sha256
 from snaketron.huggingface import load
+from snaketron.inference import importing
 from snaketron.inference.exporting import export_checkpoint
 from snaketron.inference.importing import import_base
 from snaketron.inference.opening import open_checkpoint
@@ -97,6 +98,24 @@ def test_an_import_is_made_once_and_found_finished(bring, exported: Path):
         (base / "record.json").read_bytes(),
         (base / "iter_0000000/.metadata").stat().st_mtime_ns,
     )
+
+
+def test_an_import_that_outlived_its_run_does_not_replace_a_later_one(
+    bring, exported: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """While it writes, a second run imports the model with another setting."""
+    with monkeypatch.context() as outlived:
+
+        def write(*arguments):
+            outlived.undo()
+            bring(exported, moe_aux_loss_coeff=0.5)
+            importing._write(*arguments)
+
+        outlived.setattr(importing, "_write", write)
+        with pytest.raises(UserError, match="a run has asked for base_one-") as error:
+            bring(exported)
+    base = Version(Path(str(error.value).partition(":")[0]))
+    assert base.describe().settings["model"]["moe_aux_loss_coeff"] == 0.5
 
 
 def test_an_import_that_was_killed_begins_again_and_ends_with_the_same_bytes(
@@ -196,7 +215,7 @@ def test_what_cannot_be_imported_leaves_nothing(bring, exported: Path, tmp_path:
             bring(exported)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert not (tmp_path / "ckpt/base").exists()
+    assert [path.name for path in (tmp_path / "ckpt/base").iterdir()] == [".one.asked"]
     assert not list((tmp_path / "ckpt/versions").glob("base*/*iter*"))
     with pytest.raises(UserError, match="neither a published checkpoint"):
         bring(tokenizer_dir)

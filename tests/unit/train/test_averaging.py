@@ -16,6 +16,7 @@ from snaketron.lineage.record import making
 from snaketron.log import UserError
 from snaketron.model.build import build_model
 from snaketron.model.checkpoint import Saver
+from snaketron.train import averaging
 from snaketron.train.averaging import average, coefficients
 
 import pytest
@@ -103,4 +104,22 @@ def test_a_damaged_checkpoint_is_named_and_no_average_is_published(phase, tmp_pa
     (damaged / ".metadata").unlink()
     with pytest.raises(UserError, match="iter_0000006: not a torch_dist checkpoint, or damaged"):
         average(source, output, stage="merged/one", tokens=None)
-    assert not output.parent.exists()
+    assert [path.name for path in output.parent.iterdir()] == [".one.asked"]
+
+
+def test_an_average_that_outlived_its_run_does_not_replace_a_later_one(
+    phase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """While it writes, a second run makes one of other checkpoints."""
+    source, output = tmp_path / "ckpt/pretrain/one", tmp_path / "ckpt/merged/one"
+    with monkeypatch.context() as outlived:
+
+        def write(*arguments):
+            outlived.undo()
+            average(source, output, stage="merged/one", tokens=2 * 64)
+            averaging._write(*arguments)
+
+        outlived.setattr(averaging, "_write", write)
+        with pytest.raises(UserError, match="a run has asked for merged_one-"):
+            average(source, output, stage="merged/one", tokens=None)
+    assert [*json.loads((output / "record.json").read_text())["counts"]["averaged"]] == ["6", "8"]
