@@ -214,7 +214,7 @@ def of_arrow(value: Any) -> Any:
     if isinstance(value, list):
         if not value or not all(isinstance(item, tuple) for item in value):
             return [of_arrow(item) for item in value]
-        found = {name: of_arrow(item) for name, item in value}
+        found = {str(of_arrow(name)): of_arrow(item) for name, item in value}
         if len(found) < len(value):
             raise Unusable(DOUBLED, f"in a map with the keys {', '.join(str(name) for name, _ in value)}")
         return found

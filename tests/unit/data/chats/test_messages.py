@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 from snaketron.data.chats.conversation import conversation
@@ -217,6 +218,15 @@ def test_reasoning_that_is_given_twice_is_the_same_or_refused():
     assert found.messages[1] == assistant("Two.", reasoning_content="Hm.\n") and found.num_thoughts == 1
     other = assistant("Two.", reasoning_content="Hm.", reasoning="Ha.")
     assert reason([user("a"), other]).startswith(THOUGHTS)
+
+
+def test_the_keys_of_a_map_are_texts():
+    """Of Hive, which writes all text as bytes, of a map of numbers and of one of days."""
+    maps = [(b"city", b"Oslo")], [(3, "three")], [(date(2026, 1, 31), "Saturday")]
+    assert [of_arrow(one) for one in maps] == [{"city": "Oslo"}, {"3": "three"}, {"2026-01-31": "Saturday"}]
+    call = assistant("", tool_calls=[{"name": "weather", "arguments": of_arrow([*maps[0], *maps[2]])}])
+    found = conversation([user("a"), call])
+    assert b'{"city":"Oslo","2026-01-31":"Saturday"}' in found.json
 
 
 def test_keys_that_arrow_filled_with_null_are_left_out_at_any_depth():
