@@ -9,10 +9,13 @@ from types import TracebackType
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+_print = sys.excepthook
+
+
 def _complain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print a traceback, but none of Ctrl-C: programs import for a second before `log.run` obeys it."""
     if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
+        _print(kind, error, trace)
 
 
 sys.excepthook = _complain

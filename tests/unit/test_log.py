@@ -103,6 +103,13 @@ def test_an_interrupt_while_a_program_imports_is_no_traceback():
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
+def test_a_traceback_is_left_to_who_prints_tracebacks_here():
+    """Such as a debugger, or what a system installs for all programs, before this package is imported."""
+    code = "import sys; sys.excepthook = lambda *_: print('caught', file=sys.stderr); import snaketron; 1 / 0"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (1, "caught\n")
+
+
 def test_other_libraries_speak_only_to_warn():
     body = "x = logging.getLogger('other'); x.info('chatter'); x.warning('news'); return 0"
     assert script(body).stderr == "news\n"
