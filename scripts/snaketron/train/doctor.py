@@ -131,16 +131,22 @@ def _compiler() -> Iterator[Finding]:
         return
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
     headers = sysconfig.get_paths(scheme)["include"]
+    said = []
     with tempfile.TemporaryDirectory() as directory:
-        done = subprocess.run(
-            [compiler, "-x", "c", "-", "-shared", "-fPIC", f"-I{headers}", "-o", f"{directory}/out.so"],
-            input="#include <Python.h>\n",
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-    if done.returncode:
-        said = done.stderr.strip().splitlines()[:1] or ["no message"]
+        try:
+            done = subprocess.run(
+                [compiler, "-x", "c", "-", "-shared", "-fPIC", f"-I{headers}", "-o", f"{directory}/out.so"],
+                input="#include <Python.h>\n",
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+            )
+        except OSError as error:  # CC may be anything
+            said = [str(error.strerror)]
+        else:
+            if done.returncode:
+                said = done.stderr.strip().splitlines()[:1] or ["no message"]
+    if said:
         advice = f"Triton needs it with this Python's headers in {headers} (python3-dev)"
         yield Finding("compiler", False, f"{compiler} fails: {said[0]}; {advice}")
         return
