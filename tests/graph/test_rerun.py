@@ -120,6 +120,15 @@ def test_a_job_is_still_to_run_where_snakemake_was_killed_as_it_had_deleted_the_
     assert toy.jobs("a", 1, asked=asked) == ({"filter_shard", "tokenize"} if asked else set())
 
 
+def test_a_job_that_failed_runs_again_without_a_profile_too(toy: Toy):
+    """Which says --rerun-incomplete; Snakemake refuses what is marked as incomplete where nobody says it."""
+    assert toy.run("b", 1, fail="1").status == 1
+    plain = toy.workspace.run(
+        "snakemake", "--cores", "1", "-n", "--config", "pattern=b", "size=1", "asked=True"
+    )
+    assert plain.jobs.keys() == {"filter_shard", "tokenize"}, plain.output
+
+
 def test_outputs_of_a_clock_that_was_ahead_are_refused(toy: Toy):
     """A run ended after the filter. Its output is of today, and the tokens, made before, are of tomorrow."""
     toy.text.write_text("other words")

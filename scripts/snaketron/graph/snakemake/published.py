@@ -71,7 +71,10 @@ def keep_what_failed() -> None:
 
     async def incomplete(persistence: Any, job: Any) -> list[Any]:
         files = {persistence._get_key(file): file for file in job.output}
-        return [files[key] for key in persistence._filter_incomplete_keys(list(files))]
+        marked = [files[key] for key in persistence._filter_incomplete_keys(list(files))]
+        gone = {file for file in marked if not await file.exists()}
+        persistence.dag.forcefiles |= gone  # nobody needs to say --rerun-incomplete where nothing is there
+        return [file for file in marked if file not in gone]
 
     prepare_output = Job.prepare
 
