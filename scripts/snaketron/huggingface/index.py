@@ -66,7 +66,7 @@ def tensor_names(directory: Path) -> set[str]:
     index, _ = read_index(directory)
     if index:
         return set(index)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return set(_head(directory / SINGLE)[1])
     return set()
 

@@ -175,6 +175,7 @@ def test_weights_that_are_cut_are_named_before_anything_runs(checkpoint: Path):
         (whole[:-1], f"{len(whole) - 1} bytes, where its head promises {len(whole)}"),
         (whole[:20], "damaged (20 bytes); copy it again"),
         (b"", "damaged (0 bytes); copy it again"),
+        (b"\2\0\0\0\0\0\0\0[]", "damaged (10 bytes); copy it again"),
         (b"version https://git-lfs.github.com/spec/v1\n", f"{IS_POINTER}; {FETCH}"),
     ):
         weights.write_bytes(content)
