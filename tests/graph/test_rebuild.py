@@ -169,12 +169,20 @@ def test_what_a_source_says_renders_it_and_no_other(copy: Workspace, change: dic
         ),
         ("sft/test/tools/part_0.parquet", "sft={train_iters: 13}", {"pack_sft": 1, "blend_sft": 1, "sft": 1}),
         ("tokens/code/train/part_0.bin", "model={moe_router_topk: 3}", TEXT),
+        (
+            "sft/valid/tools/part_0.parquet",
+            "sft={blend: [{source: questions, weight: 0.7}, {source: tools, weight: 0.3}]}",
+            {"pack_sft": 1, "blend_sft": 1, "sft": 1},
+        ),
     ],
 )
 def test_a_shard_that_is_gone_is_made_again_for_a_training(
     copy: Workspace, gone: str, change: str, expected: dict[str, int]
 ):
-    """Trainings read it through the blend. They failed each time, since nothing made it again."""
+    """Trainings read it through the blend. They failed each time, since nothing made it again.
+
+    So did a new blend for held-out data, which is none of its inputs.
+    """
     (copy.path / "data" / gone).unlink()
     assert jobs(copy) == {}  # what is trained needs it no more
     result = copy.snakemake("-n", "ckpt/sft", config=(change,))

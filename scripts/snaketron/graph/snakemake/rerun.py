@@ -5,7 +5,8 @@
   seen by the next start of Snakemake, and what is made until then would be made of their old output.
 - A blend names the shards that trainings read. Where one is gone, Snakemake makes it again only for a new
   blend, and the training would fail each time: after a job of changed settings had failed, which deletes its
-  output, and these settings were taken back.
+  output, and these settings were taken back. For a new blend it makes none of the held-out shards, which are
+  no input of the blend but are listed in the records that it reads: the blend would fail each time.
 - Outputs that a clock ahead has written pass for newer than what is made before them today: a run that ended
   between the two would be taken for finished.
 """
@@ -36,13 +37,15 @@ def ask_each_job(roots: Iterable[str]) -> None:
         dag.bfs = made_to_run  # with which it finds the jobs that it does not ask
         try:
             await original(dag, *args, **keys)
-            if gone := lost_shards(dag):
+            lost = dict[Any, list[str]]()
+            while gone := lost_shards(dag):  # of a blend that runs for the shards of another, too
+                lost |= gone
                 for job in gone:
                     dag.forcefiles.update(job.output)
                 await original(dag, *args, **keys)
-                for job, files in gone.items():
-                    dag.reason(job).forced = False
-                    dag.reason(job).missing_output.update(files)
+            for job, files in lost.items():
+                dag.reason(job).forced = False
+                dag.reason(job).missing_output.update(files)
         finally:
             del dag.bfs
         if dag.workflow.is_main_process:
@@ -65,13 +68,17 @@ def made_to_run(after: Jobs, job: Any) -> Iterator[Any]:
 
 
 def lost_shards(dag: Any) -> dict[Any, list[str]]:
-    """The jobs whose output is gone, in part, that a blend names for a job that runs; with what is gone."""
+    """The jobs whose output is gone, in part, that a blend names which runs, or for a job that runs."""
     makers = {
         maker
         for view in dag.jobs
         if view.rule.name in VIEWS
-        and not dag.needrun(view)
-        and any(dag.needrun(job) and view.output.blend in files for job, files in dag.depending[view].items())
+        and (
+            dag.needrun(view)
+            or any(
+                dag.needrun(job) and view.output.blend in files for job, files in dag.depending[view].items()
+            )
+        )
         for maker in dag.dependencies[view]
         if not dag.needrun(maker)
     }
