@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -37,6 +38,7 @@ rule tokenize:
 rule filter_shard:
     input: text="text", tokenizer=ancient("tokenizer")
     output: "filtered"
+    log: "logs/filter"
     params: pattern=config["pattern"]
     shell: "test -z $FAIL && echo {{params.pattern}} > {{output}} && cat {{input.text}} >> {{output}}"
 
@@ -127,6 +129,21 @@ def test_a_job_that_failed_runs_again_without_a_profile_too(toy: Toy):
         "snakemake", "--cores", "1", "-n", "--config", "pattern=b", "size=1", "asked=True"
     )
     assert plain.jobs.keys() == {"filter_shard", "tokenize"}, plain.output
+
+
+def test_a_directory_that_cannot_be_made_is_said_in_a_line(toy: Toy):
+    """The job is still to run."""
+    logs = toy.workspace.path / "logs"
+    shutil.rmtree(logs)
+    logs.write_text("a file")
+    found = toy.run("b", 1)
+    assert found.status == 1 and "Traceback" not in found.output
+    assert (
+        "Rule filter_shard cannot write its files: [Errno 20] Not a directory: 'logs/filter'" in found.output
+    )
+    logs.unlink()
+    assert toy.jobs("b", 1) == {"filter_shard", "tokenize"}
+    assert toy.run("b", 1).status == 0 and toy.jobs("b", 1) == set()
 
 
 def test_outputs_of_a_clock_that_was_ahead_are_refused(toy: Toy):

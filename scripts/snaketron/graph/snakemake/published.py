@@ -16,6 +16,8 @@ output, and are replaced here:
   after a failure.
 - A link whose version somebody has deleted is there to it, and fails when it asks for its time.
 
+Where it cannot delete an output, or make a directory, it prints a traceback; a line says so here.
+
 A version that has lost something is there to it, too. The job that reads it would say so, perhaps after days
 of other jobs, so `check_whole` says it before the first one.
 """
@@ -41,6 +43,7 @@ def keep_what_failed() -> None:
     does one that succeeds, until the process that records its parameters has seen that. A link to nothing is
     a missing output, and is replaced by what makes it.
     """
+    from snakemake.exceptions import WorkflowError
     from snakemake.io import _IOFile, is_flagged
     from snakemake.jobs import Job
     from snakemake.persistence import FileBackupMixin, PersistenceBase
@@ -81,7 +84,10 @@ def keep_what_failed() -> None:
     async def prepare(job: Any) -> None:
         with contextlib.suppress(OSError):  # Snakemake says so when it marks it once more
             job.dag.workflow.persistence.started(job)
-        await prepare_output(job)
+        try:
+            await prepare_output(job)
+        except OSError as error:
+            raise WorkflowError(f"Rule {job.rule.name} cannot write its files: {error}") from None
 
     Job.prepare, Job.postprocess = prepare, postprocess
     PersistenceBase.finished, PersistenceBase.incomplete = finished, incomplete
