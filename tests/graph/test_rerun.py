@@ -138,9 +138,7 @@ def test_a_directory_that_cannot_be_made_is_said_in_a_line(toy: Toy):
     logs.write_text("a file")
     found = toy.run("b", 1)
     assert found.status == 1 and "Traceback" not in found.output
-    assert (
-        "Rule filter_shard cannot write its files: [Errno 20] Not a directory: 'logs/filter'" in found.output
-    )
+    assert "filter_shard cannot write its files: [Errno 20] Not a directory: 'logs/filter'" in found.output
     logs.unlink()
     assert toy.jobs("b", 1) == {"filter_shard", "tokenize"}
     assert toy.run("b", 1).status == 0 and toy.jobs("b", 1) == set()
