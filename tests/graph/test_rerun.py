@@ -123,7 +123,7 @@ def test_a_job_is_still_to_run_where_snakemake_was_killed_as_it_had_deleted_the_
 
 
 def test_a_job_that_failed_runs_again_without_a_profile_too(toy: Toy):
-    """Which says --rerun-incomplete; Snakemake refuses what is marked as incomplete where nobody says it."""
+    """Snakemake refuses outputs marked as incomplete without --rerun-incomplete, which the profiles say."""
     assert toy.run("b", 1, fail="1").status == 1
     plain = toy.workspace.run(
         "snakemake", "--cores", "1", "-n", "--config", "pattern=b", "size=1", "asked=True"

@@ -135,6 +135,6 @@ def _metrics(title: str, stage: Stage) -> dict[tuple[str, ...], str]:
 
 
 def _largest(stage: Stage, names: list[str]) -> list[str]:
-    """Those of the sources that most was trained on, in the order of `names`."""
+    """The sources with the most trained tokens, in the order of `names`."""
     order = sorted(names, key=lambda name: -stage.total("sources", name, "trained_tokens"))
     return [name for name in names if name in order[:MOST_SOURCES]]

@@ -298,7 +298,7 @@ def _held(optimizer: DistributedOptimizer, parameter: Tensor, key: str) -> Held:
     state, flat = optimizer.optimizer.state[weight], weight.detach().view(-1)
     if key != "param":
         return Held(state[key].view(-1), None)
-    # Of a weight in fp32 Transformer Engine's AdamW has a copy too, `master_param`, that it never updates.
+    # Transformer Engine's AdamW copies an fp32 weight to `master_param`, too, and never updates that copy.
     apart = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
     if not apart or weight.dtype == torch.float32:
         return Held(flat, None)
