@@ -85,9 +85,17 @@ def _die_with_parent() -> None:
 
 @contextlib.contextmanager
 def telling(failures: Path) -> Iterator[None]:
-    """Let the supervisor know why this process fails, in a file below `failures`."""
+    """Let the supervisor know why this process fails, in a file below `failures`.
+
+    A process that fails, leaves (`SystemExit`) or is interrupted ends at once: the interpreter's own exit may
+    wait for the other processes for ever.
+    """
     try:
         yield
+    except SystemExit as left:
+        _end(left.code if isinstance(left.code, int) else 1)
+    except KeyboardInterrupt:
+        _end(130)
     except Exception as error:
         by_user = isinstance(error, UserError)
         said = {
@@ -100,12 +108,15 @@ def telling(failures: Path) -> Iterator[None]:
         }
         with contextlib.suppress(OSError):  # a full disk; the status says that it failed
             write_json(failures / f"rank_{rank():05d}.json", said)
-        for child in multiprocessing.active_children():  # they write a checkpoint
-            child.kill()
-        # The interpreter's own exit may wait for the other processes for ever.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        _end(1)
+
+
+def _end(status: int) -> None:
+    for child in multiprocessing.active_children():  # they write a checkpoint
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def first_failure(failures: Path) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from megatron.core import parallel_state, tensor_parallel
 def distributed(seed: int, run: RunSettings, *, recorded: bool = False) -> Iterator[None]:
     """Join the other processes, and set up megatron-core's groups and random numbers; leave them at the end.
 
+    After an error on several GPUs they are not left, and the process should end at once (`launch.telling`).
     `recorded`: whole micro-batches will be recorded (`backend.records_micro_batches`).
     Raises `UserError` when the processes or GPUs that the configuration asks for are not there.
     """
@@ -42,10 +43,12 @@ def distributed(seed: int, run: RunSettings, *, recorded: bool = False) -> Itera
     tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=te_rng_tracker)
     try:
         yield
-    finally:
-        _destroy_recordings()
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    except BaseException:
+        if not (backend.HAS_GPU and run.parallel.world_size > 1):
+            _leave()
+        # else NCCL would wait here for the others, which wait for this process: it ends, and they are ended
+        raise
+    _leave()
 
 
 def _check(run: RunSettings) -> None:
@@ -60,6 +63,12 @@ def _check(run: RunSettings) -> None:
             f"cluster.gpus_per_node is {run.cluster.gpus_per_node} and torch sees no GPU on "
             f"{platform.node()}: look at nvidia-smi there, and whether this torch has CUDA; 0 trains on CPUs"
         )
+
+
+def _leave() -> None:
+    _destroy_recordings()
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
 
 
 def _destroy_recordings() -> None:

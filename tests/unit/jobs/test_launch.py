@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 from snaketron.config import load
 from snaketron.jobs import launch
+from snaketron.jobs.launch import first_failure
 from snaketron.settings.training import run_settings
 
 import pytest
@@ -63,3 +66,29 @@ def test_processes_meet_at_a_port_that_no_connection_is_given(monkeypatch: pytes
         free = launch._free_port()
         monkeypatch.setattr(random, "sample", lambda *_: [taken, free])
         assert launch._free_port() == free
+
+
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [
+        ("raise ValueError('NaN')", 1),
+        ("sys.exit(75)", 75),
+        ("sys.exit('no')", 1),
+        ("raise KeyboardInterrupt", 130),
+    ],
+)
+def test_a_process_that_leaves_does_not_wait_for_the_others(tmp_path: Path, how: str, status: int):
+    """As the interpreter does at its end, for a thread, and as NCCL does."""
+    program = f"""
+import sys, threading
+from pathlib import Path
+from snaketron.jobs.launch import telling
+threading.Thread(target=threading.Event().wait).start()
+with telling(Path({str(tmp_path)!r})):
+    print("what it has to say")
+    {how}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (status, "what it has to say\n")
+    said = first_failure(tmp_path)
+    assert (said and said["error"]) == ("ValueError: NaN" if "NaN" in how else None)

@@ -1,0 +1,39 @@
+"""Processes that fail on GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from snaketron.jobs.launch import _free_port, first_failure
+from tests.conftest import REPOSITORY
+from tests.gpu.test_training import names_of_gpus
+from tests.seats import shared
+
+import torch
+
+
+def test_a_process_without_memory_says_so_and_ends_while_another_waits_for_it(tmp_path: Path):
+    """It waited in NCCL for the other one, until `step_timeout`, and said nothing."""
+    names = names_of_gpus()[: min(2, torch.cuda.device_count())]
+    common = {"CUDA_VISIBLE_DEVICES": ",".join(names), "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}
+    common |= {"MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"} | shared(2, len(names))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.gpu.failing", str(tmp_path)],
+            cwd=REPOSITORY,
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert ranks[1].wait(timeout=120) == 1
+        said = first_failure(tmp_path)
+        assert said and said["rank"] == 1 and said["error"].startswith("OutOfMemoryError: CUDA out of memory")
+        assert ranks[0].poll() is None  # its supervisor kills it
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
