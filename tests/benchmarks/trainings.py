@@ -5,10 +5,8 @@ For benchmarks on a machine that has no data: random tokens, or those of a text 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -32,8 +30,8 @@ from snaketron.sizes.step import step_time
 from snaketron.train.metrics import Metrics
 
 import numpy as np
-import psutil
 from tests.benchmarks.shapes import VOCABULARY, text_tokens
+from tests.benchmarks.turns import kill
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKENS = 3_000_000  # of a corpus; Python's standard library has 3.4 million
@@ -210,12 +208,7 @@ def end(
         time.sleep(0.5)
     if process.returncode is not None:
         return process.returncode
-    started = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for one in started:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.send_signal(signal.SIGKILL)
-    process.wait()
-    psutil.wait_procs(started, timeout=30)  # until then they have the memory of their GPUs
+    kill(process)
     return 0 if done else None
 
 

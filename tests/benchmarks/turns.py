@@ -6,6 +6,7 @@ before they use a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 GO = b"go\n"
 
@@ -68,11 +71,22 @@ def take(
                 text = running[i].communicate(GO * turn.gpus, timeout=left)[0].decode(errors="replace")
                 yield turn, turn.read(text)
             except (subprocess.TimeoutExpired, ValueError):
-                running[i].kill()
+                kill(running[i])
                 log = (out / f"{turn.name}.log").read_text(errors="replace")
                 said = (text + log)[-1500:]
                 print(f"{time.monotonic() - began:.0f} s {turn.name} failed: {said}", flush=True)
     finally:
         for process in running:
-            if process.poll() is None:
-                process.kill()
+            kill(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill it with its processes, and wait until they are gone: until then they have their GPU's memory."""
+    if process.poll() is None:
+        one = psutil.Process(process.pid)
+        started = [*one.children(recursive=True), one]
+        for each in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
+        psutil.wait_procs(started, timeout=30)
