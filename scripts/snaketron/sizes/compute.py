@@ -16,7 +16,7 @@ from snaketron.sizes.parameters import expert_parameters, mamba_widths
 # Shares of the peaks, from the profiles of the slices of Nano and Super on an H200 (docs/measurements.md).
 PRODUCTS = 0.70  # of the bf16 peak, dense products of layers
 OUTPUT = 0.81  # those of the output layer
-EXPERTS = 0.63  # products of routed experts
+EXPERTS = 0.64  # products of routed experts, beside the reading of their weights
 ATTENTION = 0.41
 SCAN = 0.075  # Mamba's scan and convolution, its FLOPs counted as in `sizes.flops`
 PASSES = 5.0  # how often the bytes that a layer keeps are read or written: copies, norms, activations
@@ -25,7 +25,7 @@ MEMORY = 0.8  # of the memory's peak
 # How much faster products are than in bf16: dense ones, and those of experts, whose gradients of weights stay
 # in bf16. nvfp4 follows Megatron Bridge's number for GB300, because nothing was measured here.
 FASTER = {"fp32": (0.5, 0.5), "bf16": (1.0, 1.0), "nvfp4": (1.5, 1.5)}
-FP8 = (1.85, 1.28)
+FP8 = (1.85, 1.36)
 CASTS = 1.7  # as many more passes under fp8 and nvfp4, which round tokens and weights
 LAYER_ON_HOST = 6.8e-3  # seconds in which the host starts the kernels of a layer, forwards and backwards
 # How well the GPU computes while the host starts kernels: what takes as long on both takes 2 ** (1 / 8) times
@@ -74,6 +74,32 @@ def layer_seconds(
     kept = 2 * layer_activations(model, layer, 1, [], keeps_scan=False)
     passes = (forward + 2) / 3 * PASSES * (CASTS if dense > 1 else 1.0)
     return products * (forward + backward) + passes * kept / (gpu.memory_speed * MEMORY)
+
+
+def expert_weights_seconds(
+    model: Model,
+    held: float,
+    gradient_bytes: int,
+    gpu: Gpu,
+    *,
+    in_bf16: bool,
+    recompute: Sequence[str] = (),
+    frozen: bool = False,
+) -> float:
+    """Seconds in which a process reads the weights of a layer's experts, and adds to their gradients.
+
+    A micro-batch needs them once, however few tokens an expert has of it: with 352 rows an expert (Super,
+    TP 4 with EP 4) that takes half as long as their products.
+
+    Args:
+        held: experts of the process; with expert tensor parallelism a share of each.
+        gradient_bytes: of a weight's gradient, which is read and written.
+    """
+    forward = 2 if {"layer", "moe"} & set(recompute) else 1
+    passes = forward + 1  # backwards for the gradients of tokens
+    width = 4 if model.precision == "fp32" else 2 if in_bf16 or model.precision == "bf16" else 1
+    of_weight = passes * width + (0 if frozen else 2 * gradient_bytes)
+    return held * expert_parameters(model) * of_weight / (gpu.memory_speed * MEMORY)
 
 
 def _faster(model: Model, in_bf16: bool) -> tuple[float, float]:

@@ -92,11 +92,12 @@ def _work(
     dispatcher: Dispatcher = "alltoall",
     run: dict[str, Any] | None = None,
     keeps_scan: bool = False,
+    pipeline_split: str = "layers",
     **parallel: int,
 ) -> Work:
     """Its peak, where measured, is that of a scan that computes again, unless `keeps_scan`."""
     sizes: dict[str, Any] = {f"{name}_parallel_size": size for name, size in parallel.items()}
-    sizes["pipeline_split"] = "layers"  # as all were measured, here and by others
+    sizes["pipeline_split"] = pipeline_split
     return Work(
         model=model.model_copy(update={"precision": precision}),
         vocab_size=VOCABULARY,
@@ -173,20 +174,33 @@ def _of_four_gpus(quarter: Model) -> list[Point]:
     """With evenly loaded experts where the speed is given: an uneven load has a speed of its own."""
 
     def of(model: Model, batch: int, **more: Any) -> Work:
-        return _work(model, 8192, batch, 1, SHORT, keeps_scan=True, **more)
+        return _work(model, 8192, batch, 1, SHORT, **{"keeps_scan": True} | more)
 
     four: dict[str, Any] = {"expert_model": 4, "data": 4}
     two: dict[str, Any] = {"expert_model": 2, "data": 2}
     few = NANO_SLICE.model_copy(update={"num_moe_experts": 32})
     nano, whole = (NANO_SLICE.model_copy(update={"num_moe_experts": count}) for count in (64, 128))
-    stages = of(quarter, 16, pipeline_model=2, expert_model=2, data=2)
+    pipeline: dict[str, Any] = two | {"pipeline_model": 2}
+    again: dict[str, Any] = {"run": {"recompute": ["scan"]}, "keeps_scan": False}
+    equal: dict[str, Any] = pipeline | again | {"pipeline_split": "time", "dispatcher": "allgather"}
+    tp4: dict[str, Any] = {"tensor_model": 4, "expert_model": 4}
+    fp8 = four | again | FP8
     rows: list[tuple[str, Work, float | None, float | None]] = [
         ("Nano's layers, 64 experts, EP 4", of(nano, 16, **four), 17_215, 77.5),
         ("Nano's layers, 64 experts, EP 4, CUDA graphs", of(nano, 16, graphs=True, **four), 18_881, 90.2),
         ("Nano's layers, 32 experts, EP 2, CUDA graphs", of(few, 8, graphs=True, **two), 19_084, 94.9),
         ("Nano, EP 4", of(whole, 16, **four), 15_909, 112.4),
-        ("a quarter of Super, TP 4, EP 4", of(quarter, 8, tensor_model=4, expert_model=4), None, 88.9),
-        ("a quarter of Super, PP 2, EP 2", stages, None, 113.1),
+        ("Nano, EP 4, CUDA graphs", of(whole, 16, graphs=True, **four), 18_523, 121.9),
+        ("Nano, EP 4, fp8, the scan again", of(whole, 16, **fp8), 16_589, 123.4),
+        ("a quarter of Super, TP 4, EP 4", of(quarter, 8, **tp4), None, 88.9),
+        (
+            "a quarter of Super, TP 4, EP 4, CUDA graphs",
+            of(quarter, 8, graphs=True, dispatcher="allgather", **tp4),
+            10_393,
+            None,
+        ),
+        ("a quarter of Super, PP 2, EP 2", of(quarter, 16, **pipeline), None, 113.1),
+        ("a quarter of Super, PP 2, EP 2, stages of equal time", of(quarter, 32, **equal), 16_224, 123.6),
     ]
     return [Point(what, "h200", work, speed, peak, HERE) for what, work, speed, peak in rows]
 

@@ -14,6 +14,7 @@ from snaketron.sizes.compute import (
     MEMORY,
     OVERLAP,
     OVERLAP_TOGETHER,
+    expert_weights_seconds,
     layer_seconds,
     output_seconds,
     overlapped,
@@ -35,7 +36,7 @@ from snaketron.sizes.traffic import (
 
 RECORDED_ON_HOST = 1.5e-3  # of a layer that is recorded as a CUDA graph
 CASTS_ON_HOST = 1.2  # as much more under fp8 and nvfp4
-PARTS_ON_HOST = 1.4  # as much more under tensor or context parallelism, with their exchanges
+PARTS_ON_HOST = 1.45  # as much more under tensor or context parallelism, with their exchanges
 HOST_ADAM = 0.9e-9  # seconds a parameter of an offloaded optimizer
 
 
@@ -143,6 +144,18 @@ def _add_layers(stage: _Stage, work: Work, gpu: Gpu, layer: str, in_bf16: bool, 
     seconds = count * tokens_of_process(work) / tp * of_token
     name = {"M": "mamba", "*": "attention", "E": "experts", "-": "dense"}[layer]
     setattr(stage, name, getattr(stage, name) + seconds)
+    if layer == "E":
+        sizes = run.parallel
+        of_each = sizes.expert_model_parallel_size * sizes.expert_tensor_parallel_size
+        stage.experts += count * expert_weights_seconds(
+            work.model,
+            work.model.num_moe_experts / of_each,
+            2 if work.optimizer.gradient_precision == "bf16" else 4,
+            gpu,
+            in_bf16=in_bf16,
+            recompute=run.recompute,
+            frozen=work.frozen,
+        )
     stage.exchange += count * exchange(work, gpu, layer).seconds(gpu)
     stage.tensor += count * tensor(work, gpu, layer).seconds(gpu)
     stage.context += count * context(work, gpu, layer).seconds(gpu)
