@@ -61,7 +61,7 @@ class Training:
     def gpus(self) -> int:
         return Parallel(**self.parallel).world_size
 
-    def config(self, gpus_per_node: int = 0) -> Config:
+    def config(self, gpus_per_node: int = 0, gpu: str | None = None) -> Config:
         step = self.batch * self.length
         # The rate falls in a phase that is never trained: a longer training begins like a shorter one.
         phases = [("one", self.steps * step), ("rest", 1000 * step)]
@@ -76,7 +76,8 @@ class Training:
         }
         run["phases"] = [{"name": name, "tokens": tokens, "blend": blend} for name, tokens in phases]
         values = {"model": self.model, "pretrain": {"cpus_per_task": 4} | run | self.run}
-        values |= {"cluster": {"gpus_per_node": gpus_per_node}, "tokenizer": {"vocab_size": self.vocabulary}}
+        values |= {"cluster": {"gpus_per_node": gpus_per_node, "gpu": gpu}}
+        values |= {"tokenizer": {"vocab_size": self.vocabulary}}
         return load(values, {})
 
     @property
@@ -265,7 +266,7 @@ def summary(training: Training, lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def estimates(training: Training, gpu: str = "h200") -> dict[str, float]:
     """What `sizes` says of the step, and of the memory of the last pipeline stage and of the fullest one."""
-    config = training.config()
+    config = training.config(gpu=gpu)  # with its memory: layers are recorded where that has room
     model, run, vocabulary = config.model, config.pretrain, training.vocabulary
     static = static_of_run(model, vocabulary, run, run.optimizer)
     activations = activation_memory(model, vocabulary, training.length, run)
