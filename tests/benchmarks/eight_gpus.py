@@ -8,7 +8,7 @@
 
 1  tests/gpu; layouts against one GPU (losses, gradient norms); a checkpoint of one layout goes on in another
 2  Nano 30B whole, bf16 and fp8, random tokens and a text, and with evenly loaded experts
-3  a quarter of Super: 22 layers, in two layouts, the same
+3  a quarter of Super: 22 layers, in three layouts, the same
 4  where the time goes: kinds of kernels with the exchange of experts, no layers recorded, experts evenly
    loaded, dispatchers, 1 to 8 GPUs at the same work on each, sums of gradients, bubbles
 5  checkpoints: how long a training stands still, bytes; a killed process and the first step after it

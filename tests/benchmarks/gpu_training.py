@@ -62,15 +62,18 @@ def shared(
 
 
 def quarter(gpus: int, layout: str) -> dict[str, Any]:
-    """22 layers of Super with evenly loaded experts: in two stages, or with tensor parallelism."""
+    """22 layers of Super with evenly loaded experts: in two stages, with TP, or with EP alone."""
     shape = SLICE | {"of": QUARTER, "length": 8192, "config": EVEN}
     if layout == "pp2":
         sizes = {"pipeline_model": 2, "expert_model": gpus // 2, "data": gpus // 2}
         # The scan again, because the first stage keeps two micro-batches of 14 layers.
         shape |= {"micro_batches": 16, "run": {"recompute": ["scan"]}, "steps": 8}
-    else:
+    elif layout == "tp4":
         sizes = {"tensor_model": 4, "expert_model": gpus, "data": gpus // 4}
-        shape |= {"micro_batches": 8}
+        shape |= {"micro_batches": 8, "micro_batch_size": 2}  # so that an expert has 704 rows at least
+    else:
+        sizes = {"expert_model": gpus, "data": gpus}
+        shape |= {"micro_batches": 8, "steps": 8}
     return shape | {"parallel": {f"{name}_parallel_size": size for name, size in sizes.items()}}
 
 
@@ -137,7 +140,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         f"nano_8k_ep{n}_even_fp8_current": spread(n, precision="fp8_current") | {"config": EVEN}
         for n in SPREAD
     },
-    **{f"super_22_{layout}_{n}_even": quarter(n, layout) for n in (4, 8) for layout in ("pp2", "tp4")},
+    **{f"super_22_{layout}_{n}_even": quarter(n, layout) for n in (4, 8) for layout in ("pp2", "tp4", "ep")},
     "nano_30b_ep4_even": spread(4, experts=128) | {"config": EVEN},
     "super_8k_dp2": SLICES["super_8k"] | {"parallel": {"data_parallel_size": 2}},
     "super_8k_dp2_launched": SLICES["super_8k"] | {"parallel": {"data_parallel_size": 2}, "run": LAUNCHED},
