@@ -113,11 +113,13 @@ onstart:
 
 
 onsuccess:
+    graph.keep_records()
     process.leave_interrupts()
     notify.tell_of_workflow(graph.config.notify.command, "finished", ckpt, log)
 
 
 onerror:
+    graph.keep_records()
     what, jobs = process.ending(workflow)
     process.leave_interrupts()
     notify.tell_of_workflow(graph.config.notify.command, what, ckpt, log, jobs)

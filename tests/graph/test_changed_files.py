@@ -98,3 +98,22 @@ def test_a_job_for_an_older_file_that_failed_is_still_to_run(tmp_path: Path, tem
     assert workspace.snakemake("-n", packs).jobs == {}
     (workspace.path / "data/chat/help/small.json").unlink()  # what was made of it is finished
     assert workspace.snakemake("-n", packs).jobs == {}
+
+
+def test_a_file_is_replaced_after_what_was_made_of_it_was_deleted(tmp_path: Path):
+    """For its space: the packs are there. Nothing is started between the run and that."""
+    workspace = make_workspace(tmp_path / "work")
+    workspace.overlays = (workspace.write("mine.yaml", yaml.safe_dump(CONFIG)).name,)
+    workspace.write("raw/large.jsonl", json.dumps({"text": "some words " * 400}))
+    workspace.write("raw/template.jinja", (workspace.path / "config/chat_template.jinja").read_text())
+    messages = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "Two."}]
+    small = workspace.write("raw/small.jsonl", json.dumps({"messages": messages}) + "\n")
+    packs = "data/sft/help/small.json"
+    assert workspace.snakemake(packs).status == 0
+    before = small.read_text()
+    for file in (workspace.path / "data/chat/help").iterdir():
+        file.unlink()
+    replace(small, json.dumps({"messages": messages * 2}) + "\n")
+    assert workspace.snakemake("-n", packs).jobs == {"render_chat": 1, "pack_sft": 1}
+    replace(small, before)
+    assert workspace.snakemake("-n", packs).jobs == {}

@@ -75,6 +75,12 @@ class Graph:
         self._raw_files = RawFiles(workflow, Path(self.config.pathvars["data"]))
         self.bases.raw_files = RawFiles(workflow, Path(self.config.pathvars["ckpt"]))
 
+    def keep_records(self) -> None:
+        """Keep what the records say of these files, at the end of a run."""
+        for raw_files in (self._raw_files, self.bases.raw_files):
+            if raw_files:
+                raw_files.keep()
+
     def _seen_by(self, record: str, files: list[str]) -> list[str]:
         return self._raw_files.seen_by(record, files) if self._raw_files else files
 

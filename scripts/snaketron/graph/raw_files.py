@@ -12,10 +12,10 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from snaketron.files import sha256
-from snaketron.lineage.record import Entry, Record, read
+from snaketron.lineage.record import Entry, read
 from snaketron.log import UserError, logger
 from snaketron.sources.local import SAMPLE
 from snaketron.wording import size_text
@@ -23,6 +23,13 @@ from snaketron.wording import size_text
 import orjson
 
 _LARGE = 1_000_000_000  # bytes that take seconds to hash
+
+
+class _Made(NamedTuple):
+    """What a finished job read, and the state of its record; None where the record is gone."""
+
+    inputs: tuple[Entry, ...]
+    state: os.stat_result | None
 
 
 class RawFiles:
@@ -37,14 +44,12 @@ class RawFiles:
     def __init__(self, workflow: Any, root: Path, hashes: Path = Path(".snakemake/snaketron.hashes")) -> None:
         self._workflow, self._root = workflow, root
         self._hashes = _Kept(hashes)  # of files, by path, size and time
-        # Of jobs that have to run again for changed files, by their records: a time later than the last
-        # outputs; 0 for one that has run. Such a job first deletes its record. Where it fails or is killed,
-        # nothing else says that its files were changed, and what was made of the old ones would pass for
-        # finished.
-        self._pending = _Kept(hashes.with_name("snaketron.changed"))
-        self._records: dict[str, tuple[Record, os.stat_result] | None] = {}
+        # What each record says of its inputs. A record may be gone, and what was made of its outputs there:
+        # the user has deleted them for their space, or the job was to run again for other files and failed.
+        # Nothing else then says of which files that was made.
+        self._inputs = _Kept(hashes.with_name("snaketron.inputs"))
+        self._records: dict[str, _Made | None] = {}
         self._names: dict[str, set[str]] = {}  # of each directory of records what it holds
-        self._changed: set[str] = set()  # records of jobs that have to run again
         self._forced: set[str] = set()  # rules that run again for a changed directory
 
     def seen_by(self, record: str, files: Iterable[str]) -> list[str]:
@@ -56,22 +61,20 @@ class RawFiles:
         from snakemake.io import ancient
         from snakemake_interface_storage_plugins.io import Mtime
 
-        made, pending = self._read(record), self._pending_since(record)
-        inputs = {entry.path: entry for entry in made[0].inputs} if made else {}
-        # Later than all that the job wrote, also on a machine whose clock was ahead.
-        late = max(time.time(), made[1].st_mtime + 1 if made else pending)
-        marked, changed = [], False
+        made = self._read(record)
+        inputs = {entry.path: entry for entry in made.inputs} if made else {}
+        marked = []
         for file in files:
             entry = inputs.get(str(Path(file))) if not SAMPLE.fullmatch(file) else None
-            if made and entry and self.unchanged(entry, made[1]):
+            if made and entry and self.unchanged(entry, made.state):
                 file = ancient(file)
-            elif (made and entry) or (pending and not made and not SAMPLE.fullmatch(file)):
+            elif made and entry:
+                # Later than all that the job wrote, also on a machine whose clock was ahead.
+                late = max(time.time(), made.state.st_mtime + 1 if made.state else 0)
                 self._workflow.iocache.mtime[file] = Mtime(local=late, local_target=late)
-                changed = True
+                if not made.state:  # Snakemake may know the hash of the file from a job that failed
+                    self._workflow.dag.forcefiles.add(str(self._root / record))
             marked.append(file)
-        self._note(record, late if changed else 0)
-        if changed and not made:  # Snakemake may know the hash of the file from the job that failed
-            self._workflow.dag.forcefiles.add(str(self._root / record))
         return marked
 
     def watch_directory(self, rule: str, record: str, directory: Path) -> None:
@@ -79,22 +82,26 @@ class RawFiles:
 
         Snakemake is not told the files: new inputs of a rule would have it make again what is finished.
         """
-        made, pending = self._read(record), self._pending_since(record)
-        entries = [entry for entry in made[0].inputs if entry.file.parent == directory] if made else []
+        made = self._read(record)
+        entries = [entry for entry in made.inputs if entry.file.parent == directory] if made else []
         changed = [
             entry.file
             for entry in entries
-            if made and entry.file.exists() and not self.unchanged(entry, made[1])
+            if made and entry.file.exists() and not self.unchanged(entry, made.state)
         ]
-        self._note(record, time.time() if changed else 0)
         if changed and rule not in self._forced:
             logger.info("%s: changed since rule %s read it, so the rule runs again", changed[0], rule)
-        if changed or (pending and not made):
             self._forced.add(rule)
             self._workflow.dag.forcerules.add(self._workflow.get_rule(rule))
 
-    def unchanged(self, entry: Entry, record: os.stat_result) -> bool:
-        """Whether a file is as an entry of a record says. The record has its own state, as it was written."""
+    def keep(self) -> None:
+        """Keep what the records say now: a run has written some of them."""
+        asked, self._records, self._names = list(self._records), {}, {}
+        for record in asked:
+            self._read(record)
+
+    def unchanged(self, entry: Entry, record: os.stat_result | None) -> bool:
+        """Whether a file is as an entry of a record says. The record has its own state, if it is there."""
         try:
             now = entry.file.stat()
         except OSError:
@@ -104,7 +111,11 @@ class RawFiles:
                 return False
             if now.st_mtime_ns == entry.modified:
                 return True
-        elif now.st_mtime <= record.st_mtime and now.st_ctime <= max(record.st_mtime, record.st_ctime):
+        elif (
+            record
+            and now.st_mtime <= record.st_mtime
+            and now.st_ctime <= max(record.st_mtime, record.st_ctime)
+        ):
             # The record has no times, and nothing came after it: not even a file with an older time.
             return True
         return self._hash(entry.file, now) == entry.sha256
@@ -116,28 +127,20 @@ class RawFiles:
             if state.st_size >= _LARGE:
                 logger.info("reading %s (%s), to see if it was changed", path, size_text(state.st_size))
             found = sha256(path)
-            with contextlib.suppress(OSError):  # the file is only read again the next time
-                self._hashes.put(found, *key)
+            self._hashes.put(found, *key)
         return found
 
-    def _pending_since(self, record: str) -> float:
-        return float(self._pending.get(str(self._root / record)) or 0)
-
-    def _note(self, record: str, since: float) -> None:
-        """Note that a job has to run again; 0: as far as some of its files say, it has not."""
-        if since:
-            self._changed.add(record)
-        elif record in self._changed or not self._read(record):
-            return  # other files of it have changed, or had when it failed
-        if bool(since) != bool(self._pending_since(record)):
-            self._pending.put(since, str(self._root / record))
-
-    def _read(self, record: str) -> tuple[Record, os.stat_result] | None:
+    def _read(self, record: str) -> _Made | None:
+        """What a record says, or has said before it was gone."""
         if record not in self._records:
-            path, self._records[record] = self._root / record, None
+            path, made = self._root / record, None
             if path.name in self._beside(record):
                 with contextlib.suppress(UserError, OSError):
-                    self._records[record] = read(path), path.stat()
+                    made = _Made(read(path).inputs, path.stat())
+                    self._inputs.put([entry.reference for entry in made.inputs], str(path))
+            if made is None and (kept := self._inputs.get(str(path))):
+                made = _Made(tuple(Entry("", **values) for values in kept), None)
+            self._records[record] = made
         return self._records[record]
 
     def _beside(self, record: str) -> set[str]:
@@ -171,5 +174,6 @@ class _Kept:
     def put(self, value: Any, *key: Any) -> None:
         if self.get(*key) != value and self._known is not None:
             self._known[key] = value
-            with self._path.open("ab") as file:
+            # Where it cannot be written, the next start finds it again.
+            with contextlib.suppress(OSError), self._path.open("ab") as file:
                 file.write(orjson.dumps([*key, value]) + b"\n")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from snaketron.graph import raw_files
 from snaketron.graph.raw_files import RawFiles
@@ -48,7 +50,7 @@ def without_times(record: Path) -> None:
 def changed(*files: str) -> list[str]:
     """Those of the files that a new start of Snakemake would run the job again for."""
     files = files or ("a.jsonl", "b.jsonl")
-    workflow = SimpleNamespace(iocache=SimpleNamespace(mtime={}))
+    workflow = SimpleNamespace(iocache=SimpleNamespace(mtime={}), dag=SimpleNamespace(forcefiles=set()))
     marked = RawFiles(workflow, Path("data"), Path("hashes")).seen_by("tokens/docs/a.json", files)
     assert marked == list(files)
     old = {file for file in marked if getattr(file, "flags", {}).get("ancient")}
@@ -113,7 +115,7 @@ def test_a_job_that_has_lost_its_record_is_still_to_run(finished: Path):
     dag = SimpleNamespace(forcefiles=set())
     workflow = SimpleNamespace(iocache=SimpleNamespace(mtime={}), dag=dag)
     RawFiles(workflow, Path("data"), Path("hashes")).seen_by("tokens/docs/a.json", ["a.jsonl", "b.jsonl"])
-    assert dag.forcefiles == {str(finished)} and set(workflow.iocache.mtime) == {"a.jsonl", "b.jsonl"}
+    assert dag.forcefiles == {str(finished)} and set(workflow.iocache.mtime) == {"a.jsonl"}
     write_record()
     assert changed() == []
     finished.unlink()  # by the user, who needs the space: nothing was changed
@@ -121,6 +123,25 @@ def test_a_job_that_has_lost_its_record_is_still_to_run(finished: Path):
     dag.forcefiles.clear()
     RawFiles(workflow, Path("data"), Path("hashes")).seen_by("tokens/docs/a.json", ["a.jsonl", "b.jsonl"])
     assert dag.forcefiles == set()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{")])
+def test_a_record_that_is_gone_is_still_known(
+    finished: Path, hashed: list[str], damage: Callable[[Path], Any]
+):
+    """The user has deleted a shard for its space, and the time of its raw file is older then."""
+    dag = SimpleNamespace(forcefiles=set())
+    run = RawFiles(SimpleNamespace(iocache=SimpleNamespace(mtime={}), dag=dag), Path("data"), Path("hashes"))
+    finished.rename("aside")
+    run.seen_by("tokens/docs/a.json", ["a.jsonl"])  # at the start of the run that makes the shard
+    Path("aside").rename(finished)
+    run.keep()
+    damage(finished)
+    assert changed() == [] == hashed and dag.forcefiles == set()
+    Path("a.jsonl").touch()
+    assert changed() == [] and hashed == ["a.jsonl"]
+    replace("a.jsonl", "x", LONG_AGO - 1000)
+    assert changed() == ["a.jsonl"] == changed() and hashed == ["a.jsonl"] * 2
 
 
 @pytest.mark.parametrize("others", [[], ["b.jsonl"]])
@@ -192,6 +213,8 @@ def test_a_changed_directory_of_a_tokenizer_runs_its_rule_again(tmp_path: Path):
     assert forced() == set()
     (directory / "tokenizer.json").write_text("two")
     os.utime(directory / "tokenizer.json", (LONG_AGO, LONG_AGO))
+    assert forced() == {"build_tokenizer"}
+    Path("data/tokenizer/record.json").unlink()  # its rule has begun to run again and failed, or the user has
     assert forced() == {"build_tokenizer"}
     (directory / "tokenizer.json").unlink()
     assert forced() == set()
