@@ -13,6 +13,7 @@ from snaketron.data.chats.template import Template
 from snaketron.data.chats.unusable import Unusable
 from snaketron.inference.decoder import Decoder
 from snaketron.inference.generate import Sampling, continuation, finish_reason
+from snaketron.inference.pieces import Pieces
 from snaketron.log import UserError
 from snaketron.wording import plural
 
@@ -112,28 +113,22 @@ class Chat:
         if not known or ids[: len(known)] != known or len(ids) == len(known):
             self.decoder.forget(0)
             known = []
-        unread, known = ids[len(known) :], ids
-        answer: list[int] = []
-        text = shown = ""
+        unread, known = ids[len(known) :], list(ids)
+        answer = Pieces(self.tokenizer)
         before: list[int] = []
         tokens = continuation(
             self.decoder, unread, stop=self.stop, max_tokens=self.max_tokens, sampling=self.sampling
         )
         for token in tokens:
-            known = [*known, *before]
+            known += before
             before = [token]
-            if token in self.stop:
-                break
-            answer.append(token)
-            # The whole answer: `DecodeStream` of tokenizers 0.23 raises where a byte makes others no text.
-            text = self.tokenizer.decode(answer, skip_special_tokens=False)
-            if len(text) > len(shown) and not text.endswith("\ufffd"):  # which may be a part of a character
+            if token not in self.stop and (piece := answer.add(token)):
                 self._known = known
-                yield text[len(shown) :]
-                self._known, shown = [], text
+                yield piece
+                self._known = []
         self._known = known
-        if len(text) > len(shown):
-            yield text[len(shown) :]
+        if rest := answer.rest():
+            yield rest
         if finish_reason(before, self.stop) == "length":
             said = len(known) + len(before) - len(ids)
             most = f"the model was trained on {self.decoder.max_length:,} with the conversation"

@@ -92,14 +92,15 @@ def test_parts_of_a_character_wait_for_the_rest_and_bytes_that_are_no_text_stop_
     talk.tokenizer = tokenizer
     smile = list("\U0001f600".encode())
     for answer, pieces in (
-        ([*smile, 256, 257], ["\U0001f600", "a"]),
-        ([ord("\n"), 0xFF, 256, 257], ["\n", "\ufffda"]),
+        ([*smile, 256, 257], ["\U0001f600a"]),
+        ([ord("\n"), 0xFF, 256, 257], ["\ufffd\ufffda"]),
         ([256, *smile[:2]], ["a", "\ufffd\ufffd"]),
     ):
         monkeypatch.setattr("snaketron.inference.chat.continuation", lambda *_, answer=answer, **__: answer)
         talk.reset()
         assert list(talk.say("a")) == pieces
         assert talk.messages[1]["content"] == "".join(pieces)
+        assert "".join(pieces) == tokenizer.decode([token for token in answer if token != 257])
 
 
 def test_what_is_said_until_an_answer_is_stopped_is_kept(chat):
