@@ -81,10 +81,11 @@ logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     for note in notes.of_configuration(graph, workflow.overwrite_configfiles):
         logger.info(note)
-    # Snakemake has no hook for the end of a dry-run.
     asked = inventory.look, request.sbatch_options, graph.seconds
-    atexit.register(dry_run.explain, workflow, graph.config, *asked)
-    atexit.register(notes.explain, workflow, graph.config)
+    process.at_end(
+        partial(notes.explain, workflow, graph.config),
+        partial(dry_run.explain, workflow, graph.config, *asked),
+    )
 
 
 # Before the first job; a dry-run does not come here.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -88,6 +90,25 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def leave_interrupts() -> None:
     """Take no notice of SIGINT when no job is left to stop: this process is about to end."""
     signal.signal(signal.SIGINT, lambda *_: None)
+
+
+def at_end(*explain: Callable[[], None]) -> None:
+    """Call these at the end of this process: Snakemake has no hook for the end of a dry-run.
+
+    Ctrl-C ends it as anywhere else. Python would complain of it at this point, and go on.
+    """
+
+    def explain_all() -> None:
+        try:
+            for one in explain:
+                one()
+        except KeyboardInterrupt:
+            sys.stderr.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        leave_interrupts()
+
+    atexit.register(explain_all)
 
 
 def ending(workflow: Workflow) -> tuple[Literal["failed", "stopped"], list[str]]:

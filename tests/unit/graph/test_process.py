@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,21 @@ def test_the_commands_of_rules_find_the_python_of_snakemake(monkeypatch: pytest.
     found = os.environ["PATH"]
     process.find_python()
     assert os.environ["PATH"] == found  # there already
+
+
+AT_END = """
+import os, signal, sys
+from snaketron.graph import process
+def explain(): print("one line", file=sys.stderr)
+def interrupted(): os.kill(os.getpid(), signal.SIGINT)
+process.at_end(explain, interrupted, explain)
+"""
+
+
+def test_ctrl_c_at_the_end_of_a_dry_run_ends_it_without_a_word():
+    """Python alone would print a traceback of what it ignores, and end with 0 as if all had been said."""
+    done = subprocess.run([sys.executable, "-c", AT_END], capture_output=True, text=True)
+    assert (done.stderr, done.returncode) == ("one line\n", -signal.SIGINT)
 
 
 SNAKEFILE = """
