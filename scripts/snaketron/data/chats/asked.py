@@ -29,6 +29,14 @@ class Asked(dict[str, Any]):
         self._all()
         return super().__iter__()
 
+    def __reversed__(self) -> Iterator[str]:
+        self._all()
+        return super().__reversed__()
+
+    def copy(self, /, **changed: Any) -> Asked:
+        """A message with other values of some keys."""
+        return Asked(dict(super().items()) | changed, self._asked)
+
     def keys(self) -> Any:
         self._all()
         return super().keys()
@@ -47,3 +55,10 @@ class Asked(dict[str, Any]):
 
     def _all(self) -> None:
         self._asked.update(super().keys())
+
+
+def dict_of(*given: Any, **values: Any) -> dict[str, Any]:
+    """`dict` in templates: that of a message notes what it is asked for, too."""
+    if len(given) == 1 and isinstance(given[0], Asked):
+        return given[0].copy(**values)
+    return dict(*given, **values)

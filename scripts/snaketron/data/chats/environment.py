@@ -9,6 +9,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
+from snaketron.data.chats.asked import dict_of
 from snaketron.data.chats.marks import Generation, show_owners
 from snaketron.files import read_json
 from snaketron.log import UserError
@@ -54,6 +55,7 @@ def compile_source(source: str, name: str, variables: Mapping[str, str], day: da
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
+    environment.globals["dict"] = dict_of
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = datetime.combine(day, time()).strftime
     try:

@@ -211,7 +211,10 @@ def test_keys_that_the_template_does_not_ask_a_message_for_are_told(tmp_path, to
             "m | items | list",
             "m | list",
             "m.values() | list",
-            "dict(m) | length",
+            "dict(m).name",
+            "dict(m, x=1) | string",
+            "m.copy().name",
+            "m | last",
             "[m] | map(attribute='name') | list",
         ),
     ],
@@ -230,6 +233,22 @@ def test_a_key_that_the_template_asks_for_is_read(tmp_path, tokenizer, read):
     ]
     _, record = render(tmp_path, [{"messages": messages}], template=template)
     assert "name" not in record.counts.get("unread_keys", {})
+
+
+@pytest.mark.parametrize("copy", ["m.copy()", "dict(m)", "dict(m, content=m.content | trim)"])
+def test_a_key_that_the_template_does_not_ask_a_copy_for_is_told(tmp_path, tokenizer, copy):
+    """As a template makes it that changes a message."""
+    template = tmp_path / "copies.jinja"
+    template.write_text(
+        "{% for m in messages %}{% set c = "
+        + copy
+        + " %}<|im_start|>{{ c.role }}\n{{ c.content }}<|im_end|>\n{% endfor %}"
+        "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    )
+    messages = [{"role": "user", "content": "a", "x": 1}, {"role": "assistant", "content": "c"}]
+    rows, record = render(tmp_path, [{"messages": messages}], template=template)
+    assert texts(rows, ()) == ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦c<|im_end|>⟧\n"]
+    assert record.counts["unread_keys"] == {"x": 1}
 
 
 def test_tools_that_the_template_does_not_write_are_counted_and_told(tmp_path, tokenizer, caplog):
