@@ -244,9 +244,9 @@ class Renderer:
                     metadata = [text_of(row.get(name)) for name in settings.metadata_fields]
                     yield Texts(path, number, texts, split, metadata)
             if drops.num_rows == before:
-                source = settings.source
-                logger.warning(
-                    "%s: holds no conversations; take it out of the source %r, or fill it", path, source
+                name = settings.source
+                raise UserError(
+                    f"{path}: holds no conversations; remove it from the source {name!r} or fill it"
                 )
 
     def texts(self, found: Conversation) -> tuple[list[Text], str]:

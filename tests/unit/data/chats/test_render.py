@@ -15,6 +15,7 @@ from snaketron.data import arrow
 from snaketron.data.chats import render as render_module
 from snaketron.data.split import split_of
 from snaketron.lineage.record import read
+from snaketron.log import UserError
 from tests.unit.data.chats.chat_samples import build_tokenizer, question, write_jsonl
 from tests.unit.data.chats.rendering import (
     arguments,
@@ -106,22 +107,17 @@ def test_parquet_and_compressed_files_give_the_same_conversations(tmp_path, toke
         assert found == [row | {"file": str(tmp_path / name)} for row in expected]
 
 
-def test_an_empty_file_gives_a_file_of_no_rows(tmp_path, tokenizer):
-    rows, record = render(tmp_path, [])
-    assert rows == [] and record.counts["rows"] == 0
-
-
-def test_an_empty_file_is_told(tmp_path, tokenizer, caplog):
+def test_an_empty_file_is_refused_as_one_of_text_is(tmp_path, tokenizer):
     """It may be a copy that failed; of files after a limit nothing is known."""
     full, empty = write_jsonl(tmp_path / "a.jsonl", [{"messages": question("a", "b")}]), tmp_path / "b.jsonl"
     empty.write_text(" \n\n")
-    render_files(tmp_path, full, empty, max_documents=1)
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    rows, _ = render_files(tmp_path, full, empty)
-    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len(rows) == 1 and warnings == [
-        f"{empty}: holds no conversations; take it out of the source 'questions', or fill it"
-    ]
+    rows, _ = render_files(tmp_path, full, empty, max_documents=1)
+    assert len(rows) == 1
+    for chats in ([full, empty], [empty]):
+        with pytest.raises(
+            UserError, match=r"b\.jsonl: holds no conversations; remove it from the source 'qu"
+        ):
+            render_files(tmp_path, *chats)
 
 
 def test_files_of_a_shard_are_rendered_in_order(tmp_path, tokenizer):
