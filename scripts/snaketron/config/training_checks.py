@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from snaketron.config.base import FLEXIBLE
 from snaketron.config.cluster import Cluster, Parallel
 from snaketron.config.linears import check_names, linears
-from snaketron.config.training import Adapters, Model, Pretrain, Tuning
+from snaketron.config.training import Adapters, Model, Optimizer, Pretrain, Run, Tuning
 from snaketron.config.trainings import Training
 
 if TYPE_CHECKING:
@@ -319,6 +319,26 @@ def check_dispatcher(training: Training) -> Iterator[str]:
         )
     if "shared_experts" in run.recompute:
         yield f"{overlap} and shared_experts in {training.at('recompute')}: leave one of them out"
+
+
+def of_gpus(model: Model, run: Run, optimizer: Optimizer | None) -> dict[str, str | float]:
+    """The values with which a CPU cannot compute, by their keys. Without an optimizer nothing is trained."""
+    ep, etp = run.parallel.expert_model_parallel_size, run.parallel.expert_tensor_parallel_size
+    moments = optimizer.moment_precision if optimizer else "fp32"
+    keys = {
+        # gloo gathers parts of one size, and processes send others as many tokens as their experts get.
+        "parallel.expert_tensor_parallel_size": f"{etp} beside expert_model_parallel_size {ep}"
+        if min(ep, etp) > 1
+        else "",
+        "precision": model.precision if model.precision not in ("fp32", "bf16") else "",
+        "optimizer.moment_precision": moments if moments == "bf16" else "",
+        "cuda_graphs": getattr(run, "cuda_graphs", None) or "",  # of pretraining
+        "offload_optimizer": (optimizer and run.offload_optimizer) or "",
+        "recompute": "layernorm" if "layernorm" in run.recompute else "",  # by Transformer Engine
+        "moe_token_dispatcher": run.moe_token_dispatcher if run.moe_token_dispatcher in FLEXIBLE else "",
+        "moe_shared_expert_overlap": run.moe_shared_expert_overlap or "",
+    }
+    return {key: value for key, value in keys.items() if value}
 
 
 def divides(name: str, value: int, by_name: str, by: int) -> str:

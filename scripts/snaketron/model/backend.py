@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from snaketron.config import Model, Optimizer
-from snaketron.config.base import FLEXIBLE
+from snaketron.config.training_checks import of_gpus
 from snaketron.log import UserError
 from snaketron.model.megatron import replacements
 from snaketron.model.megatron.row import Machine
@@ -78,24 +78,9 @@ def check(model: Model, run: RunSettings, optimizer: Optimizer | None = None) ->
         if absent := absent_dispatcher(run):
             problems.append(absent)
     else:
-        ep, etp = run.parallel.expert_model_parallel_size, run.parallel.expert_tensor_parallel_size
-        keys = {
-            # gloo gathers parts of one size, and processes send others as many tokens as their experts get.
-            "parallel.expert_tensor_parallel_size": f"{etp} beside expert_model_parallel_size {ep}"
-            if min(ep, etp) > 1
-            else "",
-            "model.precision": model.precision if model.precision not in ("fp32", "bf16") else "",
-            "optimizer.moment_precision": "bf16"
-            if optimizer and optimizer.moment_precision == "bf16"
-            else "",
-            "cuda_graphs": run.cuda_graphs or "",
-            "offload_optimizer": (optimizer and run.offload_optimizer) or "",
-            "recompute": "layernorm" if "layernorm" in run.recompute else "",  # by Transformer Engine
-            "moe_token_dispatcher": run.moe_token_dispatcher if run.moe_token_dispatcher in FLEXIBLE else "",
-            "moe_shared_expert_overlap": run.moe_shared_expert_overlap or "",
-        }
         problems += [
-            f"{key}: {value} needs a GPU, and this machine has none" for key, value in keys.items() if value
+            f"{'model.' if key == 'precision' else ''}{key}: {value} needs a GPU, and this machine has none"
+            for key, value in of_gpus(model, run, optimizer).items()
         ]
     if problems:
         raise UserError("\n".join(problems))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from snaketron.config import Config, ConfigError, Training
 from snaketron.config.linears import check_targets
+from snaketron.config.training_checks import of_gpus
 from snaketron.sizes.fitting import no_change, smallest_change
 from snaketron.sizes.limits import Limits, check_limits
 from snaketron.sizes.plan import Estimate, estimate
@@ -14,7 +15,10 @@ from snaketron.sizes.stages import pipeline_stages
 
 def check_trainings(config: Config) -> None:
     """`ConfigError` when a training does not fit; those on request are checked when they are asked for."""
-    check_memory(config, [training for training in config.trainings() if not training.on_request])
+    trainings = [training for training in config.trainings() if not training.on_request]
+    if problems := [problem for training in trainings for problem in _on_cpus(config, training)]:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    check_memory(config, trainings)
 
 
 def check_requested(config: Config, training: Training, limits: Limits, *, merges: bool = False) -> None:
@@ -22,9 +26,22 @@ def check_requested(config: Config, training: Training, limits: Limits, *, merge
 
     Or when merging its adapters does not, where that `merges`.
     """
-    if problems := missing_targets(config, training) or check_limits(config, training, limits, merges=merges):
+    problems = _on_cpus(config, training) or missing_targets(config, training)
+    if problems := problems or check_limits(config, training, limits, merges=merges):
         raise ConfigError("\n".join(problems))
     check_memory(config, [training])
+
+
+def _on_cpus(config: Config, training: Training) -> list[str]:
+    """What needs a GPU in a training that Slurm is asked none for: it would say so when its job begins."""
+    if config.cluster.gpus_per_node:
+        return []
+    return [
+        f"{training.at(section)}{dot}{rest}: {value} needs a GPU, and cluster.gpus_per_node is 0, so "
+        "trainings run on CPUs; say how many GPUs a node has, or take another value"
+        for key, value in of_gpus(training.model, training.run, training.run.optimizer).items()
+        for section, dot, rest in [key.partition(".")]
+    ]
 
 
 def missing_targets(config: Config, training: Training) -> list[str]:

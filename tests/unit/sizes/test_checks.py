@@ -84,3 +84,33 @@ def test_phases_that_share_their_parallel_sizes_are_one_problem_of_the_largest()
     (of_pretrain, *_) = problems = str(error.value).splitlines()
     assert of_pretrain.startswith("pretrain.parallel: takes 0.207")
     assert sum(problem.startswith("pretrain") for problem in problems) == 1
+
+
+FP8 = {"precision": "fp8_current", "mamba_num_heads": 16, "mamba_head_dim": 16}
+OF_GPUS = {  # beside which trainings on CPUs are asked for
+    "model": FP8,
+    "pretrain": {"cuda_graphs": True, "global_batch_size": 16},
+    "sft": {"precision": "bf16", "optimizer": {"moment_precision": "bf16"}},
+    "lora": {"precision": "bf16", "recompute": ["layernorm"]},
+}
+
+
+def test_what_needs_gpus_is_refused_before_a_job_waits_for_a_node_without():
+    """Slurm is asked for none by `cluster.gpus_per_node: 0`, the default. LoRA is made on request."""
+    config = load(OF_GPUS, {})
+    with pytest.raises(ConfigError) as error:
+        check_trainings(config)
+    assert str(error.value).splitlines() == [
+        f"{key} needs a GPU, and cluster.gpus_per_node is 0, so trainings run on CPUs; say how many GPUs a "
+        "node has, or take another value"
+        for key in (
+            "model.precision: fp8_current",
+            "pretrain.cuda_graphs: True",
+            "sft.optimizer.moment_precision: bf16",
+        )
+    ]
+    with pytest.raises(ConfigError, match=r"^lora\.recompute: layernorm needs a GPU"):
+        check_requested(config, config.training("lora"), Limits())
+    config = load(OF_GPUS | {"cluster": {"gpus_per_node": 1}}, {})
+    check_trainings(config)
+    check_requested(config, config.training("lora"), Limits())
