@@ -43,6 +43,16 @@ def test_every_training_fits_its_gpus(names: list[str], nodes: set[int]):
     assert {training.run.parallel.world_size / gpus for training in config.trainings()} == nodes
 
 
+@pytest.mark.parametrize(("gpu", "nodes"), [("h200", 1), ("b200", 1), ("gb200", 2)])
+def test_nano_runs_on_other_gpus_by_their_cluster_alone(gpu: str, nodes: int):
+    """As config/nano.yaml says: the layouts of these files are those of Super."""
+    config = of("nano", cluster=yaml.safe_load((CONFIG / f"{gpu}.yaml").read_text())["cluster"])
+    check_memory(config, config.trainings())
+    gpus = config.cluster.gpus_per_node
+    assert config.cluster.gpu == gpu
+    assert {training.run.parallel.world_size / gpus for training in config.trainings()} == {nodes}
+
+
 def test_long_context_keeps_its_layout_whatever_the_overlay():
     for overlay in ("h100", "h200", "b200", "gb200"):
         at_1m, at_4k = (
