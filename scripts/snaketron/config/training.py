@@ -185,8 +185,8 @@ class Phase(Section):
     blend: list[CorpusWeight] = Field(min_length=1, description="corpora and their weights")
     seed: Seed | None = key(
         None,
-        "seed of the order of its text; null: `seed`. Phases of one seed read each corpus from the same "
-        "beginning, so give later ones another, unless they are to see its first text again",
+        "seed of the order of its text; null: `seed`. Phases of one seed and length read each corpus from "
+        "the same beginning, so give later ones another seed, unless they are to see its first text again",
     )
     checkpoint: Text | None = key(
         None,

@@ -121,19 +121,23 @@ def unblended(config: Config) -> str | None:
 
 
 def read_again(config: Config) -> list[str]:
-    """Phases that read the text again with which an earlier one began, though there may be more of it."""
+    """Phases that read the text again with which an earlier one began, though there may be more of it.
+
+    Samples of another length are shuffled otherwise, because there are more of them or fewer.
+    """
     sample = {corpus.name for corpus in config.corpora if _of_sample(corpus)}
-    before: dict[int, dict[str, str]] = {}  # by the seed, the first phase that reads a corpus
+    before: dict[tuple[int, int], dict[str, str]] = {}  # by seed and length, the first that reads a corpus
     lines = []
     for i, phase in enumerate(config.pretrain.phases):
-        seen = before.setdefault(config.seed if phase.seed is None else phase.seed, {})
+        seed = config.seed if phase.seed is None else phase.seed
+        seen = before.setdefault((seed, phase.seq_length or config.pretrain.seq_length), {})
         corpora = [entry.corpus for entry in phase.blend]
         shared = {name: seen[name] for name in corpora if name in seen and name not in sample}
         if shared and phase.checkpoint is None:
             said = some([f"{name} ({first})" for name, first in shared.items()], 3)
             lines.append(
                 f"pretrain.phases[{i}] ({phase.name}) reads again from the beginning, as phases before it "
-                f"did: {said}. Their seed is the same; give it a `seed` of its own for other text"
+                f"did: {said}. Seed and length are the same; give it a `seed` of its own for other text"
             )
         for name in corpora:
             seen.setdefault(name, phase.name)

@@ -74,20 +74,26 @@ def test_a_gpu_that_no_node_has_is_told():
 
 
 def test_a_phase_that_reads_the_text_of_an_earlier_one_again_is_told():
-    """Each shard is shuffled by the seed, and a phase takes its first samples."""
+    """The samples of a shard are shuffled by the seed, and a phase takes the first of them."""
 
-    def told(*seeds: int | None, names: tuple[str, ...] = ("mine", "docs")) -> list[str]:
-        found = [
-            phases(*names)["phases"][0] | {"name": f"p{i}", "seed": seed} for i, seed in enumerate(seeds)
-        ]
+    def told(
+        *seeds: int | None, names: tuple[str, ...] = ("mine", "docs"), lengths: tuple[int, ...] = ()
+    ) -> list[str]:
+        one = phases(*names)["phases"][0]
+        found: list[dict[str, Any]] = [one | {"name": f"p{i}", "seed": seed} for i, seed in enumerate(seeds)]
+        for phase, length in zip(found, lengths, strict=False):
+            phase["seq_length"] = length
         return read_again(load(MINE | {"pretrain": {"phases": found}}, {}))
 
     assert told(None, None, 7) == [
-        "pretrain.phases[1] (p1) reads again from the beginning, as phases before it did: mine (p0). Their "
-        "seed is the same; give it a `seed` of its own for other text"
+        "pretrain.phases[1] (p1) reads again from the beginning, as phases before it did: mine (p0). Seed "
+        "and length are the same; give it a `seed` of its own for other text"
     ]
     assert told(None, 1234) == told(None, None)  # the seed of the configuration
     assert told(None, 7) == []
+    # Of another length there are more samples or fewer, and so they are shuffled otherwise.
+    assert told(None, None, lengths=(256, 512)) == []
+    assert told(None, None, lengths=(256,)) == told(None, None)  # the length of all phases
     assert told(None, None, names=("docs",)) == []  # the sample, as it comes
     assert read_again(load({}, {})) == []
 

@@ -147,6 +147,22 @@ def test_more_samples_begin_with_the_same_ones(make_blend, more: int):
     assert len(long) == more and long[:30] == short
 
 
+@pytest.mark.parametrize(
+    ("seq_length", "seed", "least", "most"), [(4, 1, 1, 1), (8, 1, 0, 0.2), (4, 2, 0, 0.2)]
+)
+def test_a_phase_of_another_seed_or_length_reads_other_samples(make_blend, seq_length, seed, least, most):
+    """A tenth of the text each; what both read by chance alone is a tenth of that."""
+    blend = make_blend({"docs": 1}, train={"docs": [40_001]})
+    numbers = {"train_samples": 4000 // seq_length, "seq_length": seq_length, "seed": seed}
+    build(blend, train_samples=1000)
+    build(blend, "later", **numbers)
+    first = samples(load(blend, train_samples=1000), "train")
+    later = samples(load(blend, "later", **numbers), "train")
+    seen, read = ([token for sample in found for token in sample] for found in (first, later))
+    assert len(seen) == len(read) == 4000
+    assert least <= len(set(seen) & set(read)) / 4000 <= most
+
+
 def test_each_epoch_is_every_token_in_an_order_of_its_own(make_blend):
     """41 tokens are 10 samples of 4 and a label, 82 are 20 and 123 are 30: a sample may lie in two epochs."""
     blend = make_blend({"docs": 1}, train={"docs": [41]})
