@@ -52,15 +52,18 @@ def requested(path: Path) -> list[tuple[str, int | None]]:
 
 def removal(catalogue: Catalogue, documents: Iterable[tuple[str, int | None]]) -> Removal:
     """What has to be made again without some documents: whole files, and rows of files."""
-    rows: dict[str, list[int] | None] = {}
+    rows: dict[str, set[int] | None] = {}  # by file; None for a whole one
     for name, row in documents:
-        before = rows.setdefault(name, [] if row else None)
-        rows[name] = [*before, row] if before is not None and row else None
+        listed = rows.setdefault(name, set())
+        if row is None or listed is None:
+            rows[name] = None
+        else:
+            listed.add(row)
     sources = {name: source(catalogue, name) for name in rows}
     found = Removal(files=[name for name, listed in rows.items() if listed is None])
     for name, listed in rows.items():
         if listed:
-            found.fates += fates(catalogue, sources[name], sorted(set(listed)))
+            found.fates += fates(catalogue, sources[name], sorted(listed))
     whole = {made.digest for made in reach(catalogue, [sources[name] for name in found.files]).holders}
     reached = reach(catalogue, sources.values())
     found.influenced = reached.influenced

@@ -234,6 +234,11 @@ def test_nothing_is_made_again_without_a_dropped_document(trained: Path):
     ]
 
 
+def test_a_row_that_no_file_has_is_not_the_whole_file(trained: Path):
+    """Rows are counted from 1."""
+    assert without(("raw/a.jsonl", 0)) == ([], [])
+
+
 def test_a_list_names_files_and_rows(work: Path):
     asked = work / "remove.txt"
     asked.write_text("raw/a.jsonl:3\n\nraw/b c.parquet: row 12\nraw/whole.jsonl\n")
