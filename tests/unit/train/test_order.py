@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.data.chats import order
+from snaketron.data.chats.order import PackOrder
 from snaketron.data.text import blend, index
 from snaketron.data.text.order import SampleOrder
 from snaketron.data.tokenizer import tokenizer_info
@@ -58,8 +58,9 @@ def test_each_pack_is_in_the_samples_in_which_sft_reads_it(packed_blend, tokeniz
     sources = value["splits"]["train"]
     for source in sources:
         source["files"][0]["packs"] = len(packs[source["source"]])  # as rule blend_sft writes it
+    order = PackOrder(value, 16, settings.seed)
     for source in sources:
         for number in range(len(packs[source["source"]])):
             first = packs[source["source"]][number][0][0][0]
-            samples = order.samples(value, [(source["files"][0]["path"], number)], 16, settings.seed)
+            samples = order.samples([(source["files"][0]["path"], number)])
             assert samples.tolist() == [sample for sample, token in enumerate(read) if token == first]

@@ -16,69 +16,68 @@ import numpy as np
 AGAIN = "another version of the code packs otherwise; ask with the one that made it"
 
 
-def packs_of(
-    chats: Sequence[Path], settings: Mapping[str, Any], split: str, wanted: Sequence[int], packed: Path
-) -> dict[int, int]:
-    """The pack of each wanted conversation that is in one, as its number in the file `packed`.
+class Packing:
+    """How rendered files were packed. It is done again in memory, from the lengths alone."""
 
-    Packing is done again in memory, from the lengths alone, and the tokens of what is wanted are compared.
+    def __init__(self, chats: Sequence[Path], settings: Mapping[str, Any], split: str) -> None:
+        """`chats` are in the order in which they were packed, `settings` those of the record of the packs."""
+        self.pack_size, long_conversations = settings["pack_size"], settings["long_conversations"]
+        self._found = Conversations.read(chats, self.pack_size, long_conversations)
+        multiple, algorithm = settings["padding_multiple"], settings["algorithm"]
+        self._plan = plan(self._found, split, self.pack_size, algorithm, settings.get("seed"), multiple)
 
-    Args:
-        chats: rendered files, in the order in which they were packed.
-        settings: of the record of `packed`.
-        wanted: numbers of conversations, counted through all files.
-    """
-    size, long_conversations = settings["pack_size"], settings["long_conversations"]
-    found = Conversations.read(chats, size, long_conversations)
-    multiple, algorithm = settings["padding_multiple"], settings["algorithm"]
-    made = plan(found, split, size, algorithm, settings.get("seed"), multiple)
-    places = np.flatnonzero(np.isin(made.indices, wanted))
-    numbers = np.searchsorted(made.offsets, places, side="right") - 1
-    dataset = PackedDataset([packed], {})
-    for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
-        if number >= len(dataset):
-            raise UserError(f"{packed}: has {len(dataset)} packs, and one is number {number}; {AGAIN}")
-        pack, inside = dataset[number], place - int(made.offsets[number])
-        start = int(pack.seq_start_id[inside]) if inside < len(pack.seq_start_id) else 0
-        ids, _ = found.tokens(made.indices[place : place + 1])
-        if not np.array_equal(pack.input_ids[start : start + len(ids)], ids):
-            raise UserError(f"{packed}: pack {number} does not hold the conversation; {AGAIN}")
-    return dict(zip(made.indices[places].tolist(), numbers.tolist(), strict=True))
+    def packs_of(self, wanted: Sequence[int], packed: Path) -> dict[int, int]:
+        """The pack of each wanted conversation that is in one, as its number in the file `packed`.
 
+        Conversations are counted through all files. The tokens of what is wanted are compared.
+        """
+        made = self._plan
+        places = np.flatnonzero(np.isin(made.indices, wanted))
+        numbers = np.searchsorted(made.offsets, places, side="right") - 1
+        dataset = PackedDataset([packed], {})
+        for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
+            if number >= len(dataset):
+                raise UserError(f"{packed}: has {len(dataset)} packs, and one is number {number}; {AGAIN}")
+            pack, inside = dataset[number], place - int(made.offsets[number])
+            start = int(pack.seq_start_id[inside]) if inside < len(pack.seq_start_id) else 0
+            ids, _ = self._found.tokens(made.indices[place : place + 1])
+            if not np.array_equal(pack.input_ids[start : start + len(ids)], ids):
+                raise UserError(f"{packed}: pack {number} does not hold the conversation; {AGAIN}")
+        return dict(zip(made.indices[places].tolist(), numbers.tolist(), strict=True))
 
-def why_not_packed(chats: Sequence[Path], settings: Mapping[str, Any], number: int) -> str:
-    """Why a conversation is in no pack."""
-    found = Conversations.read(chats, settings["pack_size"], settings["long_conversations"])
-    if found.lengths[number] > settings["pack_size"]:
-        return f"longer than a pack ({found.lengths[number]} tokens, pack_size {settings['pack_size']})"
-    if found.cut[number]:
-        return "longer than a pack, which no answer fits in"
-    return "nothing to train on"
+    def why_not(self, number: int) -> str:
+        """Why a conversation is in no pack."""
+        if (length := self._found.lengths[number]) > self.pack_size:
+            return f"longer than a pack ({length} tokens, pack_size {self.pack_size})"
+        if self._found.cut[number]:
+            return "longer than a pack, which no answer fits in"
+        return "nothing to train on"
 
 
-def samples(
-    blend: Mapping[str, Any], packs: Iterable[tuple[str, int]], num_samples: int, seed: int
-) -> np.ndarray:
-    """The numbers of a training's samples that are some packs, in rising order.
+class PackOrder:
+    """Which pack of a blend each sample of a training is."""
 
-    Args:
-        blend: the content of blend.json.
-        packs: each the path of its file, as the blend has it, and its number there.
-        num_samples: of the training.
-    """
-    sources = blend["splits"]["train"]
-    places: dict[str, tuple[int, int]] = {}  # of a file: its source, and the number of its first pack there
-    sizes = []
-    for number, source in enumerate(sources):
-        first = 0
-        for file in source["files"]:
-            places[file["path"]] = number, first
-            first += file["packs"]
-        sizes.append(first)
-    order = mix(sizes, [source["weight"] for source in sources], num_samples, seed)
-    found = np.zeros(num_samples, bool)
-    for path, pack in packs:
-        if path in places:
-            source, first = places[path]
-            found |= (order[0] == source) & (order[1] == first + pack)
-    return np.flatnonzero(found)
+    def __init__(self, blend: Mapping[str, Any], num_samples: int, seed: int) -> None:
+        """`blend` is the content of blend.json."""
+        sources = blend["splits"]["train"]
+        self._places: dict[str, tuple[int, int]] = {}  # of a file: its source, and its first pack in that
+        sizes = []
+        for number, source in enumerate(sources):
+            first = 0
+            for file in source["files"]:
+                self._places[file["path"]] = number, first
+                first += file["packs"]
+            sizes.append(first)
+        self._sources, self._packs = mix(sizes, [source["weight"] for source in sources], num_samples, seed)
+
+    def samples(self, packs: Iterable[tuple[str, int]]) -> np.ndarray:
+        """The numbers of the samples that are some packs, in rising order.
+
+        Each is the path of its file, as the blend has it, and its number there.
+        """
+        found = np.zeros(len(self._packs), bool)
+        for path, pack in packs:
+            if path in self._places:
+                source, first = self._places[path]
+                found |= (self._sources == source) & (self._packs == first + pack)
+        return np.flatnonzero(found)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from snaketron.data.chats import order as chats
+from snaketron.data.chats.order import Packing, PackOrder
 from snaketron.data.text.order import SampleOrder
 from snaketron.data.trace.drops import why_dropped
 from snaketron.data.trace.rows import written
@@ -171,33 +171,36 @@ def _of_chats(catalogue: Catalogue, shard: Made, file: str, rows: Sequence[int])
         ) from None
     for fate in found.values():
         fate.why = _why_not_trained(catalogue, fate)
-        if "train" in fate.splits:
-            for packing in _users(catalogue, shard, "pack_sft"):
-                _of_pack(catalogue, fate, packing)
+    if trained := [fate for fate in found.values() if "train" in fate.splits]:
+        for packing in _users(catalogue, shard, "pack_sft"):
+            _of_packs(catalogue, trained, packing)
     return list(found.values())
 
 
-def _of_pack(catalogue: Catalogue, fate: Fate, packing: Made) -> None:
-    """Add the trainings on the packs of a job to the fate of a conversation."""
+def _of_packs(catalogue: Catalogue, found: list[Fate], packing: Made) -> None:
+    """Add the trainings on the packs of a job to the fates of conversations of one rendered file."""
     record = packing.record
     inputs = record.inputs_named("chats")
     files = [packing.place(entry) for entry in inputs]
     before = 0
     for path, entry in zip(files, inputs, strict=True):
-        if entry.sha256 == fate.shard.record.outputs[0].sha256:
+        if entry.sha256 == found[0].shard.record.outputs[0].sha256:
             break
         before += pq.read_metadata(path).num_rows
-    wanted = [before + number for number in fate.numbers]
-    packed = packing.place(record.output("train"))
-    packs = chats.packs_of(files, record.settings, "train", wanted, packed)
-    if missing := [number for number in wanted if number not in packs]:
-        fate.why = f"in no pack: {chats.why_not_packed(files, record.settings, missing[0])}"
-    in_files = [(record.output("train").path, pack) for pack in sorted(set(packs.values()))]
+    packed = record.output("train")
+    packs = Packing(files, record.settings, "train")
+    numbers = packs.packs_of([before + n for fate in found for n in fate.numbers], packing.place(packed))
+    orders = []
     for blend in _users(catalogue, packing, "blend_sft"):
         value = read_json(blend.place(blend.record.outputs[0]))
         for made in _trainings(catalogue, blend):
-            numbers = chats.samples(value, in_files, _num_samples(made), made.record.settings["seed"])
-            fate.trainings.append(Training(made, numbers.tolist()))
+            orders.append((made, PackOrder(value, _num_samples(made), made.record.settings["seed"])))
+    for fate in found:
+        wanted = [before + n for n in fate.numbers]
+        if missing := [number for number in wanted if number not in numbers]:
+            fate.why = f"in no pack: {packs.why_not(missing[0])}"
+        in_file = {(packed.path, numbers[number]) for number in wanted if number in numbers}
+        fate.trainings += [Training(made, order.samples(in_file).tolist()) for made, order in orders]
 
 
 # ---------------------------------------------------------------------------------------------- shared

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from snaketron.data.chats import blend, order, pack
+from snaketron.data.chats import blend, pack
+from snaketron.data.chats.order import PackOrder
 from snaketron.data.chats.sequences import SCHEMA, Sequence, table
 from snaketron.data.trace.fate import Fate, fates
 from snaketron.lineage.catalogue import scan
@@ -109,6 +110,7 @@ def test_packs_of_another_version_are_not_trusted(trained: Path):
 def test_a_source_of_several_files_numbers_its_packs_through():
     files = [{"path": "one", "packs": 2}, {"path": "two", "packs": 1}]
     value = {"splits": {"train": [{"source": "talk", "weight": 1.0, "files": files}]}}
-    by_pack = [order.samples(value, [pack], 8, 7).tolist() for pack in (("one", 0), ("one", 1), ("two", 0))]
+    order = PackOrder(value, 8, 7)
+    by_pack = [order.samples([pack]).tolist() for pack in (("one", 0), ("one", 1), ("two", 0))]
     assert sorted(k for samples in by_pack for k in samples) == list(range(8))
     assert [sorted({k // 2 + 1 for k in samples}) for samples in by_pack] == [steps_of(n) for n in range(3)]
