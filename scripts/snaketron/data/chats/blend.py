@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,11 @@ SAME = ("tokenizer_sha256", "pack_size", "algorithm", "padding_multiple")
 COUNTS = ("packs", "tokens", "trained_tokens")
 
 
-def check_unique(records: Sequence[Path]) -> None:
-    for path in records:
-        if records.count(path) > 1:
-            raise UserError(f"--records {path}: is given twice; its packs would count twice")
-
-
 def build(weights: Mapping[str, float], records: Sequence[Path], output: Path, record: Path) -> Record:
     """Weigh the packed shards of `records`; write blend.json and then `record`, and return it."""
-    check_unique(records)
+    for path, times in Counter(records).items():
+        if times > 1:
+            raise UserError(f"--records {path}: is given twice; its packs would count twice")
     with making("blend_sft", "sft", outputs={"blend.json": output}, record=record) as job:
         packed = {path: read(path) for path in records}
         value = weigh(weights, packed)

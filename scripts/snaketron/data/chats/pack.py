@@ -7,6 +7,7 @@ the files collects as many packs as fit.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,8 @@ class Conversations:
         numbers = np.empty(0, np.int32)
         parts = [(numbers, numbers, numbers, numbers, np.empty(0, np.int8))]
         count = 0
-        for path in files:
-            if list(files).count(path) > 1:
+        for path, times in Counter(files).items():
+            if times > 1:
                 raise UserError(f"{path}: is given twice; its conversations would be packed twice")
             _, made_with = read_footer(path, SCHEMA.names)
             metadata = metadata or made_with
