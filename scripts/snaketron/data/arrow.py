@@ -6,7 +6,7 @@ Every Parquet file that the package writes says in its footer, under `FOOTER`, w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+_TEXT = pa.string()
+
 
 def list_array(arrays: Sequence[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
     """An Arrow list column of numpy arrays."""
@@ -25,13 +27,13 @@ def list_array(arrays: Sequence[np.ndarray], value_type: pa.DataType) -> pa.List
     return pa.ListArray.from_arrays(number_array(offsets, pa.int32()), number_array(values, value_type))
 
 
-def string_array(values: Sequence[str | None]) -> pa.StringArray:
+def string_array(values: Sequence[str | None], value_type: pa.DataType = _TEXT) -> pa.Array:
     """An Arrow array of text, null where a value is None."""
     encoded = [b"" if value is None else value.encode(errors="replace") for value in values]
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32 if value_type == _TEXT else np.int64)
     valid = np.packbits(np.array([value is not None for value in values], dtype=bool), bitorder="little")
-    buffers = [pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)), pa.py_buffer(valid)]
-    return pa.StringArray.from_buffers(len(encoded), *buffers)
+    buffers = [pa.py_buffer(valid), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(value_type, len(encoded), buffers)
 
 
 def text_of(value: Any) -> str | None:
@@ -45,6 +47,26 @@ def number_array(values: np.ndarray, value_type: pa.DataType) -> pa.Array:
     """An Arrow array of numbers, without a copy."""
     values = np.ascontiguousarray(values, dtype=value_type.to_pandas_dtype())
     return pa.Array.from_buffers(value_type, len(values), [None, pa.py_buffer(values)])
+
+
+def schema_with(
+    columns: Iterable[pa.Field | tuple[str, pa.DataType]],
+    about: Mapping[str, Any],
+    fields: Sequence[str] = (),
+    what: str = "",
+) -> pa.Schema:
+    """Columns, and one of text for each metadata field; the footer says what the file is `about`.
+
+    Raises `UserError` for a field that has the name of a column of `what`.
+    """
+    own = pa.schema(columns)
+    if taken := [name for name in fields if name in own.names]:
+        raise UserError(
+            f"metadata_fields: {taken[0]!r} is a column of {what} itself; leave it out of metadata_fields, "
+            "or rename it in the raw files"
+        )
+    texts = ((name, _TEXT) for name in fields)
+    return pa.schema([*own, *texts], metadata={FOOTER: json.dumps(about).encode()})
 
 
 def read_footer(path: Path, columns: Sequence[str]) -> tuple[pq.FileMetaData, dict[str, Any]]:

@@ -13,14 +13,12 @@ The footer says what the packs were made with and for.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from snaketron.data.arrow import check_expected, flatten, list_array, read_footer
-from snaketron.lineage.record import FOOTER
+from snaketron.data.arrow import check_expected, flatten, list_array, read_footer, schema_with
 from snaketron.log import UserError
 
 import numpy as np
@@ -99,7 +97,7 @@ def loss_weights(
 
 def write(path: Path, packs: Iterable[Pack], metadata: Mapping[str, Any]) -> None:
     """Write packs and the footer; without packs, a valid file of no rows."""
-    schema = SCHEMA.with_metadata({FOOTER: json.dumps(metadata).encode()})
+    schema = schema_with(SCHEMA, metadata)
     # Without a dictionary, zstd sees the ids in their order and finds what is repeated: a quarter smaller.
     options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
     with pq.ParquetWriter(path, schema, **options) as writer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snaketron.config.data import SPLITS
-from snaketron.data.arrow import text_of
+from snaketron.data.arrow import schema_with, text_of
 from snaketron.data.chats import reasoning
 from snaketron.data.chats.conversation import (
     Conversation,
@@ -34,12 +33,11 @@ from snaketron.data.encode import Mismatch, Unencodable
 from snaketron.data.rows import read_rows
 from snaketron.data.split import split_of
 from snaketron.files import sha256
-from snaketron.lineage.record import FOOTER, Opened, Record, making, of_user
+from snaketron.lineage.record import Opened, Record, making, of_user
 from snaketron.log import UserError, logger
 from snaketron.settings.chats import RenderSettings
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 BATCH_CHARACTERS = 1_000_000  # tokenized together
@@ -141,14 +139,8 @@ class Renderer:
 
     def _write(self, path: Path, chats: list[Path], metadata: Mapping[str, Any]) -> dict[str, Any]:
         fields = self.settings.metadata_fields
-        if taken := [name for name in fields if name in SCHEMA.names]:
-            raise UserError(
-                f"metadata_fields: {taken[0]!r} is a column of rendered chats itself; leave it out of "
-                "metadata_fields, or rename it in the raw files"
-            )
+        schema = schema_with(SCHEMA, metadata, fields, "rendered chats")
         self.check_ends()
-        schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in fields)])
-        schema = schema.with_metadata({FOOTER: json.dumps(metadata).encode()})
         texts = [name for name in schema.names if name not in ("input_ids", "loss_mask", "row", "turn")]
         options = {"compression": "zstd", "use_dictionary": texts, "write_statistics": False}
         drops = Drops(advice=ADVICE)

@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.arrow import text_of
+from snaketron.data.arrow import number_array, schema_with, string_array, text_of
 from snaketron.data.drops import Drops, place
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.rows import read_documents
-from snaketron.lineage.record import FOOTER, Opened
+from snaketron.lineage.record import Opened
 from snaketron.log import UserError, logger
 from snaketron.settings.curation import FilterSettings
 from snaketron.wording import counted
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
 
-COLUMNS = ("text", "file", "row")
+COLUMNS = {"text": pa.large_string(), "file": pa.string(), "row": pa.int64()}
 GROUP_CHARACTERS = 4_000_000  # of a row group, or one document
 GROUP_DOCUMENTS = 10_000
 EXAMPLE_CHARACTERS = 200
@@ -245,21 +245,17 @@ def _opening(path: Path) -> Iterator[None]:
 
 def write(path: Path, documents: Documents, fields: Sequence[str], about: dict[str, Any]) -> None:
     """Write documents to a Parquet file whose footer says what it is (`about`)."""
-    for name in fields:
-        if name in COLUMNS:
-            raise UserError(f"metadata_fields: {name!r} is a column of curated text; rename the field")
-    columns = [("text", pa.large_string()), ("file", pa.string()), ("row", pa.int64())]
-    schema = pa.schema([*columns, *((name, pa.string()) for name in fields)])
-    schema = schema.with_metadata({FOOTER: json.dumps(about).encode()})
+    schema = schema_with(COLUMNS.items(), about, fields, "curated text")
     dictionaries = ["file", *fields]
     with pq.ParquetWriter(
         path, schema, compression="zstd", write_statistics=False, use_dictionary=dictionaries
     ) as writer:
         for batch in batches(documents):
-            values = [
-                [d.text for d in batch],
-                *([d.metadata[name] for d in batch] for name in COLUMNS[1:]),
-                *([d.metadata["fields"][i] for d in batch] for i in range(len(fields))),
+            metadata = zip(*(d.metadata["fields"] for d in batch), strict=True)
+            arrays = [
+                string_array([d.text for d in batch], COLUMNS["text"]),
+                string_array([d.metadata["file"] for d in batch]),
+                number_array(np.array([d.metadata["row"] for d in batch]), COLUMNS["row"]),
+                *map(string_array, metadata),
             ]
-            arrays = [pa.array(v, f.type) for v, f in zip(values, schema, strict=True)]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))

@@ -6,13 +6,11 @@ one file. Each name has a row group, in order; the footer holds the names.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.arrow import number_array, read_footer, view
-from snaketron.lineage.record import FOOTER
+from snaketron.data.arrow import number_array, read_footer, schema_with, view
 from snaketron.log import UserError
 
 import numpy as np
@@ -26,7 +24,7 @@ def write(path: Path, lists: Mapping[str, np.ndarray], dtype: Any, about: dict[s
     """Write the lists; `about` goes into the footer."""
     value_type = pa.from_numpy_dtype(np.dtype(dtype))
     footer = about | {"names": list(lists), "lengths": [len(values) for values in lists.values()]}
-    schema = pa.schema([(COLUMN, value_type)], metadata={FOOTER: json.dumps(footer).encode()})
+    schema = schema_with([(COLUMN, value_type)], footer)
     with pq.ParquetWriter(
         path, schema, compression="zstd", write_statistics=False, use_dictionary=False
     ) as writer:

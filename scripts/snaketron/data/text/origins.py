@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from snaketron.config.data import SPLITS
-from snaketron.data.arrow import number_array, string_array, view
+from snaketron.data.arrow import number_array, schema_with, string_array, view
 from snaketron.data.text.binidx import naming
-from snaketron.lineage.record import FOOTER
-from snaketron.log import UserError
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-COLUMNS = ("split", "sequence", "file", "row", "tokens")
+COLUMNS = {
+    "split": pa.dictionary(pa.int8(), pa.string()),
+    "sequence": pa.int64(),
+    "file": pa.string(),
+    "row": pa.int64(),
+    "tokens": pa.int32(),
+}
 _ROW_GROUP = 1 << 16  # rows
 
 
@@ -50,17 +53,7 @@ class Writer:
     """Streams rows to a file; `final` is the path that errors name."""
 
     def __init__(self, path: Path | IO[bytes], fields: Sequence[str], final: Path) -> None:
-        clash = [name for name in fields if name in COLUMNS]
-        if clash:
-            raise UserError(
-                f"metadata_fields: {clash[0]!r} is a column of {final.name} itself; leave it out of "
-                "metadata_fields, or rename it in the raw files"
-            )
-        types = [pa.dictionary(pa.int8(), pa.string()), pa.int64(), pa.string(), pa.int64(), pa.int32()]
-        types += [pa.string()] * len(fields)
-        names = [*COLUMNS, *fields]
-        kind = {FOOTER: json.dumps({"kind": "documents"}).encode()}
-        self._schema = pa.schema(list(zip(names, types, strict=True)), kind)
+        self._schema = schema_with(COLUMNS.items(), {"kind": "documents"}, fields, final.name)
         self._final = final
         self._tables: list[pa.Table] = []
         self._num_rows = 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 from snaketron.config import FILTERS, Filter
@@ -282,3 +284,17 @@ def test_ascii_text_is_simplified_as_datatrove_does():
         everything,
     ]:
         assert simplify_text(text, TextNormConfig()) == expected(text)
+
+
+def test_the_job_does_not_import_what_is_slow(steps: Steps, tmp_path: Path):
+    """pandas alone is a third of a second, in the job of every shard."""
+    arguments = [
+        *("--text", steps.raw("docs/a", [PROSE, "short"]), "--tokenizer", steps.tokenizer),
+        *("--settings", json.dumps({"text_field": "text", "metadata_fields": [], "filters": []})),
+        *("--output", tmp_path / "docs/a.parquet", "--record", tmp_path / "docs/a.json"),
+    ]
+    code = (
+        "import sys, filter_shard; filter_shard.main(sys.argv[1:]); "
+        "sys.exit(' '.join({'torch', 'transformers', 'pandas'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
