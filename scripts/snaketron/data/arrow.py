@@ -37,10 +37,16 @@ def string_array(values: Sequence[str | None], value_type: pa.DataType = _TEXT) 
 
 
 def text_of(value: Any) -> str | None:
-    """A metadata value as text: a string as it is, nothing as null, all else as JSON."""
+    """A metadata value as text: a string, or bytes, as it is, nothing as null, all else as JSON."""
     if value is None or isinstance(value, str):
         return value
-    return json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, bytes):
+        return _plain(value)
+    return json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def number_array(values: np.ndarray, value_type: pa.DataType) -> pa.Array:

@@ -32,7 +32,15 @@ def test_columns_of_text_may_hold_nothing():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, None), ("a", "a"), (1.5, "1.5"), (["ü", None], '["ü", null]')]
+    ("value", "text"),
+    [
+        (None, None),
+        ("a", "a"),
+        (1.5, "1.5"),
+        (["ü", None], '["ü", null]'),
+        ("ü".encode(), "ü"),  # as many programs write text to Parquet
+        ({"a": b"\xff"}, '{"a": "\ufffd"}'),
+    ],
 )
 def test_metadata_is_kept_as_text(value, text):
     assert arrow.text_of(value) == text
