@@ -129,6 +129,16 @@ def _is_at(path: Path, file: IO[bytes]) -> bool:
         return False
 
 
+def check_size(path: Path, size: int, source: str, fix: str) -> None:
+    """`UserError` unless a file is there with as many bytes as `source` says."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, and {source} lists it; {fix}") from None
+    if found != size:
+        raise UserError(f"{path}: {found} bytes, and {source} says {size}; {fix}")
+
+
 def shown(path: str | Path) -> str:
     """A path as a user in this directory would give it."""
     path = Path(path)

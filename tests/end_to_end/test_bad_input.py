@@ -232,7 +232,7 @@ def test_a_pack_file_that_was_cut_is_named(copy: Workspace):
     path = copy.path / "data/sft/train/tools/part_0.parquet"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-100])
-    refused(run(copy, line), f"data/sft/train/tools/part_0.parquet: has {size - 100} bytes, but {size} in")
+    refused(run(copy, line), f"data/sft/train/tools/part_0.parquet: {size - 100} bytes, and data/sft")
 
 
 # ------------------------------------------------------------------------------------------ full disk

@@ -13,7 +13,7 @@ from snaketron.data.arrow import check_expected
 from snaketron.data.chats.left_out import LeftOut
 from snaketron.data.chats.unusable import ADVICE
 from snaketron.data.drops import tell_of_shards
-from snaketron.files import read_json, to_json
+from snaketron.files import check_size, read_json, to_json
 from snaketron.lineage.record import Record, making, read
 from snaketron.lineage.walk import record_of
 from snaketron.log import UserError, logger
@@ -21,6 +21,7 @@ from snaketron.settings.registering import PACKS
 
 SAME = ("tokenizer_sha256", "pack_size", "algorithm", "padding_multiple")
 COUNTS = ("packs", "tokens", "trained_tokens")
+_AGAIN = "remove its record and run again, so that it is packed again"
 
 
 def build(weights: Mapping[str, float], records: Sequence[Path], output: Path, record: Path) -> Record:
@@ -127,20 +128,9 @@ def _split(
     return [{**source, "weight": source["weight"] / total} for source in sources]
 
 
-def _check_listed(path: Path, num_bytes: int, listed_in: Path) -> None:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file, though {listed_in} lists it; run the workflow again"
-        ) from None
-    if size != num_bytes:
-        raise UserError(f"{path}: has {size} bytes, but {num_bytes} in {listed_in}; delete it and run again")
-
-
 def _file(record_path: Path, record: Record, split: str) -> dict[str, Any]:
     output = record.output(split)
-    _check_listed(output.file, output.bytes, record_path)
+    check_size(output.file, output.bytes, str(record_path), _AGAIN)
     counts = record.counts["splits"][split]
     return {
         "path": output.path,
@@ -186,7 +176,7 @@ def check_packed_blend(path: Path, **expected: Any) -> SftBlend:
         raise UserError(f"{path}: not a blend of packed chats ({error}); delete it and run again") from None
     check_expected(path, value, expected)
     for file in (file for sources in listed.values() for source in sources for file in source["files"]):
-        _check_listed(Path(file["path"]), file["bytes"], path)
+        check_size(Path(file["path"]), file["bytes"], str(path), _AGAIN)
     splits = {
         split: [
             Source(

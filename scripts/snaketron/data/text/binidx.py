@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snaketron.log import UserError
-from snaketron.sources.pairs import HEADER, MAGIC, paths
+from snaketron.sources.pairs import HEADER, MAGIC, differences, paths
 
 import numpy as np
 
@@ -31,54 +31,28 @@ class Pair:
     dtype: str
     sequences: int
     tokens: int
-    bin_bytes: int
-    idx_bytes: int
 
 
-def check(prefix: Path, fix: str = "remove its record and run again") -> Pair:
+def check(prefix: Path, fix: str) -> Pair:
     """Check that both files exist and agree in every offset; a `UserError` names both numbers and `fix`."""
+    for problem in differences(prefix, None):
+        raise UserError(f"{problem}; {fix}")
     bin_path, idx_path = paths(prefix)
-    bin_bytes, idx_bytes = size(bin_path, fix), size(idx_path, fix)
-    if idx_bytes < HEADER.size:
-        raise UserError(f"{idx_path}: {idx_bytes} bytes, shorter than the header of {HEADER.size}; {fix}")
     with idx_path.open("rb") as file:
-        magic, version, code, sequences, bounds = HEADER.unpack(file.read(HEADER.size))
-    if (magic, version) != (MAGIC, 1) or code not in DTYPES:
-        raise UserError(f"{idx_path}: not an index of token ids (version {version}, type code {code}); {fix}")
-    expected = HEADER.size + 12 * sequences + 8 * (sequences + 1)
-    if bounds != sequences + 1 or idx_bytes != expected:
-        raise UserError(
-            f"{idx_path}: {sequences} sequences and {bounds - 1} documents in {idx_bytes} bytes, "
-            f"where one document a sequence takes {expected}; {fix}"
-        )
-    lengths, offsets, documents = _arrays(idx_path, sequences)
+        _, _, code, sequences, bounds = HEADER.unpack(file.read(HEADER.size))
+        lengths = np.fromfile(file, np.int32, sequences)
+        offsets = np.fromfile(file, np.int64, sequences)
+        documents = np.fromfile(file, np.int64, bounds)
     itemsize = DTYPES[code].itemsize
     ends = np.cumsum(lengths, dtype=np.int64) * itemsize
     total = int(ends[-1]) if sequences else 0
-    if total != bin_bytes:
+    if total != (bin_bytes := bin_path.stat().st_size):
         raise UserError(f"{bin_path}: {bin_bytes} bytes, where {idx_path.name} promises {total}; {fix}")
     if sequences and (lengths.min() < 1 or offsets[0] != 0 or not np.array_equal(offsets[1:], ends[:-1])):
         raise UserError(f"{idx_path}: its offsets do not follow from its {sequences} lengths; {fix}")
     if not np.array_equal(documents, np.arange(bounds)):
         raise UserError(f"{idx_path}: its {bounds - 1} documents are not one sequence each; {fix}")
-    return Pair(str(DTYPES[code]), sequences, total // itemsize, bin_bytes, idx_bytes)
-
-
-def size(path: Path, fix: str) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {fix}") from None
-
-
-def _arrays(idx_path: Path, sequences: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    with idx_path.open("rb") as file:
-        file.seek(HEADER.size)
-        return (
-            np.fromfile(file, np.int32, sequences),
-            np.fromfile(file, np.int64, sequences),
-            np.fromfile(file, np.int64, sequences + 1),
-        )
+    return Pair(str(DTYPES[code]), sequences, total // itemsize)
 
 
 # -------------------------------------------------------------------------------------------------- writing

@@ -248,7 +248,7 @@ def _shard(record: Record, split: str, path: Path) -> tuple[Shard, binidx.Pair]:
         bin_file, idx_file = record.output(f"{split}.bin"), record.output(f"{split}.idx")
     count = record.counts[split]
     for entry in (bin_file, idx_file):
-        _check_size(entry.file, entry.bytes, f"its record {path}", _AGAIN)
+        files.check_size(entry.file, entry.bytes, f"its record {path}", _AGAIN)
     prefix = bin_file.path.removesuffix(".bin")
     pair = binidx.check(Path(prefix), _AGAIN)
     for what, found, recorded in (
@@ -268,11 +268,6 @@ def _shard(record: Record, split: str, path: Path) -> tuple[Shard, binidx.Pair]:
         idx_sha256=idx_file.sha256,
     )
     return shard, pair
-
-
-def _check_size(path: Path, expected: int, source: str, fix: str) -> None:
-    if (found := binidx.size(path, fix)) != expected:
-        raise UserError(f"{path}: {found} bytes, {source} says {expected}; {fix}")
 
 
 def weigh(
@@ -369,6 +364,6 @@ def check_blend(path: Path) -> PretrainBlend:
     for split in (blend.train, blend.valid, blend.test):
         for shard in split.shards:
             bin_path, idx_path = paths(Path(shard.prefix))
-            _check_size(bin_path, shard.bin_bytes, str(path), _AGAIN)
-            _check_size(idx_path, shard.idx_bytes, str(path), _AGAIN)
+            files.check_size(bin_path, shard.bin_bytes, str(path), _AGAIN)
+            files.check_size(idx_path, shard.idx_bytes, str(path), _AGAIN)
     return blend

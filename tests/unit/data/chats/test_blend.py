@@ -185,7 +185,7 @@ def test_a_missing_file_is_an_error(tmp_path):
     (tmp_path / "sft/valid/questions/part_0.parquet").unlink()
     message = refused(tmp_path, [record], "questions=1")
     assert message.startswith(
-        "sft/valid/questions/part_0.parquet: no such file, though sft/questions/part_0.json"
+        "sft/valid/questions/part_0.parquet: no such file, and sft/questions/part_0.json"
     )
 
 
@@ -195,7 +195,7 @@ def test_a_file_of_another_size_is_an_error(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     size = path.stat().st_size
     assert refused(tmp_path, [record], "questions=1").startswith(
-        f"sft/train/questions/part_0.parquet: has {size} bytes, but {size + 1} in sft/questions/part_0.json"
+        f"sft/train/questions/part_0.parquet: {size} bytes, and sft/questions/part_0.json says {size + 1}; "
     )
 
 

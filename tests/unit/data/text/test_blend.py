@@ -241,7 +241,7 @@ def test_a_cut_file_is_named_with_both_sizes(build, records, tmp_path):
     path = records[2].parent / "train" / "a.bin"
     path.write_bytes(path.read_bytes()[:-2])
     result = build(records, "docs=1", "code=1")
-    assert_refused(result, tmp_path, f"{path}: 14 bytes, its record {records[2]} says 16", "run again")
+    assert_refused(result, tmp_path, f"{path}: 14 bytes, and its record {records[2]} says 16", "run again")
 
 
 def test_an_index_of_the_right_size_that_does_not_fit_is_named(build, records, tmp_path):
@@ -397,7 +397,7 @@ def test_check_sees_a_shard_that_changed_since(build, records, tmp_path):
     path = tmp_path / "out" / "blend.json"
     assert blend.check_blend(path) == blend.load_blend(path)
     (records[2].parent / "train" / "a.bin").write_bytes(bytes(4))
-    with pytest.raises(UserError, match=rf"a.bin: 4 bytes, {path} says 16"):
+    with pytest.raises(UserError, match=rf"a.bin: 4 bytes, and {path} says 16"):
         blend.check_blend(path)
     (records[2].parent / "train" / "a.bin").unlink()
     with pytest.raises(UserError, match=r"a.bin: no such file"):

@@ -16,6 +16,7 @@ from snaketron.data.split import split_of
 from snaketron.data.text import binidx
 from snaketron.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, tokenizer_info
 from snaketron.settings.text import TokenizeSettings
+from snaketron.sources.pairs import paths
 from tests.unit.data.text.reading_back import TEXTS, ids_of, sequences
 
 import pytest
@@ -74,8 +75,9 @@ def test_the_record_says_what_went_in_and_what_was_dropped(
 
 def test_an_empty_split_is_a_pair_without_sequences(tokenize, tmp_path, write_jsonl):
     _, _, record = tokenize(write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}]), valid=0.0, test=0.0)
-    pair = binidx.check(record.parent / "test" / "a")
-    assert (pair.sequences, pair.tokens, pair.bin_bytes, pair.idx_bytes) == (0, 0, 0, 42)
+    empty = record.parent / "test" / "a"
+    assert binidx.check(empty, "") == binidx.Pair("uint16", 0, 0)
+    assert [path.stat().st_size for path in paths(empty)] == [0, 42]
 
 
 def test_the_same_text_is_in_the_same_split_in_every_corpus_and_shard(tokenize, tmp_path, write_jsonl):
