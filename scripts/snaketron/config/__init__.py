@@ -227,32 +227,26 @@ def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ)
     `SNAKETRON_SFT__TRAIN_ITERS=10` in the environment sets `sft.train_iters` over every file.
     Raises `ConfigError` with one line for each problem.
     """
-    merged = json.loads(json.dumps(values, default=str))  # YAML knows dates, which no key takes
+    merged = _plain(values)
     variables = sorted(n for n in environment if n.startswith(ENVIRONMENT_PREFIX) and n != PLAIN)
     paths = {name: tuple(name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")) for name in variables}
     given: dict[tuple[Any, ...], str] = {}  # by the path of a key, the variable that sets it
     for name, path in paths.items():
         given |= dict.fromkeys(_set(merged, path, name, environment[name]), name)
-    for text in _texts(merged):
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ConfigError(f"the configuration holds text that is not UTF-8: {text!r}")
+    text = json.dumps(merged, ensure_ascii=False)
     try:
+        text.encode()
         return Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) + _given(e, given) for e in error.errors())) from None
+    except UnicodeEncodeError as error:
+        where = text[max(0, error.start - 40) : error.end + 40]
+        raise ConfigError(f"the configuration holds text that is not UTF-8: {where!r}") from None
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a value, and every key."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield name
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
+def _plain(value: Any) -> Any:
+    """A value of YAML as JSON has it: dates are text, and so are keys that are numbers."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _set(
@@ -260,7 +254,7 @@ def _set(
 ) -> Iterator[tuple[Any, ...]]:
     """Set the key at a path to the YAML value of a variable of the environment; the paths of what is set."""
     try:
-        value = yaml.safe_load(text)
+        value = _plain(yaml.safe_load(text))
     except yaml.YAMLError:
         raise ConfigError(f"environment variable {variable}: {text!r} is not YAML") from None
     if problems := doubled(text, f"environment variable {variable}", lines=False):

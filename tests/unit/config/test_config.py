@@ -106,7 +106,7 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
             "tokenizer.path: '--help' starts with a dash, as the options of programs",
         ),
         ("curation.evaluation", ["{}"], "curation.evaluation[0]: '{}' holds a brace"),
-        ("sources_lock", "a\udcff", "the configuration holds text that is not UTF-8: 'a\\udcff'"),
+        ("sources_lock", "a\udcff", """holds text that is not UTF-8: '{"sources_lock": "a\\udcff"}'"""),
         ("corpora", [], "pretrain.phases[0].blend[0].corpus: 'docs' is not defined; known: none"),
         ("pretrain.phases", [], "pretrain.phases: list should have at least 1 item"),
         (

@@ -61,6 +61,7 @@ def test_the_environment_does_not_change_what_was_given():
             "sft.train_iters: input should be a valid integer, unable to parse string as an integer "
             "(it is 'many') (environment variable SNAKETRON_SFT__TRAIN_ITERS)",
         ),
+        ("SNAKETRON_SFT", "{1: 2}", "sft.1: unknown key; known: "),
         ("SNAKETRON_SEED", "[1", "environment variable SNAKETRON_SEED: '[1' is not YAML"),
     ],
 )
