@@ -238,18 +238,15 @@ class Tokenizer(Section):
     text_field: Text = key("text", "column or JSON key of those files that holds the document")
 
 
-class Shards(Section):
+class Rows(Section):
+    """How raw files become jobs, how many rows are used, and what becomes of those that cannot be used."""
+
     shard_size: Positive | None = key(
         None,
         "bytes: raw files of a source are put together, by name, until a shard has so many, and each shard "
         "is one job; null: each file is a shard. A job costs up to two seconds beside its work, so "
         "1_000_000_000 is a good size for many small files",
     )
-
-
-class Rows(Shards):
-    """How many rows are used, and what becomes of those that cannot be used."""
-
     max_files: Positive | None = key(
         None, "`max_files` of each source that has none itself, to try a whole configuration out; null: all"
     )

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snaketron.data.tokenizer import encode_as_text, load_tokenizer
+from snaketron.data.tokenizer import load_tokenizer
 from snaketron.log import UserError, logger
 
 import numpy as np
@@ -40,20 +40,20 @@ PROBES = (
 _MAX_PROBED_TOKENS = 200
 
 
-class Mismatch(Exception):
-    """The encoders give document `index` of a batch different ids; the message says which."""
+class _OfDocument(Exception):
+    """What is wrong with document `index` of a batch."""
 
     def __init__(self, index: int, detail: str) -> None:
         super().__init__(detail)
         self.index = index
 
 
-class Unencodable(Exception):
-    """Neither encoder can encode document `index` of a batch; the message says why."""
+class Mismatch(_OfDocument):
+    """The encoders give a document different ids; the message says which."""
 
-    def __init__(self, index: int, detail: str) -> None:
-        super().__init__(detail)
-        self.index = index
+
+class Unencodable(_OfDocument):
+    """Neither encoder can encode a document; the message says why."""
 
 
 class Encoder:
@@ -80,7 +80,7 @@ class Encoder:
         self._plain = plain
         self._exact = exact or load_tokenizer(directory)
         if plain:
-            encode_as_text(self._exact)
+            self._exact.encode_special_tokens = True
         if getattr(self._exact.model, "dropout", None):
             raise UserError(f"{path}: its model drops merges at random (dropout); set dropout to null")
         self._num_seen = self._num_characters = self._longest = self.num_checked = 0

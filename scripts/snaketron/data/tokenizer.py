@@ -64,11 +64,6 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def encode_as_text(tokenizer: Tokenizer) -> None:
-    """Make `tokenizer` encode only text: where it mentions `<|im_end|>`, the ids of these characters."""
-    tokenizer.encode_special_tokens = True
-
-
 def read_tokenizer(directory: Path) -> dict[str, Any]:
     """What the tokenizer.json of a directory says."""
     made: dict[str, Any] = _read_json(directory / "tokenizer.json")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from snaketron import files
 from snaketron.data import encode
-from snaketron.data.tokenizer import encode_as_text, load_tokenizer, read_tokenizer, tokenizer_info
+from snaketron.data.tokenizer import load_tokenizer, read_tokenizer, tokenizer_info
 from snaketron.log import UserError
 from tests.unit.data.text.reading_back import sequences
 
@@ -31,7 +31,7 @@ HARD = [
 
 def exact(directory: Path, texts: list[str]) -> list[list[int]]:
     tokenizer = load_tokenizer(directory)
-    encode_as_text(tokenizer)
+    tokenizer.encode_special_tokens = True
     return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
 
