@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import queue
@@ -173,15 +174,13 @@ def in_parallel[T, R](work: Callable[[T], R], items: Iterable[T], threads: int) 
     count = todo.qsize()
 
     def run() -> None:
-        while True:
-            try:
+        with contextlib.suppress(queue.Empty):
+            while True:
                 item = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                done.put((item, work(item), None))
-            except BaseException as error:
-                done.put((item, None, error))
+                try:
+                    done.put((item, work(item), None))
+                except BaseException as error:
+                    done.put((item, None, error))
 
     for _ in range(min(threads, count)):
         threading.Thread(target=run, daemon=True).start()
@@ -192,5 +191,6 @@ def in_parallel[T, R](work: Callable[[T], R], items: Iterable[T], threads: int) 
                 raise error
             yield item, result  # type: ignore[misc]
     finally:
-        while not todo.empty():  # what is not begun is left
-            todo.get_nowait()
+        with contextlib.suppress(queue.Empty):  # what is not begun is left; a thread may take the last one
+            while True:
+                todo.get_nowait()
