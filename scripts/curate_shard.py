@@ -11,11 +11,9 @@ from snaketron.log import argument_parser, logger, run
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--filtered", type=Path, required=True, help="CORPUS/SHARD.parquet of filter_shard")
-    parser.add_argument("--exact", type=Path, nargs="*", default=[], help="exact duplicates of its group")
-    parser.add_argument("--near", type=Path, nargs="*", default=[], help="near-duplicates of its group")
-    parser.add_argument(
-        "--index", type=Path, nargs="*", default=[], help="index.parquet of decontamination_index"
-    )
+    parser.add_argument("--exact", type=Path, nargs="?", help="exact duplicates of its group")
+    parser.add_argument("--near", type=Path, nargs="?", help="near-duplicates of its group")
+    parser.add_argument("--index", type=Path, nargs="?", help="index.parquet of decontamination_index")
     parser.add_argument(
         "--tokenizer", type=Path, required=True, help="directory of the tokenizer that counts tokens"
     )
@@ -25,13 +23,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, help="CORPUS/SHARD.parquet to write")
     parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
-    args = parser.parse_args(argv)
-    for name in ("exact", "near", "index"):
-        given = getattr(args, name)
-        if len(given) > 1:
-            parser.error(f"--{name}: one file at most")
-        setattr(args, name, given[0] if given else None)
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
