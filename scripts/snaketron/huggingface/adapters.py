@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import Adapters
-from snaketron.files import to_json, writing_directory
+from snaketron.files import writing_directory
 from snaketron.huggingface import shards
-from snaketron.huggingface.config import copy_tokenizer
 from snaketron.huggingface.metadata import megatron_differences
 from snaketron.huggingface.names import megatron_tensors
 from snaketron.huggingface.peft import Factor, adapter_config, factors, refused
 from snaketron.huggingface.save import (
     Checkpoint,
     Rows,
-    entry_of,
     listed,
     open_tensors,
+    small_files,
 )
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import UserError, logger
@@ -83,17 +82,9 @@ def export_adapters(
             aside / "adapter_model.safetensors", described, lambda name: _made(kept[name], rows)
         )
         rows.check()
-        (aside / "adapter_config.json").write_bytes(to_json(adapter_config(adapters, found, base)))
         card = _CARD.format(base=base) + (_LEFT_OUT.format(count=left_out) if left_out else "")
-        (aside / "README.md").write_text(card, encoding="utf-8")
-        (aside / "generation_config.json").write_bytes(checkpoint.generation_config)
-        small = [
-            "adapter_config.json",
-            "generation_config.json",
-            "README.md",
-            *copy_tokenizer(checkpoint.tokenizer, aside),
-        ]
-        entries = [weights, *(entry_of(aside / name) for name in small)]
+        values = adapter_config(adapters, found, base)
+        entries = [weights, *small_files(checkpoint, aside, "adapter_config.json", values, card)]
         with making("export", output.name, outputs={}, record=aside / "record.json") as job:
             job.present = [Entry(e.name, str(output / e.name), e.sha256, e.bytes) for e in entries]
             job.inputs = {"checkpoint": source}

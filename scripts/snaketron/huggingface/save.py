@@ -15,7 +15,7 @@ from snaketron.huggingface.index import INDEX
 from snaketron.huggingface.metadata import megatron_differences
 from snaketron.huggingface.names import Tensor, megatron_tensors, tensors
 from snaketron.huggingface.torch_dist import Reader, is_finite
-from snaketron.lineage.record import Entry, Record, making
+from snaketron.lineage.record import Entry, Record, making, of_file
 from snaketron.log import UserError, logger
 from snaketron.wording import plural
 
@@ -79,9 +79,9 @@ def export(
         rows.check()
         written = [[finished.entry(name) for name in files]]
         finished.close()
-        written.append(_small_files(checkpoint, aside, reader, card))
+        written.append(small_files(checkpoint, aside, "config.json", _config(checkpoint, reader), card))
         shards.write_index(aside / INDEX, files)
-        written.append([entry_of(aside / INDEX)])
+        written.append([of_file(INDEX, aside / INDEX)])
         with making("export", output.name, outputs={}, record=aside / "record.json") as job:
             entries = [entry for group in written for entry in group]
             job.present = [
@@ -182,10 +182,21 @@ class TensorReader:
         return self._last[1]
 
 
-def _small_files(checkpoint: Checkpoint, aside: Path, reader: Reader, card: str) -> list[Entry]:
-    """config.json, generation_config.json, the tokenizer with its template, and README.md."""
+def small_files(
+    checkpoint: Checkpoint, aside: Path, name: str, values: dict[str, Any], card: str
+) -> list[Entry]:
+    """Write a configuration of this name, generation_config.json, README.md, and the tokenizer's files."""
+    texts = {name: to_json(values), "generation_config.json": checkpoint.generation_config}
+    texts["README.md"] = card.encode()
+    for file, text in texts.items():
+        (aside / file).write_bytes(text)
+    written = (*texts, *config.copy_tokenizer(checkpoint.tokenizer, aside))
+    return [of_file(file, aside / file) for file in written]
+
+
+def _config(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
     dtype = reader.tensors["output_layer.weight"][1]
-    values = config.published(
+    return config.published(
         checkpoint.model,
         vocab_size=checkpoint.vocab_size,
         seq_length=checkpoint.seq_length,
@@ -193,15 +204,6 @@ def _small_files(checkpoint: Checkpoint, aside: Path, reader: Reader, card: str)
         eos_token_id=checkpoint.eos_token_ids[0],
         pad_token_id=checkpoint.pad_token_id,
     )
-    (aside / "config.json").write_bytes(to_json(values))
-    (aside / "generation_config.json").write_bytes(checkpoint.generation_config)
-    (aside / "README.md").write_text(card, encoding="utf-8")
-    names = ["config.json", "generation_config.json", "README.md"]
-    return [entry_of(aside / name) for name in (*names, *config.copy_tokenizer(checkpoint.tokenizer, aside))]
-
-
-def entry_of(path: Path) -> Entry:
-    return Entry(path.name, str(path), sha256(path), path.stat().st_size)
 
 
 def _counts(wanted: list[Tensor], files: dict[str, list[shards.Described]], seconds: float) -> dict[str, Any]:
