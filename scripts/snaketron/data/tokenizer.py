@@ -6,8 +6,9 @@ Its identity is the sha256 of tokenizer.json. Using it imports `tokenizers`, and
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from snaketron import files
 from snaketron.config.checks import check_vocab_size
 from snaketron.config.data import SPECIAL_TOKENS
 from snaketron.data.rows import read_texts
-from snaketron.lineage.record import Entry, Record, making, read
+from snaketron.lineage.record import Record, making, read
 from snaketron.log import UserError, first_line, logger
 from snaketron.sources.formats import FETCH, IS_POINTER, is_pointer
 from snaketron.sources.pairs import dtype_of
@@ -185,17 +186,10 @@ def train(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    read = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal read
-        for text in documents:
-            read += 1
-            yield text
-
-    tokenizer.train_from_iterator(counted(), trainer)
-    if not read:
+    found = iter(documents)
+    if (first := next(found, None)) is None:
         raise UserError("tokenizer.text holds no documents to train a tokenizer on")
+    tokenizer.train_from_iterator(chain([first], found), trainer)
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         logger.warning("the text has pairs for only %d of %d tokens", size, vocab_size)
     return tokenizer
@@ -211,7 +205,7 @@ def trained_config() -> dict[str, Any]:
     }
 
 
-def convert(path: str) -> tuple[Tokenizer, dict[str, Any], list[Path | Entry]]:
+def convert(path: str) -> tuple[Tokenizer, dict[str, Any], list[Path]]:
     """A Hugging Face tokenizer, its configuration and what it was made from."""
     tokenizer = from_hugging_face(path)
     if not getattr(tokenizer, "is_fast", False):
@@ -237,7 +231,7 @@ def convert(path: str) -> tuple[Tokenizer, dict[str, Any], list[Path | Entry]]:
     return backend, config, origin(path)
 
 
-def origin(path: str) -> list[Path | Entry]:
+def origin(path: str) -> list[Path]:
     """The files of a tokenizer's directory that its ids come from, for the record.
 
     The record beside each downloaded file says where on the hub it was, with the commit.
