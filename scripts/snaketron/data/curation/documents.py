@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.data.arrow import number_array, schema_with, string_array, text_of
+from snaketron.data.curation.folder import Entered
 from snaketron.data.drops import Drops, place
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
 from snaketron.data.rows import read_documents
@@ -103,27 +104,24 @@ class Tally:
         self.overlooked["documents"] += 1
         self.overlooked["tokens"] += document.metadata["tokens"]
 
-    def watch(self, documents: Documents, name: str, texts: dict[str, str]) -> Iterator[Document]:
-        """Count the documents that block `name` changed; texts["before"] is what the block was given last."""
-        for document in documents:
-            if document.text != texts["before"]:
+    def through(self, documents: Documents, name: str, block: Any) -> Iterator[Document]:
+        """Run a datatrove block, which sees one document at a time, and count what it changes."""
+        before = ""
+
+        def given() -> Iterator[Document]:
+            nonlocal before
+            for document in documents:
+                before = document.text
+                yield document
+
+        for document in block.run(given()):
+            if document.text != before:
                 tokens = self.count_tokens([document.text])[0]
                 entry = self.changed.setdefault(name, {"documents": 0, "tokens": 0})
                 entry["documents"] += 1
                 entry["tokens"] += tokens - document.metadata["tokens"]
                 document.metadata["tokens"] = tokens
             yield document
-
-    def through(self, documents: Documents, name: str, block: Any) -> Iterator[Document]:
-        """Run a datatrove block, which sees one document at a time, and count what it changes."""
-        texts = {"before": ""}
-
-        def before() -> Iterator[Document]:
-            for document in documents:
-                texts["before"] = document.text
-                yield document
-
-        return self.watch(block.run(before()), name, texts)
 
     def leave(self, documents: Documents) -> Iterator[Document]:
         """Count what is left; a document without text is removed."""
@@ -160,18 +158,12 @@ class Tally:
         }
 
 
-class Removed:
+class Removed(Entered):
     """Counts the documents that a datatrove block removes; to the block it is the `exclusion_writer`."""
 
     def __init__(self, tally: Tally, name: str) -> None:
         self.tally = tally
         self.name = name
-
-    def __enter__(self) -> Removed:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
 
     def write(self, document: Document, rank: int = 0) -> None:
         reason = document.metadata.get("filter_reason")

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from snaketron.files import partial
 
@@ -25,8 +25,18 @@ from datatrove.io import DataFolder
 READ_BYTES = 256 << 20  # that all files of a block may hold in memory together
 
 
+class Entered:
+    """Something that a block enters, and that need not be closed."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
 @dataclass
-class Records:
+class Records(Entered):
     """A part of a file of fixed-size records, read a few at a time; the file is open only while it is read.
 
     `change` may replace the records of a chunk by others, or fewer.
@@ -39,12 +49,6 @@ class Records:
     change: Callable[[np.ndarray], np.ndarray] | None = None
     path: str = ""  # the name that the block knows
     at: int = 0
-
-    def __enter__(self) -> Records:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
 
     @property
     def size(self) -> int:
@@ -106,19 +110,13 @@ class Folder(DataFolder):
 
 
 @dataclass
-class _Written:
+class _Written(Entered):
     files: dict[str, bytearray]
 
     def write(self, name: str, data: bytes) -> None:
         self.files[name] += data
 
     def close(self) -> None:
-        pass
-
-    def __enter__(self) -> _Written:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
         pass
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from snaketron.config import MinHash
 from snaketron.data import curation
@@ -24,6 +23,7 @@ from snaketron.lineage.walk import known
 from snaketron.log import UserError
 
 import numpy as np
+import pyarrow.parquet as pq
 from datatrove.io import DataFolder
 from datatrove.pipeline.dedup.minhash import (
     MinhashConfig,
@@ -75,24 +75,16 @@ def minhash_signature(filtered: Path, *, settings: MinHash, output: Path, record
     """Write the hashes of each document of a filtered shard: bucket after bucket, each sorted."""
     curation.quiet()
     learn(Languages.english)
-    read = 0
-
-    def counted() -> Any:
-        nonlocal read
-        for document in documents.read(filtered):
-            read += 1
-            yield document
-
     with (
         making("minhash_signature", shard_name(output), outputs={"hashes": output}, record=record) as job,
         parts(output) as directory,
     ):
-        Signature(DataFolder(str(directory)), datatrove_config(settings)).run(counted())
+        Signature(DataFolder(str(directory)), datatrove_config(settings)).run(documents.read(filtered))
         with job.aside["hashes"].open("wb") as file:
             for bucket in range(settings.num_buckets):
                 with (directory / f"bucket_{bucket:03d}/00000.minhash.sig").open("rb") as part:
                     shutil.copyfileobj(part, file, 1 << 20)
-        compared = _num_documents(job.aside["hashes"], settings)
+        read, compared = pq.read_metadata(filtered).num_rows, _num_documents(job.aside["hashes"], settings)
         job.inputs, job.settings = {"filtered": known(filtered)}, settings.model_dump()
         job.counts = {"documents": read, "compared": compared, "too_short": read - compared}
     return job.record
