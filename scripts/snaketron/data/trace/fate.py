@@ -16,7 +16,6 @@ from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.uses import INFLUENCE, Source, reach
 from snaketron.log import UserError
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 READERS = {"tokens": "text", "render_chat": "chats"}  # jobs that end the way of a raw text, and their input
@@ -91,21 +90,11 @@ def _names_read(catalogue: Catalogue, shard: Made, source: Source) -> list[str]:
 
 
 def _of_text(catalogue: Catalogue, shard: Made, file: str, rows: Sequence[int]) -> list[Fate]:
-    path = shard.place(shard.record.output("documents"))
-    columns = ["split", "sequence", "file", "row"]
-    here = (pc.field("file") == file) & pc.field("row").isin(list(rows))
-    try:
-        table = pq.ParquetFile(path).read(columns=columns, use_threads=False).filter(here)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: not here any more, so the documents of {file} cannot be found; run the workflow to "
-            "make it again"
-        ) from None
     found = {row: Fate(file, row, shard) for row in rows}
-    for value in table.to_pylist():
-        fate = found[value["row"]]
-        fate.splits.append(value["split"])
-        fate.numbers.append(value["sequence"])
+    path = shard.place(shard.record.output("documents"))
+    for _, row, split, number in written(path, file, rows, "split", "sequence"):
+        found[row].splits.append(split)
+        found[row].numbers.append(number)
     for fate in found.values():
         fate.why = _why_not_trained(catalogue, fate)
         if "train" in fate.splits:
@@ -158,17 +147,11 @@ def _index(catalogue: Catalogue, blend: Made, training: Made) -> Path:
 
 
 def _of_chats(catalogue: Catalogue, shard: Made, file: str, rows: Sequence[int]) -> list[Fate]:
-    path = shard.place(shard.record.outputs[0])
     found = {row: Fate(file, row, shard) for row in rows}
-    try:
-        for number, row, split in written(path, file, rows, "split"):
-            found[row].numbers.append(number)
-            found[row].splits.append(split)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: not here any more, so the rows of {file} cannot be found; run the workflow to "
-            "make it again"
-        ) from None
+    path = shard.place(shard.record.outputs[0])
+    for number, row, split in written(path, file, rows, "split"):
+        found[row].splits.append(split)
+        found[row].numbers.append(number)
     for fate in found.values():
         fate.why = _why_not_trained(catalogue, fate)
     if trained := [fate for fate in found.values() if "train" in fate.splits]:
@@ -182,13 +165,13 @@ def _of_packs(catalogue: Catalogue, found: list[Fate], packing: Made) -> None:
     record = packing.record
     inputs = record.inputs_named("chats")
     files = [packing.place(entry) for entry in inputs]
+    packs = Packing(files, record.settings, "train")
     before = 0
     for path, entry in zip(files, inputs, strict=True):
         if entry.sha256 == found[0].shard.record.outputs[0].sha256:
             break
         before += pq.read_metadata(path).num_rows
     packed = record.output("train")
-    packs = Packing(files, record.settings, "train")
     numbers = packs.packs_of([before + n for fate in found for n in fate.numbers], packing.place(packed))
     orders = []
     for blend in _users(catalogue, packing, "blend_sft"):

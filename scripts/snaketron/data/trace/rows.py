@@ -20,8 +20,16 @@ FIELDS = ("text_field", "messages_field")  # keys of settings that say which fie
 
 
 def written(path: Path, file: str, rows: Iterable[int], *columns: str) -> list[tuple[Any, ...]]:
-    """What a Parquet file has of some rows of the raw `file`: its own number, the raw row, `columns`."""
+    """What a Parquet file has of some rows of the raw `file`: its own number, the raw row, `columns`.
+
+    Raises `UserError` where it is gone.
+    """
     wanted, found, before = list(rows), list[tuple[Any, ...]](), 0
+    if not path.exists():
+        raise UserError(
+            f"{path}: not here any more, so the rows of {file} cannot be found; run the workflow to make it "
+            "again"
+        )
     with pq.ParquetFile(path) as opened:
         for batch in opened.iter_batches(columns=["file", "row", *columns]):
             numbers = view(batch.column("row"))

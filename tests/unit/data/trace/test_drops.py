@@ -11,6 +11,7 @@ from snaketron.data.trace.fate import fates
 from snaketron.lineage.catalogue import scan
 from snaketron.lineage.record import of_user
 from snaketron.lineage.uses import source
+from snaketron.log import UserError
 from tests.unit.data.trace.test_text import table
 
 import numpy as np
@@ -73,6 +74,16 @@ def test_each_step_of_curation_says_what_it_removed(curated: Path):
         6: "removed by curation: decontamination",
         7: "dropped: bad row",
     }
+
+
+def test_a_filtered_shard_that_is_gone_is_named(curated: Path):
+    filtered = Path("data/curation/filtered/docs/a.parquet")
+    filtered.unlink()
+    catalogue = scan(curated)
+    with pytest.raises(
+        UserError, match=f"{filtered}: not here any more, so the rows of {RAW} cannot be found"
+    ):
+        fates(catalogue, source(catalogue, RAW), [4])
 
 
 def test_a_filtered_shard_may_hold_what_no_later_one_does(curated: Path):
