@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,20 @@ from snaketron.data import tokenizer
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
 WORDS = [
     "the quick brown fox jumps over the lazy dog",
     "pack my box with five dozen liquor jugs",
     "a b c 1 2 3",
 ]
+
+
+def slow_imports(script: str, *arguments: Any) -> set[str]:
+    """The slow modules that a script imports: each takes up to seconds, in every one of dozens of jobs."""
+    slow = {"torch", "transformers", "pandas", "datatrove"}
+    code = f"import sys, {script}; {script}.main(sys.argv[1:]); print('slow:', *{slow} & set(sys.modules))"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return set(said.rpartition("slow:")[2].split())
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -23,6 +21,7 @@ from tests.unit.data.chats.rendering import (
     render_files,
     texts,
 )
+from tests.unit.data.conftest import slow_imports
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -405,10 +404,5 @@ def test_a_space_before_an_answer_is_one_token_with_its_first_word_and_trained(t
 
 
 def test_the_job_does_not_import_what_is_slow(tmp_path, tokenizer):
-    """Each of these takes a second or more, in every one of dozens of jobs."""
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": question("a", "b")}])
-    code = (
-        "import sys, render_chat; render_chat.main(sys.argv[1:]); "
-        "sys.exit(' '.join({'torch', 'transformers', 'pandas', 'datatrove'} & set(sys.modules)) or 0)"
-    )
-    subprocess.run([sys.executable, "-c", code, *arguments(tmp_path, chats)], check=True)
+    assert not slow_imports("render_chat", *arguments(tmp_path, chats))
