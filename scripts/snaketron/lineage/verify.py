@@ -34,7 +34,6 @@ class Named:
 
     path: Path
     sha256: str
-    bytes: int
     by: Path  # the record
     problem: str = ""  # that is known without reading it
 
@@ -64,14 +63,14 @@ def named(catalogue: Catalogue, made: Made) -> Iterator[Named]:
             path = one.output_place(entry)
             if entry.sha256 and (key := (str(path), entry.sha256)) not in seen:
                 seen.add(key)
-                yield Named(path, entry.sha256, entry.bytes, one.path)
+                yield Named(path, entry.sha256, one.path)
         for entry in one.record.inputs:
             if catalogue.made_by(entry, one) or not is_file(entry):
                 continue
             path = one.place(entry)
             if (key := (str(path), entry.sha256)) not in seen:
                 seen.add(key)
-                yield Named(path, entry.sha256, entry.bytes, one.path, trouble(catalogue, one, entry))
+                yield Named(path, entry.sha256, one.path, trouble(catalogue, one, entry))
 
 
 class State:
