@@ -49,6 +49,7 @@ wildcard_constraints:
     corpus=r"[a-z0-9_]+",
     source=r"[a-z0-9_]+",
     phase=r"[a-z0-9_]+",
+    group=r"[a-z0-9_]+",
     shard=r"[a-z0-9_.]+",
 
 

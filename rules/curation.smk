@@ -54,8 +54,6 @@ rule exact_find:
         "<logs>/exact_find/{group}.log",
     benchmark:
         "<benchmarks>/exact_find/{group}.tsv"
-    wildcard_constraints:
-        group=r"[a-z0-9_]+",
     params:
         order=graph.curation.corpora_of("exact_dedup"),
     shell:
@@ -99,7 +97,6 @@ rule minhash_buckets:
     benchmark:
         "<benchmarks>/minhash_buckets/{group}/{bucket}.tsv"
     wildcard_constraints:
-        group=r"[a-z0-9_]+",
         bucket=r"\d+",
     params:
         settings=graph.curation.minhash_settings(),
@@ -127,8 +124,6 @@ rule minhash_cluster:
         "<logs>/minhash_cluster/{group}.log",
     benchmark:
         "<benchmarks>/minhash_cluster/{group}.tsv"
-    wildcard_constraints:
-        group=r"[a-z0-9_]+",
     params:
         settings=graph.curation.minhash_settings(),
         order=graph.curation.corpora_of("minhash_dedup"),
