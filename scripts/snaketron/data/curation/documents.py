@@ -197,6 +197,7 @@ def raw(paths: Sequence[Path], settings: FilterSettings, drops: Drops, opened: O
     number, fields = 0, settings.metadata_fields
     for path in paths:
         opened.note(path)
+        before = drops.num_rows
         for row, text, values in read_documents(
             path, settings.text_field, optional=fields, settings=settings, drops=drops
         ):
@@ -205,6 +206,8 @@ def raw(paths: Sequence[Path], settings: FilterSettings, drops: Drops, opened: O
             yield Document(text=text, id=str(number), metadata=metadata)
             if number == settings.max_documents:
                 return
+        if drops.num_rows == before:
+            raise UserError(f"{path}: holds no documents; remove it from its corpus or fill it")
 
 
 def fields_of(path: Path) -> list[str]:

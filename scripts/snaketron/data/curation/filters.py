@@ -103,11 +103,6 @@ def filter_shard(
             stream = tally.through(stream, entry.name, build(entry, documents.Removed(tally, reason)))
         about = {"kind": "filtered", "name": name}
         documents.write(job.aside["documents"], tally.leave(stream), settings.metadata_fields, about)
-        if not drops.num_rows:
-            raise UserError(
-                f"{', '.join(map(str, text))}: holds no documents; remove it from the corpus "
-                f"{output.parent.name!r} or fill it"
-            )
         drops.check(settings)
         if tally.kept["documents"] and (said := drops.told(name)):
             logger.info("%s", said)
