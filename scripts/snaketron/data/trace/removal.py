@@ -100,18 +100,13 @@ def _must(
         return True, kind != "tokenizer"
     if kind in READERS:
         return True, any(fate.shard is made and fate.splits for fate in found)
-    if kind == "filtered":
-        return True, any(_passed(catalogue, made, fate) for fate in found)
+    if kind == "filtered":  # later steps may have removed what it holds
+        passed = [fate for fate in found if fate.splits or fate.why.startswith("removed by curation")]
+        shards = {fate.shard.digest: fate.shard for fate in passed}
+        return True, any(made in catalogue.ancestors(shard) for shard in shards.values())
     if kind == "checkpoint":  # merged or imported: its blend is only for a validation
         changed -= {"blend"}
     return bool(changed), bool(changed)
-
-
-def _passed(catalogue: Catalogue, filtered: Made, fate: Fate) -> bool:
-    """Whether a document is in a filtered shard, from which later steps may have removed it."""
-    if not (fate.splits or fate.why.startswith("removed by curation")):
-        return False
-    return any(made is filtered for made in catalogue.ancestors(fate.shard))
 
 
 # -------------------------------------------------------------------------------------------- in words
