@@ -182,19 +182,12 @@ def sample_paths(name: str, count: int) -> list[str]:
 
 
 def sample_corpora() -> list[Corpus]:
-    return [
-        Corpus(name="docs", paths=sample_paths("docs", 3)),
-        Corpus(name="code", paths=sample_paths("code", 3)),
-        Corpus(name="packages", paths=sample_paths("packages", 3)),
-        Corpus(name="requests", paths=sample_paths("requests", 3)),
-    ]
+    names = ("docs", "code", "packages", "requests")
+    return [Corpus(name=name, paths=sample_paths(name, 3)) for name in names]
 
 
 def sample_chats() -> list[ChatSource]:
-    return [
-        ChatSource(name="questions", paths=sample_paths("questions", 2)),
-        ChatSource(name="tools", paths=sample_paths("tools", 2)),
-    ]
+    return [ChatSource(name=name, paths=sample_paths(name, 2)) for name in ("questions", "tools")]
 
 
 CALL = "<tool_call>"  # what an answer has where it calls a function
