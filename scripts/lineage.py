@@ -8,7 +8,8 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snaketron.log import argument_parser, run
+from snaketron.log import argument_parser, logger, run
+from snaketron.wording import some
 
 if TYPE_CHECKING:
     from snaketron.lineage.catalogue import Catalogue
@@ -62,11 +63,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.lineage.catalogue import root_of, scan
+    from snaketron.lineage.uses import unknown
 
     if args.diff:
         return diff(*args.diff, args.root)
     roots = args.root or [root_of(args.path or Path(args.who_uses or args.without))]
     catalogue = scan(*roots)
+    if (args.who_uses or args.without) and (lost := unknown(catalogue)):
+        logger.warning(
+            "not known of %s: the blends behind them were made again, or removed, since",
+            some([made.version or made.title for made in lost]),
+        )
     if args.who_uses:
         return who_uses(catalogue, args)
     if args.without:

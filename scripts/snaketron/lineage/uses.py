@@ -98,6 +98,23 @@ def reach(catalogue: Catalogue, sources: Iterable[Source]) -> Reach:
     return Reach(_ordered(catalogue, holders.values()), _ordered(catalogue, only))
 
 
+def unknown(catalogue: Catalogue) -> list[Made]:
+    """The checkpoints whose blend no record is about any more, and all that was made of them.
+
+    A blend that is made again takes the place of the one before, with its record. What was trained on that
+    may hold any text.
+    """
+
+    def is_lost(made: Made) -> bool:
+        if made.record.kind != "checkpoint" or made.record.inputs_named("adapters"):  # only merged
+            return False
+        return any(catalogue.made_by(e, made) is None for e in made.record.inputs_named("blend"))
+
+    lost = list(filter(is_lost, list(catalogue.all)))
+    built = reach(catalogue, (Source(m.version, m.version, catalogue.users_of(m)) for m in lost)).holders
+    return _ordered(catalogue, [*lost, *built])
+
+
 def _users(catalogue: Catalogue, one: Source) -> list[tuple[Made, Entry]]:
     """Who used a source; where it is an output of a job, also those that name the job's record."""
     maker = catalogue.maker(one.identity)

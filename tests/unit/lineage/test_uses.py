@@ -8,7 +8,7 @@ from snaketron.files import sha256
 from snaketron.lineage import uses, words
 from snaketron.lineage.catalogue import scan
 from snaketron.log import UserError
-from tests.unit.lineage.conftest import write
+from tests.unit.lineage.conftest import BLEND, job, train, write
 
 import pytest
 
@@ -37,6 +37,20 @@ def test_a_hash_and_the_beginning_of_one_name_the_file(lineage: Path):
     Path("raw/b.jsonl").unlink()
     assert found("raw/b.jsonl") == found(digest)
     assert uses.source(scan(lineage), digest[:10]).name == "raw/b.jsonl"
+
+
+def test_what_was_trained_on_a_blend_that_was_made_again_is_not_known(lineage: Path, run_script):
+    """Its record is that of the new blend, and nothing else tells what was in the old one."""
+    assert uses.unknown(scan(lineage)) == []
+    assert run_script("lineage", "--who-uses", "raw/b.jsonl") == (0, "")
+    shards = [Path(f"data/tokens/docs/{name}.json") for name in ("a", "b")]
+    inputs, outputs = {"records": shards}, {"blend.json": BLEND}
+    job("blend", "one", "data/pretrain/one/record.json", inputs, outputs, weight=2.0)
+    train("pretrain/one", "0d", BLEND)
+    assert found("raw/b.jsonl")[0] == ["tokens docs/b", "blend one", "checkpoint pretrain/one"]
+    assert [made.version for made in uses.unknown(scan(lineage))] == ["pretrain/one-0a", "sft-0b"]
+    told = "not known of pretrain/one-0a, sft-0b: the blends behind them were made again, or removed, since\n"
+    assert run_script("lineage", "--who-uses", "raw/b.jsonl") == (0, told)
 
 
 def test_what_was_made_can_be_asked_about_as_well(lineage: Path):

@@ -87,6 +87,7 @@ def trained(work: Path, record, train) -> Path:
     train("pretrain/one", "0a", blend)
     train("pretrain/longer", "0b", blend, train_iters=9)
     Path("data/sft.json").write_text("[]", encoding="utf-8")
+    record("blend_sft", "sft", "data/sft/record.json", {}, {"blend.json": "data/sft.json"})
     train("sft", "0c", "data/sft.json", base="pretrain/one-0a")
     return work
 
