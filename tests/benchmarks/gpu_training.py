@@ -10,7 +10,7 @@ a text (`text_tokens`) with the routing that follows from it. Lines of JSON come
 table at the end; with --profile NAME also what took the time, by kind of kernel, and a trace for
 chrome://tracing.
 Tokens of "even" variants go to random experts, as where speeds with evenly loaded experts are published.
-The estimate is that of `sizes.memory.memory_of_process`, the peak that of the fullest GPU. "Load" is the
+The estimate is that of `sizes.memory.peak_bytes`, the peak that of the fullest GPU. "Load" is the
 tokens of the fullest expert over the mean in the last step: of the worst layer, and the mean over layers.
 """
 
@@ -226,7 +226,8 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     from snaketron.model.distributed import distributed
     from snaketron.settings.training import run_settings, train_settings
     from snaketron.sizes.flops import training_flops
-    from snaketron.sizes.memory import memory_of_process
+    from snaketron.sizes.memory import peak_bytes
+    from snaketron.sizes.work import Work
     from snaketron.train import loop
     from snaketron.train.batches import Batches, sequences
     from snaketron.train.build import build_training
@@ -307,7 +308,8 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
         ).double()
         torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
         peak, reserved = (peaks / 2**30).tolist()
-        estimate = memory_of_process(config.model, VOCABULARY, length, config.pretrain, settings.optimizer)
+        does = Work(config.model, VOCABULARY, length, batch, config.pretrain, settings.optimizer)
+        estimate = peak_bytes(does)
         result |= {
             "gpu": torch.cuda.get_device_name(),
             "tokens_per_second": rate,

@@ -23,7 +23,7 @@ from snaketron.settings.training import RunSettings, TrainSettings
 from snaketron.sizes.gpus import usable_bytes
 from snaketron.sizes.layout import layout
 from snaketron.sizes.recording import recordable, records_layers
-from snaketron.sizes.traffic import Work
+from snaketron.sizes.work import Work
 
 import torch
 

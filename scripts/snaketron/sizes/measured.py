@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from snaketron.config import Model, Optimizer, Run
 from snaketron.config.base import Dispatcher
-from snaketron.sizes.traffic import Work
+from snaketron.sizes.work import Work
 
 HERE = "docs/measurements.md"
 CARD = "Megatron Bridge's verification card"

@@ -9,6 +9,7 @@ from snaketron.config import Adapters, Lora, Model, Optimizer, Parallel, Run
 from snaketron.sizes.activations import layer_activations
 from snaketron.sizes.parameters import Parameters, expert_width, padded_vocab_size, weight_bytes
 from snaketron.sizes.stages import adapter_parameters, pipeline_stages, stage_parameters
+from snaketron.sizes.work import Work
 
 
 @dataclass(frozen=True)
@@ -130,25 +131,18 @@ def recorded_memory(
     return [each * tokens * numbers * (len(stages) - stage) for stage, numbers in enumerate(kept)]
 
 
-def memory_of_process(
-    model: Model,
-    vocab_size: int,
-    seq_length: int,
-    run: Run,
-    optimizer: Optimizer,
-    keeps_scan: bool = True,
-    records_layers: bool = False,
-) -> float:
+def peak_bytes(work: Work) -> float:
     """Bytes in tensors and recordings of layers on the GPU of the fullest process, at their peak.
 
     Not counted: what the allocator reserves beside tensors, buffers of libraries (1 to 2 GB).
     """
+    about = (work.model, work.vocab_size)
     parts = [
-        [kept.total for kept in static_of_run(model, vocab_size, run, optimizer)],
-        activation_memory(model, vocab_size, seq_length, run, keeps_scan),
+        [kept.total for kept in static_of_run(*about, work.run, work.optimizer)],
+        activation_memory(*about, work.seq_length, work.run, work.keeps_scan),
     ]
-    if records_layers:
-        parts.append(recorded_memory(model, vocab_size, seq_length, run, keeps_scan))
+    if work.cuda_graphs:
+        parts.append(recorded_memory(*about, work.seq_length, work.run, work.keeps_scan))
     return max(map(sum, zip(*parts, strict=True)))
 
 

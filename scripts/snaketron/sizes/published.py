@@ -11,9 +11,10 @@ from snaketron.config import Config, Model, Pretrain
 from snaketron.sizes.flops import training_flops
 from snaketron.sizes.gpus import GPUS
 from snaketron.sizes.measured import CARD, HERE, TABLE, points
+from snaketron.sizes.memory import peak_bytes
 from snaketron.sizes.parameters import num_active_parameters, num_parameters
 from snaketron.sizes.speed import MEASURED
-from snaketron.sizes.step import peak_bytes, tokens_per_second
+from snaketron.sizes.step import tokens_per_second
 
 _REPORT = "NVIDIA's report"
 

@@ -8,8 +8,8 @@ from snaketron.config import Cluster, Config, Model, Pretrain, Run, Training
 from snaketron.config.base import FLEXIBLE
 from snaketron.sizes.gpus import usable_bytes
 from snaketron.sizes.layout import dispatcher, layout
-from snaketron.sizes.memory import memory_of_process
-from snaketron.sizes.traffic import Work
+from snaketron.sizes.memory import peak_bytes
+from snaketron.sizes.work import Work
 
 # Tokens of a sequence from which on kernels are recorded. At 64 tokens cuDNN's backward pass of attention
 # takes a kernel that reads memory of an earlier call when a recording starts it: gradients were wrong, or the
@@ -77,10 +77,7 @@ def records_layers(work: Work, *, packed: bool, cluster: Cluster, usable: float)
         and not run.offload_optimizer
         and _was_tried(model)
         and _repeats(run, work.seq_length, packed, cluster)
-        and memory_of_process(
-            model, work.vocab_size, work.seq_length, run, work.optimizer, records_layers=True
-        )
-        <= usable
+        and peak_bytes(work._replace(cuda_graphs=True)) <= usable
     )
 
 

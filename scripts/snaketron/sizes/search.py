@@ -13,8 +13,9 @@ from snaketron.config.cluster import Split
 from snaketron.config.training_checks import check_training
 from snaketron.sizes.gpus import Gpu, in_nodes
 from snaketron.sizes.layout import layout_sizes, layout_words
+from snaketron.sizes.memory import peak_bytes
 from snaketron.sizes.recording import work
-from snaketron.sizes.step import Step, peak_bytes, step_time
+from snaketron.sizes.step import Step, step_time
 from snaketron.wording import BYTES, large
 
 MICRO_BATCHES = (1, 2, 4)

@@ -21,18 +21,10 @@ from snaketron.sizes.compute import (
     stays_in_bf16,
 )
 from snaketron.sizes.gpus import Gpu
-from snaketron.sizes.memory import memory_of_process
 from snaketron.sizes.parameters import padded_vocab_size
 from snaketron.sizes.stages import pipeline_stages
-from snaketron.sizes.traffic import (
-    Work,
-    context,
-    exchange,
-    output_sums,
-    sums_of_stages,
-    tensor,
-    tokens_of_process,
-)
+from snaketron.sizes.traffic import context, exchange, output_sums, sums_of_stages, tensor, tokens_of_process
+from snaketron.sizes.work import Work
 
 RECORDED_ON_HOST = 1.5e-3  # of a layer that is recorded as a CUDA graph
 CASTS_ON_HOST = 1.2  # as much more under fp8 and nvfp4
@@ -98,19 +90,6 @@ def tokens_per_second(work: Work, gpu: Gpu) -> float:
     """Tokens a second of each GPU."""
     tokens = work.global_batch_size * work.seq_length
     return tokens / step_time(work, gpu).total / work.run.parallel.world_size
-
-
-def peak_bytes(work: Work) -> float:
-    """Bytes in tensors and recordings of layers on the fullest GPU."""
-    return memory_of_process(
-        work.model,
-        work.vocab_size,
-        work.seq_length,
-        work.run,
-        work.optimizer,
-        work.keeps_scan,
-        records_layers=work.cuda_graphs,
-    )
 
 
 # ------------------------------------------------------------------------------------------ micro-batches

@@ -9,32 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from snaketron.config import Model, Optimizer, Run
-from snaketron.config.base import Dispatcher
 from snaketron.sizes.gpus import Gpu
 from snaketron.sizes.memory import StaticMemory, static_of_run
 from snaketron.sizes.parameters import expert_width, mamba_widths
 from snaketron.sizes.stages import pipeline_stages, stage_parameters
+from snaketron.sizes.work import Work
 
 NVLINK, NETWORK = 0.62, 0.8  # shares of the peaks: 282 GB/s were measured between two H100s
-
-
-class Work(NamedTuple):
-    """What a training does, for the estimate of its step."""
-
-    model: Model
-    vocab_size: int
-    seq_length: int
-    global_batch_size: int
-    run: Run
-    optimizer: Optimizer
-    cuda_graphs: bool = False  # of attention and Mamba layers
-    recorded: bool = False  # whole micro-batches (`recording.recordable`)
-    # alltoall: each copy of a token crosses by itself; allgather: one copy to each GPU that shares experts;
-    # hybridep: one to each NVLink domain.
-    dispatcher: Dispatcher = "alltoall"
-    frozen: bool = False  # adapters: no gradients of weights
-    keeps_scan: bool = True  # Mamba's scan keeps its intermediate results, as here now
 
 
 @dataclass(frozen=True)

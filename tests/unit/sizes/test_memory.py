@@ -1,9 +1,9 @@
-"""Memory of a GPU: sums by hand, and what was measured."""
+"""Memory of a GPU, by hand; `test_published` compares with what was measured."""
 
 from snaketron.config import Adapters, Model, Optimizer, Parallel, Run
 from snaketron.sizes import memory, parameters
 from snaketron.sizes.activations import layer_activations
-from snaketron.sizes.measured import BENCHMARK, NANO_SLICE, VOCABULARY
+from snaketron.sizes.measured import NANO_SLICE
 from snaketron.sizes.stages import adapter_parameters
 from tests.unit.sizes.models import HAND, SUPER, VOCABULARY_OF_SUPER
 
@@ -89,42 +89,6 @@ def test_lower_precision_and_offloading_leave_less_on_the_gpu():
     assert found.total == (2 + 2 + 2 + 4) * mine
     (found,) = memory.static_memory(model, 16, Parallel(), Optimizer(), 0.75)
     assert found.total == (2 + 4 + 12 / 4) * mine
-
-
-BF16_STATE = Optimizer(gradient_precision="bf16", moment_precision="bf16")
-TWO = {
-    "tensor_model_parallel_size": 37.6,
-    "pipeline_model_parallel_size": 47.7,
-    "context_parallel_size": 40.5,
-    "data_parallel_size": 56.4,
-}
-
-
-@pytest.mark.parametrize(
-    ("run", "optimizer", "peak_gib"),
-    [
-        ({"micro_batch_size": 1}, Optimizer(), 44.4),
-        ({"micro_batch_size": 4}, Optimizer(), 68.2),
-        ({"micro_batch_size": 8}, Optimizer(), 100.1),
-        ({"recompute": ["moe"]}, Optimizer(), 61.3),
-        ({"recompute": ["layer"]}, Optimizer(), 50.6),
-        ({"offload_optimizer": 0.5}, Optimizer(), 58.3),
-        ({}, BF16_STATE, 52.4),
-        *(
-            ({"parallel": {name: 2, "pipeline_split": "layers"}}, Optimizer(), peak)
-            for name, peak in TWO.items()
-        ),
-        (
-            {"parallel": {"expert_model_parallel_size": 2, "data_parallel_size": 2}},
-            Optimizer(),
-            53.8,
-        ),
-    ],
-)
-def test_the_estimate_is_near_what_was_measured(run, optimizer, peak_gib):
-    """By a scan that computed again what this one keeps."""
-    estimate = memory.memory_of_process(BENCHMARK, VOCABULARY, 4096, Run(**run), optimizer, keeps_scan=False)
-    assert estimate / 2**30 == pytest.approx(peak_gib, rel=0.06)
 
 
 def test_lora_keeps_gradients_and_optimizer_of_its_adapters_alone():

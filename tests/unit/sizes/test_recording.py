@@ -7,12 +7,11 @@ from typing import Any
 
 from snaketron.config import Cluster, Model, Optimizer, Parallel, Run, load
 from snaketron.sizes.gpus import usable_bytes
-from snaketron.sizes.memory import recorded_memory
+from snaketron.sizes.memory import peak_bytes, recorded_memory
 from snaketron.sizes.plan import components
 from snaketron.sizes.recording import recordable, records_layers
 from snaketron.sizes.recording import work as work_of
-from snaketron.sizes.step import peak_bytes
-from snaketron.sizes.traffic import Work
+from snaketron.sizes.work import Work
 
 import pytest
 

@@ -8,7 +8,7 @@ from snaketron.config import Model, Optimizer, Parallel, Run
 from snaketron.sizes import compute
 from snaketron.sizes.gpus import Gpu
 from snaketron.sizes.step import Step, step_time
-from snaketron.sizes.traffic import Work
+from snaketron.sizes.work import Work
 
 import pytest
 

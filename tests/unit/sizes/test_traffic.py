@@ -6,7 +6,8 @@ from typing import Any
 
 from snaketron.config import Model, Optimizer, Parallel, Run
 from snaketron.sizes.gpus import Gpu
-from snaketron.sizes.traffic import Moved, Work, traffic
+from snaketron.sizes.traffic import Moved, traffic
+from snaketron.sizes.work import Work
 
 import pytest
 
