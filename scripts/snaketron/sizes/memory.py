@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from snaketron.config import Adapters, Lora, Model, Optimizer, Parallel, Run
+from snaketron.config import Adapters, Model, Optimizer, Parallel, Run
 from snaketron.sizes.activations import layer_activations
 from snaketron.sizes.parameters import Parameters, expert_width, padded_vocab_size, weight_bytes
-from snaketron.sizes.stages import adapter_parameters, pipeline_stages, stage_parameters
+from snaketron.sizes.stages import pipeline_stages, stage_parameters, trained_parameters
 from snaketron.sizes.work import Work
 
 
@@ -47,7 +47,7 @@ def static_memory(
     main = (2 if short else 4) if in_bf16 else (4 if short else 0)
     found = []
     stages = stage_parameters(model, vocab_size, parallel)
-    trained = adapter_parameters(model, vocab_size, parallel, adapters) if adapters else stages
+    trained = trained_parameters(model, vocab_size, parallel, adapters)
     for stage, tuned in zip(stages, trained, strict=True):
         held = stage.of_process(parallel) + (tuned.of_process(parallel) if adapters else 0)
         dense, expert = tuned.dense_of_process(parallel), tuned.expert_of_process(parallel)
@@ -75,7 +75,7 @@ def updated_parameters(stage: Parameters, parallel: Parallel) -> float:
 
 def static_of_run(model: Model, vocab_size: int, run: Run, optimizer: Optimizer) -> list[StaticMemory]:
     """`static_memory` of a training as it is configured; under LoRA only adapters are trained."""
-    adapters = run if isinstance(run, Lora) else None
+    adapters = run if isinstance(run, Adapters) else None
     return static_memory(model, vocab_size, run.parallel, optimizer, run.offload_optimizer, adapters)
 
 

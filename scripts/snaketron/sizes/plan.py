@@ -12,7 +12,7 @@ from snaketron.sizes.memory import activation_memory, recorded_memory, static_of
 from snaketron.sizes.parameters import Parameters, num_active_parameters, num_parameters, weight_bytes
 from snaketron.sizes.recording import work
 from snaketron.sizes.speed import Speed, flops_per_token, published, speed
-from snaketron.sizes.stages import adapter_parameters, stage_parameters
+from snaketron.sizes.stages import adapter_parameters, stage_parameters, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,8 @@ def checkpoint_bytes(config: Config, training: Training) -> float:
     Not counted: what describes the tensors, 4 % at 2 million parameters.
     """
     model, vocab_size = training.model, config.tokenizer.vocab_size
-    if training.adapters:
-        trained = sum(
-            stage.total for stage in adapter_parameters(model, vocab_size, Parallel(), training.adapters)
-        )
-    else:
-        trained = num_parameters(model, vocab_size).total
-    return trained * _in_checkpoint(model)
+    (trained,) = trained_parameters(model, vocab_size, Parallel(), training.adapters)
+    return trained.total * _in_checkpoint(model)
 
 
 def merged_bytes(config: Config, training: Training) -> float:
@@ -158,11 +153,7 @@ def _in_checkpoint(model: Model) -> int:
 def _copied_bytes(config: Config, training: Training) -> float:
     """Bytes of a checkpoint that the process with most of them copies to the host, to write them."""
     model, vocab_size, parallel = training.model, config.tokenizer.vocab_size, training.run.parallel
-    stages: Iterable[Parameters]
-    if training.adapters:
-        stages = adapter_parameters(model, vocab_size, parallel, training.adapters)
-    else:
-        stages = stage_parameters(model, vocab_size, parallel)
+    stages = trained_parameters(model, vocab_size, parallel, training.adapters)
     return _in_checkpoint(model) * _of_fullest(stages, parallel)
 
 

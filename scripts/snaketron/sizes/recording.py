@@ -28,7 +28,6 @@ def work(config: Config, training: Training) -> Work:
         run=run,
         optimizer=run.optimizer,
         dispatcher=dispatcher(training.model, run, config.cluster),
-        frozen=training.adapters is not None,
     )
     if not isinstance(run, Pretrain):
         return does

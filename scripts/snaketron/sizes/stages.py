@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from snaketron.config import Adapters, Model, Parallel
 from snaketron.config.linears import Linear, linears, targeted
@@ -165,6 +165,15 @@ def adapter_parameters(
     found = [_sum(of_layer[letter] * count for letter, count in Counter(stage).items()) for stage in stages]
     found[-1] += _adapters(linears(model, "", with_mtp=True), adapters, parallel)
     return found
+
+
+def trained_parameters(
+    model: Model, vocab_size: int, parallel: Parallel, adapters: Adapters | None
+) -> Sequence[Parameters]:
+    """Trained parameters of each pipeline stage: those of adapters alone where there are some."""
+    if adapters:
+        return adapter_parameters(model, vocab_size, parallel, adapters)
+    return stage_parameters(model, vocab_size, parallel)
 
 
 def _adapters(there: list[Linear], adapters: Adapters, parallel: Parallel) -> Parameters:

@@ -21,8 +21,9 @@ from snaketron.sizes.compute import (
     stays_in_bf16,
 )
 from snaketron.sizes.gpus import Gpu
+from snaketron.sizes.memory import static_of_run, updated_parameters
 from snaketron.sizes.parameters import padded_vocab_size
-from snaketron.sizes.stages import pipeline_stages
+from snaketron.sizes.stages import pipeline_stages, trained_parameters
 from snaketron.sizes.traffic import context, exchange, output_sums, sums_of_stages, tensor, tokens_of_process
 from snaketron.sizes.work import Work
 
@@ -190,19 +191,18 @@ def _update(work: Work, gpu: Gpu, micro_batch: float) -> tuple[float, float]:
     On several nodes the sums run during the backward pass of the last micro-batch, two thirds of it.
     """
     parallel, off = work.run.parallel, work.run.offload_optimizer
-    copies = parallel.data_parallel_size * parallel.context_parallel_size
-    of_expert = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    processes = parallel.world_size // parallel.pipeline_model_parallel_size
     sums = optimizer = 0.0
     fused = work.optimizer.gradient_precision == work.optimizer.moment_precision == "bf16"
-    for (dense, expert), memory, moved in zip(*sums_of_stages(work, gpu), strict=True):
+    trained = trained_parameters(work.model, work.vocab_size, parallel, work.adapters)
+    memories = static_of_run(work.model, work.vocab_size, work.run, work.optimizer)
+    for stage, memory, moved in zip(trained, memories, sums_of_stages(work, gpu), strict=True):
         sums = max(sums, moved.seconds(gpu))
         # One pass over all in bf16; else also division by the tokens, norm and clipping, each on its own.
         of_gradients = 2 if fused else 6
         touched = of_gradients * memory.gradients + 2 * (
             memory.main_weights + memory.moments + memory.weights
         )
-        on_host = off * (dense / copies + expert * of_expert / processes) * HOST_ADAM
+        on_host = off * updated_parameters(stage, parallel) * HOST_ADAM
         optimizer = max(optimizer, touched / (gpu.memory_speed * MEMORY) + on_host)
     if parallel.world_size > gpu.domain:
         sums = max(0.0, sums - 2 / 3 * micro_batch)

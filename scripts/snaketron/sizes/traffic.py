@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from snaketron.sizes.gpus import Gpu
-from snaketron.sizes.memory import StaticMemory, static_of_run
 from snaketron.sizes.parameters import expert_width, mamba_widths
-from snaketron.sizes.stages import pipeline_stages, stage_parameters
+from snaketron.sizes.stages import pipeline_stages, trained_parameters
 from snaketron.sizes.work import Work
 
 NVLINK, NETWORK = 0.62, 0.8  # shares of the peaks: 282 GB/s were measured between two H100s
@@ -49,11 +47,10 @@ def traffic(work: Work, gpu: Gpu) -> dict[str, Moved]:
     parallel = work.run.parallel
     micro_batches = work.global_batch_size / (work.run.micro_batch_size * parallel.data_parallel_size)
     stages = list(_stages(work, gpu))
-    _, _, sums = sums_of_stages(work, gpu)
     kinds = max(stages, key=lambda kinds: sum(moved.total for moved in kinds.values()))
     kinds["pipeline"] = _between_stages(work, gpu)
     of_step = {kind: moved * micro_batches for kind, moved in kinds.items()}
-    return of_step | {"sums": max(sums, key=lambda moved: moved.total)}
+    return of_step | {"sums": max(sums_of_stages(work, gpu), key=lambda moved: moved.total)}
 
 
 def _stages(work: Work, gpu: Gpu) -> Iterator[dict[str, Moved]]:
@@ -159,31 +156,20 @@ def _within(gpu: Gpu, group: int) -> Moved:
 # ------------------------------------------------------------------------------------------- the update
 
 
-class StageSums(NamedTuple):
-    """What the update sums and holds, in lists with an entry for each stage of the pipeline."""
-
-    parameters: list[tuple[int, int]]  # of a process: dense ones, and those of routed experts
-    memory: list[StaticMemory]
-    moved: list[Moved]  # by a step: gradients that are summed, and weights that are gathered
-
-
-def sums_of_stages(work: Work, gpu: Gpu) -> StageSums:
-    """The sums over data parallelism."""
+def sums_of_stages(work: Work, gpu: Gpu) -> list[Moved]:
+    """What a GPU of each stage sends for the update: gradients that are summed, weights that are gathered."""
     parallel = work.run.parallel
     copies = parallel.data_parallel_size * parallel.context_parallel_size
     of_expert = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     processes = parallel.world_size // parallel.pipeline_model_parallel_size
     near = _ring(gpu, copies, parallel.tensor_model_parallel_size)
     among = _ring(gpu, processes // of_expert, of_expert)
-    found = StageSums([], list(static_of_run(work.model, work.vocab_size, work.run, work.optimizer)), [])
-    held = stage_parameters(work.model, work.vocab_size, parallel)
-    for stage, memory in zip(held, found.memory, strict=True):
-        dense, expert = stage.dense_of_process(parallel), stage.expert_of_process(parallel)
-        # Bytes of a gradient, and of a weight that is gathered after the update.
-        width = memory.gradients / (dense + expert) + (0 if work.frozen else 2)
-        found.parameters.append((dense, expert))
-        found.moved.append(near * (width * dense) + among * (width * expert))
-    return found
+    width = (2 if work.optimizer.gradient_precision == "bf16" else 4) + 2  # bytes of a gradient and a weight
+    return [
+        near * (width * stage.dense_of_process(parallel))
+        + among * (width * stage.expert_of_process(parallel))
+        for stage in trained_parameters(work.model, work.vocab_size, parallel, work.adapters)
+    ]
 
 
 def _ring(gpu: Gpu, copies: int, between: int) -> Moved:

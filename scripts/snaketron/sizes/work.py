@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from snaketron.config import Model, Optimizer, Run
+from snaketron.config import Adapters, Model, Optimizer, Run
 from snaketron.config.base import Dispatcher
 
 
@@ -22,5 +22,14 @@ class Work(NamedTuple):
     # alltoall: each copy of a token crosses by itself; allgather: one copy to each GPU that shares experts;
     # hybridep: one to each NVLink domain.
     dispatcher: Dispatcher = "alltoall"
-    frozen: bool = False  # adapters: no gradients of weights
     keeps_scan: bool = True  # Mamba's scan keeps its intermediate results, as here now
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The adapters that it trains; None where it trains the model itself."""
+        return self.run if isinstance(self.run, Adapters) else None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights stay as they are, beside adapters."""
+        return self.adapters is not None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from snaketron.config import Model, Optimizer, Parallel, Run
+from snaketron.config import Lora, Model, Optimizer, Parallel, Run
 from snaketron.sizes import compute
 from snaketron.sizes.gpus import Gpu
-from snaketron.sizes.step import Step, step_time
+from snaketron.sizes.step import HOST_ADAM, Step, step_time
 from snaketron.sizes.work import Work
 
 import pytest
@@ -16,7 +16,7 @@ import pytest
 GPU = Gpu(1e12, 1e12, 10e9, 2, 1e9, 2, 70)
 
 
-def of(model: dict[str, Any], batch: int = 4, **run: Any) -> Step:
+def of(model: dict[str, Any], batch: int = 4, kind: type[Run] = Run, **run: Any) -> Step:
     parallel = {f"{name}_parallel_size": size for name, size in run.pop("parallel", {}).items()}
     dispatcher = run.pop("dispatcher", "alltoall")
     work = Work(
@@ -24,7 +24,7 @@ def of(model: dict[str, Any], batch: int = 4, **run: Any) -> Step:
         vocab_size=512,
         seq_length=1000,
         global_batch_size=batch,
-        run=Run(micro_batch_size=1, parallel=Parallel(**parallel), **run),
+        run=kind(micro_batch_size=1, parallel=Parallel(**parallel), **run),
         optimizer=Optimizer(),
         dispatcher=dispatcher,
     )
@@ -114,3 +114,20 @@ def test_adapters_and_recomputation_change_what_is_computed():
     model = {"hybrid_layer_pattern": "-", "hidden_size": 4096, "ffn_hidden_size": 16384}
     once, again = of(model), of(model, recompute=["layer"])
     assert again.dense == pytest.approx(once.dense * 4 / 3)
+    adapters = of(model, kind=Lora, rank=1, target_modules=["linear_fc1"])
+    assert adapters.dense == pytest.approx(once.dense * 2 / 3, rel=1e-3)
+
+
+def test_the_update_of_adapters_is_theirs_alone():
+    """Rank 2 between 128 and 256 numbers: 768 parameters, of which 4 + 2 bytes go to the other GPU.
+
+    Where the optimizer is on the host, the GPU does not read and write 12 bytes of state of each.
+    """
+    lora: dict[str, Any] = {"kind": Lora, "rank": 2, "target_modules": ["linear_fc1"]}
+    model = {"hybrid_layer_pattern": "-", "hidden_size": 128, "ffn_hidden_size": 256}
+    adapters = 2 * (128 + 256)
+    two = of(model, parallel={"data": 2}, **lora)
+    assert two.sums == pytest.approx(adapters * 6 * 0.5 / 6.2e9)
+    here, on_host = of(model, **lora), of(model, **lora, offload_optimizer=1.0)
+    expected = adapters * (HOST_ADAM - 2 * 12 / 0.8e12)
+    assert on_host.optimizer - here.optimizer == pytest.approx(expected)
