@@ -17,7 +17,7 @@ from snaketron.jobs.owner import is_owned
 from snaketron.jobs.queue import Queued, queued_in
 from snaketron.jobs.version import Version, published, versions
 from snaketron.report.snakemake_log import Job, Log, Planned
-from snaketron.report.workflow import files_of, read_benchmark
+from snaketron.report.workflow import files_of, read_benchmark, rule_of
 from snaketron.tracking.lines import Tail, line_of_metrics
 from snaketron.tracking.warnings import Warning, warnings_of
 
@@ -256,7 +256,7 @@ class Follower:
 
     def _rules(self, running: bool) -> list[Rule]:
         """The rules that are not trainings. One waits whose jobs are all in Slurm's queue."""
-        trained = {_rule_of(name) for name in self.log.trainings}
+        trained = {rule_of(name) for name in self.log.trainings}
         states: dict[str, Counter[str]] = {name: Counter() for name in self.log.totals}
         for job in self.log.jobs.values():
             waits = job.state == "running" and self._waits(job)
@@ -292,7 +292,7 @@ class Follower:
 
     def _job(self, name: str) -> Job | None:
         """The newest job of a training."""
-        wanted = _rule_of(name), name.partition("/")[2]
+        wanted = rule_of(name), name.partition("/")[2]
         jobs = [job for job in self.log.jobs.values() if (job.rule, job.wildcards) == wanted]
         return jobs[-1] if jobs else None
 
@@ -383,10 +383,6 @@ class Follower:
             measured = [found[0] for path in paths if (found := read_benchmark(path))]
             self.usual[rule] = statistics.mean(measured) if measured else None
         return self.usual[rule]
-
-
-def _rule_of(training: str) -> str:
-    return "merge_lora" if training == "lora_merged" else training.partition("/")[0]
 
 
 def _queue(waiting: Sequence[Queued]) -> list[tuple[str, int]]:

@@ -25,7 +25,7 @@ from snaketron.report.collect import Data, add_up, collect
 from snaketron.report.history import History, read_history
 from snaketron.report.live import Follower
 from snaketron.report.snakemake_log import Log
-from snaketron.report.workflow import Rule, rules
+from snaketron.report.workflow import Rule, rule_of, rules
 from snaketron.wording import after, plural
 
 
@@ -179,7 +179,7 @@ def read_run(
         trouble=trouble,
     )
     for stage in stages:
-        if stage.state in ("stopped", "waiting") and (rule := run.rules.get(stage.name.partition("/")[0])):
+        if stage.state in ("stopped", "waiting") and (rule := run.rules.get(rule_of(stage.name))):
             rule.ended[f"{stage.name}.log"] = stage.state
     return run
 

@@ -218,13 +218,24 @@ def rules_of(kind: str) -> list[str]:
     return [name for name, (_, _, of_rule) in RULES.items() if of_rule == kind]
 
 
+def rule_of(checkpoint: str) -> str:
+    """The rule that makes a checkpoint, by its name below <ckpt>.
+
+    >>> rule_of("pretrain/broad"), rule_of("lora_merged"), rule_of("merged/broad")
+    ('pretrain', 'merge_lora', 'merge_checkpoints')
+    """
+    first = checkpoint.partition("/")[0]
+    others = {"lora_merged": "merge_lora", "merged": "merge_checkpoints", "base": "import_base"}
+    return others.get(first, first)
+
+
 def _by_rule(records: Iterable[Record]) -> dict[str, list[float]]:
     """The seconds of the records of each rule, as far as a record tells which rule wrote it."""
     seconds: dict[str, list[float]] = defaultdict(list)
     for record in records:
         names = rules_of(record.kind)
         if record.kind == "checkpoint":
-            names = [record.name.partition("/")[0]]
+            names = [rule_of(record.name)]
         if len(names) == 1:
             seconds[names[0]].append(record.seconds)
     return seconds

@@ -136,3 +136,12 @@ def test_records_tell_what_is_done_where_the_logs_were_removed(tmp_path: Path):
     record = Record("tokens", "docs/a", "", 2.5, (), (), {}, {}, {})
     found = read(tmp_path, (record,), tokenize_shard=2)
     assert (found["tokenize_shard"].state, found["tokenize_shard"].seconds) == ("partly", [2.5])
+
+
+def test_the_record_of_a_checkpoint_says_which_rule_made_it(tmp_path: Path):
+    """Merged adapters were taken for nobody's, so their rule waited for ever."""
+    names = ("base/nano_1a2b3c", "pretrain/broad", "merged/broad", "sft", "lora", "lora_merged")
+    records = tuple(Record("checkpoint", name, "", 2.5, (), (), {}, {}, {}) for name in names)
+    found = read(tmp_path, records, merge_lora=1)
+    rules = {"import_base", "pretrain", "merge_checkpoints", "sft", "lora", "merge_lora"}
+    assert {name for name, rule in found.items() if rule.state == "finished"} == found.keys() == rules
