@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron.files import write_text
     from snaketron.report.report import report
 
+    from markupsafe import escape
+
     directories = [path.resolve() for path in args.directories or [Path()]]
     names = unique_names(directories)
     runs = [
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     page = report(runs)
     for secret in Redact().values:
-        page = page.replace(secret, "[secret]")
+        page = page.replace(secret, "[secret]").replace(escape(secret), "[secret]")
     write_text(args.output, page)
     for one in runs:
         logger.info(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shutil
 from datetime import datetime
 from pathlib import Path
 
+import report as program
 from snaketron import files
 from snaketron.lineage.record import making, of_user
 from snaketron.report.blocks import Facts, Figures, Table, Text, Tree
@@ -369,3 +371,14 @@ def test_a_long_training_says_what_its_drawings_leave_out(training, tmp_path: Pa
 
 def test_an_empty_directory_is_a_run_that_was_not_begun(tmp_path: Path):
     assert (read(tmp_path).state, read(tmp_path).planned) == ("not finished", ["pretrain/broad", "sft"])
+
+
+def test_no_secret_of_the_environment_is_on_the_page(job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A job has said one. HTML writes its signs in another way, and it was shown."""
+    secret = "a<b&c'd\"e-0123"
+    monkeypatch.setenv("HUB_TOKEN", secret)
+    job("sft", said=f"error: nobody knows {secret}")
+    page = tmp_path / "page.html"
+    assert program.main([str(tmp_path), "--output", str(page)]) == 0
+    said = html.unescape(page.read_text())
+    assert "error: nobody knows [secret]" in said and secret not in said
