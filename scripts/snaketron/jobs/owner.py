@@ -42,6 +42,8 @@ class Holder:
             return cls(**files.read_json(version.owner))
         except FileNotFoundError:
             return None
+        except (ValueError, TypeError):
+            raise UserError(f"{version.owner}: does not say who trains here; delete it") from None
 
     @property
     def is_gone(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from snaketron.jobs import heartbeat, queue, slurm
 from snaketron.jobs.owner import Holder
 from snaketron.jobs.version import versions
+from snaketron.log import UserError
 
 FEW = 8  # more jobs of one rule in one state are counted on one line
 
@@ -43,6 +44,8 @@ def report_every(seconds: float, directory: Path, ckpt: Path, say: Callable[[str
                 now = lines(directory, ckpt)
             except (slurm.NoAnswer, OSError):
                 continue  # the controller is busy; Snakemake itself asks it as well
+            except UserError as error:  # a file of a training has another content
+                now = [str(error)]
             if now and now != said:
                 say("\n".join(now))
             said = now

@@ -1,10 +1,11 @@
-"""What status.py says where Slurm does not answer."""
+"""What status.py says where Slurm does not answer, and a run where a file is damaged."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import status
+from snaketron.jobs.status import report_every
 
 import pytest
 
@@ -53,3 +54,18 @@ def test_without_slurm_it_is_the_same(tmp_path: Path, monkeypatch: pytest.Monkey
     assert status.main([]) == 0
     assert caplog.messages == ["squeue: no such command. The files of the run say:"]
     assert capsys.readouterr().out == "No run of the workflow in this directory yet.\n"
+
+
+@pytest.mark.parametrize("name", ["progress.json", "owner.json"])
+def test_a_damaged_file_of_a_training_is_told_and_the_lines_of_a_run_go_on(tmp_path: Path, name: str):
+    version = tmp_path / "ckpt/versions/sft-0123456789ab"
+    version.mkdir(parents=True)
+    (version / name).write_text("{")
+    told: list[str] = []
+
+    def say(text: str) -> None:
+        told.append(text)
+        raise SystemExit  # ends the thread
+
+    report_every(0.01, tmp_path, tmp_path / "ckpt", say).join(60)
+    assert [text.partition(": ")[0] for text in told] == [f"{version}/{name}"]
