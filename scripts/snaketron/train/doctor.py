@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron import files
+from snaketron.wording import plural
 
 KERNELS = {
     "transformer-engine": "transformer_engine.pytorch",
@@ -32,6 +33,7 @@ KERNELS = {
 DISK_BYTES = 2**28
 SLOW_DISK = 100e6  # bytes a second: a checkpoint of 2 billion parameters (30 GB) then takes five minutes
 SLOW_LINK = 20e9  # bytes a second between two GPUs: PCIe 4 gives about 20 GB/s, NVLink hundreds
+REPEATS = 3  # of an all-reduce whose time is taken
 
 
 @dataclass(frozen=True)
@@ -225,32 +227,41 @@ def report(
     for finding in findings:
         show(f"{'ok     ' if finding.good else 'PROBLEM'}  {finding.name:13} {finding.text}")
         bad += not finding.good
-    show(f"{bad} problem{'s' if bad > 1 else ''}." if bad else f"{what} can train.")
+    show(f"{plural(bad, 'problem')}." if bad else f"{what} can train.")
     return not bad
 
 
-def _all_reduce() -> None:
+def bus_bandwidth(num_bytes: int, group: Any = None) -> float:
+    """Bytes a second that an all-reduce of so many bytes moves over each link, as NCCL's tests count them."""
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    data = torch.ones(max(1, num_bytes // 4), device="cuda" if on_gpu else "cpu")
+    ranks = dist.get_world_size(group)
+    dist.all_reduce(data, group=group)
+    if int(data[0]) != ranks:
+        raise RuntimeError(f"an all-reduce of ones over {ranks} processes gave {data[0]}")
+    began = time.monotonic()
+    for _ in range(REPEATS):
+        dist.all_reduce(data, group=group)
+    if on_gpu:
+        torch.cuda.synchronize()
+    # Each byte goes 2 (n - 1) / n times over the bus.
+    return REPEATS * data.nbytes * 2 * (ranks - 1) / ranks / (time.monotonic() - began)
+
+
+def main() -> None:
     """One process of the test of communication: the first prints bytes a second."""
     import torch
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl")
-    ranks = torch.distributed.get_world_size()
-    data = torch.ones(2**26, device="cuda")  # 256 MiB
-    torch.distributed.all_reduce(data)
-    if int(data[0]) != ranks:
-        raise RuntimeError(f"an all-reduce of ones over {ranks} GPUs gave {data[0]}")
-    torch.cuda.synchronize()
-    began = time.monotonic()
-    for _ in range(5):
-        torch.distributed.all_reduce(data)
-    torch.cuda.synchronize()
-    # An all-reduce moves each byte 2 (n - 1) / n times over the bus (NCCL's "bus bandwidth").
-    moved = 5 * data.nbytes * 2 * (ranks - 1) / ranks
+    speed = bus_bandwidth(2**28)
     if torch.distributed.get_rank() == 0:
-        print(moved / (time.monotonic() - began))
+        print(speed)
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _all_reduce()
+    main()

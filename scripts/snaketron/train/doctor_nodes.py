@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from snaketron.files import writing
 from snaketron.log import first_line
-from snaketron.train.doctor import KERNELS, Finding, disk, local
+from snaketron.train.doctor import KERNELS, Finding, bus_bandwidth, disk, local
 
 PACKAGES = ("torch", "megatron-core", *KERNELS)
 WAIT_S = 120  # for the other nodes to start their processes
@@ -119,7 +119,7 @@ def _join(here: Rank, directory: Path) -> None:
         dist.init_process_group(
             backend, store=store, rank=here.number, world_size=here.world, timeout=timedelta(seconds=WAIT_S)
         )
-        _all_reduce(1, None)
+        bus_bandwidth(1)
     except RuntimeError as error:
         raise RuntimeError(
             f"{backend} does not connect the nodes: {first_line(error)}; NCCL_DEBUG=INFO says where it "
@@ -162,29 +162,11 @@ def _speeds(here: Rank, nodes: Sequence[str]) -> dict[str, float]:
         ranks = [i for i, node in enumerate(nodes) if node in members]
         group = dist.new_group(ranks)
         if here.number in ranks:
-            found[name] = _all_reduce(num_bytes, group)
+            found[name] = bus_bandwidth(num_bytes, group)
         dist.barrier()
     everything: list[Any] = [None] * here.world
     dist.all_gather_object(everything, found)
     return {name: min(one[name] for one in everything if name in one) for name in sets}
-
-
-def _all_reduce(num_bytes: int, group: Any) -> float:
-    """Bytes a second that an all-reduce of `num_bytes` moves over each link (NCCL's bus bandwidth)."""
-    import torch
-    import torch.distributed as dist
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    data, ranks = torch.ones(max(1, num_bytes // 4), device=device), dist.get_world_size(group)
-    dist.all_reduce(data, group=group)
-    if int(data[0]) != ranks:
-        raise RuntimeError(f"an all-reduce of ones over {ranks} processes gave {data[0]}")
-    began = time.monotonic()
-    for _ in range(3):
-        dist.all_reduce(data, group=group)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 3 * data.nbytes * 2 * (ranks - 1) / ranks / (time.monotonic() - began)
 
 
 def compare(seen: Sequence[Seen]) -> Iterator[Finding]:
