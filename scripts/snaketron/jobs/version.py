@@ -22,7 +22,7 @@ from snaketron.log import UserError
 
 import yaml
 
-# What the record of a checkpoint counts that was imported or averaged, and not trained.
+# What the record of a checkpoint counts that was imported, merged or averaged, and not trained.
 UNTRAINED: dict[str, Any] = {
     "iterations": 0,
     "tokens": 0,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snaketron.jobs.launch import is_writer, rank
-from snaketron.jobs.version import Version
+from snaketron.jobs.version import UNTRAINED, Version
 from snaketron.log import UserError, logger
 from snaketron.train.metrics import Metrics
 from snaketron.train.stage import Stage
@@ -64,16 +64,8 @@ def merge(stage: Stage, adapters: Path, make_batches: Callable[[Stage], Any]) ->
         saver.finish()
     if rank() == 0:
         stage.write_config()
-        stage.write_record(
-            {
-                "iterations": 0,
-                "tokens": 0,
-                "valid_loss_before": before.get("valid_loss"),
-                "valid_loss_after": after.get("valid_loss"),
-                "test_loss": None,
-                "train_seconds": 0.0,
-            }
-        )
+        losses = {"valid_loss_before": before.get("valid_loss"), "valid_loss_after": after.get("valid_loss")}
+        stage.write_record(UNTRAINED | losses)
     return 0
 
 
