@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from snaketron.config.evaluation import Task
 from snaketron.data.chats.template import Template
@@ -214,20 +215,10 @@ def _offline(*, cached: bool) -> Iterator[None]:
     hub: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     with tempfile.TemporaryDirectory() as empty, contextlib.ExitStack() as replaced:
         for module in hub:
-            replaced.enter_context(_replaced(module, "HF_HUB_OFFLINE", True))
+            replaced.enter_context(mock.patch.object(module, "HF_HUB_OFFLINE", True))
         if not cached:
-            replaced.enter_context(_replaced(datasets.config, "HF_DATASETS_CACHE", Path(empty)))
+            replaced.enter_context(mock.patch.object(datasets.config, "HF_DATASETS_CACHE", Path(empty)))
         yield
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 @functools.cache
@@ -251,7 +242,7 @@ def _all_tasks(directories: tuple[str, ...]) -> TaskManager:
     def included(path: Any, *, resolve_func: bool, **_: Any) -> dict[str, Any]:
         return dict(read(path, resolve_func=resolve_func))
 
-    with _replaced(_yaml_loader, "load_yaml", included):
+    with mock.patch.object(_yaml_loader, "load_yaml", included):
         return TaskManager(include_path=list(directories) or None)
 
 
