@@ -183,18 +183,15 @@ class Progress:
         now = time.monotonic()
         self.began = self.began or (now, done)
         began, first = self.began
-        if done > first:
-            self.speed = self.tokens_per_step * (done - first) / (now - began)
+        if done == first:
+            return  # the first step is slower than the others, and says nothing about the time left
+        self.speed = self.tokens_per_step * (done - first) / (now - began)
         interval = 0.2 if self.terminal else max(self.INTERVAL, self.GROWTH * (now - began))
         if done < self.total and now - self.shown < interval:
             return
-        if done == first:
-            return  # the first step is slower than the others, and says nothing about the time left
         self.shown = now
-        seconds = (now - began) / max(1, done - first)
-        left = duration(seconds * (self.total - done))
-        speed = self.tokens_per_step / seconds
-        text = f"{self.stage}  step {done}/{self.total}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left"
-        show_progress(text)
+        left = duration(self.tokens_per_step * (self.total - done) / self.speed)
+        where = f"{self.stage}  step {done}/{self.total}"
+        show_progress(f"{where}  loss {loss:.4f}  {self.speed:,.0f} tokens/s  {left} left")
         if done == self.total:
             end_progress()
