@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -51,28 +52,17 @@ def take_mtp_losses(depths: int) -> torch.Tensor:
     return losses
 
 
-@contextlib.contextmanager
-def without_recordings() -> Iterator[None]:
+def without_recordings() -> AbstractContextManager[None]:
     """Compute recorded layers anew, for a validation: the recordings are of a training step."""
-    before, _CudagraphGlobalRecord.cudagraph_created = _CudagraphGlobalRecord.cudagraph_created, False
-    try:
-        yield
-    finally:
-        _CudagraphGlobalRecord.cudagraph_created = before
+    return _changed([(_CudagraphGlobalRecord, "cudagraph_created")], False)
 
 
-@contextlib.contextmanager
-def without_mtp(model: HybridModel) -> Iterator[None]:
+def without_mtp(model: HybridModel) -> AbstractContextManager[None]:
     """Leave multi-token prediction out, which costs twice the rest of a tiny model and changes no answer."""
-    process, model.mtp_process = model.mtp_process, False
-    try:
-        yield
-    finally:
-        model.mtp_process = process
+    return _changed([(model, "mtp_process")], False)
 
 
-@contextlib.contextmanager
-def without_sequence_parallel(model: HybridModel) -> Iterator[None]:
+def without_sequence_parallel(model: HybridModel) -> AbstractContextManager[None]:
     """Let every rank have all tokens: the ranks of tensor parallelism cannot share a single one."""
     names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
     places = [
@@ -81,19 +71,16 @@ def without_sequence_parallel(model: HybridModel) -> Iterator[None]:
         for name in names
         if getattr(owner, name, False) is True
     ]
-    with _changed(places, False):
-        yield
+    return _changed(places, False)
 
 
-@contextlib.contextmanager
-def without_low_precision(model: HybridModel) -> Iterator[None]:
+def without_low_precision(model: HybridModel) -> AbstractContextManager[None]:
     """Multiply in the type of the weights: in fp8 and nvfp4 rows must come by eights or sixteens."""
     modules = list(model.modules())
     configs = {id(config): config for module in modules if (config := getattr(module, "config", None))}
     places: list[tuple[Any, str]] = [(c, name) for c in configs.values() for name in ("fp8", "fp4")]
     places += [(module, "te_quant_params") for module in modules]
-    with _changed([(owner, name) for owner, name in places if getattr(owner, name, None) is not None], None):
-        yield
+    return _changed([(owner, name) for owner, name in places if getattr(owner, name, None) is not None], None)
 
 
 @contextlib.contextmanager
