@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from logging import LogRecord
 from pathlib import Path
@@ -145,17 +145,17 @@ class Lines:
         said = record.__dict__
         job, logs = self._job(said["jobid"], said["rule_name"]), said["log"]
         status = self._status(said["shellcmd"])
-        last = _end_of(logs, 1)
+        end = _end_of(logs)
         asked = status in STOPS or (self.stopping and status is None)  # Slurm gives no status
-        if asked or (last and "stopped by SIG" in last[0]):
+        if asked or (end and "stopped by SIG" in end[-1]):
             self.stopped = True
             return _at(f"{job.title} has stopped")
-        if said["indent"] and not any(_complains(line) for line in _end_of(logs)):
+        if said["indent"] and not any(map(_complains, end)):
             return None  # a member of a failed group that did not fail itself
         self.failed.append(job.title)
         why = f": {said['rule_msg']}" if said["rule_msg"] else ""
         lines = [_at(f"{job.title} has failed{f' (exit status {status})' if status else ''}{why}")]
-        lines += [f"  | {line}" for line in _end_of(logs)]
+        lines += [f"  | {line}" for line in end]
         lines += [f"  Its log, which begins with its command: {log}" for log in logs[:1]]
         lines += [f"  {name}: {value}" for name, value in said["aux"].items() if str(value) not in why]
         return "\n".join((*lines, *(f"  Log of its Slurm job: {log}" for log in logs[1:])))
@@ -251,15 +251,15 @@ def _complains(line: str) -> bool:
     return "error" in line.lower() or line.startswith(("Traceback", "Slurm job"))
 
 
-def _end_of(logs: Iterable[str], count: int = END_OF_LOG) -> list[str]:
+def _end_of(logs: Iterable[str]) -> list[str]:
     """The last lines of the first log that says something beside its command."""
-    return next(filter(None, (list(_last(Path(log), count)) for log in logs)), [])
+    return next(filter(None, (_last(Path(log)) for log in logs)), [])
 
 
-def _last(path: Path, count: int) -> Iterator[str]:
+def _last(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # the job has not come as far as its log
-        return
+        return []
     said = [line for line in lines if line.strip() and not line.startswith("$ ") and not INNER.match(line)]
-    yield from said[-count:]
+    return said[-END_OF_LOG:]
