@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from snaketron.data.chats.packs import Pack
 from snaketron.data.tokenizer import load_tokenizer
 from snaketron.files import write_json
+from snaketron.inference.evaluate import of_pack
 from snaketron.inference.generate import finish_reason, generate
 from snaketron.jobs.launch import is_writer, rank
 from snaketron.log import logger
@@ -17,11 +16,8 @@ from snaketron.train.sft_batches import SftBatches
 from snaketron.train.stage import Stage
 from snaketron.wording import after, plural
 
-import numpy as np
 
-
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A conversation up to its first answer, and that answer as it was written."""
 
     input_ids: list[int]
@@ -38,18 +34,9 @@ def held_out_prompts(batches: SftBatches, count: int) -> list[Prompt]:
     for index, place in enumerate(zip(valid.sources.tolist(), valid.packs.tolist(), strict=True)):
         first.setdefault(place, index)
     packs = [batches.pack("valid", index)[1] for index in [*first.values()][:count]]
-    rounds = itertools.zip_longest(*map(_prompts, packs))
-    return list(itertools.islice((prompt for turn in rounds for prompt in turn if prompt), count))
-
-
-def _prompts(pack: Pack) -> Iterator[Prompt]:
-    """The conversations of a pack, each up to its first answer."""
-    for start, end in itertools.pairwise([*map(int, pack.seq_start_id), len(pack.input_ids)]):
-        trained = np.flatnonzero(pack.loss_mask[start:end]) + 1  # the mask is that of the label, one further
-        if len(trained):
-            last = int(np.argmax(np.append(np.diff(trained), 2) > 1))  # where the first answer ends
-            ids = pack.input_ids[start : start + int(trained[last]) + 1].tolist()
-            yield Prompt(ids[: int(trained[0])], ids[int(trained[0]) :])
+    rounds = itertools.zip_longest(*map(of_pack, packs))
+    asked = (one for turn in rounds for one in turn if one)
+    return [Prompt(*next(one.answers())) for one in itertools.islice(asked, count)]
 
 
 def write_answers(stage: Stage, built: BuiltModel, iteration: int, batches: SftBatches) -> None:

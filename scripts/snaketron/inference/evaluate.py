@@ -135,10 +135,11 @@ def conversations(files: Sequence[Path], most_packs: int | None = None) -> Itera
     """The conversations of packs that hold at least one answer."""
     packs = PackedDataset(files, {})
     for number in range(len(packs) if most_packs is None else min(most_packs, len(packs))):
-        yield from _of_pack(packs[number])
+        yield from of_pack(packs[number])
 
 
-def _of_pack(pack: Pack) -> Iterator[Conversation]:
+def of_pack(pack: Pack) -> Iterator[Conversation]:
+    """The conversations of a pack that hold at least one answer."""
     starts = [*map(int, pack.seq_start_id), len(pack.input_ids)]
     for start, end in itertools.pairwise(starts):
         mask = np.asarray(pack.loss_mask[start:end]) > 0  # that of the label, which is one further
