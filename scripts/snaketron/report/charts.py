@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from snaketron.report.blocks import OWN, Figure
@@ -131,6 +132,5 @@ def inline(svg: str, alt: str) -> str:
     svg = _COLOURS.sub(lambda m: _OF_PAGE[m[0].lower()], svg)
     svg = svg.replace("'DejaVu Sans'", "system-ui, sans-serif")
     (view,) = re.findall(r'viewBox="[^"]+"', svg[: svg.index(">")])
-    words = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     body = re.sub(r"\n\s*", "\n", svg[svg.index(">") + 1 :])
-    return f'<svg {view} role="img" aria-label="{words}">{body.strip()}'
+    return f'<svg {view} role="img" aria-label="{escape(alt)}">{body.strip()}'

@@ -77,6 +77,13 @@ class Area:
             self._write(begin + said + NEXT * len(lines))
             self._paint(lines)
 
+    def show(self, follower: Follower, *, colors: bool) -> None:
+        """Draw how far a run is; what was drawn before, where its files cannot be read now."""
+        lines: Sequence[str] = self.lines
+        with contextlib.suppress(*FAULTS):
+            lines = drawn(follower.look(), *self.size, colors=colors)
+        self.draw(lines)
+
     def clear(self) -> None:
         with self.lock:
             begin, self.lines = self._begin(), []
@@ -179,10 +186,7 @@ class LiveView:
                 if time.monotonic() - shown < LOOK_EVERY_S:
                     continue
                 shown = time.monotonic()
-                lines: Sequence[str] = self.area.lines
-                with contextlib.suppress(*FAULTS):
-                    lines = drawn(self.follower.look(), *self.area.size, colors=self.colors)
-                self.area.draw(lines)
+                self.area.show(self.follower, colors=self.colors)
         finally:
             self.stop()  # also after a fault of this program: the lines go on without the view
 
@@ -209,10 +213,7 @@ def watch(directory: Path, *, colors: bool) -> None:
     follower, area = Follower(directory), Area(sys.stdout.fileno())
     try:
         while True:
-            lines: Sequence[str] = area.lines
-            with contextlib.suppress(*FAULTS):
-                lines = drawn(follower.look(), *area.size, colors=colors)
-            area.draw(lines)
+            area.show(follower, colors=colors)
             time.sleep(LOOK_EVERY_S)
     except KeyboardInterrupt:
         print()  # after "^C"; the last view stays
