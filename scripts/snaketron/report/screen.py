@@ -147,7 +147,8 @@ class _Row:
         style = STYLES[self.state]
         name = self.name if len(self.name) <= names else f"{self.name[: names - 1]}…"
         room = max(4, width - names - counts - 4)
-        filled = room if self.done >= self.total else room * self.done // self.total
+        done, total = (self.done, self.total) if self.total else (self.state == "finished", 1)
+        filled = min(room, room * done // total)
         line = Text(f"{SIGNS[self.state]} {name:{names}} ", style, no_wrap=True, overflow="ellipsis")
         line.append("━" * filled + DOTS * (room - filled)).append(f" {self.count:>{counts}}")
         return [line, _line(f"  {self.said}")] if self.said else [line]

@@ -82,6 +82,13 @@ def test_the_bars_are_as_long_as_what_is_done():
     assert {len(line) for line in lines if "━" in line or "╌" in line} == {80}
 
 
+def test_what_has_no_steps_is_done_when_it_is_finished():
+    """Merging adapters, which is to come, had a whole bar."""
+    merging = [Training("lora_merged", state) for state in ("waiting", "finished")]
+    lines = drawn(View("running", trainings=merging), 81, 50, colors=False)
+    assert [set(line) & {"━", "╌"} for line in lines[1:]] == [{"╌"}, {"━"}]
+
+
 def test_colours_only_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
