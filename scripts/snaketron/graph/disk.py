@@ -10,6 +10,7 @@ from typing import Any
 from snaketron.config import Config
 from snaketron.lineage.record import read
 from snaketron.log import UserError
+from snaketron.sources.lockfile import Lock
 from snaketron.sources.pairs import SIZES, dtype_of
 
 
@@ -54,6 +55,14 @@ def disk(
     return {what: estimate if counted is None else counted for what, (counted, estimate) in found.items()} | {
         "estimated": [what for what, (counted, estimate) in found.items() if counted is None and estimate]
     }
+
+
+def raw_bytes(source: str, path: str, lock: Lock) -> int | None:
+    """Bytes of a raw file of a source; None where they are not known yet."""
+    if path.startswith("<data>/raw/"):
+        file = lock.file(source, path.rpartition("/")[2])
+        return file.size if file.sha256 else None  # "": only assumed
+    return Path(path).stat().st_size if Path(path).is_file() else None
 
 
 def made(directory: Path, shards: Iterable[str]) -> int | None:

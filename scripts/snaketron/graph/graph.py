@@ -12,6 +12,7 @@ from snaketron.config import ChatSource, Config, ConfigError, Corpus, Curation
 from snaketron.config.names import named_paths
 from snaketron.graph.base import BaseGraph
 from snaketron.graph.curation import CurationGraph
+from snaketron.graph.disk import raw_bytes
 from snaketron.graph.evaluation import EvaluationGraph
 from snaketron.graph.raw_files import RawFiles
 from snaketron.graph.registered import RegisteredGraph
@@ -123,13 +124,9 @@ class Graph:
             return 0.0
         shards = self.text[corpus] if corpus else self.conversations[chats]
         files = shards.get(job.wildcards.get("shard", ""), [])
-        return reading_seconds(job.rule.name, {file: self._size(source.name, file) for file in files})
-
-    def _size(self, source: str, file: str) -> int:
-        """Bytes of a raw file; 0 for one of the sample that is not made yet."""
-        if file.startswith("<data>/raw/"):
-            return self.lock.file(source, file.rpartition("/")[2]).size
-        return Path(file).stat().st_size if Path(file).exists() else 0
+        return reading_seconds(
+            job.rule.name, {file: raw_bytes(source.name, file, self.lock) or 0 for file in files}
+        )
 
     def rendered_chats(self, wildcards: Any) -> list[str]:
         """The rendered shards that are packed together: one, or all of a source."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from snaketron.config import ChatSource, Config, Corpus, Phase, Training
 from snaketron.graph.base import Base, BaseGraph
-from snaketron.graph.disk import disk, made
+from snaketron.graph.disk import disk, made, raw_bytes
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.settings.keeping import kept_at_end
@@ -214,7 +214,7 @@ def _raw(
 ) -> tuple[int | None, float | None]:
     """Bytes of the raw files of a source, and the tokens that they hold roughly; None where not known."""
     files = [path for of_shard in (found or {}).values() for path in of_shard]
-    sizes = [_size(source.name, path, lock) for path in files]
+    sizes = [raw_bytes(source.name, path, lock) for path in files]
     known = [size for size in sizes if size is not None]
     if found is None or len(known) < len(sizes):
         return None, None
@@ -226,13 +226,6 @@ def _ids(config: Config, found: Mapping[str, Sequence[str]]) -> float:
     """The ids that the pairs to train on of a registered corpus hold, by the sizes of their files."""
     trained = [bin_file for shard, (bin_file, _) in found.items() if shard.startswith("train.")]
     return sum(Path(path).stat().st_size for path in trained) / SIZES[dtype_of(config.tokenizer.vocab_size)]
-
-
-def _size(source: str, path: str, lock: Lock) -> int | None:
-    if path.startswith("<data>/raw/"):
-        file = lock.file(source, path.rpartition("/")[2])
-        return file.size if file.sha256 else None  # "": only assumed
-    return Path(path).stat().st_size if Path(path).is_file() else None
 
 
 def _tokens(config: Config, corpus: str, found: Mapping[str, Sequence[str]]) -> int | None:
