@@ -11,9 +11,11 @@ import collections
 import functools
 import io
 import itertools
+import math
 import os
 import pickle
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,6 +74,8 @@ class Stored:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.files: dict[str, int] = {}
+        self._opening = threading.Lock()
+        self._all_sizes: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
 
     def __enter__(self) -> Stored:
         return self
@@ -164,10 +168,6 @@ class Stored:
             return None
         return self._at(place, shape, described.properties.dtype)
 
-    @functools.cached_property
-    def _all_sizes(self) -> dict[str, dict[tuple[int, ...], tuple[int, ...]]]:
-        return {}
-
     def _sizes(self, key: str) -> dict[tuple[int, ...], tuple[int, ...]]:
         """The shapes of the parts that a tensor is stored in, by where they begin."""
         if key not in self._all_sizes:
@@ -177,8 +177,9 @@ class Stored:
 
     def _at(self, place: Any, shape: tuple[int, ...], dtype: torch.dtype) -> _Record:
         path = self.directory / place.relative_path
-        if place.relative_path not in self.files:
-            self.files[place.relative_path] = os.open(path, os.O_RDONLY)
+        with self._opening:
+            if place.relative_path not in self.files:
+                self.files[place.relative_path] = os.open(path, os.O_RDONLY)
         file = self.files[place.relative_path]
         return _Record(file, path, place.offset, place.length, shape, dtype)
 
@@ -241,9 +242,7 @@ def _first_number(head: bytes, record: _Record) -> int | None:
     stored_as = struct.unpack("<H", head[name - 22 : name - 20])[0]
     lengths = [struct.unpack("<HH", head[at + 26 : at + 30]) for at in (0, name - 30)]
     description, first = 30 + sum(lengths[0]), name + sum(lengths[1])
-    count = 1
-    for size in record.shape:
-        count *= size
+    count = math.prod(record.shape)
     fits = first + count * record.dtype.itemsize <= record.length
     if stored_as or not fits or not head.startswith(b"archive/data.pkl", 30):
         return None

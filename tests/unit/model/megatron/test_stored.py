@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
@@ -70,6 +73,23 @@ def test_a_model_with_other_parts_has_them_put_together(checkpoint: Path):
     assert read(checkpoint, columns, slice(1, 6)) == [3, 6, 7, 10, 11]
     rows = shard("experts", (2, 3, 4), (0, 1, 0), (2, 1, 4))
     assert read(checkpoint, rows, slice(0, 8)) == [104, 105, 106, 107, 116, 117, 118, 119]
+
+
+def test_a_file_that_two_threads_ask_for_is_opened_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    """The second to open it took the place of the first, which stayed open."""
+    opened: list[str] = []
+
+    def slowly(path: str, flags: int, open_file: Callable[[str, int], int] = os.open) -> int:
+        opened.append(path)
+        time.sleep(0.05)
+        return open_file(path, flags)
+
+    monkeypatch.setattr(stored, "copy_threads", lambda: 2)
+    monkeypatch.setattr(stored.os, "open", slowly)
+    columns = Wanted(shard("matrix", (3, 4), (0, 2), (3, 2)), slice(0, 6), lambda *_: None)
+    with Stored(checkpoint) as several:
+        several.read([columns, columns], CPU)
+    assert len(opened) == 1
 
 
 def test_a_tensor_that_is_stored_under_several_names_is_merged(checkpoint: Path):
