@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from snaketron.config import Adapters
 from snaketron.config.linears import matches
@@ -335,12 +335,10 @@ class Part:
         """Like that of megatron-core's modules, without the keys of the other part."""
         return {k: v for k, v in self.model.sharded_state_dict(metadata=metadata).items() if self._is_here(k)}
 
-    def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> Any:
-        """Like `torch.nn.Module.load_state_dict`, but keys of other parts of the model may be missing."""
-        found = self.model.load_state_dict(state, strict=False)
+    def load_state_dict(self, state: dict[str, Any], *, strict: Literal[False]) -> Any:
+        """Like `torch.nn.Module.load_state_dict`, but keys of other parts of the model are not missing."""
+        found = self.model.load_state_dict(state, strict=strict)
         missing = [key for key in found.missing_keys if self._is_here(key)]
-        if strict and missing:
-            raise KeyError(f"not in the checkpoint: {missing}")
         return type(found)(missing, found.unexpected_keys)
 
 
