@@ -5,7 +5,7 @@ from tests.unit.train.conftest import (  # noqa: F401
     one_process,
     packed_blend,
     publish,
-    seed,
+    seeded,
     settings,
     sft_settings,
     tokenizer_dir,

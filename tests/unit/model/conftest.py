@@ -28,7 +28,7 @@ def one_process():
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seeded():
     torch.manual_seed(0)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     # megatron-core keeps these for the life of a process, in the shapes of another test's model.

@@ -1,3 +1,3 @@
 """Models that megatron-core builds, to compare with."""
 
-from tests.unit.model.conftest import build, one_process, seed  # noqa: F401
+from tests.unit.model.conftest import build, one_process, seeded  # noqa: F401

@@ -23,16 +23,12 @@ from snaketron.model.build import BuiltModel, build_model
 from snaketron.model.checkpoint import Saver
 from snaketron.settings.text import TokenizeSettings
 from snaketron.settings.training import RunSettings, TrainSettings, run_settings, train_settings
-from tests.unit.model.conftest import one_process  # noqa: F401
+from tests.unit.model.conftest import one_process, seeded  # noqa: F401
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from megatron.core import tensor_parallel
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 
 MODEL = {
     "hybrid_layer_pattern": "ME*",
@@ -49,17 +45,6 @@ MODEL = {
     "mtp_hybrid_layer_pattern": "*E",
     "init_method_std": 0.02,
 }
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    # megatron-core keeps these for the life of a process, in the shapes of another test's model.
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
-    MTPLossLoggingHelper.tracker.clear()
-    destroy_moe_metrics_tracker()
 
 
 @pytest.fixture(autouse=True)
