@@ -35,7 +35,7 @@ REPORT = "report/report.html"
 class Graph:
     """Answers from a checked configuration. Raises `ConfigError` with all raw files that are missing.
 
-    `curation` and `training` answer the rules of their own files.
+    `curation`, `registered`, `bases`, `training` and `evaluation` answer the rules of their own files.
 
     Args:
         configfiles: those of the command line, which messages repeat.
