@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import writing
-from snaketron.log import end_progress, show_progress
-from snaketron.wording import duration
+from snaketron.log import end_progress, logger, show_progress
+from snaketron.tracking.lines import line_of_metrics
+from snaketron.wording import duration, plural
 
 import orjson
 
@@ -38,13 +39,14 @@ class Metrics:
         `writer`: nothing happens on the others.
         """
         self.path, self.observe, self.writer = path, observe, writer
-        kept = [
-            line for line in self.read(path) if line["iteration"] <= iteration and "test_loss" not in line
-        ]
+        lines, damaged = _lines(path)
+        kept = [line for line in lines if line["iteration"] <= iteration and "test_loss" not in line]
         # Time is kept here and not in the checkpoints, whose bytes depend on nothing but the training.
         self.seconds = max((line["timing"]["seconds"] for line in kept if "timing" in line), default=0.0)
         if not writer:
             return
+        if damaged:
+            logger.warning("%s: left out %s that a crash damaged", path, plural(damaged, "line"))
         with writing(path) as (temporary,):
             temporary.write_bytes(b"".join(orjson.dumps(k) + b"\n" for k in kept if iteration))
         for line in kept if iteration else ():
@@ -52,10 +54,8 @@ class Metrics:
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """The lines so far; a last line that a killed process did not finish is left out."""
-        if not path.exists():
-            return []
-        return [orjson.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        """The lines so far, without those that a killed process or node left unfinished or damaged."""
+        return _lines(path)[0]
 
     def write(self, **values: Any) -> None:
         """Add a line, which `observe` gets too; nothing where this is not the writer."""
@@ -64,6 +64,13 @@ class Metrics:
         with self.path.open("ab") as file:
             file.write(orjson.dumps(values) + b"\n")
         self.observe(values)
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines so far, but for a last one that is not finished, and how many others are damaged."""
+    complete = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = [line for text in complete if (line := line_of_metrics(text))]
+    return lines, len(complete) - len(lines)
 
 
 def performance(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -43,6 +43,22 @@ def test_a_line_that_a_killed_process_did_not_finish_is_left_out(tmp_path: Path)
     assert path.read_text().count("\n") == 2 and Metrics.read(path) == [line(2, 1.0), line(4, 2.0)]
 
 
+def test_a_line_that_a_crash_of_the_node_damaged_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """What was not on the disk yet may be zeros: the training ended in an error whenever it was continued."""
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, 0)
+    for iteration in (2, 4, 6):
+        metrics.write(**line(iteration, iteration / 2))
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + bytes(len(second) // 2) + second[len(second) // 2 :] + third)
+    again = Metrics(path, 6)
+    assert caplog.messages == [f"{path}: left out 1 line that a crash damaged"]
+    again.write(**line(8, 4.0))
+    assert Metrics.read(path) == [line(2, 1.0), line(6, 3.0), line(8, 4.0)]
+
+
 def test_a_run_without_a_checkpoint_begins_anew(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     metrics = Metrics(path, 0)
