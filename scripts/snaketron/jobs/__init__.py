@@ -4,5 +4,6 @@
   `inventory`.
 - Who trains there: `owner`; what starts and watches the processes: `supervisor`, with `launch`, `containers`,
   `attempts` and `heartbeat`.
+- What lies in metrics.jsonl, and what a file that grows has got since one looked: `lines`.
 - What Slurm says: `slurm` about one job, `queue` about all, `status` to a person.
 """

@@ -16,6 +16,7 @@ from typing import Any
 
 from snaketron import files
 from snaketron.config import Optimizer
+from snaketron.jobs.lines import read_metrics
 from snaketron.jobs.version import Description, Version, versions
 from snaketron.log import UserError
 from snaketron.settings.schedule import Schedule, same_steps
@@ -237,9 +238,8 @@ def _same_rates(settings: Mapping[str, Any]) -> bool:
 
 def _metrics(origin: Origin, run: RunSettings) -> Iterator[dict[str, Any]]:
     """The lines that a longer training has up to here: not what only the end of the other one wrote."""
-    at, path = origin.iteration, origin.version.metrics
-    for text in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
-        line = orjson.loads(text)
+    at = origin.iteration
+    for line in read_metrics(origin.version.metrics)[0]:
         is_due = _is_due(at, run.log_interval if "loss" in line else run.eval_interval)
         if line["iteration"] < at or (line["iteration"] == at and is_due and "test_loss" not in line):
             yield line

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from snaketron.tracking.lines import Tail, line_of_metrics
+from snaketron.jobs.lines import Tail, line_of_metrics
 from snaketron.tracking.warnings import warnings_of
 
 import numpy as np

@@ -13,12 +13,12 @@ from typing import Any
 
 from snaketron.files import is_locked
 from snaketron.jobs import heartbeat, slurm
+from snaketron.jobs.lines import Tail, line_of_metrics
 from snaketron.jobs.owner import is_owned
 from snaketron.jobs.queue import Queued, queued_in
 from snaketron.jobs.version import Version, published, versions
 from snaketron.report.snakemake_log import Job, Log, Planned
 from snaketron.report.workflow import files_of, read_benchmark, rule_of
-from snaketron.tracking.lines import Tail, line_of_metrics
 from snaketron.tracking.warnings import Warning, warnings_of
 
 RECENT = 8  # lines of metrics that say how fast a training is

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from snaketron.jobs.lines import Tail
 from snaketron.log import SHOWN, UserError, name_of
 from snaketron.report.live import Follower
 from snaketron.report.screen import drawn
-from snaketron.tracking.lines import Tail
 
 from rich.text import Text
 

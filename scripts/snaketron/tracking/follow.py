@@ -21,10 +21,10 @@ from pathlib import Path
 
 import snaketron
 from snaketron.jobs.attempts import read_attempts
+from snaketron.jobs.lines import Tail, line_of_metrics
 from snaketron.lineage.record import Entry
 from snaketron.log import UserError, log_to, logger
 from snaketron.log import run as run_script
-from snaketron.tracking.lines import Tail, line_of_metrics
 from snaketron.tracking.notify import tell
 from snaketron.tracking.sinks import Run, Sink
 from snaketron.tracking.warnings import warnings_of

@@ -15,14 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from snaketron.jobs.lines import read_metrics
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import read
 from snaketron.log import logger
 from snaketron.tracking import artifacts
 from snaketron.tracking.artifacts import Artifact
 from snaketron.tracking.sinks import Run
-
-import orjson
 
 PROJECT = "snaketron"
 OPEN_S = 30  # for W&B to answer at the start of a run
@@ -100,8 +99,8 @@ class WandB:
             self._log_untracked(base)
         told = version.describe()
         run = self.client.open(name, record.name, {"settings": told.settings, "run": told.run})
-        for line in version.metrics.read_bytes().splitlines():
-            log(run, orjson.loads(line))
+        for line in read_metrics(version.metrics)[0]:
+            log(run, line)
         for artifact in artifacts.leading_to(record.inputs, record.name.replace("/", "_")):
             self.client.use(run, artifact)
         self.client.make(run, artifacts.model(version.directory))

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import writing
+from snaketron.jobs.lines import read_metrics
 from snaketron.log import end_progress, logger, show_progress
-from snaketron.tracking.lines import line_of_metrics
 from snaketron.wording import duration, plural
 
 import orjson
@@ -39,7 +39,7 @@ class Metrics:
         `writer`: nothing happens on the others.
         """
         self.path, self.observe, self.writer = path, observe, writer
-        lines, damaged = _lines(path)
+        lines, damaged = read_metrics(path)
         kept = [line for line in lines if line["iteration"] <= iteration and "test_loss" not in line]
         # Time is kept here and not in the checkpoints, whose bytes depend on nothing but the training.
         self.seconds = max((line["timing"]["seconds"] for line in kept if "timing" in line), default=0.0)
@@ -55,7 +55,7 @@ class Metrics:
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
         """The lines so far, without those that a killed process or node left unfinished or damaged."""
-        return _lines(path)[0]
+        return read_metrics(path)[0]
 
     def write(self, **values: Any) -> None:
         """Add a line, which `observe` gets too; nothing where this is not the writer."""
@@ -64,13 +64,6 @@ class Metrics:
         with self.path.open("ab") as file:
             file.write(orjson.dumps(values) + b"\n")
         self.observe(values)
-
-
-def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines so far, but for a last one that is not finished, and how many others are damaged."""
-    complete = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    lines = [line for text in complete if (line := line_of_metrics(text))]
-    return lines, len(complete) - len(lines)
 
 
 def performance(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -234,6 +234,16 @@ def test_a_version_begins_as_a_longer_training_would_have_left_it(tmp_path: Path
     assert files.read_json(version.origin) == {"version": ended.directory.name, "iteration": 10}
 
 
+def test_a_line_of_metrics_that_a_crash_damaged_is_left(tmp_path: Path, ended: Version):
+    """What was not on the disk yet may be zeros; no longer training could begin there."""
+    whole = ended.metrics.read_bytes()
+    files.write_text(ended.metrics, bytes(8) + whole[8:])
+    version = Version(tmp_path / "versions/pretrain_one-longer")
+    assert take_over(version, Origin(ended, 10), run_settings(load({}, {}), "pretrain/broad"))
+    steps = [orjson.loads(line)["iteration"] for line in version.metrics.read_bytes().splitlines()]
+    assert steps == [4, 5, 8, 10]
+
+
 def test_killed_while_it_takes_over_it_begins_again(tmp_path: Path, ended: Version):
     run = run_settings(load({}, {}), "pretrain/broad")
     version = Version(tmp_path / "versions/pretrain_one-longer")

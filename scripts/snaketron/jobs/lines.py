@@ -60,6 +60,13 @@ def line_of_metrics(text: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and _is_sound(line) else None
 
 
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of metrics.jsonl, without a last one that is not finished, and how many are damaged."""
+    complete = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = [line for text in complete if (line := line_of_metrics(text))]
+    return lines, len(complete) - len(lines)
+
+
 def _is_sound(line: dict[str, Any]) -> bool:
     """Whether a line has a step, and what readers ask for by name has the type that trainings write."""
     timing = line.get("timing", {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from snaketron import files
-from snaketron.tracking.lines import Tail, line_of_metrics
+from snaketron.jobs.lines import Tail, line_of_metrics
 
 import orjson
 import pytest
