@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron.wording import plural, size_text
 
     items = inventory.inventory(args.ckpt, keep_bases=not args.bases, keep_stopped=not args.stopped)
-    loose = inventory.superseded(items, keep_stopped=not args.stopped)
+    loose = inventory.superseded(items)
     verb = "would delete" if args.dry_run else "delete"
     for item in items:
         logger.info("%-12s %s", verb if item in loose else "keep", item)

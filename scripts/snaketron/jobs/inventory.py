@@ -43,6 +43,7 @@ class Item:
     changed: float  # time of its last change
     unanswered: bool = False  # whether it may go on only because Slurm does not say whether it does
     needed_by: list[str] = field(default_factory=list)  # names of kept versions that were made from it
+    is_kept: bool = False  # whether it is published, runs or may go on, or is the base of one that is kept
 
     @property
     def name(self) -> str:
@@ -83,17 +84,14 @@ def inventory(root: Path, *, keep_stopped: bool = True, keep_bases: bool = True)
             base.needed_by.append(item.name)
             if base not in kept:
                 kept.append(base)
+    for item in kept:
+        item.is_kept = True
     return items
 
 
-def superseded(items: Iterable[Item], *, keep_stopped: bool = True) -> list[Item]:
+def superseded(items: Iterable[Item]) -> list[Item]:
     """Those that nothing needs, oldest first."""
-    loose = [
-        item
-        for item in items
-        if not (item.links or item.needed_by or item.is_running or (keep_stopped and item.is_stopped))
-    ]
-    return sorted(loose, key=lambda item: item.changed)
+    return sorted((item for item in items if not item.is_kept), key=lambda item: item.changed)
 
 
 def look(output: Path, settings: dict[str, Any], inputs: Inputs | None) -> Progress:
