@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import resource
+import runpy
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
@@ -19,6 +21,7 @@ from snaketron.jobs.version import Version
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.train.stage import check_base, has_optimizer
+from tests.conftest import REPOSITORY
 from tests.unit.huggingface.checkpoints import files
 from tests.unit.train.conftest import MODEL
 
@@ -79,15 +82,23 @@ def test_an_imported_model_says_again_which_sequences_it_was_published_for(
 
 
 @pytest.mark.parametrize(("said", "ends"), [([0, 3], [0, 3]), (3, [0, 3]), (None, [0])])
-def test_an_imported_model_ends_its_answers_where_it_did(bring, exported: Path, tmp_path: Path, said, ends):
+def test_an_imported_model_ends_its_answers_where_it_did(
+    bring, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said, ends
+):
     """As one that was tuned on conversations does, at the end of a turn. The tokenizer's own end is 0."""
     path = exported / "generation_config.json"
     path.write_text("[")
     with pytest.raises(UserError, match=r"generation_config\.json: not a JSON object; download or copy"):
         bring(exported)
     path.write_text(json.dumps({"eos_token_id": said}))
-    export_checkpoint(bring(exported), tmp_path / "hf/again")
+    base = bring(exported)
+    export_checkpoint(base, tmp_path / "hf/again")
     assert json.loads((tmp_path / "hf/again/generation_config.json").read_text())["eos_token_id"] == ends
+    shutil.copy(REPOSITORY / "config/chat_template.jinja", base / "tokenizer")
+    monkeypatch.setattr("snaketron.model.distributed.distributed", lambda *_: nullcontext())  # it has joined
+    chat = runpy.run_path(str(REPOSITORY / "scripts/chat.py"))
+    with chat["_chat"](chat["parse_args"]([str(base), "--threads", "1"]), []) as opened:
+        assert opened.stop[: len(ends)] == ends
 
 
 def test_an_import_is_made_once_and_found_finished(bring, exported: Path):
