@@ -171,6 +171,7 @@ class Ranks:
                 for rank in range(self.world)
             ]
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.failed: list[int] = []  # statuses of those that failed by themselves, before `kill`
         self.failed_at: float | None = None
         self.killed = False  # by `kill`
 
@@ -241,18 +242,19 @@ class Ranks:
     def poll(self) -> int | None:
         """The exit status of the attempt; None while a process runs.
 
-        A process killed by a signal wins: the others fail because it is gone. Then comes the first failure,
-        else 0.
+        A process killed by a signal wins: the others fail because it is gone, or wait for it (in NCCL, for
+        ever) and are killed here. Then comes any failure, else 0.
         """
         statuses = [process.poll() for process in self.processes]
         failed = [status for status in statuses if status]
+        if not self.killed:
+            self.failed = failed
         if None not in statuses:
-            died = [] if self.killed else [status for status in failed if status < 0]
-            return next(iter(died + failed), 0)
+            return min(self.failed or failed, default=0)
         if failed:
             self.failed_at = self.failed_at or time.monotonic()
             if time.monotonic() - self.failed_at > FAREWELL_S:
-                self.kill()  # the others wait for the one that is gone
+                self.kill()
         return None
 
     def stop(self) -> None:

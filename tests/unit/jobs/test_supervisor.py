@@ -166,6 +166,13 @@ def test_a_killed_process_is_named_and_not_the_one_that_noticed_it(toy: Toy):
     ) in output
 
 
+def test_a_process_that_died_is_named_and_not_the_one_that_was_killed_after_it(toy: Toy):
+    """In NCCL the other one waits on: that it was killed says nothing, and least of all of memory."""
+    status, output = toy.run({"1:1:6": "abort", "1:0:6": "hang"})
+    assert (status, toy.attempts) == (0, [(0, 5, "failed"), (4, 12, "finished")])
+    assert "toy: a process was killed by SIGABRT after step 5; starting again from step 4\n" in output
+
+
 def test_processes_that_hang_are_killed_and_replaced(toy: Toy):
     """The time out is longer than a start takes on a busy machine, because a start is silent too."""
     status, output = toy.run({"1:0:7": "hang"}, step_timeout=30)

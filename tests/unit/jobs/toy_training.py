@@ -85,6 +85,8 @@ def go_wrong(how: str | None, stop: list[int], version: Version) -> None:
         case "hang":
             signal.pthread_sigmask(signal.SIG_BLOCK, launch.STOP_SIGNALS)
             time.sleep(600)
+        case "abort":
+            os.abort()
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         case _:
