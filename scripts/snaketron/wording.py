@@ -6,6 +6,7 @@ durations as phrases, where lines that follow each other want "26:03:04".
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 
 FACTORS = (1e12, 1e9, 1e6, 1e3)
@@ -132,3 +133,16 @@ def shortened(text: str, most: int) -> str:
     ('a long...', 'a text')
     """
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def ended_with(status: int) -> str:
+    """How a process ended, by its status as `subprocess` gives it (-9 for SIGKILL) or srun and shells (137).
+
+    >>> ended_with(-11), ended_with(3)
+    ('was killed by SIGSEGV', 'ended with status 3')
+    """
+    number = -status if status < 0 else status - 128
+    if 0 < number < signal.NSIG:
+        hint = " (out of memory?)" if number == signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(number).name}{hint}"
+    return f"ended with status {status}"

@@ -11,6 +11,7 @@ from snaketron.jobs.launch import _free_port, first_failure
 from tests.conftest import REPOSITORY
 from tests.gpu.test_training import names_of_gpus
 from tests.seats import shared
+from tests.unit.jobs.test_supervisor import wait_for
 
 import torch
 
@@ -37,3 +38,19 @@ def test_a_process_without_memory_says_so_and_ends_while_another_waits_for_it(tm
         for rank in ranks:
             rank.kill()
             rank.wait()
+
+
+def test_the_memory_of_a_killed_process_is_free_although_another_one_wrote_for_it(tmp_path: Path):
+    """That one has the GPU open, too. The next attempt begins as soon as the killed process is gone."""
+    before = torch.cuda.mem_get_info(0)[0]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": names_of_gpus()[0]}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.gpu.killed", str(tmp_path)], cwd=REPOSITORY, env=environment
+    )
+    try:
+        wait_for(lambda: (tmp_path / "writes").exists() or process.poll() is not None)
+        assert torch.cuda.mem_get_info(0)[0] < before - (1 << 33)
+    finally:
+        process.kill()
+        process.wait()
+    wait_for(lambda: torch.cuda.mem_get_info(0)[0] > before - (1 << 30), seconds=30)

@@ -1,6 +1,16 @@
 """Numbers as a person reads them."""
 
-from snaketron.wording import binary, counted, duration, large, plural, short, short_duration, size_text
+from snaketron.wording import (
+    binary,
+    counted,
+    duration,
+    ended_with,
+    large,
+    plural,
+    short,
+    short_duration,
+    size_text,
+)
 
 import pytest
 
@@ -55,3 +65,16 @@ def test_counts_by_reason_leave_out_reasons_that_never_hold():
     assert counted({"empty": 3, "bad row": 0, "too long": 1}) == "3 x empty, 1 x too long"
     assert counted({"empty": 3}, sign=" ") == "3 empty"
     assert (counted({}), counted({"empty": 0}, empty="nothing")) == ("none", "nothing")
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (-9, "was killed by SIGKILL (out of memory?)"),
+        (137, "was killed by SIGKILL (out of memory?)"),
+        (-11, "was killed by SIGSEGV"),
+        (3, "ended with status 3"),
+    ],
+)
+def test_how_a_process_ended_in_words(status: int, words: str):
+    assert ended_with(status) == words

@@ -62,7 +62,7 @@ def join() -> None:
         ):
             os.environ[name] = os.environ[of_slurm]
     else:
-        _die_with_parent()
+        die_with_parent(signal.SIGTERM)  # save, and let go of the version
 
 
 def rank() -> int:
@@ -75,12 +75,12 @@ def is_writer() -> bool:
     return rank() == int(os.environ.get("WORLD_SIZE", 1)) - 1
 
 
-def _die_with_parent() -> None:
-    """Have the kernel send SIGTERM when the supervisor is killed: save, and let go of the version."""
+def die_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when the one that started it has ended, however it ends."""
     import ctypes
 
     PR_SET_PDEATHSIG = 1  # prctl(2)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 @contextlib.contextmanager

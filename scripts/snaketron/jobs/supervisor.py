@@ -26,7 +26,7 @@ from snaketron.jobs.owner import Owner, own
 from snaketron.jobs.version import Version
 from snaketron.log import UserError, logger
 from snaketron.settings.training import RunSettings
-from snaketron.wording import after
+from snaketron.wording import after, ended_with
 
 POLL_S = 0.2
 TO_BE_CONTINUED = 75  # exit status of a training that saved before the time limit (EX_TEMPFAIL)
@@ -254,9 +254,9 @@ class Supervisor:
         if ended.why == "hang":
             return f"no step within step_timeout ({self.run.step_timeout} s)"
         if said is None:
-            return f"a process {_ended_with(ended.status)}"
+            return f"a process {ended_with(ended.status)}"
         if any(words in said for words in _PEER_IS_GONE):  # the process that died could say nothing itself
-            return f"a process {_ended_with(ended.status)}, of which another one noticed: {said}"
+            return f"a process {ended_with(ended.status)}, of which another one noticed: {said}"
         return said
 
     def look_ahead(self) -> None:
@@ -308,11 +308,3 @@ def _wait_to_be_ended(signals: Signals) -> None:
 
 # gloo and NCCL say this when the process at the other end has died.
 _PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-
-
-def _ended_with(status: int) -> str:
-    number = -status if status < 0 else status - 128  # subprocess gives -9 for SIGKILL, srun and shells 137
-    if 0 < number < signal.NSIG:
-        hint = " (out of memory?)" if number == signal.SIGKILL else ""
-        return f"was killed by {signal.Signals(number).name}{hint}"
-    return f"ended with status {status}"

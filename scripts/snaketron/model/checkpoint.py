@@ -11,13 +11,15 @@ import functools
 import os
 import secrets
 import shutil
+import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from snaketron.files import partial
+from snaketron.jobs import launch
 from snaketron.jobs.owner import check_owner
 from snaketron.jobs.version import Version
 from snaketron.log import NO_SPACE, UserError
@@ -28,6 +30,7 @@ from snaketron.model.megatron.host_memory import HostMemory
 from snaketron.model.megatron.stored import Loading, Stored
 from snaketron.settings.keeping import is_steady, kept
 from snaketron.settings.training import RunSettings
+from snaketron.wording import ended_with
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -54,6 +57,7 @@ class Saver:
         self.queue = AsyncCallsQueue()
         self.memory = HostMemory()
         self.deleting: list[threading.Thread] = []
+        self.writer: Any = None  # the process that writes, or wrote last, in the background
 
     @classmethod
     def configured(cls, run: RunSettings, steady: int = 0) -> Saver:
@@ -102,7 +106,7 @@ class Saver:
             get_default_save_sharded_strategy(),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
-        with _explained(temporary, target):
+        with self._explained(temporary, target):
             request = dist_checkpointing.save(
                 state,
                 temporary,
@@ -120,8 +124,11 @@ class Saver:
             self._publish(version, iteration, temporary)
             return
         request.add_finalize_fn(lambda: self._publish(version, iteration, temporary))
+        if request.async_fn is not None:
+            request = request._replace(async_fn=functools.partial(_write, request.async_fn))
         self.written = temporary, target
         self.queue.schedule_async_request(request)
+        self.writer = self.queue.async_calls[-1].async_caller.process
 
     def finish(self, *, wait: bool = True) -> bool:
         """Publish what was written in the background; `wait` for it if asked. True when nothing is left.
@@ -129,7 +136,7 @@ class Saver:
         All ranks must call this.
         """
         if self.queue.get_num_unfinalized_calls():
-            with _explained(*self.written):
+            with self._explained(*self.written):
                 self.queue.maybe_finalize_async_calls(blocking=wait)
         while wait and self.deleting:
             self.deleting.pop().join()
@@ -147,6 +154,41 @@ class Saver:
             for old in set(iterations) - kept(iterations, self.run, self.steady):
                 self._delete(version.iteration_directory(old))
         torch.distributed.barrier()
+
+    @contextlib.contextmanager
+    def _explained(self, temporary: Path, target: Path) -> Iterator[None]:
+        """Say what a failed write means, and give its space back."""
+        try:
+            yield
+        except CheckpointException as error:  # on all ranks, as soon as one cannot write; rank 0 knows why
+            problem, cause = self._shared_problem(temporary, error)
+            self._give_up(temporary, target, problem, cause, error)
+        except OSError as error:  # on this rank alone: the others wait for it, and end when it has ended
+            self._give_up(temporary, target, NO_SPACE.get(error.errno or 0), str(error), error)
+
+    def _shared_problem(self, temporary: Path, error: CheckpointException) -> tuple[str | None, str]:
+        """Why there is no room on some rank, if so, and what went wrong; the same on all ranks."""
+        rank = torch.distributed.get_rank()
+        # The reason is lost on the way: torch says only that it is not where it should be in the file.
+        room = _no_room(temporary / f"room_{rank}")
+        status = self.writer.exitcode if self.writer else 0
+        died = f"the process that writes it {ended_with(status)}" if status else ""
+        said: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(said, (room, died, str(_cause(error))))
+        rooms, deaths, causes = zip(*said, strict=True)
+        return next(filter(None, rooms), None), next(filter(None, deaths), causes[0])
+
+    def _give_up(
+        self, temporary: Path, target: Path, problem: str | None, cause: str, error: BaseException
+    ) -> NoReturn:
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # the space is wanted
+        if problem:
+            raise UserError(
+                f"{target}: the checkpoint cannot be written ({problem}); free some and run the same command "
+                "again to continue from the one before it"
+            ) from error
+        raise RuntimeError(f"{target}: the checkpoint cannot be written: {cause}") from error
 
     def _delete(self, checkpoint: Path) -> None:
         """Delete in the background if checkpoints are written there: a file system may take seconds."""
@@ -172,24 +214,10 @@ def _make_temporary(version: Version, target: Path) -> Path:
     return temporary
 
 
-@contextlib.contextmanager
-def _explained(temporary: Path, target: Path) -> Iterator[None]:
-    """Say what a failed write means, and give its space back."""
-    try:
-        yield
-    except (OSError, CheckpointException) as error:
-        torch.distributed.barrier()  # fails where another process has died, which then is the reason
-        # The reason is lost on the way: torch says only that it is not where it should be in the file.
-        problem = _no_room(temporary / f"room_{torch.distributed.get_rank()}")
-        torch.distributed.barrier()
-        if torch.distributed.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # the space is wanted
-        if problem:
-            raise UserError(
-                f"{target}: the checkpoint cannot be written ({problem}); free some and run the same command "
-                "again to continue from the one before it"
-            ) from error
-        raise RuntimeError(f"{target}: the checkpoint cannot be written: {_cause(error)}") from error
+def _write(write: Callable[..., None], *args: Any, **options: Any) -> None:
+    """Write in a process beside the one that trains, and end with that: it has the GPU open, too."""
+    launch.die_with_parent(signal.SIGKILL)
+    write(*args, **options)
 
 
 def load(
@@ -292,8 +320,13 @@ def _no_room(path: Path) -> str | None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong on the first rank where it did: torch's exception holds a traceback of each."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    """What went wrong on the first rank where it did: torch's exception holds a traceback of each.
+
+    megatron-core raises it on all ranks, and those are on the first one alone.
+    """
+    if isinstance(error, CheckpointException) and error.failures:
+        return next(iter(error.failures.values()))[0]
+    return error
 
 
 # Values of an optimizer group that the configuration decides, not the checkpoint.

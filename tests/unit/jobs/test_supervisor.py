@@ -15,7 +15,7 @@ from typing import Any
 
 from snaketron import files
 from snaketron.config import load
-from snaketron.jobs import heartbeat, supervisor
+from snaketron.jobs import heartbeat
 from snaketron.jobs.version import Version
 from snaketron.settings.training import run_settings
 
@@ -258,16 +258,3 @@ def test_several_nodes_need_slurm(toy: Toy):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert "this training needs 2 nodes of 2 processes, and this is no Slurm job" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
-        (-9, "was killed by SIGKILL (out of memory?)"),
-        (137, "was killed by SIGKILL (out of memory?)"),
-        (-11, "was killed by SIGSEGV"),
-        (3, "ended with status 3"),
-    ],
-)
-def test_how_a_process_ended_in_words(status: int, words: str):
-    assert supervisor._ended_with(status) == words

@@ -1,0 +1,26 @@
+"""A process with 8 GiB of a GPU, beside which another one writes: DIRECTORY says when. Both wait to be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+from snaketron.model import backend
+from snaketron.model.checkpoint import _write
+
+import torch
+
+
+def main(directory: Path) -> None:
+    held = torch.empty(1 << 33, dtype=torch.uint8, device=backend.device())
+    torch.cuda.synchronize()
+    multiprocessing.get_context("fork").Process(target=_write, args=(time.sleep, 600)).start()
+    (directory / "writes").touch()
+    time.sleep(600)
+    del held
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
