@@ -1,4 +1,4 @@
-"""A process with 8 GiB of a GPU, beside which another one writes: DIRECTORY says when. Both wait to be killed."""
+"""A process with 8 GiB of a GPU, and one that writes for it: both wait to be killed. DIRECTORY says when."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 from collections.abc import Iterator
+from datetime import timedelta
 
 from snaketron.log import UserError
 from snaketron.model import backend
@@ -14,6 +15,8 @@ from snaketron.settings.training import RunSettings
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+
+GRACE_S = 60  # for the supervisor, which kills processes after `step_timeout`
 
 
 @contextlib.contextmanager
@@ -29,13 +32,14 @@ def distributed(seed: int, run: RunSettings, *, recorded: bool = False) -> Itera
     backend.device()  # makes this process' GPU the current one
     if recorded:
         backend.use_recordable_stream()
-    _join()
+    _join(run)
     parallel_state.initialize_model_parallel(
         run.parallel.tensor_model_parallel_size,
         run.parallel.pipeline_model_parallel_size,
         context_parallel_size=run.parallel.context_parallel_size,
         expert_model_parallel_size=run.parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=run.parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=_timeout(run) / timedelta(minutes=1),
     )
     torch.manual_seed(seed)
     # Transformer Engine's tracker of random numbers is the one that can be recorded.
@@ -84,11 +88,18 @@ def _destroy_recordings() -> None:
             graph.reset()
 
 
-def _join() -> None:
+def _join(run: RunSettings) -> None:
+    name, timeout = backend.process_group_backend(), _timeout(run)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group(backend.process_group_backend())
+        torch.distributed.init_process_group(name, timeout=timeout)
     else:
         store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(
-            backend.process_group_backend(), store=store, rank=0, world_size=1
-        )
+        torch.distributed.init_process_group(name, timeout=timeout, store=store, rank=0, world_size=1)
+
+
+def _timeout(run: RunSettings) -> timedelta:
+    """How long a process waits for another one: longer than the supervisor, which knows what they are at.
+
+    NCCL's own 10 minutes are short for who has written its part of a large checkpoint, and waits for others.
+    """
+    return timedelta(seconds=run.step_timeout + GRACE_S)

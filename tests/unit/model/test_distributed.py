@@ -8,6 +8,7 @@ from snaketron.log import UserError
 from snaketron.model import backend
 from snaketron.model.distributed import distributed
 from snaketron.settings.training import RunSettings
+from tests.ranks import on_ranks
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_recordings_are_destroyed_before_groups_are_left(monkeypatch: pytest.Mon
             order.append("recording")
 
     # This process has joined itself already (conftest), and stays so.
-    monkeypatch.setattr("snaketron.model.distributed._join", lambda: None)
+    monkeypatch.setattr("snaketron.model.distributed._join", lambda _: None)
     monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda *_, **__: None)
     monkeypatch.setattr(parallel_state, "destroy_model_parallel", lambda: order.append("groups"))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: order.append("processes"))
@@ -56,3 +57,17 @@ def test_recordings_are_destroyed_before_groups_are_left(monkeypatch: pytest.Mon
         _ = 1 / 0
     gc.freeze()  # again, what all tests share (tests/conftest.py)
     assert order == ["recording", "recording", "groups", "processes"]
+
+
+def _patience(run: RunSettings) -> list[float]:
+    """Seconds that this process waits for others: for all, and in groups of megatron-core."""
+    with distributed(1, run):
+        model, data = parallel_state.get_model_parallel_group(), parallel_state.get_data_parallel_group()
+        groups = torch.distributed.group.WORLD, model, data
+        return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_processes_wait_for_each_other_longer_than_their_supervisor_does():
+    """One that has written its part of a checkpoint gave up after 10 minutes, whatever `step_timeout` is."""
+    run = RunSettings(tracking="off", step_timeout=7200, parallel=Parallel(data_parallel_size=2))
+    assert on_ranks(2, _patience, run) == [[7260.0] * 3] * 2
