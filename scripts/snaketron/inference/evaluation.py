@@ -6,8 +6,6 @@ trainings. Each part is a file there, so an evaluation that was killed goes on w
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from snaketron.files import read_json, sha256, write_json
 from snaketron.jobs.heartbeat import Heartbeat
-from snaketron.jobs.launch import SAVED, STOP, is_writer, rank
+from snaketron.jobs.launch import is_writer, rank
 from snaketron.jobs.version import Version, version_key
 from snaketron.lineage.record import Entry, making, of_user
 from snaketron.log import logger
@@ -74,7 +72,6 @@ def evaluate(job: Evaluation) -> int:
     from snaketron.inference.opening import open_checkpoint
     from snaketron.model.distributed import distributed
 
-    signal.signal(STOP, lambda *_: sys.exit(SAVED))  # what is done is on disk
     with distributed(0, job.run):
         built = open_checkpoint(job.checkpoint, job.run)
         made = dict(parts(job))

@@ -38,8 +38,15 @@ from snaketron.wording import plural
 # processes that are still ending when one of them ends with another status.
 SAVED = 0
 STOP = signal.SIGUSR1  # asks for that; unlike SIGTERM and SIGINT, nobody else sends it
+STOPPED = (SAVED, -STOP, 128 + STOP)  # of who was asked to stop; without anything to save it is killed
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, STOP)  # all that ask a training to save and stop
 FAREWELL_S = 3.0  # for the other processes to say why they fail as well, once one has ended
+
+STOPPED = (
+    SAVED,
+    -STOP,
+    128 + STOP,
+)  # statuses of who was asked to stop: had it nothing to save, it was killed
 
 OF_SRUN = "TRAINING_OF_SRUN"  # variable of the environment: the job step says which rank a process is
 
@@ -53,7 +60,13 @@ def is_rank() -> bool:
 
 
 def join() -> None:
-    """Take the rank from the job step if srun started this process; else have it end with its supervisor."""
+    """Take the rank from the job step if srun started this process; else have it end with its supervisor.
+
+    A signal kills it from now on, until it trains: Python runs no handler while it waits in NCCL, and what
+    there is to keep is on disk.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     if OF_SRUN in os.environ:
         for name, of_slurm in (
             ("RANK", "SLURM_PROCID"),

@@ -21,7 +21,7 @@ from typing import Literal
 
 from snaketron.jobs import heartbeat, slurm
 from snaketron.jobs.attempts import Attempts
-from snaketron.jobs.launch import SAVED, STOP_SIGNALS, Ranks, first_failure
+from snaketron.jobs.launch import SAVED, STOP_SIGNALS, STOPPED, Ranks, first_failure
 from snaketron.jobs.owner import Owner, own
 from snaketron.jobs.version import Version
 from snaketron.log import UserError, logger
@@ -228,7 +228,7 @@ class Supervisor:
         failure = first_failure(self.version.failures)
         error = self.explain(ended, failure["error"] if failure else None)
         if ended.why == "time limit":
-            attempts.end("time limit", done, None if ended.status == SAVED else error)
+            attempts.end("time limit", done, None if ended.status in STOPPED else error)
             return self.hand_over(saved)
         attempts.end("hung" if ended.why == "hang" else "failed", done, error)
         if failure and failure["traceback"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -92,3 +93,27 @@ with telling(Path({str(tmp_path)!r})):
     assert (done.returncode, done.stdout) == (status, "what it has to say\n")
     said = first_failure(tmp_path)
     assert (said and said["error"]) == ("ValueError: NaN" if "NaN" in how else None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, launch.STOP])
+def test_a_signal_ends_a_process_that_waits_in_a_library(number: signal.Signals):
+    """As for others in NCCL. Python's handlers wait until the library returns; here it computes for hours."""
+    program = """
+import hashlib
+from snaketron.jobs import launch
+from snaketron.log import run
+
+def main():
+    launch.join()
+    print("waits", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+run(main)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == "waits\n"
+            process.send_signal(number)
+            assert process.wait(timeout=60) == -number
+        finally:
+            process.kill()
