@@ -127,6 +127,7 @@ class Decoder:
 
         `ids` (rows, new) has `counts` tokens in each row, and then padding; without counts, only tokens.
         """
+        self.built.alive()
         new = ids.shape[1]
         read = max(self.lengths[row] for row in rows)
         if read + new > self.max_length:

@@ -7,7 +7,7 @@ trainings. Each part is a file there, so an evaluation that was killed goes on w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,7 @@ def evaluate(job: Evaluation) -> int:
         built = open_checkpoint(job.checkpoint, job.run)
         made = dict(parts(job))
         heartbeat = Heartbeat(job.version.heartbeat, len(made), writer=is_writer())
+        built = replace(built, alive=heartbeat.alive)
         for number, (name, part) in enumerate(made.items()):
             heartbeat.beat(number)
             file = job.version.directory / f"{name.replace('/', '_')}.part.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,11 +45,25 @@ class Heartbeat:
             before.loss if loss is None else loss,
             before.tokens_per_second if tokens_per_second is None else tokens_per_second,
         )
+        self._write(at_once=iteration == self.now.train_iters)
+
+    def alive(self) -> None:
+        """Say again how far it is: what comes after the last step takes long, and goes on."""
+        if self.writer:
+            self._write(at_once=False)
+
+    def _write(self, *, at_once: bool) -> None:
         now = time.monotonic()
-        if now - self.written >= INTERVAL_S or iteration == self.now.train_iters:
+        if at_once or now - self.written >= INTERVAL_S:
             said = {key: value for key, value in asdict(self.now).items() if value is not None}
             write_json(self.path, said)
             self.written = now
+
+
+def touch(path: Path) -> None:
+    """Say that a training is at work behind its last step, where it has said something before."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path)
 
 
 def read(path: Path) -> Beat | None:

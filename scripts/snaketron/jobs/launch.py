@@ -42,12 +42,6 @@ STOPPED = (SAVED, -STOP, 128 + STOP)  # of who was asked to stop; without anythi
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, STOP)  # all that ask a training to save and stop
 FAREWELL_S = 3.0  # for the other processes to say why they fail as well, once one has ended
 
-STOPPED = (
-    SAVED,
-    -STOP,
-    128 + STOP,
-)  # statuses of who was asked to stop: had it nothing to save, it was killed
-
 OF_SRUN = "TRAINING_OF_SRUN"  # variable of the environment: the job step says which rank a process is
 
 

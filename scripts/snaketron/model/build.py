@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ class BuiltModel:
     """This rank's part of a model, with its adapters if it has some.
 
     `model` has the weights and their names. `module` is what computes: the same under fp32, and under bf16
-    `model` in a wrapper that gives losses and logits as float32.
+    `model` in a wrapper that gives losses and logits as float32. `alive` is called now and then by what takes
+    long with the model, for a heartbeat.
     """
 
     settings: TrainSettings
@@ -36,6 +37,7 @@ class BuiltModel:
     config: TransformerConfig
     model: HybridModel
     module: torch.nn.Module
+    alive: Callable[[], None] = lambda: None
 
     @property
     def adapters(self) -> Adapters | None:

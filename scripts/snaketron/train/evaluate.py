@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from snaketron.model.build import BuiltModel
 from snaketron.model.megatron import internals
 from snaketron.train.batches import Batches, Split
-from snaketron.train.losses import compute, sum_over_ranks
+from snaketron.train.losses import Batch, compute, sum_over_ranks
 
 
 def evaluate(built: BuiltModel, batches: Batches, split: Split) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def evaluate(built: BuiltModel, batches: Batches, split: Split) -> dict[str, Any
     with built.evaluating(), internals.without_recordings():
         outputs = compute(
             built.module,
-            batches.micro_batches(split, 0, count),
+            _alive(built, batches.micro_batches(split, 0, count)),
             count=batches.num_micro_batches(count),
             micro_batch_size=batches.micro_batch_size,
             seq_length=built.settings.seq_length,
@@ -38,3 +39,9 @@ def evaluate(built: BuiltModel, batches: Batches, split: Split) -> dict[str, Any
             if sums["trained_tokens"][source]
         }
     return found
+
+
+def _alive(built: BuiltModel, micro_batches: Iterator[Batch]) -> Iterator[Batch]:
+    for batch in micro_batches:
+        built.alive()
+        yield batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import itertools
 import math
@@ -83,6 +84,7 @@ class Trainer:
             "consumed_train_samples": self.iteration * self.settings.global_batch_size,
             **self.totals.saved(),
         }
+        self.built.alive()
         with self._announced("saving", always=self.iteration == self.settings.train_iters):
             self.saver.save(directory, self.iteration, self.built.trained, self.optimizer, progress)
 
@@ -121,6 +123,7 @@ class Trainer:
         progress = Progress(self.settings.stage, self.settings.train_iters, tokens)
         heartbeat = Heartbeat(version.heartbeat, self.settings.train_iters, writer=is_writer())
         heartbeat.beat(self.iteration)
+        self.built = dataclasses.replace(self.built, alive=heartbeat.alive)
         self.saver.prepare(self.optimizer)
         freeze()
         with self._signals():

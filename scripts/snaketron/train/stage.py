@@ -15,7 +15,7 @@ from snaketron.config import Model, Section
 from snaketron.data.tokenizer import Info, tokenizer_info
 from snaketron.files import read_json, sha256
 from snaketron.huggingface.config import copy_tokenizer
-from snaketron.jobs import continuation, launch, supervisor
+from snaketron.jobs import continuation, heartbeat, launch, supervisor
 from snaketron.jobs.attempts import Attempts, read_attempts
 from snaketron.jobs.version import Description, Version, check_place, published, version_key
 from snaketron.lineage.record import Entry, making, of_file
@@ -295,10 +295,14 @@ class Stage:
             written = sorted(p for p in final.rglob("*") if p.is_file())
             size = sum(path.stat().st_size for path in written)
             logger.info("%s: hashing the last checkpoint (%s)", stage, size_text(size))
-            job.present = [of_file(str(p.relative_to(final)), p) for p in written]
+            job.present = [self._hashed(str(p.relative_to(final)), p) for p in written]
             job.inputs = {entry.name: entry for entry in self.inputs}
             job.settings, job.counts, job.key = self.settings.model_dump(), counts, self.key
             job.hardware, job.cost = self._share()
+
+    def _hashed(self, name: str, path: Path) -> Entry:
+        heartbeat.touch(self.version.heartbeat)  # a checkpoint of a terabyte takes longer than `step_timeout`
+        return of_file(name, path)
 
     def _share(self) -> tuple[dict[str, int], dict[str, float]]:
         """The nodes and processes, and the time of the GPUs, or else CPUs, that all attempts had."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Adapters
 from snaketron.inference.decoder import Decoder, decoding
@@ -46,6 +48,16 @@ def test_each_token_is_the_most_likely_after_all_before_it(built):
     for together in (False, True):
         answers = generate(built, PROMPTS, stop=[], max_tokens=4, batch_size=3, together=together)
         assert answers == expected
+
+
+def test_each_token_is_a_sign_of_life(built):
+    """A part of an evaluation may take hours, of which the supervisor must hear something."""
+    signs: list[int] = []
+    alive = replace(built, alive=lambda: signs.append(0))
+    generate(alive, [[5, 6, 7]], stop=[], max_tokens=4)
+    assert len(signs) == 4
+    score(alive, TEXTS, batch_size=2)
+    assert len(signs) == 6
 
 
 def test_adapters_take_part_in_each_token(settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def test_a_model_is_evaluated_without_an_optimizer(settings, precision: str):
     assert built.config.finalize_model_grads_func is None and built.config.grad_scale_func is None
     for parameter in built.model.parameters():
         assert parameter.grad is None and not hasattr(parameter, "main_grad")
+
+
+def test_each_micro_batch_of_a_validation_is_a_sign_of_life(settings):
+    """The supervisor takes a training without one for hanging, and a validation may be long."""
+    values, run = settings(eval_samples=8)
+    signs: list[int] = []
+    evaluate(replace(build_model(values, run, 256), alive=lambda: signs.append(0)), Random(2), "train")
+    assert len(signs) == 4
 
 
 def test_the_optimizer_changes_no_weight_and_no_loss(settings):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron import files
+from snaketron.jobs.heartbeat import Heartbeat
 from snaketron.jobs.version import version_key
 from snaketron.log import UserError, logger
 from snaketron.train.stage import Stage, run_stage, training_parser
@@ -125,6 +126,18 @@ def test_the_record_says_what_all_attempts_cost(stage, tmp_path: Path):
     about = files.read_json(version.record)["provenance"]
     assert about["hardware"]["nodes"] == about["hardware"]["processes"] == 1
     assert 3000 <= about["cost"]["cpu_seconds"] < 3 * (1000 + 600)  # 3 CPUs, and this attempt's seconds
+
+
+def test_each_file_that_is_hashed_at_the_end_is_a_sign_of_life(stage):
+    """A checkpoint of a terabyte takes longer than `step_timeout`: the training was killed for hanging."""
+    one = stage()
+    final = one.version.iteration_directory(one.settings.train_iters)
+    final.mkdir(parents=True)
+    (final / "__0_0.distcp").write_bytes(b"weights")
+    Heartbeat(one.version.heartbeat, one.settings.train_iters, writer=True).beat(one.settings.train_iters)
+    os.utime(one.version.heartbeat, (0, 0))
+    one.write_record({})
+    assert one.version.heartbeat.stat().st_mtime > 0
 
 
 def test_a_directory_in_the_place_of_the_link_is_refused_before_the_training(args, tmp_path: Path):
