@@ -95,8 +95,14 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of a library says, or its type where it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The first line of what an error of a library says, or its type where it says nothing.
+
+    NCCL says in the first line where it noticed something, and last what it was.
+    """
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    if "Last error:" in others[:-1]:
+        first += f": {others[others.index('Last error:') + 1]}"
+    return first
 
 
 def run(main: Callable[[], int], *, may_pass: bool = False) -> None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from snaketron import files
+from snaketron.log import first_line
 
 import pytest
 
@@ -259,3 +260,15 @@ def test_a_script_may_run_without_standard_output(end: str, status: int, stderr:
 def test_another_broken_pipe_is_our_mistake():
     ended = script("raise BrokenPipeError('a pipe of ours')")
     assert ended.returncode == 1 and ended.stderr.endswith("BrokenPipeError: a pipe of ours\n")
+
+
+def test_of_an_error_of_nccl_the_line_says_what_it_was():
+    """It is the last of several lines; the first says where NCCL noticed it."""
+    first = "NCCL error in: NCCLUtils.cpp:94, unhandled system error, NCCL version 2.28.9"
+    said = (
+        f"{first}\nncclSystemError: System call failed. \nLast error:\nError while creating shared memory\n"
+    )
+    assert first_line(RuntimeError(said)) == f"{first}: Error while creating shared memory"
+    assert first_line(RuntimeError(f"{first}\nLast error:")) == first
+    assert first_line(RuntimeError("CUDA error: unspecified\nSearch for it")) == "CUDA error: unspecified"
+    assert first_line(KeyError()) == "KeyError"

@@ -29,7 +29,7 @@ from snaketron.files import read_json, write_json
 from snaketron.jobs import slurm
 from snaketron.jobs.containers import containerized, needed
 from snaketron.jobs.owner import TOKEN, Owner
-from snaketron.log import UserError
+from snaketron.log import UserError, first_line
 from snaketron.settings.training import RunSettings
 from snaketron.sizes.layout import layout
 from snaketron.wording import plural
@@ -110,7 +110,7 @@ def telling(failures: Path) -> Iterator[None]:
             "host": socket.gethostname(),
             "time": time.time(),
             "by_user": by_user,
-            "error": str(error) if by_user else f"{type(error).__name__}: {error}",
+            "error": str(error) if by_user else f"{type(error).__name__}: {first_line(error)}",
             "traceback": "" if by_user else traceback.format_exc(),
         }
         with contextlib.suppress(OSError):  # a full disk; the status says that it failed

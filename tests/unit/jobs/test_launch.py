@@ -72,7 +72,7 @@ def test_processes_meet_at_a_port_that_no_connection_is_given(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("how", "status"),
     [
-        ("raise ValueError('NaN')", 1),
+        ("raise ValueError('NaN\\nand how to search for it')", 1),
         ("sys.exit(75)", 75),
         ("sys.exit('no')", 1),
         ("raise KeyboardInterrupt", 130),
