@@ -72,7 +72,8 @@ def evaluate(job: Evaluation) -> int:
     from snaketron.inference.opening import open_checkpoint
     from snaketron.model.distributed import distributed
 
-    with distributed(0, job.run):
+    smaller = f"a lower eval.batch_size ({job.settings.batch_size}), or larger sizes in eval.parallel"
+    with distributed(0, job.run, smaller=smaller):
         built = open_checkpoint(job.checkpoint, job.run)
         made = dict(parts(job))
         heartbeat = Heartbeat(job.version.heartbeat, len(made), writer=is_writer())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from snaketron.config import Model, Optimizer
 from snaketron.config.training_checks import of_gpus
+from snaketron.jobs.launch import OF_SRUN
 from snaketron.log import UserError
 from snaketron.model.megatron import replacements
 from snaketron.model.megatron.row import Machine
@@ -196,12 +197,22 @@ def prepare_model(model: torch.nn.Module) -> None:
 
 
 def device() -> torch.device:
-    """Where this process computes: its own GPU (by LOCAL_RANK, which is made current), or the CPU."""
+    """Where this process computes: its own GPU (`gpu_number`), which is made current, or the CPU."""
     if not HAS_GPU:
         return torch.device("cpu")
-    found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    found = torch.device("cuda", gpu_number())
     torch.cuda.set_device(found)
     return found
+
+
+def gpu_number() -> int:
+    """Which of the GPUs that this process sees is its own: by its number among the processes of the node.
+
+    Where Slurm binds a GPU to each process of a job step (`--gpus-per-task`), that is all that it sees.
+    """
+    if OF_SRUN in os.environ and torch.cuda.device_count() == 1:
+        return 0
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def memory() -> dict[str, float]:

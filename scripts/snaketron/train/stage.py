@@ -211,7 +211,7 @@ class Stage:
         graphs = "micro-batches" if recorded else "attention and Mamba layers" if run.cuda_graphs else ""
         how = f", with CUDA graphs of {graphs}" if graphs else ""
         logger.info("%s: building the model%s", self.settings.stage, how)
-        with distributed(self.settings.seed, run, recorded=recorded):
+        with distributed(self.settings.seed, run, recorded=recorded, smaller=self._smaller()):
             trainer = Trainer(build_training(self.settings, run, self.tokenizer.vocab_size))
             self._begin(trainer, optimizer_of_base=optimizer_of_base)
             try:
@@ -227,6 +227,13 @@ class Stage:
         if launch.rank() == 0:
             self._finish(seconds, batches)
         return 0
+
+    def _smaller(self) -> str:
+        """What takes less memory of a GPU, and trains the same."""
+        section = self.settings.stage.partition("/")[0]
+        several = self.run.micro_batch_size > 1 and not self.settings.packed
+        first = f"a lower {section}.micro_batch_size ({self.run.micro_batch_size}), " if several else ""
+        return f"{first}more in {section}.recompute, or larger sizes in {section}.parallel"
 
     def _begin(self, trainer: Trainer, *, optimizer_of_base: bool) -> None:
         """Load the newest checkpoint of this version, or else the base, and say so."""

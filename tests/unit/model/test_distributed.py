@@ -1,12 +1,14 @@
 """What is checked before the processes of a model are joined."""
 
 import gc
+import re
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Cluster, Parallel
+from snaketron.jobs.launch import OF_SRUN
 from snaketron.log import UserError
 from snaketron.model import backend
-from snaketron.model.distributed import distributed
+from snaketron.model.distributed import OutOfMemory, _check, _explained, _taken_by_others, distributed
 from snaketron.settings.training import RunSettings
 from tests.ranks import on_ranks
 
@@ -71,3 +73,73 @@ def test_processes_wait_for_each_other_longer_than_their_supervisor_does():
     """One that has written its part of a checkpoint gave up after 10 minutes, whatever `step_timeout` is."""
     run = RunSettings(tracking="off", step_timeout=7200, parallel=Parallel(data_parallel_size=2))
     assert on_ranks(2, _patience, run) == [[7260.0] * 3] * 2
+
+
+def _out_of_memory(run: RunSettings, smaller: str) -> str:
+    """What the last stage says that has too little memory."""
+    try:
+        with distributed(1, run, smaller=smaller):
+            if parallel_state.is_pipeline_last_stage():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "the other one has memory"
+
+
+def test_where_the_memory_of_a_gpu_does_not_suffice_it_says_for_what_and_what_to_change():
+    """In words without numbers that differ from time to time: the same failure twice ends a training."""
+    run = RunSettings(tracking="off", parallel=Parallel(pipeline_model_parallel_size=2))
+    assert on_ranks(2, _out_of_memory, run, "more in sft.recompute")[1] == (
+        "OutOfMemory: a GPU has too little memory for stage 2 of 2; it needs less with more in sft.recompute"
+    )
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
+        "Triton Error [CUDA]: out of memory",
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_whoever_asks_for_the_memory_the_message_is_the_same(said: str):
+    """The recording of a micro-batch ends with an error of its own."""
+    run = RunSettings(tracking="off")
+    with pytest.raises(OutOfMemory), _explained(run, ""):
+        try:
+            raise RuntimeError(said)
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_other_errors_are_left_as_they_are():
+    run = RunSettings(tracking="off")
+    for said in (
+        "illegal memory access",
+        "the process that writes it was killed by SIGKILL (out of memory?)",
+    ):
+        with pytest.raises(RuntimeError, match=f"^{re.escape(said)}$"), _explained(run, ""):
+            raise RuntimeError(said)
+
+
+def test_what_other_programs_have_of_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend, "HAS_GPU", True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 100 << 30)
+    for free, said in ((38, ""), (1, ", of which other programs have 39 GiB (nvidia-smi shows which)")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free << 30, 140 << 30))
+        assert _taken_by_others() == said
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told_what_there_is(monkeypatch: pytest.MonkeyPatch):
+    """CUDA says "invalid device ordinal". Slurm may also show each process of a step its own GPU alone."""
+    run = RunSettings(tracking="off", parallel=Parallel(data_parallel_size=2))
+    monkeypatch.setattr(backend, "HAS_GPU", True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("CUDA_VISIBLE_DEVICES", "GPU-7d1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"sees 1 of its GPUs, and this is process 2 there .* is GPU-7d1\)"):
+        _check(run)
+    monkeypatch.setenv(OF_SRUN, "1")
+    _check(run)
+    assert backend.gpu_number() == 0
