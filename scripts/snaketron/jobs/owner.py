@@ -8,9 +8,11 @@ finds another token there was taken over, and stops before it writes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import secrets
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from snaketron.log import UserError, logger
 
 TOKEN = "TRAINING_TOKEN"  # variable of the environment of a training's processes
 PATIENCE_S = 60  # for the processes of a dead supervisor to save and end
+KILLED_S = 30  # for the kernel to end processes, and to free the memory of their GPUs
 OVER_S = 10  # the same where Slurm has ended their job, and with it all processes that it can reach
 
 
@@ -75,7 +78,9 @@ def own(version: Version) -> Owner:
     """Own a version; `UserError` if another training does.
 
     A holder is taken over when its supervisor is dead, or when Slurm says that its job is over: its node was
-    lost, say, and the job runs again elsewhere. The new token ends its processes at their next write.
+    lost, say, and the job runs again elsewhere. The new token ends its processes at their next write. Where
+    no Slurm has ended them, those that stay are killed: they have the GPUs, where they may wait for each
+    other.
     """
     version.directory.mkdir(parents=True, exist_ok=True)
     file = version.lock.open("a", encoding="utf-8")
@@ -89,17 +94,35 @@ def own(version: Version) -> Owner:
     owner = Owner(file, secrets.token_hex(8))
     me = Holder(owner.token, os.getpid(), platform.node(), os.environ.get("SLURM_JOB_ID"))
     files.write_json(version.owner, asdict(me))
-    deadline = time.monotonic() + (PATIENCE_S if locked or not holder or not holder.job else OVER_S)
     if not locked:
         logger.info("%s: waiting for the processes of %s to save and end", version.directory, holder)
-    while not locked and time.monotonic() < deadline:
-        time.sleep(0.2)
-        locked = _lock(file)
+        locked = _wait(file, OVER_S if holder and holder.job else PATIENCE_S)
+    if not locked and holder and not holder.job and _kill_processes(holder.token):
+        locked = _wait(file, KILLED_S)
     if not locked:
         logger.warning(
             "%s: an earlier training has not let go of it; it stops at its next write", version.directory
         )
     return owner
+
+
+def _wait(file: TextIO, seconds: float) -> bool:
+    """Lock a file as soon as that is free, if it is within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (locked := _lock(file)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return locked
+
+
+def _kill_processes(token: str) -> bool:
+    """Kill the processes of a training on this machine; whether there were some."""
+    found = False
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # of another user, or gone
+            if f"{TOKEN}={token}".encode() in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+                found = True
+    return found
 
 
 def check_owner(version: Version) -> None:

@@ -79,6 +79,28 @@ def test_a_child_that_inherits_the_file_owns_the_version_after_its_parent(tmp_pa
         child.wait()
 
 
+def test_processes_of_a_dead_supervisor_that_stay_on_this_machine_are_killed(tmp_path: Path, monkeypatch):
+    """As in NCCL, each waiting for another one: they would keep the memory of their GPUs."""
+    monkeypatch.setattr(owners, "PATIENCE_S", 1)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    version = Version(tmp_path / "version")
+    with own(version) as first:
+        command, file = ["sleep", "600"], first.file.fileno()
+        rank = subprocess.Popen(command, pass_fds=[file], env=os.environ | {TOKEN: first.token})
+        other = subprocess.Popen(command, env=os.environ | {TOKEN: first.token + "1"})
+    try:
+        gone = files.read_json(version.owner) | {"process": 2**22 + 1}  # more than there may be
+        files.write_json(version.owner, gone)
+        with own(version):
+            assert rank.wait(timeout=60) == -signal.SIGKILL and other.poll() is None
+            with version.lock.open("a") as file:
+                assert not files.lock(file)
+    finally:
+        for process in (rank, other):
+            process.kill()
+            process.wait()
+
+
 def test_a_process_that_was_taken_over_stops_before_it_writes(tmp_path: Path, monkeypatch):
     version = Version(tmp_path)
     monkeypatch.setenv(TOKEN, "mine")
