@@ -145,7 +145,6 @@ def environment(run: RunSettings) -> dict[str, str]:
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # local rank 0 is the first GPU that nvidia-smi shows
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # megatron-core's order of communication and computation
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
         # On the node's own disk: a parallel file system is slow at thousands of small files with locks.
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),

@@ -26,13 +26,13 @@ def test_the_environment_of_the_processes(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     cluster = {
-        "environment": {"NCCL_DEBUG": "INFO", "TORCH_NCCL_AVOID_RECORD_STREAMS": "0"},
+        "environment": {"NCCL_DEBUG": "INFO", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"},
         "cache_dir": str(tmp_path),
         "secrets_file": str(secrets),
     }
     found = launch.environment(run_settings(load({"cluster": cluster}, {}), "pretrain/broad"))
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in found
-    assert found["NCCL_DEBUG"] == "INFO" and found["TORCH_NCCL_AVOID_RECORD_STREAMS"] == "0"
+    assert found["NCCL_DEBUG"] == "INFO" and found["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
     assert found["TRITON_CACHE_DIR"] == f"{tmp_path}/snaketron-{os.getuid()}/triton"
     assert found["WANDB_API_KEY"] == "abc=def"
 
