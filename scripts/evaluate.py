@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if launch.is_rank():
         with launch.telling(job.version.failures):
             return evaluate(job)
-    status = supervisor.supervise(f"eval/{job.settings.stage}", job.version, job.run)
+    status = supervisor.supervise(f"eval/{job.settings.stage}", job.version, job.run, saved=job.parts_done)
     if status == 0:
         job.publish()
     return status

@@ -61,6 +61,9 @@ class Evaluation:
         """Where it works."""
         return Version.of(self.output, self.settings.stage, self.key)
 
+    def parts_done(self) -> int:
+        return len([*self.version.directory.glob("*.part.json")])
+
     def publish(self) -> None:
         """Put the finished result where the rule wants it."""
         write_json(self.output, read_json(self.version.directory / "results.json"))

@@ -142,6 +142,7 @@ def supervise(
     attempt: int = 1,
     prepare: Callable[[], None] = lambda: None,
     beside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    saved: Callable[[], int] | None = None,
 ) -> int:
     """Run a training to its end, in this job; the exit status.
 
@@ -153,12 +154,14 @@ def supervise(
             is not tried again.
         prepare: what to do in the version before its processes start; nobody else works in it by then.
         beside: entered while there is something to train.
+        saved: what is done for good, which counts as progress; None: the steps of the newest checkpoint.
 
     Raises:
         UserError: the training gave up, or another one owns the version.
     """
     with Signals() as signals:
-        supervisor = Supervisor(name, version, run, signals, slurm.current_job())
+        saved = saved or (lambda: version.latest_iteration() or 0)
+        supervisor = Supervisor(name, version, run, signals, slurm.current_job(), saved)
         status = supervisor.run_to_the_end(attempt, prepare, beside)
         if supervisor.to_be_ended:
             _wait_to_be_ended(signals)
@@ -174,6 +177,7 @@ class Supervisor:
     run: RunSettings
     signals: Signals
     job: slurm.Job | None  # the Slurm job that this is
+    saved: Callable[[], int]
     to_be_ended: bool = False  # by Slurm, which requeues, pre-empts or cancels the job
     goes_on: str = ""  # what Slurm does to the job before it runs it again; empty where it does not
 
@@ -195,7 +199,7 @@ class Supervisor:
     def run_attempts(self, attempts: Attempts, owner: Owner) -> int:
         version = self.version
         while True:
-            before = version.latest_iteration() or 0
+            before = self.saved()
             limit = Limit(self.job, self.run.stop_before_limit)
             shutil.rmtree(version.failures, ignore_errors=True)
             version.heartbeat.unlink(missing_ok=True)
@@ -214,7 +218,7 @@ class Supervisor:
 
     def judge(self, ended: Ended, attempts: Attempts) -> int | None:
         """Note how an attempt ended; the exit status of the job, or None to start once more."""
-        saved = self.version.latest_iteration() or 0
+        saved = self.saved()
         beat = heartbeat.read(self.version.heartbeat)
         done = max(beat.iteration if beat else 0, saved)
         if ended.status == 0 and self.version.is_finished:

@@ -144,6 +144,13 @@ def test_failures_with_progress_between_them_are_not(toy: Toy):
     assert toy.attempts == [(0, 4, "failed"), (4, 8, "failed"), (8, 11, "failed"), (8, 12, "finished")]
 
 
+def test_what_is_done_for_good_without_a_checkpoint_is_progress(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    """As the parts of an evaluation, which gave up when four jobs had ended at their time limit."""
+    monkeypatch.setenv("EACH_STEP", "counts")
+    assert toy.run({"1:0:2": "raise", "2:1:3": "raise"}, max_restarts=0)[0] == 0
+    assert [outcome for _, _, outcome in toy.attempts] == ["failed", "failed", "finished"]
+
+
 def test_what_the_user_must_change_is_not_tried_again(toy: Toy):
     status, output = toy.run({"1:1:2": "refuse"})
     assert (status, toy.attempts) == (1, [(0, 1, "failed")])

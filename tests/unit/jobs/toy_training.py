@@ -32,7 +32,9 @@ def main() -> int:
             return train(version, plan)
     settings = RunSettings.model_validate_json(settings)
     attempt = int(os.environ.get("ATTEMPT", 1))
-    return supervisor.supervise("toy", version, settings, attempt=attempt)
+    steps = version.directory / "steps"
+    saved = (lambda: len([*steps.iterdir()]) if steps.exists() else 0) if "EACH_STEP" in os.environ else None
+    return supervisor.supervise("toy", version, settings, attempt=attempt, saved=saved)
 
 
 def train(version: Version, plan: dict[str, str]) -> int:
