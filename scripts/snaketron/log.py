@@ -105,6 +105,21 @@ def first_line(error: BaseException) -> str:
     return first
 
 
+def to_be_mended(error: BaseException) -> str:
+    """What the user is told of an error that only they can mend; empty for any other one."""
+    if isinstance(error, UserError):
+        return str(error)
+    if not isinstance(error, OSError):
+        return ""
+    if error.errno in NO_SPACE:
+        said = f"cannot write {error.filename or 'the output'}: {NO_SPACE[error.errno]}; free some"
+    elif error.errno in _NOT_ALLOWED and error.filename:
+        said = f"{error.filename}: {_NOT_ALLOWED[error.errno]}; change that, or name another place,"
+    else:
+        return ""
+    return f"{said} and run the same command again"
+
+
 def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
     """Run a script's `main` and leave with its exit status.
 
@@ -131,14 +146,9 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
             raise
         status = 141
     except OSError as error:
-        if error.errno in NO_SPACE:
-            name = error.filename or "the output"
-            said = f"cannot write {name}: {NO_SPACE[error.errno]}; free some"
-        elif error.errno in _NOT_ALLOWED and error.filename:
-            said = f"{error.filename}: {_NOT_ALLOWED[error.errno]}; change that, or name another place,"
-        else:
+        if not (said := to_be_mended(error)):
             raise
-        status = _complain(f"{said} and run the same command again", final=True)
+        status = _complain(said, final=True)
     except KeyboardInterrupt:
         status = 130
     finally:

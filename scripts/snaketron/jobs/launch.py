@@ -29,7 +29,7 @@ from snaketron.files import read_json, write_json
 from snaketron.jobs import slurm
 from snaketron.jobs.containers import containerized, needed
 from snaketron.jobs.owner import TOKEN, Owner
-from snaketron.log import UserError, first_line
+from snaketron.log import UserError, first_line, to_be_mended
 from snaketron.settings.training import RunSettings
 from snaketron.sizes.layout import layout
 from snaketron.wording import plural
@@ -104,14 +104,14 @@ def telling(failures: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         _end(130)
     except Exception as error:
-        by_user = isinstance(error, UserError)
+        for_user = to_be_mended(error)
         said = {
             "rank": rank(),
             "host": socket.gethostname(),
             "time": time.time(),
-            "by_user": by_user,
-            "error": str(error) if by_user else f"{type(error).__name__}: {first_line(error)}",
-            "traceback": "" if by_user else traceback.format_exc(),
+            "by_user": bool(for_user),
+            "error": for_user or f"{type(error).__name__}: {first_line(error)}",
+            "traceback": "" if for_user else traceback.format_exc(),
         }
         with contextlib.suppress(OSError):  # a full disk; the status says that it failed
             write_json(failures / f"rank_{rank():05d}.json", said)

@@ -117,3 +117,20 @@ run(main)
             assert process.wait(timeout=60) == -number
         finally:
             process.kill()
+
+
+def test_a_full_disk_is_for_the_user_to_mend_whatever_was_written(tmp_path: Path):
+    """It was said so of checkpoints; for a line of metrics, the training was started four times."""
+    program = f"""
+import errno
+from pathlib import Path
+from snaketron.jobs.launch import telling
+with telling(Path({str(tmp_path)!r})):
+    raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 1
+    said = first_failure(tmp_path)
+    assert said and said["by_user"] and not said["traceback"]
+    assert said["error"] == (
+        "cannot write metrics.jsonl: no space left; free some and run the same command again"
+    )
