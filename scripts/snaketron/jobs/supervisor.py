@@ -256,7 +256,9 @@ class Supervisor:
     def explain(self, ended: Ended, said: str | None) -> str:
         """Why an attempt failed; `said` is what the first process to fail said, if it could."""
         if ended.why == "hang":
-            return f"no step within step_timeout ({self.run.step_timeout} s)"
+            before = heartbeat.read(self.version.heartbeat) is None
+            advice = "; scripts/doctor.py tries whether the processes reach each other" if before else ""
+            return f"no step within step_timeout ({self.run.step_timeout} s{advice})"
         if said is None:
             return f"a process {ended_with(ended.status)}"
         if any(words in said for words in _PEER_IS_GONE):  # the process that died could say nothing itself

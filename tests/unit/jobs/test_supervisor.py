@@ -187,6 +187,13 @@ def test_processes_that_hang_are_killed_and_replaced(toy: Toy):
     assert "no step within step_timeout (30 s) after step 6; starting again from step 4" in output
 
 
+def test_of_processes_that_never_began_it_says_how_to_find_out_why(toy: Toy):
+    """As where NCCL takes an interface that leads nowhere."""
+    _, output = toy.run({"1:0:1": "hang"}, step_timeout=30)
+    advice = "; scripts/doctor.py tries whether the processes reach each other) before the first step"
+    assert f"no step within step_timeout (30 s{advice}; starting again from the beginning" in output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_and_the_next_run_goes_on(toy: Toy, number: signal.Signals):
     with toy.start({"1:0:6": "wait"}) as process:
