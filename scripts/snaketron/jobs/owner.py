@@ -85,20 +85,23 @@ def own(version: Version) -> Owner:
     version.directory.mkdir(parents=True, exist_ok=True)
     file = version.lock.open("a", encoding="utf-8")
     locked, holder = _lock(file), Holder.of(version)
-    if not locked and holder and not holder.is_gone:
+    if not locked and holder is None:
+        locked = _wait(file, OVER_S)  # for who has just begun to say who it is
+    elif not locked and holder and holder.is_gone:
+        logger.info("%s: waiting for the processes of %s to save and end", version.directory, holder)
+        locked = _wait(file, OVER_S if holder.job else PATIENCE_S)
+        if not locked and not holder.job and _kill_processes(holder.token):
+            locked = _wait(file, KILLED_S)
+    now = Holder.of(version)
+    if not locked and now and (now != holder or not now.is_gone):
         file.close()
         raise UserError(
-            f"{version.directory}: {holder} is training here (a job that outlived its Snakemake?); wait "
+            f"{version.directory}: {now} is training here (a job that outlived its Snakemake?); wait "
             "until it ends, or stop it, and run the same command again"
         )
     owner = Owner(file, secrets.token_hex(8))
     me = Holder(owner.token, os.getpid(), platform.node(), os.environ.get("SLURM_JOB_ID"))
     files.write_json(version.owner, asdict(me))
-    if not locked:
-        logger.info("%s: waiting for the processes of %s to save and end", version.directory, holder)
-        locked = _wait(file, OVER_S if holder and holder.job else PATIENCE_S)
-    if not locked and holder and not holder.job and _kill_processes(holder.token):
-        locked = _wait(file, KILLED_S)
     if not locked:
         logger.warning(
             "%s: an earlier training has not let go of it; it stops at its next write", version.directory

@@ -101,6 +101,35 @@ def test_processes_of_a_dead_supervisor_that_stay_on_this_machine_are_killed(tmp
             process.wait()
 
 
+def test_processes_of_a_dead_supervisor_save_before_they_are_taken_over(tmp_path: Path, monkeypatch):
+    """The same command may be run again at once: they were taken over while they finished their step."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    version = Version(tmp_path / "version")
+    program = """
+import pathlib, sys, time
+from snaketron.jobs.owner import check_owner
+from snaketron.jobs.version import Version
+version = Version(pathlib.Path(sys.argv[1]))
+print("steps", flush=True)
+time.sleep(2)
+check_owner(version)
+version.name_latest(7)
+"""
+    with own(version) as first:
+        rank = subprocess.Popen(
+            [sys.executable, "-c", program, str(version.directory)],
+            stdout=subprocess.PIPE,
+            pass_fds=[first.file.fileno()],
+            env=os.environ | {TOKEN: first.token},
+        )
+    assert rank.stdout and rank.stdout.readline() == b"steps\n"
+    files.write_json(version.owner, files.read_json(version.owner) | {"process": 2**22 + 1})  # none such
+    with own(version) as second:
+        assert version.latest.read_text() == "7" and rank.wait(timeout=60) == 0
+        assert files.read_json(version.owner)["token"] == second.token
+    rank.stdout.close()
+
+
 def test_a_process_that_was_taken_over_stops_before_it_writes(tmp_path: Path, monkeypatch):
     version = Version(tmp_path)
     monkeypatch.setenv(TOKEN, "mine")
