@@ -24,7 +24,7 @@ from snaketron.jobs.version import Version
 from snaketron.log import UserError, logger
 
 TOKEN = "TRAINING_TOKEN"  # variable of the environment of a training's processes
-PATIENCE_S = 60  # for the processes of a dead supervisor to save and end
+PATIENCE_S = 300  # for the processes of a dead supervisor to save a large checkpoint, and end
 KILLED_S = 30  # for the kernel to end processes, and to free the memory of their GPUs
 OVER_S = 10  # the same where Slurm has ended their job, and with it all processes that it can reach
 
