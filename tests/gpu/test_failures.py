@@ -1,13 +1,16 @@
-"""Processes that fail on GPUs."""
+"""Processes that fail, are stopped or are killed on GPUs, while others wait for them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from snaketron.jobs.launch import _free_port, first_failure
+from snaketron.jobs.launch import STOP, _free_port, first_failure
 from tests.conftest import REPOSITORY
 from tests.gpu.test_training import names_of_gpus
 from tests.seats import shared
@@ -16,29 +19,62 @@ from tests.unit.jobs.test_supervisor import wait_for
 import torch
 
 
-def test_a_process_without_memory_says_so_and_ends_while_another_waits_for_it(tmp_path: Path):
-    """It waited in NCCL for the other one, until `step_timeout`, and said nothing."""
+@contextlib.contextmanager
+def two(directory: Path, how: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Two processes of `tests.gpu.failing`, which are killed at the end, as their supervisor does."""
     names = names_of_gpus()[: min(2, torch.cuda.device_count())]
     common = {"CUDA_VISIBLE_DEVICES": ",".join(names), "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}
     common |= {"MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"} | shared(2, len(names))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.gpu.failing", str(tmp_path)],
+            [sys.executable, "-m", "tests.gpu.failing", str(directory), how],
             cwd=REPOSITORY,
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
     try:
-        assert ranks[1].wait(timeout=120) == 1
-        said = first_failure(tmp_path)
-        assert said and said["rank"] == 1 and "OutOfMemoryError: CUDA out of memory" in said["traceback"]
-        assert said["error"].startswith("OutOfMemory: a GPU has too little memory")
-        assert ranks[0].poll() is None  # its supervisor kills it
+        yield ranks
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
+
+
+def test_a_process_without_memory_says_so_and_ends_while_another_waits_for_it(tmp_path: Path):
+    """It waited in NCCL for the other one, until `step_timeout`, and said nothing."""
+    with two(tmp_path, "memory") as ranks:
+        assert ranks[1].wait(timeout=120) == 1
+        said = first_failure(tmp_path)
+        assert said and said["rank"] == 1 and "OutOfMemoryError: CUDA out of memory" in said["traceback"]
+        assert said["error"].startswith("OutOfMemory: a GPU has too little memory")
+        assert ranks[0].poll() is None
+
+
+def test_a_signal_ends_a_process_that_waits_for_another_one(tmp_path: Path):
+    """A handler of Python's would run when NCCL returns, and the other one never comes."""
+    with two(tmp_path, "wait") as ranks:
+        wait_for(lambda: (tmp_path / "waits").exists() or ranks[0].poll() is not None)
+        time.sleep(2)
+        ranks[0].send_signal(STOP)
+        assert ranks[0].wait(timeout=60) == -STOP
+
+
+def test_a_disk_that_is_full_when_all_have_written_is_told_at_once(tmp_path: Path):
+    """By the first process, for whose word the other one waits."""
+    with two(tmp_path, "disk") as ranks:
+        assert ranks[0].wait(timeout=180) == 1
+        said = first_failure(tmp_path)
+        assert said and said["rank"] == 0 and said["by_user"]
+        assert "iter_0000001: the checkpoint cannot be written (no space left)" in said["error"]
+
+
+def test_a_process_that_is_killed_while_it_writes_is_named(tmp_path: Path):
+    """It wrote for the second process, of which the first one learns that it failed."""
+    with two(tmp_path, "writer") as ranks:
+        assert ranks[0].wait(timeout=180) == 1
+        said = first_failure(tmp_path)
+        assert said and said["error"].endswith("that writes it was killed by SIGKILL (out of memory?)")
 
 
 def test_the_memory_of_a_killed_process_is_free_although_another_one_wrote_for_it(tmp_path: Path):
