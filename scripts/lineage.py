@@ -62,14 +62,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from snaketron.lineage.catalogue import root_of, scan
+    from snaketron.lineage.catalogue import root_of, roots_of, scan
     from snaketron.lineage.uses import unknown
 
     if args.diff:
         return diff(*args.diff, args.root)
-    roots = args.root or [root_of(args.path or Path(args.who_uses or args.without))]
+    file = args.who_uses or args.without
+    roots = args.root or (roots_of(Path(file)) if file else [root_of(args.path)])
     catalogue = scan(*roots)
-    if (args.who_uses or args.without) and (lost := unknown(catalogue)):
+    if file and (lost := unknown(catalogue)):
         logger.warning(
             "not known of %s: the blends behind them were made again, or removed, since",
             some([made.version or made.title for made in lost]),

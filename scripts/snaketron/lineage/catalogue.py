@@ -275,15 +275,29 @@ def scan(*roots: Path) -> Catalogue:
 
 def root_of(path: Path) -> Path:
     """The working directory that an artifact belongs to: the nearest one that looks like one, or this one."""
-    for parent in path.absolute().parents:
-        if any((parent / name).exists() for name in _OF_A_RUN):
-            return parent
+    if found := _run_around(path):
+        return found
     if path.absolute().is_relative_to(Path.cwd()):
         return Path.cwd()
     raise UserError(
         f"{path}: lies in no working directory of the workflow; name the directories that hold records "
         "with --root"
     )
+
+
+def roots_of(file: Path) -> list[Path]:
+    """The working directories whose jobs may have read a file: this one, and the one that it lies in."""
+    here = _run_around(Path.cwd() / file.name)
+    if here is None:
+        return [root_of(file)]
+    there = _run_around(file)
+    return [here] if there in (None, here) else [here, there]
+
+
+def _run_around(path: Path) -> Path | None:
+    """The nearest directory above a path that looks like a working directory."""
+    likely = (p for p in path.absolute().parents if any((p / name).exists() for name in _OF_A_RUN))
+    return next(likely, None)
 
 
 def _json_files(roots: Collection[Path]) -> Iterator[str]:

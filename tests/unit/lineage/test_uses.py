@@ -6,15 +6,15 @@ from pathlib import Path
 
 from snaketron.files import sha256
 from snaketron.lineage import uses, words
-from snaketron.lineage.catalogue import scan
+from snaketron.lineage.catalogue import roots_of, scan
 from snaketron.log import UserError
-from tests.unit.lineage.conftest import BLEND, job, train, write
+from tests.unit.lineage.conftest import BLEND, job, tokens, train, write
 
 import pytest
 
 
 def found(what: str) -> tuple[list[str], list[str]]:
-    catalogue = scan(Path.cwd())
+    catalogue = scan(*roots_of(Path(what)))
     reached = uses.reach(catalogue, [uses.source(catalogue, what)])
     return [made.title for made in reached.holders], [made.title for made in reached.influenced]
 
@@ -24,6 +24,19 @@ AFTER = ["blend one", "checkpoint pretrain/one", "checkpoint sft"]
 
 def test_a_file_reaches_what_was_made_of_its_text(lineage: Path):
     assert found("raw/b.jsonl") == (["tokens docs/b", *AFTER], [])
+
+
+def test_a_file_of_elsewhere_reaches_what_was_made_of_it_here_and_there(lineage: Path, monkeypatch):
+    """A file in another working directory was looked for there alone, and one in none was an error."""
+    beside, raw = lineage.parent / "beside", lineage / "raw/b.jsonl"
+    beside.mkdir()
+    monkeypatch.chdir(beside)
+    store = write(str(lineage.parent / "store/c.jsonl"), "{}\n")
+    write("data/tokenizer/tokenizer.json", "{}")
+    tokens("copy", str(raw))
+    tokens("c", str(store))
+    assert sorted(found(str(raw))[0]) == [*AFTER, "tokens docs/b", "tokens docs/copy"]
+    assert found(str(store)) == (["tokens docs/c"], [])
 
 
 def test_a_tokenizer_has_an_influence_and_holds_no_text(lineage: Path):
