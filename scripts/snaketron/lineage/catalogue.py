@@ -105,6 +105,11 @@ def _moved(here: Path, there: Path) -> tuple[str, str]:
     return _beginning(before), _beginning(after)
 
 
+def _plain(path: Path) -> Path:
+    """The whole path without `..`; links are not followed, which would ask the file system."""
+    return Path(os.path.normpath(path.absolute()))
+
+
 def _beginning(path: Path) -> str:
     return "" if path == Path() else f"{path}/".replace("//", "/")
 
@@ -113,8 +118,9 @@ class Catalogue:
     """The records that were found; `made_by` finds those that lie elsewhere by the paths of inputs."""
 
     def __init__(self, found: Iterable[Made], roots: Iterable[Path]) -> None:
-        self.roots = [root.absolute() for root in roots]
+        self.roots = [_plain(root) for root in roots]
         self.all: list[Made] = []
+        self._elsewhere: set[str] = set()  # the digests of records that are not below the roots
         self._by_digest: dict[str, Made] = {}
         self._by_output: dict[str, list[Made]] = defaultdict(list)
         self._by_version: dict[str, Made] = {}
@@ -144,22 +150,51 @@ class Catalogue:
         theirs are looked for in any case.
         """
         if entry.version:
-            found = self._by_version.get(entry.version)
-        else:
-            found = self._by_digest.get(entry.sha256) or self.maker(entry.sha256, entry.path)
-        if found is user:  # it has copied the input, which has the hash of its output
-            return None
-        if found is None and (entry.version or not self._is_below(entry.file.absolute())):
-            with contextlib.suppress(UserError, OSError):
-                if beside := record_of(user.placed(entry) if entry.version else entry):
-                    path, record = beside
-                    found = Made(path.absolute(), record, hashlib.sha256(path.read_bytes()).hexdigest())
+            return self._by_version.get(entry.version) or self._beside(entry, user)
+        found = self._by_digest.get(entry.sha256)
+        if user.digest in self._elsewhere:  # its paths are those of another directory
+            found = found or self._beside(entry, user)
+        found = found or self._writer(entry, user)
+        if found is None and not self._is_below(entry.file):
+            found = self._beside(entry, user)
+        return found or self._writer_of_copy(entry, user)
+
+    def _writer(self, entry: Entry, user: Made) -> Made | None:
+        """The job that wrote an input to its path; of several directories, in the one that it lies in."""
+        same = (made for made in self._by_output.get(entry.sha256, ()) if made is not user)
+        found = [(made, out) for made in same for out in made.record.outputs if out.path == entry.path]
+        if len(found) > 1:
+            place = user.place(entry).resolve()
+            found.sort(key=lambda one: one[0].output_place(one[1]).resolve() != place)
+        return found[0][0] if found else None
+
+    def _beside(self, entry: Entry, user: Made) -> Made | None:
+        """The job whose record lies where the path of an input leads."""
+        with contextlib.suppress(UserError, OSError):
+            if beside := record_of(user.placed(entry)):
+                path, record = beside
+                found = Made(path.absolute(), record, hashlib.sha256(path.read_bytes()).hexdigest())
+                if found.digest not in self._by_digest:
                     self.add(found)
-        return found
+                    self._elsewhere.add(found.digest)
+                return None if found.digest == user.digest else self._by_digest[found.digest]
+        return None
+
+    def _writer_of_copy(self, entry: Entry, user: Made) -> Made | None:
+        """The job that made the same as an input elsewhere, before it was used.
+
+        Small files are the same in many exports, such as a config.json. What a job copies has the hash of its
+        own output, and so have other copies.
+        """
+        same = self._by_output.get(entry.sha256, ())
+        if any(made is user for made in same):
+            return None
+        return next((made for made in same if made.record.created <= user.record.created), None)
 
     def _is_below(self, path: Path) -> bool:
         """Whether a path lies below the roots, where all records are known."""
-        return any(path.is_relative_to(root) for root in self.roots)
+        plain = _plain(path)
+        return any(plain.is_relative_to(root) for root in self.roots)
 
     def maker(self, sha256: str, path: str = "") -> Made | None:
         """The job that made a file of a hash; of several that made the same, the one that wrote to `path`."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 from snaketron.files import sha256
 from snaketron.lineage.catalogue import root_of, scan
-from snaketron.lineage.record import Entry, making
+from snaketron.lineage.record import Entry, making, of_user
 from snaketron.log import UserError
-from tests.unit.lineage.conftest import job, tokens, write
+from tests.unit.lineage.conftest import job, tokens, train, write
 
 import pytest
 
@@ -200,3 +201,58 @@ def test_entries_of_the_hub_and_of_addresses_have_no_maker(lineage: Path):
     catalogue = scan(lineage)
     entry = Entry("origin", "acme/tokenizer", revision="0c0c")
     assert catalogue.made_by(entry, catalogue.all[0]) is None
+
+
+def export(version: str) -> None:
+    """hf/sft of a checkpoint. Models of one architecture have the same config.json."""
+    outputs = {name: Path("hf/sft", name) for name in ("config.json", "model")}
+    with making("export", "sft", outputs=outputs, record=Path("hf/sft/record.json")) as made:
+        made.aside["config.json"].write_text("{}")
+        made.aside["model"].write_text(version)
+        made.inputs = {"checkpoint": Entry("checkpoint", "ckpt/sft", version=version)}
+
+
+@pytest.fixture
+def imported(lineage: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A second working directory, whose model began with the export of the first one, and is exported."""
+    export("sft-0b")
+    beside = lineage.parent / "beside"
+    beside.mkdir()
+    monkeypatch.chdir(beside)
+    with making(
+        "checkpoint", "base/it", outputs={}, record=Path("ckpt/versions/base_it-0c/record.json")
+    ) as made:
+        made.inputs = {
+            "weights": [of_user(Path("../work/hf/sft", name)) for name in ("config.json", "model")]
+        }
+        made.key = "0c"
+    train("sft", "0d", str(write("raw/more.json", "[]")), base="base/it-0c")
+    export("sft-0d")
+    return beside
+
+
+def test_what_was_imported_from_another_directory_leads_there(imported: Path):
+    """By the equal config.json its own, later export was the origin, and a removal left that export out."""
+    assert titles(imported, "hf/sft") == [
+        *ORDER,
+        "export sft",
+        "checkpoint base/it",
+        "checkpoint sft",
+        "export sft",
+    ]
+    assert titles(imported, "ckpt/sft")[-3:] == ["export sft", "checkpoint base/it", "checkpoint sft"]
+    catalogue = scan(imported)
+    ours = next(made for made in catalogue.all if made.record.kind == "export")
+    assert catalogue.users_of(ours) == []
+
+
+def test_what_was_made_later_is_no_origin(imported: Path):
+    """The other directory is gone; all that is left with the hash of its config.json was made of it."""
+    shutil.rmtree(imported.parent / "work")
+    record = imported / "hf/sft/record.json"
+    later = re.sub(r'"created": "\d+', '"created": "2999', record.read_text(encoding="utf-8"))
+    record.write_text(later, encoding="utf-8")
+    assert '"created": "2999' in later
+    assert titles(imported, "hf/sft") == ["checkpoint base/it", "checkpoint sft", "export sft"]
+    catalogue = scan(imported)
+    assert catalogue.users_of(catalogue.about(imported / "hf/sft")) == []
