@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from snaketron.data.chats.order import Packing, PackOrder
 from snaketron.data.text.order import SampleOrder
 from snaketron.data.trace.drops import why_dropped
-from snaketron.data.trace.rows import written
+from snaketron.data.trace.rows import origins, written
 from snaketron.files import read_json
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.uses import INFLUENCE, Source, reach
@@ -18,6 +18,7 @@ from snaketron.log import UserError
 
 import pyarrow.parquet as pq
 
+CURATION = ("filtered", "curated")  # jobs whose files say which raw row each document was
 READERS = {"tokens": "text", "render_chat": "chats"}  # jobs that end the way of a raw text, and their input
 
 
@@ -69,8 +70,22 @@ def fates(catalogue: Catalogue, source: Source, rows: Sequence[int]) -> list[Fat
     for shard in shards:
         for name in _names_read(catalogue, shard, source):
             of_kind = _of_text if shard.record.kind == "tokens" else _of_chats
-            found += of_kind(catalogue, shard, name, rows)
+            for file, numbers in _raw_rows(catalogue, source, shard, name, rows).items():
+                found += of_kind(catalogue, shard, file, numbers)
     return found
+
+
+def _raw_rows(
+    catalogue: Catalogue, source: Source, shard: Made, name: str, rows: Sequence[int]
+) -> Mapping[str, Sequence[int]]:
+    """The rows by the names that a shard has for them: those of the raw files that curation read."""
+    readers = [(made, entry) for made, entry in source.read if entry.path == name]
+    makers = (maker for made, entry in readers if (maker := catalogue.made_by(entry, made)))
+    maker = next((maker for maker in makers if maker.record.kind in CURATION), None)
+    as_raw = any(made is shard for made, _ in readers)  # a shard names the origin of curated documents alone
+    if maker is None or (as_raw and maker.record.kind != "curated"):
+        return {name: rows}
+    return origins(maker.output_place(maker.record.output("documents")), rows)
 
 
 def _names_read(catalogue: Catalogue, shard: Made, source: Source) -> list[str]:

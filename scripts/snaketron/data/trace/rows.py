@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from snaketron.data.rows import read_rows
 from snaketron.lineage.uses import Source
 from snaketron.log import UserError
 from snaketron.settings.text import ReadSettings
+from snaketron.wording import plural
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -38,6 +39,22 @@ def written(path: Path, file: str, rows: Iterable[int], *columns: str) -> list[t
                     more = (batch.column(name)[i].as_py() for name in columns)
                     found.append((before + i, int(numbers[i]), *more))
             before += batch.num_rows
+    return found
+
+
+def origins(path: Path, rows: Sequence[int]) -> dict[str, list[int]]:
+    """The raw files, and their rows, of some rows (from 1) of a file that curation wrote."""
+    try:
+        table = pq.read_table(path, columns=["file", "row"], partitioning=None)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: is not here any more, and it alone says which raw rows its rows are; ask about those"
+        ) from None
+    if max(rows) > table.num_rows:
+        raise UserError(f"{path}: has {plural(table.num_rows, 'row')}, and no row {max(rows):,}")
+    found: dict[str, list[int]] = {}
+    for value in table.take([row - 1 for row in rows]).to_pylist():
+        found.setdefault(value["file"], []).append(value["row"])
     return found
 
 

@@ -95,3 +95,25 @@ def test_a_filtered_shard_may_hold_what_no_later_one_does(curated: Path):
     assert again(1) == ["filtered docs/a", "curated docs/a", "tokens docs/a"]
     assert again(4) == ["filtered docs/a", "curated docs/a"]
     assert again(7) == []
+
+
+def test_a_row_of_a_curated_file_is_the_raw_row_that_it_was(curated: Path):
+    """Such a row was looked for among raw ones: none was found, and nothing had to be made again."""
+    catalogue = scan(curated)
+
+    def found(file: str, *rows: int) -> list[tuple[str, int, list[str], str]]:
+        about = fates(catalogue, source(catalogue, f"data/curation/{file}/docs/a.parquet"), rows)
+        return [(fate.file, fate.row, fate.splits, fate.why) for fate in about]
+
+    assert found("curated", 1) == [(RAW, 1, ["train"], "")]
+    assert found("filtered", 1, 2) == [
+        (RAW, 1, ["train"], ""),
+        (RAW, 4, [], "removed by curation: exact duplicate"),
+    ]
+    again = removal.removal(catalogue, [("data/curation/curated/docs/a.parquet", 1)]).again
+    assert [made.title for made in again] == ["tokens docs/a"]
+    with pytest.raises(UserError, match=r"curated/docs/a\.parquet: has 1 row, and no row 2"):
+        found("curated", 2)
+    Path("data/curation/curated/docs/a.parquet").unlink()
+    with pytest.raises(UserError, match=r"a\.parquet: is not here any more, and it alone says which raw"):
+        found("curated", 1)
