@@ -125,7 +125,10 @@ def _parse(
     except DoubledKey as error:
         raise _doubled(error) from None
     if not isinstance(row, dict):
-        raise Bad(f"a JSON {type(row).__name__}, not an object", "each line must be a JSON object")
+        fix = "each line must be a JSON object"
+        if isinstance(row, list):
+            fix += "; `jq -c '.[]'` makes a line of each item"
+        raise Bad(f"a JSON {type(row).__name__}, not an object", fix)
     return row
 
 

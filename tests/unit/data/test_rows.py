@@ -213,6 +213,11 @@ UTF8_COLUMN = pa.Array.from_buffers(
         ("a.parquet", POINTER, ["a.parquet: is a pointer of Git LFS and not the data"]),
         ("a.jsonl.gz", b"\n<!DOCTYPE html>\n<html>", ["a.jsonl.gz: is a web page and not the data; it may"]),
         ("a.jsonl", GOOD + GOOD + b'["text"]\n', ["a.jsonl:3: a JSON list, not an object"]),
+        (
+            "a.json",
+            b'[{"text": "a"}]',
+            ["a.json:1: a JSON list, not an object; each line must be", "jq -c '.[]'"],
+        ),
         ("a.jsonl", GOOD + b'{"id": 1, "body": "b"}\n', ["a.jsonl:2: no field 'text'", "'id', 'body'"]),
         ("a.jsonl", GOOD + b"{}\n", ["a.jsonl:2: no field 'text'", "none"]),
         ("a.jsonl", GOOD + b'{"text": null}\n', ["a.jsonl:2: field 'text' is null"]),
