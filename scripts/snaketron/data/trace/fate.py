@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from snaketron.files import read_json
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.uses import INFLUENCE, Source, reach
 from snaketron.log import UserError
+from snaketron.settings.registering import PACKS, TOKENS
 
 import pyarrow.parquet as pq
 
@@ -112,12 +113,27 @@ def _of_text(catalogue: Catalogue, shard: Made, file: str, rows: Sequence[int]) 
         found[row].numbers.append(number)
     for fate in found.values():
         fate.why = _why_not_trained(catalogue, fate)
-        if "train" in fate.splits:
-            prefix = shard.record.output("train.bin").path.removesuffix(".bin")
-            numbers = [n for n, split in zip(fate.numbers, fate.splits, strict=True) if split == "train"]
-            for blend in _users(catalogue, shard, "blend"):
-                fate.trainings += _pretrained(catalogue, blend, prefix, numbers)
+        for blend, prefix, numbers in _blended(catalogue, fate):
+            fate.trainings += _pretrained(catalogue, blend, prefix, numbers)
+        if fate.trainings:
+            fate.why = ""
     return list(found.values())
+
+
+def _blended(catalogue: Catalogue, fate: Fate) -> Iterator[tuple[Made, str, list[int]]]:
+    """The blends with a document, and its shard and sequences there: also where the shard was registered."""
+    for output in fate.shard.record.outputs:
+        split = output.name.removesuffix(".bin")
+        numbers = [n for n, its in zip(fate.numbers, fate.splits, strict=True) if its == split]
+        if split == "train" and numbers:
+            prefix = output.path.removesuffix(".bin")
+            yield from ((blend, prefix, numbers) for blend in _users(catalogue, fate.shard, "blend"))
+        registered = (user for user, _ in catalogue.users(output.sha256) if user.record.kind == TOKENS)
+        for made in registered if numbers else ():
+            settings = made.record.settings
+            if settings["split"] == "train":
+                prefix = settings["prefix"]
+                yield from ((blend, prefix, numbers) for blend in _users(catalogue, made, "blend"))
 
 
 def _pretrained(catalogue: Catalogue, blend: Made, prefix: str, sequences: list[int]) -> list[Training]:
@@ -188,17 +204,23 @@ def _of_packs(catalogue: Catalogue, found: list[Fate], packing: Made) -> None:
         before += pq.read_metadata(path).num_rows
     packed = record.output("train")
     numbers = packs.packs_of([before + n for fate in found for n in fate.numbers], packing.place(packed))
+    readers = [user for user, _ in catalogue.users(packed.sha256) if user.record.kind == PACKS]
     orders = []
-    for blend in _users(catalogue, packing, "blend_sft"):
-        value = read_json(blend.place(blend.record.outputs[0]))
-        for made in _trainings(catalogue, blend):
-            orders.append((made, PackOrder(value, _num_samples(made), made.record.settings["seed"])))
+    for holder in (packing, *readers):  # what was registered has the same packs
+        place = holder.record.output("train").path
+        for blend in _users(catalogue, holder, "blend_sft"):
+            value = read_json(blend.place(blend.record.outputs[0]))
+            for made in _trainings(catalogue, blend):
+                order = PackOrder(value, _num_samples(made), made.record.settings["seed"])
+                orders.append((made, order, place))
     for fate in found:
         wanted = [before + n for n in fate.numbers]
         if missing := [number for number in wanted if number not in numbers]:
             fate.why = f"in no pack: {packs.why_not(missing[0])}"
-        in_file = {(packed.path, numbers[number]) for number in wanted if number in numbers}
-        fate.trainings += [Training(made, order.samples(in_file).tolist()) for made, order in orders]
+        held = {numbers[number] for number in wanted if number in numbers}
+        for made, order, place in orders:
+            samples = order.samples({(place, pack) for pack in held})
+            fate.trainings.append(Training(made, samples.tolist()))
 
 
 # ---------------------------------------------------------------------------------------------- shared

@@ -91,6 +91,24 @@ def test_each_conversation_is_trained_on_when_its_pack_is(trained: Path):
         assert training.steps == steps_of(PACKS[fate.row]) != []
 
 
+def test_packs_that_were_registered_are_trained_on_there_too(trained: Path, record, train):
+    """A training on registered packs was left out, and a removal said that it saw none of the document."""
+    packed, registered = Path("data/sft/train/talk/chats.parquet"), Path("other/train/talk.parquet")
+    registered.parent.mkdir(parents=True)
+    pq.write_table(pq.read_table(packed), registered, compression="none")
+    made, inputs = {"train": str(registered)}, {"packs": [of_user(packed)]}
+    packs = record("registered_packs", "help/talk", "other/talk.json", inputs, made)
+    source = {"source": "help", "weight": 1.0, "files": [{"path": str(registered), "packs": 3}]}
+    blended = Path("other/blend.json")
+    blended.write_text(json.dumps({"splits": {"train": [source]}}), encoding="utf-8")
+    record("blend_sft", "sft", "other/record.json", {"records": [packs]}, {"blend.json": str(blended)})
+    train("sft", "0e", str(blended), seed=8)
+    for fate in look(*PACKS):
+        here, there = fate.trainings
+        assert (here.made.version, here.steps) == ("sft-0a", steps_of(PACKS[fate.row]))
+        assert (there.made.version, there.steps) == ("sft-0e", steps_of(PACKS[fate.row], seed=8))
+
+
 def test_what_is_in_no_pack_says_why(trained: Path):
     held_out, long, dropped = look(4, 5, 7)
     assert (held_out.splits, held_out.why) == (["valid"], "held out for validation")

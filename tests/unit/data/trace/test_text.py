@@ -115,6 +115,29 @@ def test_the_steps_at_which_a_document_was_trained_on(trained: Path):
     assert fourth.splits == ["train", "train"] and (one.samples, one.steps) == ([5], [3])
 
 
+def test_a_shard_that_was_registered_is_trained_on_there_too(trained: Path, record, train):
+    """A training on registered tokens was left out, and a removal said that it saw none of the document.
+
+    Its stream has the shard's samples 1 and 0: sequence 0 is in both, sequence 2 in the second one.
+    """
+    prefix, blend = str(trained / A), "other/blend.json"
+    settings = {"split": "train", "prefix": prefix}
+    tokens = {"bin": [of_user(Path(f"{A}.bin"))]}
+    registered = record("registered_tokens", "alt/a", "other/a.json", tokens, {}, settings)
+    Path(blend).write_text("{ }", encoding="utf-8")
+    record("blend", "two", "other/record.json", {"records": [registered]}, {"blend.json": blend})
+    save_index(Path("other/index"), {prefix: ARRAYS}, ([0, 0], [0, 1]))
+    settings = {"seed": 7, "seq_length": 4, "train_samples": 8}
+    record("index", "two", "other/index.json", {"blend": Path(blend)}, {"index": "other/index"}, settings)
+    train("pretrain/two", "0d", blend)
+    for row, samples in ((1, [0, 1]), (4, [1])):
+        (fate,) = look(row)
+        two = next(t for t in fate.trainings if t.made.record.name == "pretrain/two")
+        assert (two.samples, two.problem) == (samples, "")
+    again = removal.removal(scan(trained), [("raw/a.jsonl", 4)]).again
+    assert "pretrain/two-0d" in [made.version for made in again]
+
+
 def test_copies_of_a_file_are_only_in_the_shards_that_read_them(trained: Path, record):
     """A second file has the content of the first, and the tokenizer has read a third one."""
     shard(record, "c", [("train", 0, 1)], {})
