@@ -16,6 +16,7 @@ from snaketron import files
 from snaketron.config.checks import check_vocab_size
 from snaketron.config.data import SPECIAL_TOKENS
 from snaketron.data.rows import read_texts
+from snaketron.huggingface.config import token_ids
 from snaketron.lineage.record import Record, making, read
 from snaketron.log import UserError, first_line, logger
 from snaketron.sources.formats import FETCH, IS_POINTER, is_pointer
@@ -87,7 +88,7 @@ def tokenizer_info(directory: Path, made: Mapping[str, Any] | None = None) -> In
     what `read_tokenizer` returned, where it has been called.
     """
     path = directory / "tokenizer.json"
-    ids = _ids(path, made or read_tokenizer(directory))
+    ids = token_ids(path, made or read_tokenizer(directory))
     config = _read_config(directory / "tokenizer_config.json")
     eos_token, pad_token = _content(config.get("eos_token")), _content(config.get("pad_token"))
     eos_id = ids.get(eos_token) if eos_token else None
@@ -113,17 +114,6 @@ def known_hashes(directory: Path) -> list[str]:
         origins = read(record).inputs_named("origin")
         hashes += [entry.sha256 for entry in origins if entry.file.name == "tokenizer.json" and entry.sha256]
     return hashes
-
-
-def _ids(path: Path, made: Mapping[str, Any]) -> dict[str, int]:
-    """The id of each token of the tokenizer.json at `path`, which says `made`."""
-    try:
-        vocabulary = made["model"]["vocab"]
-        if isinstance(vocabulary, list):  # of a unigram model, with scores
-            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-        return {**vocabulary, **{token["content"]: token["id"] for token in made.get("added_tokens") or ()}}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a tokenizer ({error})") from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections import Counter
@@ -11,9 +12,12 @@ from typing import Any
 
 from snaketron.config import ChatSource, Config, Corpus
 from snaketron.config.base import closest
+from snaketron.files import read_json
 from snaketron.graph.checks import made_tokenizer
 from snaketron.graph.configfiles import mixed
 from snaketron.graph.graph import Graph
+from snaketron.huggingface.config import token_ids
+from snaketron.log import UserError
 from snaketron.sources.local import SAMPLE, unread
 from snaketron.sources.shards import to_download
 from snaketron.wording import counted, some
@@ -54,7 +58,7 @@ def from_sample(config: Config) -> str | None:
 
 
 def other_vocabulary(config: Config, taken_from: str) -> str | None:
-    """That the tokenizer has another size than is configured; None where it has not, or is not made yet.
+    """That the tokenizer has another size than is configured; None where it has not, or nobody knows yet.
 
     Args:
         config: the configuration.
@@ -62,14 +66,21 @@ def other_vocabulary(config: Config, taken_from: str) -> str | None:
             trained, is replaced by a run, so its size says nothing.
     """
     stated, made = config.tokenizer.vocab_size, made_tokenizer(config)
-    if not taken_from or made is None or made.settings.get("path") != taken_from:
+    if not taken_from:
         return None
-    there = made.counts.get("vocab_size")
+    where, there = f"{config.pathvars['data']}/tokenizer", None
+    if made is not None and made.settings.get("path") == taken_from:
+        there = made.counts.get("vocab_size")
+    else:
+        path = Path(taken_from) / "tokenizer.json"
+        # It may not be downloaded yet; what is wrong with it, its job says.
+        with contextlib.suppress(UserError, OSError, ValueError):
+            where, there = taken_from, max(token_ids(path, read_json(path)).values()) + 1
     if there in (stated, None):
         return None
     return (
-        f"tokenizer.vocab_size is {stated}, and the tokenizer in {config.pathvars['data']}/tokenizer has "
-        f"{there} tokens: memory, times and pipeline stages are worked out for {stated}; set it to {there}"
+        f"tokenizer.vocab_size is {stated}, and the tokenizer in {where} has {there} tokens: "
+        f"memory, times and pipeline stages are worked out for {stated}; set it to {there}"
     )
 
 

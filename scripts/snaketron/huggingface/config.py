@@ -98,6 +98,17 @@ def copy_tokenizer(tokenizer: Path, target: Path) -> list[str]:
     return found
 
 
+def token_ids(path: Path, made: Mapping[str, Any]) -> dict[str, int]:
+    """The id of each token of the tokenizer.json at `path`, which says `made`; `UserError` if it is none."""
+    try:
+        vocabulary = made["model"]["vocab"]
+        if isinstance(vocabulary, list):  # of a unigram model, with scores
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        return {**vocabulary, **{token["content"]: token["id"] for token in made.get("added_tokens") or ()}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a tokenizer ({error})") from None
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a published checkpoint, as `of_files` gives it; `UserError` where there is none."""
     path = directory / "config.json"

@@ -128,7 +128,13 @@ def test_a_tokenizer_of_another_size_than_the_plan_takes_is_told(tmp_path: Path)
         config = load({"tokenizer": {"path": path} | tokenizer, "pathvars": {"data": str(tmp_path)}}, {})
         return other_vocabulary(config, path or "")
 
-    assert told(path="mine") is None  # not made yet
+    assert told(path="mine") is None  # it is not there
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "</s>": 2999}}}')
+    assert told(path=str(theirs), vocab_size=3000) is None
+    said = told(path=str(theirs))  # before anything is made
+    assert said and f"2048, and the tokenizer in {theirs} has 3000 tokens" in said
     made = tmp_path / "tokenizer"
     made.mkdir()
     outputs = {"tokenizer.json": made / "tokenizer.json"}
