@@ -82,10 +82,14 @@ class Model(Section):
     )
 
     @property
+    def layers(self) -> str:
+        """The letters of all layers; the depths of multi-token prediction share theirs."""
+        return self.hybrid_layer_pattern + (self.mtp_hybrid_layer_pattern if self.mtp_num_layers else "")
+
+    @property
     def routed_layers(self) -> int:
-        """Layers with routed experts; the depths of multi-token prediction share theirs."""
-        pattern = self.hybrid_layer_pattern + (self.mtp_hybrid_layer_pattern if self.mtp_num_layers else "")
-        return pattern.count("E")
+        """Layers with routed experts."""
+        return self.layers.count("E")
 
 
 class Optimizer(Section):

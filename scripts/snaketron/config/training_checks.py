@@ -53,7 +53,9 @@ def check_parallel(training: Training) -> list[str]:
     """Parallel sizes against the model; the rules are megatron-core's."""
     model, run, parallel, at = training.model, training.run, training.run.parallel, training.at("parallel")
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    shared = ["num_attention_heads", "mamba_num_heads", "mamba_num_groups"]
+    shared = ["num_attention_heads"]
+    if "M" in model.layers:
+        shared += ["mamba_num_heads", "mamba_num_groups"]
     if model.num_query_groups >= tp:
         shared.append("num_query_groups")
     problems = [
@@ -81,7 +83,7 @@ def _check_context(at: str, model: Model, parallel: Parallel) -> list[str]:
     Each process then has groups of its own, or several processes share one.
     """
     tp, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    if context == 1:
+    if context == 1 or "M" not in model.layers:
         return []
     by = f"{at}.tensor_model_parallel_size x context_parallel_size ="
     problems = [divides("model.mamba_num_heads", model.mamba_num_heads, by, tp * context)]

@@ -203,3 +203,16 @@ def test_layers_that_stay_in_bf16_and_routed_experts_have_any_width_under_fp8():
     load(config(pattern | odd | {"bf16_layers_at_end": 1}), {})
     with pytest.raises(ConfigError, match="in_proj has 584 outputs"):
         load(config(pattern | odd), {})
+
+
+WITHOUT_MAMBA = {"hybrid_layer_pattern": "*E-", "mtp_hybrid_layer_pattern": "M", "mtp_num_layers": 0}
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tensor_model_parallel_size": 4}, {"context_parallel_size": 3}], ids=["tp", "cp"]
+)
+def test_the_heads_of_mamba_matter_to_models_with_such_layers_alone(sizes: dict[str, int]):
+    """8 heads in 2 groups; neither is divided where no layer has them."""
+    load(config(WITHOUT_MAMBA, parallel=sizes, seq_length=48), {})
+    with pytest.raises(ConfigError, match=r"^model.mamba_num_"):
+        load(config(WITHOUT_MAMBA | {"mtp_num_layers": 1}, parallel=sizes, seq_length=48), {})
