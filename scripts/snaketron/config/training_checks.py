@@ -5,6 +5,7 @@ Each returns problems, with the paths of the keys and both numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ def check_training(training: Training, config: Config) -> list[str]:
     """The values of one training, against each other, the model and the nodes."""
     return [
         *check_parallel(training),
+        *check_vocabulary(training, config.tokenizer.vocab_size),
         *check_nodes(training, config.cluster),
         *check_precision(training, config.cluster),
         *check_widths(training),
@@ -109,6 +111,21 @@ def _check_experts(at: str, model: Model, parallel: Parallel) -> list[str]:
             ep * etp,
         ),
     ]
+
+
+def check_vocabulary(training: Training, vocab_size: int) -> Iterator[str]:
+    """Rows that fill up the vocabulary take part in the loss, so every layout has as many of them."""
+    tp, multiple = (
+        training.run.parallel.tensor_model_parallel_size,
+        training.model.make_vocab_size_divisible_by,
+    )
+    rows = math.ceil(vocab_size / multiple) * multiple
+    if rows % tp:
+        yield (
+            f"model.make_vocab_size_divisible_by {multiple} gives {vocab_size} tokens {rows} rows, which "
+            f"{training.at('parallel')}.tensor_model_parallel_size {tp} does not divide, and with more rows "
+            f"the loss would be another one; give {math.lcm(multiple, tp)}"
+        )
 
 
 def check_nodes(training: Training, cluster: Cluster) -> list[str]:

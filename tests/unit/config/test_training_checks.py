@@ -216,3 +216,18 @@ def test_the_heads_of_mamba_matter_to_models_with_such_layers_alone(sizes: dict[
     load(config(WITHOUT_MAMBA, parallel=sizes, seq_length=48), {})
     with pytest.raises(ConfigError, match=r"^model.mamba_num_"):
         load(config(WITHOUT_MAMBA | {"mtp_num_layers": 1}, parallel=sizes, seq_length=48), {})
+
+
+def test_a_training_has_as_many_rows_of_the_vocabulary_in_every_layout():
+    """Its loss has those that fill it up, too: with 7, 300 tokens have 301 rows, and 308 in two processes."""
+    values: dict[str, Any] = config({"make_vocab_size_divisible_by": 7}) | {"tokenizer": {"vocab_size": 300}}
+    two = {"parallel": {"tensor_model_parallel_size": 2}}
+    with pytest.raises(ConfigError) as refused:
+        load(values | {"sft": two}, {})
+    assert str(refused.value) == (
+        "model.make_vocab_size_divisible_by 7 gives 300 tokens 301 rows, which "
+        "sft.parallel.tensor_model_parallel_size 2 does not divide, and with more rows the loss would be "
+        "another one; give 14"
+    )
+    load(values | {"sft": two, "tokenizer": {"vocab_size": 302}}, {})  # 308 rows in either
+    load(values | {"eval": two}, {})  # leaves them out
