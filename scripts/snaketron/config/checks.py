@@ -180,6 +180,11 @@ def check_model(model: Model) -> list[str]:
             f"model.moe_router_topk {model.moe_router_topk} is more than "
             f"model.num_moe_experts {model.num_moe_experts}"
         )
+    if model.routed_layers and model.num_moe_experts < 2:  # its routers look for the two best scores
+        problems.append(
+            "model.num_moe_experts 1: transformers cannot compute a model with one routed expert; give two, "
+            "or take dense layers (-)"
+        )
     # megatron-core has a number for each layer and each depth, and one of the block's layers takes its own.
     places = len(model.hybrid_layer_pattern) + model.mtp_num_layers
     if model.mtp_num_layers and (at := model.mtp_hybrid_layer_pattern.rfind("E") + 1) > places:

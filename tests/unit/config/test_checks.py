@@ -104,6 +104,11 @@ PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight"
             {"model": {"moe_router_topk": 9}},
             "model.moe_router_topk 9 is more than model.num_moe_experts 8",
         ),
+        (
+            {"model": {"num_moe_experts": 1, "moe_router_topk": 1}},
+            "model.num_moe_experts 1: transformers cannot compute a model with one routed expert; give two, "
+            "or take dense layers (-)",
+        ),
         # 8 query heads, 2 groups, 8 Mamba heads, 2 Mamba groups, 256 tokens.
         (
             {"pretrain": {"parallel": {"tensor_model_parallel_size": 3}}},
