@@ -156,7 +156,7 @@ def sequences(
     batch, length = input_ids.shape
     weights = torch.ones(1 + depths, batch, length)
     for depth in range(1, 1 + depths):
-        weights[depth, :, length - depth :] = 0  # what they would predict is in no sequence
+        weights[depth, :, max(0, length - depth) :] = 0  # what they would predict is in no sequence
         weights[depth] *= length / max(1, length - depth)
     tensors = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "loss_mask": weights}
     tensors = context_part(tensors, torch.tensor([0, length]))

@@ -9,7 +9,7 @@ import snaketron.model  # noqa: F401  before megatron
 from snaketron.data.text import index
 from snaketron.data.tokenizer import tokenizer_info
 from snaketron.log import UserError
-from snaketron.train.batches import PretrainBatches
+from snaketron.train.batches import PretrainBatches, sequences
 
 import pytest
 import torch
@@ -128,3 +128,10 @@ def test_a_blend_of_another_tokenizer_is_refused(
         PretrainBatches(other, settings()[0], info, index=tmp_path, micro_batch_size=2, eval_samples=4)
     assert str(error.value).startswith(f"{other}: made with another tokenizer (sha256 ffffffffffff, and ")
     assert info.sha256[:12] in str(error.value)
+
+
+def test_depths_that_look_beyond_a_sequence_have_no_weight_there():
+    """Of three tokens, depth 1 predicts the second and third label, and depths 3 and 4 none."""
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    weights = sequences(ids, ids, ids, 4)["loss_mask"]
+    assert weights[:, 0].tolist() == [[1, 1, 1], [1.5, 1.5, 0], [3, 0, 0], [0, 0, 0], [0, 0, 0]]

@@ -150,6 +150,13 @@ def test_weights_of_each_depth_end_with_the_conversation():
     assert totals.tolist() == [2, 2, 1]  # nothing is trained of the third
 
 
+def test_a_pack_may_be_shorter_than_the_depths_look_ahead():
+    """Three depths predict up to four tokens ahead, in a pack of two."""
+    weights, totals = loss_weights(pack([(1, 0), (2, 1)]), 3, "token")
+    assert weights.tolist() == [[1, 0], [0, 0], [0, 0], [0, 0]]
+    assert totals.tolist() == [1, 0, 0, 0]
+
+
 # ------------------------------------------------------------------------------------------------- SFT
 
 

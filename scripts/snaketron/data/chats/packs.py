@@ -81,7 +81,7 @@ def loss_weights(
     left = np.repeat(pack.seq_start_id + lengths, lengths) - np.arange(len(pack.loss_mask))
     for depth in range(1 + depths):
         row = weights[depth]
-        row[: len(row) - depth] = pack.loss_mask[depth:]
+        row[: max(0, len(row) - depth)] = pack.loss_mask[depth:]
         row[left <= depth] = 0  # the label belongs to the next conversation
         if average == "token":
             totals[depth] = row.sum(dtype=np.float64)
