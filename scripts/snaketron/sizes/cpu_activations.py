@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from snaketron.config import Model, Run
@@ -26,8 +27,9 @@ def cpu_activation_memory(model: Model, vocab_size: int, seq_length: int, run: R
     width, norm = weight_bytes(model), _norm(model)
     modules = [module for module in run.recompute if module != "layer"]
     stages = pipeline_stages(model, vocab_size, parallel)
+    filled = math.ceil(seq_length / CHUNK) * CHUNK / seq_length
     whole = {
-        layer: cpu_layer_activations(model, layer, modules)
+        layer: cpu_layer_activations(model, layer, modules, filled)
         for layer in {*model.hybrid_layer_pattern, *model.mtp_hybrid_layer_pattern}
     }
     # Both norms before the joining projection and its input, the block's layers, and the norm after them.
@@ -48,16 +50,17 @@ def cpu_activation_memory(model: Model, vocab_size: int, seq_length: int, run: R
     return [tokens / tp * (x * n + a) for x, n, a in zip(kept, under_way, after, strict=True)]
 
 
-def cpu_layer_activations(model: Model, layer: str, recompute: Sequence[str]) -> float:
+def cpu_layer_activations(model: Model, layer: str, recompute: Sequence[str], filled: float = 1.0) -> float:
     """Bytes that a layer keeps for each token, before tensor parallelism divides them.
 
-    Mamba's scan keeps all that it makes, in fp32 whatever the precision of the model is.
+    Mamba's scan keeps all that it makes, in fp32 whatever the precision of the model is, and of whole chunks:
+    of a sequence that is filled up, `filled` times as much.
     """
     width = weight_bytes(model)
     if layer == "M":
         inner, _ = mamba_widths(model)
         gated_norm = (2 * FP32 + width) * inner
-        return _norm(model) + FP32 * _scan(model) + gated_norm
+        return _norm(model) + FP32 * _scan(model) * filled + gated_norm
     if layer == "*":
         queries = model.num_attention_heads * model.kv_channels
         keys_values = 2 * model.num_query_groups * model.kv_channels
