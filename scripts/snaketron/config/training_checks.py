@@ -55,9 +55,15 @@ def check_parallel(training: Training) -> list[str]:
     """Parallel sizes against the model; the rules are megatron-core's."""
     model, run, parallel, at = training.model, training.run, training.run.parallel, training.at("parallel")
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    of_layers = {
+        "M": ["mamba_num_heads", "mamba_num_groups"],
+        "E": ["moe_shared_expert_intermediate_size"],
+        "-": ["ffn_hidden_size"],
+    }
     shared = ["num_attention_heads"]
-    if "M" in model.layers:
-        shared += ["mamba_num_heads", "mamba_num_groups"]
+    shared += [key for letter, keys in of_layers.items() if letter in model.layers for key in keys]
+    if model.mtp_num_layers:
+        shared.append("hidden_size")  # which a depth's joining projection gives
     if model.num_query_groups >= tp:
         shared.append("num_query_groups")
     problems = [

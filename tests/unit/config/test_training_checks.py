@@ -218,6 +218,26 @@ def test_the_heads_of_mamba_matter_to_models_with_such_layers_alone(sizes: dict[
         load(config(WITHOUT_MAMBA | {"mtp_num_layers": 1}, parallel=sizes, seq_length=48), {})
 
 
+@pytest.mark.parametrize(
+    ("key", "model"),
+    [
+        ("ffn_hidden_size", {"hybrid_layer_pattern": "*-"}),
+        ("moe_shared_expert_intermediate_size", {"hybrid_layer_pattern": "*E"}),
+        ("hidden_size", {"mtp_num_layers": 1}),
+    ],
+)
+def test_widths_that_processes_share_are_divided(key: str, model: dict[str, Any]):
+    """megatron-core said so in a traceback of the job. Where nothing has such a width, it may be any."""
+    values = config(model | {key: 255}, parallel={"tensor_model_parallel_size": 2})
+    with pytest.raises(ConfigError) as refused:
+        load(values, {})
+    assert str(refused.value) == (
+        f"model.{key} 255 is not divisible by pretrain.parallel.tensor_model_parallel_size 2"
+    )
+    values["model"] |= {"hybrid_layer_pattern": "*", "mtp_num_layers": 0}
+    load(values, {})
+
+
 def test_a_training_has_as_many_rows_of_the_vocabulary_in_every_layout():
     """Its loss has those that fill it up, too: with 7, 300 tokens have 301 rows, and 308 in two processes."""
     values: dict[str, Any] = config({"make_vocab_size_divisible_by": 7}) | {"tokenizer": {"vocab_size": 300}}
