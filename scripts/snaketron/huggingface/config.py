@@ -247,6 +247,12 @@ def stated_length(config: Mapping[str, Any]) -> int:
     return length if isinstance(length, int) else 0
 
 
+def stated_deviation(config: Mapping[str, Any]) -> float:
+    """The standard deviation of the first weights that a file speaks of; 0 where it says nothing."""
+    deviation = config.get("initializer_range")
+    return deviation if isinstance(deviation, float) and 0 < deviation < math.inf else 0.0
+
+
 def ends_of_answers(directory: Path) -> list[int]:
     """The ids at which generation_config.json of a published checkpoint ends an answer; none without one."""
     path = directory / "generation_config.json"

@@ -33,6 +33,7 @@ class Weights(NamedTuple):
     unread: str = ""  # a sentence about keys of its configuration
     stated_length: int = 0  # tokens of a sequence that its configuration speaks of; 0: of none
     ends: Sequence[int] = ()  # ids at which its answers end
+    stated_deviation: float = 0.0  # of the first weights; 0: its configuration speaks of none
 
 
 def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
@@ -67,6 +68,7 @@ def published_weights(directory: Path, model: Model, vocab_size: int) -> Weights
     return Weights(
         *(chunks, files, precision, bad, config.unread(values), config.stated_length(values)),
         ends=config.ends_of_answers(directory),
+        stated_deviation=config.stated_deviation(values),
     )
 
 

@@ -6,6 +6,7 @@ import itertools
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from snaketron.config import Model, Optimizer
 from snaketron.data.tokenizer import Info, known_hashes, load_tokenizer, tokenizer_info
@@ -57,7 +58,7 @@ def import_base(
     version.ask(output)
     with owned(version.lock):
         if not version.is_finished:
-            settings = _settings(stage, model, weights.precision, seq_length)
+            settings = _settings(stage, model, weights, seq_length)
             _write(version, weights, settings, tokenizer, info, inputs, started)
     version.publish(output)
     logger.info("%s: %s is %s", stage, output, version.directory)
@@ -78,12 +79,15 @@ def _weights(source: Path, model: Model, info: Info) -> Weights:
     return megatron_weights(tensors, model, info.vocab_size)
 
 
-def _settings(stage: str, model: Model, precision: str, seq_length: int) -> TrainSettings:
+def _settings(stage: str, model: Model, weights: Weights, seq_length: int) -> TrainSettings:
     """Settings as a training's checkpoint has them, so that it is opened and exported like one."""
+    own: dict[str, Any] = {"precision": weights.precision}
+    if weights.stated_deviation:
+        own["init_method_std"] = weights.stated_deviation
     return TrainSettings(
         stage=stage,
         seed=0,
-        model=Model.model_validate(model.model_dump() | {"precision": precision}),
+        model=Model.model_validate(model.model_dump() | own),
         optimizer=Optimizer(),
         seq_length=seq_length,
         global_batch_size=1,

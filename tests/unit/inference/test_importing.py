@@ -81,6 +81,17 @@ def test_an_imported_model_says_again_which_sequences_it_was_published_for(
     assert json.loads((tmp_path / "hf/again/config.json").read_text())["max_position_embeddings"] == 262144
 
 
+@pytest.mark.parametrize(("said", "again"), [(0.014, 0.014), (None, 0.02), ("small", 0.02), (0, 0.02)])
+def test_an_imported_model_says_again_how_its_first_weights_were_drawn(
+    bring, exported: Path, tmp_path: Path, said, again: float
+):
+    """No weight depends on it, so that the import is not made for the one of the configuration, 0.02."""
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps(config | {"initializer_range": said}))
+    export_checkpoint(bring(exported), tmp_path / "hf/again")
+    assert json.loads((tmp_path / "hf/again/config.json").read_text())["initializer_range"] == again
+
+
 @pytest.mark.parametrize(("said", "ends"), [([0, 3], [0, 3]), (3, [0, 3]), (None, [0])])
 def test_an_imported_model_ends_its_answers_where_it_did(
     bring, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said, ends
