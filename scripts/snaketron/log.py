@@ -153,6 +153,7 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
         status = 130
     finally:
         _let_go()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python would print a traceback of what it runs at its end
     gc.freeze()  # else the interpreter would look at every object before it ends: 0.9 s after a training
     sys.exit(status)
 

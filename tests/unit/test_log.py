@@ -50,6 +50,8 @@ def script(
         ("raise KeyboardInterrupt", 130, ""),
         ("os.kill(os.getpid(), signal.SIGINT)", 130, ""),
         ("os.kill(os.getpid(), signal.SIGTERM)", 143, ""),
+        # A signal that comes when all is done: what Python runs at its end goes on.
+        ("import atexit; atexit.register(os.kill, os.getpid(), signal.SIGTERM); return 3", 3, ""),
         (
             "raise OSError(errno.ENOSPC, 'No space', 'a.bin')",
             1,
