@@ -32,5 +32,5 @@ def kept_at_end(run: Run, steady: int, steps: int) -> set[int]:
     """The steps whose checkpoints a training leaves; a plan may ask that of trillions of steps."""
     interval, most = run.steady_interval or run.save_interval, run.keep_checkpoints + run.keep_steady
     newest = range(run.save_interval, steps, run.save_interval)[-most:]
-    saved = {*newest, *range(interval, steady, interval)[-most:], steps}
-    return kept({*saved, steady} - {0}, run, steady)
+    before = {*range(interval, steady, interval)[-most:], steady} if run.keep_steady else set()
+    return kept({*newest, *before, steps} - {0}, run, steady)

@@ -32,3 +32,11 @@ def test_the_checkpoints_of_trillions_of_steps_are_counted_in_no_time():
     """A large phase on the batches of the sample: the newest 2, and 3 from before the rate falls."""
     run = run_settings(load({"pretrain": {"save_interval": 10, "keep_steady": 3}}, {}), "pretrain/broad")
     assert len(kept_at_end(run, steady=4 * 10**12, steps=5 * 10**12)) == 5
+
+
+def test_without_steady_checkpoints_none_is_counted_that_the_newest_would_keep():
+    """Three steps at one rate: one checkpoint, at the end. A dry-run counted one after two steps, too."""
+    keys = {"save_interval": 5, "steady_interval": 2, "keep_steady": 0, "keep_checkpoints": 3}
+    run = run_settings(load({"pretrain": keys}, {}), "pretrain/broad")
+    assert kept_at_end(run, steady=3, steps=3) == {3}
+    assert kept_at_end(run, steady=3, steps=12) == {5, 10, 12}
