@@ -107,9 +107,12 @@ def _check_context(at: str, model: Model, parallel: Parallel) -> list[str]:
 def _check_experts(at: str, model: Model, parallel: Parallel) -> list[str]:
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     width, processes = model.moe_ffn_hidden_size, parallel.world_size // parallel.pipeline_model_parallel_size
-    return [
+    of_experts = [
         divides("model.num_moe_experts", model.num_moe_experts, f"{at}.expert_model_parallel_size", ep),
         divides("model.moe_ffn_hidden_size", width, f"{at}.expert_tensor_parallel_size", etp),
+    ]
+    return [
+        *(of_experts if model.routed_layers else ()),
         divides(
             f"{at}.tensor_model_parallel_size x context_parallel_size x data_parallel_size =",
             processes,

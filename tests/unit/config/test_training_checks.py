@@ -219,6 +219,21 @@ def test_the_heads_of_mamba_matter_to_models_with_such_layers_alone(sizes: dict[
 
 
 @pytest.mark.parametrize(
+    ("sizes", "key"),
+    [
+        ({"expert_model_parallel_size": 3}, "num_moe_experts 8"),
+        ({"expert_tensor_parallel_size": 3}, "moe_ffn_hidden_size 128"),
+    ],
+)
+def test_the_experts_matter_to_models_with_such_layers_alone(sizes: dict[str, int], key: str):
+    model: dict[str, Any] = {"hybrid_layer_pattern": "M*", "mtp_num_layers": 0}
+    run: dict[str, Any] = {"parallel": {"data_parallel_size": 3} | sizes, "global_batch_size": 12}
+    load(config(model, **run), {})
+    with pytest.raises(ConfigError, match=f"^model.{key} is not divisible by"):
+        load(config(model | {"hybrid_layer_pattern": "ME"}, **run), {})
+
+
+@pytest.mark.parametrize(
     ("key", "model"),
     [
         ("ffn_hidden_size", {"hybrid_layer_pattern": "*-"}),
