@@ -152,7 +152,8 @@ def test_a_bin_cut_short_after_the_blend_is_named(copy: Workspace):
         file.truncate(size - 2)
     refused(
         run(copy, line),
-        f"data/tokens/code/train/part_0.bin: {size - 2} bytes, data/pretrain/broad/blend.json says {size}",
+        f"data/tokens/code/train/part_0.bin: {size - 2} bytes, and data/pretrain/broad/blend.json says "
+        f"{size}; remove its record and run again",
     )
     assert (copy.path / "ckpt/pretrain/broad").readlink() == before and not partials(copy)
 
