@@ -8,20 +8,19 @@ records are read in a second.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import itertools
 import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from snaketron.files import sha256
-from snaketron.lineage.record import BEGINNING, Entry, Record, begins, parse
+from snaketron.lineage.placed import Placed, plain
+from snaketron.lineage.record import BEGINNING, Entry, begins, parse
 from snaketron.lineage.walk import damage, places, record_of
 from snaketron.log import UserError
 from snaketron.wording import some
@@ -29,7 +28,6 @@ from snaketron.wording import some
 logger = logging.getLogger(__name__)
 
 READERS, AT_ONCE = 16, 64  # threads, for file systems that take milliseconds to open a file; files of a task
-NEAR = 2  # a record lies at most so many directories below one that it shares with its outputs
 PASSED_OVER = ("wandb", "node_modules")
 # What a working directory has; raw files of the user may lie in some `data`, too.
 _OF_A_RUN = (
@@ -40,11 +38,9 @@ _OF_A_RUN = (
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
-    """A job that a record tells of: where the record lies, and what it says."""
+class Made(Placed):
+    """A job that a record tells of."""
 
-    path: Path
-    record: Record
     digest: str  # sha256 of the record file, by which a blend names it
 
     @property
@@ -57,68 +53,12 @@ class Made:
     def version(self) -> str:
         return self.record.version
 
-    @cached_property
-    def moved(self) -> tuple[str, str]:
-        """The beginning of the paths that the record gives to its outputs, and what it is now."""
-        output = self.record.outputs[0].file if self.record.outputs else Path()
-        return _moved(self.path.parent, output.parent)
-
-    def output_place(self, entry: Entry) -> Path:
-        """Where an output lies now, if it is there."""
-        before, now = self.moved
-        path = entry.path
-        moves = path.startswith(before) and (before or not path.startswith("/"))
-        return Path(now + path.removeprefix(before)) if moves else entry.file
-
-    def place(self, entry: Entry) -> Path:
-        """Where an input or an output lies now: beside what was made, unless only that was moved."""
-        moved = self.output_place(entry)
-        return moved if moved.exists() or not entry.file.exists() else entry.file
-
-    def placed(self, entry: Entry) -> Entry:
-        """An input with the path where it lies now."""
-        return replace(entry, path=str(self.place(entry)))
-
-
-@functools.cache
-def _moved(here: Path, there: Path) -> tuple[str, str]:
-    """The beginning of the paths in a record, and what it is now, each with a `/` at its end.
-
-    A record lies near its outputs, so the directories of both have a part in common: of `data/docs` in a
-    record below `/copy/data/docs` it is all, and what was the working directory is `/copy/`.
-
-    Args:
-        here: where the record lies.
-        there: where it says that its outputs lie.
-    """
-    now, then = here.parts, there.parts
-    begin = int(there.is_absolute())  # after the `/`
-    found = []  # parts in common, and where they begin
-    for i, j in itertools.product(range(begin, len(then)), range(begin, len(now))):
-        pairs = zip(then[i:], now[j:], strict=False)
-        length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if length and len(now) - j - length <= NEAR:
-            found.append((-length, i, j))
-    ways = [(Path(*then[:i]), Path(*now[:j])) for _, i, j in sorted(found)]
-    leading = (way for way in ways if (way[1] / there.relative_to(way[0])).is_dir())
-    before, after = next(leading, ways[0] if ways else (Path(), Path()))
-    return _beginning(before), _beginning(after)
-
-
-def _plain(path: Path) -> Path:
-    """The whole path without `..`; links are not followed, which would ask the file system."""
-    return Path(os.path.normpath(path.absolute()))
-
-
-def _beginning(path: Path) -> str:
-    return "" if path == Path() else f"{path}/".replace("//", "/")
-
 
 class Catalogue:
     """The records that were found; `made_by` finds those that lie elsewhere by the paths of inputs."""
 
     def __init__(self, found: Iterable[Made], roots: Iterable[Path]) -> None:
-        self.roots = [_plain(root) for root in roots]
+        self.roots = [plain(root) for root in roots]
         self.all: list[Made] = []
         self._elsewhere: set[str] = set()  # the digests of records that are not below the roots
         self._by_digest: dict[str, Made] = {}
@@ -193,8 +133,8 @@ class Catalogue:
 
     def _is_below(self, path: Path) -> bool:
         """Whether a path lies below the roots, where all records are known."""
-        plain = _plain(path)
-        return any(plain.is_relative_to(root) for root in self.roots)
+        whole = plain(path)
+        return any(whole.is_relative_to(root) for root in self.roots)
 
     def maker(self, sha256: str, path: str = "") -> Made | None:
         """The job that made a file of a hash; of several that made the same, the one that wrote to `path`."""
