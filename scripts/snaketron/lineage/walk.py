@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from snaketron.files import sha256
+from snaketron.lineage.placed import Placed, plain
 from snaketron.lineage.record import BEGINNING, Entry, Record, begins, parse, read
 from snaketron.log import UserError
 
@@ -113,11 +115,15 @@ def known(path: Path) -> Path | Entry:
     return next((output for output in outputs if output.path == str(path)), path)
 
 
-def ancestors(inputs: Iterable[Entry]) -> dict[Path, Record]:
+def ancestors(inputs: Iterable[Entry], *, of_others: bool = True) -> dict[Path, Record]:
     """The records of everything that `inputs` were made from; each comes after those of its own inputs.
 
-    They may lead in a circle: a tokenizer that is taken from an export has the bytes of the one that the
-    exported model was trained with, and the record about them is the newer one.
+    In a record of another directory, the inputs have the paths that lead to them from here. Records may lead
+    in a circle: a tokenizer that is taken from an export has the bytes of the one that the exported model was
+    trained with, and the record about them is the newer one.
+
+    Args:
+        of_others: whether to go on behind a model of another directory; else its record has no inputs.
     """
     found: dict[Path, Record] = {}
     begun: set[Path] = set()
@@ -125,11 +131,20 @@ def ancestors(inputs: Iterable[Entry]) -> dict[Path, Record]:
     def visit(inputs: Iterable[Entry]) -> None:
         for entry in inputs:
             made = record_of(entry)
-            if made and made[0] not in begun:
-                path, record = made
-                begun.add(path)
+            if made and (place := made[0].resolve()) not in begun:
+                path, record = made[0], _from_here(*made, of_others=of_others)
+                begun.add(place)
                 visit(record.inputs)
                 found[path] = record
 
     visit(inputs)
     return found
+
+
+def _from_here(path: Path, record: Record, *, of_others: bool) -> Record:
+    """A record whose inputs have the paths that lead to them from here."""
+    made = Placed(plain(path), record)
+    if made.is_of_here:
+        return record
+    is_end = not of_others and record.kind in ("checkpoint", "export")
+    return replace(record, inputs=() if is_end else tuple(map(made.placed, record.inputs)))

@@ -153,9 +153,13 @@ def _example(example: dict[str, Any]) -> str:
 
 
 def collect(paths: Sequence[Path]) -> Data:
-    """Add up the records at `paths` and those of everything that they were made from."""
+    """Add up the records at `paths` and those of everything that they were made from.
+
+    What another directory trained a model on, such as one with the same tokenizer, is not data of here.
+    """
     last = {path: read(path) for path in paths}
-    records = ancestors(entry for record in last.values() for entry in record.inputs) | last
+    inputs = (entry for record in last.values() for entry in record.inputs)
+    records = ancestors(inputs, of_others=False) | last
     data = add_up(record for _, record in sorted(records.items()))
     named = [entry for record in records.values() for entry in record.inputs_named("records")]
     data.lacking = list(dict.fromkeys(entry.path for entry in named if entry.file not in records))

@@ -328,7 +328,8 @@ def _read_data(
     try:
         trained = {stage.version.record: stage.record for stage in stages if stage.record}
         checkpoints = trained | _merged(ckpt)
-        made = ancestors(entry for record in checkpoints.values() for entry in record.inputs) | checkpoints
+        inputs = (entry for record in checkpoints.values() for entry in record.inputs)
+        made = ancestors(inputs, of_others=False) | checkpoints
         trouble += [f"{entry.path}: {why_lost(entry)}." for entry in lost(made.values())]
         if all(path.is_file() for path in last):
             data = collect(last)

@@ -109,5 +109,36 @@ def rebuilt(lineage: Path) -> Path:
     return lineage
 
 
+def export(version: str) -> None:
+    """hf/sft of a checkpoint. Models of one architecture have the same config.json."""
+    outputs = {name: Path("hf/sft", name) for name in ("config.json", "model")}
+    with making("export", "sft", outputs=outputs, record=Path("hf/sft/record.json")) as made:
+        made.aside["config.json"].write_text("{}")
+        made.aside["model"].write_text(version)
+        made.inputs = {"checkpoint": Entry("checkpoint", "ckpt/sft", version=version)}
+
+
+@pytest.fixture
+def imported(lineage: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A second working directory, whose model began with the export of the first one, and is exported."""
+    export("sft-0b")
+    beside = lineage.parent / "beside"
+    beside.mkdir()
+    monkeypatch.chdir(beside)
+    with making(
+        "checkpoint", "base/it", outputs={}, record=Path("ckpt/versions/base_it-0c/record.json")
+    ) as made:
+        made.inputs = {
+            "weights": [of_user(Path("../work/hf/sft", name)) for name in ("config.json", "model")]
+        }
+        made.key = "0c"
+    link = Path("ckpt/base/it")
+    link.parent.mkdir()
+    link.symlink_to("../versions/base_it-0c")
+    train("sft", "0d", str(write("raw/more.json", "[]")), base="base/it-0c")
+    export("sft-0d")
+    return beside
+
+
 def prune(version: str) -> None:
     shutil.rmtree(Path("ckpt/versions", version.replace("/", "_")))

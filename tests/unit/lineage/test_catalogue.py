@@ -9,9 +9,9 @@ from pathlib import Path
 
 from snaketron.files import sha256
 from snaketron.lineage.catalogue import root_of, scan
-from snaketron.lineage.record import Entry, making, of_user
+from snaketron.lineage.record import Entry, making
 from snaketron.log import UserError
-from tests.unit.lineage.conftest import job, tokens, train, write
+from tests.unit.lineage.conftest import job, tokens, write
 
 import pytest
 
@@ -201,34 +201,6 @@ def test_entries_of_the_hub_and_of_addresses_have_no_maker(lineage: Path):
     catalogue = scan(lineage)
     entry = Entry("origin", "acme/tokenizer", revision="0c0c")
     assert catalogue.made_by(entry, catalogue.all[0]) is None
-
-
-def export(version: str) -> None:
-    """hf/sft of a checkpoint. Models of one architecture have the same config.json."""
-    outputs = {name: Path("hf/sft", name) for name in ("config.json", "model")}
-    with making("export", "sft", outputs=outputs, record=Path("hf/sft/record.json")) as made:
-        made.aside["config.json"].write_text("{}")
-        made.aside["model"].write_text(version)
-        made.inputs = {"checkpoint": Entry("checkpoint", "ckpt/sft", version=version)}
-
-
-@pytest.fixture
-def imported(lineage: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A second working directory, whose model began with the export of the first one, and is exported."""
-    export("sft-0b")
-    beside = lineage.parent / "beside"
-    beside.mkdir()
-    monkeypatch.chdir(beside)
-    with making(
-        "checkpoint", "base/it", outputs={}, record=Path("ckpt/versions/base_it-0c/record.json")
-    ) as made:
-        made.inputs = {
-            "weights": [of_user(Path("../work/hf/sft", name)) for name in ("config.json", "model")]
-        }
-        made.key = "0c"
-    train("sft", "0d", str(write("raw/more.json", "[]")), base="base/it-0c")
-    export("sft-0d")
-    return beside
 
 
 def test_what_was_imported_from_another_directory_leads_there(imported: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from snaketron import files
@@ -97,6 +98,35 @@ def test_a_checkpoint_with_a_damaged_record_is_not_said_to_have_none(lineage: Pa
     assert record_of(base) is None
     said = why_lost(base)
     assert said.startswith("its record is damaged: ckpt/pretrain/one/record.json: not a lineage record (")
+
+
+def test_a_model_from_another_directory_is_followed_there(imported: Path):
+    """Its records name paths of that directory, and here is another ckpt/sft."""
+    ours = read(Path("ckpt/sft/record.json"))
+    behind = ancestors(ours.inputs)
+    assert [record.name for record in behind.values()] == [
+        *("tokenizer", "docs/a", "docs/b", "one", "pretrain/one", "sft", "sft", "base/it")
+    ]
+    assert lost([*behind.values(), ours]) == []
+
+
+def test_what_a_model_of_another_directory_was_trained_on_may_be_left_out(imported: Path):
+    """Nothing behind it is said to be lost."""
+    ours = read(Path("ckpt/sft/record.json"))
+    behind = ancestors(ours.inputs, of_others=False)
+    assert [(record.kind, record.name) for record in behind.values()] == [
+        ("export", "sft"),
+        ("checkpoint", "base/it"),
+    ]
+    assert lost([*behind.values(), ours]) == []
+
+
+def test_what_is_lost_of_another_directory_is_told_with_its_path(imported: Path):
+    work = imported.parent / "work"
+    shutil.rmtree(work / "ckpt/versions/pretrain_one-0a")
+    ours = read(Path("ckpt/sft/record.json"))
+    (gone,) = lost([*ancestors(ours.inputs).values(), ours])
+    assert (gone.path, gone.version) == (str(work / "ckpt/pretrain/one"), "pretrain/one-0a")
 
 
 def test_an_input_is_taken_from_the_record_about_it_without_reading_it_again(tmp_path: Path):

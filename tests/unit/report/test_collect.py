@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from snaketron import files
 from snaketron.log import UserError
 from snaketron.report.collect import ChatSource, collect
+from tests.unit.report.conftest import shard
 
 import pytest
 
@@ -58,6 +60,18 @@ def test_packing_is_what_fills_the_packs(records):
     assert (tools.rows, tools.conversations, tools.packs, tools.room) == (30, 25, 5, 500)
     assert (tools.efficiency, tools.trained_share) == (0.64, 0.3)
     assert ChatSource().efficiency == ChatSource().trained_share == 0.0
+
+
+def test_what_a_model_of_another_directory_was_trained_on_is_no_data_of_here(make, tmp_path: Path):
+    """The tokenizer is that of the model."""
+    make("other/docs/a.json", "tokens", settings={"corpus": "docs"}, counts=shard(1, 1, 1))
+    used = {"path": "docs/a.json", "sha256": files.sha256(tmp_path / "other/docs/a.json")}
+    files.write_text(tokenizer := tmp_path / "other/hf/tokenizer.json", "{}")
+    about = {"path": "hf/tokenizer.json", "sha256": files.sha256(tokenizer), "bytes": 2}
+    make("other/hf/record.json", "export", used, outputs=[about], counts={})
+    given = {"path": str(tokenizer), "sha256": about["sha256"]}
+    make("here/tokenizer/record.json", "tokenizer", given, counts={})
+    assert collect([tmp_path / "here/tokenizer/record.json"]).texts == {}
 
 
 def test_a_record_that_is_missing_is_named(tmp_path: Path):

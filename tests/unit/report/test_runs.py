@@ -73,6 +73,26 @@ def test_the_page_names_the_base_that_was_used_and_says_where_its_record_is_gone
     assert run.trouble == [f"ckpt/base: {gone}."]
 
 
+def test_the_page_follows_a_base_of_another_directory_and_counts_no_jobs_of_there(training, tmp_path: Path):
+    """The paths in its record are those of that directory."""
+    here, other = tmp_path / "here", tmp_path / "other"
+    first = training("pretrain/broad", root=other)
+    (other / "ckpt/base").symlink_to(first)
+    sft = training("sft", root=other, base="pretrain/broad-0123456789ab")
+    lies = sft.relative_to(other)
+    weights = {"name": "weights", "path": str(lies / "weights"), "sha256": "0", "bytes": 1}
+    files.write_json(sft / "record.json", files.read_json(sft / "record.json") | {"outputs": [weights]})
+    lora = training("lora", root=here) / "record.json"
+    base = {"name": "base", "path": str("../other" / lies), "version": "sft-0123456789ab"}
+    files.write_json(lora, files.read_json(lora) | {"inputs": [base]})
+    run = read(here)
+    assert run.trouble == []
+    assert "pretrain" not in run.rules
+    (tree,) = lineage_part(run).blocks[1:]
+    (used,) = tree.branches
+    assert [used.line, used.branches[0].line] == ["base: checkpoint sft", "base: checkpoint pretrain/broad"]
+
+
 def test_the_page_names_a_raw_file_that_a_job_copied(training, tmp_path: Path, monkeypatch):
     """The template that was installed has the hash of the user's, which is no product of that job."""
     monkeypatch.chdir(tmp_path)
