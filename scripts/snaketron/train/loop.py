@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.jobs.heartbeat import Heartbeat
-from snaketron.jobs.launch import STOP_SIGNALS, is_writer
+from snaketron.jobs.launch import STOP_SIGNALS, is_rank, is_writer
 from snaketron.jobs.owner import check_owner
 from snaketron.jobs.version import Version
 from snaketron.log import logger
@@ -342,17 +342,26 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Note a signal instead of dying: the step is finished and saved. A second one ends the process."""
+        """Note a signal instead of dying: the step is finished and saved. A second one ends the process.
+
+        A process that fails notes it until it ends: srun sends one when another has died, and this one has
+        to say what it saw, without a status of its own that hides the other's.
+        """
 
         def note(number: int, _frame: Any) -> None:
             self.received = number
             signal.signal(number, signal.SIG_DFL)
 
         previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        failed = is_rank()
         try:
             yield
+            failed = False
+        except Stopped:
+            failed = False
+            raise
         finally:
-            for number, handler in previous.items():
+            for number, handler in () if failed else previous.items():
                 signal.signal(number, handler)
 
 

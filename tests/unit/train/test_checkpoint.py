@@ -11,6 +11,8 @@ from pathlib import Path
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.files import partial
+from snaketron.jobs.launch import STOP_SIGNALS
+from snaketron.jobs.owner import TOKEN
 from snaketron.jobs.version import Version
 from snaketron.log import UserError
 from snaketron.model.checkpoint import load
@@ -56,6 +58,20 @@ def test_a_signal_counts_from_the_step_on_after_which_all_processes_know_it(trai
     assert made.stop_signal == 0
     made._step(Random(2))
     assert made.stop_signal == signal.SIGUSR1
+
+
+def test_a_process_that_fails_says_why_though_srun_ends_it_for_another_that_died(trainer, monkeypatch):
+    """The signal came before its last words, and SIGTERM passed for what ended the attempt."""
+    monkeypatch.setenv(TOKEN, "one")
+    made, before = trainer(), {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        with pytest.raises(ZeroDivisionError), made._signals():
+            _ = 1 / 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert made.received == signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def state(trainer: Trainer) -> list[torch.Tensor]:
