@@ -173,7 +173,7 @@ def _chat(args: argparse.Namespace, tools: list[Any]) -> Iterator[Chat]:
     described = version.describe()
     day = template_date(described.run)
     template = load_template(directory / "chat_template.jinja", special_tokens(directory), day=day)
-    # That of the template also where nothing was tuned on it.
+    # The template's end of a turn counts also for a model that was not tuned on the template.
     ends = [
         *ends_of_answers(version, settings_of_checkpoint(described.settings)),
         end_of_turn(template, tokenizer),

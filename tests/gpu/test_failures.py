@@ -70,7 +70,7 @@ def test_a_disk_that_is_full_when_all_have_written_is_told_at_once(tmp_path: Pat
 
 
 def test_a_process_that_is_killed_while_it_writes_is_named(tmp_path: Path):
-    """It wrote for the second process, of which the first one learns that it failed."""
+    """The killed writer belonged to the second process. The first process, too, says that the writer died."""
     with two(tmp_path, "writer") as ranks:
         assert ranks[0].wait(timeout=180) == 1
         said = first_failure(tmp_path)

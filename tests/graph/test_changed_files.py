@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import Workspace, make_workspace
 
@@ -12,6 +13,8 @@ import pytest
 import yaml
 
 LONG_AGO = 1_000_000_000  # seconds since 1970
+PACKS = "data/sft/help/small.json"
+MESSAGES = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "Two."}]
 TARGETS = ("data/tokens/docs/large.json", "data/chat/help/small.json")
 CONFIG = {
     "tokenizer": {"text": ["raw/large.jsonl"], "vocab_size": 300, "chat_template": "raw/template.jinja"},
@@ -32,6 +35,17 @@ def replace(path: Path, text: str) -> None:
     other.rename(path)
 
 
+def packed(tmp_path: Path, config: dict[str, Any]) -> tuple[Workspace, Path]:
+    """A workspace in which one file of conversations was packed, and that file."""
+    workspace = make_workspace(tmp_path / "work")
+    workspace.overlays = (workspace.write("mine.yaml", yaml.safe_dump(config)).name,)
+    workspace.write("raw/large.jsonl", json.dumps({"text": "some words " * 400}))
+    workspace.write("raw/template.jinja", (workspace.path / "config/chat_template.jinja").read_text())
+    small = workspace.write("raw/small.jsonl", json.dumps({"messages": MESSAGES}) + "\n")
+    assert workspace.snakemake(PACKS).status == 0
+    return workspace, small
+
+
 def jobs(workspace: Workspace) -> dict[str, int]:
     result = workspace.snakemake("-n", *TARGETS)
     assert result.status == 0, result.output
@@ -44,8 +58,7 @@ def test_content_decides_what_runs_again(tmp_path: Path):
     texts = [json.dumps({"text": f"document {i} " + "of many words " * 400}) for i in range(200)]
     large = workspace.write("raw/large.jsonl", "\n".join(texts))
     assert large.stat().st_size > 1_000_000  # up to there Snakemake knows by itself that a file is the same
-    messages = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "Two."}]
-    small = workspace.write("raw/small.jsonl", json.dumps({"messages": messages}) + "\n")
+    small = workspace.write("raw/small.jsonl", json.dumps({"messages": MESSAGES}) + "\n")
     template = (workspace.path / "config/chat_template.jinja").read_text()
     raw_template = workspace.write("raw/template.jinja", template)
     result = workspace.snakemake(*TARGETS)
@@ -70,7 +83,7 @@ def test_content_decides_what_runs_again(tmp_path: Path):
         record.write_text(json.dumps(value))
         os.utime(record, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert jobs(workspace) == {}
-    replace(small, json.dumps({"messages": [*messages, *messages]}) + "\n")
+    replace(small, json.dumps({"messages": MESSAGES * 2}) + "\n")
     assert jobs(workspace) == {"render_chat": 1}
 
 
@@ -80,40 +93,26 @@ def test_a_job_for_an_older_file_that_failed_is_still_to_run(tmp_path: Path, tem
 
     A template of its own, which has not changed, is another file that the job reads.
     """
-    workspace = make_workspace(tmp_path / "work")
-    config = CONFIG | {"chats": [{"name": "help", "paths": ["raw/small.jsonl"], "chat_template": template}]}
-    workspace.overlays = (workspace.write("mine.yaml", yaml.safe_dump(config)).name,)
-    workspace.write("raw/large.jsonl", json.dumps({"text": "some words " * 400}))
-    workspace.write("raw/template.jinja", (workspace.path / "config/chat_template.jinja").read_text())
-    messages = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "Two."}]
-    small = workspace.write("raw/small.jsonl", json.dumps({"messages": messages}) + "\n")
-    packs = "data/sft/help/small.json"
-    assert workspace.snakemake(packs).status == 0
-    replace(small, json.dumps({"message": messages}) + "\n")
-    failed = workspace.snakemake(packs)
+    chats = [{"name": "help", "paths": ["raw/small.jsonl"], "chat_template": template}]
+    workspace, small = packed(tmp_path, CONFIG | {"chats": chats})
+    replace(small, json.dumps({"message": MESSAGES}) + "\n")
+    failed = workspace.snakemake(PACKS)
     assert failed.status == 1 and "raw/small.jsonl:1: no field 'messages'" in failed.output
-    assert workspace.snakemake("-n", packs).jobs == {"render_chat": 1, "pack_sft": 1}
-    replace(small, json.dumps({"messages": messages * 2}) + "\n")
-    assert workspace.snakemake(packs).jobs == {"render_chat": 1, "pack_sft": 1}
-    assert workspace.snakemake("-n", packs).jobs == {}
+    assert workspace.snakemake("-n", PACKS).jobs == {"render_chat": 1, "pack_sft": 1}
+    replace(small, json.dumps({"messages": MESSAGES * 2}) + "\n")
+    assert workspace.snakemake(PACKS).jobs == {"render_chat": 1, "pack_sft": 1}
+    assert workspace.snakemake("-n", PACKS).jobs == {}
     (workspace.path / "data/chat/help/small.json").unlink()  # what was made of it is finished
-    assert workspace.snakemake("-n", packs).jobs == {}
+    assert workspace.snakemake("-n", PACKS).jobs == {}
 
 
 def test_a_file_is_replaced_after_what_was_made_of_it_was_deleted(tmp_path: Path):
     """For its space: the packs are there. Nothing is started between the run and that."""
-    workspace = make_workspace(tmp_path / "work")
-    workspace.overlays = (workspace.write("mine.yaml", yaml.safe_dump(CONFIG)).name,)
-    workspace.write("raw/large.jsonl", json.dumps({"text": "some words " * 400}))
-    workspace.write("raw/template.jinja", (workspace.path / "config/chat_template.jinja").read_text())
-    messages = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "Two."}]
-    small = workspace.write("raw/small.jsonl", json.dumps({"messages": messages}) + "\n")
-    packs = "data/sft/help/small.json"
-    assert workspace.snakemake(packs).status == 0
+    workspace, small = packed(tmp_path, CONFIG)
     before = small.read_text()
     for file in (workspace.path / "data/chat/help").iterdir():
         file.unlink()
-    replace(small, json.dumps({"messages": messages * 2}) + "\n")
-    assert workspace.snakemake("-n", packs).jobs == {"render_chat": 1, "pack_sft": 1}
+    replace(small, json.dumps({"messages": MESSAGES * 2}) + "\n")
+    assert workspace.snakemake("-n", PACKS).jobs == {"render_chat": 1, "pack_sft": 1}
     replace(small, before)
-    assert workspace.snakemake("-n", packs).jobs == {}
+    assert workspace.snakemake("-n", PACKS).jobs == {}

@@ -206,7 +206,7 @@ def device() -> torch.device:
 
 
 def gpu_number() -> int:
-    """Which of the GPUs that this process sees is its own: by its number among the processes of the node.
+    """The number of this process' own GPU, among those that it sees: its number among the node's processes.
 
     Where Slurm binds a GPU to each process of a job step (`--gpus-per-task`), that is all that it sees.
     """

@@ -114,7 +114,7 @@ def _taken_by_others() -> str:
         free, total = torch.cuda.mem_get_info() if backend.HAS_GPU else (0, 0)
         others = total - free - torch.cuda.memory_reserved()
         if others > OTHERS * total:  # what libraries have is less
-            return f", of which other programs have {others / 2**30:.0f} GiB (nvidia-smi shows which)"
+            return f" (other programs have {others / 2**30:.0f} GiB of it: nvidia-smi names them)"
     return ""
 
 

@@ -91,7 +91,7 @@ def test_a_phase_that_reads_the_text_of_an_earlier_one_again_is_told():
     ]
     assert told(None, 1234) == told(None, None)  # the seed of the configuration
     assert told(None, 7) == []
-    # Of another length there are more samples or fewer, and so they are shuffled otherwise.
+    # With another length a corpus has another number of samples, and their order is another one.
     assert told(None, None, lengths=(256, 512)) == []
     assert told(None, None, lengths=(256,)) == told(None, None)  # the length of all phases
     assert told(None, None, names=("docs",)) == []  # the sample, as it comes

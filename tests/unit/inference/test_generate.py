@@ -51,7 +51,7 @@ def test_each_token_is_the_most_likely_after_all_before_it(built):
 
 
 def test_each_token_is_a_sign_of_life(built):
-    """A part of an evaluation may take hours, of which the supervisor must hear something."""
+    """A part of an evaluation may take hours. The supervisor must hear meanwhile that it goes on."""
     signs: list[int] = []
     alive = replace(built, alive=lambda: signs.append(0))
     generate(alive, [[5, 6, 7]], stop=[], max_tokens=4)

@@ -21,7 +21,7 @@ GEMMA = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()
 
 
 def tokenizer_of(words: list[str], decoder: decoders.Decoder | None) -> Tokenizer:
-    """Its words are its tokens; the last two are added ones, of which a model writes both."""
+    """A tokenizer whose tokens are `words`. The last two are added tokens, and a model writes both."""
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, words[0]))
     if decoder:
         tokenizer.decoder = decoder
@@ -48,7 +48,7 @@ def test_pieces_of_random_tokens_are_the_whole_text(kind: str):
     tokenizer = KINDS[kind]()
     size, draw = tokenizer.get_vocab_size(), random.Random(kind)
     for _ in range(3000):
-        # Of all tokens, one that the tokenizer does not know among them, or of a few that repeat.
+        # Any tokens, with an id that the tokenizer does not know, or three tokens that repeat.
         among = range(size + 1) if draw.random() < 0.5 else draw.sample(range(size), 3)
         ids = draw.choices(among, k=draw.randint(0, 25))
         pieces = Pieces(tokenizer)

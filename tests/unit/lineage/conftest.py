@@ -129,7 +129,7 @@ def imported(lineage: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "checkpoint", "base/it", outputs={}, record=Path("ckpt/versions/base_it-0c/record.json")
     ) as made:
         made.inputs = {
-            "weights": [of_user(Path("../work/hf/sft", name)) for name in ("config.json", "model")]
+            "weights": [of_user(Path("..", lineage.name, "hf/sft", n)) for n in ("config.json", "model")]
         }
         made.key = "0c"
     link = Path("ckpt/base/it")

@@ -126,7 +126,7 @@ def test_other_errors_are_left_as_they_are():
 def test_what_other_programs_have_of_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backend, "HAS_GPU", True)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 100 << 30)
-    for free, said in ((38, ""), (1, ", of which other programs have 39 GiB (nvidia-smi shows which)")):
+    for free, said in ((38, ""), (1, " (other programs have 39 GiB of it: nvidia-smi names them)")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free << 30, 140 << 30))
         assert _taken_by_others() == said
 

@@ -55,7 +55,7 @@ class Packing:
 
 
 class PackOrder:
-    """Which pack of a blend each sample of a training is."""
+    """For each sample of a training, the pack of the blend that it is."""
 
     def __init__(self, blend: Mapping[str, Any], num_samples: int, seed: int) -> None:
         """`blend` is the content of blend.json."""
