@@ -1,4 +1,4 @@
-"""A process with 8 GiB of a GPU, and one that writes for it: both wait to be killed. DIRECTORY says when."""
+"""A process with BYTES of a GPU, and one that writes for it: both wait to be killed. DIRECTORY says when."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from snaketron.model.checkpoint import _write
 import torch
 
 
-def main(directory: Path) -> None:
-    held = torch.empty(1 << 33, dtype=torch.uint8, device=backend.device())
+def main(directory: Path, held_bytes: int) -> None:
+    held = torch.empty(held_bytes, dtype=torch.uint8, device=backend.device())
     torch.cuda.synchronize()
     multiprocessing.get_context("fork").Process(target=_write, args=(time.sleep, 600)).start()
     (directory / "writes").touch()
@@ -23,4 +23,4 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
