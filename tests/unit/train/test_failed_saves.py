@@ -14,9 +14,10 @@ from unittest import mock
 
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.config import Parallel
+from snaketron.jobs import launch
 from snaketron.jobs.version import Version
 from snaketron.model.build import build_model
-from snaketron.model.checkpoint import Saver
+from snaketron.model.checkpoint import Saver, _write
 from snaketron.model.distributed import distributed
 from snaketron.settings.training import RunSettings, TrainSettings
 from tests.ranks import on_ranks
@@ -91,11 +92,27 @@ def _train_and_write(values: TrainSettings, run: RunSettings, directory: Path) -
         saver.finish()
 
 
-def test_who_writes_ends_with_the_process_that_trains(settings: Any, tmp_path: Path):
+def _write_late(directory: Path) -> None:
+    """Start a process that writes, which has its first instant when this one is gone."""
+
+    def late(number: signal.Signals, tell: Any = launch.die_with_parent) -> None:
+        while not (directory / "killed").exists():
+            time.sleep(0.02)
+        tell(number)
+
+    with mock.patch.object(launch, "die_with_parent", late):
+        multiprocessing.get_context("fork").Process(target=_write, args=(time.sleep, 600)).start()
+    (directory / "writes").touch()
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_writes_ends_with_the_process_that_trains(settings: Any, tmp_path: Path, late: bool):
     """It would keep a GPU's memory, and write on beside the next attempt."""
     values, run = settings(save_in_background=True)
     trains = multiprocessing.get_context("forkserver").Process(
-        target=_train_and_write, args=(values, run, tmp_path)
+        target=_write_late if late else _train_and_write,
+        args=(tmp_path,) if late else (values, run, tmp_path),
     )
     trains.start()
     try:
@@ -106,5 +123,6 @@ def test_who_writes_ends_with_the_process_that_trains(settings: Any, tmp_path: P
     finally:
         trains.kill()
         trains.join()
+        (tmp_path / "killed").touch()
     gone, _ = psutil.wait_procs([writes], timeout=60)
     assert gone == [writes]
