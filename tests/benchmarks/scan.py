@@ -20,15 +20,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
+import functools
 import itertools
-import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -44,6 +42,7 @@ from snaketron.model.megatron import (
 )
 
 import torch
+from tests.benchmarks.compiling import compiled
 from tests.benchmarks.scan_cases import (
     DEVICE,
     GROUPS,
@@ -57,11 +56,9 @@ from tests.benchmarks.scan_cases import (
     kernels,
 )
 from torch import Tensor
-from triton.errors import TritonError
 from triton.testing import do_bench, do_bench_cudagraph
 
 MOST = 1e-2  # of a difference from the result with the present sizes
-PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Sizes(NamedTuple):
@@ -192,53 +189,32 @@ def chosen(sizes: Sizes, values: tuple[Any, ...]) -> Iterator[None]:
         sizes.choose(before)
 
 
-def compile_part(names: Sequence[str], part: int, parts: int, done: Any, parent: int) -> None:
-    """Compile every `parts`-th task by a call on short rows; `done` tells which are."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it has ended before that
-        return
-    cases = kernels(SHORT)
-    for i, (name, values) in list(enumerate(tasks(names)))[part::parts]:
-        sizes = SIZES[name]
-        with contextlib.suppress(RuntimeError, TritonError), chosen(sizes, values):  # too large for the GPU
-            for shape, kernel in itertools.product(MODELS, sizes.kernels):
-                cases[shape][kernel].ours()
-            torch.cuda.synchronize()
-            done[i] = 1
+@functools.cache
+def short_kernels() -> dict[str, dict[str, Kernel]]:
+    return kernels(SHORT)
 
 
-def compiled(names: Sequence[str], jobs: int, until: float) -> dict[str, list[tuple[Any, ...]]]:
+def compile_one(task: tuple[str, tuple[Any, ...]]) -> None:
+    """Compile the kernels of a size by calls on short rows."""
+    name, values = task
+    sizes = SIZES[name]
+    with chosen(sizes, values):
+        for shape, kernel in itertools.product(MODELS, sizes.kernels):
+            short_kernels()[shape][kernel].ours()
+
+
+def present_and(there: Sequence[tuple[str, tuple[Any, ...]]], name: str) -> list[tuple[Any, ...]]:
     """The sizes that were compiled in time, after the present ones."""
-    context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
-    every = tasks(names)
-    done = RawArray("b", len(every))
-    children = [
-        context.Process(target=compile_part, args=(names, part, jobs, done, os.getpid()), daemon=True)
-        for part in range(jobs)
-    ]
-    try:
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(max(0.0, until - time.monotonic()))
-    finally:
-        for child in children:
-            child.kill()
-    print(f"{sum(done)} of {len(every)} sizes are compiled", flush=True)
-    there = [task for task, is_there in zip(every, done, strict=True) if is_there]
-    return {
-        name: [v for v in SIZES[name].all() if v == SIZES[name].present() or (name, v) in there]
-        for name in names
-    }
+    return [v for v in SIZES[name].all() if v == SIZES[name].present() or (name, v) in there]
 
 
 def try_sizes(names: Sequence[str], jobs: int, began: float, seconds: float, out: Path) -> None:
-    there, results = compiled(names, jobs, began + seconds / 2), {}
+    there, results = compiled(tasks(names), compile_one, jobs, began + seconds / 2), {}
     cases = kernels(LENGTH)
     for number, name in enumerate(names):
         sizes, now = SIZES[name], time.monotonic()
         until = now + (began + seconds - now) / (len(names) - number)
-        found = list(measure(sizes, there[name], cases, until))
+        found = list(measure(sizes, present_and(there, name), cases, until))
         results[name] = [{"sizes": values, "us": us} for values, us in found]
         files.write_json(out / "scan_sizes.json", results)
         report(name, sizes, found)
