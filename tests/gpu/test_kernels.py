@@ -17,6 +17,44 @@ def test_experts_are_those_of_a_loop_over_them():
     assert max(found) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gradients_of_experts_are_added_by_their_product(dtype: torch.dtype):
+    """Recorded once for two numbers of rows, of which some are none; what lies behind the last row is NaN."""
+    from snaketron.model.megatron import expert_gradients
+
+    torch.manual_seed(0)
+    numbers, widths = [[0, 70, 1, 0, 1000, 64, 129], [129, 64, 1000, 0, 1, 70, 0]], (336, 272)
+    rows = sum(numbers[0])
+    factors = [torch.randn(rows + 70, width, device="cuda").bfloat16() for width in widths]
+    for factor in factors:
+        factor[rows:] = float("nan")
+    memory = torch.full((9, *widths), 7.0, dtype=dtype, device="cuda")
+    total, before = memory[1:-1], torch.randn(7, *widths, device="cuda").to(dtype)
+    ends = torch.tensor(numbers[0], device="cuda").cumsum(0).int()
+    assert expert_gradients.fits(total, *factors)
+    for new in (True, False):
+        total.copy_(before)
+        expert_gradients.accumulate(total, *factors, ends, new=new)  # compiled here
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            expert_gradients.accumulate(total, *factors, ends, new=new)
+        for counts in numbers:
+            ends.copy_(torch.tensor(counts).cumsum(0))
+            parts = zip(*(f[:rows].double().split(counts) for f in factors), strict=True)
+            expected = torch.stack([grad.T @ x for grad, x in parts]) + (0 if new else before.double())
+            results = []
+            for _ in range(2):
+                total.copy_(before)
+                graph.replay()
+                results.append(total.clone())
+            error, rounded = relative(total, expected), relative(expected.to(dtype), expected)
+            print(f"{error:.2e}, rounded once {rounded:.2e}")
+            assert error < max(1.01 * rounded, 1e-5) and torch.equal(*results)
+            nothing = torch.tensor(counts) == 0
+            assert torch.equal(total[nothing], torch.zeros_like(before[nothing]) if new else before[nothing])
+    assert memory[0].eq(7).all() and memory[-1].eq(7).all()
+
+
 def test_experts_in_fp8_are_those_of_a_loop_over_them():
     """e4m3 has 4 bits: about 2.6e-2 of a value, of which a product has two and the whole layer four."""
     out, *gradients = errors(torch.bfloat16, in_fp8=True)

@@ -24,7 +24,7 @@ from megatron.core.fusions.fused_weighted_squared_relu import (
 from torch import Tensor
 
 if torch.cuda.is_available():
-    from snaketron.model.megatron import experts8, kernels
+    from snaketron.model.megatron import expert_gradients, experts8, kernels
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor | None:
@@ -155,8 +155,12 @@ def _activate_back(activated: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tens
 
 def _accumulate(total: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tensor) -> None:
     """total (experts, output, input) += for each expert grad_output^T inputs; a new one is overwritten."""
+    new = gradients.is_new(total)
+    if total.is_cuda and expert_gradients.fits(total, grad_output, inputs):
+        expert_gradients.accumulate(total, grad_output, inputs, ends, new=new)
+        return
     product = torch._grouped_mm(grad_output.mT, inputs, offs=ends)
-    if gradients.is_new(total):
+    if new:
         total.copy_(product)
     else:
         total.add_(product)

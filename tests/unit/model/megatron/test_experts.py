@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import snaketron.model  # noqa: F401  before megatron
 from snaketron.model import backend
 from snaketron.model.megatron import gpu, gradients
-from snaketron.model.megatron.experts import Experts, frozen_experts, stacked
+from snaketron.model.megatron.experts import Experts, _accumulate, frozen_experts, stacked
 
 import torch
 
@@ -55,6 +55,17 @@ def test_experts_are_those_of_a_loop_over_them():
         assert max(errors(torch.bfloat16)) < 2e-2
     else:
         assert max(errors(torch.float32)) < 1e-5
+
+
+def test_the_first_product_of_a_step_is_written_and_the_next_one_is_added():
+    """Of two experts one has two rows of ones, whose product is 2, and one has none."""
+    grad, inputs = (torch.ones(2, width, device=backend.device()).bfloat16() for width in (8, 16))
+    ends = torch.tensor([2, 2], device=backend.device(), dtype=torch.int32)
+    total = torch.full((2, 8, 16), 7.0, device=backend.device(), dtype=torch.bfloat16)
+    gradients._unwritten.add(total.data_ptr())
+    for expected in (2, 4):
+        _accumulate(total, grad, inputs, ends)
+        assert total[0].eq(expected).all() and total[1].eq(0).all()
 
 
 def test_tensors_are_stacked_only_where_they_follow_each_other():

@@ -15,7 +15,7 @@ import torch
 
 EXPERTS, TOKENS, WIDTH = 3, 40, 16
 SIZE = EXPERTS * WIDTH * WIDTH  # numbers in the weights of one product
-GAP = 5  # between the gradients of both products, as padding would be
+GAP = 8  # between the gradients of both products, as padding would be
 
 
 class Layer:
