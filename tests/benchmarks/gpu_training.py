@@ -141,6 +141,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for n in SPREAD
     },
     **{f"super_22_{layout}_{n}_even": quarter(n, layout) for n in (4, 8) for layout in ("pp2", "tp4", "ep")},
+    # 9 layers of Super with all experts, as many parameters a GPU as 22 of them have on four.
+    "super_9_ep2_even": quarter(2, "ep") | {"of": QUARTER | {"hybrid_layer_pattern": "MEMEM*EME"}},
     "nano_30b_ep4_even": spread(4, experts=128) | {"config": EVEN},
     "super_8k_dp2": SLICES["super_8k"] | {"parallel": {"data_parallel_size": 2}},
     "super_8k_dp2_launched": SLICES["super_8k"] | {"parallel": {"data_parallel_size": 2}, "run": LAUNCHED},

@@ -180,6 +180,7 @@ def _of_four_gpus(quarter: Model) -> list[Point]:
     two: dict[str, Any] = {"expert_model": 2, "data": 2}
     few = NANO_SLICE.model_copy(update={"num_moe_experts": 32})
     nano, whole = (NANO_SLICE.model_copy(update={"num_moe_experts": count}) for count in (64, 128))
+    few_layers = quarter.model_copy(update={"hybrid_layer_pattern": "MEMEM*EME"})
     pipeline: dict[str, Any] = two | {"pipeline_model": 2}
     again: dict[str, Any] = {"run": {"recompute": ["scan"]}, "keeps_scan": False}
     equal: dict[str, Any] = pipeline | again | {"pipeline_split": "time", "dispatcher": "allgather"}
@@ -192,6 +193,12 @@ def _of_four_gpus(quarter: Model) -> list[Point]:
         ("Nano, EP 4", of(whole, 16, **four), 15_909, 112.4),
         ("Nano, EP 4, CUDA graphs", of(whole, 16, graphs=True, **four), 18_523, 121.9),
         ("Nano, EP 4, fp8, the scan again", of(whole, 16, **fp8), 16_589, 123.4),
+        (
+            "9 layers of Super, 512 experts, EP 2, CUDA graphs",
+            of(few_layers, 16, graphs=True, dispatcher="allgather", **two),
+            33_304,
+            None,
+        ),
         ("a quarter of Super, TP 4, EP 4", of(quarter, 8, **tp4), None, 88.9),
         (
             "a quarter of Super, TP 4, EP 4, CUDA graphs",
