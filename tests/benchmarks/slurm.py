@@ -40,7 +40,7 @@ def overlay(directory: Path, shards: int) -> tuple[str, ...]:
 
 def run(slurm: Slurm, root: Path, overlays: tuple[str, ...], *arguments: str) -> tuple[float, float]:
     """Make targets in `root`; seconds, and CPU seconds of the jobs."""
-    command = Submitting(root, overlays).command(*arguments)
+    command = [sys.executable, *Submitting(root, overlays).command(*arguments)]  # a program without a mode
     before, began = cpu_seconds(slurm), time.monotonic()
     done = subprocess.run(command, cwd=root, env=slurm.environment(), capture_output=True, text=True)
     if done.returncode:
