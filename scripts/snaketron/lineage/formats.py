@@ -16,7 +16,6 @@ VERSION_FACET = (
     "#/$defs/DatasetVersionDatasetFacet"
 )
 NAMESPACE = uuid.UUID("6f0e1bb1-6b1c-4e5c-9d0a-0d5c3f1f7c2e")  # of the identities of runs
-NO_TIME = "1970-01-01T00:00:00+00:00"  # for a record that does not say when it was written
 
 
 def as_json(catalogue: Catalogue, made: Made) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def _events(catalogue: Catalogue, made: Made) -> list[dict[str, Any]]:
         maker = catalogue.made_by(entry, made)
         # A job names the record of a shard, or a checkpoint; it used all that they consist of.
         inputs += maker.record.outputs if maker and _is_whole(maker, entry) else [entry]
-    ended = datetime.fromisoformat(made.record.created or NO_TIME)
+    ended = datetime.fromisoformat(made.record.created)
     began = ended - timedelta(seconds=made.record.seconds)
     event = {
         "producer": PRODUCER,

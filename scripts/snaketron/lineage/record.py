@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -122,21 +122,11 @@ class Record:
         return [entry for entry in self.inputs if entry.name == name]
 
     def as_json(self) -> dict[str, Any]:
-        value = {
-            "kind": self.kind,
-            "name": self.name,
-            "created": self.created,
-            "seconds": self.seconds,
-            "inputs": [{"name": e.name, **e.reference} for e in self.inputs],
-            "outputs": [
-                {"name": e.name, "path": e.path, "sha256": e.sha256, "bytes": e.bytes} for e in self.outputs
-            ],
-            "settings": self.settings,
-            "versions": self.versions,
-            "counts": self.counts,
-            "key": self.key,
-            "provenance": self.provenance,
-        }
+        value = {part.name: getattr(self, part.name) for part in fields(self)}
+        value["inputs"] = [{"name": entry.name, **entry.reference} for entry in self.inputs]
+        value["outputs"] = [
+            {"name": e.name, "path": e.path, "sha256": e.sha256, "bytes": e.bytes} for e in self.outputs
+        ]
         return {name: part for name, part in value.items() if name not in _MAY_LACK or part}
 
 
@@ -158,21 +148,9 @@ def parse(path: Path, text: bytes) -> Record:
     except ValueError as error:
         raise UserError(f"{path}: not a lineage record ({error}); {_again(path)}") from None
     try:
-        kind, inputs, outputs = value["kind"], value.get("inputs", []), value["outputs"]
-        return Record(
-            kind=kind,
-            name=value.get("name", ""),
-            created=value.get("created", ""),
-            seconds=value.get("seconds", 0.0),
-            inputs=_entries(inputs, lambda: _unnamed_inputs(kind, inputs)),
-            outputs=_entries(outputs, lambda: _unnamed_outputs(kind, outputs)),
-            settings=value.get("settings", {}),
-            versions=value.get("versions", {}),
-            counts=value["counts"],
-            key=value.get("key"),
-            provenance=value.get("provenance", {}),
-        )
-    except (AttributeError, KeyError, TypeError):
+        entries = {side: tuple(Entry(**entry) for entry in value[side]) for side in ("inputs", "outputs")}
+        return Record(**{**value, **entries})
+    except (KeyError, TypeError):
         raise UserError(f"{path}: not a lineage record; {_again(path)}") from None
 
 
@@ -185,52 +163,6 @@ def _again(path: Path) -> str:
 def begins(text: bytes) -> bool:
     """Whether a file with this beginning is a record, or may be one that was cut short or lost its bytes."""
     return BEGINNING.startswith(text[: len(BEGINNING)].rstrip(b"\0"))
-
-
-def _entries(values: list[dict[str, Any]], unnamed: Any) -> tuple[Entry, ...]:
-    if all("name" in value for value in values):
-        return tuple(Entry(**value) for value in values)
-    return tuple(Entry(name, **value) for name, value in zip(unnamed(), values, strict=True))
-
-
-# Records of before November 2026 have no names. Readers of that time went by the position of these outputs.
-_OUTPUTS: dict[Kind, tuple[str, ...]] = {
-    "tokens": ("train.bin", "train.idx", "valid.bin", "valid.idx", "test.bin", "test.idx", "documents"),
-    "pack_sft": ("train", "valid", "test"),
-    "index": ("index",),
-}
-_INPUTS: dict[Kind, str] = {
-    "tokens": "text",
-    "tokenizer": "text",
-    "filtered": "text",
-    "render_chat": "chats",
-    "pack_sft": "chats",
-    "blend": "records",
-    "blend_sft": "records",
-}
-
-
-def _unnamed_outputs(kind: Kind, outputs: list[dict[str, Any]]) -> list[str]:
-    names = _OUTPUTS.get(kind, ())
-    return [names[i] if i < len(names) else _file_name(entry) for i, entry in enumerate(outputs)]
-
-
-def _unnamed_inputs(kind: Kind, inputs: list[dict[str, Any]]) -> list[str]:
-    checkpoints = iter(("base", "adapters"))
-
-    def name(entry: dict[str, Any]) -> str:
-        if "version" in entry:
-            return next(checkpoints)
-        file = _file_name(entry)
-        if file in ("tokenizer.json", "blend.json") and kind != "tokenizer":
-            return file.removesuffix(".json")
-        return "template" if file.endswith(".jinja") else _INPUTS.get(kind, file)
-
-    return [name(entry) for entry in inputs]
-
-
-def _file_name(entry: dict[str, Any]) -> str:
-    return str(entry["path"]).rpartition("/")[2]
 
 
 # -------------------------------------------------------------------------------------------- writing

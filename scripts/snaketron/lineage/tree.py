@@ -128,7 +128,7 @@ def trouble(catalogue: Catalogue, user: Made, entry: Entry) -> str:
         return wrong
     remade = catalogue.remade(entry)
     if remade:
-        return f"made again since, on {remade.record.created or 'an unknown day'}: its origin is not recorded"
+        return f"made again since, on {remade.record.created}: its origin is not recorded"
     if is_file(entry) and not user.place(entry).exists():
         return "not here any more"
     return ""

@@ -8,6 +8,7 @@ from typing import Any
 from snaketron.config import Config
 from snaketron.files import write_json
 from snaketron.graph.disk import disk, made
+from tests.records import record
 
 TRAINING = {"on_request": False, "checkpoint_bytes": 100, "checkpoints_kept": 2}
 
@@ -56,6 +57,6 @@ def test_what_is_not_known_is_none():
 def test_records_say_what_was_made(tmp_path: Path):
     for shard, size in (("a", 10), ("b", 20)):
         output = {"name": "rendered", "path": f"{shard}.parquet", "sha256": "", "bytes": size}
-        write_json(tmp_path / f"{shard}.json", {"kind": "chats", "outputs": [output], "counts": {}})
+        write_json(tmp_path / f"{shard}.json", record("chats", outputs=[output]))
     assert made(tmp_path, ["a", "b"]) == 30
     assert made(tmp_path, ["a", "c"]) is None

@@ -15,6 +15,7 @@ from snaketron.jobs import inventory
 from snaketron.jobs.owner import own
 from snaketron.jobs.version import Version, version_key
 from snaketron.sizes.outlook import Inputs, Progress
+from tests.records import record
 
 import pytest
 import yaml
@@ -206,7 +207,7 @@ def test_a_training_is_found_by_its_settings_and_inputs_with_the_speed_of_the_la
     output, key = tmp_path / "pretrain/broad", version_key(settings, identities)
     last = make(tmp_path, "pretrain_broad-1")
     counts = {"tokens": 12_000, "train_seconds": 60.0}
-    files.write_json(last.record, {"kind": "checkpoint", "outputs": [], "counts": counts})
+    files.write_json(last.record, record("checkpoint", counts=counts))
     make(tmp_path, f"pretrain_broad-{key}", finished=False, iteration=30, outcome="stopped")
     identity = f"pretrain/broad-{key}"
     assert inventory.look(output, settings, Inputs(identities)) == Progress(identity, 30, False, 200.0)

@@ -12,6 +12,7 @@ from snaketron import files
 from snaketron.jobs.version import Description, Version, version_key
 from snaketron.lineage.record import Entry
 from snaketron.log import UserError
+from tests.records import record
 
 import pytest
 import yaml
@@ -22,9 +23,7 @@ SETTINGS = {"stage": "pretrain/broad", "optimizer": {"learning_rate": 0.1}}
 def make(root: Path, name: str, *, age: float = 0) -> Version:
     """A finished version; `age` in seconds."""
     version = Version(root / "versions" / name)
-    files.write_json(
-        version.record, {"kind": "checkpoint", "name": "sft", "key": "k", "outputs": [], "counts": {}}
-    )
+    files.write_json(version.record, record("checkpoint", "sft", key="k"))
     os.utime(version.directory, (time.time() - age,) * 2)
     return version
 
@@ -135,7 +134,7 @@ def test_the_identity_of_a_checkpoint_is_its_stage_and_key(tmp_path: Path):
 
 def test_what_is_no_finished_checkpoint_has_no_identity(tmp_path: Path):
     (tmp_path / "file").touch()
-    files.write_json(tmp_path / "tokenizer/record.json", {"kind": "tokenizer", "outputs": [], "counts": {}})
+    files.write_json(tmp_path / "tokenizer/record.json", record("tokenizer"))
     problems = {
         ".": "it has no record.json",
         "nowhere": "it is not there",

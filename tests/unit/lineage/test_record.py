@@ -1,8 +1,7 @@
-"""Records: what they say, when they are refused, and how those without names for inputs are read."""
+"""Records: what they say, and when they are refused."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import signal
@@ -18,31 +17,6 @@ from snaketron.lineage.record import Entry, making, of_file, read
 from snaketron.log import UserError
 
 import pytest
-
-# What the first release wrote when it tokenized a shard, with the hashes cut.
-OLD = """{
-  "kind": "tokens",
-  "name": "docs/part_0",
-  "created": "2026-11-28T15:01:18+00:00",
-  "seconds": 1.02,
-  "inputs": [
-    {"path": "data/sample/docs/part_0.jsonl", "sha256": "6ad3"},
-    {"path": "data/tokenizer/tokenizer.json", "sha256": "f05a"}
-  ],
-  "outputs": [
-    {"path": "data/tokens/docs/train/part_0.bin", "sha256": "ddb2", "bytes": 427184},
-    {"path": "data/tokens/docs/train/part_0.idx", "sha256": "8d02", "bytes": 3882},
-    {"path": "data/tokens/docs/valid/part_0.bin", "sha256": "55e1", "bytes": 30110},
-    {"path": "data/tokens/docs/valid/part_0.idx", "sha256": "2c4f", "bytes": 242},
-    {"path": "data/tokens/docs/test/part_0.bin", "sha256": "e3b0", "bytes": 0},
-    {"path": "data/tokens/docs/test/part_0.idx", "sha256": "91aa", "bytes": 42},
-    {"path": "data/tokens/docs/part_0.parquet", "sha256": "07c9", "bytes": 5120}
-  ],
-  "settings": {"corpus": "docs"},
-  "versions": {"python": "3.12.1", "datatrove": "0.10.1", "torch": null},
-  "counts": {"documents": 205}
-}
-"""
 
 
 def write(path: Path, text: str) -> Path:
@@ -139,36 +113,6 @@ def test_the_time_counts_from_the_beginning_of_the_block_or_as_told(tmp_path: Pa
     with making("k", "n", outputs={}, record=tmp_path / "b.json", started=time.monotonic() - 100) as told:
         pass
     assert 0.05 <= block.record.seconds < 50 and told.record.seconds >= 100
-
-
-def test_a_record_of_before_names_is_read_as_one_of_today(tmp_path: Path):
-    old = read(write(tmp_path / "old.json", OLD))
-    names = [f"{split}.{end}" for split in ("train", "valid", "test") for end in ("bin", "idx")]
-    assert [entry.name for entry in old.outputs] == [*names, "documents"]
-    assert old.output("valid.bin") == Entry("valid.bin", "data/tokens/docs/valid/part_0.bin", "55e1", 30110)
-    assert old.inputs == (
-        Entry("text", "data/sample/docs/part_0.jsonl", "6ad3"),
-        Entry("tokenizer", "data/tokenizer/tokenizer.json", "f05a"),
-    )
-    new = old.as_json()
-    assert read(write(tmp_path / "new.json", json.dumps(new))) == old
-    for entry in (*new["inputs"], *new["outputs"]):
-        del entry["name"]
-    assert new == json.loads(OLD)  # names are all that was added
-
-
-def test_a_checkpoint_of_before_names_tells_its_base_from_its_adapters(tmp_path: Path):
-    inputs = [
-        {"path": "data/sft/blend.json", "sha256": "bb3c"},
-        {"path": "data/tokenizer/tokenizer.json", "sha256": "f05a"},
-        {"path": "ckpt/pretrain/focused", "version": "pretrain/focused-10337c3c4945"},
-        {"path": "ckpt/lora", "version": "lora-f92668e32ff0"},
-    ]
-    value = {"kind": "checkpoint", "name": "lora_merged", "inputs": inputs, "outputs": [], "counts": {}}
-    record = read(write(tmp_path / "record.json", json.dumps(value | {"key": "5996ac9272b9"})))
-    assert [entry.name for entry in record.inputs] == ["blend", "tokenizer", "base", "adapters"]
-    assert [entry.reference for entry in record.inputs] == inputs
-    assert record.key == "5996ac9272b9"
 
 
 def test_a_job_that_fails_leaves_nothing(tmp_path: Path):

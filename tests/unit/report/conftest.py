@@ -7,6 +7,7 @@ from typing import Any
 
 from snaketron import files
 from snaketron.config.data import SPLITS
+from tests.records import record
 
 import orjson
 import pytest
@@ -24,13 +25,11 @@ def make(tmp_path: Path):
         counts: dict[str, Any],
         settings: dict[str, Any] | None = None,
         name: str = "",
-        outputs: list[dict[str, Any]] | None = None,
-        seconds: float = 1.0,
+        **parts: Any,
     ) -> dict[str, Any]:
-        value = {"kind": kind, "name": name or path, "seconds": seconds, "settings": settings or {}}
-        value |= {"inputs": list(inputs), "outputs": outputs or [], "counts": counts}
-        files.write_json(tmp_path / path, value)
-        return {"path": str(tmp_path / path), "sha256": files.sha256(tmp_path / path)}
+        made = record(kind, name or path, inputs=list(inputs), counts=counts, settings=settings or {})
+        files.write_json(tmp_path / path, made | parts)
+        return {"name": "records", "path": str(tmp_path / path), "sha256": files.sha256(tmp_path / path)}
 
     return write
 
@@ -70,7 +69,7 @@ def records(make, tmp_path: Path) -> list[Path]:
     curated_file = tmp_path / "curated/docs/b.parquet"
     curated_file.parent.mkdir(parents=True)
     curated_file.write_bytes(b"curated")
-    output = {"path": str(curated_file), "sha256": files.sha256(curated_file)}
+    output = {"name": "text", "path": str(curated_file), "sha256": files.sha256(curated_file)}
     example = {"file": "raw/b.jsonl", "row": 3, "text": "lorem " * 40}
     curated_counts = {
         "documents": 50,
@@ -110,7 +109,7 @@ def records(make, tmp_path: Path) -> list[Path]:
     for phase in ("broad", "focused"):
         blend = tmp_path / "pretrain" / phase / "blend.json"
         files.write_json(blend, {"train": {"corpora": corpora}})
-        output = {"path": str(blend), "sha256": files.sha256(blend)}
+        output = {"name": "blend.json", "path": str(blend), "sha256": files.sha256(blend)}
         counts = {"repeated": {"code": 6.0} if phase == "broad" else {}}
         make(
             f"pretrain/{phase}/record.json", "blend", *(a, b, c), counts=counts, name=phase, outputs=[output]
@@ -127,7 +126,7 @@ def records(make, tmp_path: Path) -> list[Path]:
     rendered = tmp_path / "chat/tools/a.parquet"
     rendered.parent.mkdir(parents=True)
     rendered.write_bytes(b"rendered")
-    output = {"path": str(rendered), "sha256": files.sha256(rendered)}
+    output = {"name": "chats", "path": str(rendered), "sha256": files.sha256(rendered)}
     counts = {"rows": 30, "dropped": {"not_rendered": 4}, "dropped_rows": []}
     make("chat/tools/a.json", "render_chat", counts=counts, settings=tools, outputs=[output])
     splits = {"train": packs(4, 300, 90, 20, **{"longer than a pack": 1}), "valid": packs(1, 20, 6, 5)}
@@ -171,9 +170,8 @@ def training(tmp_path: Path):
             files.write_json(directory / f"answers/step_{step:07d}.json", [answer])
         if outcome == "finished":
             inputs = [{"name": "base", "path": "ckpt/base", "version": base}] if base else []
-            record = {"kind": "checkpoint", "name": stage, "created": "2026-11-02T10:30:00+00:00"}
-            record |= {"inputs": inputs, "outputs": [], "counts": {}, "key": "0123456789ab"}
-            files.write_json(directory / "record.json", record | {"versions": {"torch": "2.11.0"}})
+            made = record("checkpoint", stage, inputs=inputs, versions={"torch": "2.11.0"})
+            files.write_json(directory / "record.json", made | {"key": "0123456789ab"})
         return directory
 
     return write

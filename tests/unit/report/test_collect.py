@@ -65,11 +65,16 @@ def test_packing_is_what_fills_the_packs(records):
 def test_what_a_model_of_another_directory_was_trained_on_is_no_data_of_here(make, tmp_path: Path):
     """The tokenizer is that of the model."""
     make("other/docs/a.json", "tokens", settings={"corpus": "docs"}, counts=shard(1, 1, 1))
-    used = {"path": "docs/a.json", "sha256": files.sha256(tmp_path / "other/docs/a.json")}
+    used = {"name": "tokens", "path": "docs/a.json", "sha256": files.sha256(tmp_path / "other/docs/a.json")}
     files.write_text(tokenizer := tmp_path / "other/hf/tokenizer.json", "{}")
-    about = {"path": "hf/tokenizer.json", "sha256": files.sha256(tokenizer), "bytes": 2}
+    about = {
+        "name": "tokenizer.json",
+        "path": "hf/tokenizer.json",
+        "sha256": files.sha256(tokenizer),
+        "bytes": 2,
+    }
     make("other/hf/record.json", "export", used, outputs=[about], counts={})
-    given = {"path": str(tokenizer), "sha256": about["sha256"]}
+    given = {"name": "origin", "path": str(tokenizer), "sha256": about["sha256"]}
     make("here/tokenizer/record.json", "tokenizer", given, counts={})
     assert collect([tmp_path / "here/tokenizer/record.json"]).texts == {}
 

@@ -152,7 +152,7 @@ def test_the_names_of_the_recipe_are_whole(browser: Page, make, training, tmp_pa
         total = sum(one["weight"] for one in phase["blend"])
         mix = [share(one["corpus"], one["weight"] / total, 9, 9, 1 / 30) for one in phase["blend"]]
         files.write_json(blend, {"train": {"corpora": mix}})
-        output = {"path": str(blend), "sha256": files.sha256(blend)}
+        output = {"name": "blend.json", "path": str(blend), "sha256": files.sha256(blend)}
         record = f"pretrain/{phase['name']}/record.json"
         make(record, "blend", *shards, counts={"repeated": {}}, name=phase["name"], outputs=[output])
     for source in recipe["chats"]:

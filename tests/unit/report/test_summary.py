@@ -10,6 +10,7 @@ from typing import Any
 from snaketron import files
 from snaketron.log import UserError
 from snaketron.report.summary import summarize
+from tests.records import record
 from tests.unit.report.conftest import packs
 
 import pytest
@@ -44,9 +45,9 @@ def run(make, tmp_path: Path):
         path: str, *inputs: dict[str, Any], counts: dict[str, Any], seconds: float
     ) -> dict[str, Any]:
         """Publish a checkpoint; returns how the record of a later one lists it as its input."""
-        record = {"kind": "checkpoint", "name": path, "seconds": seconds, "key": "0a", "counts": counts}
-        publish(tmp_path / path, record | {"inputs": list(inputs), "outputs": []})
-        return {"path": str(tmp_path / path), "version": f"{path}-0a"}
+        made = record("checkpoint", path, seconds=seconds, key="0a", counts=counts, inputs=list(inputs))
+        publish(tmp_path / path, made)
+        return {"name": "base", "path": str(tmp_path / path), "version": f"{path}-0a"}
 
     docs = {"corpus": "docs"}
     shards = [

@@ -14,6 +14,7 @@ from snaketron.jobs.heartbeat import Heartbeat
 from snaketron.jobs.version import version_key
 from snaketron.log import UserError, logger
 from snaketron.train.stage import Stage, run_stage, training_parser
+from tests.records import record
 
 import pytest
 import yaml
@@ -43,8 +44,7 @@ def stage(args):
 def base(tmp_path: Path, tokenizer_dir: Path, settings) -> Path:
     """What a stage reads of the checkpoint that it starts from."""
     directory = tmp_path / "ckpt/pretrain/zero"
-    record = {"kind": "checkpoint", "name": "pretrain/zero", "key": "abc", "outputs": [], "counts": {}}
-    files.write_json(directory / "record.json", record)
+    files.write_json(directory / "record.json", record("checkpoint", "pretrain/zero", key="abc"))
     config = {
         "settings": settings()[0].model_dump(),
         "tokenizer_sha256": files.sha256(tokenizer_dir / "tokenizer.json"),

@@ -170,7 +170,7 @@ class Filter(NGramsDecontFilter):  # type: ignore[misc]
 
 
 def decontamination_filter(path: Path, n: int, removed: Contaminated) -> Filter:
-    """The filter with the index of a file. An index of before November 2026 does not list what is ignored."""
+    """The filter with the index of a file."""
     learn(Languages.english)
     index = lists.Lists(path)
     if index.about["n"] != n:
@@ -178,7 +178,7 @@ def decontamination_filter(path: Path, n: int, removed: Contaminated) -> Filter:
     hashes = {name: index[name] for name in index.names if name != IGNORED}
     folder = Folder({f"{name}.index.hashes": found.tobytes() for name, found in hashes.items()})
     n_grams.simplify_text = simplify_text  # faster, with the same result
-    block = Filter(folder, n, removed, index[IGNORED].tolist() if IGNORED in index else ())
+    block = Filter(folder, n, removed, index[IGNORED].tolist())
     if block.hashes.keys() != {value for found in hashes.values() for value in found.tolist()}:
         # Without the index it would let all documents pass.
         raise RuntimeError(f"{path}: datatrove did not load all of the index")
