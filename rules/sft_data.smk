@@ -39,9 +39,9 @@ rule pack_sft:
         # It decides whether there are packs and not what is in them, so it is no parameter.
         max_dropped_fraction=str(graph.config.sft_data.max_dropped_fraction),
     params:
-        packing=graph.packing(),
+        settings=graph.pack_settings(),
     shell:
-        "python scripts/pack_sft.py --chats {input:q} {params.packing}"
+        "python scripts/pack_sft.py --chats {input:q} --settings {params.settings:q}"
         " --max-dropped-fraction {resources.max_dropped_fraction:q}"
         " --train {output.train:q} --valid {output.valid:q} --test {output.test:q}"
         " --record {output.record:q} --log-file {log:q}"

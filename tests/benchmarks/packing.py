@@ -26,6 +26,7 @@ from snaketron.config.data import SPLITS
 from snaketron.data import arrow
 from snaketron.data.chats import packing, render, sequences
 from snaketron.lineage.record import FOOTER
+from snaketron.settings.chats import PackSettings
 
 import numpy as np
 import pyarrow as pa
@@ -153,7 +154,8 @@ def pack(chats: Sequence[Path], root: Path) -> float:
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     outputs = [f"--{split}={root}/sft/{split}.parquet" for split in SPLITS]
-    options = ["--pack-size=4096", "--algorithm=first_fit_decreasing", f"--record={root}/sft/all.json"]
+    settings = PackSettings(pack_size=4096, algorithm="first_fit_decreasing").model_dump_json()
+    options = [f"--settings={settings}", f"--record={root}/sft/all.json"]
     done = subprocess.run(
         [sys.executable, "-c", code, "--chats", *map(str, chats), *options, *outputs],
         cwd=REPOSITORY / "scripts",

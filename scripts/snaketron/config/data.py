@@ -284,6 +284,10 @@ class PretrainData(Rows):
     cpus_per_task: Positive = key(1, "CPU threads of a job that tokenizes; the result is the same")
 
 
+Packing = Literal["first_fit_decreasing", "first_fit_shuffle", "concatenative"]
+LongConversations = Literal["drop", "cut_at_answer", "cut_unfinished"]
+
+
 class SftData(Rows):
     max_dropped_fraction: Fraction = key(
         0.01,
@@ -314,13 +318,13 @@ class SftData(Rows):
         "packs leave room to pad each conversation to a multiple of this; null: what the context parallel "
         "size of the trainings on them needs (twice the size). Another one packs anew",
     )
-    long_conversations: Literal["drop", "cut_at_answer", "cut_unfinished"] = key(
+    long_conversations: LongConversations = key(
         "drop",
         "what becomes of a conversation of more tokens than a pack: dropped; cut after the last answer that "
         "ends within the pack; or cut at the size of the pack, and that answer not trained. Each is "
         "counted",
     )
-    algorithm: Literal["first_fit_decreasing", "first_fit_shuffle", "concatenative"] = key(
+    algorithm: Packing = key(
         "first_fit_decreasing",
         "how conversations are packed: tightly, longest first; first fit in an order shuffled by the seed; "
         "or in order and only as far as the next one fits",

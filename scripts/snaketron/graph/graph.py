@@ -18,7 +18,7 @@ from snaketron.graph.raw_files import RawFiles
 from snaketron.graph.registered import RegisteredGraph
 from snaketron.graph.training import TrainingGraph
 from snaketron.graph.unknown import find
-from snaketron.settings.chats import padding_multiple, render_settings
+from snaketron.settings.chats import pack_settings, render_settings
 from snaketron.settings.registering import register_settings
 from snaketron.settings.text import tokenize_settings
 from snaketron.settings.training import train_settings
@@ -237,14 +237,8 @@ class Graph:
         source = self.corpora[wildcards.corpus] if is_text else self.chats[wildcards.source]
         return register_settings(self.config, source, wildcards.shard).model_dump_json()
 
-    def packing(self) -> str:
-        """Options of pack_sft that say how it packs; the seed only where it matters."""
-        data = self.config.sft_data
-        seed = f" --seed {self.config.seed}" if data.algorithm == "first_fit_shuffle" else ""
-        return (
-            f"--pack-size {data.pack_size} --padding-multiple {padding_multiple(self.config)} "
-            f"--long-conversations {data.long_conversations} --algorithm {data.algorithm}{seed}"
-        )
+    def pack_settings(self) -> str:
+        return pack_settings(self.config).model_dump_json()
 
     def render_settings(self, wildcards: Any) -> str:
         return render_settings(self.config, self.chats[wildcards.source]).model_dump_json()

@@ -6,7 +6,8 @@ import math
 from datetime import date
 from typing import Any, Literal
 
-from snaketron.config import ChatSource, Config, Reasoning
+from snaketron.config import ChatSource, Config, Reasoning, Section
+from snaketron.config.data import LongConversations, Packing
 from snaketron.settings import taken
 from snaketron.settings.text import ReadSettings
 
@@ -55,6 +56,23 @@ def render_settings(config: Config, source: ChatSource) -> RenderSettings:
         reasoning=reasoning,
         seed=config.seed if chosen else None,
     )
+
+
+class PackSettings(Section):
+    """Everything that, with the rendered conversations, defines the packs of a source."""
+
+    pack_size: int
+    algorithm: Packing
+    padding_multiple: int = 1
+    long_conversations: LongConversations = "drop"
+    seed: int | None = _unless(None)  # None unless the order is shuffled
+
+
+def pack_settings(config: Config) -> PackSettings:
+    """What defines the packs of every source."""
+    data = config.sft_data
+    seed = config.seed if data.algorithm == "first_fit_shuffle" else None
+    return taken(PackSettings, data, padding_multiple=padding_multiple(config), seed=seed)
 
 
 def padding_multiple(config: Config) -> int:

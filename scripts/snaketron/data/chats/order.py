@@ -10,6 +10,7 @@ from snaketron.data.chats.mixing import mix
 from snaketron.data.chats.pack import Conversations, plan
 from snaketron.data.chats.packs import PackedDataset
 from snaketron.log import UserError
+from snaketron.settings.chats import PackSettings
 
 import numpy as np
 
@@ -21,10 +22,11 @@ class Packing:
 
     def __init__(self, chats: Sequence[Path], settings: Mapping[str, Any], split: str) -> None:
         """`chats` are in the order in which they were packed, `settings` those of the record of the packs."""
-        self.pack_size, long_conversations = settings["pack_size"], settings["long_conversations"]
-        self._found = Conversations.read(chats, self.pack_size, long_conversations)
-        multiple, algorithm = settings["padding_multiple"], settings["algorithm"]
-        self._plan = plan(self._found, split, self.pack_size, algorithm, settings.get("seed"), multiple)
+        known = {key: settings[key] for key in PackSettings.model_fields if key in settings}
+        packing = PackSettings.model_validate(known)
+        self.pack_size = packing.pack_size
+        self._found = Conversations.read(chats, packing)
+        self._plan = plan(self._found, split, packing)
 
     def packs_of(self, wanted: Sequence[int], packed: Path) -> dict[int, int]:
         """The pack of each wanted conversation that is in one, as its number in the file `packed`.

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from snaketron.config.data import SPLITS
 from snaketron.data.arrow import check_expected, flatten, read_footer, view
@@ -20,12 +20,11 @@ from snaketron.data.chats.left_out import LeftOut
 from snaketron.data.chats.sequences import SCHEMA
 from snaketron.lineage.record import Record, making
 from snaketron.log import UserError, logger
+from snaketron.settings.chats import PackSettings
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-type LongConversations = Literal["drop", "cut_at_answer", "cut_unfinished"]
 
 PASS_TOKENS = 1 << 28  # tokens in memory, at 5 bytes each
 
@@ -33,11 +32,7 @@ PASS_TOKENS = 1 << 28  # tokens in memory, at 5 bytes each
 def pack_chats(
     chats: Sequence[Path],
     *,
-    pack_size: int,
-    algorithm: str,
-    seed: int | None,
-    padding_multiple: int,
-    long_conversations: LongConversations,
+    settings: PackSettings,
     max_dropped_fraction: float,
     outputs: Mapping[str, Path],
     record: Path,
@@ -48,20 +43,13 @@ def pack_chats(
     """
     source = f"{read_footer(chats[0], SCHEMA.names)[1]['source']}/{record.stem}"
     with making("pack_sft", source, outputs=outputs, record=record) as job:
-        found = Conversations.read(chats, pack_size, long_conversations)
-        plans = {split: plan(found, split, pack_size, algorithm, seed, padding_multiple) for split in outputs}
-        job.settings = {
-            **found.metadata,
-            "pack_size": pack_size,
-            "algorithm": algorithm,
-            **({} if seed is None else {"seed": seed}),
-            "padding_multiple": padding_multiple,
-            "long_conversations": long_conversations,
-        }
+        found = Conversations.read(chats, settings)
+        plans = {split: plan(found, split, settings) for split in outputs}
+        job.settings = found.metadata | settings.model_dump()
         needed = smallest_packs(found.lengths + found.cut)
         left_out = LeftOut()
         left_out.add((made.counts for made in plans.values()), needed)
-        check_dropped(left_out, source, pack_size, max_dropped_fraction)
+        check_dropped(left_out, source, settings.pack_size, max_dropped_fraction)
         write(found, plans, job.aside, job.settings)
         job.inputs = {"chats": chats}
         job.counts = {
@@ -96,16 +84,12 @@ class Conversations:
     metadata: dict[str, Any]  # what the files were made with
 
     @classmethod
-    def read(
-        cls,
-        files: Sequence[Path],
-        pack_size: int,
-        long_conversations: LongConversations = "drop",
-    ) -> Conversations:
-        """Read all but the tokens; `long_conversations` is that of `config.SftData`.
+    def read(cls, files: Sequence[Path], settings: PackSettings) -> Conversations:
+        """Read all but the tokens.
 
         Raises `UserError` for a file that is given twice, is damaged, or was made unlike the first.
         """
+        pack_size, long_conversations = settings.pack_size, settings.long_conversations
         metadata: dict[str, Any] = {}
         groups: list[_RowGroup] = []
         numbers = np.empty(0, np.int32)
@@ -200,27 +184,20 @@ class Plan(NamedTuple):
     counts: dict[str, Any]
 
 
-def plan(
-    chats: Conversations,
-    split: str,
-    pack_size: int,
-    algorithm: str,
-    seed: int | None = None,
-    padding_multiple: int = 1,
-) -> Plan:
+def plan(chats: Conversations, split: str, settings: PackSettings) -> Plan:
     """Decide which conversations share a pack; those that cannot be used are dropped and counted.
 
     In a pack, a conversation takes up its length rounded up to the `padding_multiple`, which divides the pack
     size.
     """
+    pack_size, multiple = settings.pack_size, settings.padding_multiple
     in_split = chats.splits == SPLITS.index(split)
     too_long = in_split & (chats.lengths > pack_size)
     untrained = in_split & ~too_long & (chats.trained == 0)
     unanswered = untrained & (chats.cut > 0)
     chosen = np.flatnonzero(in_split & ~too_long & ~untrained)
     lengths = chats.lengths[chosen]
-    padded = -(-lengths // padding_multiple) * padding_multiple
-    bins = packing.pack(padded, pack_size, algorithm, seed)
+    bins = packing.pack(-(-lengths // multiple) * multiple, pack_size, settings.algorithm, settings.seed)
     cut = chosen[chats.cut[chosen] > 0]
     dropped = {
         "longer than a pack": too_long.sum(),

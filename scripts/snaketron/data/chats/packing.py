@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
+
+from snaketron.config.data import Packing
 
 import numpy as np
 
-ALGORITHMS = ("first_fit_decreasing", "first_fit_shuffle", "concatenative")
+ALGORITHMS = get_args(Packing)
 
 # One walk through the tree, and the steps of one run, take as long as comparing so many bins of an array.
 _WALK, _RUN = 2500, 30_000

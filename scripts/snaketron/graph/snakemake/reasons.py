@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
 from typing import Any
 
 from snaketron.config import Config, Corpus, Section, Training
@@ -95,13 +93,9 @@ def _value(text: str) -> Any:
 
 
 def _flat(value: Any) -> Flat:
-    """The values of a parameter by their path; a text of options or of JSON is taken apart."""
-    if isinstance(value, str):
-        if value.startswith('{"'):
-            return _flat(json.loads(value))
-        if value.startswith("--"):
-            pairs = pairwise(shlex.split(value))
-            return {a.removeprefix("--").replace("-", "_"): b for a, b in pairs if a.startswith("--")}
+    """The values of a parameter by their path; a text of JSON is taken apart."""
+    if isinstance(value, str) and value.startswith('{"'):
+        return _flat(json.loads(value))
     if isinstance(value, Mapping) and value:
         return {
             ".".join(filter(None, (str(key), path))): leaf

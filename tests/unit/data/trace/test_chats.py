@@ -14,6 +14,7 @@ from snaketron.lineage.catalogue import scan
 from snaketron.lineage.record import FOOTER, of_user
 from snaketron.lineage.uses import source
 from snaketron.log import UserError
+from snaketron.settings.chats import PackSettings
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -55,11 +56,7 @@ def trained(work: Path, record: Callable[..., Path], train: Callable[..., Path])
     splits = {split: Path(f"data/sft/{split}/talk/chats.parquet") for split in ("train", "valid", "test")}
     pack.pack_chats(
         [rendered],
-        pack_size=8,
-        algorithm="first_fit_decreasing",
-        seed=None,
-        padding_multiple=1,
-        long_conversations="drop",
+        settings=PackSettings(pack_size=8, algorithm="first_fit_decreasing"),
         max_dropped_fraction=1.0,
         outputs=splits,
         record=Path("data/sft/talk/chats.json"),

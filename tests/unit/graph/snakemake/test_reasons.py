@@ -6,7 +6,7 @@ from typing import Any
 
 from snaketron.config import Config, load
 from snaketron.graph.snakemake.reasons import changes, is_check
-from snaketron.settings.chats import render_settings
+from snaketron.settings.chats import pack_settings, render_settings
 from snaketron.settings.text import tokenize_settings
 from snaketron.settings.training import train_settings
 
@@ -121,10 +121,14 @@ def test_keys_of_chats():
     assert found == ["sft_data.reasoning.stripped: 0.0 -> 0.5", "seed: null -> 1234"]
 
 
-def test_options_and_lists_are_told_apart_too():
+def test_keys_of_packs():
+    before, now = with_keys(sft_data={"pack_size": 512}), with_keys(sft_data={"pack_size": 768})
+    old, new = (repr(pack_settings(config).model_dump_json()) for config in (before, now))
+    assert changes(now, "pack_sft", {}, [old], [new], {}) == ["sft_data.pack_size: 512 -> 768"]
+
+
+def test_lists_are_told_apart_too():
     config = with_keys()
-    old, new = "'--pack-size 512 --algorithm first_fit'", "'--pack-size 768 --algorithm first_fit'"
-    assert changes(config, "pack_sft", {}, [old], [new], {}) == ["sft_data.pack_size: 512 -> 768"]
     old, new = repr(["docs=0.6", "code=0.4"]), repr(["docs=1.0"])
     assert changes(config, "blend_sft", {}, [old], [new], {new: "weights"}) == [
         'weights: ["docs=0.6", "code=0.4"] -> ["docs=1.0"]'
