@@ -11,7 +11,7 @@ from snaketron.graph import configfiles
 from snaketron.log import UserError, argument_parser, logger, run
 from snaketron.sizes.gpus import GPUS, in_nodes
 
-SUPER = Path("config/super.yaml")
+SUPER, NANO = Path("config/super.yaml"), Path("config/nano.yaml")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--gpu and --gpus belong to --search TRAINING")
     try:
         if args.published:
-            print(comparison(compare(configfiles.configuration([SUPER]))), end="")
+            both = (configfiles.configuration([path]) for path in (SUPER, NANO))
+            print(comparison(compare(*both)), end="")
             return 0
         config = configfiles.configuration(args.configfile)
         if said := configfiles.mixed(args.configfile):

@@ -5,12 +5,13 @@ They show how far an estimate can be trusted; a test holds each to its tolerance
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from snaketron.config import Config, Model, Pretrain
+from snaketron.config import Config, Pretrain
 from snaketron.sizes.flops import training_flops
 from snaketron.sizes.gpus import GPUS
-from snaketron.sizes.measured import CARD, HERE, TABLE, points
+from snaketron.sizes.measured import CARD, HERE, TABLE, Point, points
 from snaketron.sizes.memory import peak_bytes
 from snaketron.sizes.parameters import num_active_parameters, num_parameters
 from snaketron.sizes.speed import MEASURED
@@ -30,14 +31,15 @@ class Compared(NamedTuple):
     tolerance: float  # relative; the number as it was published has as many digits
 
 
-def compare(config: Config) -> list[Compared]:
-    """The comparison; `config` is that of config/super.yaml."""
+def compare(config: Config, nano: Config) -> list[Compared]:
+    """The comparison, with config/super.yaml and config/nano.yaml."""
+    measured = points(config.model, nano.model)
     return [
         *_sizes(config),
         *_steps(config.pretrain),
         *_operations(config),
-        *_speeds(config.model),
-        *_memory(config.model),
+        *_speeds(measured),
+        *_memory(measured),
     ]
 
 
@@ -100,7 +102,7 @@ def _operations(config: Config) -> list[Compared]:
     ]
 
 
-def _speeds(super_model: Model) -> list[Compared]:
+def _speeds(points: Iterable[Point]) -> list[Compared]:
     """By the terms of `sizes.step`."""
     return [
         Compared(
@@ -111,12 +113,12 @@ def _speeds(super_model: Model) -> list[Compared]:
             point.source,
             0.1 if point.source == HERE else 0.2,  # others ran programs that are slower on one GPU
         )
-        for point in points(super_model)
+        for point in points
         if point.tokens_per_second
     ]
 
 
-def _memory(super_model: Model) -> list[Compared]:
+def _memory(points: Iterable[Point]) -> list[Compared]:
     return [
         Compared(
             f"{point.gpu}, {point.what}: memory",
@@ -126,6 +128,6 @@ def _memory(super_model: Model) -> list[Compared]:
             point.source,
             0.2 if point.source == CARD else 0.06,
         )
-        for point in points(super_model)
+        for point in points
         if point.peak_gib
     ]

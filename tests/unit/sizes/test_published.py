@@ -10,14 +10,15 @@ from snaketron.sizes.published import compare
 import pytest
 import yaml
 
-SUPER = yaml.safe_load((Path(__file__).parents[3] / "config/super.yaml").read_text())
+CONFIG = Path(__file__).parents[3] / "config"
+BOTH = [load(yaml.safe_load((CONFIG / f"{name}.yaml").read_text()), {}) for name in ("super", "nano")]
 
 
-@pytest.mark.parametrize("number", compare(load(SUPER, {})), ids=lambda number: number.what)
+@pytest.mark.parametrize("number", compare(*BOTH), ids=lambda number: number.what)
 def test_estimates_agree_with_what_was_published(number):
     assert number.estimate == pytest.approx(number.published, rel=number.tolerance, abs=0)
 
 
 def test_the_parameters_are_those_of_the_checkpoint_to_the_last_one():
-    first, *_ = compare(load(SUPER, {}))
+    first, *_ = compare(*BOTH)
     assert first.published == first.estimate == 123_611_012_096
