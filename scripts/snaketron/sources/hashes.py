@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -102,13 +99,14 @@ def hash_files(name: str, found: list[Found], known: Known, patience: Patience) 
     )
     count = size = 0
     told = time.monotonic()
-    for file, hashed in in_parallel(lambda file: _read(file, known, patience), missing, _AT_A_TIME):
-        whole[file] = hashed
-        known.keep(hashed, file.path)
-        count, size = count + 1, size + (hashed.size or 0)
-        if time.monotonic() - told > _REPORT:
-            told = time.monotonic()
-            logger.info("%s: %d of %d files read, %s", name, count, len(missing), size_text(size))
+    with ThreadPool(_AT_A_TIME) as pool:  # of daemons, so nothing waits for a read that hangs at the end
+        for file, hashed in pool.imap_unordered(lambda file: (file, _read(file, known, patience)), missing):
+            whole[file] = hashed
+            known.keep(hashed, file.path)
+            count, size = count + 1, size + (hashed.size or 0)
+            if time.monotonic() - told > _REPORT:
+                told = time.monotonic()
+                logger.info("%s: %d of %d files read, %s", name, count, len(missing), size_text(size))
     return [file for file in whole.values() if file]
 
 
@@ -160,37 +158,3 @@ def _compressed(file: Found, begin: bytes) -> bool:
             "cannot be read so; store it without"
         )
     return True
-
-
-def in_parallel[T, R](work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[tuple[T, R]]:
-    """Each item with what `work` makes of it, as it is done; the first exception is raised.
-
-    The threads are daemons, so nothing waits for a read that hangs when the program ends.
-    """
-    todo: queue.SimpleQueue[T] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[T, R | None, BaseException | None]] = queue.SimpleQueue()
-    for item in items:
-        todo.put(item)
-    count = todo.qsize()
-
-    def run() -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                item = todo.get_nowait()
-                try:
-                    done.put((item, work(item), None))
-                except BaseException as error:
-                    done.put((item, None, error))
-
-    for _ in range(min(threads, count)):
-        threading.Thread(target=run, daemon=True).start()
-    try:
-        for _ in range(count):
-            item, result, error = done.get()
-            if error is not None:
-                raise error
-            yield item, result  # type: ignore[misc]
-    finally:
-        with contextlib.suppress(queue.Empty):  # what is not begun is left; a thread may take the last one
-            while True:
-                todo.get_nowait()

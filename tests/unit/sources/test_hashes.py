@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 from snaketron.config import Config, ConfigError, Corpus
 from snaketron.data.rows import read_texts
 from snaketron.log import UserError
-from snaketron.sources.hashes import in_parallel
 from snaketron.sources.listing import lock_sources
 from snaketron.sources.lockfile import read_lock
 from snaketron.sources.patience import Patience, ask
@@ -166,16 +165,11 @@ def test_what_is_kept_of_an_interrupted_listing_goes_when_all_is_listed(store: S
     assert not KEPT.exists()
 
 
-def test_files_are_read_at_the_same_time_and_the_first_error_ends_it():
-    both = threading.Barrier(2)
-
-    def meet(item: int) -> int:
-        both.wait(timeout=600)
-        return item * 10
-
-    assert sorted(in_parallel(meet, [1, 2, 3, 4], threads=2)) == [(1, 10), (2, 20), (3, 30), (4, 40)]
-    with pytest.raises(ZeroDivisionError):
-        list(in_parallel(lambda item: 1 // item, [0, 0, 0], threads=2))
+def test_files_are_read_at_the_same_time(store: Store, monkeypatch: pytest.MonkeyPatch):
+    all_four = threading.Barrier(4)
+    monkeypatch.setattr(Store, "before", lambda path: all_four.wait(timeout=600))
+    lock(config())
+    assert len(listed()) == 4
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
