@@ -66,12 +66,10 @@ rule blend_pretrain:
         # Only a warning depends on max_epochs, so it is no parameter.
         max_epochs=str(graph.config.pretrain_data.max_epochs),
     params:
-        weights=graph.phase_weights,
-        train_tokens=graph.phase_tokens,
+        settings=graph.phase_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/blend_pretrain.py --phase {wildcards.phase:q} --weights {params.weights:q}"
-        " --train-tokens {params.train_tokens:q} --max-epochs {resources.max_epochs:q}"
+        "python scripts/blend_pretrain.py --settings {params.settings:q} --max-epochs {resources.max_epochs:q}"
         " --records {input.records:q} --tokenizer {params.tokenizer:q}"
         " --output {output.blend:q} --record {output.record:q} --log-file {log:q}"
 

@@ -85,7 +85,7 @@ rule blend_sft:
     benchmark:
         "<benchmarks>/blend_sft.tsv"
     params:
-        weights=graph.sft_weights(),
+        settings=graph.blend_settings(),
     shell:
-        "python scripts/blend_sft.py --weights {params.weights:q} --records {input.records:q}"
+        "python scripts/blend_sft.py --settings {params.settings:q} --records {input.records:q}"
         " --output {output.blend:q} --record {output.record:q} --log-file {log:q}"

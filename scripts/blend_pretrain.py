@@ -11,11 +11,7 @@ from snaketron.log import argument_parser, logger, run
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--phase", required=True, help="name of the phase")
-    parser.add_argument(
-        "--weights", nargs="+", required=True, metavar="CORPUS=WEIGHT", help="relative weights"
-    )
-    parser.add_argument("--train-tokens", type=int, required=True, help="tokens that the phase trains on")
+    parser.add_argument("--settings", required=True, help="PhaseSettings as JSON")
     parser.add_argument(
         "--max-epochs", type=float, required=True, help="warn when a corpus is repeated more often"
     )
@@ -31,12 +27,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.text import blend
-    from snaketron.settings.weights import parse_weights
+    from snaketron.settings.blends import PhaseSettings
 
     result = blend.build(
-        args.phase,
-        weights=parse_weights(args.weights),
-        train_tokens=args.train_tokens,
+        PhaseSettings.model_validate_json(args.settings),
         max_epochs=args.max_epochs,
         records=args.records,
         tokenizer=args.tokenizer,

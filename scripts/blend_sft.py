@@ -11,9 +11,7 @@ from snaketron.log import argument_parser, logger, run
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add(
-        "--weights", nargs="+", required=True, metavar="SOURCE=WEIGHT", help="share of each source in the mix"
-    )
+    add("--settings", required=True, help="BlendSettings as JSON")
     add("--records", nargs="+", type=Path, required=True, help="records of the packed shards (pack_sft)")
     add("--output", type=Path, required=True, help="blend to write")
     add("--record", type=Path, required=True, help="lineage record to write")
@@ -22,11 +20,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-
     from snaketron.data.chats.blend import build
-    from snaketron.settings.weights import parse_weights
+    from snaketron.settings.blends import BlendSettings
 
-    record = build(parse_weights(args.weights), args.records, args.output, args.record)
+    settings = BlendSettings.model_validate_json(args.settings)
+    record = build(settings.weights, args.records, args.output, args.record)
     for split, total in record.counts.items():
         logger.info(
             "%s: %d packs, %d tokens, %d of them trained",

@@ -18,11 +18,11 @@ from snaketron.graph.raw_files import RawFiles
 from snaketron.graph.registered import RegisteredGraph
 from snaketron.graph.training import TrainingGraph
 from snaketron.graph.unknown import find
+from snaketron.settings.blends import blend_settings, phase_settings
 from snaketron.settings.chats import pack_settings, render_settings
 from snaketron.settings.registering import register_settings
 from snaketron.settings.text import tokenize_settings
 from snaketron.settings.training import train_settings
-from snaketron.settings.weights import weight_options
 from snaketron.sizes.checks import check_trainings
 from snaketron.sizes.data_jobs import index_bytes, index_seconds, reading_seconds
 from snaketron.sources.lockfile import LockedFile, read_lock, request
@@ -243,12 +243,8 @@ class Graph:
     def render_settings(self, wildcards: Any) -> str:
         return render_settings(self.config, self.chats[wildcards.source]).model_dump_json()
 
-    def phase_weights(self, wildcards: Any) -> list[str]:
-        return weight_options({e.corpus: e.weight for e in self.phases[wildcards.phase].blend})
-
-    def phase_tokens(self, wildcards: Any) -> int:
-        """Tokens of a phase, in whole steps."""
-        return self.config.training(f"pretrain/{wildcards.phase}").tokens
+    def phase_settings(self, wildcards: Any) -> str:
+        return phase_settings(self.config, wildcards.phase).model_dump_json()
 
     def index_settings(self, wildcards: Any) -> dict[str, int]:
         """What defines the index of a phase, together with the blend."""
@@ -256,8 +252,8 @@ class Graph:
         samples = phase.train_iters * phase.global_batch_size
         return {"seed": phase.order_seed, "seq_length": phase.seq_length, "train_samples": samples}
 
-    def sft_weights(self) -> list[str]:
-        return weight_options({e.source: e.weight for e in self.config.sft.blend})
+    def blend_settings(self) -> str:
+        return blend_settings(self.config).model_dump_json()
 
     def download_size(self, wildcards: Any) -> int:
         """Bytes of a file to download."""

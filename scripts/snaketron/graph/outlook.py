@@ -13,7 +13,7 @@ from snaketron.files import read_json, sha256, to_json
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import read
 from snaketron.log import UserError
-from snaketron.settings.weights import parse_weights
+from snaketron.settings.blends import PhaseSettings
 from snaketron.sizes.epochs import BY_EPOCH, resized
 from snaketron.sizes.outlook import Inputs, Progress, outlook
 from snaketron.sizes.speed import speed
@@ -111,13 +111,14 @@ def _longer(dag: Any, job: Any, path: Path, known: Mapping[str, str | None]) -> 
     if reason.updated_input or reason.updated_input_run or reason.missing_output:
         return None
     blend = read_json(path)
-    weights = parse_weights(job.params.weights)
-    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    settings = PhaseSettings.model_validate_json(job.params.settings)
+    total = sum(settings.weights.values())
+    shares = {name: weight / total for name, weight in settings.weights.items()}
     train = blend["train"]
     shards = len(train["shards"]) + sum(corpus["empty_shards"] for corpus in train["corpora"])
     if shares != {c["corpus"]: c["asked"] for c in train["corpora"]} or shards != len(job.input.records):
         return None
-    return to_json(resized(blend, int(job.params.train_tokens)))
+    return to_json(resized(blend, settings.train_tokens))
 
 
 def _order(index: str, known: Mapping[str, str | None]) -> str | None:

@@ -99,8 +99,8 @@ def test_sft_needs_the_shards_of_its_sources_alone():
 
 
 def test_weights_are_given_as_they_are_written():
-    assert graph().phase_weights(job(phase="one")) == ["web=0.75", "code=2.0"]
-    assert graph().sft_weights() == ["help=3.0"]
+    assert json.loads(graph().phase_settings(job(phase="one")))["weights"] == {"web": 0.75, "code": 2.0}
+    assert json.loads(graph().blend_settings())["weights"] == {"help": 3.0}
 
 
 def test_fields_are_those_of_the_source():

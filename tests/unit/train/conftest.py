@@ -21,6 +21,7 @@ from snaketron.log import logger
 from snaketron.model import lora
 from snaketron.model.build import BuiltModel, build_model
 from snaketron.model.checkpoint import Saver
+from snaketron.settings.blends import PhaseSettings
 from snaketron.settings.text import TokenizeSettings
 from snaketron.settings.training import RunSettings, TrainSettings, run_settings, train_settings
 from tests.unit.model.conftest import one_process, seeded  # noqa: F401
@@ -162,9 +163,7 @@ def blend_path(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) ->
         record=root / "part.json",
     )
     blend.build(
-        "one",
-        weights={"docs": 1.0},
-        train_tokens=320,
+        PhaseSettings(phase="one", weights={"docs": 1.0}, train_tokens=320),
         max_epochs=4,
         records=[root / "part.json"],
         tokenizer=tokenizer_dir,
@@ -195,9 +194,7 @@ def blend_of(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Path]:
                 record=tmp_path / f"{name}.json",
             )
         blend.build(
-            "one",
-            weights=dict.fromkeys(names, 1.0),
-            train_tokens=1440,
+            PhaseSettings(phase="one", weights=dict.fromkeys(names, 1.0), train_tokens=1440),
             max_epochs=100,
             records=[tmp_path / f"{name}.json" for name in names],
             tokenizer=tokenizer_dir,

@@ -53,7 +53,7 @@ def weigh(weights: Mapping[str, float], records: Mapping[Path, Record]) -> dict[
     for path, record in records.items():
         source = record.settings["source"]
         if source not in shards:
-            raise UserError(f"{path}: source {source!r} has no weight; give --weights {source}=...")
+            raise UserError(f"{path}: source {source!r} has no weight in the blend")
         shards[source].append((path, record))
         first = shards[source][0]
         template, other = (r.settings["template_sha256"] for r in (record, first[1]))

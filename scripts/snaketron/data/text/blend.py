@@ -15,6 +15,7 @@ from snaketron.data.text import binidx
 from snaketron.lineage.record import Entry, Record, making, read
 from snaketron.lineage.walk import record_of
 from snaketron.log import UserError, logger
+from snaketron.settings.blends import PhaseSettings
 from snaketron.settings.registering import TOKENS
 from snaketron.sizes import epochs as epochs_of
 from snaketron.sources.pairs import MAX_SHARDS, paths
@@ -87,10 +88,8 @@ class PretrainBlend:
 
 
 def build(
-    phase: str,
+    settings: PhaseSettings,
     *,
-    weights: Mapping[str, float],
-    train_tokens: int,
     max_epochs: float,
     records: Sequence[Path],
     tokenizer: Path,
@@ -104,20 +103,12 @@ def build(
     """
     identity = _identity(tokenizer)
     outputs = {"blend.json": output}
-    with making("blend", phase, outputs=outputs, record=record) as job:
-        blend = _weighed(
-            phase, weights, train_tokens, {p: read(p) for p in records}, tokenizer, identity.sha256
-        )
+    with making("blend", settings.phase, outputs=outputs, record=record) as job:
+        blend = _weighed(settings, {path: read(path) for path in records}, tokenizer, identity.sha256)
         repeated = _repeated(blend, max_epochs)
         job.aside["blend.json"].write_bytes(files.to_json(asdict(blend)))
         job.inputs = {"records": records, "tokenizer": identity}
-        job.settings = {
-            "phase": phase,
-            "weights": dict(weights),
-            "tokenizer": identity.sha256,
-            "train_tokens": train_tokens,
-            "max_epochs": max_epochs,
-        }
+        job.settings = settings.model_dump() | {"tokenizer": identity.sha256, "max_epochs": max_epochs}
         splits = {name: getattr(blend, name) for name in SPLITS}
         job.counts = {name: {"documents": s.documents, "tokens": s.tokens} for name, s in splits.items()} | {
             "repeated": {c.corpus: c.epochs for c in repeated}
@@ -150,14 +141,10 @@ def _identity(tokenizer: Path) -> Entry:
 
 
 def _weighed(
-    phase: str,
-    weights: Mapping[str, float],
-    train_tokens: int,
-    records: Mapping[Path, Record],
-    tokenizer: Path,
-    identity: str,
+    settings: PhaseSettings, records: Mapping[Path, Record], tokenizer: Path, identity: str
 ) -> PretrainBlend:
     """Check the shards of all records, and weigh them."""
+    phase, weights, train_tokens = settings.phase, settings.weights, settings.train_tokens
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     dtypes: set[str] = set()
     dropped: dict[str, Counter[str]] = {corpus: Counter() for corpus in weights}

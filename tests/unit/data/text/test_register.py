@@ -16,6 +16,7 @@ from snaketron.files import sha256
 from snaketron.lineage.catalogue import scan
 from snaketron.lineage.record import Record, read
 from snaketron.log import UserError
+from snaketron.settings.blends import PhaseSettings
 from snaketron.settings.registering import RegisterSettings
 
 import numpy as np
@@ -100,9 +101,7 @@ def test_a_blend_takes_registered_and_tokenized_shards_alike(
     records = [own, made(register, train)[0], made(register, valid, "valid")[0]]
     with caplog.at_level(logging.WARNING):
         found = blend.build(
-            "broad",
-            weights={"docs": 1, "web": 3},
-            train_tokens=40,
+            PhaseSettings(phase="broad", weights={"docs": 1, "web": 3}, train_tokens=40),
             max_epochs=99,
             records=records,
             tokenizer=tokenizer_dir,

@@ -6,6 +6,7 @@ from typing import Any
 
 from snaketron.config import Config, load
 from snaketron.graph.snakemake.reasons import changes, is_check
+from snaketron.settings.blends import BlendSettings
 from snaketron.settings.chats import pack_settings, render_settings
 from snaketron.settings.text import tokenize_settings
 from snaketron.settings.training import train_settings
@@ -127,11 +128,15 @@ def test_keys_of_packs():
     assert changes(now, "pack_sft", {}, [old], [new], {}) == ["sft_data.pack_size: 512 -> 768"]
 
 
-def test_lists_are_told_apart_too():
+def test_weights_of_a_blend_are_told_one_by_one():
     config = with_keys()
-    old, new = repr(["docs=0.6", "code=0.4"]), repr(["docs=1.0"])
-    assert changes(config, "blend_sft", {}, [old], [new], {new: "weights"}) == [
-        'weights: ["docs=0.6", "code=0.4"] -> ["docs=1.0"]'
+    old, new = (
+        repr(BlendSettings(weights=weights).model_dump_json())
+        for weights in ({"docs": 0.6, "code": 0.4}, {"docs": 1.0})
+    )
+    assert changes(config, "blend_sft", {}, [old], [new], {new: "settings"}) == [
+        "weights.docs: 0.6 -> 1.0",
+        "weights.code: 0.4 -> nothing",
     ]
 
 

@@ -1,0 +1,32 @@
+"""What the jobs are told that blend shards."""
+
+from __future__ import annotations
+
+from snaketron.config import Config, Section
+from snaketron.config.base import Mixed
+
+
+class BlendSettings(Section):
+    """What, with the packed shards, defines the blend of SFT."""
+
+    weights: dict[str, Mixed]  # of corpora or sources of conversations, by name; they need not sum to 1
+
+
+class PhaseSettings(BlendSettings):
+    """What, with the tokenized shards and the tokenizer, defines the blend of a phase."""
+
+    phase: str
+    train_tokens: int  # of the phase, in whole steps
+
+
+def blend_settings(config: Config) -> BlendSettings:
+    return BlendSettings(weights={entry.source: entry.weight for entry in config.sft.blend})
+
+
+def phase_settings(config: Config, name: str) -> PhaseSettings:
+    (phase,) = (phase for phase in config.pretrain.phases if phase.name == name)
+    return PhaseSettings(
+        weights={entry.corpus: entry.weight for entry in phase.blend},
+        phase=name,
+        train_tokens=config.training(f"pretrain/{name}").tokens,
+    )
