@@ -16,17 +16,17 @@ from snaketron.log import UserError
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
-from jinja2 import nodes
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A template, whether it marks what is generated, and the names and texts that stand in it."""
+    """A template, whether it marks what is generated, and the variables that it asks for."""
 
     template: jinja2.Template
     marked: bool
-    names: frozenset[str]
+    names: set[str]
 
 
 def _raise_exception(message: str) -> None:
@@ -60,7 +60,7 @@ def compile_source(source: str, name: str, variables: Mapping[str, str], day: da
     environment.globals["strftime_now"] = datetime.combine(day, time()).strftime
     try:
         parsed = environment.parse(source)
-        names = _names(parsed)
+        names = jinja2.meta.find_undeclared_variables(parsed)
         parsed.body = show_owners(parsed.body)
         parsed.set_environment(environment)
         code = environment.compile(parsed)
@@ -68,14 +68,6 @@ def compile_source(source: str, name: str, variables: Mapping[str, str], day: da
         raise UserError(f"{name}:{error.lineno}: the chat template does not parse: {error.message}") from None
     made = jinja2.Template.from_code(environment, code, environment.make_globals(dict(variables)))
     return Compiled(made, environment.num_generation_blocks > 0, names)  # type: ignore[attr-defined]
-
-
-def _names(parsed: nodes.Template) -> frozenset[str]:
-    """All that a template may call a key: attributes, variables, texts ('name' in m.get('name'))."""
-    found = {node.attr for node in parsed.find_all(nodes.Getattr)}
-    found |= {node.name for node in parsed.find_all(nodes.Name)}
-    found |= {node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)}
-    return frozenset(found)
 
 
 def special_tokens(directory: Path) -> dict[str, str]:
