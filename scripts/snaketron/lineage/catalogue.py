@@ -136,11 +136,9 @@ class Catalogue:
         whole = plain(path)
         return any(whole.is_relative_to(root) for root in self.roots)
 
-    def maker(self, sha256: str, path: str = "") -> Made | None:
-        """The job that made a file of a hash; of several that made the same, the one that wrote to `path`."""
-        candidates = self._by_output.get(sha256, ())
-        written_there = (m for m in candidates if any(o.path == path for o in m.record.outputs))
-        return next(written_there, candidates[0] if candidates else None)
+    def maker(self, sha256: str) -> Made | None:
+        """The job that made a file of a hash; the first one of several."""
+        return next(iter(self._by_output.get(sha256, ())), None)
 
     def remade(self, entry: Entry) -> Made | None:
         """The record of a job that has since made another file at the path of an input, which is a file."""
