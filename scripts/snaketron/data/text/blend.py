@@ -14,12 +14,14 @@ from snaketron.data.drops import tell_of_shards
 from snaketron.data.text import binidx
 from snaketron.lineage.record import Entry, Record, making, read
 from snaketron.lineage.walk import record_of
-from snaketron.log import UserError, logger
+from snaketron.log import UserError, first_line, logger
 from snaketron.settings.blends import PhaseSettings
 from snaketron.settings.registering import TOKENS
 from snaketron.sizes import epochs as epochs_of
 from snaketron.sources.pairs import MAX_SHARDS, paths
 from snaketron.wording import counted
+
+from pydantic import TypeAdapter, ValidationError
 
 _AGAIN = "remove its record and run again, so that it is tokenized again"
 
@@ -329,20 +331,11 @@ def _report_empty(corpus: str, split: str, num_empty: int, num_shards: int) -> N
 def load_blend(path: Path) -> PretrainBlend:
     """Read a blend.json."""
     try:
-        value = files.read_json(path)
-        splits = {name: _split(value[name]) for name in SPLITS}
-        return PretrainBlend(**{**value, **splits})
+        return TypeAdapter(PretrainBlend).validate_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run rule blend_pretrain") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a blend ({error}); delete it and run again") from None
-
-
-def _split(value: Mapping[str, Any]) -> BlendedSplit:
-    shards = [Shard(**shard) for shard in value["shards"]]
-    return BlendedSplit(
-        **{**value, "shards": shards, "corpora": [CorpusShare(**c) for c in value["corpora"]]}
-    )
+    except ValidationError as error:
+        raise UserError(f"{path}: not a blend ({first_line(error)}); delete it and run again") from None
 
 
 def check_blend(path: Path) -> PretrainBlend:
