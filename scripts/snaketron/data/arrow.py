@@ -5,8 +5,9 @@ Every Parquet file that the package writes says in its footer, under `FOOTER`, w
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,8 @@ def read_footer(path: Path, columns: Sequence[str]) -> tuple[pq.FileMetaData, di
 
     Raises `UserError` for a file that the package did not write, or that lacks one of `columns`.
     """
-    try:
+    with opening(path):
         footer = pq.read_metadata(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the rule that makes it has not finished") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: truncated or not Parquet ({error}); delete it and run again") from None
     missing = [name for name in columns if name not in footer.schema.to_arrow_schema().names]
     if missing:
         raise UserError(f"{path}: column {', '.join(missing)} is missing; this is another kind of file")
@@ -93,6 +90,35 @@ def read_footer(path: Path, columns: Sequence[str]) -> tuple[pq.FileMetaData, di
     if written is None:
         raise UserError(f"{path}: the footer does not say what made it; let the workflow make the file")
     return footer, json.loads(written)
+
+
+@contextlib.contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """Say what is wrong with a file of Parquet that some rule has made, where it cannot be read."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the rule that makes it has not finished") from None
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: truncated or not Parquet ({error}); delete it and run again") from None
+
+
+def row_groups(
+    path: Path,
+    columns: Sequence[str],
+    numbers: Iterable[int] | None = None,
+    footer: pq.FileMetaData | None = None,
+) -> Iterator[pa.Table]:
+    """Row groups of a file that some rule has made: all of them, or those of some numbers.
+
+    `footer` is that of the file, where it has been read.
+    """
+    try:
+        with pq.ParquetFile(path, metadata=footer) as file:  # pq.read_table imports pandas: 1 s
+            for number in range(file.num_row_groups) if numbers is None else numbers:
+                yield file.read_row_group(number, columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it and run again") from None
 
 
 def check_expected(path: Path, metadata: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snaketron.config.data import SPLITS
-from snaketron.data.arrow import check_expected, flatten, read_footer, view
+from snaketron.data.arrow import check_expected, flatten, read_footer, row_groups, view
 from snaketron.data.chats import packing, packs
 from snaketron.data.chats.left_out import LeftOut
 from snaketron.data.chats.sequences import SCHEMA
@@ -24,7 +24,6 @@ from snaketron.settings.chats import PackSettings
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 PASS_TOKENS = 1 << 28  # tokens in memory, at 5 bytes each
 
@@ -101,7 +100,7 @@ class Conversations:
             _, made_with = read_footer(path, SCHEMA.names)
             metadata = metadata or made_with
             check_expected(path, made_with, metadata)
-            for number, table in enumerate(_tables(path, ["loss_mask", "split"])):
+            for number, table in enumerate(row_groups(path, ["loss_mask", "split"])):
                 mask, offsets = flatten(table.column("loss_mask"))
                 before = np.concatenate([np.zeros(1, np.int64), np.cumsum(mask, dtype=np.int64)])
                 starts, ends = offsets[:-1], offsets[1:]
@@ -132,7 +131,7 @@ class Conversations:
         loss_mask = np.zeros(ends[-1], dtype=np.uint8)
         for path, groups in itertools.groupby(self.groups, key=lambda group: group.path):
             needed = [group for group in groups if (place[group.start : group.end] >= 0).any()]
-            tables = _tables(path, ["input_ids", "loss_mask"], [group.number for group in needed])
+            tables = row_groups(path, ["input_ids", "loss_mask"], [group.number for group in needed])
             for group, table in zip(needed, tables, strict=True):
                 ids, offsets = flatten(table.column("input_ids"))
                 trained, _ = flatten(table.column("loss_mask"))
@@ -152,16 +151,6 @@ def last_answer(loss_mask: np.ndarray, room: int) -> int:
     """
     ends = np.flatnonzero(np.diff(loss_mask[: room + 1].astype(np.int8)) == -1) + 1
     return int(ends[-1]) if len(ends) else 0
-
-
-def _tables(path: Path, columns: list[str], numbers: Sequence[int] | None = None) -> Iterator[pa.Table]:
-    """Row groups of a file, all of them or those of some numbers."""
-    try:
-        with pq.ParquetFile(path) as file:  # pq.read_table imports pandas: 1 s
-            for number in range(file.num_row_groups) if numbers is None else numbers:
-                yield file.read_row_group(number, columns=columns, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it and run again") from None
 
 
 def _splits(table: pa.Table) -> np.ndarray:

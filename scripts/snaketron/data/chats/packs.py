@@ -18,8 +18,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from snaketron.data.arrow import check_expected, flatten, list_array, read_footer, schema_with
-from snaketron.log import UserError
+from snaketron.data.arrow import (
+    check_expected,
+    flatten,
+    list_array,
+    read_footer,
+    row_groups,
+    schema_with,
+)
 
 import numpy as np
 import pyarrow as pa
@@ -206,11 +212,5 @@ class PackedDataset:
         self.row_groups_decoded += 1
         path = self.files[number]
         # Opened for each row group and closed: thousands of shards would use up the open files otherwise.
-        try:
-            with pq.ParquetFile(path, metadata=self._footer(number)[0]) as file:
-                table = file.read_row_group(group, columns=SCHEMA.names, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"{path}: row group {group} cannot be read ({error}); delete it and run again"
-            ) from None
+        (table,) = row_groups(path, SCHEMA.names, [group], self._footer(number)[0])
         return _RowGroup(tuple(flatten(table.column(name)) for name in SCHEMA.names))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snaketron.data.arrow import number_array, schema_with, string_array, text_of
+from snaketron.data.arrow import number_array, opening, schema_with, string_array, text_of
 from snaketron.data.curation.folder import Entered
 from snaketron.data.drops import Drops, place
 from snaketron.data.encode import Encoder, Mismatch, Unencodable
@@ -212,30 +212,20 @@ def raw(paths: Sequence[Path], settings: FilterSettings, drops: Drops, opened: O
 
 def fields_of(path: Path) -> list[str]:
     """The metadata fields of a filtered or curated shard."""
-    with _opening(path), pq.ParquetFile(path) as file:
+    with opening(path), pq.ParquetFile(path) as file:
         return [name for name in file.schema_arrow.names if name not in COLUMNS]
 
 
 def read(path: Path) -> Iterator[Document]:
     """The documents of a filtered shard; the id of each is its index."""
     index = 0
-    with _opening(path), pq.ParquetFile(path, buffer_size=1 << 20) as file:
+    with opening(path), pq.ParquetFile(path, buffer_size=1 << 20) as file:
         fields = [name for name in file.schema_arrow.names if name not in COLUMNS]
         for batch in file.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 metadata = {"file": row["file"], "row": row["row"], "fields": [row[f] for f in fields]}
                 yield Document(text=row["text"], id=str(index), metadata=metadata)
                 index += 1
-
-
-@contextlib.contextmanager
-def _opening(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the rule that makes it has not finished") from None
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: truncated or not Parquet ({error}); delete it and run again") from None
 
 
 def write(path: Path, documents: Documents, fields: Sequence[str], about: dict[str, Any]) -> None:
