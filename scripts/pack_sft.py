@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from snaketron.config.data import SPLITS
 from snaketron.log import argument_parser, logger, run
 
 
@@ -25,9 +26,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=1.0,
         help="share of the conversations that may be left out; more is an error",
     )
-    add("--train", type=Path, required=True, help="Parquet file to write")
-    add("--valid", type=Path, required=True, help="Parquet file to write")
-    add("--test", type=Path, required=True, help="Parquet file to write")
+    for split in SPLITS:
+        add(f"--{split}", type=Path, required=True, help="Parquet file to write")
     add("--record", type=Path, required=True, help="lineage record to write")
     return parser.parse_args(argv)
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron.settings.chats import PackSettings
     from snaketron.wording import counted
 
-    outputs = {"train": args.train, "valid": args.valid, "test": args.test}
+    outputs = {split: getattr(args, split) for split in SPLITS}
     record = pack_chats(
         args.chats,
         settings=PackSettings.model_validate_json(args.settings),

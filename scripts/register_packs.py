@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from snaketron.config.data import SPLITS
 from snaketron.log import argument_parser, logger, run
 
 
@@ -14,9 +15,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--packs", type=Path, required=True, help="Parquet file, as Megatron-Bridge reads it")
     add("--settings", required=True, help="RegisterPacksSettings as JSON")
     add("--tokenizer", type=Path, required=True, help="directory of the tokenizer")
-    add("--train", type=Path, required=True, help="Parquet file to write")
-    add("--valid", type=Path, required=True, help="Parquet file to write")
-    add("--test", type=Path, required=True, help="Parquet file to write")
+    for split in SPLITS:
+        add(f"--{split}", type=Path, required=True, help="Parquet file to write")
     add("--record", type=Path, required=True, help="lineage record to write")
     return parser.parse_args(argv)
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         args.packs,
         settings=settings,
         tokenizer=args.tokenizer,
-        outputs={"train": args.train, "valid": args.valid, "test": args.test},
+        outputs={split: getattr(args, split) for split in SPLITS},
         record=args.record,
     )
     counts = record.counts["splits"][settings.split]

@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from snaketron.config.data import SPLITS
+from snaketron.config.data import SPLITS, Packing
 from snaketron.data import arrow
 from snaketron.data.chats import packing, render, sequences
 from snaketron.lineage.record import FOOTER
@@ -72,7 +72,7 @@ def algorithms(count: int, pack_size: int, *, plain: bool) -> None:
         "first_fit_decreasing": np.sort(lengths)[::-1],
         "first_fit_shuffle": lengths[np.random.default_rng(SEED).permutation(count)],
     }
-    for algorithm in packing.ALGORITHMS:
+    for algorithm in get_args(Packing):
         took, bins = seconds(partial(packing.pack, lengths, pack_size, algorithm, SEED))
         line(
             count,

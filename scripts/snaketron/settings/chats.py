@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from datetime import date
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from snaketron.config import ChatSource, Config, Reasoning, Section
 from snaketron.config.data import LongConversations, Packing
 from snaketron.settings import taken
 from snaketron.settings.text import ReadSettings
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 
 def _unless(default: Any) -> Any:
@@ -66,6 +66,14 @@ class PackSettings(Section):
     padding_multiple: int = 1
     long_conversations: LongConversations = "drop"
     seed: int | None = _unless(None)  # None unless the order is shuffled
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.pack_size % self.padding_multiple:
+            raise ValueError(
+                f"padding_multiple {self.padding_multiple} does not divide pack_size {self.pack_size}"
+            )
+        return self
 
 
 def pack_settings(config: Config) -> PackSettings:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from snaketron.config.data import Packing
 
 import numpy as np
-
-ALGORITHMS = get_args(Packing)
 
 # One walk through the tree, and the steps of one run, take as long as comparing so many bins of an array.
 _WALK, _RUN = 2500, 30_000
@@ -31,15 +29,13 @@ class Bins(NamedTuple):
 
 
 def pack(
-    lengths: np.ndarray | Sequence[int], pack_size: int, algorithm: str, seed: int | None = None
+    lengths: np.ndarray | Sequence[int], pack_size: int, algorithm: Packing, seed: int | None = None
 ) -> Bins:
     """Put each item, by its index, into a bin of at most `pack_size`; none is split and none left out.
 
     `seed` draws the order of first_fit_shuffle; the other algorithms take none.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm {algorithm!r} is none of {', '.join(ALGORITHMS)}")
     if len(lengths) and not 0 < lengths.min() <= lengths.max() <= pack_size:
         raise ValueError(f"lengths must lie between 1 and the pack size {pack_size}")
     if algorithm == "concatenative":

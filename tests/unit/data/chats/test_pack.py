@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 METADATA = {"source": "questions", "tokenizer_sha256": "t", "template_sha256": "c"}
 
@@ -198,6 +199,18 @@ def test_packs_leave_room_for_padding(tmp_path):
     assert sorted(row["seq_start_id"] for row in packs(tmp_path)) == [[0], [0, 3]]
     assert sorted(len(row["input_ids"]) for row in packs(tmp_path)) == [5, 6]
     assert record.settings["padding_multiple"] == 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"padding_multiple": 3}, "padding_multiple 3 does not divide pack_size 8"),
+        ({"algorithm": "best"}, "Input should be 'first_fit_decreasing', 'first_fit_shuffle' or "),
+    ],
+)
+def test_settings_by_which_nothing_can_be_packed_are_refused(keys: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        PackSettings(**{"pack_size": 8, "algorithm": "concatenative"} | keys)
 
 
 def test_packs_of_many_thousand_tokens_hold_what_was_rendered(tmp_path):
