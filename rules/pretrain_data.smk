@@ -91,6 +91,5 @@ rule index_pretrain:
     params:
         settings=graph.index_settings,
     shell:
-        "python scripts/index_pretrain.py --blend {input:q} --seed {params.settings[seed]:q}"
-        " --seq-length {params.settings[seq_length]:q} --train-samples {params.settings[train_samples]:q}"
+        "python scripts/index_pretrain.py --blend {input:q} --settings {params.settings:q}"
         " --output {output.index:q} --record {output.record:q} --log-file {log:q}"

@@ -12,11 +12,7 @@ from snaketron.log import argument_parser, logger, run
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--blend", type=Path, required=True, help="blend.json of the phase")
-    parser.add_argument("--seed", type=int, required=True, help="seed of the order of the samples")
-    parser.add_argument("--seq-length", type=int, required=True, help="tokens of a sample")
-    parser.add_argument(
-        "--train-samples", type=int, required=True, help="samples that the phase trains on: steps x batch"
-    )
+    parser.add_argument("--settings", required=True, help="IndexSettings as JSON")
     parser.add_argument("--output", type=Path, required=True, help="directory of the index")
     parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
     return parser.parse_args(argv)
@@ -25,15 +21,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.text import index
+    from snaketron.settings.training import IndexSettings
 
-    record = index.build(
-        args.blend,
-        seed=args.seed,
-        seq_length=args.seq_length,
-        train_samples=args.train_samples,
-        output=args.output,
-        record=args.record,
-    )
+    settings = IndexSettings.model_validate_json(args.settings)
+    record = index.build(args.blend, settings, output=args.output, record=args.record)
     for split in SPLITS:
         if taken := record.counts[split]:
             shares = ", ".join(f"{name} {n / taken['samples']:.2%}" for name, n in taken["corpora"].items())

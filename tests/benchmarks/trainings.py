@@ -21,7 +21,7 @@ from snaketron.config import Config, Parallel, load
 from snaketron.data.text import binidx
 from snaketron.data.text.blend import BlendedSplit, PretrainBlend, Shard, weigh
 from snaketron.jobs.version import Version
-from snaketron.settings.training import run_settings, train_settings
+from snaketron.settings.training import IndexSettings, run_settings, train_settings
 from snaketron.sizes.epochs import resized
 from snaketron.sizes.gpus import GPUS
 from snaketron.sizes.memory import activation_memory, static_of_run
@@ -149,9 +149,7 @@ def _build_indices(root: Path, asked: list[tuple[str, str]]) -> None:
         (data / f"blend_{name}.json").write_bytes(files.to_json(blend))
         index.build(
             data / f"blend_{name}.json",
-            seed=load({}, {}).seed,
-            seq_length=length,
-            train_samples=samples,
+            IndexSettings(seed=load({}, {}).seed, seq_length=length, train_samples=samples),
             output=data / f"index_{name}",
             record=data / f"index_{name}.json",
         )

@@ -246,11 +246,8 @@ class Graph:
     def phase_settings(self, wildcards: Any) -> str:
         return phase_settings(self.config, wildcards.phase).model_dump_json()
 
-    def index_settings(self, wildcards: Any) -> dict[str, int]:
-        """What defines the index of a phase, together with the blend."""
-        phase = train_settings(self.config, f"pretrain/{wildcards.phase}")
-        samples = phase.train_iters * phase.global_batch_size
-        return {"seed": phase.order_seed, "seq_length": phase.seq_length, "train_samples": samples}
+    def index_settings(self, wildcards: Any) -> str:
+        return train_settings(self.config, f"pretrain/{wildcards.phase}").index.model_dump_json()
 
     def blend_settings(self) -> str:
         return blend_settings(self.config).model_dump_json()

@@ -27,6 +27,14 @@ from pydantic import Field
 TEMPLATE_DATE = SftData().template_date.isoformat()  # the default
 
 
+class IndexSettings(Section):
+    """Everything that, with the blend, defines the index of the samples of a training on text."""
+
+    seed: int
+    seq_length: int
+    train_samples: int
+
+
 class TrainSettings(Section):
     """Everything that, with the data and the base checkpoint, defines what a training produces."""
 
@@ -45,9 +53,11 @@ class TrainSettings(Section):
     switch_loss_average_after: int | None = None
 
     @property
-    def order_seed(self) -> int:
-        """The seed of the order of the text, which the index of a phase has too."""
-        return self.seed if self.data_seed is None else self.data_seed
+    def index(self) -> IndexSettings:
+        """What defines the index of its text."""
+        seed = self.seed if self.data_seed is None else self.data_seed
+        samples = self.train_iters * self.global_batch_size
+        return IndexSettings(seed=seed, seq_length=self.seq_length, train_samples=samples)
 
 
 class LoraSettings(TrainSettings):

@@ -100,14 +100,7 @@ class PretrainBatches(Batches):
             split: [self.sources.index(shard.corpus) for shard in getattr(content, split).shards]
             for split in ("train", "valid", "test")
         }
-        self.datasets = load(
-            index,
-            blend,
-            tokenizer,
-            seed=settings.order_seed,
-            seq_length=settings.seq_length,
-            train_samples=settings.train_iters * settings.global_batch_size,
-        )
+        self.datasets = load(index, blend, tokenizer, settings.index)
         for split, (_, samples) in self.datasets.items():
             if split != "train" and samples < eval_samples:
                 logger.info(

@@ -23,14 +23,8 @@ def make(blend_path: Path, tokenizer_dir: Path, tmp_path: Path, settings):
         train, run = settings(**keys)
         directory = tmp_path / name
         if not directory.exists():
-            index.build(
-                blend_path,
-                seed=train.seed,
-                seq_length=train.seq_length,
-                train_samples=train.train_iters * train.global_batch_size,
-                output=directory,
-                record=directory.with_suffix(".json"),
-            )
+            record = directory.with_suffix(".json")
+            index.build(blend_path, train.index, output=directory, record=record)
         return PretrainBatches(
             blend_path,
             train,

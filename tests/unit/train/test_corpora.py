@@ -12,6 +12,7 @@ from snaketron.data.text import index
 from snaketron.data.text.blend import load_blend
 from snaketron.data.text.order import SampleOrder
 from snaketron.data.tokenizer import tokenizer_info
+from snaketron.settings.training import IndexSettings
 from snaketron.train.batches import PretrainBatches
 from snaketron.train.build import build_training
 from snaketron.train.loop import Trainer
@@ -44,8 +45,8 @@ def make(blend_of, tokenizer_dir: Path, tmp_path: Path, settings) -> Callable[..
     """make(kind) gives the batches of two corpora, `long` and `short`."""
     blend = blend_of("long", "short", valid_fraction=0.3)
     train, run = settings(**KEYS)
-    numbers = {"seed": train.seed, "seq_length": 16, "train_samples": 4 * STEPS}
-    index.build(blend, output=tmp_path / "index", record=tmp_path / "index.json", **numbers)
+    numbers = IndexSettings(seed=train.seed, seq_length=16, train_samples=4 * STEPS)
+    index.build(blend, numbers, output=tmp_path / "index", record=tmp_path / "index.json")
 
     def made(kind: type[PretrainBatches] = PretrainBatches) -> PretrainBatches:
         return kind(

@@ -11,6 +11,7 @@ from snaketron.data.text import blend, index
 from snaketron.data.text.order import SampleOrder
 from snaketron.data.tokenizer import tokenizer_info
 from snaketron.files import read_json
+from snaketron.settings.training import IndexSettings
 from snaketron.train.sft_batches import SftBatches
 
 import pytest
@@ -25,9 +26,9 @@ def test_each_sequence_is_in_the_samples_in_which_megatron_core_reads_it(
 ):
     path = blend_of(*names)
     directory = path.parent / "index"
-    settings = {"seed": SEED, "seq_length": LENGTH, "train_samples": SAMPLES}
-    index.build(path, output=directory, record=path.parent / "index.json", **settings)
-    dataset, _ = index.load(directory, path, tokenizer_info(tokenizer_dir), **settings)["train"]
+    settings = IndexSettings(seed=SEED, seq_length=LENGTH, train_samples=SAMPLES)
+    index.build(path, settings, output=directory, record=path.parent / "index.json")
+    dataset, _ = index.load(directory, path, tokenizer_info(tokenizer_dir), settings)["train"]
     seen = defaultdict(set)
     for sample in range(SAMPLES):
         dataset[sample]

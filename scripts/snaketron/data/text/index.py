@@ -27,6 +27,7 @@ from snaketron.data.tokenizer import Info
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.lineage.walk import record_about
 from snaketron.log import UserError
+from snaketron.settings.training import IndexSettings
 from snaketron.sizes.epochs import BY_EPOCH, epochs, shares
 
 import numpy as np
@@ -42,30 +43,28 @@ OPEN_FILES = 6  # for each shard that is read: 2 for its text, 1 for its .idx, 3
 SPARE_FILES = 500  # for everything else that a training opens
 
 
-def num_samples(blend: PretrainBlend, seq_length: int, train_samples: int) -> dict[str, int]:
+def num_samples(blend: PretrainBlend, settings: IndexSettings) -> dict[str, int]:
     """The number of samples of each split: `train_samples` of train, and one epoch of valid and test.
 
     Valid and test have at most `HELD_OUT_SAMPLES`: no validation reads more.
     """
     held_out = {
-        split: min(max(1, (getattr(blend, split).tokens - 1) // seq_length), HELD_OUT_SAMPLES)
+        split: min(max(1, (getattr(blend, split).tokens - 1) // settings.seq_length), HELD_OUT_SAMPLES)
         for split in ("valid", "test")
     }
-    return {"train": train_samples} | held_out
+    return {"train": settings.train_samples} | held_out
 
 
 # ------------------------------------------------------------------------------------------- building
 
 
-def build(
-    blend_path: Path, *, seed: int, seq_length: int, train_samples: int, output: Path, record: Path
-) -> Record:
+def build(blend_path: Path, settings: IndexSettings, *, output: Path, record: Path) -> Record:
     """Write the directory `output`, then its `record`; returns the record.
 
     Shards are indexed one after the other; one takes up to 20 bytes of memory for each document and epoch.
     """
     blend = check_blend(blend_path)
-    settings = _settings(blend_path, seed, seq_length, train_samples)
+    told = _told(blend_path, settings)
     building = files.partial(output)
     with making("index", blend.phase, outputs={}, record=record) as job, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core warns that it is not told its rank
@@ -75,10 +74,10 @@ def build(
             config = _config(blend, settings, building, _Tokenizer(blend.tokenizer))
             counts = {
                 split: _build_split(blend, split, samples, config)
-                for split, samples in num_samples(blend, seq_length, train_samples).items()
+                for split, samples in num_samples(blend, settings).items()
             }
             content = _content(building)
-            job.inputs, job.settings = {"blend": blend_path}, settings | {"order": BY_EPOCH}
+            job.inputs, job.settings = {"blend": blend_path}, told | {"order": BY_EPOCH}
             job.counts = counts | {"files": content.pop("files")}
             job.present = [Entry("index", str(output), **content)]
             record.unlink(missing_ok=True)
@@ -188,13 +187,8 @@ def _content(directory: Path) -> dict[str, Any]:
     }
 
 
-def _settings(blend_path: Path, seed: int, seq_length: int, train_samples: int) -> dict[str, Any]:
-    return {
-        "blend": files.sha256(blend_path),
-        "seed": seed,
-        "seq_length": seq_length,
-        "train_samples": train_samples,
-    }
+def _told(blend_path: Path, settings: IndexSettings) -> dict[str, Any]:
+    return {"blend": files.sha256(blend_path), **settings.model_dump()}
 
 
 class _Tokenizer:
@@ -208,14 +202,14 @@ class _Tokenizer:
 
 def _config(
     blend: PretrainBlend,
-    settings: Mapping[str, Any],
+    settings: IndexSettings,
     directory: Path,
     tokenizer: _Tokenizer,
     **reading: bool,
 ) -> GPTDatasetConfig:
     return GPTDatasetConfig(
-        random_seed=settings["seed"],
-        sequence_length=settings["seq_length"],
+        random_seed=settings.seed,
+        sequence_length=settings.seq_length,
         blend_per_split=blend.blend_per_split,
         tokenizer=tokenizer,
         path_to_cache=str(directory),
@@ -231,7 +225,7 @@ def _config(
 
 
 def load(
-    directory: Path, blend_path: Path, tokenizer: Info, *, seed: int, seq_length: int, train_samples: int
+    directory: Path, blend_path: Path, tokenizer: Info, settings: IndexSettings
 ) -> dict[str, tuple[Any, int]]:
     """The data set of each split that has tokens, and its number of samples. Nothing is built.
 
@@ -244,8 +238,7 @@ def load(
             f"{blend_path}: made with another tokenizer (sha256 {blend.tokenizer[:12]}, "
             f"and {tokenizer.sha256[:12]} is wanted); remove it and run again"
         )
-    settings = _settings(blend_path, seed, seq_length, train_samples)
-    _check(directory, settings)
+    _check(directory, _told(blend_path, settings))
     _allow_open_files(len(blend.train.shards))
     config = _config(
         blend,
@@ -256,7 +249,7 @@ def load(
         defer_npy_index_mmap=True,
     )
     found = {}
-    for split, samples in num_samples(blend, seq_length, train_samples).items():
+    for split, samples in num_samples(blend, settings).items():
         content: BlendedSplit = getattr(blend, split)
         datasets = [
             GPTDataset(_Text(prefix), prefix, None, number, Split[split], config)

@@ -16,6 +16,7 @@ from snaketron.data.text import index
 from snaketron.data.text.blend import PretrainBlend, Shard, load_blend, weigh
 from snaketron.data.tokenizer import Info
 from snaketron.log import UserError
+from snaketron.settings.training import IndexSettings
 
 import numpy as np
 import pytest
@@ -75,11 +76,11 @@ def make_blend(tmp_path: Path) -> Callable[..., Path]:
 def build(blend: Path, name: str = "index", **numbers: int) -> dict[str, Any]:
     output = blend.parent / name
     record = output.with_suffix(".json")
-    return index.build(blend, **{**NUMBERS, **numbers}, output=output, record=record).counts
+    return index.build(blend, IndexSettings(**{**NUMBERS, **numbers}), output=output, record=record).counts
 
 
 def load(blend: Path, name: str = "index", tokenizer: Info = INFO, **numbers: int) -> dict[str, Any]:
-    return index.load(blend.parent / name, blend, tokenizer, **{**NUMBERS, **numbers})
+    return index.load(blend.parent / name, blend, tokenizer, IndexSettings(**{**NUMBERS, **numbers}))
 
 
 def samples(found: dict[str, Any], split: str) -> list[list[int]]:
@@ -126,9 +127,8 @@ def test_the_samples_are_those_of_megatrons_builder(make_blend, tmp_path: Path):
     """360 tokens are 90 samples, of which 50 are half an epoch of each shard."""
     blend = make_blend({"docs": 1, "code": 1}, train={"docs": [90, 70], "code": [200]})
     build(blend, train_samples=50)
-    numbers = {"seed": 1, "seq_length": SEQ_LENGTH}
     tokenizer = index._Tokenizer(SHA256, INFO)
-    config = index._config(load_blend(blend), numbers, tmp_path / "theirs", tokenizer)
+    config = index._config(load_blend(blend), IndexSettings(**NUMBERS), tmp_path / "theirs", tokenizer)
     theirs, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [50, 0, 0], lambda: True, config).build()
     ours, _ = load(blend, train_samples=50)["train"]
     for key in ("tokens", "labels", "loss_mask", "position_ids"):
@@ -185,9 +185,8 @@ def test_a_large_shard_among_many_small_ones_is_not_asked_for_too_much(make_blen
     blend = make_blend({"big": 300} | dict.fromkeys(small, 1.0), train={"big": [240]} | small)
     counts = build(blend, train_samples=100)
     assert counts["train"]["samples"] == 100 and counts["train"]["corpora"]["big"] == 50
-    config = index._config(
-        load_blend(blend), {"seed": 1, "seq_length": 4}, tmp_path / "theirs", index._Tokenizer(SHA256, INFO)
-    )
+    tokenizer = index._Tokenizer(SHA256, INFO)
+    config = index._config(load_blend(blend), IndexSettings(**NUMBERS), tmp_path / "theirs", tokenizer)
     with pytest.raises(IndexError, match="oversamples"):
         BlendedMegatronDatasetBuilder(GPTDataset, [100, 0, 0], lambda: True, config).build()
 
@@ -349,7 +348,7 @@ def test_the_script_says_what_it_takes_of_each_corpus(make_blend, run_script, tm
     blend = make_blend({"docs": 1, "code": 3}, train={"docs": [40, 40], "code": [80]})
     status, stderr = run_script(
         "index_pretrain",
-        *("--blend", blend, "--seed", 1, "--seq-length", SEQ_LENGTH, "--train-samples", 16),
+        *("--blend", blend, "--settings", IndexSettings(**NUMBERS).model_dump_json()),
         *("--output", tmp_path / "index", "--record", tmp_path / "index.json"),
     )
     assert status == 0, stderr
