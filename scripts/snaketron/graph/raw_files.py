@@ -66,7 +66,7 @@ class RawFiles:
         marked = []
         for file in files:
             entry = inputs.get(str(Path(file))) if not SAMPLE.fullmatch(file) else None
-            if made and entry and self.unchanged(entry, made.state):
+            if made and entry and self.unchanged(entry):
                 file = ancient(file)
             elif made and entry:
                 # Later than all that the job wrote, also on a machine whose clock was ahead.
@@ -84,11 +84,7 @@ class RawFiles:
         """
         made = self._read(record)
         entries = [entry for entry in made.inputs if entry.file.parent == directory] if made else []
-        changed = [
-            entry.file
-            for entry in entries
-            if made and entry.file.exists() and not self.unchanged(entry, made.state)
-        ]
+        changed = [entry.file for entry in entries if entry.file.exists() and not self.unchanged(entry)]
         if changed and rule not in self._forced:
             logger.info("%s: changed since rule %s read it, so the rule runs again", changed[0], rule)
             self._forced.add(rule)
@@ -100,25 +96,15 @@ class RawFiles:
         for record in asked:
             self._read(record)
 
-    def unchanged(self, entry: Entry, record: os.stat_result | None) -> bool:
-        """Whether a file is as an entry of a record says. The record has its own state, if it is there."""
+    def unchanged(self, entry: Entry) -> bool:
+        """Whether a file is as an entry of a record says."""
         try:
             now = entry.file.stat()
         except OSError:
             return False
-        if entry.modified:
-            if now.st_size != entry.bytes:
-                return False
-            if now.st_mtime_ns == entry.modified:
-                return True
-        elif (
-            record
-            and now.st_mtime <= record.st_mtime
-            and now.st_ctime <= max(record.st_mtime, record.st_ctime)
-        ):
-            # The record has no times, and nothing came after it: not even a file with an older time.
-            return True
-        return self._hash(entry.file, now) == entry.sha256
+        if entry.modified and now.st_size != entry.bytes:
+            return False
+        return now.st_mtime_ns == entry.modified or self._hash(entry.file, now) == entry.sha256
 
     def _hash(self, path: Path, state: os.stat_result) -> str:
         key = str(path), state.st_size, state.st_mtime_ns
