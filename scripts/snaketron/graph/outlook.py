@@ -14,7 +14,7 @@ from snaketron.jobs.version import Version
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.settings.blends import PhaseSettings
-from snaketron.sizes.epochs import BY_EPOCH, resized
+from snaketron.sizes.epochs import resized
 from snaketron.sizes.outlook import Inputs, Progress, outlook
 from snaketron.sizes.speed import speed
 
@@ -98,9 +98,7 @@ def _inputs(dag: Any, job: Any, known: dict[str, str | None], makers: Mapping[st
             found.append(identity)
         else:
             return None
-    if job.rule.name != "pretrain":
-        return Inputs(found)
-    return Inputs(found, orjson.loads(content), _order(str(job.input.index), known))
+    return Inputs(found, orjson.loads(content) if job.rule.name == "pretrain" else None)
 
 
 def _longer(dag: Any, job: Any, path: Path, known: Mapping[str, str | None]) -> bytes | None:
@@ -119,16 +117,6 @@ def _longer(dag: Any, job: Any, path: Path, known: Mapping[str, str | None]) -> 
     if shares != {c["corpus"]: c["asked"] for c in train["corpora"]} or shards != len(job.input.records):
         return None
     return to_json(resized(blend, settings.train_tokens))
-
-
-def _order(index: str, known: Mapping[str, str | None]) -> str | None:
-    """The order of the samples in an index that is there, or will be."""
-    if index in known:
-        return BY_EPOCH
-    try:
-        return read(Path(index).with_suffix(".json")).settings.get("order")
-    except UserError:
-        return None
 
 
 def _checkpoints(job: Any) -> Iterable[str]:

@@ -21,7 +21,7 @@ from snaketron.jobs.version import Description, Version, versions
 from snaketron.log import UserError
 from snaketron.settings.schedule import Schedule, same_steps
 from snaketron.settings.training import RunSettings
-from snaketron.sizes.epochs import BY_EPOCH, repeats, resized
+from snaketron.sizes.epochs import resized
 from snaketron.sizes.outlook import Inputs
 from snaketron.wording import some
 
@@ -132,18 +132,6 @@ def take_over(version: Version, origin: Origin, run: RunSettings) -> bool:
     return True
 
 
-def check_order(version: Version, inputs: Inputs, settings: Mapping[str, Any]) -> None:
-    """`UserError` where a version was begun with the samples in another order than the index has now."""
-    config = _config(version)
-    if inputs.blend and config and version.latest_iteration() and config.order != inputs.order:
-        samples = settings["train_iters"] * settings["global_batch_size"]
-        if repeats(inputs.blend, samples, settings["seq_length"]):
-            raise UserError(
-                f"{version.directory}: begun with the epochs of a corpus shuffled together, and the index "
-                "was made again since, with each epoch by itself; delete this directory and run again"
-            )
-
-
 # ------------------------------------------------------------------------------------------- comparing
 
 
@@ -170,8 +158,6 @@ def _differences(config: Description, settings: Mapping[str, Any], inputs: Input
     if inputs.blend and old.keys() >= settings.keys():
         samples = old["train_iters"] * old["global_batch_size"]
         wanted[0] = _sha256(resized(inputs.blend, samples * old["seq_length"]))
-        if not differ and not _is_prefix(config, settings, inputs):
-            differ.append("the order of the data, in which epochs were shuffled together")
     names = [*OF_INPUTS, *["an input"] * len(wanted)]
     differ += [name for name, one, other in zip(names, there, wanted, strict=False) if one != other]
     return differ if len(there) == len(wanted) else [*differ, OF_INPUTS[-1]]
@@ -197,16 +183,6 @@ def _paths(path: str, old: Any, new: Any) -> Iterator[str]:
             yield from _paths(f"{path}.{key}", old.get(key), new.get(key))
     elif old != new:
         yield path
-
-
-def _is_prefix(config: Description, settings: Mapping[str, Any], inputs: Inputs) -> bool:
-    """Whether the samples of a version begin like those of a training on the same blend."""
-    assert inputs.blend is not None
-    length, batch = settings["seq_length"], settings["global_batch_size"]
-    orders = (config.order, config.settings["train_iters"]), (inputs.order, settings["train_iters"])
-    return all(
-        order == BY_EPOCH or not repeats(inputs.blend, steps * batch, length) for order, steps in orders
-    )
 
 
 def _sha256(blend: Mapping[str, Any]) -> str:

@@ -44,7 +44,6 @@ class Description:
     inputs: Sequence[Entry] = ()  # without names
     tokenizer_sha256: str = ""
     run: dict[str, Any] = field(default_factory=dict)  # empty where nothing was trained
-    order: str | None = None  # of the samples in its index (`sizes.epochs`)
     continues: dict[str, Any] | None = None  # the shorter version that it went on from, and its step
 
     @property
@@ -58,9 +57,8 @@ class Description:
             value = yaml.safe_load(path.read_text(encoding="utf-8"))
             value["settings"]["stage"]
             inputs = [Entry(**{"name": "", "path": ""} | entry) for entry in value.get("inputs", ())]
-            more = {key: value.get(key) for key in ("order", "continues")}
             settings, run = dict(value["settings"]), dict(value.get("run") or {})
-            return cls(settings, inputs, value.get("tokenizer_sha256", ""), run, **more)
+            return cls(settings, inputs, value.get("tokenizer_sha256", ""), run, value.get("continues"))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; the checkpoint is damaged") from None
         except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError):
@@ -75,7 +73,6 @@ class Description:
             "run": self.run,
             "inputs": [entry.reference for entry in self.inputs],
             "tokenizer_sha256": self.tokenizer_sha256,
-            "order": self.order,
             "continues": self.continues,
         }
         always = ("settings", "inputs", "tokenizer_sha256")

@@ -10,9 +10,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# The order of samples in an index in which each epoch is shuffled by itself, so a longer one begins like it.
-BY_EPOCH = "by epoch"
-
 
 def taken(share: float, tokens: int, train_tokens: int) -> tuple[int, float]:
     """Tokens that a phase of `train_tokens` takes of a corpus, and how often it sees each of them.
@@ -47,12 +44,3 @@ def shares(weights: list[float], samples: int) -> Iterator[int]:
 def epochs(samples: int, seq_length: int, tokens: int) -> int:
     """How often a shard of `tokens` is read for so many samples; the last one also needs a label after it."""
     return max(1, -(-(samples * seq_length + 1) // tokens))
-
-
-def repeats(blend: Mapping[str, Any], samples: int, seq_length: int) -> bool:
-    """Whether any shard of train is read more than once."""
-    train = blend["train"]
-    return any(
-        epochs(number, seq_length, shard["tokens"]) > 1
-        for number, shard in zip(shares(train["weights"], samples), train["shards"], strict=True)
-    )

@@ -15,7 +15,6 @@ class Inputs:
 
     identities: Sequence[str]  # in the order of the version key; that of the blend is the first
     blend: Mapping[str, Any] | None = None  # the content of blend.json, where it follows from the length
-    order: str | None = None  # of the samples in the index (`sizes.epochs`)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from snaketron.jobs import continuation, heartbeat, launch, supervisor
 from snaketron.jobs.attempts import Attempts, read_attempts
 from snaketron.jobs.version import Description, Version, check_place, published, version_key
 from snaketron.lineage.record import Entry, making, of_file
-from snaketron.lineage.walk import record_about
 from snaketron.log import UserError, begin_log, log_to, logger
 from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings, model_differences
 from snaketron.sizes.layout import layout
@@ -135,11 +134,6 @@ class Stage:
         """The hash of what defines the result, by which the version is found again."""
         return version_key(self.settings.model_dump(), self.identities)
 
-    @property
-    def order(self) -> str | None:
-        """The order of the samples in the index; None without an index, or with one of before."""
-        return record_about(self.index).settings.get("order") if self.index else None
-
     @cached_property
     def version(self) -> Version:
         """Where this stage works."""
@@ -175,8 +169,7 @@ class Stage:
     def go_on(self) -> None:
         """Take over the last checkpoint of a shorter training that began like this one, if there is one."""
         version, settings = self.version, self.settings.model_dump()
-        inputs = Inputs(self.identities, read_json(self.blend) if self.index else None, self.order)
-        continuation.check_order(version, inputs, settings)
+        inputs = Inputs(self.identities, read_json(self.blend) if self.index else None)
         if version.latest_iteration() is not None:
             return
         while origin := continuation.find(version, settings, inputs):
@@ -265,9 +258,7 @@ class Stage:
     def write_config(self) -> None:
         """Write what this version is to it, with the files of the tokenizer."""
         settings, run = self.settings.model_dump(), self.run.model_dump()
-        described = Description(
-            settings, self.inputs, self.tokenizer.sha256, run, self.order, **self._origin()
-        )
+        described = Description(settings, self.inputs, self.tokenizer.sha256, run, **self._origin())
         described.write(self.version.config)
         copy_tokenizer(self.tokenizer_directory, self.version.tokenizer)
 

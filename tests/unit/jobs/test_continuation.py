@@ -10,9 +10,8 @@ from typing import Any
 from snaketron import files
 from snaketron.config import load
 from snaketron.jobs import inventory
-from snaketron.jobs.continuation import Origin, check_order, find, take_over, why_not
+from snaketron.jobs.continuation import Origin, find, take_over, why_not
 from snaketron.jobs.version import Version, version_key
-from snaketron.log import UserError
 from snaketron.settings.training import run_settings, train_settings
 from snaketron.sizes.epochs import resized
 from snaketron.sizes.outlook import Inputs
@@ -36,8 +35,8 @@ def identity(of: dict[str, Any]) -> str:
     return hashlib.sha256(files.to_json(of)).hexdigest()
 
 
-def inputs(of: dict[str, Any], *others: str, order: str | None = "by epoch") -> Inputs:
-    return Inputs([identity(of), *(others or ("tokenizer",))], of, order)
+def inputs(of: dict[str, Any], *others: str) -> Inputs:
+    return Inputs([identity(of), *(others or ("tokenizer",))], of)
 
 
 def phase(steps: int, decay: int, more: int = 0, **keys: Any) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def trained(root: Path, settings: dict[str, Any], of: Inputs, *iterations: int) 
     version = new(root, settings, of)
     names = ("sha256", "sha256", "version")
     entries = [{name: value} for name, value in zip(names, of.identities, strict=False)]
-    content = {"settings": settings, "inputs": entries, "order": of.order}
+    content = {"settings": settings, "inputs": entries}
     files.write_text(version.config, yaml.safe_dump(content))
     for iteration in iterations:
         files.write_text(version.iteration_directory(iteration) / "__0_0.distcp", f"weights {iteration}")
@@ -166,20 +165,6 @@ def test_a_constant_rate_of_a_tuning_is_prolonged_and_a_cosine_is_not(tmp_path: 
     assert why_not(new(tmp_path, longer, of), before, longer, of).startswith("a cosine cannot be prolonged")
     trained(tmp_path, sft(10, 1e-3, 1e-3), of, 8, 10)
     assert found(tmp_path, sft(15, 1e-3, 1e-3), of) == 10
-
-
-def test_data_that_was_repeated_in_another_order_is_not_gone_on_from(tmp_path: Path):
-    """15 steps are one epoch of 1,000 tokens, in any order; 20 are more, and an old index mixes epochs."""
-    trained(tmp_path, phase(15, 2, more=5), inputs(blend(15), order=None), 15)
-    assert found(tmp_path, phase(30, 2), inputs(blend(30))) == 15
-    assert found(tmp_path, phase(30, 2), inputs(blend(30), order=None)) is None
-    trained(tmp_path, phase(20, 2, more=5), inputs(blend(20), order=None), 20)
-    assert found(tmp_path, phase(30, 2), inputs(blend(30))) == 15
-    # Nor does a training change its data in the middle.
-    one = trained(tmp_path, phase(25, 2), inputs(blend(25), order=None), 20)
-    with pytest.raises(UserError, match="begun with the epochs of a corpus shuffled together"):
-        check_order(one, inputs(blend(25)), phase(25, 2))
-    check_order(one, inputs(blend(25), order=None), phase(25, 2))
 
 
 def test_a_dry_run_says_where_it_continues_or_why_it_starts_over(tmp_path: Path):

@@ -176,7 +176,7 @@ def test_the_files_of_answers_come_in_the_order_of_their_steps(tmp_path: Path):
 
 
 def test_a_description_is_written_as_it_is_read(tmp_path: Path):
-    """What was not trained here says neither how it was run nor an order of samples."""
+    """What was not trained here says not how it was run."""
     path, inputs = (
         tmp_path / "config.yaml",
         (Entry("", "data/blend.json", "ab"), Entry("", "ckpt/base", version="b-1")),
@@ -189,8 +189,8 @@ def test_a_description_is_written_as_it_is_read(tmp_path: Path):
         {"path": "ckpt/base", "version": "b-1"},
     ]
     found = Description.read(path)
-    assert (found.stage, [*found.inputs], found.run, found.order) == ("sft", [*inputs], {}, None)
-    Description(found.settings, inputs, "cd", {"log_interval": 2}, "by epoch", {"iteration": 5}).write(path)
-    names = ["settings", "run", "inputs", "tokenizer_sha256", "order", "continues"]
+    assert (found.stage, [*found.inputs], found.run) == ("sft", [*inputs], {})
+    Description(found.settings, inputs, "cd", {"log_interval": 2}, {"iteration": 5}).write(path)
+    names = ["settings", "run", "inputs", "tokenizer_sha256", "continues"]
     assert list(yaml.safe_load(path.read_text())) == names
     assert Description.read(path).continues == {"iteration": 5}

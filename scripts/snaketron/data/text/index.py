@@ -28,7 +28,7 @@ from snaketron.lineage.record import Entry, Record, making
 from snaketron.lineage.walk import record_about
 from snaketron.log import UserError
 from snaketron.settings.training import IndexSettings
-from snaketron.sizes.epochs import BY_EPOCH, epochs, shares
+from snaketron.sizes.epochs import epochs, shares
 
 import numpy as np
 from megatron.core.datasets import helpers
@@ -77,7 +77,7 @@ def build(blend_path: Path, settings: IndexSettings, *, output: Path, record: Pa
                 for split, samples in num_samples(blend, settings).items()
             }
             content = _content(building)
-            job.inputs, job.settings = {"blend": blend_path}, told | {"order": BY_EPOCH}
+            job.inputs, job.settings = {"blend": blend_path}, told
             job.counts = counts | {"files": content.pop("files")}
             job.present = [Entry("index", str(output), **content)]
             record.unlink(missing_ok=True)

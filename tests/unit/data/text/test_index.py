@@ -218,7 +218,7 @@ def test_the_record_says_what_the_index_follows_from(make_blend, tmp_path: Path)
     build(blend)
     record = files.read_json(tmp_path / "index.json")
     assert (record["kind"], record["name"]) == ("index", "one")
-    assert record["settings"] == {"blend": files.sha256(blend), **NUMBERS, "order": "by epoch"}
+    assert record["settings"] == {"blend": files.sha256(blend), **NUMBERS}
     assert record["inputs"] == [{"name": "blend", "path": str(blend), "sha256": files.sha256(blend)}]
     # 4 files of each of three shards, and 3 of their blend.
     assert record["counts"]["files"] == 15 == len(list((tmp_path / "index").iterdir()))
