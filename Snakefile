@@ -26,6 +26,7 @@ from snaketron.executor import request
 from snaketron.graph import configfiles, dry_run, notes, outlook, process, terminal
 from snaketron.graph.checks import check_files, check_secrets, check_tokenizer
 from snaketron.graph.graph import Graph
+from snaketron.graph.journal import JOURNAL, Writer
 from snaketron.graph.requests import check_requests
 from snaketron.graph.snakemake import replace_pieces
 from snaketron.graph.submission import check_submission
@@ -101,13 +102,16 @@ onstart:
     configfiles.keep(graph.config, workflow.overwrite_configfiles)
     if replaced := notes.replaced_by(workflow):
         logger.warning(replaced)
-    for line in outlook.trainings(graph.config, workflow.dag, inventory.look):
+    trainings = outlook.trainings(graph.config, workflow.dag, inventory.look)
+    for line in outlook.lines(trainings):
         logger.info(line)
     if workflow.executor_plugin.name == "slurm":
         raise WorkflowError(
             "executor: slurm waits for ever for some jobs (docs/slurm.md). Take `executor: snaketron-slurm`, as"
             " profiles/slurm does, and write `snaketron-slurm-` for `slurm-` in the names of its options."
         )
+    planned = {training.name: training.numbers for training in trainings}
+    logger.addHandler(Writer(JOURNAL, workflow.dag.stats()[1], planned))
     if workflow.executor_plugin.name == "snaketron-slurm":
         say = partial(logger.info, extra={"in_view": True})
         status.report_every(60, Path.cwd(), ckpt, say)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 from snaketron.files import sha256
+from snaketron.graph.journal import Journal
 from snaketron.lineage.record import read
 from tests.conftest import Workspace
 from tests.end_to_end.processes import shell_lines
@@ -88,6 +90,19 @@ def content_hash(path: Path) -> str:
         return sha256(path)
     files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     return hashlib.sha256("".join(f"{p.name} {sha256(p)}\n" for p in files).encode()).hexdigest()
+
+
+def test_the_journal_of_a_run_has_its_jobs_and_what_its_trainings_were_to_do(finished: Workspace):
+    journal = Journal(finished.path)
+    journal.look()
+    jobs = list(journal.jobs.values())
+    assert Counter(job.rule for job in jobs) == journal.totals
+    assert {job.state for job in jobs} == {"finished"} and journal.now > journal.began
+    assert ("pretrain broad", "ckpt/pretrain/broad", "logs/pretrain/broad.log") in {
+        (job.title, job.output, job.log) for job in jobs
+    }
+    steps = {name: (one.steps, one.done) for name, one in journal.trainings.items()}
+    assert steps == {"pretrain/broad": (12, 0), "pretrain/focused": (8, 0), "sft": (10, 0)}
 
 
 def test_the_terminal_shows_progress_and_the_summary(finished: Workspace):

@@ -9,7 +9,7 @@ from typing import Any
 
 from snaketron.config import Config, Training
 from snaketron.graph.lines import group_title
-from snaketron.graph.outlook import Look, trainings
+from snaketron.graph.outlook import Look, lines, trainings
 from snaketron.sizes.layout import layout_words
 from snaketron.sizes.plan import Estimate, components, estimate, hours_at
 from snaketron.sizes.speed import ESTIMATED
@@ -26,8 +26,8 @@ def explain(workflow: Any, config: Config, look: Look, request: Request, seconds
     reads raw files.
     """
     if workflow.dryrun and (dag := getattr(workflow, "dag", None)):
-        if lines := trainings(config, dag, look):
-            print("\n  ".join(("\nTrainings:", *lines)), file=sys.stderr)
+        if found := trainings(config, dag, look):
+            print("\n  ".join(("\nTrainings:", *lines(found))), file=sys.stderr)
         if plan := describe(config, _submitted(workflow, dag, config), request, seconds):
             print(f"\n{plan}", file=sys.stderr)
 

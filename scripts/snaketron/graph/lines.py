@@ -57,6 +57,7 @@ RAISED = re.compile(
 )
 STATUS = re.compile(r"returned non-zero exit status (\d+)|died with <Signals\.(\w+)")
 UNKNOWN = re.compile(r"(\d+) jobs have missing provenance/metadata [^\n]*\n[^\n]*metadata: (.+)")
+TERMINATING = "Terminating processes on user request"
 AGAIN = re.compile(r"Trying to restart job (\S+)\.")
 SUBMITTED = re.compile(r"Job (\S+) has been submitted with SLURM jobid (\S+) \(log: (.*)\)\.")
 
@@ -199,7 +200,7 @@ class Lines:
         if "CalledProcessError" in text and (found := STATUS.search(text)):
             self.statuses.append((text, found[1] or found[2]))
             return None
-        if text.startswith("Terminating processes on user request"):
+        if text.startswith(TERMINATING):
             self.stopping = True
             return _at("Stopping, as asked")
         if text.startswith("Complete log(s): "):

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from snaketron.config import Config
 from snaketron.files import read_json, sha256, to_json
@@ -15,7 +15,7 @@ from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.settings.blends import PhaseSettings
 from snaketron.sizes.epochs import resized
-from snaketron.sizes.outlook import Inputs, Progress, outlook
+from snaketron.sizes.outlook import Inputs, Planned, Progress, outlook, planned
 from snaketron.sizes.speed import speed
 
 import orjson
@@ -26,8 +26,16 @@ RULES = ("pretrain", "sft", "lora", "merge_lora")
 Look = Callable[[Path, dict[str, Any], Inputs | None], Progress]
 
 
-def trainings(config: Config, dag: Any, look: Look) -> list[str]:
-    """A line for each training among the jobs that run, or would run, in their order."""
+class Outlook(NamedTuple):
+    """What a training among the jobs of a run will do."""
+
+    name: str
+    words: str
+    numbers: Planned
+
+
+def trainings(config: Config, dag: Any, look: Look) -> list[Outlook]:
+    """The trainings among the jobs that run, or would run, in their order."""
     jobs = [job for job in dag.needrun_jobs(exclude_finished=False) if job.rule.name in RULES]
     phases = ["", *(phase.name for phase in config.pretrain.phases)]
     jobs.sort(key=lambda job: (RULES.index(job.rule.name), phases.index(job.wildcards.get("phase", ""))))
@@ -41,32 +49,34 @@ def trainings(config: Config, dag: Any, look: Look) -> list[str]:
         output = str(job.output[0])
         progress = look(Path(output), settings, _inputs(dag, job, known, makers))
         known[output] = progress.identity
-        found.append((settings["stage"], _words(config, job, settings, progress)))
-    return in_columns(found)
+        found.append(Outlook(settings["stage"], *_of_training(config, job, settings, progress)))
+    return found
 
 
-def in_columns(lines: Sequence[tuple[str, str]]) -> list[str]:
+def lines(found: Sequence[Outlook]) -> list[str]:
     """Names and words, below each other.
 
-    >>> in_columns([("sft", "trains"), ("pretrain/mixed_1m_1", "continues")])
+    >>> lines([Outlook("sft", "trains", Planned()), Outlook("pretrain/mixed_1m_1", "continues", Planned())])
     ['sft                 trains', 'pretrain/mixed_1m_1 continues']
     """
-    width = max((18, *(len(name) for name, _ in lines)))
-    return [f"{name:{width}} {words}" for name, words in lines]
+    width = max((18, *(len(one.name) for one in found)))
+    return [f"{one.name:{width}} {one.words}" for one in found]
 
 
-def _words(config: Config, job: Any, settings: dict[str, Any], progress: Progress) -> str:
+def _of_training(
+    config: Config, job: Any, settings: dict[str, Any], progress: Progress
+) -> tuple[str, Planned]:
     if job.rule.name == "merge_lora":
         merged = "was merged before and is only published"
-        return merged if progress.finished else "adds the adapters to their base"
+        return merged if progress.finished else "adds the adapters to their base", Planned()
     training = config.training(settings["stage"])
     found = speed(config, training)
-    return outlook(
-        progress,
+    numbers = (
         settings["train_iters"],
         settings["global_batch_size"] * settings["seq_length"],
         found.tokens_per_second * training.run.parallel.world_size if found else None,
     )
+    return outlook(progress, *numbers), planned(progress, *numbers)
 
 
 def _inputs(dag: Any, job: Any, known: dict[str, str | None], makers: Mapping[str, Any]) -> Inputs | None:

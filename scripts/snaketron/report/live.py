@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import is_locked
+from snaketron.graph.journal import Job, Journal
 from snaketron.jobs import heartbeat, slurm
 from snaketron.jobs.lines import Tail, line_of_metrics
 from snaketron.jobs.owner import is_owned
 from snaketron.jobs.queue import Queued, queued_in
 from snaketron.jobs.version import Version, published, versions
-from snaketron.report.snakemake_log import Job, Log, Planned
 from snaketron.report.workflow import files_of, read_benchmark, rule_of
+from snaketron.sizes.outlook import Planned
 from snaketron.tracking.warnings import Warning, warnings_of
 
 RECENT = 8  # lines of metrics that say how fast a training is
 MOST_POINTS = 4096  # of a curve; above it, every second one goes
-SLACK_S = 30.0  # between the clock of the log and that of the file system
+SLACK_S = 30.0  # between the clock of Snakemake and that of the file system
 ASK_EVERY_S = 30.0  # Slurm
 LOOK_AT_LOCK_S = 5.0
 BENCHMARKS = 32  # of a rule, from which the time of a job is taken that has not run yet
 FEW = 3  # more jobs that wait are counted by their rule and reason
-LOGS = 8  # of Snakemake, among which that of the run is looked for
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Follower:
 
     def __init__(self, directory: Path, *, alive: bool | None = None) -> None:
         self.directory, self.alive = directory, alive
-        self.log, self.tail = Log(), Tail(Path())
+        self.journal = Journal(directory)
         self.queue = Queue(directory)
         self.slurm: dict[str, Queued] = {}  # what Slurm said when it was looked at last, by number
         self.metrics: dict[Path, Measured] = {}
@@ -178,16 +178,16 @@ class Follower:
 
     def look(self) -> View:
         """What there is to show now."""
-        self.read_log()
-        log = self.log
-        if not log.totals:
+        journal = self.journal
+        journal.look()
+        if not journal.totals:
             return View("")
         running = self._is_running()
-        begun = [job for job in log.jobs.values() if job.state == "running"]
+        begun = [job for job in journal.jobs.values() if job.state == "running"]
         if any(job.slurm for job in begun):
             self.queue.look()
         self.slurm = {job.number: job for job in self.queue.jobs or ()}
-        trainings = [self._training(*one, running) for one in log.trainings.items()]
+        trainings = [self._training(*one, running) for one in journal.trainings.items()]
         rules = self._rules(running)
         states = {one.state for one in trainings} | {rule.state for rule in rules}
         waiting = [job for job in begun if self._waits(job)]
@@ -197,49 +197,34 @@ class Follower:
             key=lambda found: found[0],
             default=None,
         )
-        done = sum(job.state == "finished" for job in log.jobs.values())
-        total = sum(log.totals.values())
+        done = sum(job.state == "finished" for job in journal.jobs.values())
+        total = sum(journal.totals.values())
         ended = "finished" if done >= total else "failed" if "failed" in states else "stopped"
         state = "running" if running else ended
-        until = self._last_sign(begun) if state == "stopped" else time.time() if running else log.now
+        until = self._last_sign(begun) if state == "stopped" else time.time() if running else journal.now
         return View(
             state=state,
-            seconds=max(0.0, until - (log.began or log.now)),
+            seconds=max(0.0, until - journal.began),
             done=done,
             total=total,
             rules=rules,
             trainings=trainings,
             running=[self._running(job) for job in begun if running and job not in waiting],
             waiting=_queue([self.slurm[job.slurm] for job in waiting]) if running else (),
-            failed=[job.title for job in log.jobs.values() if job.state == "failed"],
+            failed=[job.title for job in journal.jobs.values() if job.state == "failed"],
             seconds_left=left if running else None,
             at_least=at_least,
             warning=warned and warned[1:],
         )
 
     def _last_sign(self, begun: Sequence[Job]) -> float:
-        """When the run was alive last: a Snakemake that was killed wrote no end into its log."""
-        signs = [self.tail.path, *(self.directory / job.log for job in begun if job.log)]
-        for name in self.log.trainings:
+        """When the run was alive last: a Snakemake that was killed has told nothing of its end."""
+        signs = [self.directory / job.log for job in begun if job.log]
+        for name in self.journal.trainings:
             job = self._job(name)
             if job and job in begun and (version := self._version(name, job)):
                 signs.append(version.heartbeat)
-        return max([self.log.now, *(path.stat().st_mtime for path in signs if path.exists())])
-
-    def read_log(self) -> None:
-        """Read on in the log of the newest run; one that was refused, or had no job, is none."""
-        logs = sorted((self.directory / ".snakemake/log").glob("*.snakemake.log"), reverse=True)
-        for path in logs[:LOGS]:
-            known = path == self.tail.path
-            log, tail = (self.log, self.tail) if known else (Log(), Tail(path))
-            if tail.changed():
-                log = Log()
-            for line in tail.lines():
-                log.read(line.decode(errors="replace"))
-            if log.totals and not log.refused:
-                self.log, self.tail = log, tail
-                return
-        self.log, self.tail = Log(), Tail(Path())
+        return max([self.journal.now, *(path.stat().st_mtime for path in signs if path.exists())])
 
     def _is_running(self) -> bool:
         if self.alive is not None:
@@ -256,13 +241,13 @@ class Follower:
 
     def _rules(self, running: bool) -> list[Rule]:
         """The rules that are not trainings. One waits whose jobs are all in Slurm's queue."""
-        trained = {rule_of(name) for name in self.log.trainings}
-        states: dict[str, Counter[str]] = {name: Counter() for name in self.log.totals}
-        for job in self.log.jobs.values():
+        trained = {rule_of(name) for name in self.journal.trainings}
+        states: dict[str, Counter[str]] = {name: Counter() for name in self.journal.totals}
+        for job in self.journal.jobs.values():
             waits = job.state == "running" and self._waits(job)
             states.setdefault(job.rule, Counter())["waiting" if waits else job.state] += 1
         found = []
-        for name, total in self.log.totals.items():
+        for name, total in self.journal.totals.items():
             if name in trained or name == "all":
                 continue
             of = states[name]
@@ -293,7 +278,7 @@ class Follower:
     def _job(self, name: str) -> Job | None:
         """The newest job of a training."""
         wanted = rule_of(name), name.partition("/")[2]
-        jobs = [job for job in self.log.jobs.values() if (job.rule, job.wildcards) == wanted]
+        jobs = [job for job in self.journal.jobs.values() if (job.rule, job.wildcards) == wanted]
         return jobs[-1] if jobs else None
 
     def _version(self, name: str, job: Job) -> Version | None:
@@ -358,7 +343,7 @@ class Follower:
         speeds = [one.tokens_per_second for one in trainings if one.tokens_per_second]
         left, unknown = 0.0, 0
         for one in trainings:
-            seconds, planned = one.seconds_left, self.log.trainings[one.name]
+            seconds, planned = one.seconds_left, self.journal.trainings[one.name]
             if seconds is None and speeds and planned.tokens:
                 seconds = planned.tokens / speeds[-1]
             if seconds is None and not planned.steps:
@@ -376,7 +361,7 @@ class Follower:
 
     def _usual(self, rule: str) -> float | None:
         """Seconds of a job of a rule, by this run or by benchmarks of earlier ones."""
-        if taken := self.log.seconds.get(rule):
+        if taken := self.journal.seconds.get(rule):
             return statistics.mean(taken)
         if rule not in self.usual:
             paths = files_of(rule, self.directory / "benchmarks", ".tsv")[:BENCHMARKS]

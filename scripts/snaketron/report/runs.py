@@ -13,6 +13,7 @@ from typing import Any
 
 from snaketron.config import Parallel
 from snaketron.files import is_locked, read_json
+from snaketron.graph.journal import Journal
 from snaketron.jobs import heartbeat
 from snaketron.jobs.attempts import Attempt, read_attempts
 from snaketron.jobs.owner import is_owned
@@ -23,8 +24,6 @@ from snaketron.lineage.walk import ancestors, lost, why_lost
 from snaketron.log import UserError
 from snaketron.report.collect import Data, add_up, collect
 from snaketron.report.history import History, read_history
-from snaketron.report.live import Follower
-from snaketron.report.snakemake_log import Log
 from snaketron.report.workflow import Rule, rule_of, rules
 from snaketron.wording import after, plural
 
@@ -196,7 +195,8 @@ def _read_rules(
     """The rules that a run has or will have; one that is running may have been asked for further ones."""
     begun = None
     if running:
-        log = _log(directory)
+        log = Journal(directory)
+        log.look()
         jobs |= Counter(log.totals)
         begun = {directory / job.log: job.began for job in log.jobs.values() if job.state == "running"}
     return rules(
@@ -209,13 +209,6 @@ def _read_rules(
         begun=begun,
         asked=asked,
     )
-
-
-def _log(directory: Path) -> Log:
-    """What the Snakemake says that works in a directory."""
-    follower = Follower(directory, alive=True)
-    follower.read_log()
-    return follower.log
 
 
 # ------------------------------------------------------------------------------------------- trainings

@@ -30,6 +30,25 @@ class Progress:
     published: bool = False  # a version is, and whether it is this one is not known before its inputs are
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What a training will do, in numbers."""
+
+    steps: int = 0  # 0 where nothing is trained
+    done: int = 0  # steps that are not trained again
+    tokens: int = 0  # to be trained
+    seconds: float | None = None  # for these; None where nobody knows the speed
+
+
+def planned(progress: Progress, steps: int, tokens_per_step: int, stated: float | None) -> Planned:
+    """What a training will do; arguments are those of `outlook`."""
+    if progress.finished:
+        return Planned()
+    left = (steps - progress.done) * tokens_per_step
+    speed = stated or progress.tokens_per_second
+    return Planned(steps, progress.done, left, left / speed if speed else None)
+
+
 def outlook(progress: Progress, steps: int, tokens_per_step: int, stated: float | None) -> str:
     """What a training will do, in words.
 
@@ -44,14 +63,14 @@ def outlook(progress: Progress, steps: int, tokens_per_step: int, stated: float 
     """
     if progress.finished:
         return "was trained before and is only published"
-    left = (steps - progress.done) * tokens_per_step
-    text = f"trains {steps:,} steps, {large(left)} tokens"
+    plan = planned(progress, steps, tokens_per_step, stated)
+    text = f"trains {steps:,} steps, {large(plan.tokens)} tokens"
     if progress.origin:
         text = f"continues at step {progress.done:,} of {steps:,}, from {progress.origin}"
     elif progress.done:
         text = f"continues after step {progress.done:,} of {steps:,}"
-    if speed := stated or progress.tokens_per_second:
-        text += f", about {short_duration(left / speed)}"
+    if plan.seconds is not None:
+        text += f", about {short_duration(plan.seconds)}"
         text += "" if stated else " at the speed of the last time"
     if not progress.identity and not progress.done:
         text += ", once what it is made from is there"

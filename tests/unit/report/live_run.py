@@ -1,73 +1,57 @@
-"""A directory as a run leaves it on the way: its log as Snakemake writes it, and its trainings."""
+"""A directory as a run leaves it on the way: its journal as Snakemake tells it, and its trainings."""
 
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from snaketron import files
-from snaketron.sizes.outlook import Progress, outlook
+from snaketron.graph.journal import JOURNAL, Writer
+from snaketron.sizes.outlook import Planned, Progress, planned
 
 import orjson
-from snakemake.logging import DefaultFormatter
 from snakemake_interface_logger_plugins.common import LogEvent
 
-LOG = ".snakemake/log/2026-11-28T205240.183890.snakemake.log"
 # 196 steps of 1,000 tokens, without an earlier run that says how long they take; 90 at 50 tokens a second.
-BROAD = f"pretrain/broad     {outlook(Progress(), 196, 1000, None)}"
-SFT = f"sft                {outlook(Progress(), 90, 1000, 50.0)}"
+BROAD = {"pretrain/broad": planned(Progress(), 196, 1000, None)}
+SFT = {"sft": planned(Progress(), 90, 1000, 50.0)}
 
 
 class RunLog:
-    """The log of a run, in the words of Snakemake's own formatter."""
+    """A run whose events are those of Snakemake."""
 
-    def __init__(self, directory: Path, totals: dict[str, int], *said: str, name: str = LOG) -> None:
-        self.path = directory / name
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.words = DefaultFormatter(None, True)
-        self.add("\nSNAKEMAKE\n=========\n  Date: " + time.strftime("%Y-%m-%d %H:%M:%S"))
-        rows = "".join(f"{rule:20} {count:6}\n" for rule, count in (totals | {"total": 0}).items())
-        self.add(f"Job stats:\njob                   count\n------------------  -------\n{rows}")
-        for line in said:
-            self.add(line)
+    def __init__(
+        self, directory: Path, totals: dict[str, int], trainings: dict[str, Planned] | None = None
+    ) -> None:
+        self.writer = Writer(directory / JOURNAL, totals, trainings or {})
 
     def add(self, text: str, event: LogEvent | None = None, **extra: Any) -> None:
         made = logging.LogRecord("snakemake", logging.INFO, "", 0, text, None, None)
         made.__dict__.update(extra, event=event)
-        with self.path.open("a") as file:
-            file.write(self.words.format(made) + "\n")
+        self.writer.handle(made)
 
     def begins(
-        self,
-        number: int,
-        rule: str,
-        output: str = "a.json",
-        *,
-        grouped: bool = False,
-        log: str = "c.log",
-        **wildcards: str,
+        self, number: int, rule: str, output: str = "a.json", *, log: str = "c.log", **wildcards: str
     ) -> None:
-        job: dict[str, Any] = {"jobid": number, "rule_name": rule, "wildcards": wildcards, "indent": grouped}
-        job |= {
-            "rule_msg": None,
-            "local": not grouped,
-            "is_checkpoint": False,
-            "input": ["b"],
-            "log": [log],
-        }
-        job |= {"output": [output], "benchmark": None, "reason": "Missing", "priority": 0, "threads": 1}
-        self.add("", LogEvent.JOB_INFO, resources={}, **job)
+        job: dict[str, Any] = {"jobid": number, "rule_name": rule, "wildcards": wildcards}
+        self.add("", LogEvent.JOB_INFO, output=[f"{output} (update)", "b.json"], log=[log], **job)
 
-    def finishes(self, number: int, rule: str) -> None:
-        self.add(f"Finished jobid: {number} (Rule: {rule})", LogEvent.JOB_FINISHED)
+    def group(self, **jobs: int) -> None:
+        """A group of jobs of these numbers; their names are what Snakemake may call it by."""
+        members = [SimpleNamespace(jobid=n, uuid=lambda name=name: name) for name, n in jobs.items()]
+        self.add("Group job tokens:", LogEvent.GROUP_INFO, jobs=members)
 
-    def fails(self, number: int, rule: str, *logs: str, command: str = "python x.py") -> None:
-        error: dict[str, Any] = {"jobid": number, "rule_name": rule, "rule_msg": None, "log": list(logs)}
-        error |= {"input": [], "output": ["a.json"], "conda_env": None, "shellcmd": command, "aux": {}}
-        made = {"indent": False, **error}
-        self.add(f"Error in rule {rule}", LogEvent.JOB_ERROR, msg="", **made)
+    def finishes(self, number: int) -> None:
+        self.add(f"Finished jobid: {number}", LogEvent.JOB_FINISHED, job_id=number)
+
+    def fails(self, *numbers: int) -> None:
+        """A job fails, or a group of several."""
+        if len(numbers) > 1:
+            self.add("Error", LogEvent.GROUP_ERROR, job_error_info=[{"jobid": n} for n in numbers])
+        else:
+            self.add("Error", LogEvent.JOB_ERROR, jobid=numbers[0])
 
 
 def train(directory: Path, stage: str, steps: int, total: int, *, seconds_per_step: float = 2.0) -> Path:

@@ -8,15 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from snaketron import files
+from snaketron.graph.journal import Journal
 from snaketron.jobs import slurm
 from snaketron.jobs.queue import Queued
 from snaketron.report.live import Follower
-from snaketron.report.snakemake_log import Planned, planned
-from snaketron.sizes.outlook import Progress, outlook
 from tests.unit.report.live_run import BROAD, SFT, RunLog, train
 
 import pytest
-from snakemake_interface_logger_plugins.common import LogEvent
 
 TOTALS = {"tokenize_shard": 4, "blend_pretrain": 1, "pretrain": 1, "sft": 1}
 
@@ -24,11 +22,11 @@ TOTALS = {"tokenize_shard": 4, "blend_pretrain": 1, "pretrain": 1, "sft": 1}
 @pytest.fixture
 def run(tmp_path: Path) -> RunLog:
     """Two shards are tokenized, a third one is on its way, and `broad` has trained 120 of 196 steps."""
-    log = RunLog(tmp_path, TOTALS, BROAD, SFT)
+    log = RunLog(tmp_path, TOTALS, BROAD | SFT)
     for number in (1, 2, 3):
         log.begins(number, "tokenize_shard", corpus="docs", shard=f"part_{number}")
     for number in (1, 2):
-        log.finishes(number, "tokenize_shard")
+        log.finishes(number)
     log.begins(7, "pretrain", "ckpt/pretrain/broad", phase="broad")
     train(tmp_path, "pretrain/broad", 120, 196)
     return log
@@ -90,7 +88,7 @@ def test_the_time_left_is_what_was_measured_and_else_what_was_planned(run: RunLo
 def test_a_second_look_reads_what_is_new(run: RunLog, tmp_path: Path):
     follower = Follower(tmp_path, alive=True)
     assert follower.look().done == 2
-    run.finishes(3, "tokenize_shard")
+    run.finishes(3)
     metrics = tmp_path / "ckpt/versions/pretrain_broad-0123456789ab/metrics.jsonl"
     with metrics.open("a") as file:
         file.write('{"iteration": 130, "loss": 1.5}\n{"iteration": 140, "lo')
@@ -127,62 +125,53 @@ def test_a_training_that_outlived_its_snakemake_is_running(run: RunLog, tmp_path
         assert Follower(tmp_path).look().trainings[0].state == "running"
 
 
-def test_a_failed_job_is_shown_and_not_the_jobs_in_its_log(run: RunLog, tmp_path: Path):
-    """In the log of a Slurm job another Snakemake tells of a job 1 of its own."""
-    log = tmp_path / "42.log"
-    log.write_text(
-        "SNAKEMAKE\n=========\nlocalrule sft:\n    jobid: 1\nFinished jobid: 7 (Rule: sft)\nerror\n"
-    )
-    run.fails(3, "tokenize_shard", str(log))
+def test_a_failed_job_is_shown_until_it_is_tried_again(run: RunLog, tmp_path: Path):
+    run.fails(3)
     view = Follower(tmp_path).look()
     assert (view.state, view.done, view.rules[0].state) == ("failed", 2, "failed")
     assert view.failed == ["tokenize_shard docs part_3"]
     run.begins(3, "tokenize_shard", corpus="docs", shard="part_3")  # tried again
-    run.finishes(3, "tokenize_shard")
+    run.finishes(3)
     assert Follower(tmp_path, alive=True).look().rules[0].state == "running"
 
 
-@pytest.mark.parametrize("sign", ["progress.json", "c.log", "snakemake.log"])
+def test_all_jobs_of_a_failed_group_have_failed(run: RunLog, tmp_path: Path):
+    run.begins(4, "tokenize_shard", corpus="docs", shard="part_4")
+    run.fails(3, 4)
+    assert Follower(tmp_path).look().failed == ["tokenize_shard docs part_3", "tokenize_shard docs part_4"]
+
+
+@pytest.mark.parametrize("sign", ["progress.json", "c.log"])
 def test_a_run_that_was_killed_lasted_until_its_last_sign_of_life(run: RunLog, tmp_path: Path, sign: str):
-    """The log of Snakemake has no line with a time after the second in which the training began."""
-    began = Follower(tmp_path, alive=False)
-    began.read_log()
+    journal = Journal(tmp_path)
+    journal.look()
     (tmp_path / "c.log").write_text("$ python train.py\n")
     for path in tmp_path.rglob("*"):
         later = 32 if path.name.endswith(sign) else 0
-        os.utime(path, (began.log.began + later,) * 2)
+        os.utime(path, (journal.began + later,) * 2)
     view = Follower(tmp_path, alive=False).look()
-    assert (view.state, view.seconds) == ("stopped", 32)
+    assert (view.state, view.seconds) == ("stopped", pytest.approx(32))
 
 
 def test_a_job_that_the_user_has_stopped_did_not_fail(run: RunLog, tmp_path: Path):
     run.add("Terminating processes on user request, this might take some time.")
-    run.fails(3, "tokenize_shard")
+    run.fails(3)
     view = Follower(tmp_path).look()
     assert (view.state, view.rules[0].state) == ("stopped", "stopped")
 
 
 def test_a_finished_training_is_that_of_its_link(run: RunLog, tmp_path: Path):
-    run.finishes(7, "pretrain")
+    run.finishes(7)
     (tmp_path / "ckpt/pretrain").mkdir()
     (tmp_path / "ckpt/pretrain/broad").symlink_to("../versions/pretrain_broad-0123456789ab")
     broad = Follower(tmp_path, alive=True).look().trainings[0]
     assert (broad.state, broad.seconds_left, len(broad.curve)) == ("finished", 0.0, 12)
 
 
-def test_the_log_of_a_snakemake_that_was_refused_is_not_that_of_the_run(run: RunLog, tmp_path: Path):
-    later = ".snakemake/log/2026-11-28T215240.183890.snakemake.log"
-    follower = Follower(tmp_path, alive=True)
-    refused = RunLog(tmp_path, {"sft": 1}, name=later)
-    assert follower.look().total == 1  # it has not been refused yet
-    refused.add("WorkflowError:\nAnother Snakemake is running in this directory; wait for it or stop it.")
-    assert follower.look().total == Follower(tmp_path, alive=True).look().total == 7
-
-
 def test_a_new_run_is_followed_when_it_comes(run: RunLog, tmp_path: Path):
     follower = Follower(tmp_path, alive=True)
     assert follower.look().total == 7
-    RunLog(tmp_path, {"sft": 1}, name=".snakemake/log/2026-11-28T215240.183890.snakemake.log")
+    RunLog(tmp_path, {"sft": 1})
     assert follower.look().total == 1
 
 
@@ -207,9 +196,9 @@ def test_a_directory_without_a_run(tmp_path: Path):
 def test_what_waits_in_the_queue_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Two shards in a group wait, and a training runs."""
     log = RunLog(tmp_path, {"tokenize_shard": 2, "sft": 1}, SFT)
-    log.add("Group job tokens (jobs in lexicogr. order):", LogEvent.GROUP_INFO, msg="Group job tokens:")
+    log.group(**{"5d1e-31": 1, "0b7c-12": 2})
     for number in (1, 2):
-        log.begins(number, "tokenize_shard", grouped=True, corpus="docs", shard=f"part_{number}")
+        log.begins(number, "tokenize_shard", corpus="docs", shard=f"part_{number}")
     log.add("Job 0b7c-12 has been submitted with SLURM jobid 42 (log: logs/slurm/42.log).")
     log.begins(3, "sft", "ckpt/sft")
     log.add("Job 3 has been submitted with SLURM jobid 43 (log: logs/slurm/43.log).")
@@ -242,22 +231,3 @@ def test_slurm_is_asked_in_a_thread_and_no_answer_is_no_fault(tmp_path: Path, mo
     monkeypatch.setenv("PATH", str(tmp_path))  # no squeue there
     follower.queue._ask()
     assert follower.queue.jobs is None
-
-
-@pytest.mark.parametrize(
-    ("progress", "stated", "numbers"),
-    [
-        (Progress(), None, Planned(80, 0, 80_000.0, None)),
-        (Progress(identity="a", tokens_per_second=100.0), None, Planned(80, 0, 80_000.0, 792.0)),
-        (Progress(done=20), 100.0, Planned(80, 20, None, 600.0)),
-        (Progress(done=20, origin="sft-1"), 1.0, Planned(80, 20, None, 60_120.0)),
-        (Progress(done=20), 5000.0, Planned(80, 20, None, 12.0)),
-        (Progress(finished=True), None, Planned()),
-    ],
-)
-def test_numbers_are_read_from_what_a_run_says_of_its_trainings(progress, stated, numbers: Planned):
-    """13.3 min, 10.0 min and 16.7 h, to three digits as they are said."""
-    verb, _, rest = outlook(progress, 80, 1000, stated).partition(" ")
-    found = planned("was trained" if verb == "was" else verb, rest)
-    expected = 798.0 if numbers.seconds == 792.0 else numbers.seconds
-    assert found == Planned(numbers.steps, numbers.done, numbers.tokens, pytest.approx(expected))

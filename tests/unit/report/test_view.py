@@ -159,7 +159,7 @@ def screen(output: str, resized: int | None = None, columns: int = 1000) -> list
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    log = RunLog(tmp_path, {"tokenize_shard": 4, "blend_pretrain": 1, "pretrain": 1, "sft": 1}, BROAD, SFT)
+    log = RunLog(tmp_path, {"tokenize_shard": 4, "blend_pretrain": 1, "pretrain": 1, "sft": 1}, BROAD | SFT)
     log.begins(7, "pretrain", "ckpt/pretrain/broad", phase="broad")
     train(tmp_path, "pretrain/broad", 120, 196)
     return tmp_path

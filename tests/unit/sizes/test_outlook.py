@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snaketron.sizes.outlook import Progress, outlook
+from snaketron.sizes.outlook import Planned, Progress, outlook, planned
 
 import pytest
 
@@ -40,3 +40,16 @@ import pytest
 )
 def test_the_outlook(progress: Progress, stated: float | None, expected: str):
     assert outlook(progress, 100, 1000, stated) == expected
+
+
+@pytest.mark.parametrize(
+    ("progress", "stated", "numbers"),
+    [
+        (Progress(), None, Planned(100, 0, 100_000, None)),
+        (Progress(tokens_per_second=100.0), None, Planned(100, 0, 100_000, 1000.0)),
+        (Progress(done=40, tokens_per_second=100.0), 50.0, Planned(100, 40, 60_000, 1200.0)),
+        (Progress(finished=True), 50.0, Planned()),
+    ],
+)
+def test_the_outlook_in_numbers(progress: Progress, stated: float | None, numbers: Planned):
+    assert planned(progress, 100, 1000, stated) == numbers
