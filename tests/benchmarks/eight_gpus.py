@@ -39,8 +39,8 @@ from typing import Any
 
 from snaketron.config import Parallel
 from snaketron.files import read_json, write_json
+from snaketron.jobs.lines import read_metrics
 from snaketron.sizes.layout import layout_words
-from snaketron.train.metrics import Metrics
 
 import psutil
 from tests.benchmarks import eight_gpus_rows as rows_of_parts
@@ -91,7 +91,7 @@ def kill(root: Path, training: Training, per_node: int, limit: float) -> dict[st
     killed, before, file, stalls = 0.0, 0, 0, [0.0]
     while process.poll() is None and time.monotonic() < deadline:
         here = trainings.version(root, training)
-        latest, lines = here.latest_iteration() or 0, Metrics.read(here.metrics)
+        latest, lines = here.latest_iteration() or 0, read_metrics(here.metrics)[0]
         if not killed and latest and lines[-1]["iteration"] > latest:
             checkpoint = here.iteration_directory(latest)
             found["checkpoint_gb"] = sum(p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()) / 1e9

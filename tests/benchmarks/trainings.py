@@ -20,6 +20,7 @@ from snaketron import files
 from snaketron.config import Config, Parallel, load
 from snaketron.data.text import binidx
 from snaketron.data.text.blend import BlendedSplit, PretrainBlend, Shard, weigh
+from snaketron.jobs.lines import read_metrics
 from snaketron.jobs.version import Version
 from snaketron.settings.training import IndexSettings, run_settings, train_settings
 from snaketron.sizes.epochs import resized
@@ -27,7 +28,6 @@ from snaketron.sizes.gpus import GPUS
 from snaketron.sizes.memory import activation_memory, static_of_run
 from snaketron.sizes.recording import work
 from snaketron.sizes.step import step_time
-from snaketron.train.metrics import Metrics
 
 import numpy as np
 from tests.benchmarks.shapes import VOCABULARY, text_tokens
@@ -230,11 +230,11 @@ def train(root: Path, training: Training, gpus_per_node: int, limit: float) -> d
         return found | {"failed": f"{reason}: {said}"}
     here = version(root, training)
     found["went_on_from"] = files.read_json(here.origin)["iteration"] if here.origin.exists() else 0
-    return found | summary(training, Metrics.read(here.metrics))
+    return found | summary(training, read_metrics(here.metrics)[0])
 
 
 def _is_measured(root: Path, training: Training) -> bool:
-    lines = Metrics.read(version(root, training).metrics) if training.stop_after else []
+    lines = read_metrics(version(root, training).metrics)[0] if training.stop_after else []
     return bool(lines) and sum("loss" in line for line in lines) >= training.stop_after
 
 

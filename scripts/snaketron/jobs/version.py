@@ -44,7 +44,6 @@ class Description:
     inputs: Sequence[Entry] = ()  # without names
     tokenizer_sha256: str = ""
     run: dict[str, Any] = field(default_factory=dict)  # empty where nothing was trained
-    continues: dict[str, Any] | None = None  # the shorter version that it went on from, and its step
 
     @property
     def stage(self) -> str:
@@ -58,7 +57,7 @@ class Description:
             value["settings"]["stage"]
             inputs = [Entry(**{"name": "", "path": ""} | entry) for entry in value.get("inputs", ())]
             settings, run = dict(value["settings"]), dict(value.get("run") or {})
-            return cls(settings, inputs, value.get("tokenizer_sha256", ""), run, value.get("continues"))
+            return cls(settings, inputs, value.get("tokenizer_sha256", ""), run)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; the checkpoint is damaged") from None
         except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError):
@@ -70,13 +69,10 @@ class Description:
     def write(self, path: Path) -> None:
         value = {
             "settings": self.settings,
-            "run": self.run,
+            **({"run": self.run} if self.run else {}),
             "inputs": [entry.reference for entry in self.inputs],
             "tokenizer_sha256": self.tokenizer_sha256,
-            "continues": self.continues,
         }
-        always = ("settings", "inputs", "tokenizer_sha256")
-        value = {key: part for key, part in value.items() if part or key in always}
         write_text(path, yaml.safe_dump(value, sort_keys=False))
 
 

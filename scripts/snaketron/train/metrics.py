@@ -52,11 +52,6 @@ class Metrics:
         for line in kept if iteration else ():
             observe(line)
 
-    @staticmethod
-    def read(path: Path) -> list[dict[str, Any]]:
-        """The lines so far, without those that a killed process or node left unfinished or damaged."""
-        return read_metrics(path)[0]
-
     def write(self, **values: Any) -> None:
         """Add a line, which `observe` gets too; nothing where this is not the writer."""
         if not self.writer:

@@ -17,6 +17,7 @@ from snaketron.files import read_json, sha256
 from snaketron.huggingface.config import copy_tokenizer
 from snaketron.jobs import continuation, heartbeat, launch, supervisor
 from snaketron.jobs.attempts import Attempts, read_attempts
+from snaketron.jobs.lines import read_metrics
 from snaketron.jobs.version import Description, Version, check_place, published, version_key
 from snaketron.lineage.record import Entry, making, of_file
 from snaketron.log import UserError, begin_log, log_to, logger
@@ -25,7 +26,7 @@ from snaketron.sizes.layout import layout
 from snaketron.sizes.outlook import Inputs
 from snaketron.tracking.follow import following
 from snaketron.tracking.sinks import Run
-from snaketron.train.metrics import Metrics, mix, performance
+from snaketron.train.metrics import mix, performance
 from snaketron.wording import size_text
 
 from pydantic import ValidationError
@@ -152,7 +153,7 @@ class Stage:
             tensorboard=self.run.tensorboard,
             notify=self.run.notify,
             attempts=len(attempts.all),
-            steps=max((line["iteration"] for line in Metrics.read(self.version.metrics)), default=0),
+            steps=max((line["iteration"] for line in read_metrics(self.version.metrics)[0]), default=0),
         )
 
     def open_logs(self, log_file: Path | None) -> None:
@@ -258,17 +259,12 @@ class Stage:
     def write_config(self) -> None:
         """Write what this version is to it, with the files of the tokenizer."""
         settings, run = self.settings.model_dump(), self.run.model_dump()
-        described = Description(settings, self.inputs, self.tokenizer.sha256, run, **self._origin())
-        described.write(self.version.config)
+        Description(settings, self.inputs, self.tokenizer.sha256, run).write(self.version.config)
         copy_tokenizer(self.tokenizer_directory, self.version.tokenizer)
-
-    def _origin(self) -> dict[str, Any]:
-        """The shorter version that this one went on from, and at which step; nothing where there is none."""
-        return {"continues": read_json(path)} if (path := self.version.origin).exists() else {}
 
     def _finish(self, seconds: float, batches: Batches) -> None:
         """Record what a finished training did."""
-        lines = Metrics.read(self.version.metrics)
+        lines, _ = read_metrics(self.version.metrics)
         valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
         iterations = self.settings.train_iters
         self.write_record(
@@ -281,7 +277,7 @@ class Stage:
                 "train_seconds": round(seconds, 2),
                 **mix(lines, batches.wanted()),
                 **performance(lines),
-                **self._origin(),
+                **({"continues": read_json(origin)} if (origin := self.version.origin).exists() else {}),
             }
         )
 

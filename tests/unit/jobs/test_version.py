@@ -190,7 +190,7 @@ def test_a_description_is_written_as_it_is_read(tmp_path: Path):
     ]
     found = Description.read(path)
     assert (found.stage, [*found.inputs], found.run) == ("sft", [*inputs], {})
-    Description(found.settings, inputs, "cd", {"log_interval": 2}, {"iteration": 5}).write(path)
-    names = ["settings", "run", "inputs", "tokenizer_sha256", "continues"]
+    Description(found.settings, inputs, "cd", {"log_interval": 2}).write(path)
+    names = ["settings", "run", "inputs", "tokenizer_sha256"]
     assert list(yaml.safe_load(path.read_text())) == names
-    assert Description.read(path).continues == {"iteration": 5}
+    assert Description.read(path).run == {"log_interval": 2}

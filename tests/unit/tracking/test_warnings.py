@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from snaketron.jobs.lines import read_metrics
 from snaketron.tracking.warnings import Watch, warnings_of
 
 import pytest
@@ -102,8 +103,8 @@ def test_a_continued_training_has_the_same_warnings_but_those_about_time_are_apa
             metrics.write(**watch.judged(one))
 
     train(0, 20, Watch())
-    whole = Metrics.read(path)
+    whole = read_metrics(path)[0]
     assert [(w.iteration, w.kind) for w in warnings_of(whole)] == [(16, "spike"), (18, "data")]
     train(18, 20, Watch())  # killed, and continued after step 17
-    assert Metrics.read(path) == whole
+    assert read_metrics(path)[0] == whole
     assert [one["iteration"] for one in whole if "warnings" in one] == [16]  # without `timing`

@@ -12,11 +12,11 @@ from snaketron.data.text import index
 from snaketron.data.text.blend import load_blend
 from snaketron.data.text.order import SampleOrder
 from snaketron.data.tokenizer import tokenizer_info
+from snaketron.jobs.lines import read_metrics
 from snaketron.settings.training import IndexSettings
 from snaketron.train.batches import PretrainBatches
 from snaketron.train.build import build_training
 from snaketron.train.loop import Trainer
-from snaketron.train.metrics import Metrics
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_corpora_change_nothing_but_what_is_reported(make, trainer, tmp_path: Pa
             begun.save(directory)
             assert one.resume(directory)
         one.train(make(kind), directory)
-        found = [line for line in Metrics.read(directory / "metrics.jsonl") if line["iteration"] == STEPS]
+        found = [line for line in read_metrics(directory / "metrics.jsonl")[0] if line["iteration"] == STEPS]
         lines[name] = {key: value for line in found for key, value in line.items() if key != "timing"}
         last = directory / f"iter_{STEPS:07}"
         saved[name] = [path.read_bytes() for path in sorted(last.glob("*.distcp"))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from snaketron.jobs.lines import read_metrics
 from snaketron.train import metrics
 from snaketron.train.metrics import Metrics, Progress
 
@@ -25,7 +26,7 @@ def test_a_killed_run_continues_after_its_last_checkpoint(tmp_path: Path):
     again = Metrics(path, 4)
     assert again.seconds == 2.0  # of the steps that stay
     again.write(**line(6, 3.5))
-    assert Metrics.read(path) == [
+    assert read_metrics(path)[0] == [
         {"iteration": 0, "valid_loss": 7.0},
         line(2, 1.0),
         line(4, 2.0),
@@ -38,9 +39,9 @@ def test_a_line_that_a_killed_process_did_not_finish_is_left_out(tmp_path: Path)
     Metrics(path, 0).write(**line(2, 1.0))
     with path.open("a") as file:
         file.write('{"iteration": 4, "los')
-    assert Metrics.read(path) == [line(2, 1.0)]
+    assert read_metrics(path)[0] == [line(2, 1.0)]
     Metrics(path, 2).write(**line(4, 2.0))
-    assert path.read_text().count("\n") == 2 and Metrics.read(path) == [line(2, 1.0), line(4, 2.0)]
+    assert path.read_text().count("\n") == 2 and read_metrics(path)[0] == [line(2, 1.0), line(4, 2.0)]
 
 
 def test_a_line_that_a_crash_of_the_node_damaged_is_left_out(
@@ -56,7 +57,7 @@ def test_a_line_that_a_crash_of_the_node_damaged_is_left_out(
     again = Metrics(path, 6)
     assert caplog.messages == [f"{path}: left out 1 line that a crash damaged"]
     again.write(**line(8, 4.0))
-    assert Metrics.read(path) == [line(2, 1.0), line(6, 3.0), line(8, 4.0)]
+    assert read_metrics(path)[0] == [line(2, 1.0), line(6, 3.0), line(8, 4.0)]
 
 
 def test_a_run_without_a_checkpoint_begins_anew(tmp_path: Path):
@@ -76,11 +77,11 @@ def test_the_test_loss_is_measured_again(tmp_path: Path):
     metrics.write(iteration=2, test_loss=3.0)
     again = Metrics(path, 2)
     again.write(iteration=2, test_loss=3.0)
-    assert [x.get("test_loss") for x in Metrics.read(path)] == [None, 3.0]
+    assert [x.get("test_loss") for x in read_metrics(path)[0]] == [None, 3.0]
 
 
 def test_no_file_is_no_lines(tmp_path: Path):
-    assert Metrics.read(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(tmp_path / "metrics.jsonl")[0] == []
 
 
 def test_a_log_gets_lines_ever_more_rarely(
