@@ -17,7 +17,7 @@ rule pretrain:
     benchmark:
         "<benchmarks>/pretrain/{phase}.tsv"
     wildcard_constraints:
-        phase=graph.registered.others("phases"),
+        phase=graph.others("phases"),
     priority: 1
     threads: graph.training.threads("pretrain")
     resources:

@@ -13,7 +13,7 @@ rule tokenize_shard:
     benchmark:
         "<benchmarks>/tokenize_shard/{corpus}/{shard}.tsv"
     wildcard_constraints:
-        corpus=graph.registered.others("corpora"),
+        corpus=graph.others("corpora"),
     priority: 1
     threads: graph.config.pretrain_data.cpus_per_task
     params:
@@ -37,7 +37,7 @@ rule register_tokens:
     benchmark:
         "<benchmarks>/register_tokens/{corpus}/{shard}.tsv"
     wildcard_constraints:
-        corpus=graph.registered.names("corpora"),
+        corpus=graph.given("corpora"),
     params:
         settings=graph.register_settings,
         tokenizer=subpath(input.tokenizer, parent=True),

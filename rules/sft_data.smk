@@ -34,7 +34,7 @@ rule pack_sft:
     benchmark:
         "<benchmarks>/pack_sft/{source}/{shard}.tsv"
     wildcard_constraints:
-        source=graph.registered.others("chats"),
+        source=graph.others("chats"),
     resources:
         # It decides whether there are packs and not what is in them, so it is no parameter.
         max_dropped_fraction=str(graph.config.sft_data.max_dropped_fraction),
@@ -62,7 +62,7 @@ rule register_packs:
     benchmark:
         "<benchmarks>/register_packs/{source}/{shard}.tsv"
     wildcard_constraints:
-        source=graph.registered.names("chats"),
+        source=graph.given("chats"),
     params:
         settings=graph.register_settings,
         tokenizer=subpath(input.tokenizer, parent=True),

@@ -1,6 +1,6 @@
 """What the Snakefile and the rules ask.
 
-- The rules: `graph`; for their own files `base`, `curation`, `evaluation`, `registered` and `training`; which
+- The rules: `graph`; for their own files `base`, `curation`, `evaluation` and `training`; which
   raw files were changed: `raw_files`; targets of unknown names: `unknown`.
 - What is refused before the first job: `checks`, `requests`, `submission`.
 - What is said: `notes` about a configuration and targets, `outlook` about trainings, `dry_run` at its end,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from snaketron.config import ChatSource, Config, ConfigError, Corpus, Curation
 from snaketron.config.names import named_paths
@@ -15,7 +15,6 @@ from snaketron.graph.curation import CurationGraph
 from snaketron.graph.disk import raw_bytes
 from snaketron.graph.evaluation import EvaluationGraph
 from snaketron.graph.raw_files import RawFiles
-from snaketron.graph.registered import RegisteredGraph
 from snaketron.graph.training import TrainingGraph
 from snaketron.graph.unknown import find
 from snaketron.settings.blends import blend_settings, phase_settings
@@ -35,7 +34,7 @@ REPORT = "report/report.html"
 class Graph:
     """Answers from a checked configuration. Raises `ConfigError` with all raw files that are missing.
 
-    `curation`, `registered`, `bases`, `training` and `evaluation` answer the rules of their own files.
+    `curation`, `bases`, `training` and `evaluation` answer the rules of their own files.
 
     Args:
         configfiles: those of the command line, which messages repeat.
@@ -63,7 +62,6 @@ class Graph:
         self.tokenizer_model = tokenizer_model(config)
         self.tokenizer_files = self.tokenizer_model.files(self.lock) if self.tokenizer_model else []
         self.curation = CurationGraph(config, self.text)
-        self.registered = RegisteredGraph(config)
         self.bases = BaseGraph(config, self.lock)
         self.training = TrainingGraph(config, self.bases)
         self.evaluation = EvaluationGraph(config, self.lock)
@@ -90,6 +88,20 @@ class Graph:
         raw = [*self.text.values(), *self.conversations.values()]
         files = [file for shards in raw for shard in shards.values() for file in shard]
         return [*(path for _, path in named_paths(self.config)), *files]
+
+    # Where data or a checkpoint may be given, one rule makes an output and another one registers it.
+    # Constraints on the name of a corpus, a source or a phase say which.
+
+    def given(self, kind: Literal["corpora", "chats", "phases"]) -> str:
+        """A regular expression of the names whose results are given; nothing fits it where there are none."""
+        if kind == "phases":
+            return "|".join(p.name for p in self.phases.values() if p.checkpoint) or "(?!)"
+        sources: Iterable[Corpus | ChatSource] = (self.corpora if kind == "corpora" else self.chats).values()
+        return "|".join(source.name for source in sources if source.registered) or "(?!)"
+
+    def others(self, kind: Literal["corpora", "chats", "phases"]) -> str:
+        """A regular expression of all other names."""
+        return rf"(?!(?:{self.given(kind)})(?:/|$))[a-z0-9_]+"
 
     # Input functions get the wildcards of the job.
 

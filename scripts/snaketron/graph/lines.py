@@ -22,15 +22,6 @@ from snakemake_interface_logger_plugins.common import LogEvent
 END_OF_LOG = 15  # lines that are shown of the log of a failed job
 LONGEST = 160  # characters of a reason
 STOPS = {"130", "143", "SIGINT", "SIGTERM"}  # how a command ends that was asked to stop
-UNSAID = {
-    LogEvent.WORKFLOW_STARTED,
-    LogEvent.RESOURCES_INFO,
-    LogEvent.JOB_STARTED,
-    LogEvent.SHELLCMD,
-    LogEvent.PROGRESS,
-    LogEvent.DEBUG_DAG,
-    LogEvent.RULEGRAPH,
-}
 # Beginnings of messages that tell a user of this workflow nothing.
 CHATTER = (
     *("Config file ", "Assuming unrestricted shared", "Using shell", "Select jobs to"),
@@ -87,10 +78,7 @@ class Lines:
     full_log: str = ""
 
     def of(self, record: LogRecord) -> str | None:
-        event = getattr(record, "event", None)
-        if event in UNSAID:
-            return None
-        match event:
+        match getattr(record, "event", None):
             case LogEvent.RUN_INFO:
                 return self._run(record)
             case LogEvent.GROUP_INFO:
@@ -103,8 +91,10 @@ class Lines:
                 return self._fails(record)
             case LogEvent.GROUP_ERROR:
                 return self._group_fails(record)
-            case _:
+            case None | LogEvent.ERROR:
                 return self._message(record.getMessage())
+            case _:
+                return None
 
     # --------------------------------------------------------------------------------------------- jobs
 

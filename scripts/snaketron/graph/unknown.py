@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from snaketron.config import ConfigError
 from snaketron.config.base import closest
@@ -12,18 +12,14 @@ MOST = 10  # names that a message lists
 
 
 def find[T](what: str, name: str, known: Mapping[str, T]) -> T:
-    """What `known` has under a name that a target gave; `ConfigError` where it has nothing."""
-    if name not in known:
-        raise ConfigError(message(what, name, known))
-    return known[name]
+    """What `known` has under a name that a target gave.
 
-
-def message(what: str, name: str, known: Iterable[str]) -> str:
-    """Say that nothing of a kind has a name, and which names are known.
-
-    Such as `no phase of pretraining is called 'foo'; did you mean 'focused'? Known: broad, focused`.
+    `ConfigError` where it has nothing, such as `no phase of pretraining is called 'foo'; did you mean
+    'focused'? Known: broad, focused`.
     """
+    if name in known:
+        return known[name]
     names = sorted(known)
     listed = f" Known: {some(names, MOST)}" if names else ""
     close = closest(name, names)
-    return f"no {what} is called {name!r}{f'; did you mean {close!r}?' if close else '.'}{listed}"
+    raise ConfigError(f"no {what} is called {name!r}{f'; did you mean {close!r}?' if close else '.'}{listed}")
