@@ -7,12 +7,13 @@ differs and never which of the two it runs on.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from snaketron.config import Model, Optimizer
 from snaketron.config.training_checks import of_gpus
@@ -173,21 +174,12 @@ def packed_options() -> dict[str, Any]:
     return dict(gpu.PACKED) if HAS_GPU else {}
 
 
-@contextlib.contextmanager
-def trusting_extra_state() -> Iterator[None]:
+def trusting_extra_state() -> AbstractContextManager[Any]:
     """Let Transformer Engine unpickle the state of its layers, which holds the scales of `fp8_delayed`.
 
     It refuses to without the variable, since unpickling can run code: only for checkpoints made here.
     """
-    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+    return mock.patch.dict(os.environ, NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE="1")
 
 
 def prepare_model(model: torch.nn.Module) -> None:
