@@ -55,11 +55,9 @@ def remember() -> None:
     io.check = check_path(io.check)
     io._IOFile.is_storage = property(is_storage)
     io._IOFile.exists = exists(io._IOFile.exists)
-    io.ExistsDict.__contains__ = exists_contains(io.ExistsDict.__contains__)
     iocontainers.Namedlist.__init__ = named_list(iocontainers.Namedlist.__init__)
     pathvars.Pathvars.apply = apply_pathvars(pathvars.Pathvars.apply)
     output_index.OutputIndex.match_producers = makers(output_index.OutputIndex.match_producers)
-    dag.DAG.update = update(dag.DAG.update)
     dag.DAG.check_directory_outputs = check_directory_outputs
     jobs.Job.is_valid = is_valid
     jobs.Job.missing_output = missing_output
@@ -78,15 +76,6 @@ def is_storage(file: Any) -> bool:
     """Whether a file lies elsewhere, for Snakemake: it asks 100 times a job."""
     flags: dict[str, Any] = getattr(file._file, "_flags", None) or {}
     return bool(flags.get("storage_object"))
-
-
-def exists_contains(original: Any) -> Any:
-    """Whether a list of files knows a path: by itself, before its directory is looked for."""
-
-    def contains(known: Any, path: Any) -> bool:
-        return dict.__contains__(known, path) or original(known, path)
-
-    return contains
 
 
 def exists(original: Any) -> Any:
@@ -158,24 +147,6 @@ def makers(original: Any) -> Any:
         return known[targetfile]
 
     return match_producers
-
-
-def update(original: Any) -> Any:
-    """Add a job to the graph; one that is there, as for the tokenizer of each shard, is taken as it is.
-
-    What Snakemake would find, it has found before: the only candidate, and no circle.
-    """
-
-    async def add(
-        dag: Any, candidates: Any, file: Any = None, visited: Any = None, *args: Any, **keys: Any
-    ) -> Any:
-        if len(candidates) == 1:
-            job = candidates[0]
-            if job in dag._dependencies and job not in (visited or ()) and file not in job.input:
-                return job
-        return await original(dag, candidates, file, visited, *args, **keys)
-
-    return add
 
 
 def check_directory_outputs(dag: Any) -> None:
