@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from snaketron.graph.journal import Journal
 from tests.conftest import REPOSITORY, Result, Workspace, copy_of
 from tests.end_to_end.test_kill import begin_again, contents, metrics, weights
 from tests.slurm.cluster import CLIENTS, DAEMONS
@@ -52,6 +53,17 @@ def test_the_processes_were_on_both_nodes(slurm: Slurm, two_nodes: Workspace):
     assert [tuple(step.values())[1:] for step in steps if step["JobID"].endswith(".0")] == [
         ("node[1-2]", "2", "COMPLETED")
     ]
+
+
+def test_the_journal_has_the_slurm_job_of_each_job_and_of_its_group(two_nodes: Workspace):
+    journal = Journal(two_nodes.path)
+    journal.look()
+    assert {job.state for job in journal.jobs.values()} == {"finished"}
+    numbers = {rule: [j.slurm for j in journal.jobs.values() if j.rule == rule] for rule in journal.totals}
+    shards = numbers["tokenize_shard"]
+    assert len(shards) == 3 and len({*shards}) == 1  # a group
+    assert len({*numbers["pretrain"]}) == 2
+    assert all(number.isdigit() for number in (*shards, *numbers["pretrain"], *numbers["sft"]))
 
 
 def test_logs_and_the_efficiency_report_are_at_known_places(two_nodes: Workspace):
