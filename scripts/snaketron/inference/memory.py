@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snaketron.inference.direct import Piece
-from snaketron.model.megatron.mamba2 import causal_conv1d, ssd_scan, ssd_step
+from snaketron.model.megatron.mamba2 import convolve, ssd_scan, ssd_step
 
 import torch
 import torch.nn.functional as F
@@ -177,14 +177,14 @@ class Mamba:
             self.inputs[reading.rows] = inputs[torch.arange(len(inputs), device=xbc.device)[:, None], last]
         if xbc.shape[1] == 1:
             return ((inputs.mT * self.weight).sum(-1) + self.bias).unsqueeze(1)
-        return causal_conv1d(inputs, self.weight, self.bias, None)[:, known:]
+        return convolve(inputs, self.weight, self.bias, None)[:, known:]
 
     def _scan(self, rows: slice | Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
         state = self.state[rows]
         if x.shape[1] == 1:
             y, self.state[rows] = ssd_step(x[:, 0], dt[:, 0], self.A, B[:, 0], C[:, 0], state)
             return y.unsqueeze(1)
-        y, self.state[rows] = ssd_scan(x, dt, self.A, B, C, None, initial_state=state)
+        y, self.state[rows] = ssd_scan(x, dt, self.A, B, C, state)
         return y
 
     def _step(self, rows: slice, projected: Tensor) -> Tensor:

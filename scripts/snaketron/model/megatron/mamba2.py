@@ -11,32 +11,29 @@ order; None means one sequence a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Tokens that `ssd_scan` computes as one matrix product; 16 to 32 are fastest on a CPU.
+# Tokens that `scan_chunks` computes as one matrix product; 16 to 32 are fastest on a CPU.
 CHUNK_SIZE = 32
 
 
-class _CausalConv1d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, seq_idx)
-        return convolve(x, weight, bias, seq_idx)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, seq_idx = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        return grad_x, *convolve_backward(grads[0], x, weight, seq_idx, out=grad_x), None
-
-
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None) -> Tensor:
-    """`causal_conv1d` by one pass over the data for each column of the weight, without padded copies."""
+    """Depthwise causal convolution that reads zeros before the start of a sequence.
+
+    It is one pass over the data for each column of the weight, without padded copies.
+
+    Args:
+        x: (batch, length, channels).
+        weight: (channels, width); the last column weighs the current token.
+        bias: (channels,).
+        seq_idx: (batch, length).
+    """
     columns = weight.t().contiguous()
     y = torch.addcmul(bias, x, columns[-1])
     for back, column, same in _taps(columns, seq_idx):
@@ -72,87 +69,96 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None) -> Tensor:
-    """Depthwise causal convolution that reads zeros before the start of a sequence.
+def by_chunk(t: Tensor, width: int) -> Tensor:
+    """(batch, length, k * width) as (batch, chunks, k, tokens of a chunk, width), a view."""
+    return t.unflatten(-1, (-1, width)).unflatten(1, (-1, CHUNK_SIZE)).transpose(2, 3)
+
+
+class Chunks(NamedTuple):
+    """What `scan_chunks` computes on its way; the flat ones have their first three axes joined."""
+
+    scores: Tensor  # b c g l l, of token l with token s
+    decay: Tensor  # b c h l l, from token s to token l
+    decay_b: Tensor  # b c h l 1, from a token to the end of its chunk
+    decay_c: Tensor  # b c h l 1, from the start of its chunk to a token
+    kept: Tensor  # b c h 1, over a chunk
+    X: Tensor  # flat, x times dt
+    mixed: Tensor  # flat, scores times decay
+    b_decayed: Tensor  # flat, B times decay_b
+    c_decayed: Tensor  # flat, C times decay_c
+    states: Tensor  # b c h (n * head_dim), at the start of each chunk
+
+
+def scan_chunks(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, start: Tensor | None
+) -> tuple[Tensor, Tensor, Chunks]:
+    """The recurrence above, without D, as matrix products over chunks of tokens. It has no gradients.
+
+    State-space duality: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6 and listing 1.
+    Shapes are written with b batch, c chunks, h heads, g groups, l tokens of a chunk, n state_dim. Batched
+    products want three dimensions.
 
     Args:
-        x: (batch, length, channels).
-        weight: (channels, width); the last column weighs the current token.
-        bias: (channels,).
-        seq_idx: (batch, length).
+        x: (b, c, h, l, head_dim).
+        dt: (b, c, h, l, 1), positive step sizes.
+        A: (h,), negative decay rates.
+        B, C: (b, c, g, l, n); h / g consecutive heads share a group.
+        seq_idx: (b, c * l).
+        start: (b, h, n, head_dim), the state before the first token; None: zero.
+
+    Returns:
+        y, shaped as x; what each chunk adds to the state (b, c, h, n * head_dim); and the rest.
     """
-    return _CausalConv1d.apply(x, weight[:, -x.shape[1] :], bias, seq_idx)
+    batch, chunks, heads, chunk, head_dim = x.shape
+    groups, state_dim = B.shape[2], B.shape[4]
+    # Powers of two: torch's exponential takes ten times as long where it gives almost nothing.
+    log_decay = (dt * (A * math.log2(math.e)).view(-1, 1, 1)).squeeze(-1).cumsum(-1)  # b c h l
+    within, to_end, from_start, keep = same_sequence(seq_idx, batch, chunks, dt)
+    total = log_decay[..., -1:]
+    decay = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).add_(within).exp2_()
+    decay_b = (total - log_decay + to_end).exp2_().unsqueeze(-1)
+    decay_c = (log_decay + from_start).exp2_().unsqueeze(-1)
+    kept = (total + keep).exp2_()
+
+    def each_head(t: Tensor, by: Tensor) -> Tensor:
+        """A tensor of groups times one of heads, flat."""
+        return (t.unsqueeze(3) * by.unflatten(2, (groups, -1))).flatten(0, 3)
+
+    X = (x * dt).flatten(0, 2)
+    scores = B.new_empty(batch, chunks, groups, chunk, chunk)
+    torch.bmm(C.flatten(0, 2), B.flatten(0, 2).mT, out=scores.flatten(0, 2))
+    mixed, b_decayed, c_decayed = each_head(scores, decay), each_head(B, decay_b), each_head(C, decay_c)
+    added = torch.bmm(b_decayed.mT, X).view(batch, chunks, heads, -1)
+    states = torch.empty_like(added)
+    states[:, 0] = 0 if start is None else start.flatten(2)
+    before = states.unbind(1)
+    for c, (new, factor) in enumerate(zip(added.unbind(1)[:-1], kept.unbind(1)[:-1], strict=True)):
+        torch.addcmul(new, before[c], factor, out=before[c + 1])
+    y = torch.bmm(mixed, X).baddbmm_(c_decayed, states.view(-1, state_dim, head_dim)).view_as(x)
+    return y, added, Chunks(scores, decay, decay_b, decay_c, kept, X, mixed, b_decayed, c_decayed, states)
 
 
 def ssd_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    seq_idx: Tensor | None,
-    chunk_size: int = CHUNK_SIZE,
-    initial_state: Tensor | None = None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence above, without D, as matrix products over chunks of tokens.
-
-    State-space duality: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6 and listing 1.
-    Below, shapes are written with b batch, c chunks, h heads, g groups, l tokens of a chunk, n state_dim.
+    """The recurrence above, without D, over a sequence of any length; it has no gradients.
 
     Args:
         x: (batch, length, heads, head_dim).
         dt: (batch, length, heads), positive step sizes.
         A: (heads,), negative decay rates.
-        B, C: (batch, length, groups, state_dim); heads / groups consecutive heads share a group.
-        seq_idx: (batch, length).
+        B, C: (batch, length, groups, state_dim).
         initial_state: (batch, heads, state_dim, head_dim), before the first token; None: zero.
 
     Returns:
         y, shaped as x, and the state after the last token, shaped as `initial_state`.
     """
-    batch, length, heads, head_dim = x.shape
-    groups, state_dim = B.shape[2:]
-    chunks = -(-length // chunk_size)
-    pad = chunks * chunk_size - length
-
-    def split(t: Tensor) -> Tensor:
-        """(batch, length, k, width) to (b, c, k, l, width)."""
-        return F.pad(t, (0, 0, 0, 0, 0, pad)).unflatten(1, (chunks, chunk_size)).transpose(2, 3)
-
-    def each_head(t: Tensor) -> Tensor:
-        """(b, c, h, ...) as (b, c, g, heads of the group, ...)."""
-        return t.unflatten(2, (groups, -1))
-
-    within, to_end, from_start, keep = same_sequence(seq_idx, batch, chunks, chunk_size, pad, x)
-    x = split(x * dt.unsqueeze(-1)).reshape(-1, chunk_size, head_dim)
-    B, C = (split(t).reshape(-1, chunk_size, state_dim) for t in (B, C))
-    log_decay = split((dt * A).unsqueeze(-1)).squeeze(-1).cumsum(-1)  # b c h l, since the start of the chunk
-
-    # What the tokens of a chunk give each other: bchl s, from token s to token l.
-    decay = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2) + within).exp()
-    scores = (C @ B.mT).unflatten(0, (batch, chunks, groups, 1)) * each_head(decay)
-    y = scores.view(-1, chunk_size, chunk_size) @ x
-
-    # What a chunk adds to the state, and the state at the start of each chunk.
-    total = log_decay[..., -1:]
-    b_decayed = B.unflatten(0, (batch, chunks, groups, 1)) * each_head(
-        (total - log_decay + to_end).exp()
-    ).unsqueeze(-1)
-    added = (b_decayed.reshape(-1, chunk_size, state_dim).mT @ x).view(batch, chunks, heads, -1)
-    state, states = torch.zeros_like(added[:, 0]) if initial_state is None else initial_state.flatten(2), []
-    # Unbound: the gradient of `added[:, chunk]` has the size of all of `added`, for each chunk.
-    for new, kept in zip(added.unbind(1), (total + keep).exp().unbind(1), strict=True):
-        states.append(state)
-        state = torch.addcmul(new, state, kept)
-    state_at_start = torch.stack(states, 1).view(-1, state_dim, head_dim)
-
-    # What the tokens read from the state at the start of their chunk.
-    c_decayed = C.unflatten(0, (batch, chunks, groups, 1)) * each_head(
-        (log_decay + from_start).exp()
-    ).unsqueeze(-1)
-    y = torch.baddbmm(y, c_decayed.reshape(-1, chunk_size, state_dim), state_at_start)
-    y = y.view(batch, chunks, heads, chunk_size, head_dim).transpose(2, 3).flatten(1, 2)[:, :length]
-    return y, state.unflatten(2, (state_dim, head_dim))
+    length, pad = x.shape[1], (0, 0, 0, -x.shape[1] % CHUNK_SIZE)  # after the end, with steps of size 0
+    by_head, B, C = (by_chunk(F.pad(t.flatten(2), pad), t.shape[-1]).contiguous() for t in (x, B, C))
+    steps = by_chunk(F.pad(dt, pad), 1).contiguous()
+    y, added, parts = scan_chunks(by_head, steps, A, B, C, None, initial_state)
+    end = torch.addcmul(added[:, -1], parts.states[:, -1], parts.kept[:, -1])
+    return y.transpose(2, 3).flatten(1, 2)[:, :length], end.unflatten(2, (B.shape[4], x.shape[3]))
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,20 +180,18 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tens
     return (C.unsqueeze(-2) @ state).squeeze(-2), state
 
 
-def same_sequence(
-    seq_idx: Tensor | None, batch: int, chunks: int, chunk_size: int, pad: int, like: Tensor
-) -> tuple[Tensor, ...]:
+def same_sequence(seq_idx: Tensor | None, batch: int, chunks: int, like: Tensor) -> tuple[Tensor, ...]:
     """Zero where tokens are of one sequence, minus infinity elsewhere, to be added to log decays.
 
     Returns:
         Between tokens l and s <= l of a chunk (b, c, 1, l, s); between a token and the last one of its
         chunk, and the last one of the chunk before (b, c, 1, l); between these two (b, c, 1, 1).
     """
-    causal = like.new_full((chunk_size, chunk_size), -torch.inf).triu(1)
+    causal = like.new_full((CHUNK_SIZE, CHUNK_SIZE), -torch.inf).triu(1)
     zero = like.new_zeros(())
     if seq_idx is None:
         return causal, zero, zero, zero
-    seq = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1).view(batch, chunks, 1, chunk_size)
+    seq = seq_idx.view(batch, chunks, 1, CHUNK_SIZE)
     last = seq[..., -1:]
     before = F.pad(last[:, :-1], (0, 0, 0, 0, 1, 0))  # the state before the first chunk is zero in any case
 

@@ -6,10 +6,10 @@ tensors as large as the input, a layer took 16 ms for 1,024 tokens instead of 12
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from snaketron.model.megatron import mamba2
+from snaketron.model.megatron.mamba2 import by_chunk
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ def mamba_split_conv1d_scan_combined(
         conv1d_weight, conv1d_bias: (channels, width) and (channels,), channels = those of x B C.
         dt_bias, A, D: (heads,).
         chunk_size: of the GPU kernel; here it is `mamba2.CHUNK_SIZE`, which changes nothing but speed.
-        seq_idx: (batch, length) as in `mamba2.causal_conv1d`.
+        seq_idx: (batch, length) as in `mamba2.convolve`.
         headdim: width of a head, inner / heads.
 
     Returns:
@@ -58,16 +58,8 @@ def mamba_split_conv1d_scan_combined(
     return y[:, :length].to(zxbcdt.dtype)
 
 
-def _by_head(t: Tensor, width: int) -> Tensor:
-    """(batch, length, heads * width) as (batch, chunks, heads, chunk, width), a view."""
-    return t.unflatten(-1, (-1, width)).unflatten(1, (-1, mamba2.CHUNK_SIZE)).transpose(2, 3)
-
-
 class _Layer(torch.autograd.Function):
-    """Names are those of `mamba2.ssd_scan`; `by` marks shapes (batch, chunks, heads, chunk, width).
-
-    Batched products want three dimensions: `flat` joins the first three.
-    """
+    """Names and shapes are those of `mamba2.scan_chunks`."""
 
     @staticmethod
     def forward(
@@ -82,47 +74,22 @@ class _Layer(torch.autograd.Function):
         groups: int,
     ) -> Tensor:
         """`zxbcdt` (batch, a multiple of `CHUNK_SIZE`, width); the rest as above, all of one type."""
-        chunk, heads, channels = mamba2.CHUNK_SIZE, len(A), len(conv_bias)
+        heads, channels = len(A), len(conv_bias)
         inner = zxbcdt.shape[-1] - channels - heads
         head_dim, state_dim = inner // heads, (channels - inner) // groups // 2
         z, xbc, dt_in = zxbcdt.split([inner, channels, heads], -1)
         conv = mamba2.convolve(xbc, conv_weight, conv_bias, seq_idx)
         x, B, C = F.silu(conv).split([inner, groups * state_dim, groups * state_dim], -1)
         x, B, C = (
-            _by_head(x, head_dim),
-            _by_head(B, state_dim).contiguous(),
-            _by_head(C, state_dim).contiguous(),
+            by_chunk(x, head_dim),
+            by_chunk(B, state_dim).contiguous(),
+            by_chunk(C, state_dim).contiguous(),
         )
-        batch, chunks = x.shape[:2]
-        dt = _by_head(F.softplus(dt_in + dt_bias), 1).contiguous()  # b c h l 1
-        # Powers of two: torch's exponential takes ten times as long where it gives almost nothing.
-        log_decay = (dt * (A * math.log2(math.e)).view(-1, 1, 1)).squeeze(-1).cumsum(-1)  # b c h l
-        within, to_end, from_start, keep = mamba2.same_sequence(seq_idx, batch, chunks, chunk, 0, dt)
-        total = log_decay[..., -1:]
-        decay = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).add_(within).exp2_()  # b c h l l
-        decay_b = (total - log_decay + to_end).exp2_().unsqueeze(-1)
-        decay_c = (log_decay + from_start).exp2_().unsqueeze(-1)
-        kept = (total + keep).exp2_()  # b c h 1
-
-        def each_head(t: Tensor, by: Tensor) -> Tensor:
-            """A tensor of groups times one of heads, flat."""
-            return (t.unsqueeze(3) * by.unflatten(2, (groups, -1))).flatten(0, 3)
-
-        X = (x * dt).flatten(0, 2)
-        scores = B.new_empty(batch, chunks, groups, chunk, chunk)
-        torch.bmm(C.flatten(0, 2), B.flatten(0, 2).mT, out=scores.flatten(0, 2))
-        mixed, b_decayed, c_decayed = each_head(scores, decay), each_head(B, decay_b), each_head(C, decay_c)
-        added = torch.bmm(b_decayed.mT, X).view(batch, chunks, heads, -1)
-        states = torch.empty_like(added)  # at the start of each chunk
-        states[:, 0] = 0
-        before = states.unbind(1)
-        for c, (new, factor) in enumerate(zip(added.unbind(1)[:-1], kept.unbind(1)[:-1], strict=True)):
-            torch.addcmul(new, before[c], factor, out=before[c + 1])
-        y = torch.bmm(mixed, X).baddbmm_(c_decayed, states.view(-1, state_dim, head_dim))
-        y = torch.addcmul(y.view_as(x), x, D.view(-1, 1, 1)).transpose(2, 3).reshape(batch, -1, inner)
+        dt = by_chunk(F.softplus(dt_in + dt_bias), 1).contiguous()  # b c h l 1
+        y, _, parts = mamba2.scan_chunks(x, dt, A, B, C, seq_idx, None)
+        y = torch.addcmul(y, x, D.view(-1, 1, 1)).transpose(2, 3).reshape(len(z), -1, inner)
         ctx.save_for_backward(
-            zxbcdt, conv_weight, dt_bias, A, D, seq_idx, conv, x, B, C, dt, scores, decay, decay_b, decay_c,
-            kept, X, mixed, b_decayed, c_decayed, states, y,
+            zxbcdt, conv_weight, dt_bias, A, D, seq_idx, conv, x, B, C, dt, *parts, y
         )  # fmt: skip
         return y * F.silu(z)
 
@@ -146,7 +113,7 @@ class _Layer(torch.autograd.Function):
         # The gate, and D.
         (grad,) = grads
         _silu_backward(grad * y, z, grad_input=grad_z)
-        grad_y = _by_head(grad * F.silu(z), head_dim).contiguous()
+        grad_y = by_chunk(grad * F.silu(z), head_dim).contiguous()
         grad_D = (grad_y * x).sum((0, 1, 3, 4))
         dy = grad_y.flatten(0, 2)
 
@@ -180,12 +147,12 @@ class _Layer(torch.autograd.Function):
         # Back through the activation, the convolution and softplus.
         grad_conv = torch.empty_like(conv)
         grad_x, grad_B, grad_C = grad_conv.split([inner, groups * state_dim, groups * state_dim], -1)
-        torch.addcmul(grad_X.view_as(x) * dt, grad_y, D.view(-1, 1, 1), out=_by_head(grad_x, head_dim))
+        torch.addcmul(grad_X.view_as(x) * dt, grad_y, D.view(-1, 1, 1), out=by_chunk(grad_x, head_dim))
         flat_B, flat_C = B.flatten(0, 2), C.flatten(0, 2)
-        _by_head(grad_B, state_dim).copy_(
+        by_chunk(grad_B, state_dim).copy_(
             of_groups(grad_b, decay_b).baddbmm_(grad_scores.mT, flat_C).view_as(B)
         )
-        _by_head(grad_C, state_dim).copy_(of_groups(grad_c, decay_c).baddbmm_(grad_scores, flat_B).view_as(C))
+        by_chunk(grad_C, state_dim).copy_(of_groups(grad_c, decay_c).baddbmm_(grad_scores, flat_B).view_as(C))
         _silu_backward(grad_conv, conv, grad_input=grad_conv)
         grad_weight, grad_bias = mamba2.convolve_backward(grad_conv, xbc, conv_weight, seq_idx, out=grad_xbc)
         torch.mul(grad_dt.transpose(2, 3).flatten(1, 2), (dt_in + dt_bias).sigmoid_(), out=grad_dt_in)
