@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -127,6 +128,18 @@ def _is_at(path: Path, file: IO[bytes]) -> bool:
         return path.stat().st_ino == os.fstat(file.fileno()).st_ino
     except FileNotFoundError:
         return False
+
+
+def no_room(directory: Path, size: int) -> str | None:
+    """Why a directory has no room for a file of so many bytes; None where that is not what is wrong."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(size))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return NO_SPACE.get(error.errno or 0)
+    return None
 
 
 def check_size(path: Path, size: int, source: str, fix: str) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
@@ -29,8 +28,8 @@ from snaketron.executor import request
 from snaketron.executor.records import COMMAND, Record, Records
 from snaketron.executor.submitter import Submitter, title
 from snaketron.executor.verdict import ABSENT, explanation, verdict
+from snaketron.files import no_room
 from snaketron.jobs import queue, slurm
-from snaketron.log import NO_SPACE
 
 import snakemake_executor_plugin_slurm as plugin
 from snakemake_interface_common.exceptions import WorkflowError
@@ -41,6 +40,7 @@ common_settings = plugin.common_settings
 
 LOOK_S = 5  # between two looks at the records
 RECORDS = Path(".snakemake/slurm_jobs")
+ROOM = 65_536  # bytes; a working directory with less is full
 OLD_S = 10 * 86400  # after so many seconds the records of a Snakemake that was killed are deleted
 
 
@@ -208,23 +208,12 @@ class Executor(plugin.Executor):
         log = info.aux["slurm_logfile"]
         why = f"Slurm job {info.external_jobid} {explanation(state, record, log, by)}"
         reason = record.final if record else None
-        if reason is None and record and (full := self._full()):
-            reason = full
+        if reason is None and record and (lack := no_room(self.records.directory, ROOM)):
+            reason = f"{lack} in {self.workflow.workdir_init}"
         if reason is not None:
             self.final.add(info.job)
             why += f" and is not submitted again: {reason or 'no space left on the disk'}"
         self._fail(info.job, why, log if record else None)
-
-    def _full(self) -> str | None:
-        """Why nothing can be written in the working directory; None where something can."""
-        try:
-            with tempfile.TemporaryFile(dir=self.records.directory) as file:
-                file.write(bytes(65536))
-                file.flush()
-        except OSError as error:
-            if error.errno in NO_SPACE:
-                return f"{NO_SPACE[error.errno]} in {self.workflow.workdir_init}"
-        return None
 
     def _fail(self, job: Any, why: str, log: Path | None = None) -> None:
         """Report the failure of a job; `log` is that of its Slurm job, None where it never began.

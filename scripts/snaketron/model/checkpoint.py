@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from snaketron.files import partial
+from snaketron.files import no_room, partial
 from snaketron.jobs import launch
 from snaketron.jobs.owner import check_owner
 from snaketron.jobs.version import Version
@@ -169,9 +169,8 @@ class Saver:
 
     def _shared_problem(self, temporary: Path, error: CheckpointException) -> tuple[str | None, str]:
         """Why there is no room on some rank, if so, and what went wrong; the same on all ranks."""
-        rank = torch.distributed.get_rank()
         # The reason is lost on the way: torch says only that it is not where it should be in the file.
-        room = _no_room(temporary / f"room_{rank}")
+        room = no_room(temporary, 16_000_000)
         status = self.writer.exitcode if self.writer else 0
         died = f"the process that writes it {ended_with(status)}" if status else ""
         said: list[Any] = [None] * torch.distributed.get_world_size()
@@ -310,17 +309,6 @@ def _leave_out_absent_extra_state(state: dict[str, Any], source: Path) -> None:
     for key in asked:
         if state[key].unique_key not in there:
             del state[key]
-
-
-def _no_room(path: Path) -> str | None:
-    """Why there is no room for a file of a few megabytes; None when there is."""
-    try:
-        with path.open("wb") as file:
-            file.write(bytes(16_000_000))
-            os.fsync(file.fileno())
-    except OSError as error:
-        return NO_SPACE.get(error.errno or 0)
-    return None
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from snaketron.files import no_room
 from snaketron.jobs.lines import read_metrics
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import read
@@ -67,7 +67,7 @@ class WandB:
                 TAKE_S,
                 _sync(self.run),
             )
-        if lacking := _lack_of_room(Path(self.run.dir).parent):
+        if lacking := no_room(Path(self.run.dir).parent, ROOM):
             logger.warning(
                 "%s: W&B: %s: %s; what it has of this run may lack the last steps, and metrics.jsonl has all",
                 self.of.stage,
@@ -235,13 +235,3 @@ def _place(run: Any) -> str:
 
 def _sync(run: Any) -> str:
     return f"`wandb sync {_place(run)}`"
-
-
-def _lack_of_room(directory: Path) -> str:
-    """What the system says where no file in a directory can grow; W&B then loses lines without a word."""
-    try:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            os.posix_fallocate(file.fileno(), 0, ROOM)
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""

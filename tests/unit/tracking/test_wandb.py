@@ -377,7 +377,7 @@ def test_a_full_disk_is_one_warning(tmp_path: Path):
         pass
     (place,) = (path.relative_to(tmp_path) for path in (tmp_path / "wandb").glob("offline-run-*"))
     assert [line for line in said if "send it with" not in line] == [
-        f"sft: W&B: {place}: File too large; what it has of this run may lack the last steps, and "
+        f"sft: W&B: {place}: file too large; what it has of this run may lack the last steps, and "
         "metrics.jsonl has all",
         "",
     ]
