@@ -172,7 +172,7 @@ class BaseGraph:
             if not base.hub:  # a rule downloads those of the hub
                 yield from _lost_weights(directory)
             yield from self._tokenizer(base, directory)
-        elif base.hub:  # not listed, or before lock files had config.json; the import compares
+        elif base.hub:  # not listed; the import compares
             yield from self._tokenizer(base, directory)
         elif not list(directory.glob("iter_*")) and not (directory / ".metadata").exists():
             yield f"{base.path} is no checkpoint: neither config.json nor .metadata nor iter_* is there"

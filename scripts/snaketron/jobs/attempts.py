@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -34,10 +34,8 @@ def read_attempts(path: Path) -> list[Attempt]:
 
     Raises `UserError` where it holds something else.
     """
-    known = [field.name for field in fields(Attempt)]
     try:
-        said = [dict(one) for one in read_json(path)]
-        return [Attempt(**{key: one[key] for key in known if key in one}) for one in said]
+        return [Attempt(**one) for one in read_json(path)]
     except FileNotFoundError:
         return []
     except (ValueError, TypeError) as error:
@@ -115,9 +113,4 @@ class Attempts:
         return recent
 
     def _write(self) -> None:
-        may_lack = ("seconds", "gave_up")
-        values = [asdict(attempt) for attempt in self.all]
-        write_json(
-            self.path,
-            [{k: v for k, v in one.items() if v is not None or k not in may_lack} for one in values],
-        )
+        write_json(self.path, [asdict(attempt) for attempt in self.all])

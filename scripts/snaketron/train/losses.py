@@ -178,7 +178,7 @@ class Totals:
 
     @classmethod
     def of_saved(cls, progress: dict[str, Any]) -> Totals:
-        """What a checkpoint holds; one of before may lack the mixed sources of the steps so far."""
+        """What a checkpoint holds."""
         steps, load_balancing, *mtp = progress["means"]
         values = torch.tensor([*progress["sums"], *progress.get("sources", ())], dtype=torch.float64)
         return cls(Sums(values, mixed="sources" in progress), steps, load_balancing, mtp)

@@ -19,14 +19,15 @@ def test_attempts_are_written_as_they_are_read(tmp_path: Path):
     attempts = Attempts("toy", path, 1)
     attempts.begin(4, "7")
     begun = files.read_json(path)[0]
-    assert list(begun) == ["started", "job", "from_iteration", "iteration", "outcome", "error"]
+    assert {name for name, value in begun.items() if value is None} == {
+        *("outcome", "error", "seconds", "gave_up")
+    }
     attempts.end("failed", 5, "ValueError: no")
     attempts.give_up("failed twice")
     (found,) = read_attempts(path)
     assert found == Attempt(
         begun["started"], "7", 4, 5, "failed", "ValueError: no", found.seconds, "failed twice"
     )
-    assert files.read_json(path)[0].keys() - begun.keys() == {"seconds", "gave_up"}
 
 
 @pytest.mark.parametrize("text", ["", "null", "[1]", "{", '{"settings": 3}', '[{"outcome": ]'])
