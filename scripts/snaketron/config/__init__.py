@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from snaketron.config.base import ConfigError, Section, Seed, Text, key, suggest
+from snaketron.config.base import NAME, ConfigError, Section, Seed, Text, key, suggest
 from snaketron.config.checks import (
     SECRET,
     check_blends,
@@ -230,6 +230,8 @@ def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ)
     merged = _plain(values)
     variables = sorted(n for n in environment if n.startswith(ENVIRONMENT_PREFIX) and n != PLAIN)
     paths = {name: tuple(name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")) for name in variables}
+    if problems := [line for name, path in paths.items() if (line := _divided_elsewhere(name, path))]:
+        raise ConfigError("\n".join(problems))
     given: dict[tuple[Any, ...], str] = {}  # by the path of a key, the variable that sets it
     for name, path in paths.items():
         given |= dict.fromkeys(_set(merged, path, name, environment[name]), name)
@@ -242,6 +244,24 @@ def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ)
     except UnicodeEncodeError as error:
         where = text[max(0, error.start - 40) : error.end + 40]
         raise ConfigError(f"the configuration holds text that is not UTF-8: {where!r}") from None
+
+
+def _divided_elsewhere(variable: str, path: tuple[str, ...]) -> str | None:
+    """Say it where two underscores are missing between names of sections and keys, or stand inside one."""
+    known = {"_".join(key): key for key in _paths(Config)}
+    right = known.get("_".join(path), path)
+    if right == path:
+        return None
+    name = ENVIRONMENT_PREFIX + "__".join(right).upper()
+    return f"environment variable {variable}: two underscores divide sections and keys: {name}"
+
+
+def _paths(section: Any) -> Iterator[tuple[str, ...]]:
+    """The path of each section and key below a section."""
+    for name, field in section.model_fields.items():
+        yield (name,)
+        if hasattr(field.annotation, "model_fields"):
+            yield from ((name, *path) for path in _paths(field.annotation))
 
 
 def _plain(value: Any) -> Any:
@@ -304,7 +324,27 @@ def _explain(error: ErrorDetails) -> str:
         return f"{path}: missing"
     if error["type"] == "model_type" and error["input"] is None:  # all of its lines may be comments
         return f"{path}: holds no key; leave it out"
-    return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]} (it is {error['input']!r})"
+    return f"{path}: {_wrong(error)} (it is {error['input']!r})"
+
+
+def _wrong(error: ErrorDetails) -> str:
+    """What a value should be; in words of the configuration where pydantic's are those of a programmer."""
+    said = f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    if error["type"] == "model_type":
+        return f"input should be keys with values, such as {{{sorted(_keys_at(error['loc']))[0]}: ...}}"
+    if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] == NAME:
+        return "a name may hold a to z, 0 to 9 and _ alone"
+    if error["type"] == "int_parsing" and (number := _whole(str(error["input"]))):
+        return f"to YAML this is text; write {number:_}"
+    return said
+
+
+def _whole(text: str) -> int | None:
+    """The whole number that a text such as 1e6 means; None where it means none."""
+    try:
+        return int(float(text)) if float(text).is_integer() else None
+    except ValueError:
+        return None
 
 
 def _keys_at(path: tuple[str | int, ...]) -> set[str]:

@@ -15,6 +15,7 @@ from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
+from snaketron.graph import process
 from snaketron.wording import duration, plural, shortened
 
 from snakemake_interface_logger_plugins.common import LogEvent
@@ -138,7 +139,9 @@ class Lines:
         status = self._status(said["shellcmd"])
         end = _end_of(logs)
         asked = status in STOPS or (self.stopping and status is None)  # Slurm gives no status
-        if asked or (end and "stopped by SIG" in end[-1]):
+        # Ctrl-C ends a Python that has not begun its program with status 1.
+        unbegun = process.interrupted() and not end
+        if asked or unbegun or (end and "stopped by SIG" in end[-1]):
             self.stopped = True
             return _at(f"{job.title} has stopped")
         if said["indent"] and not any(map(_complains, end)):

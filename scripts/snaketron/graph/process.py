@@ -87,6 +87,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         signal.default_int_handler(number, frame)
 
 
+def interrupted() -> bool:
+    """Whether SIGINT has come, to this process and its jobs."""
+    return bool(_interrupts)
+
+
 def leave_interrupts() -> None:
     """Take no notice of SIGINT when no job is left to stop: this process is about to end."""
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -114,7 +119,7 @@ def at_end(*explain: Callable[[], None]) -> None:
 def ending(workflow: Workflow) -> tuple[Literal["failed", "stopped"], list[str]]:
     """How a run that has not finished ended, and the jobs that failed, as "tokenize_shard docs part_1"."""
     scheduler = workflow.scheduler
-    if _interrupts or scheduler is None or scheduler._user_kill:  # the last by SIGTERM
+    if interrupted() or scheduler is None or scheduler._user_kill:  # the last by SIGTERM
         return "stopped", []
     jobs = [one for job in scheduler.failed for one in (job.jobs if job.is_group() else [job])]
     return "failed", sorted(" ".join([job.rule.name, *job.wildcards_dict.values()]) for job in jobs)

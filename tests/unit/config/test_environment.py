@@ -61,6 +61,17 @@ def test_the_environment_does_not_change_what_was_given():
             "sft.train_iters: input should be a valid integer, unable to parse string as an integer "
             "(it is 'many') (environment variable SNAKETRON_SFT__TRAIN_ITERS)",
         ),
+        (  # one underscore where two belong: it was "did you mean 'sft_data'?"
+            "SNAKETRON_SFT_TRAIN_ITERS",
+            "1",
+            "environment variable SNAKETRON_SFT_TRAIN_ITERS: two underscores divide sections and keys: "
+            "SNAKETRON_SFT__TRAIN_ITERS",
+        ),
+        (
+            "SNAKETRON_SFT__PARALLEL_TENSOR_MODEL__PARALLEL_SIZE",
+            "1",
+            "two underscores divide sections and keys: SNAKETRON_SFT__PARALLEL__TENSOR_MODEL_PARALLEL_SIZE",
+        ),
         ("SNAKETRON_SFT", "{1: 2}", "sft.1: unknown key; known: "),
         ("SNAKETRON_SEED", "[1", "environment variable SNAKETRON_SEED: '[1' is not YAML"),
     ],

@@ -141,6 +141,23 @@ def test_sigterm_is_a_stop_that_waits_for_jobs(lines: Lines):
     assert ends(lines) == "Stopped; 1 of 2 jobs are done. Run the same command again to continue."
 
 
+def test_a_python_that_ctrl_c_met_before_its_program_has_stopped(
+    lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It says `Fatal Python error: init_import_site` and ends with 1, and the run was called a failed one."""
+    begun, unbegun = tmp_path / "begun.log", tmp_path / "unbegun.log"
+    begun.write_text("$ python\nerror: no space left\n")
+    unbegun.write_text("$ python\n")
+    starts(lines, 0, "sft")
+    exits(lines, 1)
+    assert without_time(fails(lines, 0, unbegun)).startswith("sft has failed")
+    lines.failed.clear()
+    monkeypatch.setattr("snaketron.graph.process._interrupts", [2])
+    assert without_time(fails(lines, 0, unbegun)) == "sft has stopped"
+    assert ends(lines) == "Stopped; 0 of 2 jobs are done. Run the same command again to continue."
+    assert without_time(fails(lines, 0, begun)).startswith("sft has failed")
+
+
 def test_a_training_that_was_stopped_elsewhere_is_no_error_either(lines: Lines, tmp_path: Path):
     """Somebody stopped the training by scancel, say, and nobody told this Snakemake."""
     log = tmp_path / "sft.log"
