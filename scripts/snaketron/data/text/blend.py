@@ -149,16 +149,14 @@ def _weighed(
     phase, weights, train_tokens = settings.phase, settings.weights, settings.train_tokens
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     dtypes: set[str] = set()
-    dropped: dict[str, Counter[str]] = {corpus: Counter() for corpus in weights}
     for path, made in records.items():
         _check_record(phase, path, made, weights, identity, tokenizer)
-        dropped[made.settings["corpus"]].update(made.counts["dropped"])
     for path, made in records.items():
         for split in [made.settings["split"]] if made.kind == TOKENS else SPLITS:
             shard, pair = _shard(made, split, path)
             dtypes.add(pair.dtype)
             shards[split].append(shard)
-    _check_weights(phase, weights, shards, dropped)
+    _check_weights(phase, weights, shards, records)
     _tell_dropped(weights, records)
     if len(dtypes) > 1:
         raise UserError(f"phase {phase!r}: shards of different types: {', '.join(sorted(dtypes))}; {_AGAIN}")
@@ -190,15 +188,16 @@ def _check_weights(
     phase: str,
     weights: Mapping[str, float],
     shards: Mapping[str, Sequence[Shard]],
-    dropped: Mapping[str, Mapping[str, int]],
+    records: Mapping[Path, Record],
 ) -> None:
-    """Check that each corpus has documents; `dropped` counts what it lost, by reason."""
+    """Check that each corpus has documents, and say what one without any lost, by reason."""
     for corpus, weight in weights.items():
         count = sum(s.corpus == corpus for s in shards["train"])
         if not count:
             raise UserError(f"phase {phase!r}: no record of corpus {corpus!r} (weight {weight}) was given")
         if not any(s.documents for split in shards.values() for s in split if s.corpus == corpus):
-            reasons = counted(dict(sorted(dropped[corpus].items())), empty="nothing", sign=" ")
+            lost = sum((_lost(r) for r in records.values() if r.settings["corpus"] == corpus), Counter[str]())
+            reasons = counted(dict(sorted(lost.items())), empty="nothing", sign=" ")
             raise UserError(
                 f"phase {phase!r}: corpus {corpus!r} has no documents in any of its {count} shards "
                 f"(dropped: {reasons}); look at its files and filters, or leave it out"
@@ -220,11 +219,26 @@ def _tell_dropped(corpora: Iterable[str], records: Mapping[Path, Record]) -> Non
         tell_of_shards(f"corpus {corpus}", {path: r.counts for path, r in made.items()}, "documents")
 
 
+def _lost(tokens: Record) -> Counter[str]:
+    """What a shard lost by reason, its curation included."""
+    lost = Counter(tokens.counts["dropped"])
+    for _, curated in _curated(tokens):
+        lost.update({why: removed["documents"] for why, removed in curated.counts["removed"].items()})
+    return lost
+
+
+def _curated(tokens: Record) -> Iterator[tuple[Path, Record]]:
+    """The path and the record of each file that curation wrote for a shard."""
+    for text in tokens.inputs_named("text"):
+        found = record_of(text) if text.file.suffix == ".parquet" else None
+        if found and found[1].kind == "curated":
+            yield found
+
+
 def _filtered(tokens: Record) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The path and the counts of each record of the filters that a shard of a curated corpus went through."""
-    for text in tokens.inputs_named("text"):
-        curated = record_of(text) if text.file.suffix == ".parquet" else None
-        for entry in curated[1].inputs_named("filtered") if curated else ():
+    for _, curated in _curated(tokens):
+        for entry in curated.inputs_named("filtered"):
             if found := record_of(entry):
                 yield found[0], found[1].counts
 

@@ -348,10 +348,9 @@ def test_rows_that_curation_could_not_read_are_one_line_too(
         listed = [{"file": "web.jsonl", "row": row, "reason": "bad row", "detail": "no JSON"} for row in lost]
         counts = {"rows": 5, "dropped": {"bad row": len(lost)}, "dropped_rows": listed}
         made = made_of([], "filtered", place, counts)
-        made = made_of([made.renamed("filtered")], "curated", tmp_path / f"curated_{record.stem}.parquet", {})
-        value = files.read_json(record)
-        value["inputs"] = [{"name": "text", **made.reference}]
-        files.write_json(record, value)
+        place = tmp_path / f"curated_{record.stem}.parquet"
+        made = made_of([made.renamed("filtered")], "curated", place, {})
+        make_from(record, made)
     status, stderr = build(records, "docs=1", "code=1")
     assert (status, [line for line in stderr.splitlines() if "dropped" in line]) == (
         0,
@@ -360,6 +359,27 @@ def test_rows_that_curation_could_not_read_are_one_line_too(
             f"dropped_rows in {tmp_path}/curation/*.json lists them"
         ],
     )
+
+
+def test_a_corpus_of_which_curation_left_nothing_says_why(build, records, tmp_path):
+    """It said `dropped: nothing`, because the empty files that curation wrote have no rows to drop."""
+    web = empty_shard(tmp_path / "web" / "a.json", records[0], {"empty": 0})
+    removed = {"gopher_quality: gopher_short_doc": {"documents": 6}, "near duplicate": {"documents": 94}}
+    place = tmp_path / "curated" / "a.parquet"
+    make_from(web, made_of([], "curated", place, {"removed": removed}))
+    assert_refused(
+        build([*records, web], "docs=1", "code=1", "web=1"),
+        tmp_path,
+        "corpus 'web' has no documents in any of its 1 shards "
+        "(dropped: 6 gopher_quality: gopher_short_doc, 94 near duplicate)",
+    )
+
+
+def make_from(record: Path, text: Entry) -> None:
+    """Let the record of a shard say that it was made from a file."""
+    value = files.read_json(record)
+    value["inputs"] = [{"name": "text", **text.reference}]
+    files.write_json(record, value)
 
 
 def made_of(inputs: list[Entry], kind: Any, path: Path, counts: dict[str, Any]) -> Entry:
