@@ -42,10 +42,10 @@ def held_out_prompts(batches: SftBatches, count: int) -> list[Prompt]:
 def write_answers(stage: Stage, built: BuiltModel, iteration: int, batches: SftBatches) -> None:
     """Write the answers of the model as it is now to the version, in a file of its own for each step."""
     text = load_tokenizer(stage.tokenizer_directory)
-    if stage.run.num_samples and is_writer():
-        what = plural(stage.run.num_samples, "prompt")
-        logger.info("%s: answering %s %s", stage.settings.stage, what, after(iteration))
     prompts = held_out_prompts(batches, stage.run.num_samples)
+    if prompts and is_writer():
+        what = plural(len(prompts), "prompt")
+        logger.info("%s: answering %s %s", stage.settings.stage, what, after(iteration))
     stop = {prompt.reference[-1] for prompt in prompts}
     given = generate(
         built,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import snaketron.model  # noqa: F401  before megatron
+from snaketron import files
 from snaketron.data.tokenizer import tokenizer_info
-from snaketron.inference.answers import Prompt, held_out_prompts
+from snaketron.inference.answers import Prompt, held_out_prompts, write_answers
 from snaketron.train.sft_batches import SftBatches
 
 import pytest
@@ -48,3 +50,27 @@ def test_each_pack_is_asked_before_one_is_asked_again(batches):
 def test_no_held_out_packs_give_no_prompts(batches):
     assert held_out_prompts(batches([]), 2) == []
     assert held_out_prompts(batches([[QUESTION]]), 0) == []
+
+
+def test_as_many_prompts_are_told_as_there_are(
+    batches,
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    """It said 40, the number that the configuration asks for, of two prompts and of none."""
+    monkeypatch.setattr(
+        "snaketron.inference.answers.generate", lambda built, prompts, **_: [[7, 8] for _ in prompts]
+    )
+    stage = SimpleNamespace(
+        tokenizer_directory=tokenizer_dir,
+        settings=SimpleNamespace(stage="sft"),
+        run=SimpleNamespace(num_samples=40, sample_tokens=4),
+        version=SimpleNamespace(answers_after=lambda step: tmp_path / f"{step}.json"),
+    )
+    caplog.set_level("INFO")
+    write_answers(stage, None, 3, batches([[QUESTION], [TWO_TURNS]]))
+    write_answers(stage, None, 5, batches([]))
+    assert [m for m in caplog.messages if "answering" in m] == ["sft: answering 2 prompts after step 3"]
+    assert len(files.read_json(tmp_path / "3.json")) == 2 and not (tmp_path / "5.json").exists()
