@@ -44,6 +44,15 @@ class Text:
     encoders: Counter[str] = field(default_factory=Counter)  # shards by encoder
     lengths: Counter[int] = field(default_factory=Counter)  # sequences by the power of 2 below their tokens
 
+    @property
+    def read_here(self) -> bool:
+        """Whether its text was, and not only tokens of it: then rows and bytes are not known."""
+        return bool(self.encoders)
+
+    @property
+    def megabytes(self) -> float:
+        return sum(self.bytes.values()) / 1e6
+
 
 @dataclass
 class Curated:

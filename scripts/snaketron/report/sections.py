@@ -41,14 +41,15 @@ def sections(data: Data) -> list[Section]:
 def _text_section(data: Data) -> Section:
     rows = []
     for name, text in sorted(data.texts.items()):
-        numbers = [text.shards, text.documents, *(text.kept[s] for s in SPLITS)]
-        size, tokens = sum(text.bytes.values()) / 1e6, sum(text.tokens.values())
-        per_token = f"{sum(text.bytes.values()) / tokens:.2f}" if size and tokens else "-"
+        size, tokens = text.megabytes, sum(text.tokens.values())
+        per_token = f"{1e6 * size / tokens:.2f}" if size and tokens else "-"
         rows.append(
             [
                 name,
-                *(f"{n:,}" for n in numbers),
-                f"{size:,.1f}",
+                f"{text.shards:,}",
+                f"{text.documents:,}" if text.read_here else "-",
+                *(f"{text.kept[s]:,}" for s in SPLITS),
+                f"{size:,.1f}" if text.read_here else "-",
                 *(f"{text.tokens[s]:,}" for s in SPLITS),
                 per_token,
             ]
@@ -165,9 +166,10 @@ def _removed_section(data: Data) -> Section:
 def _chat_section(data: Data) -> Section:
     rows = []
     for name, chats in sorted(data.chats.items()):
-        numbers = [chats.shards, chats.rows, chats.conversations, chats.packs, chats.tokens, chats.trained]
-        shares = [chats.trained_share, chats.efficiency]
-        rows.append([name, *(f"{n:,}" for n in numbers), *(f"{share:.1%}" for share in shares)])
+        read = f"{chats.rows:,}" if chats.rows else "-"  # packs from elsewhere do not say
+        numbers = [chats.conversations, chats.packs, chats.tokens, chats.trained]
+        shares = [f"{share:.1%}" for share in (chats.trained_share, chats.efficiency)]
+        rows.append([name, f"{chats.shards:,}", read, *(f"{n:,}" for n in numbers), *shares])
     header = [
         "chat source",
         "packed shards",

@@ -108,9 +108,9 @@ def _performance(stages: list[Record]) -> list[str]:
 def _text(data: Data) -> str:
     rows = []
     for corpus, text in sorted(data.texts.items()):
-        megabytes = sum(text.bytes.values()) / 1e6
         tokens = [f"{text.tokens[split]:,}" for split in SPLITS]
-        rows.append([corpus, str(text.shards), f"{text.documents:,}", f"{megabytes:.1f}", *tokens])
+        read = [f"{text.documents:,}", f"{text.megabytes:.1f}"] if text.read_here else ["-", "-"]
+        rows.append([corpus, str(text.shards), *read, *tokens])
     header = ["corpus", "shards", "documents", "MB", "train tokens", "valid", "test"]
     return "## Text\n\n" + table(header, rows) + _dropped(data, "tokenize")
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
+from snaketron.config.data import SPLITS
 from snaketron.report.collect import Data, collect
 from snaketron.report.data_report import markdown
 from snaketron.report.sections import _quantile, sections
+from snaketron.report.summary import _text
+from tests.unit.report.conftest import packs, shard
 
 import pytest
 
@@ -67,6 +72,27 @@ def test_the_text_has_every_table(records):
     assert "- `tools: packs of 100 tokens leave out 1 of 26 conversations (3.8%)`" in part
     assert cells(section(text, "Lengths"), "tools") == ["26", "16", "16", "128", "128"]
     assert cells(section(text, "Time"), "tokenize_shard") == ["3", "4.5", "2.5"]
+
+
+def test_rows_and_bytes_of_what_was_made_elsewhere_are_not_known(make, tmp_path: Path):
+    """They were 0, as if nothing had been read."""
+    counts: dict[str, Any] = shard(400, 10, 0)
+    splits = {split: packs(1, 40, 20, 4) for split in SPLITS}
+    made = [
+        make("web/a.json", "registered_tokens", counts=counts, settings={"corpus": "web"}),
+        make(
+            "help/a.json",
+            "registered_packs",
+            counts={"splits": splits},
+            settings={"source": "help", "pack_size": 100},
+        ),
+    ]
+    data = collect([Path(record["path"]) for record in made])
+    text = markdown(sections(data))
+    assert cells(section(text, "Text"), "web") == ["1", "-", "40", "1", "0", "-", "400", "10", "0", "-"]
+    chats = cells(section(text, "Conversations"), "help")
+    assert chats == ["1", "-", "12", "3", "120", "60", "50.0%", "40.0%"]
+    assert cells(_text(data), "web") == ["1", "-", "-", "400", "10", "0"]  # in the summary of a training
 
 
 def test_what_no_record_is_about_is_left_out(records):
