@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_origin
 
-from snaketron.config.base import NAME, ConfigError, Section, Seed, Text, key, suggest
+from snaketron.config.base import NAME, ConfigError, Section, Seed, Text, closest, key, suggest
 from snaketron.config.checks import (
     SECRET,
     check_blends,
@@ -257,11 +258,18 @@ def _divided_elsewhere(variable: str, path: tuple[str, ...]) -> str | None:
 
 
 def _paths(section: Any) -> Iterator[tuple[str, ...]]:
-    """The path of each section and key below a section."""
+    """The path of each section and key below a section; of sections in a list as in the first one."""
     for name, field in section.model_fields.items():
         yield (name,)
-        if hasattr(field.annotation, "model_fields"):
-            yield from ((name, *path) for path in _paths(field.annotation))
+        if inner := _section(field.annotation):
+            at = f"{name}[0]" if get_origin(field.annotation) is list else name
+            yield from ((at, *path) for path in _paths(inner))
+
+
+def _section(annotation: Any) -> Any:
+    """The section that a key holds, alone or in a list; None where it holds a value."""
+    kinds = (annotation, *getattr(annotation, "__args__", ()))
+    return next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
 
 
 def _plain(value: Any) -> Any:
@@ -317,7 +325,7 @@ def _given(error: ErrorDetails, given: Mapping[tuple[Any, ...], str]) -> str:
 def _explain(error: ErrorDetails) -> str:
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error["loc"]).lstrip(".")
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key{suggest(str(error['loc'][-1]), _keys_at(error['loc'][:-1]))}"
+        return f"{path}: unknown key{_meant(error['loc'])}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] == "missing":
@@ -347,14 +355,26 @@ def _whole(text: str) -> int | None:
         return None
 
 
+def _meant(path: tuple[str | int, ...]) -> str:
+    """What an unknown key may mean: nearly the same one of its section, or the same one of another."""
+    names = [str(name) for name in path if not isinstance(name, int)]
+    here = _keys_at(path[:-1])
+    found = [known for known in _paths(Config) if known[-1] == names[-1]]
+    if closest(names[-1], here, cutoff=0.8) or not found:
+        return suggest(names[-1], here)
+
+    def nearness(known: tuple[str, ...]) -> tuple[int, int]:
+        shared = zip(names, (name.removesuffix("[0]") for name in known), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], shared)), -len(known)
+
+    nearest = max(map(nearness, found))
+    return f"; did you mean {' or '.join('.'.join(k) for k in found if nearness(k) == nearest)}?"
+
+
 def _keys_at(path: tuple[str | int, ...]) -> set[str]:
     """Names of the keys of the section at `path`."""
     section: Any = Config
     for name in path:
-        if isinstance(name, int):
-            continue
-        annotation = section.model_fields[name].annotation
-        section = next(
-            (a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")), annotation
-        )
+        if not isinstance(name, int):
+            section = _section(section.model_fields[name].annotation)
     return set(section.model_fields)

@@ -36,6 +36,26 @@ import yaml
             },
             "pretrain.phases[0].blend[0].wight: unknown key; did you mean 'weight'?",
         ),
+        # The name is that of a key elsewhere: of the nearest such section.
+        (
+            {"sft": {"learning_rate": 0.1}},
+            "sft.learning_rate: unknown key; did you mean sft.optimizer.learning_rate?",
+        ),
+        (
+            {"pretrain": {"tensor_model_parallel_size": 2}},
+            "pretrain.tensor_model_parallel_size: unknown key; "
+            "did you mean pretrain.parallel.tensor_model_parallel_size?",
+        ),
+        ({"sft": {"pack_size": 9}}, "sft.pack_size: unknown key; did you mean sft_data.pack_size?"),
+        (
+            {"sft_data": {"sequences": "turn"}},
+            "sft_data.sequences: unknown key; did you mean chats[0].sequences?",
+        ),
+        (
+            {"pretrain": {"train_iters": 9}},
+            "pretrain.train_iters: unknown key; did you mean sft.train_iters or lora.train_iters?",
+        ),
+        ({"corpora": [{"name": "a", "path": "x"}]}, "corpora[0].path: unknown key; did you mean 'paths'?"),
         # Nothing is near: every key is named.
         (
             {"curation": {"minhash": {"zzz": 1}}},
