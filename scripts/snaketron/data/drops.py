@@ -24,6 +24,7 @@ MAX_LISTED = 100  # dropped rows that a record names, for each reason
 MAX_DETAIL = 200  # characters
 MAX_EXAMPLES = 5  # dropped rows in an error
 BUFFER = 1 << 20  # bytes
+NAME_ONE = "name one of them in the configuration (text_field, messages_field or where)"
 REPLACE = "replace the file with a complete copy and run again"
 ARROW = (".parquet", ".arrow")
 
@@ -143,7 +144,7 @@ def reject(bad: Bad, path: Path, number: int, settings: ReadSettings, drops: Dro
 
 
 def missing(where: str, name: str, present: Iterable[str]) -> str:
-    return f"{where}: {no_field(name, present)}; name one of them in the configuration"
+    return f"{where}: {no_field(name, present)}; {NAME_ONE}"
 
 
 def no_field(name: str, present: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from snaketron.data.doubled_keys import DoubledKey
 from snaketron.data.drops import (
     BUFFER,
     INVALID_TEXT,
+    NAME_ONE,
     REPLACE,
     TOO_DEEP,
     Bad,
@@ -63,7 +64,7 @@ def json_rows(
                     row[name] = value
             for name in required:
                 if name not in row:
-                    raise Bad(no_field(name, row), "name one of them in the configuration")
+                    raise Bad(no_field(name, row), NAME_ONE)
         except (Bad, RecursionError) as error:
             bad = error if isinstance(error, Bad) else TOO_DEEP
             if drops.num_rows == before + 1 and not too_long:  # the rest of a long line was not kept

@@ -87,7 +87,10 @@ def test_a_template_that_trains_nothing_in_a_row_drops_it(tmp_path, tokenizer):
 def test_a_missing_field_is_an_error_that_names_the_fields(tmp_path, tokenizer):
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"conversations": [], "id": 1}])
     message = refused(tmp_path, chats)
-    assert message.startswith("chats.jsonl:1: no field 'messages'; the fields are 'conversations', 'id'")
+    assert message.startswith(
+        "chats.jsonl:1: no field 'messages'; the fields are 'conversations', 'id'; name one of them in the "
+        "configuration (text_field, messages_field or where); or set bad_rows to drop"
+    )
 
 
 def test_a_first_conversation_above_max_tokens_is_an_error(tmp_path, tokenizer, three_files):
