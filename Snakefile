@@ -85,7 +85,7 @@ if workflow.is_main_process:
         logger.info(note)
     asked = inventory.look, request.sbatch_options, graph.seconds
     process.at_end(
-        partial(notes.explain, workflow, graph.config),
+        partial(notes.explain, workflow, graph),
         partial(dry_run.explain, workflow, graph.config, *asked),
     )
 

@@ -180,11 +180,14 @@ def moved_targets(config: Config, targets: Iterable[str]) -> list[str]:
     return lines
 
 
-def meant(config: Config, targets: Iterable[str], rules: Iterable[str] = ()) -> list[str]:
+def meant(
+    config: Config, targets: Iterable[str], rules: Iterable[str] = (), bases: Iterable[str] = ()
+) -> list[str]:
     """What a target that no rule makes may mean: a result or a rule of nearly the same name."""
     ckpt, hf, measured = (config.pathvars[name] for name in ("ckpt", "hf", "eval"))
     merged = [f"merged/{phase.name}" for phase in config.pretrain.phases]
     stages = [*(training.name for training in config.trainings()), "lora_merged", *merged]
+    stages += [f"base/{name}" for name in bases]
     known = [
         path for stage in stages for path in (f"{ckpt}/{stage}", f"{hf}/{stage}", f"{measured}/{stage}.json")
     ]
@@ -196,16 +199,17 @@ def meant(config: Config, targets: Iterable[str], rules: Iterable[str] = ()) -> 
     return lines
 
 
-def explain(workflow: Any, config: Config) -> None:
+def explain(workflow: Any, graph: Graph) -> None:
     """Print at the end what targets are called, and in a dry-run what would be replaced.
 
     The targets are known only after the Snakefile was read, and a wrong one is an error before any job.
     """
     settings, dag = workflow.dag_settings, getattr(workflow, "dag", None)
-    lines = moved_targets(config, sorted(settings.targets)) if settings else []
+    lines = moved_targets(graph.config, sorted(settings.targets)) if settings else []
     if dag is not None and not lines:
         made = {file for job in dag.targetjobs for file in job.output}
-        lines = meant(config, sorted(set(dag.targetfiles) - made), (rule.name for rule in workflow.rules))
+        rules = (rule.name for rule in workflow.rules)
+        lines = meant(graph.config, sorted(set(dag.targetfiles) - made), rules, graph.bases.bases)
     if workflow.dryrun and dag and (warning := replaced_by(workflow)):
         lines.append(warning)
     for line in lines:

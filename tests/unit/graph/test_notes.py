@@ -121,6 +121,9 @@ def test_a_misspelt_target_is_answered_by_a_result_or_a_rule():
     ]
     moved = load({"pathvars": {"hf": "/store/hf/"}}, {})
     assert meant(moved, ["/store/hf/sfd"]) == ["/store/hf/sfd: did you mean /store/hf/sft?"]
+    # A base without the letters after its name: it was taken for merged/broad.
+    found = meant(load({}, {}), ["hf/base/broad"], bases=["broad_4370e3"])
+    assert found == ["hf/base/broad: did you mean hf/base/broad_4370e3?"]
 
 
 def test_a_tokenizer_of_another_size_than_the_plan_takes_is_told(tmp_path: Path):
