@@ -134,7 +134,8 @@ def _tools(path: Path) -> list[dict[str, Any]]:
     try:
         tools = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; a JSON list of function schemas is expected") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: {why}; a JSON list of function schemas is expected") from None
     if not isinstance(tools, list):
         raise UserError(f"{path}: a JSON list of function schemas is expected")
     named = [(number, _problem(tool)) for number, tool in enumerate(tools, start=1)]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from snaketron.config.base import closest
 from snaketron.config.evaluation import Task
 from snaketron.data.chats.template import Template
 from snaketron.data.chats.unusable import Unusable
@@ -28,6 +29,7 @@ from snaketron.report.evaluations import plain_numbers
 import datasets.config
 import huggingface_hub.constants
 import lm_eval
+import lm_eval.evaluator
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
@@ -221,6 +223,19 @@ def _offline(*, cached: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _unasked() -> Iterator[None]:
+    """Keep lm-eval from asking git and the machine, in 1.6 s, for what the record of the evaluation says.
+
+    Where there is no repository, git's `fatal: not a git repository` stood among the lines of the run.
+    """
+    with (
+        mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+        mock.patch.object(lm_eval.evaluator, "add_env_info", lambda results: None),
+    ):
+        yield
+
+
 @functools.cache
 def task_manager(name: str, directories: tuple[str, ...]) -> TaskManager:
     """The tasks among which one is found. Reading lm-eval's own 14,000 files takes 10 s; it is done once.
@@ -261,9 +276,11 @@ def run_task(
     manager = task_manager(task.name, tuple(map(str, directories)))
     if task.name not in manager.task_index:
         where = f" nor in {', '.join(map(str, directories))}" if directories else ""
-        raise UserError(f"eval.tasks: {task.name} is no task of lm-eval {lm_eval.__version__}{where}")
+        close = closest(task.name, manager.task_index, cutoff=0.75)
+        meant = f"; did you mean {close!r}?" if close else ""
+        raise UserError(f"eval.tasks: {task.name} is no task of lm-eval {lm_eval.__version__}{where}{meant}")
     try:
-        with _offline(cached=task.data is None):
+        with _offline(cached=task.data is None), _unasked():
             found = lm_eval.simple_evaluate(
                 model,
                 tasks=_made(task, manager),

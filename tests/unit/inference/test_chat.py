@@ -239,6 +239,14 @@ def test_functions_without_a_name_are_refused(text: str, problem: str, tmp_path:
         tools(tmp_path / "tools.json")
 
 
+def test_a_file_of_functions_that_is_not_there_is_named_once(tmp_path: Path):
+    tools = runpy.run_path(str(REPOSITORY / "scripts/chat.py"))["_tools"]
+    with pytest.raises(UserError) as refused:
+        tools(tmp_path / "none.json")
+    said = "No such file or directory; a JSON list of function schemas is expected"
+    assert str(refused.value) == f"{tmp_path / 'none.json'}: {said}"
+
+
 def test_functions_may_stand_in_an_object_or_alone(tmp_path: Path):
     tools = runpy.run_path(str(REPOSITORY / "scripts/chat.py"))["_tools"]
     (tmp_path / "tools.json").write_text('[{"name": "a"}, {"type": "function", "function": {"name": "b"}}]')

@@ -134,7 +134,9 @@ def test_an_answer_to_nothing_begins_a_text_and_one_without_room_is_refused(mode
         model.generate_until([request("generate_until", "fox", {"max_gen_toks": 64})], disable_tqdm=True)
 
 
-def test_a_task_of_a_directory_runs_offline(model, tmp_path: Path):
+def test_a_task_of_a_directory_runs_offline(
+    model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     """The label of each of four questions is set to the more probable choice, or to the other one."""
     questions = ["the quick brown", "the lazy", "jumps over", "quick"]
     labels = []
@@ -148,9 +150,11 @@ def test_a_task_of_a_directory_runs_offline(model, tmp_path: Path):
     rows = [{"question": q, "label": label} for q, label in zip(questions, labels, strict=True)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "animals.yaml").write_text(CHOICE.format(name="animals", data=data))
+    monkeypatch.chdir(tmp_path)  # no repository
     assert run_task(model, Task(name="animals"), directories=[tmp_path]) == {
         "animals": {"acc": 0.75, "questions": 4}
     }
+    assert "not a git repository" not in capfd.readouterr().err
     limited = run_task(model, Task(name="animals"), directories=[tmp_path], limit=2)
     assert limited["animals"] == {"acc": 1.0, "questions": 2}
 
@@ -247,6 +251,8 @@ def test_data_that_has_changed_is_read_again(tmp_path: Path):
 def test_a_task_that_is_not_known_or_has_no_data_here_is_refused(model, tmp_path: Path):
     with pytest.raises(UserError, match=r"eval\.tasks: animals is no task of lm-eval"):
         run_task(model, Task(name="animals"))
+    with pytest.raises(UserError, match=r"hellaswg is no task of lm-eval [\d.]+; did you mean 'hellaswag'\?"):
+        run_task(model, Task(name="hellaswg"))
     with pytest.raises(UserError, match=r"eval\.tasks: openbookqa: .* is no directory"):
         run_task(model, Task(name="openbookqa", data=str(tmp_path / "none")))
     with pytest.raises(UserError, match="the data of openbookqa is not on this machine"):
