@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from snaketron.config.data import sample_chats
 from snaketron.lineage.record import Kind, Record
 
 # Each rule with what it is made from, what its records are called, and the lane that it is drawn in: text to
@@ -71,6 +72,7 @@ RULES: dict[str, tuple[int, tuple[str, ...], Kind | Literal[""]]] = {
 MADE = ("--record", "--output")
 TIME = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ ")  # before each line of a log
 ERROR = re.compile(r"(\S+ \S+ )?error: ")  # the last line of a program that failed
+_SAMPLE_CHATS = {source.name for source in sample_chats()}
 SLACK_S = 5.0  # between the clocks of two machines that share a file system
 
 
@@ -233,9 +235,23 @@ def _by_rule(records: Iterable[Record]) -> dict[str, list[float]]:
     """The seconds of the records of each rule, as far as a record tells which rule wrote it."""
     seconds: dict[str, list[float]] = defaultdict(list)
     for record in records:
-        names = rules_of(record.kind)
-        if record.kind == "checkpoint":
-            names = [rule_of(record.name)]
-        if len(names) == 1:
-            seconds[names[0]].append(record.seconds)
+        if rule := _writer(record):
+            seconds[rule].append(record.seconds)
     return seconds
+
+
+def _writer(record: Record) -> str | None:
+    """The rule that wrote a record; None where the record does not tell it."""
+    names = rules_of(record.kind)
+    match record.kind:
+        case "checkpoint":
+            return rule_of(record.name)
+        case "sample":
+            return "sample_chat" if record.name in _SAMPLE_CHATS else "sample_corpus"
+        case "raw" if record.outputs:
+            # <data>/raw/SOURCE/FILE, <data>/hub/OWNER/MODEL/FILE, <data>/hub/datasets/OWNER/NAME@COMMIT/...
+            above = Path(record.outputs[0].path).parts[:-2]
+            if above[-1:] == ("raw",):
+                return "download"
+            return "download_model" if above[-2:-1] == ("hub",) else "download_task_data"
+    return names[0] if len(names) == 1 else None

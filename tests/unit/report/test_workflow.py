@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from snaketron.lineage.record import Record
+from snaketron.lineage.record import Entry, Kind, Record
 from snaketron.report.workflow import RULES, Rule, rules
 from tests.conftest import REPOSITORY
 
@@ -136,6 +136,27 @@ def test_records_tell_what_is_done_where_the_logs_were_removed(tmp_path: Path):
     record = Record("tokens", "docs/a", "", 2.5, (), (), {}, {}, {})
     found = read(tmp_path, (record,), tokenize_shard=2)
     assert (found["tokenize_shard"].state, found["tokenize_shard"].seconds) == ("partly", [2.5])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "path", "rule"),
+    [
+        ("sample", "docs", "data/sample/docs/part_0.jsonl", "sample_corpus"),
+        ("sample", "tools", "data/sample/tools/part_0.jsonl", "sample_chat"),
+        ("raw", "raw-web", "/hub/data/raw/web/a.jsonl.gz", "download"),
+        ("raw", "raw-tokenizer", "data/hub/nvidia/nano/tokenizer.json", "download_model"),
+        ("raw", "raw-mmlu", "data/hub/datasets/cais/mmlu@1a2b/all/test.parquet", "download_task_data"),
+        ("raw", "raw-a", "data/hub/datasets/me/a@1a2b/test.parquet", "download_task_data"),
+    ],
+)
+def test_the_record_of_a_file_says_which_rule_wrote_it(
+    kind: Kind, name: str, path: str, rule: str, tmp_path: Path
+):
+    """A run with logs of its own beside the data of another one waited for these rules for ever."""
+    record = Record(kind, name, "", 2.5, (), (Entry("a", path, "00", 1),), {}, {}, {})
+    assert {name: found.state for name, found in read(tmp_path, (record,), **{rule: 1}).items()} == {
+        rule: "finished"
+    }
 
 
 def test_the_record_of_a_checkpoint_says_which_rule_made_it(tmp_path: Path):
