@@ -39,6 +39,7 @@ def test_a_process_that_dies_is_replaced_within_the_job(thrice: Disturbed):
 def test_processes_that_hang_are_replaced_within_the_job(thrice: Disturbed):
     _, second, third, _ = thrice.attempts
     assert second["outcome"] == "hung"
+    assert "rank 0 says nothing; rank 1 after step " in second["error"]  # it was suspended
     assert third["from_iteration"] in (4, 8)
     assert third["job"] == second["job"]
     thrice.is_undisturbed()

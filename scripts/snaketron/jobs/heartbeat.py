@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from snaketron.files import read_json, write_json
+from snaketron.jobs import places
 from snaketron.log import UserError
 
 INTERVAL_S = 1.0  # a file system may serve thousands of trainings
@@ -25,7 +26,7 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes how far a training is to `path`, on the rank that writes metrics; nothing on the others."""
+    """Writes how far a training is to `path`, on the rank that writes metrics; the others only note it."""
 
     def __init__(self, path: Path, total: int, *, writer: bool) -> None:
         self.path, self.writer = path, writer
@@ -36,6 +37,7 @@ class Heartbeat:
         self, iteration: int, *, loss: float | None = None, tokens_per_second: float | None = None
     ) -> None:
         """Say that `iteration` steps are done; None leaves the loss or the speed of an earlier call."""
+        places.has_done(iteration)
         if not self.writer:
             return
         before = self.now

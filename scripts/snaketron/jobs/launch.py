@@ -26,7 +26,7 @@ from typing import Any
 
 from snaketron import credentials
 from snaketron.files import read_json, write_json
-from snaketron.jobs import slurm
+from snaketron.jobs import places, slurm
 from snaketron.jobs.containers import containerized, needed
 from snaketron.jobs.owner import TOKEN, Owner
 from snaketron.log import UserError, first_line, to_be_mended
@@ -41,6 +41,7 @@ STOP = signal.SIGUSR1  # asks for that; unlike SIGTERM and SIGINT, nobody else s
 STOPPED = (SAVED, -STOP, 128 + STOP)  # of who was asked to stop; without anything to save it is killed
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, STOP)  # all that ask a training to save and stop
 FAREWELL_S = 3.0  # for the other processes to say why they fail as well, once one has ended
+ANSWER_S = 5.0  # for processes that hang to say where they are
 
 OF_SRUN = "TRAINING_OF_SRUN"  # variable of the environment: the job step says which rank a process is
 
@@ -61,6 +62,7 @@ def join() -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    signal.signal(places.ASK, signal.SIG_IGN)  # it has nothing to say yet
     if OF_SRUN in os.environ:
         for name, of_slurm in (
             ("RANK", "SLURM_PROCID"),
@@ -92,11 +94,12 @@ def die_with_parent(number: signal.Signals) -> None:
 
 @contextlib.contextmanager
 def telling(failures: Path) -> Iterator[None]:
-    """Let the supervisor know why this process fails, in a file below `failures`.
+    """Let the supervisor know why this process fails, or where it hangs, in a file below `failures`.
 
     A process that fails, leaves (`SystemExit`) or is interrupted ends at once: the interpreter's own exit may
     wait for the other processes for ever.
     """
+    places.answer(failures, rank())
     try:
         yield
     except SystemExit as left:
@@ -266,6 +269,11 @@ class Ranks:
     def stop(self) -> None:
         """Ask all to finish the step, save and end."""
         self._signal(STOP)
+
+    def ask_where(self) -> None:
+        """Let the processes say where they are, as far as they can (`places`)."""
+        self._signal(places.ASK)
+        time.sleep(ANSWER_S)  # and no look before: a network file system would remember what it saw
 
     def kill(self) -> None:
         self.killed = True

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from snaketron.jobs import heartbeat, slurm
+from snaketron.jobs import heartbeat, places, slurm
 from snaketron.jobs.attempts import Attempts
 from snaketron.jobs.launch import SAVED, STOP_SIGNALS, STOPPED, Ranks, first_failure
 from snaketron.jobs.owner import Owner, own
@@ -97,7 +97,8 @@ def watch(
     """Wait until the processes have ended, and stop or kill them when it is time.
 
     They are stopped at a first signal and near the time limit. They are killed at a second signal, and when
-    the file `beats` has not changed for `step_timeout` seconds. `on_signal` is called after a first signal.
+    the file `beats` has not changed for `step_timeout` seconds, once they had time to say where they are.
+    `on_signal` is called after a first signal.
     """
     why: End = "exit"
     heard, last = time.monotonic(), None
@@ -119,6 +120,7 @@ def watch(
         if (beat := _changed(beats)) != last:
             heard, last = time.monotonic(), beat
         if time.monotonic() - heard > step_timeout:
+            ranks.ask_where()
             why, heard = "hang", time.monotonic()
             ranks.kill()
     return Ended(why, status)
@@ -238,6 +240,9 @@ class Supervisor:
         if failure and failure["traceback"]:
             where = f"{self.name}: rank {failure['rank']} on {failure['host']}"
             logger.error("%s failed %s\n%s", where, after(done), failure["traceback"].rstrip())
+        if ended.why == "hang" and (late := places.behind(places.read(self.version.failures))):
+            where = f"{self.name}: rank {late.rank} on {late.host}"
+            logger.error("%s was here %s\n%s", where, after(late.steps), late.stack)
         if failure and failure["by_user"]:
             attempts.give_up(error)
             raise UserError(error)
@@ -258,7 +263,8 @@ class Supervisor:
         if ended.why == "hang":
             before = heartbeat.read(self.version.heartbeat) is None
             advice = "; scripts/doctor.py tries whether the processes reach each other" if before else ""
-            return f"no step within step_timeout ({self.run.step_timeout} s{advice})"
+            where = places.sentence(places.read(self.version.failures), self.run.parallel.world_size)
+            return f"no step within step_timeout ({self.run.step_timeout} s; {where}{advice})"
         if said is None:
             return f"a process {ended_with(ended.status)}"
         if any(words in said for words in _PEER_IS_GONE):  # the process that died could say nothing itself

@@ -96,7 +96,7 @@ class Version:
         self.owner: Final = directory / "owner.json"
         self.attempts: Final = directory / "attempts.json"
         self.heartbeat: Final = directory / "progress.json"
-        self.failures: Final = directory / "failures"  # a directory with a file for each process that failed
+        self.failures: Final = directory / "failures"  # a directory: what each process said of its failure
 
     @classmethod
     def of(cls, output: Path, stage: str, key: str) -> Version:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -184,14 +185,20 @@ def test_processes_that_hang_are_killed_and_replaced(toy: Toy):
     """The time out is longer than a start takes on a busy machine, because a start is silent too."""
     status, output = toy.run({"1:0:7": "hang"}, step_timeout=30)
     assert (status, toy.attempts) == (0, [(0, 6, "hung"), (4, 12, "finished")])
-    assert "no step within step_timeout (30 s) after step 6; starting again from step 4" in output
+    where = "rank 0 after step 6 in run (log.py, go_wrong); rank 1 after step 6 in run (log.py, train)"
+    assert f"no step within step_timeout (30 s; {where}) after step 6; starting again from step 4" in output
+    assert re.search(
+        r"toy: rank 0 on \S+ was here after step 6\n  File .*in go_wrong\n    time.sleep", output, re.S
+    )
 
 
 def test_of_processes_that_never_began_it_says_how_to_find_out_why(toy: Toy):
     """As where NCCL takes an interface that leads nowhere."""
     _, output = toy.run({"1:0:1": "hang"}, step_timeout=30)
+    where = "rank 0 before the first step in run (log.py, go_wrong); rank 1 before the first step in run"
+    assert f"no step within step_timeout (30 s; {where}" in output
     advice = "; scripts/doctor.py tries whether the processes reach each other) before the first step"
-    assert f"no step within step_timeout (30 s{advice}; starting again from the beginning" in output
+    assert f"{advice}; starting again from the beginning" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
