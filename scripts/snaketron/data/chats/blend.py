@@ -119,6 +119,9 @@ def _split(
         if not used:
             logger.warning("%s: source %r has no packs and is left out", split, source)
             continue
+        if empty := len(listed) - len(used):
+            message = "source %s: %d of its %d shards have no packs in %s: left out there"
+            logger.info(message, source, empty, len(listed), split)
         totals = {name: sum(file[name] for file in used) for name in COUNTS}
         template = shards[source][0][1].settings["template_sha256"]
         sources.append(

@@ -59,11 +59,12 @@ class Notes:
         return {"reasoning_not_written": self.num_unwritten, **noted, **unread}
 
     def tell(self, drops: Drops, num_kept: int) -> None:
-        """`UserError` when no row can be used; warnings for what is not as the files have it."""
+        """`UserError` when no row can be used, unless that is allowed; warnings for what is left out."""
         names, template = ", ".join(map(str, self.read)), self.template.name
         if not num_kept and drops.num_rows:
             message = f"{names}: none of {drops.num_rows} rows can be used: {drops.explained()}"
-            if drops.num_rows > drops.reasons[FILTERED]:
+            unasked = drops.num_rows - drops.reasons[FILTERED]
+            if unasked > self.settings.max_dropped_fraction * drops.num_rows:
                 raise UserError(message)
             logger.warning("%s", message)
         if not num_kept:

@@ -241,7 +241,10 @@ class _Shard:
         self._histogram += np.bincount(np.frexp(lengths)[1] - 1, minlength=len(self._histogram))
 
     def _check(self) -> None:
-        """`UserError` when too much was dropped, or when nothing is left of a shard that nobody filtered."""
+        """`UserError` when too much was dropped.
+
+        A shard of which nothing is left is told: the blend leaves it out, and refuses a corpus of no others.
+        """
         settings, drops = self.settings, self._all_drops()
         where = ", ".join(map(str, self.reader.read))
         drops.check(settings)
@@ -250,9 +253,8 @@ class _Shard:
         if not self._kept:
             reasons = counted(dict(drops.reasons.most_common()), empty="it is empty", sign=" ")
             message = f"{where}: none of its {drops.num_rows} rows is used ({reasons})"
-            if not (self.reader.curated or drops.reasons[FILTERED]):
-                out = f"correct it, or take it out of the corpus {settings.corpus!r}"
-                raise UserError(f"{message}; {'raise max_tokens' if self._full else out}")
+            if self._full and not (self.reader.curated or drops.reasons[FILTERED]):
+                raise UserError(f"{message}; raise max_tokens")
             why = self.reader.drops.first_filtered
             logger.warning("%s", f"{message}: the first because {why}" if why else message)
         for name in settings.metadata_fields:

@@ -140,10 +140,12 @@ def test_what_the_shards_of_a_source_lost_is_one_line_for_rows_and_one_for_conve
     ]
 
 
-def test_files_without_packs_are_left_out(tmp_path):
+def test_files_without_packs_are_left_out(tmp_path, caplog):
+    caplog.set_level("INFO")
     records = [shard(tmp_path, "questions", 0), shard(tmp_path, "questions", 1, train=0, valid=0, test=0)]
     value = blend(tmp_path, records, "questions=1")
     assert [len(value["splits"][split][0]["files"]) for split in ("train", "valid", "test")] == [1, 1, 1]
+    assert "source questions: 1 of its 2 shards have no packs in train: left out there" in caplog.text
 
 
 def test_a_source_without_training_packs_is_an_error(tmp_path):

@@ -148,6 +148,15 @@ def test_a_file_of_which_no_row_can_be_used_is_an_error(tmp_path, tokenizer):
     )
 
 
+def test_a_file_of_which_no_row_can_be_used_is_told_where_that_is_allowed(tmp_path, tokenizer, caplog):
+    """Four of five are not asked for, and the fifth is within the limit; it ended the run."""
+    rows = [{"messages": [{"from": "human", "value": "a"}], "used_in": name} for name in "abbbb"]
+    found, record = render(tmp_path, rows, where={"used_in": ["a"]}, max_dropped_fraction=0.2)
+    assert found == []
+    assert record.counts["dropped"] == {"filtered by where": 4, "a message without a role": 1}
+    assert "chats.jsonl: none of 5 rows can be used: 4 x filtered by where, 1 x a message" in caplog.text
+
+
 def test_a_damaged_line_is_an_error(tmp_path, tokenizer):
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": question("a", "b")}])
     chats.write_text(chats.read_text() + '{"messages": [')

@@ -110,6 +110,27 @@ def test_a_filter_that_leaves_nothing_is_told(tokenize, tmp_path, write_jsonl, c
     assert "none of its 1 rows is used (1 filtered by where): the first because lang is 'en'" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("texts", "policy", "dropped"),
+    [
+        (["", ""], {}, {"empty": 2}),
+        (["zzzzz"], {"max_document_tokens": 4, "long_documents": "drop"}, {"too long": 1}),
+        ([None, ""], {"bad_rows": "drop", "max_dropped_fraction": 0.5}, {"bad row": 1, "empty": 1}),
+    ],
+)
+def test_a_shard_of_which_nothing_is_left_is_told_and_no_error(
+    tokenize, tmp_path, write_jsonl, caplog, texts, policy, dropped
+):
+    """One of thousands ended the run. The blend counts it, and refuses a corpus that has no others."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    status, stderr, record = tokenize(path, **policy)
+    assert status == 0, stderr
+    counts = files.read_json(record)["counts"]
+    assert (counts["kept"], counts["dropped"]) == (0, dropped)
+    assert [counts[split]["documents"] for split in ("train", "valid", "test")] == [0, 0, 0]
+    assert f"{path}: none of its {len(texts)} rows is used" in caplog.text
+
+
 LONG = {"valid": 0.0, "test": 0.0, "max_document_tokens": 4}
 
 
