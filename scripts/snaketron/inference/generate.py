@@ -55,7 +55,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     stop: Collection[int],
-    ends: Callable[[Sequence[int]], bool] = lambda _: False,
+    ends: Callable[[], Callable[[int], bool]] = lambda: lambda _: False,
     max_tokens: int,
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
@@ -63,7 +63,7 @@ def generate(
 ) -> list[list[int]]:
     """The ids that follow each prompt, up to the first one of `stop` (included) or `max_tokens` of them.
 
-    `ends(ids)` says whether an answer so far is a whole one.
+    `ends()` is called for each answer; what it returns is told each token, and says whether that is the last.
     A text also ends at the model's seq_length. Up to `batch_size` texts grow at the same time, and those that
     end make room for the next ones. Every rank must call this; all get the same ids.
 
@@ -76,10 +76,11 @@ def generate(
     if not waiting:
         return answers
     draws = [sampling.draws(number) for number in range(len(prompts))]
+    is_last = [ends() for _ in prompts]
 
     def goes_on(number: int, token: int) -> bool:
         answers[number].append(token)
-        return token not in stop and len(answers[number]) < limits[number] and not ends(answers[number])
+        return token not in stop and len(answers[number]) < limits[number] and not is_last[number](token)
 
     if together:
         waiting.sort(key=lambda number: len(prompts[number]))

@@ -21,6 +21,7 @@ from snaketron.config.evaluation import Task
 from snaketron.data.chats.template import Template
 from snaketron.data.chats.unusable import Unusable
 from snaketron.inference.generate import Sampling, generate
+from snaketron.inference.pieces import Ends
 from snaketron.inference.score import score
 from snaketron.log import UserError, first_line
 from snaketron.model.build import BuiltModel
@@ -175,7 +176,7 @@ class CheckpointLM(TemplateLM):
                 for context in contexts
             ],
             stop=self._ends,
-            ends=lambda ids: any(end in self._decode(ids) for end in ends),
+            ends=lambda: Ends(self._tokenizer, ends).add,
             max_tokens=most,
             sampling=sampling,
             batch_size=self._batch_size,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
+
+UNCERTAIN = 16  # tokens whose text is looked at before it is certain
 
 _BYTE = re.compile("<0x..>")  # a token of byte fallback
 
@@ -47,6 +50,30 @@ class Pieces:
         """What is left when there are no more tokens."""
         return self._decode(self._begin)[len(self._before) :]
 
+    def uncertain(self) -> str:
+        """What would be left now; empty where so many tokens have no certain text that it would take long."""
+        return self.rest() if len(self._ids) - self._last <= UNCERTAIN else ""
+
     def _decode(self, begin: int) -> str:
         text: str = self._tokenizer.decode(self._ids[begin:], skip_special_tokens=False)
         return text
+
+
+class Ends:
+    """Whether an answer without special tokens has one of the texts that end it, as its tokens come."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+        self._pieces = Pieces(tokenizer)
+        added = tokenizer.get_added_tokens_decoder()
+        self._without_text = {number for number, token in added.items() if token.special}
+        self._texts, self._longest = texts, max(map(len, texts), default=0)
+        self._said = ""  # the end of the answer, in which one of the texts may have begun
+
+    def add(self, token: int) -> bool:
+        """Whether the text with this token has one of them."""
+        if not self._texts or token in self._without_text:
+            return False
+        self._said += self._pieces.add(token)
+        here = self._said + self._pieces.uncertain()
+        self._said = self._said[-self._longest :]
+        return any(text in here for text in self._texts)

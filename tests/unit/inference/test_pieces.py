@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from snaketron.data.tokenizer import train
-from snaketron.inference.pieces import Pieces
+from snaketron.inference.pieces import UNCERTAIN, Ends, Pieces
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
@@ -56,6 +56,22 @@ def test_pieces_of_random_tokens_are_the_whole_text(kind: str):
         assert "".join(said) + pieces.rest() == tokenizer.decode(ids, skip_special_tokens=False), ids
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_ends_with_the_token_that_completes_a_text(kind: str):
+    """As when the whole answer is decoded for each token, which took a time that grows with its square."""
+    tokenizer = KINDS[kind]()
+    size, draw = tokenizer.get_vocab_size(), random.Random(kind)
+    for _ in range(3000):
+        ids = draw.choices(draw.sample(range(size), draw.randint(3, size)), k=draw.randint(1, UNCERTAIN))
+        texts = [tokenizer.decode(ids[:number], skip_special_tokens=True) for number in range(len(ids) + 1)]
+        begin = draw.randrange(len(texts[-1]) + 1)
+        asked = [text for text in (texts[-1][begin : begin + draw.randint(1, 4)], " the") if text]
+        ends = Ends(tokenizer, asked)
+        said = [ends.add(token) for token in ids]
+        expected = [any(end in text for end in asked) for text in texts[1:]]
+        assert [*said, True].index(True) == [*expected, True].index(True), (ids, asked)
+
+
 def test_a_piece_comes_with_its_token():
     """Characters of several tokens come with the last one, in a row of bytes with what follows the row."""
     tokenizer = KINDS["trained"]()
@@ -90,3 +106,6 @@ def test_an_answer_of_any_tokens_is_decoded_a_few_times(kind: str, monkeypatch: 
             pieces.add(token)
         pieces.rest()
         assert decoded <= 10 * len(ids), (tokenizer.id_to_token(ids[0]), decoded)
+        decoded, ends = 0, Ends(tokenizer, ["no such text"])
+        assert not any(ends.add(token) for token in ids)
+        assert decoded <= 25 * len(ids), (tokenizer.id_to_token(ids[0]), decoded)
