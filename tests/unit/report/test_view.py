@@ -51,6 +51,11 @@ try:
     Path("ready").touch()  # from here on Ctrl-C is caught
     while not Path("go").exists():
         time.sleep(0.05)
+        if Path("resize").exists():
+            with handler.view.area.lock:
+                Path("resize").rename("still")
+                while Path("still").exists():
+                    time.sleep(0.01)
     if Path("go").read_text() == "crash":
         raise RuntimeError("a fault")
     handler.emit(record("the last line"))
@@ -98,11 +103,16 @@ class Terminal:
                 self.take()
 
     def resize(self, columns: int) -> int:
-        """Make it narrower; returns how much of the output was for the old size."""
-        os.kill(self.process.pid, signal.SIGSTOP)
+        """Make it narrower, between two drawings; returns how much of the output was for the old size.
+
+        A line that is written while the size changes may be for the old one.
+        """
+        still = self.directory / "still"
+        (self.directory / "resize").touch()
+        self.read(still.exists)
         self.drain()
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-        os.kill(self.process.pid, signal.SIGCONT)
+        still.unlink()
         return len(self.output)
 
     def drain(self) -> None:
