@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from snaketron.files import partial, sha256_of, write_text
 from snaketron.huggingface.config import copy_tokenizer
+from snaketron.lineage.placed import Placed
 from snaketron.lineage.record import Entry, Given, Record, making, of_file, read
 from snaketron.log import UserError
 
@@ -182,6 +183,8 @@ class Version:
                 problem = "it is no directory" if self.directory.exists() else "it is not there"
         elif (record := read(self.record)).kind != "checkpoint":
             problem = f"its record is of the kind {record.kind}"
+            if made_of := record.inputs_named("checkpoint"):
+                problem += f", made of {Placed(self.record, record).place(made_of[0])}; name that"
         elif self.latest.exists() and not (last := self.iteration_directory(self._named())).is_dir():
             problem = f"its {last.name} is not there any more"
         else:

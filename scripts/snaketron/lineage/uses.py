@@ -12,11 +12,13 @@ from snaketron.files import sha256
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.record import Entry
 from snaketron.log import UserError
+from snaketron.wording import some
 
 # Inputs that decide what becomes of a text, and hold none of it: a tokenizer that was trained on a file, the
 # list of its duplicates, the n-grams of an evaluation.
 INFLUENCE = {"tokenizer", "template", "exact", "near", "index", "model", "removals"}
 HASH = re.compile(r"[0-9a-f]{8,64}")
+_OTHERS = "name other directories with --root"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ def source(catalogue: Catalogue, what: str) -> Source:
         if catalogue.users(found) or catalogue.maker(found):
             return Source(what, found, catalogue.users(found))
         if not listed:
-            raise UserError(f"{path}: no record knows this file (sha256 {found[:12]}); no job has read it")
+            raise UserError(
+                f"{path}: {_nobody(catalogue)} knows this file (sha256 {found[:12]}): no job there has read "
+                f"it; {_OTHERS}"
+            )
         known = ", ".join(sorted(identity[:12] for identity in identities))
         raise UserError(
             f"{path}: was changed since it was read (sha256 {found[:12]} now, {known} then); ask by that hash"
@@ -60,13 +65,21 @@ def source(catalogue: Catalogue, what: str) -> Source:
     if identities:
         several = ", ".join(sorted(identity[:12] for identity in identities))
         raise UserError(f"{path}: is not here any more, and several files were read there: ask for {several}")
-    raise UserError(f"{what}: no such file, and no record knows a file there, or a hash that begins so")
+    raise UserError(
+        f"{what}: no such file, and {_nobody(catalogue)} knows a file there, or a hash that begins so; "
+        f"{_OTHERS}"
+    )
+
+
+def _nobody(catalogue: Catalogue) -> str:
+    """None of the records that were asked, with where they lie."""
+    return f"no record below {some(catalogue.roots, 4)}"
 
 
 def _of_hash(catalogue: Catalogue, beginning: str) -> Source:
     found = catalogue.identities(beginning)
     if not found:
-        raise UserError(f"{beginning}: no record knows a file whose sha256 begins so")
+        raise UserError(f"{beginning}: {_nobody(catalogue)} knows a file whose sha256 begins so; {_OTHERS}")
     if len(found) > 1:
         raise UserError(f"{beginning}: {len(found)} files have a sha256 that begins so; give more of it")
     read = catalogue.users(found[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from snaketron import files
 from snaketron.jobs.version import Description, Version, version_key
-from snaketron.lineage.record import Entry
+from snaketron.lineage.record import Entry, making
 from snaketron.log import UserError
 from tests.records import record
 
@@ -144,6 +144,17 @@ def test_what_is_no_finished_checkpoint_has_no_identity(tmp_path: Path):
     for name, problem in problems.items():
         with pytest.raises(UserError, match=rf"not a finished checkpoint of this workflow \({problem}\)"):
             _ = Version(tmp_path / name).identity
+
+
+def test_an_export_is_no_checkpoint_and_says_which_one_it_is_of(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for directory in ("hf/sft", "ckpt/versions/sft-0a"):
+        Path(directory).mkdir(parents=True)
+    with making("export", "sft", outputs={}, record=Path("hf/sft/record.json")) as job:
+        job.inputs = {"checkpoint": Entry("checkpoint", "ckpt/versions/sft-0a", version="sft-0a")}
+    of = r"its record is of the kind export, made of ckpt/versions/sft-0a; name that"
+    with pytest.raises(UserError, match=of):
+        Version(Path("hf/sft")).check_finished()
 
 
 def test_the_latest_checkpoint_is_the_one_that_is_named_or_one_before_it(tmp_path: Path):

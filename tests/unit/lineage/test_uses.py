@@ -82,16 +82,20 @@ def test_a_file_with_the_size_and_time_of_the_record_is_not_read(lineage: Path, 
     [
         (
             "raw/changed.jsonl",
-            r"^raw/changed.jsonl: no record knows this file \(sha256 [0-9a-f]{12}\); no job",
+            r"^raw/changed.jsonl: no record below /\S+ knows this file \(sha256 [0-9a-f]{12}\): no job there",
         ),
-        ("raw/none.jsonl", "^raw/none.jsonl: no such file, and no record knows a file there"),
-        ("0123456789ab", "^0123456789ab: no record knows a file whose sha256 begins so$"),
+        ("raw/none.jsonl", "^raw/none.jsonl: no such file, and no record below /\\S+ knows a file"),
+        (
+            "0123456789ab",
+            r"^0123456789ab: no record below /\S+ knows a file whose sha256 begins so; name",
+        ),
     ],
 )
 def test_what_nobody_knows_is_said(lineage: Path, what: str, message: str):
     write("raw/changed.jsonl", "new")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         found(what)
+    assert f"below {lineage} knows" in str(caught.value)
 
 
 def test_a_file_that_was_changed_since_is_not_the_one_that_was_read(lineage: Path):
