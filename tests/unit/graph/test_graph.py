@@ -98,9 +98,10 @@ def test_sft_needs_the_shards_of_its_sources_alone():
     assert graph().sft_shards("<data>/sft/{source}/{shard}.json") == ["<data>/sft/help/help.json"]
 
 
-def test_weights_are_given_as_they_are_written():
-    assert json.loads(graph().phase_settings(job(phase="one")))["weights"] == {"web": 0.75, "code": 2.0}
-    assert json.loads(graph().blend_settings())["weights"] == {"help": 3.0}
+def test_weights_are_given_as_shares():
+    """0.75 and 2 of a phase, as 3 and 8 would be; and 3 of all."""
+    assert json.loads(graph().phase_settings(job(phase="one")))["weights"] == {"web": 3 / 11, "code": 8 / 11}
+    assert json.loads(graph().blend_settings())["weights"] == {"help": 1.0}
 
 
 def test_fields_are_those_of_the_source():
