@@ -130,6 +130,10 @@ class Trainer:
             if self.iteration == 0:
                 answer()
                 self._validate(batches, metrics)
+            elif self._any(self._lacks_validation(batches, metrics)):
+                self._measure(batches, metrics, answer)
+            if self.stop_signal:  # what there is to keep is saved
+                raise Stopped(self.iteration, self.stop_signal)
             if self.iteration < self.settings.train_iters and is_writer():
                 first, last = self.iteration + 1, self.settings.train_iters
                 logger.info("%s: training, steps %d to %d", self.settings.stage, first, last)
@@ -146,7 +150,9 @@ class Trainer:
                 heartbeat.beat(self.iteration)  # a validation or a checkpoint may have taken its time
             if batches.has("test"):
                 with self._announced("testing"):
-                    found = evaluate(self.built, batches, "test")
+                    found = evaluate(self.built, batches, "test", give_up=self._is_told_to_stop)
+                if found is None:
+                    raise Stopped(self.iteration, self.stop_signal)
                 metrics.write(iteration=self.iteration, **found)
 
     def _after_step(
@@ -165,11 +171,7 @@ class Trainer:
             self._say(warnings_of([line]))
         if self.iteration % self.run.log_interval == 0:  # a longer training goes on with what is not told yet
             self.totals.clear()
-        if self.iteration % self.run.eval_interval == 0 or at_end:
-            self._validate(batches, metrics)
-        interval = self.run.sample_interval
-        if at_end or (interval and self.iteration % interval == 0):
-            answer()
+        measured = self._measure(batches, metrics, answer)
         if self.saver.is_due(self.iteration) or at_end or self.stop_signal:
             with self.clock.spend("checkpoint"):
                 self.save(directory)
@@ -177,8 +179,30 @@ class Trainer:
                     self.saver.finish()
         else:
             self.saver.finish(wait=False)
-        if self.stop_signal and not at_end:
+        if self.stop_signal and not (at_end and measured):
             raise Stopped(self.iteration, self.stop_signal)
+
+    def _measure(self, batches: Batches, metrics: Metrics, answer: Callable[[], None]) -> bool:
+        """Validate and answer where that is due after this step.
+
+        False where a signal asks to stop before the loss is known: it may take longer than there is time left
+        to save. Who continues with this step does both.
+        """
+        if self._is_due(self.run.eval_interval) and not self._validate(batches, metrics):
+            return False
+        if self._is_due(self.run.sample_interval):
+            answer()
+        return True
+
+    def _is_due(self, interval: int | None) -> bool:
+        """Whether what is done after so many steps, and after the last one, is to be done now."""
+        at_end = self.iteration == self.settings.train_iters
+        return at_end or (interval is not None and self.iteration % interval == 0)
+
+    def _lacks_validation(self, batches: Batches, metrics: Metrics) -> bool:
+        """Whether a training stopped after this step before its validation."""
+        due = batches.has("valid") and self._is_due(self.run.eval_interval)
+        return due and is_writer() and not metrics.has_validation
 
     def _step(self, batches: Batches) -> float:
         """One step over the global batch; returns the norm of the gradient before clipping."""
@@ -252,11 +276,18 @@ class Trainer:
         if (batch := next(micro_batches, None)) is not None:
             self.ahead = (batches, first, batch, micro_batches)
 
-    def _validate(self, batches: Batches, metrics: Metrics) -> None:
+    def _validate(self, batches: Batches, metrics: Metrics) -> bool:
+        """Write the loss on held-out samples; False where a signal asks to stop before it is known."""
         if not batches.has("valid"):
-            return
+            return True
         with self._announced("validating"):
-            found = evaluate(self.built, batches, "valid")
+            found = evaluate(self.built, batches, "valid", give_up=self._is_told_to_stop)
+        if found is None:
+            if is_writer():
+                logger.info(
+                    "%s: asked to stop, so the validation is left to the next start", self.settings.stage
+                )
+            return False
         metrics.write(iteration=self.iteration, **found)
         if is_writer():
             by_source = ", ".join(f"{n} {loss:.4f}" for n, loss in found.get("valid_sources", {}).items())
@@ -267,6 +298,7 @@ class Trainer:
                 f" ({by_source})" if by_source else "",
                 after(self.iteration),
             )
+        return True
 
     # --------------------------------------------------------------------------------------- metrics
 
@@ -278,10 +310,19 @@ class Trainer:
         router = internals.take_router_loss(self.built.config, model.routed_layers) / micro_batches
         # Signals reach ranks at other moments. What one has received by now, all of them stop for after this
         # step; for what comes later, after the next.
-        signals = torch.tensor(self.received, device=backend.device())
-        torch.distributed.all_reduce(signals, op=torch.distributed.ReduceOp.MAX)
-        self.stop_signal = int(signals)
+        self.stop_signal = self._any(self.received)
         self.totals.add(sums, router, (mtp / sums.total("tokens")).tolist())
+
+    def _any(self, number: int) -> int:
+        """The largest number that any rank gives."""
+        found = torch.tensor(int(number), device=backend.device())
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return int(found)
+
+    def _is_told_to_stop(self) -> bool:
+        """Whether any rank has received a signal by now; all of them ask at the same time."""
+        self.stop_signal = self.stop_signal or self._any(self.received)
+        return bool(self.stop_signal)
 
     def _mean_loss(self) -> float:
         return self.totals.sums.means()["loss"]

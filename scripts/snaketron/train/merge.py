@@ -80,7 +80,7 @@ def _valid_losses(built: BuiltModel, batches: Batches) -> dict[str, Any]:
     """The losses on the validation split; none where there is no such split."""
     from snaketron.train.evaluate import evaluate
 
-    return evaluate(built, batches, "valid") if batches.has("valid") else {}
+    return (evaluate(built, batches, "valid") or {}) if batches.has("valid") else {}
 
 
 def _report(stage: Stage, before: dict[str, Any], after: dict[str, Any]) -> None:

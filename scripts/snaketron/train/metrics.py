@@ -43,6 +43,7 @@ class Metrics:
         kept = [line for line in lines if line["iteration"] <= iteration and "test_loss" not in line]
         # Time is kept here and not in the checkpoints, whose bytes depend on nothing but the training.
         self.seconds = max((line["timing"]["seconds"] for line in kept if "timing" in line), default=0.0)
+        self.has_validation = any("valid_loss" in line and line["iteration"] == iteration for line in kept)
         if not writer:
             return
         if damaged:
