@@ -21,13 +21,20 @@ import json
 import os
 import re
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snaketron.config import Config, Parallel, load
 
 from tests.benchmarks.shapes import BF16_STATE, FP8, MODEL, QUARTER, SLICE, SLICES, VOCABULARY, text_tokens
 from tests.benchmarks.turns import Turn, take, wait_for_turn
+
+if TYPE_CHECKING:  # imported by a process when it measures, which tells how long that takes
+    from snaketron.train.batches import Batches
+    from snaketron.train.loop import Trainer
+
+    from torch import Tensor
 
 # megatron-core's own defaults, with the switches that the first attempt had.
 PLAIN = {
@@ -220,32 +227,45 @@ def kinds(rows: list[Any]) -> dict[str, float]:
 
 
 def measure(name: str, profile: bool) -> dict[str, Any]:
+    """Train a variant in this process, one of its ranks; what is told of it."""
     variant = VARIANTS[name]
     os.environ.update(variant.get("environment", {}))
     began = time.monotonic()
     import snaketron.model  # noqa: F401
-    from snaketron.model import backend, spec
+    from snaketron.model import backend
     from snaketron.model.distributed import distributed
     from snaketron.settings.training import run_settings, train_settings
-    from snaketron.sizes.flops import training_flops
-    from snaketron.sizes.memory import peak_bytes
-    from snaketron.sizes.work import Work
     from snaketron.train import loop
-    from snaketron.train.batches import Batches, sequences
     from snaketron.train.build import build_training
+
+    result: dict[str, Any] = {"name": name, "import_s": time.monotonic() - began}
+    wait_for_turn()
+    began = time.monotonic()
+    config, steps = configured(variant), variant.get("steps", 12)
+    settings, run = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
+    batches = batches_of(config, steps, of_text=variant.get("text", False))
+    replace(variant)
+    run = backend.with_recorded_layers(settings, run, VOCABULARY)
+    recorded = backend.records_micro_batches(settings, run)
+    with distributed(settings.seed, run, recorded=recorded):
+        trainer = loop.Trainer(build_training(settings, run, VOCABULARY))
+        result["build_s"] = time.monotonic() - began
+        taken = Steps(name if profile else "")
+        taken.take(trainer, batches, steps)
+        result |= taken.told(config, trainer)
+    return result | (profiled(taken.profiler.key_averages()) if profile else {})
+
+
+def batches_of(config: Config, steps: int, *, of_text: bool) -> Batches:
+    """Random tokens, or those of a text, on the device."""
+    from snaketron.model import backend
+    from snaketron.train.batches import Batches, sequences
 
     import torch
 
-    imported = time.monotonic() - began
-    wait_for_turn()
-    began = time.monotonic()
-    config = configured(variant)
     batch, length = config.pretrain.global_batch_size, config.pretrain.seq_length
-    steps = variant.get("steps", 12)
-    text = torch.tensor(text_tokens(steps * batch * length + 1)) if variant.get("text") else None
-    settings, run = train_settings(config, "pretrain/one"), run_settings(config, "pretrain/one")
-
-    device = backend.device()
+    device, depths = backend.device(), config.model.mtp_num_layers
+    text = torch.tensor(text_tokens(steps * batch * length + 1)) if of_text else None
 
     class RandomBatches(Batches):
         def collate(self, split, indices):
@@ -260,8 +280,14 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
                 ids = torch.randint(0, VOCABULARY, shape, generator=generator, device=device)
                 ids = torch.where(ids % 2 == 0, ids, ids % 97)
             positions = torch.arange(length, device=device).expand(len(indices), -1).contiguous()
-            depths = settings.model.mtp_num_layers
             return sequences(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, depths)
+
+    return RandomBatches(config.pretrain.micro_batch_size)
+
+
+def replace(variant: dict[str, Any]) -> None:
+    """Have this process train as a variant does, beyond what can be configured."""
+    from snaketron.model import backend, spec
 
     if "SNAKETRON_THEIR_EXPERTS" in os.environ:  # of this program alone
         from snaketron.model.megatron import gpu
@@ -271,76 +297,106 @@ def measure(name: str, profile: bool) -> dict[str, Any]:
     spec.transformer_config = lambda *a, **k: plain(*a, **(k | variant.get("config", {})))
     options = backend.data_parallel_options
     backend.data_parallel_options = lambda *a: options(*a) | variant.get("ddp", {})
-    result: dict[str, Any] = {"name": name, "import_s": imported}
-    run = backend.with_recorded_layers(settings, run, VOCABULARY)
-    recorded = backend.records_micro_batches(settings, run)
-    with distributed(settings.seed, run, recorded=recorded):
-        trainer = loop.Trainer(build_training(settings, run, VOCABULARY))
-        result["build_s"] = time.monotonic() - began
-        batches, seconds, losses, norms = RandomBatches(run.micro_batch_size), [], [], []
+
+
+@dataclass
+class Steps:
+    """Steps of a training, one by one, and what each was like.
+
+    The tenth is profiled where `profiled_as` names it, and its trace written. `loads` are the tokens of each
+    expert, by layer, in the last step.
+    """
+
+    profiled_as: str
+    profiler: Any = None
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    loads: list[Tensor] = field(default_factory=list)
+
+    def take(self, trainer: Trainer, batches: Batches, steps: int) -> None:
+        import torch
+
         trainer.parallel_model.train()
-        routers = [m for m in trainer.model.modules() if hasattr(m, "local_tokens_per_expert")]
-        loads: list[torch.Tensor] = []
-        finalize = trainer.built.config.finalize_model_grads_func
-
-        def with_loads(*args: Any, **kwargs: Any) -> None:
-            loads[:] = [router.local_tokens_per_expert.clone() for router in routers]
-            finalize(*args, **kwargs)
-
-        trainer.built.config.finalize_model_grads_func = with_loads
+        self._note_loads(trainer)
         for step in range(steps):
             torch.cuda.synchronize()
             began = time.monotonic()
-            if profile and step == 9:
-                with torch.profiler.profile() as profiler:
-                    norms.append(trainer._step(batches))
+            if self.profiled_as and step == 9:
+                with torch.profiler.profile() as self.profiler:
+                    self.norms.append(trainer._step(batches))
                     torch.cuda.synchronize()
-                profiler.export_chrome_trace(f"{os.environ.get('OUT', '.')}/{name}.trace.json.gz")
+                trace = f"{os.environ.get('OUT', '.')}/{self.profiled_as}.trace.json.gz"
+                self.profiler.export_chrome_trace(trace)
             else:
-                norms.append(trainer._step(batches))
+                self.norms.append(trainer._step(batches))
             torch.cuda.synchronize()
-            seconds.append(time.monotonic() - began)
-            losses.append(trainer._mean_loss())
+            self.seconds.append(time.monotonic() - began)
+            self.losses.append(trainer._mean_loss())
             trainer.totals.clear()
-        flops = training_flops(config.model, VOCABULARY, length)
-        step_s = steady(seconds)
-        rate = batch * length / step_s / run.parallel.world_size
+
+    def _note_loads(self, trainer: Trainer) -> None:
+        routers = [m for m in trainer.model.modules() if hasattr(m, "local_tokens_per_expert")]
+        finalize = trainer.built.config.finalize_model_grads_func
+
+        def with_loads(*args: Any, **kwargs: Any) -> None:
+            self.loads[:] = [router.local_tokens_per_expert.clone() for router in routers]
+            finalize(*args, **kwargs)
+
+        trainer.built.config.finalize_model_grads_func = with_loads
+
+    def told(self, config: Config, trainer: Trainer) -> dict[str, Any]:
+        """Speed, memory of the fullest GPU, losses and loads; every rank asks."""
+        from snaketron.model import backend
+        from snaketron.sizes.flops import training_flops
+        from snaketron.sizes.memory import peak_bytes
+        from snaketron.sizes.work import Work
+
+        import torch
+
+        batch, length = config.pretrain.global_batch_size, config.pretrain.seq_length
+        gpus = trainer.run.parallel.world_size
+        step_s = steady(self.seconds)
+        rate = batch * length / step_s / gpus
         peaks = torch.tensor(
-            [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device=device
+            [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()],
+            device=backend.device(),
         ).double()
         torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
         peak, reserved = (peaks / 2**30).tolist()
-        does = Work(config.model, VOCABULARY, length, batch, config.pretrain, settings.optimizer)
-        estimate = peak_bytes(does)
-        result |= {
+        does = Work(config.model, VOCABULARY, length, batch, config.pretrain, trainer.settings.optimizer)
+        uneven = [float(load.max() / load.double().mean()) for load in self.loads] or [1.0]
+        return {
             "gpu": torch.cuda.get_device_name(),
             "tokens_per_second": rate,
-            "tflops": rate * flops / 1e12,
+            "tflops": rate * training_flops(config.model, VOCABULARY, length) / 1e12,
             "step_ms": step_s * 1e3,
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
-            "first_step_s": seconds[0],
-            "seconds": [round(s, 3) for s in seconds],
-            "gpus": run.parallel.world_size,
+            "first_step_s": self.seconds[0],
+            "seconds": [round(s, 3) for s in self.seconds],
+            "gpus": gpus,
             "peak_gib": peak,
             "reserved_gib": reserved,
-            "estimate_gib": estimate / 2**30,
-            "losses": [round(x, 4) for x in losses],
-            "norms": [round(float(x), 4) for x in norms],
+            "estimate_gib": peak_bytes(does) / 2**30,
+            "losses": [round(x, 4) for x in self.losses],
+            "norms": [round(float(x), 4) for x in self.norms],
+            "load_worst": max(uneven),
+            "load_mean": sum(uneven) / len(uneven),
         }
-        uneven = [float(load.max() / load.double().mean()) for load in loads] or [1.0]
-        result |= {"load_worst": max(uneven), "load_mean": sum(uneven) / len(uneven)}
-    if profile:
-        rows = profiler.key_averages()
-        result["kinds_ms"] = kinds(rows)
-        result["busy_ms"] = round(sum(result["kinds_ms"].values()), 1)
-        for kind, key in (("GPU", "self_device_time_total"), ("CPU", "self_cpu_time_total")):
-            top = sorted(rows, key=lambda row: -getattr(row, key))
-            total = sum(getattr(row, key) for row in top if kind == "CPU" or not row.cpu_time_total)
-            result[f"top {kind}, ms of {total / 1e3:.0f}"] = [
-                f"{getattr(row, key) / 1e3:.1f} ({row.count}) {row.key[:90]}"
-                for row in top
-                if kind == "CPU" or not row.cpu_time_total
-            ][:40]
+
+
+def profiled(rows: list[Any]) -> dict[str, Any]:
+    """What took the time, by the rows of a profile."""
+    of_kinds = kinds(rows)
+    result = {"kinds_ms": of_kinds, "busy_ms": round(sum(of_kinds.values()), 1)}
+    for kind, key in (("GPU", "self_device_time_total"), ("CPU", "self_cpu_time_total")):
+        top = sorted(rows, key=lambda row: -getattr(row, key))
+        total = sum(getattr(row, key) for row in top if kind == "CPU" or not row.cpu_time_total)
+        result[f"top {kind}, ms of {total / 1e3:.0f}"] = [
+            f"{getattr(row, key) / 1e3:.1f} ({row.count}) {row.key[:90]}"
+            for row in top
+            if kind == "CPU" or not row.cpu_time_total
+        ][:40]
     return result
 
 
