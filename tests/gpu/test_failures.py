@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from snaketron.jobs import places
 from snaketron.jobs.launch import STOP, _free_port, first_failure
 from tests.conftest import REPOSITORY
 from tests.gpu.test_training import names_of_gpus
@@ -51,11 +52,16 @@ def test_a_process_without_memory_says_so_and_ends_while_another_waits_for_it(tm
         assert ranks[0].poll() is None
 
 
-def test_a_signal_ends_a_process_that_waits_for_another_one(tmp_path: Path):
+def test_a_process_that_waits_for_another_one_says_where_it_is_and_is_ended_by_a_signal(tmp_path: Path):
     """A handler of Python's would run when NCCL returns, and the other one never comes."""
     with two(tmp_path, "wait") as ranks:
         wait_for(lambda: (tmp_path / "waits").exists() or ranks[0].poll() is not None)
         time.sleep(2)
+        for rank in ranks:
+            rank.send_signal(places.ASK)
+        wait_for(lambda: len(places.read(tmp_path)) == 2, seconds=30)
+        where = [place.at for place in places.read(tmp_path)]
+        assert where == ["run (log.py, synchronize)", "run (log.py, compute)"]
         ranks[0].send_signal(STOP)
         assert ranks[0].wait(timeout=60) == -STOP
 
