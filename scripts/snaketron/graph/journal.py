@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import write_text
-from snaketron.graph.lines import SUBMITTED, TERMINATING
 from snaketron.jobs.lines import Tail
 from snaketron.sizes.outlook import Planned
 
@@ -20,6 +20,10 @@ import orjson
 from snakemake_interface_logger_plugins.common import LogEvent
 
 JOURNAL = Path(".snakemake/snaketron.journal")
+
+# Words of Snakemake and of its executor for Slurm.
+SUBMITTED = re.compile(r"Job (\S+) has been submitted with SLURM jobid (\S+) \(log: (.*)\)\.")
+TERMINATING = "Terminating processes on user request"
 
 
 class Writer(logging.Handler):

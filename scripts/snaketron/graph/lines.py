@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.graph import process
+from snaketron.graph.journal import SUBMITTED, TERMINATING
 from snaketron.wording import duration, plural, shortened
 
 from snakemake_interface_logger_plugins.common import LogEvent
@@ -49,9 +50,7 @@ RAISED = re.compile(
 )
 STATUS = re.compile(r"returned non-zero exit status (\d+)|died with <Signals\.(\w+)")
 UNKNOWN = re.compile(r"(\d+) jobs have missing provenance/metadata [^\n]*\n[^\n]*metadata: (.+)")
-TERMINATING = "Terminating processes on user request"
 AGAIN = re.compile(r"Trying to restart job (\S+)\.")
-SUBMITTED = re.compile(r"Job (\S+) has been submitted with SLURM jobid (\S+) \(log: (.*)\)\.")
 
 
 @dataclass
