@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
-from snaketron.config import Model, Optimizer, Run
+from snaketron.config import Model, Optimizer, Run, Section
+from snaketron.config.base import Dispatcher, Precision
 from snaketron.sizes.layout import SHORT_NAMES
 from snaketron.sizes.work import Work
 
@@ -30,34 +31,63 @@ class Point(NamedTuple):
     source: str
 
 
+class Row(Section):
+    """A training of measured.yaml, whose head explains the keys."""
+
+    what: str
+    gpu: str
+    model: str
+    length: int
+    batch: int
+    micro_batch: int = 1
+    TP: int = 1
+    PP: int = 1
+    CP: int = 1
+    EP: int = 1
+    DP: int = 1
+    split: Literal["layers", "time"] = "layers"
+    recompute: tuple[str, ...] = ()
+    offload_optimizer: float = 0.0
+    precision: Precision = "bf16"
+    short: bool = False
+    graphs: bool = False
+    recorded: bool = False
+    dispatcher: Dispatcher = "alltoall"
+    keeps_scan: bool = False
+    speed: float | None = None
+    gib: float | None = None
+    source: str
+
+
 def points(super_model: Model, nano: Model) -> list[Point]:
     """All points of measured.yaml, with the models of config/super.yaml and config/nano.yaml."""
     table = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     models = {"super": super_model, "nano": nano}
     for name, keys in table["models"].items():
-        whole = models[keys.pop("of")] if "of" in keys else Model()
-        models[name] = whole.model_copy(update=keys)
-    return [_point(group["all"] | row, models) for group in table["groups"] for row in group["rows"]]
+        whole = models[keys.pop("of")].model_dump() if "of" in keys else {}
+        models[name] = Model.model_validate(whole | keys)
+    rows = (group["all"] | row for group in table["groups"] for row in group["rows"])
+    return [_point(Row.model_validate(row), models) for row in rows]
 
 
-def _point(row: Mapping[str, Any], models: Mapping[str, Model]) -> Point:
-    sizes = {key: row[name] for name, key in SHORT_NAMES.items() if name in row}
+def _point(row: Row, models: Mapping[str, Model]) -> Point:
+    sizes = {key: getattr(row, name) for name, key in SHORT_NAMES.items() if name in Row.model_fields}
     run = {
-        "micro_batch_size": row.get("micro_batch", 1),
-        "parallel": sizes | {"pipeline_split": row.get("split", "layers")},
-        "recompute": row.get("recompute", []),
-        "offload_optimizer": row.get("offload_optimizer", 0.0),
+        "micro_batch_size": row.micro_batch,
+        "parallel": sizes | {"pipeline_split": row.split},
+        "recompute": row.recompute,
+        "offload_optimizer": row.offload_optimizer,
     }
     work = Work(
-        model=models[row["model"]].model_copy(update={"precision": row.get("precision", "bf16")}),
+        model=models[row.model].model_copy(update={"precision": row.precision}),
         vocab_size=VOCABULARY,
-        seq_length=row["length"],
-        global_batch_size=row["batch"],
+        seq_length=row.length,
+        global_batch_size=row.batch,
         run=Run.model_validate(run),
-        optimizer=SHORT if row.get("short") else Optimizer(),
-        cuda_graphs=row.get("graphs", False),
-        recorded=row.get("recorded", False),
-        dispatcher=row.get("dispatcher", "alltoall"),
-        keeps_scan=row.get("keeps_scan", False),
+        optimizer=SHORT if row.short else Optimizer(),
+        cuda_graphs=row.graphs,
+        recorded=row.recorded,
+        dispatcher=row.dispatcher,
+        keeps_scan=row.keeps_scan,
     )
-    return Point(row["what"], row["gpu"], work, row.get("speed"), row.get("gib"), row["source"])
+    return Point(row.what, row.gpu, work, row.speed, row.gib, row.source)
