@@ -220,9 +220,10 @@ def _tell_dropped(corpora: Iterable[str], records: Mapping[Path, Record]) -> Non
 
 
 def _lost(tokens: Record) -> Counter[str]:
-    """What a shard lost by reason, its curation included."""
+    """What a shard lost by reason, its curation and the rows that this did not read included."""
     lost = Counter(tokens.counts["dropped"])
     for _, curated in _curated(tokens):
+        lost.update(curated.counts["dropped"])
         lost.update({why: removed["documents"] for why, removed in curated.counts["removed"].items()})
     return lost
 

@@ -366,12 +366,13 @@ def test_a_corpus_of_which_curation_left_nothing_says_why(build, records, tmp_pa
     web = empty_shard(tmp_path / "web" / "a.json", records[0], {"empty": 0})
     removed = {"gopher_quality: gopher_short_doc": {"documents": 6}, "near duplicate": {"documents": 94}}
     place = tmp_path / "curated" / "a.parquet"
-    make_from(web, made_of([], "curated", place, {"removed": removed}))
+    counts = {"dropped": {"filtered by where": 3}, "removed": removed}
+    make_from(web, made_of([], "curated", place, counts))
     assert_refused(
         build([*records, web], "docs=1", "code=1", "web=1"),
         tmp_path,
         "corpus 'web' has no documents in any of its 1 shards "
-        "(dropped: 6 gopher_quality: gopher_short_doc, 94 near duplicate)",
+        "(dropped: 3 filtered by where, 6 gopher_quality: gopher_short_doc, 94 near duplicate)",
     )
 
 
