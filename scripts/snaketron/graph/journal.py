@@ -35,11 +35,13 @@ class Writer(logging.Handler):
         self.groups: dict[str, list[str]] = {}  # numbers of the jobs of a group, by the ids that it may have
         write_text(path, _line(time.time(), {"totals": totals, "trainings": trainings}))
         self.file = path.open("ab", buffering=0)
+        self.cut = False  # whether the last line is, by a full disk
 
     def emit(self, record: logging.LogRecord) -> None:
         if said := self._said(record):
+            line = b"\n" * self.cut + _line(record.created, said)
             with contextlib.suppress(OSError):  # a full disk is no reason to end the run
-                self.file.write(_line(record.created, said))
+                self.cut = self.file.write(line) < len(line)
 
     def _said(self, record: logging.LogRecord) -> dict[str, Any] | None:
         """What a record of Snakemake tells of jobs; None where that is nothing."""
