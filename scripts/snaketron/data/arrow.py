@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.lineage.record import FOOTER
-from snaketron.log import UserError
+from snaketron.log import UserError, first_line
 
 import numpy as np
 import pyarrow as pa
@@ -99,8 +99,11 @@ def opening(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the rule that makes it has not finished") from None
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: truncated or not Parquet ({error}); delete it and run again") from None
+    except (OSError, pa.ArrowException) as error:
+        why = first_line(error)
+        if isinstance(error, OSError) and error.errno:  # of the system; the file may be sound
+            raise UserError(f"{path}: cannot be read ({why})") from None
+        raise UserError(f"{path}: damaged or not Parquet ({why}); delete it and run again") from None
 
 
 def row_groups(
@@ -113,12 +116,9 @@ def row_groups(
 
     `footer` is that of the file, where it has been read.
     """
-    try:
-        with pq.ParquetFile(path, metadata=footer) as file:  # pq.read_table imports pandas: 1 s
-            for number in range(file.num_row_groups) if numbers is None else numbers:
-                yield file.read_row_group(number, columns=columns, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it and run again") from None
+    with opening(path), pq.ParquetFile(path, metadata=footer) as file:  # pq.read_table imports pandas: 1 s
+        for number in range(file.num_row_groups) if numbers is None else numbers:
+            yield file.read_row_group(number, columns=columns, use_threads=False)
 
 
 def check_expected(path: Path, metadata: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -128,7 +128,7 @@ def footer(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"{path}: truncated or not Parquet ({error})") from None
+        raise ConfigError(f"{path}: damaged or not Parquet ({error})") from None
     schema = found.schema.to_arrow_schema()
     if missing := [name for name in COLUMNS if name not in schema.names]:
         raise ConfigError(f"{path}: has no column {', '.join(missing)}; packs have {', '.join(COLUMNS)}")

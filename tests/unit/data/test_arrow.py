@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -54,8 +55,25 @@ def test_a_footer_says_what_made_the_file(file):
 
 def test_a_truncated_file_is_refused(file):
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"a\.parquet: truncated or not Parquet"):
+    with pytest.raises(UserError, match=r"a\.parquet: damaged or not Parquet"):
         arrow.read_footer(file, COLUMNS)
+
+
+def test_a_footer_that_is_damaged_inside_is_refused(file):
+    """pyarrow raises OSError for it, without the name of the file: a job ended with a traceback."""
+    whole = bytearray(file.read_bytes())
+    begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    whole[begin : begin + 8] = b"\xff" * 8
+    file.write_bytes(whole)
+    with pytest.raises(UserError, match=r"a\.parquet: damaged or not Parquet .*; delete it and run again"):
+        arrow.read_footer(file, COLUMNS)
+
+
+def test_a_file_that_the_system_does_not_give_need_not_be_damaged(file):
+    """The user was to delete a file that only could not be read."""
+    expected = pytest.raises(UserError, match=r"a\.parquet: cannot be read \(.* the server is gone\)$")
+    with expected, arrow.opening(file):
+        raise OSError(errno.ESTALE, "the server is gone")
 
 
 def test_a_missing_file_is_refused(file):

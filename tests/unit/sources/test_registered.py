@@ -124,7 +124,7 @@ def test_all_differences_are_said_at_once_with_path_and_key():
         f"chats[0].packs.train[0]: store/d.parquet: was made with tokenizer_sha256 x, where {'ab' * 32} is "
         "wanted; pack them again, or take the tokenizer that they were made with",
         "chats[0].packs.train[1]: store/g.parquet: no such file",
-        "chats[0].packs.valid[0]: store/e.parquet: truncated or not Parquet",
+        "chats[0].packs.valid[0]: store/e.parquet: damaged or not Parquet",
         "chats[0].packs.test[0]: store/f.parquet: has no column loss_mask, seq_start_id; packs have "
         "input_ids, loss_mask, seq_start_id",
     ]

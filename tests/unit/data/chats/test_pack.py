@@ -346,7 +346,7 @@ def refused(tmp_path: Path, *chats: Path) -> str:
 def test_a_truncated_file_is_an_error(tmp_path):
     path = write_chats(tmp_path / "chat/questions/part_0.parquet", CHATS)
     path.write_bytes(path.read_bytes()[:-20])
-    assert refused(tmp_path).startswith("chat/questions/part_0.parquet: truncated or not Parquet")
+    assert refused(tmp_path).startswith("chat/questions/part_0.parquet: damaged or not Parquet")
 
 
 def test_another_kind_of_file_is_an_error(tmp_path):

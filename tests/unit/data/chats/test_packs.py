@@ -136,5 +136,5 @@ def test_a_damaged_row_group_is_named(files):
     damaged = bytearray(files[0].read_bytes())
     damaged[4:200] = bytes(196)
     files[0].write_bytes(damaged)
-    with pytest.raises(UserError, match=r"a\.parquet: cannot be read"):
+    with pytest.raises(UserError, match=r"a\.parquet: damaged or not Parquet"):
         dataset[0]

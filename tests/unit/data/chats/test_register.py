@@ -184,7 +184,7 @@ def test_damaged_files_and_those_of_other_kinds_are_refused(register, tmp_path: 
     sound = write(tmp_path / "store/a.parquet", [ROW] * 100)
     whole = sound.read_bytes()
     sound.write_bytes(whole[:-100])
-    assert "a.parquet: truncated or not Parquet" in refused(register, sound)
+    assert "a.parquet: damaged or not Parquet" in refused(register, sound)
     sound.write_bytes(whole[:40] + bytes(40) + whole[80:])
     assert "a.parquet: cannot be read, or holds other numbers than packs do" in refused(register, sound)
     other = write(tmp_path / "store/b.parquet", [ROW], loss_mask=pa.float32())

@@ -209,7 +209,7 @@ def test_a_damaged_or_missing_shard_is_an_error(steps: Steps):
     steps.filtered("web/one", [A])
     path = steps.root / "filtered/web/one.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"one\.parquet: truncated or not Parquet"):
+    with pytest.raises(UserError, match=r"one\.parquet: damaged or not Parquet"):
         steps.curate("web/one")
     path.unlink()
     with pytest.raises(UserError, match=r"one\.parquet: no such file"):
