@@ -77,8 +77,7 @@ def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     for name, kinds in evaluation.get("answers", {}).items():
         for kind, values in kinds.items():
             yield name, f"exact {kind} (of {values['asked']})", values["share"]
-            if "cut" in values:  # an evaluation of before has not counted them
-                yield name, f"cut {kind} (of {values['asked']})", values["cut"] / values["asked"]
+            yield name, f"cut {kind} (of {values['asked']})", values["cut"] / values["asked"]
     for name, values in evaluation.get("tasks", {}).items():
         for measure, value in values.items():
             if measure != "questions" and value is not None:

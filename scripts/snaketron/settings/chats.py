@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 
 def _unless(default: Any) -> Any:
-    """A field that is left out of the JSON where it has its default, so that older records still fit."""
+    """A field that is left out of the JSON where it has its default: a new one makes nothing again."""
     return Field(default, exclude_if=lambda value: value == default)
 
 

@@ -17,7 +17,7 @@ def test_each_checkpoint_has_a_column(tmp_path: Path):
     tuned = {
         "stage": "sft",
         "text": {"docs": {"loss": 5.25, "bits_per_byte": None}},
-        "answers": {"tools": {"calls": {"asked": 8, "exact": 6, "share": 0.75}}},
+        "answers": {"tools": {"calls": {"asked": 8, "exact": 6, "cut": 0, "share": 0.75}}},
         "tasks": {"arc_easy": {"acc": 0.5, "questions": 10}},
     }
     write_json(tmp_path / "base.json", base)
@@ -57,17 +57,17 @@ def test_two_evaluations_of_one_stage_are_told_apart_by_their_files(tmp_path: Pa
 
 
 def test_answers_that_were_cut_are_shown_where_there_are_any(tmp_path: Path):
-    """Two of eight calls of a were as long as an answer may be, and none of b; c was not counted."""
-    calls = {"asked": 8, "exact": 4, "share": 0.5}
-    for name, cut in (("a", {"cut": 2}), ("b", {"cut": 0}), ("c", {})):
-        write_json(tmp_path / f"{name}.json", {"stage": name, "answers": {"tools": {"calls": calls | cut}}})
+    """Two of eight calls of a were as long as an answer may be, and none of b and c."""
+    for name, cut in (("a", 2), ("b", 0), ("c", 0)):
+        calls = {"asked": 8, "exact": 4, "cut": cut, "share": 0.5}
+        write_json(tmp_path / f"{name}.json", {"stage": name, "answers": {"tools": {"calls": calls}}})
 
     def table(*names: str) -> list[str]:
         return markdown(read_evaluations([tmp_path / f"{name}.json" for name in names])).splitlines()[2:]
 
     assert table("a", "b", "c") == [
         "| tools | exact calls (of 8) | 50.0% | 50.0% | 50.0% |",
-        "| tools | cut calls (of 8)   | 25.0% |  0.0% |       |",
+        "| tools | cut calls (of 8)   | 25.0% |  0.0% |  0.0% |",
     ]
     assert table("b", "c") == ["| tools | exact calls (of 8) | 50.0% | 50.0% |"]
 
