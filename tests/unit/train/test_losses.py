@@ -52,7 +52,6 @@ D = conversation(4, (4, 0), (11, 1))
 E = conversation(5, (5, 0), (2, 1))
 CONVERSATIONS = [A, B, C, D, E]
 PACKED = [[A, B], [C], [D], [E]]
-ALONE = [[c] for c in CONVERSATIONS] + [[A]]  # six packs, a multiple of the accumulated two
 
 
 @pytest.fixture
