@@ -69,7 +69,8 @@ rule blend_pretrain:
         settings=graph.phase_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        "python scripts/blend_pretrain.py --settings {params.settings:q} --max-epochs {resources.max_epochs:q}"
+        MANY_FILES
+        + "python scripts/blend_pretrain.py --settings {params.settings:q} --max-epochs {resources.max_epochs:q}"
         " --records {input.records:q} --tokenizer {params.tokenizer:q}"
         " --output {output.blend:q} --record {output.record:q} --log-file {log:q}"
 

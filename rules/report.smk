@@ -49,7 +49,8 @@ rule data_report:
     params:
         directory=subpath(output.text, parent=True),
     shell:
-        "python scripts/data_report.py --records {input.indices:q} {input.chats:q}"
+        MANY_FILES
+        + "python scripts/data_report.py --records {input.indices:q} {input.chats:q}"
         " --output {params.directory:q} --log-file {log:q}"
 
 

@@ -41,7 +41,8 @@ rule pack_sft:
     params:
         settings=graph.pack_settings(),
     shell:
-        "python scripts/pack_sft.py --chats {input:q} --settings {params.settings:q}"
+        MANY_FILES
+        + "python scripts/pack_sft.py --chats {input:q} --settings {params.settings:q}"
         " --max-dropped-fraction {resources.max_dropped_fraction:q}"
         " --train {output.train:q} --valid {output.valid:q} --test {output.test:q}"
         " --record {output.record:q} --log-file {log:q}"
@@ -87,5 +88,6 @@ rule blend_sft:
     params:
         settings=graph.blend_settings(),
     shell:
-        "python scripts/blend_sft.py --settings {params.settings:q} --records {input.records:q}"
+        MANY_FILES
+        + "python scripts/blend_sft.py --settings {params.settings:q} --records {input.records:q}"
         " --output {output.blend:q} --record {output.record:q} --log-file {log:q}"

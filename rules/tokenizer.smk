@@ -19,7 +19,8 @@ rule build_tokenizer:
     params:
         source=graph.tokenizer_source,
     shell:
-        "python scripts/build_tokenizer.py {params.source} --text {input.text:q}"
+        MANY_FILES
+        + "python scripts/build_tokenizer.py {params.source} --text {input.text:q}"
         " --output {output.tokenizer:q} --record {output.record:q} --log-file {log:q}"
 
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from snaketron.sources.pairs import MAX_SHARDS
 from tests.conftest import REPOSITORY, Workspace, make_workspace
 
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ HOSTILE = [
     *("100%s.jsonl", "c::d.jsonl"),
 ]
 # Options that Graph has quoted (tests/unit/graph/test_graph.py); finished runs know them as texts.
-QUOTED = ("{params.source}", "{params.packing}")
+QUOTED = ("{params.source}",)
 
 
 def test_every_placeholder_of_every_command_is_quoted():
@@ -34,6 +35,17 @@ def test_every_placeholder_of_every_command_is_quoted():
     assert not re.search(r"^    (run|script|wrapper|notebook):", text, re.MULTILINE)
     placeholders = re.findall(r"\{[^{}]*\}", "".join(commands))
     assert [p for p in placeholders if not p.endswith(":q}") and p not in QUOTED] == []
+
+
+def test_a_program_may_be_told_all_shards_that_megatron_core_takes(workspace: Workspace):
+    """Linux has room for 2 MiB of arguments where the stack has its usual limit, and 4 MB are given here."""
+    planned = workspace.snakemake("-n", "-p", "ckpt/pretrain/broad").output
+    command = re.search(r"ulimit .*blend_pretrain\.py .*/broad/.*", planned)
+    assert command
+    records = " ".join(f"{'x' * 110}/{number:05d}.json" for number in range(MAX_SHARDS))
+    told = re.sub(r"--records .* --tokenizer", f"--records {records} --tokenizer", command[0])
+    workspace.write("told.sh", told)
+    assert "data/tokenizer/tokenizer.json: no such file" in workspace.run("bash", "told.sh").output
 
 
 def plain(name: str) -> str:
