@@ -178,10 +178,12 @@ class Follower:
 
     def look(self) -> View:
         """What there is to show now."""
-        journal = self.journal
+        journal, before = self.journal, self.journal.began
         journal.look()
         if not journal.totals:
             return View("")
+        if journal.began != before:  # another run, which has locked the directory
+            self._lock = -LOOK_AT_LOCK_S, False
         running = self._is_running()
         begun = [job for job in journal.jobs.values() if job.state == "running"]
         if any(job.slurm for job in begun):

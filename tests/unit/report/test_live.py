@@ -119,6 +119,17 @@ def test_a_run_whose_snakemake_is_gone_has_stopped(run: RunLog, tmp_path: Path):
         assert Follower(tmp_path).look().state == "running"
 
 
+def test_a_run_that_begins_while_one_looks_is_seen_running_at_once(run: RunLog, tmp_path: Path):
+    """It had just been seen that nothing ran in the directory."""
+    follower = Follower(tmp_path)
+    assert follower.look().state == "stopped"
+    with (tmp_path / ".snakemake/snaketron.lock").open("w") as file:
+        assert files.lock(file)
+        RunLog(tmp_path, {"tokenize_shard": 1})
+        view = follower.look()
+    assert (view.state, view.done, view.total) == ("running", 0, 1)
+
+
 def test_a_training_that_outlived_its_snakemake_is_running(run: RunLog, tmp_path: Path):
     with (tmp_path / "ckpt/versions/pretrain_broad-0123456789ab/lock").open("w") as file:
         assert files.lock(file)
