@@ -78,6 +78,8 @@ def changes(
             old.remove(same)
         paths = list(dict.fromkeys((*new, *same)))
         differ = [path for path in paths if same.get(path, ABSENT) != new.get(path, ABSENT)]
+        # Of keys where none was, or of the last ones that went, each is told and not that nothing is left.
+        differ = [path for path in differ if not any(other.startswith(f"{path}.") for other in differ)]
         for path in _told(differ, new):
             place = _place(config, rule, wildcards, path) or names.get(text, rule)
             lines.append(f"{place}: {_short(same.get(path, ABSENT))} -> {_short(new.get(path, ABSENT))}")
@@ -130,19 +132,30 @@ def _place(config: Config, rule: str, wildcards: Mapping[str, str], path: str) -
     for training in config.trainings():
         if (training.section, training.phase) == ("lora" if rule == "merge_lora" else rule, phase):
             return _of_training(config, training, path)
-    for prefix, section in _sections(config, wildcards):
-        if getattr(section, first, None) is not None:
-            return ".".join(filter(None, (prefix, first, rest)))
-    return path
+    if first in ("weights", "train_tokens"):
+        at = f"pretrain.phases[{_index(config, phase)}]" if phase else "sft"
+        return f"{at}.blend ({rest})" if first == "weights" else f"{at}.tokens"
+    found = [
+        (".".join(filter(None, (prefix, first, rest))), getattr(section, first))
+        for prefix, section in _sections(config, wildcards)
+        if hasattr(section, first)
+    ]
+
+    def how_far(one: tuple[str, Any]) -> int:
+        """First what has the key; then what has others in its place, as arguments of templates; then null."""
+        lacks = bool(rest) and isinstance(one[1], Mapping) and rest not in _flat(one[1])
+        return 2 if one[1] is None else int(lacks)
+
+    return min(found, key=how_far, default=(path, None))[0]
 
 
 def _of_training(config: Config, training: Training, path: str) -> str:
     first, dot, rest = path.partition(".")
     tuning = training.section if training.packed else ""
     if first == "train_iters" and not tuning:
-        return f"pretrain.phases[{_index(config, training)}].tokens (steps)"
+        return f"pretrain.phases[{_index(config, training.phase)}].tokens (steps)"
     if first == "data_seed":
-        return f"pretrain.phases[{_index(config, training)}].seed"
+        return f"pretrain.phases[{_index(config, training.phase)}].seed"
     if first == "schedule":
         keys = {"warmup": "warmup_iters", "end": "train_iters"}
         if tuning:
@@ -154,8 +167,8 @@ def _of_training(config: Config, training: Training, path: str) -> str:
     return training.at(first) + dot + rest
 
 
-def _index(config: Config, training: Training) -> int:
-    return [phase.name for phase in config.pretrain.phases].index(training.phase)
+def _index(config: Config, phase: str) -> int:
+    return [one.name for one in config.pretrain.phases].index(phase)
 
 
 def _sections(config: Config, wildcards: Mapping[str, str]) -> Iterator[tuple[str, Section]]:

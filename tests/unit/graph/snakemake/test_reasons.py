@@ -6,7 +6,7 @@ from typing import Any
 
 from snaketron.config import Config, load
 from snaketron.graph.snakemake.reasons import changes, is_check
-from snaketron.settings.blends import BlendSettings
+from snaketron.settings.blends import BlendSettings, phase_settings
 from snaketron.settings.chats import pack_settings, render_settings
 from snaketron.settings.text import tokenize_settings
 from snaketron.settings.training import train_settings
@@ -122,10 +122,35 @@ def test_keys_of_chats():
     assert found == ["sft_data.reasoning.stripped: 0.0 -> 0.5", "seed: null -> 1234"]
 
 
+@pytest.mark.parametrize("given", ["sft_data", "chats[0]"])
+def test_an_argument_of_templates_is_told_where_it_is_given_and_alone(given: str):
+    """Of a source, or of all. The arguments of before, of which there were none, are not told beside it."""
+    source = {"name": "docs", "paths": ["docs.jsonl"]}
+    blend = {"sft": {"blend": [{"source": "docs", "weight": 1}]}}
+    argument = {"template_arguments": {"enable_thinking": True}}
+    before = with_keys(**blend, chats=[source])
+    now = with_keys(
+        **blend,
+        chats=[source | argument if given == "chats[0]" else source],
+        sft_data=argument if given == "sft_data" else {},
+    )
+    old, new = (repr(render_settings(config, config.chats[0]).model_dump_json()) for config in (before, now))
+    found = changes(now, "render_chat", {"source": "docs"}, [old], [new], {new: "settings"})
+    assert found == [f"{given}.template_arguments.enable_thinking: nothing -> true"]
+    back = changes(before, "render_chat", {"source": "docs"}, [new], [old], {old: "settings"})
+    assert back == ["chats[0].template_arguments.enable_thinking: true -> nothing"]  # the nearest
+
+
 def test_keys_of_packs():
     before, now = with_keys(sft_data={"pack_size": 512}), with_keys(sft_data={"pack_size": 768})
     old, new = (repr(pack_settings(config).model_dump_json()) for config in (before, now))
     assert changes(now, "pack_sft", {}, [old], [new], {}) == ["sft_data.pack_size: 512 -> 768"]
+
+
+def test_a_key_that_is_null_again_is_named_where_it_stands():
+    before, now = with_keys(sft_data={"padding_multiple": 8}), with_keys()
+    old, new = (repr(pack_settings(config).model_dump_json()) for config in (before, now))
+    assert changes(now, "pack_sft", {}, [old], [new], {}) == ["sft_data.padding_multiple: 8 -> 1"]
 
 
 def test_weights_of_a_blend_are_told_one_by_one():
@@ -135,8 +160,21 @@ def test_weights_of_a_blend_are_told_one_by_one():
         for weights in ({"docs": 0.6, "code": 0.4}, {"docs": 1.0})
     )
     assert changes(config, "blend_sft", {}, [old], [new], {new: "settings"}) == [
-        "weights.docs: 0.6 -> 1.0",
-        "weights.code: 0.4 -> nothing",
+        "sft.blend (docs): 0.6 -> 1.0",
+        "sft.blend (code): 0.4 -> nothing",
+    ]
+
+
+def test_tokens_and_weights_of_a_phase_are_those_of_its_entry():
+    """Weights are told as the shares that they are."""
+    blend = [{"corpus": "docs", "weight": 1}, {"corpus": "code", "weight": 3}]
+    later = {"name": "focused", "tokens": 16384, "blend": blend}
+    before, now = (with_keys(pretrain={"phases": [PHASES[0], one]}) for one in (PHASES[1], later))
+    old, new = (repr(phase_settings(config, "focused").model_dump_json()) for config in (before, now))
+    assert changes(now, "blend_pretrain", {"phase": "focused"}, [old], [new], {new: "settings"}) == [
+        "pretrain.phases[1].blend (docs): 1.0 -> 0.25",
+        "pretrain.phases[1].blend (code): nothing -> 0.75",
+        "pretrain.phases[1].tokens: 8192 -> 16384",
     ]
 
 
