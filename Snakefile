@@ -29,6 +29,7 @@ from snaketron.graph.graph import Graph
 from snaketron.graph.journal import JOURNAL, Writer
 from snaketron.graph.requests import check_requests
 from snaketron.graph.snakemake import replace_pieces
+from snaketron.graph.stops import Stops
 from snaketron.graph.submission import check_submission
 from snaketron.jobs import inventory, status
 from snaketron.sources import registered
@@ -111,7 +112,8 @@ onstart:
             " profiles/slurm does, and write `snaketron-slurm-` for `slurm-` in the names of its options."
         )
     planned = {training.name: training.numbers for training in trainings}
-    logger.addHandler(Writer(JOURNAL, workflow.dag.stats()[1], planned))
+    stops = Stops(process.interrupted)
+    logger.addHandler(Writer(JOURNAL, workflow.dag.stats()[1], planned, stops))
     if workflow.executor_plugin.name == "snaketron-slurm":
         say = partial(logger.info, extra={"in_view": True})
         status.report_every(60, Path.cwd(), ckpt, say)

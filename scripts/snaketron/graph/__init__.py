@@ -4,7 +4,7 @@
   raw files were changed: `raw_files`; targets of unknown names: `unknown`.
 - What is refused before the first job: `checks`, `requests`, `submission`.
 - What is said: `notes` about a configuration and targets, `outlook` about trainings, `dry_run` at its end,
-  `lines` about jobs, which `terminal` writes, and `journal` for programs.
+  `lines` about jobs, which `terminal` writes, and `journal` for programs; which jobs were `stops`, for both.
 - The process of Snakemake: `process`; what is replaced in it: `snakemake`.
 - What programs beside it ask: `configfiles`, `plan` and `disk`, `asked`.
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.files import write_text
+from snaketron.graph.stops import Stops
 from snaketron.jobs.lines import Tail
 from snaketron.sizes.outlook import Planned
 
@@ -21,18 +22,20 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 JOURNAL = Path(".snakemake/snaketron.journal")
 
-# Words of Snakemake and of its executor for Slurm.
+# Words of the executor for Slurm.
 SUBMITTED = re.compile(r"Job (\S+) has been submitted with SLURM jobid (\S+) \(log: (.*)\)\.")
-TERMINATING = "Terminating processes on user request"
 
 
 class Writer(logging.Handler):
     """Writes what Snakemake tells of the jobs of a run, in the place of the journal of an earlier one."""
 
-    def __init__(self, path: Path, totals: Mapping[str, int], trainings: Mapping[str, Planned]) -> None:
+    def __init__(
+        self, path: Path, totals: Mapping[str, int], trainings: Mapping[str, Planned], stops: Stops
+    ) -> None:
         """`totals` has the jobs of each rule and of all, and `trainings` what each of them will do."""
         super().__init__()
         self.groups: dict[str, list[str]] = {}  # numbers of the jobs of a group, by the ids that it may have
+        self.stops = stops
         write_text(path, _line(time.time(), {"totals": totals, "trainings": trainings}))
         self.file = path.open("ab", buffering=0)
         self.cut = False  # whether the last line is, by a full disk
@@ -54,15 +57,19 @@ class Writer(logging.Handler):
                 return {"begins": str(said["jobid"]), "job": job}
             case LogEvent.JOB_FINISHED:
                 return {"finished": str(said["job_id"])}
-            case LogEvent.JOB_ERROR | LogEvent.GROUP_ERROR:
-                return {"failed": [str(one["jobid"]) for one in said.get("job_error_info", [said])]}
+            case LogEvent.JOB_ERROR:
+                state = "stopped" if self.stops.has_stopped(said) else "failed"
+                return {"ended": [str(said["jobid"])], "state": state}
+            case LogEvent.GROUP_ERROR:
+                numbers = [str(one["jobid"]) for one in said["job_error_info"]]
+                return {"ended": numbers, "state": "stopped" if self.stops.asked else "failed"}
             case LogEvent.GROUP_INFO:
                 numbers = [str(job.jobid) for job in said["jobs"]]
                 self.groups |= {job.uuid(): numbers for job in said["jobs"]}
             case None if found := SUBMITTED.fullmatch(record.getMessage()):
                 return {"submitted": self.groups.get(found[1], [found[1]]), "slurm": found[2]}
-            case None if record.getMessage().startswith(TERMINATING):
-                return {"stopping": True}
+            case None | LogEvent.ERROR:
+                self.stops.hear(record.getMessage())
         return None
 
 
@@ -100,7 +107,6 @@ class Journal:
         self.trainings: dict[str, Planned] = {}  # by name
         self.jobs: dict[str, Job] = {}  # by number
         self.seconds: dict[str, list[float]] = defaultdict(list)  # of jobs, by rule
-        self.stopping = False  # as the user asked
 
     def look(self) -> None:
         self._tail.changed()  # another run has begun
@@ -120,11 +126,9 @@ class Journal:
             case {"finished": number} if job := self.jobs.get(number):
                 job.state = "finished"
                 self.seconds[job.rule].append(self.now - job.began)
-            case {"failed": numbers}:
+            case {"ended": numbers, "state": state}:
                 for job in filter(None, map(self.jobs.get, numbers)):
-                    job.state = "stopped" if self.stopping else "failed"
+                    job.state = state
             case {"submitted": numbers, "slurm": slurm}:
                 for job in filter(None, map(self.jobs.get, numbers)):
                     job.slurm = slurm
-            case {"stopping": True}:
-                self.stopping = True

@@ -12,18 +12,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from logging import LogRecord
-from pathlib import Path
 from typing import Any
 
 from snaketron.graph import process
-from snaketron.graph.journal import SUBMITTED, TERMINATING
+from snaketron.graph.journal import SUBMITTED
+from snaketron.graph.stops import STATUS, TERMINATING, Stops, end_of
 from snaketron.wording import duration, plural, shortened
 
 from snakemake_interface_logger_plugins.common import LogEvent
 
-END_OF_LOG = 15  # lines that are shown of the log of a failed job
 LONGEST = 160  # characters of a reason
-STOPS = {"130", "143", "SIGINT", "SIGTERM"}  # how a command ends that was asked to stop
 # Beginnings of messages that tell a user of this workflow nothing.
 CHATTER = (
     *("Config file ", "Assuming unrestricted shared", "Using shell", "Select jobs to"),
@@ -34,21 +32,11 @@ CHATTER = (
 )
 INCOMPLETE = ("Forced execution", "Asked for, or not completed the last time")  # Snakemake does not say which
 FAILED = "At least one job did not complete successfully."
-# Lines of the Snakemake inside a Slurm job, whose log also has what Slurm and the shell say.
-INNER = re.compile(
-    r"SNAKEMAKE$|=+$|Building DAG|Using shell|Provided |Rules claiming|Select jobs|Execute \d|Config file"
-    r"|Assuming|host: |\[\w{3} \w{3} [ \d]\d |(local)?rule \w+:$|RuleException:|CalledProcessError in "
-    r"|Command '|Shutting down|Exiting because|Complete log|WorkflowError:$|At least one job|Removing output"
-    r"|Will exit|Error in (rule|group) |Finished job|\d+ of \d+ steps|srun: cluster configuration lacks"
-    r"|  (Date|Workflow ID|Platform|Host|User|\w+ version|Command|Snakefile|\w+ directory|Config [\w()]+): "
-    r"|    (input|output|log|jobid|benchmark|reason|wildcards|threads|resources|shell|params|priority): ?"
-)
 # An error that the Snakefile or an input function raises, and Snakemake's lines about where that is.
 RAISED = re.compile(
     r'WorkflowError(?: in file ".*/Snakefile", line \d+)?:\n(.+?)(?:\n  File ".*", line \d+, in .+)*',
     re.DOTALL,
 )
-STATUS = re.compile(r"returned non-zero exit status (\d+)|died with <Signals\.(\w+)")
 UNKNOWN = re.compile(r"(\d+) jobs have missing provenance/metadata [^\n]*\n[^\n]*metadata: (.+)")
 AGAIN = re.compile(r"Trying to restart job (\S+)\.")
 
@@ -67,12 +55,11 @@ class Lines:
 
     dryrun: bool = False
     jobs: dict[Any, Job] = field(default_factory=dict)  # by number
-    statuses: list[tuple[str, str]] = field(default_factory=list)  # messages on failed commands; exit status
+    stops: Stops = field(default_factory=lambda: Stops(process.interrupted))
     failed: list[str] = field(default_factory=list)
     groups: dict[str, set[str]] = field(default_factory=dict)  # of groups that failed, the jobs to be done
     total: int = 0
     done: int = 0
-    stopping: bool = False  # as the user asked
     stopped: bool = False  # whether a job has, or no further one begins
     groups_of: dict[str, str] = field(default_factory=dict)  # the groups of jobs by the ids of their members
     full_log: str = ""
@@ -135,14 +122,10 @@ class Lines:
         """A stop in one line; else the reason, the end of the log, and where to read on."""
         said = record.__dict__
         job, logs = self._job(said["jobid"], said["rule_name"]), said["log"]
-        status = self._status(said["shellcmd"])
-        end = _end_of(logs)
-        asked = status in STOPS or (self.stopping and status is None)  # Slurm gives no status
-        # Ctrl-C ends a Python that has not begun its program with status 1.
-        unbegun = process.interrupted() and not end
-        if asked or unbegun or (end and "stopped by SIG" in end[-1]):
+        if self.stops.has_stopped(said):
             self.stopped = True
             return _at(f"{job.title} has stopped")
+        status, end = self.stops.status(said["shellcmd"]), end_of(logs)
         if said["indent"] and not any(map(_complains, end)):
             return None  # a member of a failed group that did not fail itself
         self.failed.append(job.title)
@@ -157,7 +140,7 @@ class Lines:
         """The line of the group; lines of the members that failed follow."""
         said = record.__dict__
         title = group_title(member["rule_name"] for member in said["job_error_info"])
-        if self.stopping:
+        if self.stops.asked:
             self.stopped = True
             return _at(f"{title} has stopped")
         self.failed.append(title)
@@ -171,13 +154,10 @@ class Lines:
     def _job(self, number: Any, rule: str = "a job") -> Job:
         return self.jobs.get(number) or Job(rule, time.monotonic())
 
-    def _status(self, command: str | None) -> str | None:
-        """The exit status of a failed command, which Snakemake has told in a message before."""
-        return next((s for message, s in reversed(self.statuses) if command and command in message), None)
-
     # ----------------------------------------------------------------------------------------- messages
 
     def _message(self, text: str) -> str | None:
+        self.stops.hear(text)
         if text.startswith("Will exit after finishing"):  # SIGTERM came; said again after each job
             first, self.stopped = not self.stopped, True
             return _at("Stopping, as asked, when the jobs that run have ended") if first else None
@@ -189,11 +169,9 @@ class Lines:
                 "copy without .snakemake: keys that were changed since do not make them run again; -R RULE "
                 "does"
             )
-        if "CalledProcessError" in text and (found := STATUS.search(text)):
-            self.statuses.append((text, found[1] or found[2]))
+        if "CalledProcessError" in text and STATUS.search(text):
             return None
         if text.startswith(TERMINATING):
-            self.stopping = True
             return _at("Stopping, as asked")
         if text.startswith("Complete log(s): "):
             self.full_log = text.removeprefix("Complete log(s): ")
@@ -217,7 +195,7 @@ class Lines:
 
     def _ending(self) -> str:
         done = f"{self.done} of {self.total} jobs are done"
-        if not self.failed and (self.stopping or self.stopped):
+        if not self.failed and (self.stops.asked or self.stopped):
             return f"Stopped; {done}. Run the same command again to continue."
         failed = ", ".join(dict.fromkeys(self.failed)) or "see above"
         return f"Failed: {failed}; {done}. All that Snakemake said: {self.full_log}"
@@ -242,17 +220,3 @@ def _cut(text: str) -> str:
 
 def _complains(line: str) -> bool:
     return "error" in line.lower() or line.startswith(("Traceback", "Slurm job"))
-
-
-def _end_of(logs: Iterable[str]) -> list[str]:
-    """The last lines of the first log that says something beside its command."""
-    return next(filter(None, (_last(Path(log)) for log in logs)), [])
-
-
-def _last(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # the job has not come as far as its log
-        return []
-    said = [line for line in lines if line.strip() and not line.startswith("$ ") and not INNER.match(line)]
-    return said[-END_OF_LOG:]

@@ -9,6 +9,7 @@ from typing import Any
 
 from snaketron import files
 from snaketron.graph.journal import JOURNAL, Writer
+from snaketron.graph.stops import Stops
 from snaketron.sizes.outlook import Planned, Progress, planned
 
 import orjson
@@ -25,7 +26,7 @@ class RunLog:
     def __init__(
         self, directory: Path, totals: dict[str, int], trainings: dict[str, Planned] | None = None
     ) -> None:
-        self.writer = Writer(directory / JOURNAL, totals, trainings or {})
+        self.writer = Writer(directory / JOURNAL, totals, trainings or {}, Stops(lambda: False))
 
     def add(self, text: str, event: LogEvent | None = None, **extra: Any) -> None:
         made = logging.LogRecord("snakemake", logging.INFO, "", 0, text, None, None)
@@ -46,12 +47,15 @@ class RunLog:
     def finishes(self, number: int) -> None:
         self.add(f"Finished jobid: {number}", LogEvent.JOB_FINISHED, job_id=number)
 
-    def fails(self, *numbers: int) -> None:
-        """A job fails, or a group of several."""
+    def fails(self, *numbers: int, status: int | None = None) -> None:
+        """A job fails, with the status of its command, or a group of several."""
         if len(numbers) > 1:
             self.add("Error", LogEvent.GROUP_ERROR, job_error_info=[{"jobid": n} for n in numbers])
-        else:
-            self.add("Error", LogEvent.JOB_ERROR, jobid=numbers[0])
+            return
+        if status is not None:
+            said = f"CalledProcessError:\nCommand 'python train.py' returned non-zero exit status {status}."
+            self.add(said, LogEvent.ERROR)
+        self.add("Error", LogEvent.JOB_ERROR, jobid=numbers[0], shellcmd="python train.py", log=[])
 
 
 def train(directory: Path, stage: str, steps: int, total: int, *, seconds_per_step: float = 2.0) -> Path:

@@ -171,6 +171,15 @@ def test_a_job_that_the_user_has_stopped_did_not_fail(run: RunLog, tmp_path: Pat
     assert (view.state, view.rules[0].state) == ("stopped", "stopped")
 
 
+@pytest.mark.parametrize(("status", "state"), [(143, "stopped"), (1, "failed")])
+def test_a_job_that_ended_by_sigterm_has_stopped(run: RunLog, tmp_path: Path, status: int, state: str):
+    """So `timeout` or `kill` stops a whole run; as the lines of the run say, too."""
+    run.add("Will exit after finishing currently running jobs (scheduler).")
+    run.fails(7, status=status)
+    view = Follower(tmp_path).look()
+    assert (view.state, view.trainings[0].state) == (state, state)
+
+
 def test_a_finished_training_is_that_of_its_link(run: RunLog, tmp_path: Path):
     run.finishes(7)
     (tmp_path / "ckpt/pretrain").mkdir()
