@@ -111,7 +111,8 @@ class Journal:
     def look(self) -> None:
         self._tail.changed()  # another run has begun
         for line in self._tail.lines():
-            with contextlib.suppress(orjson.JSONDecodeError):  # which a full disk has cut off
+            # Which a full disk has cut off, or another version has written.
+            with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
                 self._add(orjson.loads(line))
 
     def _add(self, said: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from snaketron import files
-from snaketron.graph.journal import Journal
+from snaketron.graph.journal import JOURNAL, Journal
 from snaketron.jobs import slurm
 from snaketron.jobs.queue import Queued
 from snaketron.report.live import Follower
@@ -150,6 +150,19 @@ def test_all_jobs_of_a_failed_group_have_failed(run: RunLog, tmp_path: Path):
     run.begins(4, "tokenize_shard", corpus="docs", shard="part_4")
     run.fails(3, 4)
     assert Follower(tmp_path).look().failed == ["tokenize_shard docs part_3", "tokenize_shard docs part_4"]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"at": 1, "beg', "5", "[1]", '{"begins": "4"}', '{"at": 1, "begins": "4", "job": {}}']
+)
+def test_a_line_that_is_none_of_a_journal_is_passed_over(run: RunLog, tmp_path: Path, line: str):
+    """A full disk has cut it off, or another version wrote it."""
+    before = Follower(tmp_path, alive=True).look().rules
+    with (tmp_path / JOURNAL).open("a") as file:
+        file.write(f"{line}\n")
+    run.finishes(3)
+    (tokens, *others) = Follower(tmp_path, alive=True).look().rules
+    assert (tokens.done, others) == (3, before[1:])
 
 
 @pytest.mark.parametrize("sign", ["progress.json", "c.log"])
