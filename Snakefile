@@ -139,10 +139,6 @@ rule all:
         "<ckpt>/sft",
 
 
-# Before programs that are told all shards: Linux has a quarter of the stack for arguments, 2 MiB unless it may be larger.
-MANY_FILES = "ulimit -Ss hard; "
-
-
 include: "rules/sample.smk"
 include: "rules/sources.smk"
 include: "rules/tokenizer.smk"

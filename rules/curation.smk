@@ -57,7 +57,8 @@ rule exact_find:
     params:
         order=graph.curation.corpora_of("exact_dedup"),
     shell:
-        MANY_FILES + "python scripts/exact_find.py --signatures {input.signatures:q}"
+        # Linux keeps a quarter of the stack for arguments: with its usual size too little for all shards.
+        "ulimit -Ss hard; python scripts/exact_find.py --signatures {input.signatures:q}"
         " --output {output.duplicates:q} --record {output.record:q} --log-file {log:q}"
 
 
@@ -102,8 +103,8 @@ rule minhash_buckets:
         settings=graph.curation.minhash_settings(),
         order=graph.curation.corpora_of("minhash_dedup"),
     shell:
-        MANY_FILES
-        + "python scripts/minhash_buckets.py --signatures {input.signatures:q} --removals {input.removals:q}"
+        # Linux keeps a quarter of the stack for arguments: with its usual size too little for all shards.
+        "ulimit -Ss hard; python scripts/minhash_buckets.py --signatures {input.signatures:q} --removals {input.removals:q}"
         " --bucket {wildcards.bucket:q} --settings {params.settings:q}"
         " --output {output.pairs:q} --record {output.record:q} --log-file {log:q}"
 
@@ -129,8 +130,8 @@ rule minhash_cluster:
         settings=graph.curation.minhash_settings(),
         order=graph.curation.corpora_of("minhash_dedup"),
     shell:
-        MANY_FILES
-        + "python scripts/minhash_cluster.py --pairs {input.pairs:q} --signatures {input.signatures:q}"
+        # Linux keeps a quarter of the stack for arguments: with its usual size too little for all shards.
+        "ulimit -Ss hard; python scripts/minhash_cluster.py --pairs {input.pairs:q} --signatures {input.signatures:q}"
         " --settings {params.settings:q}"
         " --output {output.duplicates:q} --record {output.record:q} --log-file {log:q}"
 

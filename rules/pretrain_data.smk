@@ -69,8 +69,8 @@ rule blend_pretrain:
         settings=graph.phase_settings,
         tokenizer=subpath(input.tokenizer, parent=True),
     shell:
-        MANY_FILES
-        + "python scripts/blend_pretrain.py --settings {params.settings:q} --max-epochs {resources.max_epochs:q}"
+        # Linux keeps a quarter of the stack for arguments: with its usual size too little for all shards.
+        "ulimit -Ss hard; python scripts/blend_pretrain.py --settings {params.settings:q} --max-epochs {resources.max_epochs:q}"
         " --records {input.records:q} --tokenizer {params.tokenizer:q}"
         " --output {output.blend:q} --record {output.record:q} --log-file {log:q}"
 

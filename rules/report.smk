@@ -49,8 +49,8 @@ rule data_report:
     params:
         directory=subpath(output.text, parent=True),
     shell:
-        MANY_FILES
-        + "python scripts/data_report.py --records {input.indices:q} {input.chats:q}"
+        # Linux keeps a quarter of the stack for arguments: with its usual size too little for all shards.
+        "ulimit -Ss hard; python scripts/data_report.py --records {input.indices:q} {input.chats:q}"
         " --output {params.directory:q} --log-file {log:q}"
 
 

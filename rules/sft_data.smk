@@ -41,8 +41,8 @@ rule pack_sft:
     params:
         settings=graph.pack_settings(),
     shell:
-        MANY_FILES
-        + "python scripts/pack_sft.py --chats {input:q} --settings {params.settings:q}"
+        # Linux keeps a quarter of the stack for arguments: with its usual size too little for all shards.
+        "ulimit -Ss hard; python scripts/pack_sft.py --chats {input:q} --settings {params.settings:q}"
         " --max-dropped-fraction {resources.max_dropped_fraction:q}"
         " --train {output.train:q} --valid {output.valid:q} --test {output.test:q}"
         " --record {output.record:q} --log-file {log:q}"
@@ -88,6 +88,6 @@ rule blend_sft:
     params:
         settings=graph.blend_settings(),
     shell:
-        MANY_FILES
-        + "python scripts/blend_sft.py --settings {params.settings:q} --records {input.records:q}"
+        # Linux keeps a quarter of the stack for arguments: with its usual size too little for all shards.
+        "ulimit -Ss hard; python scripts/blend_sft.py --settings {params.settings:q} --records {input.records:q}"
         " --output {output.blend:q} --record {output.record:q} --log-file {log:q}"

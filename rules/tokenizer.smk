@@ -19,8 +19,8 @@ rule build_tokenizer:
     params:
         source=graph.tokenizer_source,
     shell:
-        MANY_FILES
-        + "python scripts/build_tokenizer.py {params.source} --text {input.text:q}"
+        # Linux keeps a quarter of the stack for arguments: with its usual size too little for all shards.
+        "ulimit -Ss hard; python scripts/build_tokenizer.py {params.source} --text {input.text:q}"
         " --output {output.tokenizer:q} --record {output.record:q} --log-file {log:q}"
 
 

@@ -19,7 +19,7 @@ def test_experts_are_those_of_a_loop_over_them():
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_gradients_of_experts_are_added_by_their_product(dtype: torch.dtype):
-    """Recorded once for two numbers of rows, of which some are none; what lies behind the last row is NaN."""
+    """Recorded once for two numbers of rows; some experts have no row, and behind the last row lies NaN."""
     from snaketron.model.megatron import expert_gradients
 
     torch.manual_seed(0)

@@ -111,7 +111,7 @@ class Journal:
     def look(self) -> None:
         self._tail.changed()  # another run has begun
         for line in self._tail.lines():
-            # Which a full disk has cut off, or another version has written.
+            # A full disk has cut the line off, or another version has written it.
             with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
                 self._add(orjson.loads(line))
 

@@ -1,4 +1,4 @@
-"""Which jobs somebody has stopped, and which have failed: the lines of a run and its journal say the same."""
+"""Tells jobs that somebody has stopped from failed ones, alike for the lines of a run and its journal."""
 
 from __future__ import annotations
 
