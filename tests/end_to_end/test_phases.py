@@ -92,7 +92,7 @@ def commands(copy: Workspace, steps: int, target: str) -> dict[str, str]:
     work = Workspace(copy.path, (*copy.overlays, "curriculum.yaml"))
     trainings = {}
     for line in shell_lines(work, f"ckpt/pretrain/{target}"):
-        script, *words = shlex.split(line)[1:]
+        script, *words = shlex.split(line.partition("python ")[2])
         if script == "scripts/pretrain.py":
             trainings[Path(words[words.index("--output") + 1]).name] = line
             continue
