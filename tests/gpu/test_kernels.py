@@ -77,6 +77,7 @@ def test_each_row_in_fp8_has_its_own_scale():
 def test_adam_is_the_formula_in_double_precision():
     """Two tensors, of which one begins at no multiple of 16 bytes, over three steps."""
     from snaketron.model.megatron import kernels
+    from snaketron.model.megatron.adam import blocks
 
     torch.manual_seed(0)
     group = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -93,7 +94,7 @@ def test_adam_is_the_formula_in_double_precision():
         places = (*(t.data_ptr() for t in (grad, weight, mean, square, rest)), count)
         for step in range(1, 4):
             grad.copy_(torch.randn(count, device="cuda"))
-            kernels.adam(kernels.blocks([places], kernels.ADAM_BLOCK).cuda(), scale, group, step)
+            kernels.adam(blocks([places], kernels.ADAM_BLOCK).cuda(), scale, group, step)
             g = grad.double() / 2
             m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
             update = m / (1 - 0.9**step) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)

@@ -10,6 +10,7 @@ are looked up once. The kernels, and so the results, are the same.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from snaketron.model.megatron.originals import original
@@ -30,6 +31,25 @@ COPY_WEIGHTS = (
 )
 L2_NORM = "megatron.core.optimizer.clip_grads:l2_norm_impl"
 GRADIENT_NORM = "megatron.core.optimizer.optimizer:ChainedOptimizer.get_grad_norm"
+
+
+def blocks(tensors: Sequence[tuple[int, ...]], block: int) -> Tensor:
+    """What the kernels of Adam and of the norm go through: a row for each block of numbers of each tensor.
+
+    Args:
+        tensors: the addresses of each (bytes; two a number), and how many numbers it has. Adam takes five:
+            of gradient, weight, both moments and remainder.
+        block: numbers that a program takes.
+    """
+    rows = []
+    for *addresses, count in tensors:
+        # A block of that size is taken to begin at a multiple of 16 bytes.
+        size = block if all(address % 16 == 0 for address in addresses) else block // 2
+        starts = torch.arange(0, count, size, dtype=torch.int64)
+        table = starts[:, None] * 2 + torch.tensor([*addresses, 0], dtype=torch.int64)
+        table[:, -1] = (count - starts).clamp(max=size)
+        rows.append(table)
+    return torch.cat(rows) if rows else torch.zeros(0, 1, dtype=torch.int64)
 
 
 def _give_gradients(self: DistributedOptimizer) -> None:
@@ -110,7 +130,7 @@ def _gradient_norm(self: ChainedOptimizer) -> float | Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _table_of(places: tuple[tuple[int, int], ...]) -> Tensor:
-    return kernels.blocks(places, kernels.SQUARES_BLOCK).to(torch.device("cuda"))
+    return blocks(places, kernels.SQUARES_BLOCK).to(torch.device("cuda"))
 
 
 def l2_norm(
@@ -179,6 +199,6 @@ class FusedStep:
         if known is None or known[0] != places:
             known = self.tables[id(adam), number] = (
                 places,
-                kernels.blocks(places, kernels.ADAM_BLOCK).to(self.scale.device),
+                blocks(places, kernels.ADAM_BLOCK).to(self.scale.device),
             )
         return known[1]

@@ -7,8 +7,6 @@ Each is the plain formula of its docstring, computed in fp32 and rounded once.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -114,25 +112,6 @@ def _adam(table, scale, lr, beta1, beta2, eps, decay, bias1, bias2, BLOCK: tl.co
         )
 
 
-def blocks(tensors: Sequence[tuple[int, ...]], block: int) -> Tensor:
-    """What `adam` and `norm` go through, on the host: a row for each block of numbers of each tensor.
-
-    Args:
-        tensors: the addresses of each (bytes; two a number), and how many numbers it has. `adam` takes five:
-            of gradient, weight, both moments and remainder.
-        block: numbers that a program takes.
-    """
-    rows = []
-    for *addresses, count in tensors:
-        # A block of that size is taken to begin at a multiple of 16 bytes.
-        size = block if all(address % 16 == 0 for address in addresses) else block // 2
-        starts = torch.arange(0, count, size, dtype=torch.int64)
-        table = starts[:, None] * 2 + torch.tensor([*addresses, 0], dtype=torch.int64)
-        table[:, -1] = (count - starts).clamp(max=size)
-        rows.append(table)
-    return torch.cat(rows) if rows else torch.zeros(0, 1, dtype=torch.int64)
-
-
 @triton.jit
 def _squares(table, out, BLOCK: tl.constexpr):
     row = table + tl.program_id(0).to(tl.int64) * 2
@@ -159,7 +138,7 @@ def adam(table: Tensor, scale: Tensor, group: dict[str, float], step: int) -> No
     """AdamW of bf16 gradients times `scale`, and bf16 moments. An fp32 weight is a bf16 one and 16 bits more.
 
     Args:
-        table: of `blocks` of `ADAM_BLOCK`, on the GPU.
+        table: of `adam.blocks` of `ADAM_BLOCK`, on the GPU.
         scale: (1,), fp32, on the GPU.
         group: `lr`, `beta1`, `beta2`, `eps` and `weight_decay`.
         step: the number of this step, from 1.

@@ -59,3 +59,23 @@ def test_the_step_is_that_of_megatron_core(monkeypatch, precision):
 def test_a_gradient_that_is_not_finite_ends_the_training():
     with pytest.raises(RuntimeError, match="one: the gradient of step 1 is not finite"):
         trained("fp32", clip_grad=1.0, spoil=True)
+
+
+def test_adam_goes_through_each_tensor_in_blocks():
+    """10,000 numbers from byte 1600 on, and 3 from byte 32 on."""
+    [*whole, last, small] = adam.blocks(
+        [(1600, 160_000, 320_000, 480_000, 640_000, 10_000), (32, 64, 96, 128, 160, 3)], 4096
+    ).tolist()
+    assert [row[0] for row in whole] == [1600, 1600 + 2 * 4096]
+    assert [row[-1] for row in whole] == [4096, 4096]
+    assert last == [n + 4 * 4096 for n in (1600, 160_000, 320_000, 480_000, 640_000)] + [1808]
+    assert small == [32, 64, 96, 128, 160, 3]
+
+
+def test_adam_takes_smaller_blocks_where_a_tensor_begins_at_no_multiple_of_16_bytes():
+    table = adam.blocks([(1602, 1600, 3200, 4800, 6400, 4096)], 4096)
+    assert table[:, -1].tolist() == [2048] * 2
+
+
+def test_no_tensors_make_an_empty_table():
+    assert len(adam.blocks([], 4096)) == 0
