@@ -69,7 +69,7 @@ def test_a_changed_chat_file_rebuilds_its_shard_and_sft(copy: Workspace):
         ("sft={parallel: {context_parallel_size: 2}}", {"pack_sft": 2, "blend_sft": 1, "sft": 1}),
         ("pretrain_data={cpus_per_task: 2, max_epochs: 1.5}", {}),
         ("tracking=offline", {}),
-        # The same blends: 0.5 and 0.5 of a phase, 0.02 and 0.98 of SFT.
+        # These weights have the proportions of before: 0.5 and 0.5 in a phase, 0.02 and 0.98 in SFT.
         (
             "pretrain={phases: [{name: broad, tokens: 12288, blend: "
             "[{corpus: docs, weight: 7}, {corpus: code, weight: 7}]}, "

@@ -124,7 +124,7 @@ def test_keys_of_chats():
 
 @pytest.mark.parametrize("given", ["sft_data", "chats[0]"])
 def test_an_argument_of_templates_is_told_where_it_is_given_and_alone(given: str):
-    """Of a source, or of all. The arguments of before, of which there were none, are not told beside it."""
+    """Those that a source or all got are told alone: the empty ones of before are no change."""
     source = {"name": "docs", "paths": ["docs.jsonl"]}
     blend = {"sft": {"blend": [{"source": "docs", "weight": 1}]}}
     argument = {"template_arguments": {"enable_thinking": True}}
