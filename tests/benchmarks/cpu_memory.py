@@ -76,7 +76,11 @@ class Made(Batches):
             "labels": torch.from_numpy(ids[:, 1:].copy()),
             "loss_mask": torch.ones(1 + self.depths, *shape),
             "position_ids": torch.arange(self.length).expand(shape).contiguous(),
-            "report": Report(torch.ones(2, *shape), Counts(tokens, len(indices), tokens, len(indices))),
+            "report": Report(
+                torch.ones(2, *shape),
+                Counts(tokens, len(indices), tokens, len(indices)).tensor(),
+                torch.zeros(1),
+            ),
         }
 
 

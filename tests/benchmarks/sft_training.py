@@ -3,16 +3,18 @@
     python -m tests.benchmarks.sft_training                     # the default model, on the CPU or a GPU
     python -m tests.benchmarks.sft_training --pack-size 4096
     python -m tests.benchmarks.sft_training --model large --pack-size 16384 --packs 24  # of gpu_training
-    python -m tests.benchmarks.sft_training --model nano --pack-size 8192 --packs 40
+    python -m tests.benchmarks.sft_training --model nano --pack-size 8192 --packs 40 --lora
 
-The same conversations, of lognormal lengths as in `packing`, are trained once in packs and once in batches
-of as many as fill a pack on average, each padded to the longest of its batch. The second half of each is the
-answer. Steps have one micro-batch; the first of each way is not counted.
+The same conversations, of lognormal lengths as in `packing`, are trained in packs; on a GPU in packs that are
+recorded; and in batches of as many as fill a pack on average, each padded to the longest of its batch. The
+second half of each is the answer. Steps have one micro-batch. The first of each way is not counted, nor are
+those of the first round of recorded packs, which record.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -61,6 +63,8 @@ class PaddedBatches(Batches):
 
     def micro_batches(self, split: str, first: int, count: int) -> Iterator[Batch]:
         packs = [join([c]) for c in self.conversations[first * self.count : (first + 1) * self.count]]
+        if not packs:
+            return  # of a step that is read ahead and not trained
         length = -(-max(len(pack.input_ids) for pack in packs) // 16) * 16
         shape = (len(packs), length)
         ids, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -76,7 +80,8 @@ class PaddedBatches(Batches):
         rows |= {"padding_mask": padding, "position_ids": np.broadcast_to(np.arange(length), shape).copy()}
         batch: Batch = {name: torch.from_numpy(array).to(backend.device()) for name, array in rows.items()}
         masks = torch.from_numpy(np.stack([weights[0]] * 2)).to(backend.device())
-        batch["report"] = Report(masks, Counts(trained, len(packs), tokens, len(packs)))
+        counts = Counts(trained, len(packs), tokens, len(packs)).tensor().to(backend.device())
+        batch["report"] = Report(masks, counts, torch.zeros(1, device=backend.device()))
         yield batch
 
 
@@ -102,11 +107,13 @@ def packed_batches(packs: list[Pack], directory: Path, settings: Any) -> SftBatc
     return SftBatches.load(directory / "blend.json", settings, info, eval_samples=1)
 
 
-def measure(trainer: loop.Trainer, batches: Batches, steps: int) -> dict[str, float]:
-    """Seconds and tokens of all steps but the first."""
+def measure(trainer: loop.Trainer, batches: Batches, steps: int, uncounted: int = 1) -> dict[str, float]:
+    """Seconds and tokens of all steps but the first ones."""
     trainer.iteration, trainer.sources = 0, batches.sources
+    trainer.ahead = None
     trainer.parallel_model.train()
-    trainer._step(batches)
+    while trainer.iteration < uncounted:
+        trainer._step(batches)
     trainer.totals.clear()
     trainer.clock.report()
     began = time.monotonic()
@@ -127,6 +134,7 @@ def main() -> None:
     parser.add_argument("--packs", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", choices=MODELS, default="tiny")
+    parser.add_argument("--lora", action="store_true")
     args = parser.parse_args()
     lengths = chat_lengths(args.packs * args.pack_size // 250, args.pack_size)
     conversations = made(lengths)
@@ -137,36 +145,46 @@ def main() -> None:
     in_order = [conversations[i] for i in sorted(used)]
     a_pack = len(used) // len(bins)
     steps_padded = len(in_order) // a_pack
-    sft = {"train_iters": 10_000, "global_batch_size": 1, "cpus_per_task": args.threads}
-    sft["optimizer"] = {"learning_rate": 1e-4, "min_learning_rate": 1e-5}
-    if args.model in ("nano", "super"):
-        sft["optimizer"] |= shapes.BF16_STATE
+    tuning = {"train_iters": 10_000, "global_batch_size": 1, "cpus_per_task": args.threads}
+    tuning["optimizer"] = {"learning_rate": 1e-4, "min_learning_rate": 1e-5}
+    if args.model in ("nano", "super") and not args.lora:
+        tuning["optimizer"] |= shapes.BF16_STATE
     model, vocabulary = MODELS[args.model]
-    config = load({"model": model, "sft": sft, "sft_data": {"pack_size": args.pack_size}}, {})
-    settings, run = train_settings(config, "sft"), run_settings(config, "sft")
+    stage = "lora" if args.lora else "sft"
+    config = load({"model": model, stage: tuning, "sft_data": {"pack_size": args.pack_size}}, {})
+    settings, run = train_settings(config, stage), run_settings(config, stage)
     recorded = backend.records_micro_batches(settings, run)
     with distributed(settings.seed, run, recorded=recorded), tempfile.TemporaryDirectory() as directory:
         trainer = loop.Trainer(build_training(settings, run, vocabulary))
         packs = [join([conversations[i] for i in items]) for items in bins]
         padded = PaddedBatches(in_order, a_pack, settings.model.mtp_num_layers)
+        packed = packed_batches(packs, Path(directory), settings)
         print(f"{len(used)} conversations, {a_pack} a step, packs of {args.pack_size} tokens\n")
-        print("|  | seconds | trained tokens | trained tokens/s | tokens/s | waiting for data |")
-        print("|---|--:|--:|--:|--:|--:|", flush=True)
-        speeds = []
-        for name, batches, steps in (
-            ("packed", packed_batches(packs, Path(directory), settings), len(bins)),
-            ("padded", padded, steps_padded),
-        ):
+        print("|  | seconds | trained tokens | trained tokens/s | tokens/s | waiting for data | peak, GiB |")
+        print("|---|--:|--:|--:|--:|--:|--:|", flush=True)
+        ways: list[tuple[str, Batches, int, int]] = [("packed", packed, 1, len(bins))]
+        if recorded:
+            ways.append(("packed and recorded", packed, len(bins), 2 * len(bins)))
+        ways.append(("padded", padded, 1, steps_padded))
+        speeds: dict[str, float] = {}
+        for name, batches, uncounted, steps in ways:
+            schedule: Any = backend.schedule(recorded=recorded)
+            trainer.micro_batches = schedule
+            if recorded and name != "packed and recorded":
+                schedule.steps = -sys.maxsize  # steps until it records
             try:
-                r = measure(trainer, batches, steps)
+                r = measure(trainer, batches, steps, uncounted)
             except torch.OutOfMemoryError as error:
                 print(f"| {name} | out of memory: {str(error).partition('. GPU')[0]} |")
-                return
-            speeds.append(r["trained"] / r["seconds"])
-            columns = f"{r['seconds']:.1f} | {r['trained']:,.0f} | {speeds[-1]:,.0f}"
+                break
+            speeds[name] = r["trained"] / r["seconds"]
+            columns = f"{r['seconds']:.1f} | {r['trained']:,.0f} | {speeds[name]:,.0f}"
             columns += f" | {r['tokens'] / r['seconds']:,.0f} | {r['waiting']:.2%}"
-            print(f"| {name} | {columns} |", flush=True)
-    print(f"\npacked / padded: {speeds[0] / speeds[1]:.2f}")
+            print(f"| {name} | {columns} | {backend.memory()['peak_memory_gib']:.1f} |", flush=True)
+    best = max(speeds, key=speeds.__getitem__)
+    for name, speed in speeds.items():
+        if name != best:
+            print(f"\n{best} / {name}: {speeds[best] / speed:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tuning on packs: the CPU's losses on a GPU, and one GPU's losses on two."""
+"""Tuning on packs: the CPU's losses on a GPU, one GPU's losses on two, and recorded kernels."""
 
 from __future__ import annotations
 
@@ -88,3 +88,64 @@ def test_packs_may_be_tuned_on_in_fp8(tmp_path: Path, precision: str):
         bf16, fp8, again = pool.map(tune, [("bf16", []), (precision, []), (precision, ["moe"])])
     compare(fp8, bf16, (0.05, 0.3), precision)
     compare(again, fp8, LAYOUT_TOLERANCE["bf16"], f"{precision}, recomputed")
+
+
+PACK_SIZE = 1024  # of packs that are recorded: with 3 to 22 sequences, the longest up to 600 tokens or more
+LORA = {"rank": 8, "target_modules": ["linear_*", "*_proj", "router"]}
+RECORDED: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "mtp": {"model": {"mtp_hybrid_layer_pattern": "E*E", "mtp_num_layers": 2}},
+    **{name: {"model": {"precision": name}} for name in ("fp8_current", "fp8_delayed")},
+    "dp": {"run": {"parallel": LAYOUTS["dp"]}, "gpus": 2},
+    "tp": {"run": {"parallel": LAYOUTS["tp"]}, "gpus": 2},
+    "lora": {"lora": LORA},
+    "lora_fp8": {"lora": LORA, "model": {"precision": "fp8_current"}},
+    "lora_tp": {"lora": LORA, "run": {"parallel": LAYOUTS["tp"]}, "gpus": 2},
+}
+
+
+class Tunings:
+    """The tunings of the tests that were chosen, recorded and not, started at once."""
+
+    def __init__(self, root: Path, chosen: str) -> None:
+        self.root, self.blend = root, str(write_packs(root / "packs", pack_size=PACK_SIZE))
+        self.pool = ThreadPoolExecutor(8)
+        self.futures = {
+            (name, how): self.pool.submit(self._tune, name, how)
+            for name in RECORDED
+            if f"kernels_give[{name}]" in chosen
+            for how in ("recorded", "launched")
+        }
+
+    def _tune(self, name: str, how: str) -> Any:
+        about = {"gpus": 1, "model": {}, "run": {}} | RECORDED[name]
+        about["model"] = {"precision": "bf16", "mamba_num_heads": 32, "mamba_head_dim": 16} | about["model"]
+        about["run"] = RUN | about["run"] | ({"cuda_graphs": False} if how == "launched" else {})
+        directory = self.root / f"{how}_{name}"
+        if "lora" in about:
+            about["base"] = str(directory / "base")
+            train(Path(about["base"]), gpus=1, model=about["model"], steps=2, save_at=[2])
+        if how == "recorded":  # a resumed training records anew, from its third step on
+            train(directory, blend=self.blend, save_at=[4], **about | {"steps": 4})
+        return train(directory, blend=self.blend, **about, steps=8, valid_at=[6] if how == "recorded" else [])
+
+
+@pytest.fixture(scope="module")
+def tunings(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Tunings]:
+    chosen = " ".join(item.name for item in request.session.items if item.path == request.path)
+    started = Tunings(tmp_path_factory.mktemp("recorded"), chosen)
+    yield started
+    started.pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_packs_have_the_losses_that_started_kernels_give(tunings: Tunings, name: str):
+    """Steps 5 to 8 of four packs, of which the first two are not recorded, with validations between them."""
+    recorded, launched = (tunings.futures[name, how].result() for how in ("recorded", "launched"))
+    assert (recorded["recorded"], launched["recorded"]) == ("micro-batches", "nothing")
+    assert len(recorded["losses"]) == 4 and len(launched["losses"]) == 8
+    launched |= {key: launched[key][4:] for key in ("losses", "mtp", "norms")}
+    compare(recorded, launched, LAYOUT_TOLERANCE["bf16"], name)
+    for key in ("valid_after", *(["tuned", "merged"] if name.startswith("lora") else [])):
+        print(f"{name}: {key} differs by {abs(recorded[key] - launched[key]):.1e}")
+        assert abs(recorded[key] - launched[key]) < LAYOUT_TOLERANCE["bf16"][0]

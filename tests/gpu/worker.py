@@ -61,11 +61,16 @@ class FixedBatches(Batches):
 
 
 def write_packs(directory: Path, count: int = 40, pack_size: int = 4 * LENGTH) -> Path:
-    """Packs of conversations of 8 to 40 tokens, with room for context parallelism, and their blend."""
+    """Packs of conversations of 8 to 40 tokens, with room for context parallelism, and their blend.
+
+    Larger packs have 2 to 20 of them, and two of three packs one of 600 as well.
+    """
     generator = np.random.default_rng(0)
     packs = []
-    for _ in range(count):
-        lengths = generator.integers(8, 41, 6)
+    for i in range(count):
+        lengths = generator.integers(8, 41, 6 if pack_size == 4 * LENGTH else generator.integers(2, 21))
+        if pack_size > 4 * LENGTH and i % 3:
+            lengths = np.insert(lengths[: (pack_size - 600) // 44], 1, 600)
         ids = [generator.integers(3, 97, n, dtype=np.int32) for n in lengths]
         packs.append(join([(x, (np.arange(len(x)) >= len(x) // 3).astype(np.uint8)) for x in ids]))
     footer = {"tokenizer_sha256": "t", "template_sha256": "t", "pack_size": pack_size, "padding_multiple": 4}
@@ -82,9 +87,10 @@ def write_packs(directory: Path, count: int = 40, pack_size: int = 4 * LENGTH) -
 
 def packed(blend: str, model: dict[str, Any], run: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Settings of a tuning on packs, how it is run, and a function that makes its batches."""
+    pack_size = json.loads(Path(blend).read_text())["pack_size"]
     sft = {"train_iters": 20, "global_batch_size": BATCH, "warmup_iters": 0, "cpus_per_task": 1}
     sft |= {"eval_samples": 4} | run
-    config = load({"model": SMALL | model, "sft": sft, "sft_data": {"pack_size": 4 * LENGTH}}, {})
+    config = load({"model": SMALL | model, "sft": sft, "sft_data": {"pack_size": pack_size}}, {})
     settings = train_settings(config, "sft")
     info = Info(sha256="t", vocab_size=VOCABULARY, eos_token="", eos_id=0, pad_id=0)
     return (

@@ -291,6 +291,11 @@ class Tuning(Run):
     micro_batch_size: Literal[1] = key(
         1, "packs that one process computes at a time: packed sequences need 1"
     )
+    cuda_graphs: Literal[False] | None = key(
+        None,
+        "null: the kernels of a whole pack are recorded once and started together where one GPU holds the "
+        "model, or its share of each layer (TP), but not in fp8_blockwise; false: none are recorded",
+    )
     precision: Precision | None = key(None, "precision of matrix products; null: model.precision")
     train_iters: Positive = key(320, "steps")
     global_batch_size: Positive = key(1, "packs of a step, over all processes")

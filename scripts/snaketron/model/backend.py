@@ -21,7 +21,7 @@ from snaketron.jobs.launch import OF_SRUN
 from snaketron.log import UserError
 from snaketron.model.megatron import replacements
 from snaketron.model.megatron.row import Machine
-from snaketron.settings.training import RunSettings, TrainSettings
+from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings
 from snaketron.sizes.gpus import usable_bytes
 from snaketron.sizes.layout import layout
 from snaketron.sizes.recording import recordable, records_layers
@@ -90,10 +90,16 @@ def check(model: Model, run: RunSettings, optimizer: Optimizer | None = None) ->
 
 def records_micro_batches(settings: TrainSettings, run: RunSettings) -> bool:
     """Whether the kernels of whole micro-batches are recorded (`megatron.recording`)."""
+    adapters = settings.lora if isinstance(settings, LoraSettings) else None
     return (
         HAS_GPU
         and run.cuda_graphs is None
-        and recordable(settings.model, run, settings.seq_length, packed=settings.packed, cluster=run.cluster)
+        and recordable(
+            *(settings.model, run, settings.seq_length),
+            packed=settings.packed,
+            adapters=adapters,
+            cluster=run.cluster,
+        )
     )
 
 

@@ -107,7 +107,7 @@ class RunSettings(Run):
     tracking_upload: list[str] = Field(default_factory=list)
     tensorboard: bool = False
     notify: list[str] = Field(default_factory=list)
-    cuda_graphs: bool | None = False  # in pretraining alone: packed sequences have no fixed shapes
+    cuda_graphs: bool | None = False  # as in an inference; a training has its own
     num_samples: int = 0
     sample_interval: int | None = None
     sample_tokens: int = 0

@@ -159,9 +159,10 @@ def sequences(
     here = on_device["loss_mask"][:1]
     on_device["report"] = Report(
         torch.cat([here, here / length]),
-        Counts(tokens, batch / ranks, tokens, batch / ranks),
-        0 if sources is None else to_device(torch.tensor(sources)),
+        to_device(Counts(tokens, batch / ranks, tokens, batch / ranks).tensor()),
+        to_device(torch.tensor(sources or [0])),
         num_sources,
+        mixed=sources is not None,
     )
     return on_device
 

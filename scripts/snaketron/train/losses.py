@@ -24,6 +24,10 @@ class Counts(NamedTuple):
     tokens: float
     packs: float
 
+    def tensor(self) -> Tensor:
+        """The counts (4,), float64, on the host."""
+        return torch.tensor(self, dtype=torch.float64)
+
 
 @dataclass
 class Sums:
@@ -97,53 +101,56 @@ class Sums:
 
 @dataclass(frozen=True)
 class Report:
-    """What a micro-batch adds to the metrics of its source.
+    """What a micro-batch adds to the metrics of its sources.
+
+    All that differs from one micro-batch to the next is in tensors on the device, which a recording of the
+    first one reads anew.
 
     `weights` (2, batch, length) give each position's share of `loss` (1 if trained) and of `sample_loss` (1 a
-    conversation). Under context parallelism the parts of the ranks add up. `source` is the number of the
-    source, or a tensor (batch,) on the device with that of each sequence; sequences have equal parts of
-    `counts` then.
+    conversation). `counts` (4,), float64, is `Counts` of the whole micro-batch, of which its sequences have
+    equal parts. Under context parallelism the parts of the ranks add up. `source` (batch,) has the number of
+    each sequence's source; unless they are `mixed`, all have one.
     """
 
     weights: Tensor
-    counts: Counts
-    source: int | Tensor = 0
+    counts: Tensor
+    source: Tensor
     num_sources: int = 1
+    mixed: bool = False
 
     @property
-    def tokens(self) -> int:
-        """Positions of this rank that are not padding."""
-        return int(self.counts.tokens)
+    def tokens(self) -> Tensor:
+        """Positions of this rank that are not padding, () int32."""
+        return self.counts[Counts._fields.index("tokens")].int()
 
     def sums(self, losses: Tensor) -> Sums:
         """The sums of this micro-batch from the loss of each position (batch, length)."""
         weighted = losses.detach() * self.weights
-        source, losses = self.source, weighted.sum((1, 2))
-        if isinstance(source, int):
-            sums = Sums.zeros(self.num_sources, losses.device)
-            self._fill(sums.values[source], losses, 1)
-        else:
-            sums = Sums.zeros(self.num_sources, losses.device, mixed=True)
-            self._fill(sums.values[0], losses, 1)
-            sums.by_source.copy_(self._by_source(source, weighted.sum(2)))
-        return sums
+        total = self._row(weighted.sum((1, 2))[:, None], 1)
+        if not self.mixed:
+            return Sums(torch.where(self._of_source(self.source[:1]), total, 0.0)[:, 0])
+        rows = self._row(weighted.sum(2), len(self.source))
+        # Not index_add, which adds up in any order on a GPU.
+        by_source = torch.where(self._of_source(self.source), rows, 0.0).sum(1)
+        return Sums(torch.cat([total, by_source]), mixed=True)
 
-    def _by_source(self, source: Tensor, losses: Tensor) -> Tensor:
-        """Sums (sources, names) from the source (batch,) and the losses (2, batch) of each sequence."""
-        batch, device = losses.shape[1], losses.device
-        rows = torch.zeros(batch, len(Sums.NAMES), dtype=torch.float64, device=device)
-        self._fill(rows.T, losses, batch)
-        # Not index_add, which adds up in any order on a GPU. Shape (sources, batch).
-        elsewhere = source != torch.arange(self.num_sources, device=device)[:, None]
-        return rows.masked_fill(elsewhere[:, :, None], 0).sum(1)
+    def _of_source(self, source: Tensor) -> Tensor:
+        """Whether a sequence is of a source, (sources, sequences, 1)."""
+        return (source == torch.arange(max(1, self.num_sources), device=source.device)[:, None])[..., None]
 
-    def _fill(self, sums: Tensor, losses: Tensor, parts: int) -> None:
-        """Put losses (2, ...) and an equal part of the counts into `sums` (names, ...)."""
-        values = dict(zip(Sums.NAMES, sums, strict=True))
-        for name, loss in zip(("loss", "sample_loss"), losses, strict=True):
-            values[name].copy_(loss)
-        for name, count in self.counts._asdict().items():
-            values[name].fill_(count / parts)  # a copy from the host would wait for the GPU
+    def _row(self, losses: Tensor, parts: int) -> Tensor:
+        """Losses (2, rows) and an equal part of the counts in the order of `Sums.NAMES`: (rows, names)."""
+        loss, sample_loss = losses.double()
+        trained_tokens, conversations, tokens, packs = (self.counts / parts).expand(len(loss), -1).T
+        columns = {
+            "loss": loss,
+            "trained_tokens": trained_tokens,
+            "sample_loss": sample_loss,
+            "conversations": conversations,
+            "tokens": tokens,
+            "packs": packs,
+        }
+        return torch.stack([columns[name] for name in Sums.NAMES], 1)
 
 
 @dataclass
@@ -197,9 +204,7 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable
     def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, Sums]:
         """The weighted sum, the tokens, and what is reported."""
         losses = losses.float()
-        # Not torch.tensor: that copies from the host, which waits for the GPU.
-        tokens = torch.full((), report.tokens, dtype=torch.int, device=losses.device)
-        return (losses * weights).sum(), tokens, report.sums(losses)
+        return (losses * weights).sum(), report.tokens, report.sums(losses)
 
     return model(attention_mask=None, **batch), loss_function
 

@@ -16,6 +16,7 @@ from snaketron.data.tokenizer import Info
 from snaketron.log import UserError, logger
 from snaketron.model import backend
 from snaketron.settings.training import TrainSettings
+from snaketron.sizes.recording import SHORTEST_RECORDED
 from snaketron.train.batches import Batches, Split, context_part, to_device
 from snaketron.train.losses import Batch, Counts, Report
 
@@ -28,6 +29,7 @@ PACK_CACHE = 2**28  # bytes of decoded packs that a split keeps
 # What multi-token prediction sees behind the last token of a sequence, so that it sees no more in layouts
 # that pad each conversation.
 PADDING_ID = 0
+FEWEST_SEQUENCES = 8  # of a pack, as attention is told; those that it lacks are empty
 
 
 @dataclass(frozen=True)
@@ -230,11 +232,14 @@ def _each_source(source_index: np.ndarray, sample_index: np.ndarray, count: int)
 def _factors(totals: np.ndarray) -> np.ndarray:
     """What turns this rank's weights into those of the step's average: (1 + MTP depths, 1).
 
-    A collective operation of the data parallel group: `totals` are summed over it.
+    A collective operation of the data parallel group, over which `totals` are summed. For that the host waits
+    until the GPU has computed the step before; alone it need not.
     """
-    shared = torch.from_numpy(totals).to(backend.device())
-    torch.distributed.all_reduce(shared, group=parallel_state.get_data_parallel_group())
-    *numbers, tokens = shared.tolist()
+    if parallel_state.get_data_parallel_world_size() > 1:
+        shared = torch.from_numpy(totals).to(backend.device())
+        torch.distributed.all_reduce(shared, group=parallel_state.get_data_parallel_group())
+        totals = shared.cpu().numpy()
+    *numbers, tokens = totals.tolist()
     return np.array([[tokens / number if number else 0.0] for number in numbers], dtype=np.float32)
 
 
@@ -266,8 +271,10 @@ def collate_pack(
     rank = parallel_state.get_tensor_model_parallel_rank()
     rows["padding_mask"] = rows["padding_mask"].chunk(ranks, dim=1)[rank]
     batch: Batch = {name: to_device(tensor) for name, tensor in rows.items()}
-    batch["report"] = Report(batch["report"], counts, source, num_sources)
-    batch["packed_seq_params"] = _sequences(starts)
+    batch["report"] = Report(
+        batch["report"], to_device(counts.tensor()), to_device(torch.tensor([source])), num_sources
+    )
+    batch["packed_seq_params"] = _sequences(starts, multiple)
     return batch
 
 
@@ -309,14 +316,29 @@ def _counts(pack: Pack, rows: dict[str, torch.Tensor]) -> Counts:
     )
 
 
-def _sequences(starts: np.ndarray) -> PackedSeqParams:
-    """Where the sequences of a whole pack begin, for attention and Mamba layers."""
-    ends, longest = to_device(torch.from_numpy(starts.astype(np.int32))), int(np.diff(starts).max())
+def _sequences(starts: np.ndarray, multiple: int) -> PackedSeqParams:
+    """Where the sequences of a whole pack begin, for attention and Mamba layers.
+
+    Sizes are rounded up, as far as the host sees them: cuDNN plans a kernel of attention for each number of
+    sequences and each longest one, and a recording is of one of each. Sequences that are added are empty.
+    """
+    lengths, pack_size = np.diff(starts), int(starts[-1])
+    number = max(FEWEST_SEQUENCES, _power_of_two(len(lengths)))
+    longest = max(SHORTEST_RECORDED, _power_of_two(int(lengths.max())))
+    longest = min(pack_size, -(-longest // multiple) * multiple)
+    ends = np.append(starts, np.full(number - len(lengths), pack_size))
+    numbers = np.repeat(np.arange(len(lengths)), lengths)
+    on_device = to_device(torch.from_numpy(ends.astype(np.int32)))
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        total_tokens=int(starts[-1]),
+        seq_idx=to_device(torch.from_numpy(numbers.astype(np.int32)[None])),
     )
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`, which is positive."""
+    return 1 << (number - 1).bit_length()

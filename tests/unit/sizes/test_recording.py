@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from snaketron.config import Cluster, Model, Optimizer, Parallel, Run, load
+from snaketron.config import Adapters, Cluster, Model, Optimizer, Parallel, Run, load
 from snaketron.sizes.gpus import usable_bytes
 from snaketron.sizes.memory import peak_bytes, recorded_memory
 from snaketron.sizes.plan import components
@@ -43,6 +43,8 @@ def work(model: Model, run: Run, seq_length: int) -> Work:
         ({"parallel": EP_2 | {"tensor_model_parallel_size": 2}}, {"precision": "fp8_current"}, "layers"),
         ({"parallel": EP_2}, {"precision": "nvfp4"}, "nothing"),
         ({"parallel": EP_2}, {"packed": True}, "nothing"),
+        ({}, {"adapters": Adapters()}, "micro-batches"),
+        ({}, {"adapters": Adapters(dropout=0.1)}, "nothing"),
         ({"parallel": EP_2}, {"seq_length": 256}, "nothing"),
         ({"parallel": EP_2, "recompute": ["moe"]}, {}, "nothing"),
         ({"parallel": {"pipeline_model_parallel_size": 2}}, {}, "nothing"),
@@ -53,7 +55,10 @@ def work(model: Model, run: Run, seq_length: int) -> Work:
         ({"parallel": EP_2, "offload_optimizer": 0.5}, {}, "nothing"),
         ({"recompute": ["moe"]}, {}, "nothing"),
         ({"recompute": ["scan"]}, {}, "micro-batches"),
-        ({}, {"packed": True}, "nothing"),
+        ({}, {"packed": True}, "micro-batches"),
+        ({}, {"packed": True, "precision": "fp8_delayed"}, "micro-batches"),
+        ({}, {"packed": True, "precision": "fp8_blockwise"}, "nothing"),
+        ({}, {"precision": "fp8_blockwise"}, "micro-batches"),
         ({}, {"seq_length": 256}, "nothing"),
         ({}, {"precision": "fp8_current"}, "micro-batches"),
         ({}, {"precision": "nvfp4"}, "nothing"),
@@ -62,10 +67,13 @@ def work(model: Model, run: Run, seq_length: int) -> Work:
 def test_micro_batches_are_recorded_where_a_gpu_holds_the_model_and_layers_where_gpus_share_it(
     run: dict[str, Any], more: dict[str, Any], recorded: str
 ):
-    asked = {"precision": "bf16", "seq_length": 512, "packed": False} | more
+    asked = {"precision": "bf16", "seq_length": 512, "packed": False, "adapters": None} | more
     about = (Model(precision=asked["precision"]), Run.model_validate(run), asked["seq_length"])
     where: dict[str, Any] = {"packed": asked["packed"], "cluster": NODE}
-    found = [recordable(*about, **where), records_layers(work(*about), usable=math.inf, **where)]
+    found = [
+        recordable(*about, adapters=asked["adapters"], **where),
+        records_layers(work(*about), usable=math.inf, **where),
+    ]
     assert found == [recorded == "micro-batches", recorded == "layers"]
 
 

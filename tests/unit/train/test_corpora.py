@@ -37,7 +37,8 @@ class Unnamed(PretrainBatches):
 
     def collate(self, split: Any, indices: Sequence[int]) -> dict[str, Any]:
         batch = super().collate(split, indices)
-        return batch | {"report": dataclasses.replace(batch["report"], source=0, num_sources=1)}
+        without = {"source": torch.zeros(1), "num_sources": 1, "mixed": False}
+        return batch | {"report": dataclasses.replace(batch["report"], **without)}
 
 
 @pytest.fixture

@@ -268,7 +268,7 @@ def test_a_step_over_a_pack_of_256k_tokens(trainer_of):
 def test_a_report_sums_each_loss_and_count_by_name_and_source():
     """Losses 1, 2 and 3: the first two positions are trained, the second is a conversation of its own."""
     weights = torch.tensor([[[1.0, 1.0, 0.0]], [[0.0, 1.0, 0.0]]])
-    report = Report(weights, Counts(2, 1, 3, 1), source=1, num_sources=2)
+    report = Report(weights, Counts(2, 1, 3, 1).tensor(), torch.tensor([1]), num_sources=2)
     sums = report.sums(torch.tensor([[1.0, 2.0, 3.0]]))
     assert {name: sums[name].tolist() for name in Sums.NAMES} == {
         "loss": [0, 3],
@@ -284,7 +284,8 @@ def test_a_report_sums_each_loss_and_count_by_name_and_source():
 def test_a_report_sums_the_sequences_of_each_source():
     """Four sequences of two tokens, of the sources 2, 0, 2 and 2 of three; their losses are 1 to 8."""
     weights = torch.stack([torch.ones(4, 2), torch.full((4, 2), 0.5)])
-    report = Report(weights, Counts(8, 4, 8, 4), source=torch.tensor([2, 0, 2, 2]), num_sources=3)
+    sources = torch.tensor([2, 0, 2, 2])
+    report = Report(weights, Counts(8, 4, 8, 4).tensor(), sources, num_sources=3, mixed=True)
     sums = report.sums(torch.arange(1.0, 9.0).reshape(4, 2))
     assert {name: sums[name].tolist() for name in Sums.NAMES} == {
         "loss": [7, 0, 29],
@@ -302,27 +303,30 @@ def test_a_report_sums_the_sequences_of_each_source():
 def test_sources_change_no_bit_of_the_sums_over_all():
     """What a training reported before it knew the corpora of its sequences, and what they add up to."""
     losses, weights = 10 * torch.rand(8, 1000), torch.ones(2, 8, 1000)
-    counts = Counts(8000, 8, 8000, 8)
-    before = Report(weights, counts).sums(losses)
-    found = Report(weights, counts, source=torch.arange(8) % 3, num_sources=3).sums(losses)
+    counts = Counts(8000, 8, 8000, 8).tensor()
+    before = Report(weights, counts, torch.zeros(8)).sums(losses)
+    found = Report(weights, counts, torch.arange(8) % 3, num_sources=3, mixed=True).sums(losses)
     assert torch.equal(found.values[0], before.values[0])
     torch.testing.assert_close(found.by_source.sum(0), before.values[0], rtol=1e-6, atol=0)
 
 
 def test_a_recording_takes_the_sources_of_a_later_micro_batch():
     """The report of a recording is computed again from the memory into which the next one's is copied."""
-    losses, counts = torch.rand(3, 4), Counts(12, 3, 12, 3)
-    batches = [
-        {"report": Report(weight * torch.ones(2, 3, 4), counts, torch.tensor(sources), 2)}
-        for weight, sources in ((1.0, [0, 0, 1]), (0.5, [1, 0, 1]))
-    ]
+    losses = torch.rand(3, 4)
+
+    def report(weight: float, tokens: int, sources: list[int], num_sources: int = 2) -> dict[str, Report]:
+        counts = Counts(tokens, 3, tokens, 3).tensor()
+        weights = weight * torch.ones(2, 3, 4)
+        return {"report": Report(weights, counts, torch.tensor(sources), num_sources, mixed=True)}
+
+    batches = [report(1.0, 12, [0, 0, 1]), report(0.5, 9, [1, 0, 1])]
     assert recording._constants(batches[0]) == recording._constants(batches[1])
     kept = recording._copies(batches[0])
     recording._refill(kept, batches[1])
     expected = batches[1]["report"].sums(losses).values
     assert torch.equal(kept["report"].sums(losses).values, expected)
     assert not torch.equal(batches[0]["report"].sums(losses).values, expected)
-    other = {"report": Report(torch.ones(2, 3, 4), counts, torch.tensor([0, 0, 1]), num_sources=3)}
+    other = report(1.0, 12, [0, 0, 1], num_sources=3)
     assert recording._constants(other) != recording._constants(batches[0])
 
 

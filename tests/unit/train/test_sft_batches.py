@@ -39,6 +39,15 @@ def collate(pack: Pack, pack_size: int, depths: int = 0, **keys) -> dict:
     return collate_pack(pack, pack_size, weights=loss_weights(pack, depths, "token")[0], **keys)
 
 
+def ends(batch: dict) -> list[int]:
+    """Where the sequences end that are not empty."""
+    bounds = batch["packed_seq_params"].cu_seqlens_q
+    assert bounds.tolist() == batch["packed_seq_params"].cu_seqlens_kv.tolist()
+    first, *others = bounds.unique_consecutive().tolist()
+    assert first == 0
+    return others
+
+
 # --------------------------------------------------------------------------------------- collate_pack
 
 
@@ -52,8 +61,7 @@ def test_a_pack_is_padded_to_its_size_with_a_sequence_of_its_own():
     ]
     assert batch["loss_mask"].tolist() == [[[1, 1, 0, 1, 0, 0, 0, 0]]]
     sequences = batch["packed_seq_params"]
-    assert sequences.cu_seqlens_q.tolist() == sequences.cu_seqlens_kv.tolist() == [0, 3, 5, 8]
-    assert (sequences.max_seqlen_q, sequences.max_seqlen_kv, sequences.total_tokens) == (3, 3, 8)
+    assert sequences.seq_idx.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2]] and ends(batch) == [3, 5, 8]
     assert sequences.qkv_format == "thd" and sequences.cu_seqlens_q.dtype is torch.int32
 
 
@@ -66,7 +74,7 @@ def test_each_conversation_is_padded_to_a_multiple():
         [False] * 3 + [True] + [False] * 2 + [True] * 6,
     ]
     assert batch["loss_mask"][:, 0].tolist() == [[1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], [1] + [0] * 11]
-    assert batch["packed_seq_params"].cu_seqlens_q.tolist() == [0, 4, 8, 12]
+    assert ends(batch) == [4, 8, 12]
     assert batch["report"].tokens == 5
 
 
@@ -74,12 +82,29 @@ def test_a_full_pack_has_no_padding():
     batch = collate(TWO, 5)
     assert listed(batch, "labels", "position_ids") == [[6, 7, PAD, 9, PAD], [0, 1, 2, 0, 1]]
     assert not batch["padding_mask"].any()
-    assert batch["packed_seq_params"].cu_seqlens_q.tolist() == [0, 3, 5]
+    assert ends(batch) == [3, 5]
 
 
-def test_padding_that_is_the_longest_sequence_counts_as_one():
-    sequences = collate(TWO, 16)["packed_seq_params"]
-    assert sequences.cu_seqlens_q.tolist() == [0, 3, 5, 16] and sequences.max_seqlen_q == 11
+@pytest.mark.parametrize(
+    ("lengths", "pack_size", "number", "longest"),
+    [
+        ([2, 3], 16, 8, 16),  # at least 8, and no more tokens than there are
+        ([1] * 8, 16, 16, 16),  # the padding is the ninth
+        ([600, 300], 4096, 8, 4096),  # as is the longest
+        ([600, 300], 1200, 8, 1024),
+        ([40] * 30, 1200, 32, 512),  # of shorter sequences kernels are not recorded
+        ([1023, 1024, 1], 2048, 8, 1024),
+    ],
+)
+def test_sizes_that_the_host_sees_are_rounded_up(
+    lengths: list[int], pack_size: int, number: int, longest: int
+):
+    """What is added to the sequences is empty, at the end of the pack."""
+    sequences = collate(pack(*([(3, 1)] * n for n in lengths)), pack_size)["packed_seq_params"]
+    found = sequences.cu_seqlens_q.diff().tolist()
+    padding = [pack_size - sum(lengths)] if sum(lengths) < pack_size else []
+    assert found == [*lengths, *padding] + [0] * (number - len(lengths) - len(padding))
+    assert sequences.max_seqlen_q == sequences.max_seqlen_kv == longest
 
 
 def test_what_is_trained_is_what_the_assistant_said():
@@ -113,7 +138,7 @@ def test_context_parallel_ranks_get_two_chunks_of_each_conversation(monkeypatch:
         [4, 5, 6, 7, 13, PAD, PAD, PAD],
     ]
     assert [part["report"].tokens for part in parts] == [5, 6]
-    assert parts[0]["packed_seq_params"].cu_seqlens_q.tolist() == [0, 8, 12, 16]  # of the whole pack
+    assert ends(parts[0]) == [8, 12, 16]  # of the whole pack
     losses = torch.ones(1, 8)
     first, second = (part["report"].sums(losses) for part in parts)
     total = {name: (first + second)[name].tolist() for name in Sums.NAMES}
@@ -215,9 +240,10 @@ def test_metrics_are_of_the_source_of_a_pack(sft):
     for batch in batches.micro_batches("valid", 0, 4):
         expected = "a" if int(batch["input_ids"][0, 1]) < 200 else "b"
         report = batch["report"]
-        assert batches.sources[report.source] == expected and report.num_sources == 2
+        source = int(report.source)
+        assert batches.sources[source] == expected and report.num_sources == 2
         sums = report.sums(torch.full((1, 16), 2.5))
-        assert sums.means_of(report.source) == {
+        assert sums.means_of(source) == {
             "loss": 2.5,
             "sample_loss": 2.5,
             "trained_tokens": 1,
@@ -225,7 +251,7 @@ def test_metrics_are_of_the_source_of_a_pack(sft):
             "tokens": 2,
             "packs": 1,
         }
-        assert not sums.values[1 - report.source].any()
+        assert not sums.values[1 - source].any()
 
 
 def test_weights_are_of_the_whole_step(sft, monkeypatch: pytest.MonkeyPatch):

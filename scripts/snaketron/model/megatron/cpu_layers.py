@@ -151,6 +151,7 @@ class Attention(torch.nn.Module):
             )
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
         # One sequence after the other: a mask of a whole pack grows with the square of its length.
+        ends = ends.unique_consecutive()  # without sequences that are empty
         bounds = torch.searchsorted(positions, ends.long()).tolist()
         out = [
             F.scaled_dot_product_attention(

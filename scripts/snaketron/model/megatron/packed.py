@@ -67,7 +67,7 @@ def shift(
         for part, where in zip(parts, positions, strict=True):
             tensor[..., where] = part
     shifted = tensor.roll(-1, -1)
-    shifted[..., ends[1:].long() - 1] = 0
+    shifted.index_fill_(-1, ends[1:].long() - 1, 0)  # not `= 0`, which copies from the host
     if ranks > 1:
         assert cp_group is not None
         shifted = shifted[..., positions[cp_group.rank()]]

@@ -4,6 +4,8 @@ The host needs 0.4 s to start the kernels of a micro-batch of 52 layers one by o
 4,096 tokens of such a model in half of that. A recording has the routed experts and multi-token prediction in
 it, since nothing in them waits for the host (`gpu`, `experts`). That of a step's first micro-batch begins the
 gradients (`gradients`) and rounds weights to fp8; the others add to them. The optimizer's step is not in it.
+Packs have a recording for each number of sequences and each longest one, as the host sees them
+(`train.sft_batches`).
 """
 
 from __future__ import annotations
@@ -160,14 +162,18 @@ def _refill(kept: dict[str, Any], batch: dict[str, Any]) -> None:
                 getattr(kept[name], part).copy_(tensor)
 
 
-def _tensors(report: Any) -> dict[str, torch.Tensor]:
-    """The parts of a report that are inputs of a recording: weights, and the source of each sequence."""
-    return {name: value for name, value in vars(report).items() if isinstance(value, torch.Tensor)}
+def _tensors(parts: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a report, or of where the sequences of a pack begin: inputs of a recording."""
+    return {name: value for name, value in vars(parts).items() if isinstance(value, torch.Tensor)}
 
 
 def _constants(batch: dict[str, Any]) -> tuple[Any, ...]:
-    """Shapes of a micro-batch and numbers of its report, which a recording holds as they were."""
-    report = vars(batch["report"])
-    tensors = {name: value for name, value in batch.items() if name != "report"} | _tensors(batch["report"])
-    shapes = tuple((name, tuple(value.shape)) for name, value in tensors.items())
-    return (*shapes, *((name, value) for name, value in report.items() if name not in tensors))
+    """What a recording holds as it was: the shapes of a micro-batch, and numbers beside its tensors."""
+    found = []
+    for name, value in batch.items():
+        parts = {"": value} if isinstance(value, torch.Tensor) else vars(value)
+        found += [
+            (name, part, tuple(one.shape) if isinstance(one, torch.Tensor) else one)
+            for part, one in parts.items()
+        ]
+    return tuple(found)
