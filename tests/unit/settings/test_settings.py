@@ -118,6 +118,7 @@ OTHER: dict[str, Any] = {
     "model.precision": "fp32",
     "model.bf16_layers_at_end": 2,
     "pretrain.cuda_graphs": True,
+    **{f"{s}.cuda_graphs": False for s in ("sft", "lora")},
     **{f"{s}.save_in_background": True for s in ("pretrain", "sft", "lora")},
     **{
         f"{s}.optimizer.{k}_precision": "bf16"
