@@ -17,10 +17,10 @@ rule build_tokenizer:
     priority: 1
     threads: 2
     params:
-        source=graph.tokenizer_source,
+        settings=graph.tokenizer_settings,
     shell:
         # Linux keeps a quarter of the stack for arguments: with its usual size too little for all shards.
-        "ulimit -Ss hard; python scripts/build_tokenizer.py {params.source} --text {input.text:q}"
+        "ulimit -Ss hard; python scripts/build_tokenizer.py --settings {params.settings:q} --text {input.text:q}"
         " --output {output.tokenizer:q} --record {output.record:q} --log-file {log:q}"
 
 
@@ -39,7 +39,7 @@ rule install_chat_template:
     benchmark:
         "<benchmarks>/install_chat_template.tsv"
     params:
-        source=graph.chat_template_source,
+        settings=graph.template_settings,
     shell:
-        "python scripts/install_chat_template.py {params.source}"
+        "python scripts/install_chat_template.py --settings {params.settings:q}"
         " --output {output.template:q} --record {output.record:q} --log-file {log:q}"

@@ -10,34 +10,22 @@ from snaketron.log import argument_parser, logger, run
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--path", help="directory of a fast tokenizer; without it one is trained")
-    parser.add_argument("--text", type=Path, nargs="*", default=[], help="files to train on")
-    parser.add_argument("--text-field", default="text", help="column or JSON key that holds the document")
-    parser.add_argument("--vocab-size", type=int, help="tokens of a trained tokenizer, special ones included")
+    parser.add_argument("--settings", required=True, help="TokenizerSettings as JSON")
+    parser.add_argument("--text", type=Path, nargs="*", default=[], help="files that one is trained on")
     parser.add_argument(
         "--output", type=Path, required=True, help="tokenizer.json; its config goes beside it"
     )
     parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
-    args = parser.parse_args(argv)
-    if bool(args.path) == bool(args.text):
-        parser.error("give either --path or --text")
-    if args.text and args.vocab_size is None:
-        parser.error("--text needs --vocab-size")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data import tokenizer
+    from snaketron.settings.tokenizer import TokenizerSettings
 
-    record = tokenizer.build(
-        path=args.path,
-        text=args.text,
-        text_field=args.text_field,
-        vocab_size=args.vocab_size,
-        output=args.output,
-        record=args.record,
-    )
+    settings = TokenizerSettings.model_validate_json(args.settings)
+    record = tokenizer.build(args.text, settings=settings, output=args.output, record=args.record)
     logger.info("%s: %d tokens; %.1f s", args.output, record.counts["vocab_size"], record.seconds)
     return 0
 

@@ -10,9 +10,7 @@ from snaketron.log import argument_parser, logger, run
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--template", type=Path, help="Jinja file")
-    source.add_argument("--tokenizer", help="directory of a tokenizer that comes with a template")
+    parser.add_argument("--settings", required=True, help="TemplateSettings as JSON")
     parser.add_argument("--output", type=Path, required=True, help="chat_template.jinja")
     parser.add_argument("--record", type=Path, required=True, help="lineage record, written last")
     return parser.parse_args(argv)
@@ -21,10 +19,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.chats.install import install_template
+    from snaketron.settings.tokenizer import TemplateSettings
 
-    record = install_template(
-        template=args.template, source=args.tokenizer, output=args.output, record=args.record
-    )
+    settings = TemplateSettings.model_validate_json(args.settings)
+    record = install_template(settings, output=args.output, record=args.record)
     logger.info("%s: %d characters; %.1f s", args.output, record.counts["characters"], record.seconds)
     return 0
 

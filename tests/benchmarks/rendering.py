@@ -33,6 +33,7 @@ from snaketron.data.chats.sequences import num_tokens
 from snaketron.data.chats.template import Template, load_template
 from snaketron.data.sample import chats
 from snaketron.settings.chats import RenderSettings
+from snaketron.settings.tokenizer import TokenizerSettings
 
 from tokenizers import Tokenizer
 
@@ -239,10 +240,8 @@ def main() -> None:
         lines = [json.dumps({"text": f"{e.name}\n\n{e.doc}"}) + "\n" for e in chats._entries()]
         texts.write_text("".join(lines))
         tokenizer.build(
-            path=None,
-            text=[texts],
-            text_field="text",
-            vocab_size=VOCAB_SIZE,
+            [texts],
+            settings=TokenizerSettings(vocab_size=VOCAB_SIZE, text_field="text"),
             output=folder / "tokenizer.json",
             record=folder / "record.json",
         )

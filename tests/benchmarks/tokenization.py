@@ -84,6 +84,7 @@ def paths(directory: Path, megabytes: int, vocab_size: int) -> tuple[Path, Path]
 def prepare(directory: Path, megabytes: int, vocab_size: int) -> tuple[Path, Path]:
     """The raw file and the tokenizer; made once."""
     from snaketron.data import tokenizer
+    from snaketron.settings.tokenizer import TokenizerSettings
 
     directory.mkdir(parents=True, exist_ok=True)
     corpus, trained = paths(directory, megabytes, vocab_size)
@@ -95,10 +96,8 @@ def prepare(directory: Path, megabytes: int, vocab_size: int) -> tuple[Path, Pat
         read = sources(max(20_000_000, 500 * vocab_size))  # has pairs for so many entries
         text.write_text("".join(json.dumps({"text": t}) + "\n" for t in read))
         tokenizer.build(
-            path=None,
-            text=[text],
-            text_field="text",
-            vocab_size=vocab_size,
+            [text],
+            settings=TokenizerSettings(vocab_size=vocab_size, text_field="text"),
             output=trained / "tokenizer.json",
             record=trained / "record.json",
         )

@@ -23,8 +23,6 @@ HOSTILE = [
     *("w>INJECTED.jsonl", "f<g.jsonl", "~h.jsonl", "#i.jsonl", "!!j.jsonl", "--k.jsonl", "naïve.jsonl"),
     *("100%s.jsonl", "c::d.jsonl"),
 ]
-# Options that Graph has quoted (tests/unit/graph/test_graph.py); finished runs know them as texts.
-QUOTED = ("{params.source}",)
 
 
 def test_every_placeholder_of_every_command_is_quoted():
@@ -34,7 +32,7 @@ def test_every_placeholder_of_every_command_is_quoted():
     assert len(commands) == text.count("shell:") > 20
     assert not re.search(r"^    (run|script|wrapper|notebook):", text, re.MULTILINE)
     placeholders = re.findall(r"\{[^{}]*\}", "".join(commands))
-    assert [p for p in placeholders if not p.endswith(":q}") and p not in QUOTED] == []
+    assert [p for p in placeholders if not p.endswith(":q}")] == []
 
 
 def test_a_program_may_be_told_all_shards_that_megatron_core_takes(workspace: Workspace):

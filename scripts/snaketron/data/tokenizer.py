@@ -19,6 +19,7 @@ from snaketron.data.rows import read_texts
 from snaketron.huggingface.config import token_ids
 from snaketron.lineage.record import Record, making, read
 from snaketron.log import UserError, first_line, logger
+from snaketron.settings.tokenizer import TokenizerSettings
 from snaketron.sources.formats import FETCH, IS_POINTER, is_pointer
 from snaketron.sources.pairs import dtype_of
 
@@ -129,30 +130,21 @@ def _content(token: Any) -> str | None:
 # ------------------------------------------------------------------------------------------- building
 
 
-def build(
-    *,
-    path: str | None,
-    text: Sequence[Path],
-    text_field: str,
-    vocab_size: int | None,
-    output: Path,
-    record: Path,
-) -> Record:
+def build(text: Sequence[Path], *, settings: TokenizerSettings, output: Path, record: Path) -> Record:
     """Write tokenizer.json (`output`), tokenizer_config.json beside it, and `record`; returns the record."""
-    settings: dict[str, Any]
     outputs = {name: output.with_name(name) for name in (output.name, "tokenizer_config.json")}
     with making("tokenizer", output.parent.name, outputs=outputs, record=record) as job:
-        if path is not None:
-            tokenizer, config, origin = convert(path)
-            job.inputs, settings = {"origin": origin}, {"path": path}
+        if settings.path is not None:
+            tokenizer, config, origin = convert(settings.path)
+            job.inputs, job.settings = {"origin": origin}, {"path": settings.path}
         else:
-            if vocab_size is None:
-                raise UserError("--vocab-size is needed to train a tokenizer from --text")
+            vocab_size, text_field = settings.vocab_size, settings.text_field
+            assert vocab_size is not None and text_field is not None
             documents = (t for file in text for _, t in read_texts(file, text_field))
             tokenizer, config = train(documents, vocab_size), trained_config()
             job.inputs = {"text": text}
-            settings = {"vocab_size": vocab_size, "text_field": text_field, "pattern": PATTERN}
-        job.settings, job.counts = settings, {"vocab_size": max(tokenizer.get_vocab().values()) + 1}
+            job.settings = {"vocab_size": vocab_size, "text_field": text_field, "pattern": PATTERN}
+        job.counts = {"vocab_size": max(tokenizer.get_vocab().values()) + 1}
         job.aside[output.name].write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         job.aside["tokenizer_config.json"].write_bytes(files.to_json(config))
     return job.record

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from snaketron.settings.blends import blend_settings, phase_settings
 from snaketron.settings.chats import pack_settings, render_settings
 from snaketron.settings.registering import register_settings
 from snaketron.settings.text import tokenize_settings
+from snaketron.settings.tokenizer import template_settings, tokenizer_settings
 from snaketron.settings.training import train_settings
 from snaketron.sizes.checks import check_trainings
 from snaketron.sizes.data_jobs import index_bytes, index_seconds, reading_seconds
@@ -220,21 +220,11 @@ class Graph:
 
     # Params: a change runs the job again.
 
-    def tokenizer_source(self, _wildcards: Any) -> str:
-        """Options of build_tokenizer that say where the tokenizer comes from."""
-        tokenizer = self.config.tokenizer
-        if tokenizer.path:
-            return f"--path {shlex.quote(self.tokenizer_directory())}"
-        field = tokenizer.text_field
-        between = "=" if field.startswith("-") else " "  # else it would be taken for an option
-        return f"--vocab-size {tokenizer.vocab_size} --text-field{between}{shlex.quote(field)}"
+    def tokenizer_settings(self, _wildcards: Any) -> str:
+        return tokenizer_settings(self.config, self.tokenizer_directory()).model_dump_json()
 
-    def chat_template_source(self, _wildcards: Any) -> str:
-        """Options of install_chat_template that say where the template comes from."""
-        tokenizer = self.config.tokenizer
-        if tokenizer.chat_template:
-            return f"--template {shlex.quote(tokenizer.chat_template)}"
-        return f"--tokenizer {shlex.quote(self.tokenizer_directory())}"
+    def template_settings(self, _wildcards: Any) -> str:
+        return template_settings(self.config, self.tokenizer_directory()).model_dump_json()
 
     def tokenizer_directory(self) -> str:
         """The directory of a tokenizer that is not trained: the configured one, or that of its downloads."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.data import tokenizer
+from snaketron.settings.tokenizer import TokenizerSettings
 
 import pytest
 
@@ -36,10 +37,8 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = directory / "text.jsonl"
     _write_jsonl(text, [{"text": words} for words in WORDS * 3])
     tokenizer.build(
-        path=None,
-        text=[text],
-        text_field="text",
-        vocab_size=300,
+        [text],
+        settings=TokenizerSettings(vocab_size=300, text_field="text"),
         output=directory / "tokenizer.json",
         record=directory / "record.json",
     )

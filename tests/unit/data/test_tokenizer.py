@@ -9,6 +9,7 @@ from pathlib import Path
 from snaketron import files
 from snaketron.data import tokenizer
 from snaketron.log import UserError
+from snaketron.settings.tokenizer import TokenizerSettings
 
 import pytest
 from transformers import AutoTokenizer
@@ -64,9 +65,8 @@ def test_training_again_gives_the_same_tokenizer(run_script, tmp_path, write_jso
     )
     identities = []
     for _ in range(2):
-        status, stderr = run_script(
-            "build_tokenizer", "--text", text, "--text-field", "body", "--vocab-size", 280, *outputs
-        )
+        settings = '{"vocab_size": 280, "text_field": "body"}'
+        status, stderr = run_script("build_tokenizer", "--settings", settings, "--text", text, *outputs)
         assert status == 0, stderr
         record = files.read_json(tmp_path / "out" / "record.json")
         identities.append(record["outputs"][0]["sha256"])
@@ -92,7 +92,8 @@ def test_a_tokenizer_that_cannot_be_trained(
     run_script, tmp_path, write_jsonl, outputs, rows, vocab_size, message
 ):
     text = write_jsonl(tmp_path / "a.jsonl", rows)
-    status, stderr = run_script("build_tokenizer", "--text", text, "--vocab-size", vocab_size, *outputs)
+    settings = TokenizerSettings(vocab_size=vocab_size, text_field="text").model_dump_json()
+    status, stderr = run_script("build_tokenizer", "--settings", settings, "--text", text, *outputs)
     assert (status, message in stderr) == (1, True), stderr
     assert files_in(tmp_path / "out") == []
 
@@ -117,7 +118,8 @@ def copy_of(tokenizer_dir: Path, directory: Path, **config: object) -> Path:
 def test_a_local_tokenizer_is_taken_over(run_script, tmp_path, tokenizer_dir, outputs):
     eos = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
     source = copy_of(tokenizer_dir, tmp_path / "hf", eos_token=eos, pad_token=None, chat_template="{{ 1 }}")
-    status, stderr = run_script("build_tokenizer", "--path", source, "--text", *outputs)
+    settings = TokenizerSettings(path=str(source)).model_dump_json()
+    status, stderr = run_script("build_tokenizer", "--settings", settings, "--text", *outputs)
     assert status == 0, stderr
     info = tokenizer.tokenizer_info(tmp_path / "out")
     assert (info.eos_token, info.eos_id, info.pad_id) == ("<|im_end|>", 3, 3)
@@ -183,15 +185,10 @@ def pointer(tmp_path: Path, tokenizer_dir: Path) -> Path:
     ],
 )
 def test_a_tokenizer_that_cannot_be_used(run_script, tmp_path, tokenizer_dir, outputs, make, message):
-    status, stderr = run_script("build_tokenizer", "--path", make(tmp_path, tokenizer_dir), *outputs)
+    settings = TokenizerSettings(path=str(make(tmp_path, tokenizer_dir))).model_dump_json()
+    status, stderr = run_script("build_tokenizer", "--settings", settings, *outputs)
     assert (status, message in stderr, stderr.count("\n")) == (1, True, 1), stderr
     assert files_in(tmp_path / "out") == []
-
-
-@pytest.mark.parametrize("options", [[], ["--path", "p", "--text", "t"], ["--text", "t"]])
-def test_either_a_path_or_text_with_a_size(run_script, outputs, options):
-    status, _ = run_script("build_tokenizer", *options, *outputs)
-    assert status == 2
 
 
 def test_info_of_an_unusable_directory(tmp_path, tokenizer_dir):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import operator
-import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,16 +172,23 @@ def test_packs_leave_the_room_that_the_trainings_on_them_need():
 
 def test_a_tokenizer_is_trained_on_its_text():
     assert graph().tokenizer_text(job()) == ["raw/code.jsonl"]
-    assert graph().tokenizer_source(job()) == "--vocab-size 500 --text-field 'the body'"
+    assert json.loads(graph().tokenizer_settings(job())) == {
+        "path": None,
+        "vocab_size": 500,
+        "text_field": "the body",
+    }
     assert graph().chat_template(job()) == ["config/chat_template.jinja"]
-    assert graph().chat_template_source(job()) == "--template config/chat_template.jinja"
+    template = {"chat_template": "config/chat_template.jinja", "path": None}
+    assert json.loads(graph().template_settings(job())) == template
 
 
 def test_a_tokenizer_that_is_taken_needs_no_text():
     taken = graph(tokenizer={"path": "my tokenizers/x", "chat_template": None})
     assert taken.tokenizer_text(job()) == taken.chat_template(job()) == []
-    assert shlex.split(taken.tokenizer_source(job())) == ["--path", "my tokenizers/x"]
-    assert shlex.split(taken.chat_template_source(job())) == ["--tokenizer", "my tokenizers/x"]
+    settings = {"path": "my tokenizers/x", "vocab_size": None, "text_field": None}
+    assert json.loads(taken.tokenizer_settings(job())) == settings
+    template = {"chat_template": None, "path": "my tokenizers/x"}
+    assert json.loads(taken.template_settings(job())) == template
 
 
 def test_all_missing_raw_files_are_named_with_their_paths_in_the_configuration():
@@ -200,17 +206,6 @@ def test_all_missing_raw_files_are_named_with_their_paths_in_the_configuration()
             ("chats[1]", "help"),
         )
     ]
-
-
-def test_options_from_the_configuration_are_words_for_a_shell():
-    field = "$(touch INJECTED) 'a\""
-    made = graph(tokenizer=VALUES["tokenizer"] | {"text_field": field})
-    assert shlex.split(made.tokenizer_source(job())) == ["--vocab-size", "500", "--text-field", field]
-    made = graph(tokenizer=VALUES["tokenizer"] | {"text_field": "-a b"})
-    assert shlex.split(made.tokenizer_source(job()))[2:] == ["--text-field=-a b"]
-    made = graph(tokenizer={"path": "my `id`", "chat_template": "it's; id"})
-    assert shlex.split(made.tokenizer_source(job())) == ["--path", "my `id`"]
-    assert shlex.split(made.chat_template_source(job())) == ["--template", "it's; id"]
 
 
 def test_all_files_that_the_user_named_are_known():

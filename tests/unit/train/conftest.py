@@ -23,6 +23,7 @@ from snaketron.model.build import BuiltModel, build_model
 from snaketron.model.checkpoint import Saver
 from snaketron.settings.blends import PhaseSettings
 from snaketron.settings.text import TokenizeSettings
+from snaketron.settings.tokenizer import TokenizerSettings
 from snaketron.settings.training import RunSettings, TrainSettings, run_settings, train_settings
 from tests.unit.model.conftest import one_process, seeded  # noqa: F401
 
@@ -135,10 +136,8 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = directory / "text.jsonl"
     text.write_text('{"text": "the quick brown fox jumps over the lazy dog"}\n' * 5)
     tokenizer.build(
-        path=None,
-        text=[text],
-        text_field="text",
-        vocab_size=300,
+        [text],
+        settings=TokenizerSettings(vocab_size=300, text_field="text"),
         output=directory / "tokenizer.json",
         record=directory / "record.json",
     )

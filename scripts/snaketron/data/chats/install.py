@@ -15,6 +15,7 @@ from snaketron.data.chats.unusable import Unusable
 from snaketron.data.tokenizer import from_hugging_face, origin
 from snaketron.lineage.record import Record, making, of_user
 from snaketron.log import UserError, logger
+from snaketron.settings.tokenizer import TemplateSettings
 
 # What stands for the special tokens while a template is tried.
 _VARIABLES = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -23,17 +24,17 @@ _VARIABLES = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_toke
 ROOM, PATIENCE_S = 1_000_000_000, 60.0
 
 
-def install_template(*, template: Path | None, source: str | None, output: Path, record: Path) -> Record:
+def install_template(settings: TemplateSettings, *, output: Path, record: Path) -> Record:
     """Check the chat template of a file, or of a Hugging Face tokenizer, and write it to `output`."""
     with making("chat_template", output.name, outputs={"template": output}, record=record) as job:
-        if template is not None:
-            text, name = read_source(template, "tokenizer.chat_template"), str(template)
-            job.inputs = {"template": of_user(template)}
+        if name := settings.chat_template:
+            text = read_source(Path(name), "tokenizer.chat_template")
+            job.inputs = {"template": of_user(Path(name))}
         else:
-            assert source is not None
-            text, name = template_of(source), source
-            beside = Path(source) / "chat_template.jinja"
-            job.inputs = {"origin": [*origin(source), *([beside] if beside.is_file() else [])]}
+            assert settings.path
+            text, name = template_of(settings.path), settings.path
+            beside = Path(name) / "chat_template.jinja"
+            job.inputs = {"origin": [*origin(name), *([beside] if beside.is_file() else [])]}
         with _limits(name):
             check_template(text, name)
         job.aside["template"].write_text(text, encoding="utf-8")

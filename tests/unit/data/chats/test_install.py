@@ -12,6 +12,7 @@ from snaketron import files
 from snaketron.data.chats import install
 from snaketron.data.chats.install import install_template
 from snaketron.log import UserError
+from snaketron.settings.tokenizer import TemplateSettings
 
 import pytest
 
@@ -38,9 +39,8 @@ def template_outputs(tmp_path: Path) -> list:
 
 def test_a_template_is_checked_and_copied(run_script, tmp_path, template_outputs):
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
-    status, stderr = run_script(
-        "install_chat_template", "--template", tmp_path / "chat.jinja", *template_outputs
-    )
+    settings = TemplateSettings(chat_template=str(tmp_path / "chat.jinja")).model_dump_json()
+    status, stderr = run_script("install_chat_template", "--settings", settings, *template_outputs)
     assert status == 0, stderr
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
     assert files.read_json(tmp_path / "out" / "template.json")["counts"] == {"characters": len(TEMPLATE)}
@@ -49,7 +49,8 @@ def test_a_template_is_checked_and_copied(run_script, tmp_path, template_outputs
 def test_the_template_of_a_tokenizer_is_taken(run_script, tmp_path, tokenizer_dir, template_outputs):
     source = Path(shutil.copytree(tokenizer_dir, tmp_path / "hf"))
     (source / "chat_template.jinja").write_text(TEMPLATE)
-    status, stderr = run_script("install_chat_template", "--tokenizer", source, *template_outputs)
+    settings = TemplateSettings(path=str(source)).model_dump_json()
+    status, stderr = run_script("install_chat_template", "--settings", settings, *template_outputs)
     assert status == 0, stderr
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
 
@@ -84,7 +85,8 @@ def test_a_template_that_would_train_on_nothing_is_refused(
     path = tmp_path / "chat.jinja"
     if template is not None:
         path.write_text(template)
-    status, stderr = run_script("install_chat_template", "--template", path, *template_outputs)
+    settings = TemplateSettings(chat_template=str(path)).model_dump_json()
+    status, stderr = run_script("install_chat_template", "--settings", settings, *template_outputs)
     assert (status, message in stderr) == (1, True), stderr
     assert files_in(tmp_path / "out") == []
 
@@ -109,8 +111,7 @@ def test_a_template_that_takes_all_memory_or_no_end_is_refused(
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
     with pytest.raises(UserError, match=re.escape(said)):
         install_template(
-            template=tmp_path / "chat.jinja",
-            source=None,
+            TemplateSettings(chat_template=str(tmp_path / "chat.jinja")),
             output=tmp_path / "out/chat_template.jinja",
             record=tmp_path / "out/template.json",
         )
@@ -123,5 +124,6 @@ def test_a_tokenizer_without_a_template_says_what_to_do(
     run_script, tmp_path, tokenizer_dir, template_outputs
 ):
     source = Path(shutil.copytree(tokenizer_dir, tmp_path / "hf"))
-    status, stderr = run_script("install_chat_template", "--tokenizer", source, *template_outputs)
+    settings = TemplateSettings(path=str(source)).model_dump_json()
+    status, stderr = run_script("install_chat_template", "--settings", settings, *template_outputs)
     assert (status, "no chat template; set tokenizer.chat_template" in stderr) == (1, True), stderr

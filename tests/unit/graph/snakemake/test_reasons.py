@@ -9,6 +9,7 @@ from snaketron.graph.snakemake.reasons import changes, is_check
 from snaketron.settings.blends import BlendSettings, phase_settings
 from snaketron.settings.chats import pack_settings, render_settings
 from snaketron.settings.text import tokenize_settings
+from snaketron.settings.tokenizer import template_settings, tokenizer_settings
 from snaketron.settings.training import train_settings
 
 import pytest
@@ -112,6 +113,22 @@ def test_keys_of_text_are_those_of_the_corpus_or_of_all_text():
     new = repr(tokenize_settings(now, now.corpora[1]).model_dump_json())
     assert changes(now, "tokenize_shard", wildcards, [old], [new], {new: "settings"}) == [
         "corpora[1].max_tokens: null -> 1000"
+    ]
+
+
+def test_keys_of_the_tokenizer():
+    """A trained one has a size and a field of its text, one that is taken has a directory."""
+    before, now = with_keys(), with_keys(tokenizer={"path": "their/one", "chat_template": None})
+    old, new = (repr(tokenizer_settings(config, "their/one").model_dump_json()) for config in (before, now))
+    assert changes(now, "build_tokenizer", {}, [old], [new], {new: "settings"}) == [
+        "tokenizer.path: null -> their/one",
+        "tokenizer.vocab_size: 2048 -> null",
+        "tokenizer.text_field: text -> null",
+    ]
+    old, new = (repr(template_settings(config, "their/one").model_dump_json()) for config in (before, now))
+    assert changes(now, "install_chat_template", {}, [old], [new], {new: "settings"}) == [
+        "tokenizer.chat_template: config/chat_template.jinja -> null",
+        "tokenizer.path: null -> their/one",
     ]
 
 
