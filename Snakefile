@@ -26,7 +26,7 @@ from snaketron.executor import request
 from snaketron.graph import configfiles, dry_run, notes, outlook, process, terminal
 from snaketron.graph.checks import check_files, check_secrets, check_tokenizer
 from snaketron.graph.graph import Graph
-from snaketron.graph.journal import JOURNAL, Writer
+from snaketron.graph.journal import Writer
 from snaketron.graph.requests import check_requests
 from snaketron.graph.snakemake import replace_pieces
 from snaketron.graph.stops import Stops
@@ -113,7 +113,7 @@ onstart:
         )
     planned = {training.name: training.numbers for training in trainings}
     stops = Stops(process.interrupted)
-    logger.addHandler(Writer(JOURNAL, workflow.dag.stats()[1], planned, stops))
+    logger.addHandler(Writer(Path.cwd(), workflow.dag.stats()[1], planned, stops))
     if workflow.executor_plugin.name == "snaketron-slurm":
         say = partial(logger.info, extra={"in_view": True})
         status.report_every(60, Path.cwd(), ckpt, say)

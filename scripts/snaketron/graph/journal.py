@@ -30,13 +30,16 @@ class Writer(logging.Handler):
     """Writes what Snakemake tells of the jobs of a run, in the place of the journal of an earlier one."""
 
     def __init__(
-        self, path: Path, totals: Mapping[str, int], trainings: Mapping[str, Planned], stops: Stops
+        self, directory: Path, totals: Mapping[str, int], trainings: Mapping[str, Planned], stops: Stops
     ) -> None:
         """`totals` has the jobs of each rule and of all, and `trainings` what each of them will do."""
         super().__init__()
+        path, before = directory / JOURNAL, Journal(directory)
+        before.look()
         self.groups: dict[str, list[str]] = {}  # numbers of the jobs of a group, by the ids that it may have
         self.stops = stops
-        write_text(path, _line(time.time(), {"totals": totals, "trainings": trainings}))
+        begins = {"totals": totals, "trainings": trainings, "left": before.ends()}
+        write_text(path, _line(time.time(), begins))
         self.file = path.open("ab", buffering=0)
         self.cut = False  # whether the last line is, by a full disk
 
@@ -106,6 +109,7 @@ class Journal:
         self.totals: dict[str, int] = {}  # jobs of each rule; empty where nothing has run
         self.trainings: dict[str, Planned] = {}  # by name
         self.jobs: dict[str, Job] = {}  # by number
+        self.left: dict[str, str] = {}  # how jobs of earlier runs ended that did not finish, by their logs
         self.seconds: dict[str, list[float]] = defaultdict(list)  # of jobs, by rule
 
     def look(self) -> None:
@@ -115,6 +119,19 @@ class Journal:
             with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
                 self._add(orjson.loads(line))
 
+    def ends(self, *, running: bool = False) -> dict[str, str]:
+        """How each job that did not finish ended, by its log.
+
+        One of whose end nobody has told runs, where a Snakemake does, or was stopped with its Snakemake.
+        """
+        states = self.left | {job.log: job.state for job in self.jobs.values()}
+        others = ("finished", "running") if running else ("finished",)
+        return {
+            log: "stopped" if state == "running" else state
+            for log, state in states.items()
+            if log and state not in others
+        }
+
     def _add(self, said: dict[str, Any]) -> None:
         self.now = said["at"]
         match said:
@@ -122,6 +139,7 @@ class Journal:
                 self._begin(self.now)
                 self.totals = {rule: count for rule, count in totals.items() if rule != "total"}
                 self.trainings = {name: Planned(**one) for name, one in trainings.items()}
+                self.left = said.get("left", {})
             case {"begins": number, "job": job}:
                 self.jobs[number] = Job(self.now, **job)
             case {"finished": number} if job := self.jobs.get(number):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from snaketron.files import read_json, write_json
+from snaketron.jobs import heartbeat
+from snaketron.jobs.owner import is_owned
+from snaketron.jobs.version import Version
 from snaketron.log import UserError
 from snaketron.wording import after
 
@@ -40,6 +44,31 @@ def read_attempts(path: Path) -> list[Attempt]:
         return []
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not a list of attempts ({error}); delete it and run again") from None
+
+
+def state_of(version: Version, attempts: Sequence[Attempt]) -> tuple[str, str]:
+    """The state of a training by its version, and in words why it is not finished.
+
+    It is finished, running, waiting (for its next job), failed or stopped.
+    """
+    if version.is_finished:
+        return "finished", ""
+    if is_owned(version):
+        beat = heartbeat.read(version.heartbeat)
+        return "running", heartbeat.sentence(beat).replace("  ", ", ") if beat else "it is being started"
+    last = attempts[-1] if attempts else Attempt()
+    when = after(last.iteration)
+    if last.gave_up:
+        return "failed", last.gave_up
+    if last.outcome in ("failed", "hung"):
+        return "failed", f"{last.error or last.outcome} ({when})"
+    if last.outcome in ("requeued", "time limit"):
+        return "waiting", f"waits for its next job, {when}"
+    if last.outcome == "stopped":
+        return "stopped", f"somebody stopped it {when}"
+    step = version.latest_iteration()
+    goes_on = f"continues {after(step)}" if step else "begins anew"
+    return "stopped", f"it ended without a word: killed, or its machine was lost. It {goes_on}"
 
 
 class Attempts:

@@ -14,8 +14,8 @@ from typing import Any
 from snaketron.files import is_locked
 from snaketron.graph.journal import Job, Journal
 from snaketron.jobs import heartbeat, slurm
+from snaketron.jobs.attempts import read_attempts, state_of
 from snaketron.jobs.lines import Tail, line_of_metrics
-from snaketron.jobs.owner import is_owned
 from snaketron.jobs.queue import Queued, queued_in
 from snaketron.jobs.version import Version, published, versions
 from snaketron.report.workflow import files_of, read_benchmark, rule_of
@@ -267,8 +267,8 @@ class Follower:
         if job is None:
             return Training(name, "waiting", planned.done, planned.steps, "", seconds_left=planned.seconds)
         version, state = self._version(name, job), job.state
-        if state == "running" and not running and not (version and is_owned(version)):
-            state = "stopped"
+        if state == "running" and not running:  # with its Snakemake, or it went on without it
+            state = state_of(version, read_attempts(version.attempts))[0] if version else "stopped"
         if state == "running" and self._waits(job):  # for the first time, or it was requeued
             state = "waiting"
         if version:

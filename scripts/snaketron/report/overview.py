@@ -14,6 +14,7 @@ from snaketron.wording import large, plural, short_duration
 
 TRAININGS = ("pretrain", "sft", "lora")  # the rules that train
 LEFT = ", for which the configuration does not ask any more,"
+UNFINISHED = ("failed", "running", "stopped", "partly")  # states of a rule that are told
 _VERBS = {
     "failed": "failed",
     "running": "is running",
@@ -106,17 +107,18 @@ def missing(run: Run) -> list[str]:
                 said.append(
                     f"{stage.name} stands on another {name} (version {key}) than is shown here ({shown})."
                 )
-    unfinished = [rule for rule in run.rules.values() if rule.state in ("failed", "running", "partly")]
+    unfinished = [rule for rule in run.rules.values() if rule.state in UNFINISHED]
     for rule in unfinished:
         if rule.name in TRAININGS and any(stage.reason and run.is_asked(stage) for stage in run.stages):
             continue  # said above, by the training itself
-        about = next(iter(rule.failed.items()), None)
+        about = next(iter((rule.failed or rule.unfinished_in("stopped")).items()), None)
         because = f": {about[1] or 'without a word'} (logs/{about[0]})" if about else ""
         said.append(
             f"{rule.name} {_VERBS[rule.state]}, {rule.done} of {rule.expected} jobs are done{because}."
         )
     said += [
-        f"{log.removesuffix('.log')}{LEFT} failed: {about or 'without a word'} (logs/{log})."
+        f"{log.removesuffix('.log')}{LEFT} {_VERBS[rule.ended.get(log, 'failed')]}: "
+        f"{about or 'without a word'} (logs/{log})."
         for rule in run.rules.values()
         if rule.name not in TRAININGS
         for log, about in rule.left.items()

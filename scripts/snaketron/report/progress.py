@@ -38,9 +38,10 @@ def progress_part(run: Run) -> Part:
         return Part("Graph", [Text("No job has left a log, a benchmark or a record yet.", attention=True)])
     blocks: list[Block] = [_drawing(run.rules), _table(run.rules)]
     for rule in run.rules.values():
-        if rule.failed:
-            lines = [f"logs/{log}: {said or 'it says nothing'}" for log, said in rule.failed.items()]
-            blocks.append(Listing(f"Failed: {plural(len(lines), 'job')} of {rule.name}", lines))
+        for state in ("failed", "stopped"):
+            if jobs := rule.unfinished_in(state):
+                lines = [f"logs/{log}: {said or 'it says nothing'}" for log, said in jobs.items()]
+                blocks.append(Listing(f"{state.title()}: {plural(len(lines), 'job')} of {rule.name}", lines))
     return Part("Graph", blocks)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,7 @@ from typing import Any
 from snaketron.config import Parallel
 from snaketron.files import is_locked, read_json
 from snaketron.graph.journal import Journal
-from snaketron.jobs import heartbeat
-from snaketron.jobs.attempts import Attempt, read_attempts
-from snaketron.jobs.owner import is_owned
+from snaketron.jobs.attempts import Attempt, read_attempts, state_of
 from snaketron.jobs.version import Version, versions
 from snaketron.lineage.catalogue import read_all
 from snaketron.lineage.record import Record, read
@@ -25,7 +23,7 @@ from snaketron.log import UserError
 from snaketron.report.collect import Data, add_up, collect
 from snaketron.report.history import History, read_history
 from snaketron.report.workflow import Rule, rule_of, rules
-from snaketron.wording import after, plural
+from snaketron.wording import plural
 
 
 @dataclass(frozen=True)
@@ -164,11 +162,13 @@ def read_run(
         data, found = _read_data(Path(roots.get("data", "data")), at["ckpt"], stages, plan, trouble)
         records = {path.resolve(): record for path, record in found.items()}  # a version has links
     jobs = Counter(plan["jobs"] if plan else {})
+    journal = Journal(directory)
+    journal.look()
     run = Run(
         name=name,
         directory=directory,
         stages=stages,
-        rules=_read_rules(directory, at, jobs, records, running=running, asked=asked),
+        rules=_read_rules(directory, journal, at, jobs, records, running=running, asked=asked),
         data=data,
         records=records,
         evaluations=_read_evaluations(at["eval"], [stage.name for stage in stages], trouble),
@@ -177,14 +177,20 @@ def read_run(
         plan=plan,
         trouble=trouble,
     )
-    for stage in stages:
-        if stage.state in ("stopped", "waiting") and (rule := run.rules.get(rule_of(stage.name))):
-            rule.ended[f"{stage.name}.log"] = stage.state
+    for number, stage in enumerate(stages):
+        log, rule = f"{stage.name}.log", run.rules.get(rule_of(stage.name))
+        if rule is None or stage.state == "finished":
+            continue
+        if stage.state == "running" or rule.ended.get(log) != "failed":
+            rule.ended[log] = stage.state
+        elif stage.attempts and stage.attempts[-1].outcome is None:  # its supervisor alone was killed
+            stages[number] = replace(stage, state="failed")
     return run
 
 
 def _read_rules(
     directory: Path,
+    journal: Journal,
     at: Mapping[str, Path],
     jobs: Counter[str],
     records: Mapping[Path, Record],
@@ -195,10 +201,8 @@ def _read_rules(
     """The rules that a run has or will have; one that is running may have been asked for further ones."""
     begun = None
     if running:
-        log = Journal(directory)
-        log.look()
-        jobs |= Counter(log.totals)
-        begun = {directory / job.log: job.began for job in log.jobs.values() if job.state == "running"}
+        jobs |= Counter(journal.totals)
+        begun = {directory / job.log: job.began for job in journal.jobs.values() if job.state == "running"}
     return rules(
         directory,
         at["logs"],
@@ -207,6 +211,7 @@ def _read_rules(
         records.values(),
         running=running,
         begun=begun,
+        ended={directory / log: state for log, state in journal.ends(running=running).items()},
         asked=asked,
     )
 
@@ -259,7 +264,7 @@ def _stage(version: Version, trouble: list[str]) -> Stage | None:
     if not version.attempts.exists() or told.stage == "lora_merged":
         return None  # nothing is trained in it
     attempts = read_attempts(version.attempts)
-    state, reason = _state(version, attempts)
+    state, reason = state_of(version, attempts)
     history = read_history(version.metrics)
     if bad := history.unreadable:
         trouble.append(
@@ -278,28 +283,6 @@ def _stage(version: Version, trouble: list[str]) -> Stage | None:
         attempts=attempts,
         record=read(version.record) if version.is_finished else None,
     )
-
-
-def _state(version: Version, attempts: Sequence[Attempt]) -> tuple[str, str]:
-    """The state of a training, and in words why it is not finished."""
-    if version.is_finished:
-        return "finished", ""
-    if is_owned(version):
-        beat = heartbeat.read(version.heartbeat)
-        return "running", heartbeat.sentence(beat).replace("  ", ", ") if beat else "it is being started"
-    last = attempts[-1] if attempts else Attempt()
-    when = after(last.iteration)
-    if last.gave_up:
-        return "failed", last.gave_up
-    if last.outcome in ("failed", "hung"):
-        return "failed", f"{last.error or last.outcome} ({when})"
-    if last.outcome in ("requeued", "time limit"):
-        return "waiting", f"waits for its next job, {when}"
-    if last.outcome == "stopped":
-        return "stopped", f"somebody stopped it {when}"
-    step = version.latest_iteration()
-    goes_on = f"continues {after(step)}" if step else "begins anew"
-    return "stopped", f"it ended without a word: killed, or its machine was lost. It {goes_on}"
 
 
 # ------------------------------------------------------------------------------------------- the rest

@@ -89,22 +89,26 @@ class Rule:
     left: dict[str, str] = field(default_factory=dict)  # the same of jobs that nobody asks for any more
     waiting: int = 0  # jobs that an earlier run has left a log of, and that have not started yet in this one
     running: bool = False
-    ended: dict[str, str] = field(
-        default_factory=dict
-    )  # states of trainings that did not fail, by their logs
+    ended: dict[str, str] = field(default_factory=dict)  # states of those that a run knows, by their logs
+
+    def state_of(self, log: str) -> str:
+        """The state of an unfinished job: one that no run knows has failed, where it says so or none runs."""
+        failed = not self.running or _is_error(self.unfinished[log])
+        return self.ended.get(log, "failed" if failed else "running")
+
+    def unfinished_in(self, state: str) -> dict[str, str]:
+        """What the logs of unfinished jobs in a state say last."""
+        return {log: said for log, said in self.unfinished.items() if self.state_of(log) == state}
 
     @property
     def failed(self) -> dict[str, str]:
-        """The jobs that ended with an error, or with nothing where none is running."""
-        found = {log: said for log, said in self.unfinished.items() if log not in self.ended}
-        return {log: said for log, said in found.items() if not self.running or _is_error(said)}
+        return self.unfinished_in("failed")
 
     @property
     def state(self) -> str:
-        if self.failed:
-            return "failed"
-        if self.unfinished:
-            return next((self.ended[log] for log in self.unfinished if log in self.ended), "running")
+        for state in ("failed", "running", "stopped", "waiting"):
+            if self.unfinished_in(state):
+                return state
         if self.done and self.done >= self.expected:
             return "finished"
         return "partly" if self.done else "waiting"
@@ -119,6 +123,7 @@ def rules(
     *,
     running: bool,
     begun: Mapping[Path, float] | None = None,
+    ended: Mapping[Path, str] | None = None,
     asked: Callable[[str], bool] = lambda log: True,
 ) -> dict[str, Rule]:
     """The rules that a run has or will have, in the order of the workflow.
@@ -130,15 +135,21 @@ def rules(
         running: whether a Snakemake is working in the directory.
         begun: when it began the jobs that have not ended (seconds since 1970), by their logs. One whose log
             is older has not started: it waits, in Slurm's queue say.
+        ended: how jobs ended that did not finish, as far as runs have told, by their logs.
         asked: whether the configuration has the job of a log, named from `logs`.
     """
     found: dict[str, Rule] = {}
-    made = _by_rule(records)
+    made, known = _by_rule(records), ended or {}
     for name in RULES:
         rule = Rule(name, jobs.get(name, 0), running=running)
         _read_benchmarks(rule, benchmarks, asked)
         _read_logs(rule, directory, logs, benchmarks, begun or {})
-        rule.left = {log: said for log, said in rule.failed.items() if not asked(log)}
+        rule.ended = {log: known[logs / log] for log in rule.unfinished if logs / log in known}
+        rule.left = {
+            log: said
+            for log, said in rule.unfinished.items()
+            if not asked(log) and rule.state_of(log) != "running"
+        }
         rule.unfinished = {log: said for log, said in rule.unfinished.items() if log not in rule.left}
         if not rule.done and not rule.unfinished:
             rule.done, rule.seconds = len(made[name]), made[name]

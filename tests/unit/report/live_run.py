@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from snaketron import files
-from snaketron.graph.journal import JOURNAL, Writer
+from snaketron.graph.journal import Writer
 from snaketron.graph.stops import Stops
 from snaketron.sizes.outlook import Planned, Progress, planned
 
@@ -26,7 +26,7 @@ class RunLog:
     def __init__(
         self, directory: Path, totals: dict[str, int], trainings: dict[str, Planned] | None = None
     ) -> None:
-        self.writer = Writer(directory / JOURNAL, totals, trainings or {}, Stops(lambda: False))
+        self.writer = Writer(directory, totals, trainings or {}, Stops(lambda: False))
 
     def add(self, text: str, event: LogEvent | None = None, **extra: Any) -> None:
         made = logging.LogRecord("snakemake", logging.INFO, "", 0, text, None, None)

@@ -136,6 +136,17 @@ def test_a_training_that_outlived_its_snakemake_is_running(run: RunLog, tmp_path
         assert Follower(tmp_path).look().trainings[0].state == "running"
 
 
+@pytest.mark.parametrize(
+    ("outcome", "state"), [("failed", "failed"), ("requeued", "waiting"), ("stopped", "stopped")]
+)
+def test_a_training_that_outlived_its_snakemake_says_how_it_ended(
+    run: RunLog, tmp_path: Path, outcome: str, state: str
+):
+    attempts = tmp_path / "ckpt/versions/pretrain_broad-0123456789ab/attempts.json"
+    files.write_json(attempts, [{"outcome": outcome, "iteration": 120}])
+    assert Follower(tmp_path).look().trainings[0].state == state
+
+
 def test_a_failed_job_is_shown_until_it_is_tried_again(run: RunLog, tmp_path: Path):
     run.fails(3)
     view = Follower(tmp_path).look()

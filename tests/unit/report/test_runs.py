@@ -15,11 +15,12 @@ from snaketron.lineage.record import making, of_user
 from snaketron.report.blocks import Facts, Figures, Table, Text, Tree
 from snaketron.report.curves import curves_part
 from snaketron.report.evaluations import evaluations_part
+from snaketron.report.live import Follower
 from snaketron.report.measured import measured_part
 from snaketron.report.origin import lineage_part
 from snaketron.report.overview import missing, summary_part
 from snaketron.report.runs import Run, read_run
-from tests.unit.report.live_run import RunLog
+from tests.unit.report.live_run import BROAD, RunLog
 
 import orjson
 import pytest
@@ -272,6 +273,43 @@ def test_the_lock_of_the_directory_counts_unless_the_workflow_makes_the_page(job
         assert read(tmp_path).rules["sft"].state == "running"  # its log is as young as the job
         os.utime(tmp_path / "logs/sft.log", (1e9, 1e9))
         assert read(tmp_path).rules["sft"].state == "waiting"
+
+
+def test_the_page_and_the_live_view_say_the_same_of_jobs_that_did_not_finish(training, job, tmp_path: Path):
+    """SIGKILL ended all processes of a run: one job had failed, another one and a training were running."""
+    run = RunLog(tmp_path, {"render_chat": 1, "tokenize_shard": 1, "pretrain": 1}, BROAD)
+    run.begins(1, "render_chat", log="logs/render_chat/tools/a.log", source="tools", shard="a")
+    run.fails(1, status=1)
+    run.begins(2, "tokenize_shard", log="logs/tokenize_shard/docs/a.log", corpus="docs", shard="a")
+    output, log = "ckpt/pretrain/broad", "logs/pretrain/broad.log"
+    run.begins(3, "pretrain", output, log=log, phase="broad")
+    job("render_chat/tools/a", said="a row is too long")
+    job("tokenize_shard/docs/a", said="12 rows so far")
+    job("pretrain/broad", said="12 steps so far")
+    training("pretrain/broad", steps=12, outcome=None)
+
+    def of_view() -> dict[str, str]:
+        view = Follower(tmp_path).look()
+        return {one.name.partition("/")[0]: one.state for one in (*view.rules, *view.trainings)}
+
+    def of_page() -> dict[str, str]:
+        return {name: rule.state for name, rule in read(tmp_path).rules.items() if name != "sft"}
+
+    killed = {"render_chat": "failed", "tokenize_shard": "stopped", "pretrain": "stopped"}
+    assert of_view() == of_page() == killed
+    assert [line for line in missing(read(tmp_path)) if not line.startswith("Not begun")] == [
+        "pretrain/broad has stopped: it ended without a word: killed, or its machine was lost. "
+        "It begins anew.",
+        "tokenize_shard has stopped, 0 of 1 jobs are done: 12 rows so far (logs/tokenize_shard/docs/a.log).",
+        "render_chat failed, 0 of 1 jobs are done: a row is too long (logs/render_chat/tools/a.log).",
+    ]
+    RunLog(tmp_path, {"report": 1})  # it makes the page, and knows what the run before knew
+    assert of_page() == killed
+    again = RunLog(tmp_path, {"pretrain": 1}, BROAD)
+    again.begins(1, "pretrain", output, log=log, phase="broad")
+    again.fails(1, status=137)  # the supervisor alone, by SIGKILL
+    assert of_view() == {"pretrain": "failed"} and of_page() == killed | {"pretrain": "failed"}
+    assert read(tmp_path).stages[0].state == "failed"
 
 
 def test_a_rule_of_which_jobs_are_still_to_be_done_says_how_many(job, tmp_path: Path):
