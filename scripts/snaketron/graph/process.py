@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _held: list[TextIO] = []  # open for the life of the process
 _interrupts: list[int] = []  # signals that came
+_put_off = False  # whether they have to wait
 
 
 def hold(path: Path) -> bool:
@@ -83,8 +85,21 @@ def obey_interrupts() -> None:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Stop. Pressed again, Ctrl-C is for the jobs, which get it too: Snakemake waits for their end."""
     _interrupts.append(number)
-    if not isinstance(sys.exception(), KeyboardInterrupt):
+    if not _put_off and not isinstance(sys.exception(), KeyboardInterrupt):
         signal.default_int_handler(number, frame)
+
+
+@contextlib.contextmanager
+def interrupts_put_off() -> Iterator[None]:
+    """Have SIGINT stop this process at the end of the block, and not within it."""
+    global _put_off
+    before, _put_off = len(_interrupts), True
+    try:
+        yield
+    finally:
+        _put_off = False
+    if len(_interrupts) > before:
+        raise KeyboardInterrupt
 
 
 def interrupted() -> bool:

@@ -106,6 +106,9 @@ SNAKEFILE = """
 import json, os, signal
 from pathlib import Path
 from snaketron.graph import process
+from snaketron.graph.snakemake import starting
+
+starting.start_whole()
 
 onstart:
     process.obey_interrupts()
@@ -126,6 +129,48 @@ rule stops:
         "until grep -qs 'Terminating[ ]processes' .snakemake/log/*; do sleep 0.1; done; "
         "kill -INT $PPID; exit 1"
 """
+
+
+AT_START = """
+import os, signal, threading
+from pathlib import Path
+from snaketron.graph import process
+from snaketron.graph.snakemake import starting
+
+if config["whole"]:
+    starting.start_whole()
+
+start = threading.Thread.start
+
+def interrupted(thread):
+    start(thread)
+    if thread.name.startswith("ThreadPoolExecutor"):
+        os.kill(os.getpid(), signal.SIGINT)
+
+onstart:
+    process.obey_interrupts()
+    threading.Thread.start = interrupted
+
+onerror:
+    Path("known").write_text(str(Path("ended").exists()))
+
+rule waits:
+    shell:
+        "until grep -qs 'Terminating[ ]processes' .snakemake/log/*; do sleep 0.1; done; "
+        "sleep 1; touch ended"
+"""
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_ctrl_c_that_comes_while_a_job_is_being_started_is_obeyed_when_it_has_started(
+    workspace: Workspace, whole: bool
+):
+    """Snakemake alone forgets the job: it ends the run before it, in a traceback about its event loop."""
+    snakefile = str(workspace.write("toy.smk", AT_START))
+    result = workspace.run("snakemake", "-s", snakefile, "--cores", "1", "--config", f"whole={whole}")
+    assert result.status == 1 and "Terminating processes on user request" in result.output
+    assert ("This event loop is already running" in result.output) == (not whole), result.output
+    assert (workspace.path / "known").read_text() == str(whole)
 
 
 def test_how_a_run_ended_is_known_with_its_jobs_that_failed(workspace: Workspace):

@@ -5,6 +5,7 @@
 | `published` | deletes or copies a published checkpoint; takes a job that failed for up to date |
 | `rerun` | passes over jobs that have to run again |
 | `reasons` | tells all parameters of a job where one number has changed |
+| `starting` | forgets a job that Ctrl-C finds in the moment of its start |
 | `errors` | ends with a traceback where a target or a file of --configfile is wrong |
 | `swift` | asks the same for each job of a dry-run |
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 from snaketron.config import Config
-from snaketron.graph.snakemake import errors, published, reasons, rerun, swift
+from snaketron.graph.snakemake import errors, published, reasons, rerun, starting, swift
 
 _replaced = False  # in this process
 
@@ -32,5 +33,6 @@ def replace_pieces(workflow: Any, config: Config) -> None:
         swift.remember()
     rerun.ask_each_job(config.pathvars.values())
     published.keep_what_failed()
+    starting.start_whole()
     reasons.tell_changes(config)
     errors.tell_wrong_targets()
