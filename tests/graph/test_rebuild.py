@@ -122,6 +122,18 @@ def test_more_tokens_in_the_last_phase_leave_a_stable_first_phase_alone(copy: Wo
     assert because in next(line for line in result.output.splitlines() if line.startswith("  sft "))
 
 
+def test_another_seed_of_a_phase_is_called_as_the_user_has_written_it(copy: Workspace):
+    """In the reason of its jobs, and where the training says why it starts over."""
+    phases = yaml.safe_load((copy.path / "tests/config/micro.yaml").read_text())["pretrain"]["phases"]
+    phases[1]["seed"] = 5
+    change = f"pretrain={yaml.safe_dump({'phases': phases}, default_flow_style=True, width=10000).strip()}"
+    result = copy.snakemake("-n", "ckpt/sft", config=(change,))
+    assert result.jobs == {"index_pretrain": 1, "pretrain": 1, "sft": 1}, result.output
+    assert "pretrain.phases[1].seed: 1234 -> 5" in result.output
+    focused = next(line for line in result.output.splitlines() if line.startswith("  pretrain/focused "))
+    assert focused.endswith("starts over: other than before: pretrain.phases[1].seed")
+
+
 def test_a_new_raw_file_is_tokenized_and_the_tokenizer_stays(copy: Workspace):
     copy.write("data/mine/new.jsonl", '{"text": "a document of mine"}\n' * 50)
     corpora = yaml.safe_load((copy.path / "tests/config/micro.yaml").read_text())["corpora"]

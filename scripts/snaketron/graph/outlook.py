@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from snaketron.config import Config
 from snaketron.files import read_json, sha256, to_json
+from snaketron.graph.snakemake.reasons import key_of
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import read
 from snaketron.log import UserError
@@ -21,9 +23,9 @@ from snaketron.sizes.speed import speed
 import orjson
 
 RULES = ("pretrain", "sft", "lora", "merge_lora")
-# From the output of a training, its settings and its inputs to how far it is. Where the identity of an input
-# is not known before it is made, there are no inputs.
-Look = Callable[[Path, dict[str, Any], Inputs | None], Progress]
+# From the output of a training, its settings, its inputs and what names the key of a setting to how far it
+# is. Where the identity of an input is not known before it is made, there are no inputs.
+Look = Callable[[Path, dict[str, Any], Inputs | None, Callable[[str], str]], Progress]
 
 
 class Outlook(NamedTuple):
@@ -47,7 +49,9 @@ def trainings(config: Config, dag: Any, look: Look) -> list[Outlook]:
     for job in jobs:
         settings = json.loads(job.params.settings)
         output = str(job.output[0])
-        progress = look(Path(output), settings, _inputs(dag, job, known, makers))
+        training = config.training("lora" if job.rule.name == "merge_lora" else settings["stage"])
+        inputs = _inputs(dag, job, known, makers)
+        progress = look(Path(output), settings, inputs, partial(key_of, config, training))
         known[output] = progress.identity
         found.append(Outlook(settings["stage"], *_of_training(config, job, settings, progress)))
     return found

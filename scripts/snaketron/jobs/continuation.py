@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,14 @@ from pydantic import ValidationError
 # What makes a training longer; all other settings must be the same.
 LENGTH = ("train_iters", "schedule")
 OF_INPUTS = ("the data", "the tokenizer", "the checkpoint that it starts from")
+
+
+type KeyOf = Callable[[str], str]
+
+
+def key_in_job(setting: str) -> str:
+    """The name of a setting where no configuration is at hand: its own, unless no key is called so."""
+    return "pretrain.phases[].seed" if setting == "data_seed" else setting
 
 
 @dataclass(frozen=True)
@@ -73,12 +81,18 @@ def _deleted(version: Version) -> dict[str, int]:
     return {origin["version"]: origin["iteration"]}
 
 
-def why_not(version: Version, before: Version, settings: dict[str, Any], inputs: Inputs) -> str:
-    """Why a training does not go on from the version `before`, in words; empty where there is none."""
+def why_not(
+    version: Version, before: Version, settings: dict[str, Any], inputs: Inputs, key_of: KeyOf = key_in_job
+) -> str:
+    """Why a training does not go on from the version `before`, in words; empty where there is none.
+
+    Args:
+        key_of: names the key of the configuration that a setting comes from.
+    """
     config = _config(before)
     if before.directory == version.directory or not config:
         return ""
-    if differ := _differences(config, settings, inputs):
+    if differ := _differences(config, settings, inputs, key_of):
         return _other(differ)
     old = config.settings
     if settings["schedule"]["style"] == "cosine" and not _same_rates(settings):
@@ -89,10 +103,11 @@ def why_not(version: Version, before: Version, settings: dict[str, Any], inputs:
     return f"no checkpoint of the first {steps:,} steps is left, after which its learning rate is another one"
 
 
-def other_settings(before: Version, settings: Mapping[str, Any]) -> str:
+def other_settings(before: Version, settings: Mapping[str, Any], key_of: KeyOf = key_in_job) -> str:
     """`why_not`, as far as settings alone say it."""
     config = _config(before)
-    return _other(differ) if config and (differ := _other_than_length(config.settings, settings)) else ""
+    differ = _other_than_length(config.settings, settings, key_of) if config else []
+    return _other(differ) if differ else ""
 
 
 def take_over(version: Version, origin: Origin, run: RunSettings) -> bool:
@@ -149,10 +164,12 @@ def _config(version: Version) -> Description | None:
         return None
 
 
-def _differences(config: Description, settings: Mapping[str, Any], inputs: Inputs) -> list[str]:
+def _differences(
+    config: Description, settings: Mapping[str, Any], inputs: Inputs, key_of: KeyOf = str
+) -> list[str]:
     """What else than its length is different in a training, in words."""
     old = config.settings
-    differ = _other_than_length(old, settings)
+    differ = _other_than_length(old, settings, key_of)
     there = [entry.sha256 or entry.version for entry in config.inputs]
     wanted = list(inputs.identities)
     if inputs.blend and old.keys() >= settings.keys():
@@ -163,9 +180,9 @@ def _differences(config: Description, settings: Mapping[str, Any], inputs: Input
     return differ if len(there) == len(wanted) else [*differ, OF_INPUTS[-1]]
 
 
-def _other_than_length(old: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+def _other_than_length(old: Mapping[str, Any], settings: Mapping[str, Any], key_of: KeyOf) -> list[str]:
     return [
-        path
+        key_of(path)
         for key in dict.fromkeys((*settings, *old))
         if key not in LENGTH
         for path in _paths(key, old.get(key), settings.get(key))

@@ -94,20 +94,26 @@ def superseded(items: Iterable[Item]) -> list[Item]:
     return sorted((item for item in items if not item.is_kept), key=lambda item: item.changed)
 
 
-def look(output: Path, settings: dict[str, Any], inputs: Inputs | None) -> Progress:
+def look(
+    output: Path,
+    settings: dict[str, Any],
+    inputs: Inputs | None,
+    key_of: continuation.KeyOf = continuation.key_in_job,
+) -> Progress:
     """How far the training is that would be published as `output`.
 
     Args:
         output: its link, `<ckpt>/<stage>`.
         settings: what defines its result, as the training gets it.
         inputs: what it is made from; None where the identity of one is not known before it is made.
+        key_of: names the key of the configuration that a setting comes from.
     """
     stage = settings["stage"]
     others = versions(output.parents[stage.count("/")])
     speed = _speed([version for version in others if version.is_of(stage)])
     if inputs is None:
         before = published(output)
-        why = continuation.other_settings(before, settings)
+        why = continuation.other_settings(before, settings, key_of)
         return Progress(
             tokens_per_second=speed, starts_over=why, published=before.latest_iteration() is not None
         )
@@ -119,7 +125,8 @@ def look(output: Path, settings: dict[str, Any], inputs: Inputs | None) -> Progr
         return begun
     if origin := continuation.find(version, settings, inputs):
         return replace(begun, done=origin.iteration, origin=origin.version.directory.name)
-    return replace(begun, starts_over=continuation.why_not(version, published(output), settings, inputs))
+    why = continuation.why_not(version, published(output), settings, inputs, key_of)
+    return replace(begun, starts_over=why)
 
 
 def _speed(of_stage: list[Version]) -> float | None:

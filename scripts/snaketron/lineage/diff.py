@@ -10,6 +10,7 @@ from typing import Any
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.record import Entry
 from snaketron.lineage.walk import why_lost
+from snaketron.settings.defaults import value_of
 
 RANDOM = (".metadata",)  # of a checkpoint: torch writes a random identifier into it
 
@@ -42,7 +43,7 @@ class _Comparison:
         """The differences of two jobs."""
         a, b = one.made.record, other.made.record
         lines = [f"{indent}kind: {a.kind} {a.name} | {b.kind} {b.name}"] if a.kind != b.kind else []
-        lines += [f"{indent}settings.{line}" for line in values(a.settings, b.settings)]
+        lines += [f"{indent}settings.{line}" for line in values(a.settings, b.settings, a.kind)]
         lines += [f"{indent}version of {line}" for line in values(a.versions, b.versions)]
         if (code := values(a.provenance.get("code", {}), b.provenance.get("code", {}))) and self._outputs(
             a, b
@@ -92,19 +93,24 @@ class _Comparison:
             yield from below
 
 
-def values(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def values(one: Mapping[str, Any], other: Mapping[str, Any], kind: str = "") -> list[str]:
     """The keys that differ, with both values; keys of a mapping in a mapping are joined by dots.
+
+    Args:
+        kind: of the records whose settings these are, which leave out some keys that have their default.
 
     >>> values({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "c": 2}, "d": 4})
     ['a.b: 1 | 3', 'd: not set | 4']
     """
-    return [f"{key}: {ours} | {theirs}" for key, ours, theirs in changed(one, other, "not set")]
+    return [f"{key}: {ours} | {theirs}" for key, ours, theirs in changed(one, other, "not set", kind)]
 
 
-def changed(one: Mapping[str, Any], other: Mapping[str, Any], none: Any = None) -> list[tuple[str, Any, Any]]:
+def changed(
+    one: Mapping[str, Any], other: Mapping[str, Any], none: Any = None, kind: str = ""
+) -> list[tuple[str, Any, Any]]:
     """The keys that differ, as `values` tells them, with both values; `none` where one of them has none."""
     ours, theirs = flat(one), flat(other)
-    pairs = {key: (ours.get(key, none), theirs.get(key, none)) for key in ours | theirs}
+    pairs = {key: tuple(value_of(side, key, kind, none) for side in (ours, theirs)) for key in ours | theirs}
     return [(key, *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
 
 

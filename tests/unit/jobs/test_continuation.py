@@ -128,6 +128,7 @@ NINE_KEYS = (
     ("changed", "of", "why"),
     [
         (phase(14, 4, seed=2), inputs(blend(14)), "other than before: seed"),
+        (phase(14, 4) | {"data_seed": 2}, inputs(blend(14)), "other than before: pretrain.phases[].seed"),
         (
             phase(14, 4, model={"moe_router_topk": 3}),
             inputs(blend(14)),

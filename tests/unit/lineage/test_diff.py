@@ -8,7 +8,7 @@ from pathlib import Path
 
 from snaketron.files import sha256
 from snaketron.lineage.catalogue import scan
-from snaketron.lineage.diff import Side, differences
+from snaketron.lineage.diff import Side, differences, values
 from tests.unit.lineage import conftest
 from tests.unit.lineage.conftest import prune, train, write
 
@@ -53,6 +53,14 @@ def test_settings_differ_key_by_key(lineage: Path):
     first, second, third = differences(*sides)
     assert [first, second] == ["settings.seed: 1 | 2", "settings.optimizer.lr: not set | 1"]
     assert third.startswith("output weights: sha256 ")
+
+
+def test_a_key_that_a_record_leaves_out_had_its_default():
+    """A phase has a seed of its own, and a template is told another date. Nobody leaves out a color."""
+    one, other = {"seed": 1}, {"seed": 1, "data_seed": 5, "color": "red"}
+    assert values(one, other, "checkpoint") == ["data_seed: 1 | 5", "color: not set | red"]
+    before, now = {"source": "docs"}, {"source": "docs", "template_date": "2026-11-30"}
+    assert values(before, now, "render_chat") == ["template_date: 2026-01-01 | 2026-11-30"]
 
 
 def test_a_raw_file_that_differs_is_found_through_all_that_was_made_of_it(lineage: Path, other: Path):

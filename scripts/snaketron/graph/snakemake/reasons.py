@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from snaketron.config import Config, Corpus, Section, Training
+from snaketron.settings.defaults import value_of
 from snaketron.wording import shortened
 
 ABSENT = "nothing"
@@ -76,13 +77,15 @@ def changes(
         same = max(old, key=lambda flat: len(flat.keys() & new.keys()), default={})
         if same in old:
             old.remove(same)
-        paths = list(dict.fromkeys((*new, *same)))
-        differ = [path for path in paths if same.get(path, ABSENT) != new.get(path, ABSENT)]
+        values = {
+            path: [value_of(flat, path, rule, ABSENT) for flat in (same, new)] for path in (*new, *same)
+        }
+        differ = [path for path, (was, is_now) in values.items() if was != is_now]
         # Of keys where none was, or of the last ones that went, each is told and not that nothing is left.
         differ = [path for path in differ if not any(other.startswith(f"{path}.") for other in differ)]
         for path in _told(differ, new):
             place = _place(config, rule, wildcards, path) or names.get(text, rule)
-            lines.append(f"{place}: {_short(same.get(path, ABSENT))} -> {_short(new.get(path, ABSENT))}")
+            lines.append(f"{place}: {' -> '.join(map(_short, values[path]))}")
     return lines
 
 
@@ -131,7 +134,7 @@ def _place(config: Config, rule: str, wildcards: Mapping[str, str], path: str) -
     phase = wildcards.get("phase", "")
     for training in config.trainings():
         if (training.section, training.phase) == ("lora" if rule == "merge_lora" else rule, phase):
-            return _of_training(config, training, path)
+            return key_of(config, training, path)
     if first in ("weights", "train_tokens"):
         at = f"pretrain.phases[{_index(config, phase)}]" if phase else "sft"
         return f"{at}.blend ({rest})" if first == "weights" else f"{at}.tokens"
@@ -149,7 +152,8 @@ def _place(config: Config, rule: str, wildcards: Mapping[str, str], path: str) -
     return min(found, key=how_far, default=(path, None))[0]
 
 
-def _of_training(config: Config, training: Training, path: str) -> str:
+def key_of(config: Config, training: Training, path: str) -> str:
+    """Where the configuration has the value at `path` of the settings of a training."""
     first, dot, rest = path.partition(".")
     tuning = training.section if training.packed else ""
     if first == "train_iters" and not tuning:

@@ -61,7 +61,7 @@ def test_a_changed_key_is_named_as_in_the_configuration():
             "pretrain/focused",
             {"pretrain": {"phases": PHASES}},
             {"pretrain": {"phases": [PHASES[0], PHASES[1] | {"seed": 5}]}},
-            ["pretrain.phases[1].seed: nothing -> 5"],
+            ["pretrain.phases[1].seed: 1234 -> 5"],
         ),
         (
             "pretrain/focused",
@@ -156,6 +156,27 @@ def test_an_argument_of_templates_is_told_where_it_is_given_and_alone(given: str
     assert found == [f"{given}.template_arguments.enable_thinking: nothing -> true"]
     back = changes(before, "render_chat", {"source": "docs"}, [new], [old], {old: "settings"})
     assert back == ["chats[0].template_arguments.enable_thinking: true -> nothing"]  # the nearest
+
+
+def test_a_key_that_is_left_out_where_it_has_its_default_had_its_default():
+    """Settings do not have the date, the tags and the names of roles of before."""
+    keys = {"roles": {"human": "user"}, "thinking_tags": None}
+    source = {"name": "docs", "paths": ["docs.jsonl"]}
+    blend = {"sft": {"blend": [{"source": "docs", "weight": 1}]}}
+    before = with_keys(**blend, chats=[source])
+    now = with_keys(**blend, chats=[source | keys], sft_data={"template_date": "2026-11-30"})
+    old, new = (repr(render_settings(config, config.chats[0]).model_dump_json()) for config in (before, now))
+    assert changes(now, "render_chat", {"source": "docs"}, [old], [new], {new: "settings"}) == [
+        "chats[0].roles.human: nothing -> user",
+        'chats[0].thinking_tags: ["<think>", "</think>"] -> null',
+        "sft_data.template_date: 2026-01-01 -> 2026-11-30",
+    ]
+    before, now = with_keys(), with_keys(sft_data={"algorithm": "first_fit_shuffle"})
+    old, new = (repr(pack_settings(config).model_dump_json()) for config in (before, now))
+    assert changes(now, "pack_sft", {}, [old], [new], {}) == [
+        "sft_data.algorithm: first_fit_decreasing -> first_fit_shuffle",
+        "seed: null -> 1234",
+    ]
 
 
 def test_keys_of_packs():
