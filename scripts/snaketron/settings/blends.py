@@ -29,7 +29,8 @@ def shares(weights: Mapping[str, float]) -> dict[str, float]:
     True
     """
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}  # floats may sum to less than 1
-    return {name: float(weight / sum(exact.values())) for name, weight in exact.items()}
+    total = sum(exact.values())
+    return {name: float(weight / total) for name, weight in exact.items()}
 
 
 def blend_settings(config: Config) -> BlendSettings:
