@@ -24,7 +24,12 @@ from snaketron.config.data import SPLITS
 from snaketron.config.doubled import check_doubled
 from snaketron.executor import request
 from snaketron.graph import configfiles, dry_run, notes, outlook, process, terminal
-from snaketron.graph.checks import check_files, check_secrets, check_tokenizer
+from snaketron.graph.checks import (
+    check_files,
+    check_lengths,
+    check_secrets,
+    check_tokenizer,
+)
 from snaketron.graph.graph import Graph
 from snaketron.graph.journal import Writer
 from snaketron.graph.requests import check_requests
@@ -71,6 +76,7 @@ try:
         check_submission(workflow, graph.paths())
         registered.check(graph.config)
         check_files(graph.config, graph.text, graph.conversations, graph.lock)
+        check_lengths(graph.config)
         check_tokenizer(graph.config)
         check_secrets(graph.config)
 except ConfigError as error:

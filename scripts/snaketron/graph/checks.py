@@ -7,14 +7,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from snaketron import credentials
-from snaketron.config import ChatSource, Config, ConfigError, Corpus
+from snaketron.config import ChatSource, Config, ConfigError, Corpus, Section
 from snaketron.lineage.record import Record, read
 from snaketron.log import UserError
+from snaketron.settings.blends import BlendSettings, blend_settings, phase_settings
+from snaketron.settings.chats import render_settings
+from snaketron.settings.curation import filter_settings
+from snaketron.settings.text import tokenize_settings
 from snaketron.sources.lockfile import Lock
 from snaketron.sources.models import tokenizer_model
 from snaketron.sources.pairs import MAX_SHARDS
 
 type Sources = Mapping[str, tuple[str, Corpus | ChatSource]]  # by name, with the key of each
+
+LONGEST_ARGUMENT = 131_071  # bytes: MAX_ARG_STRLEN of Linux, without the zero at the end
+ONE_SOURCE = "make one source of several: its `paths` may be many"
 
 # What does not say which rows of a file are read, nor what becomes of them.
 _OTHER = {
@@ -57,6 +64,30 @@ def check_files(
     problems += _too_many(config, text)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def check_lengths(config: Config) -> None:
+    """`ConfigError` where the settings of a job are longer than what Linux takes in one argument.
+
+    They grow with the entries of a blend, and with the values of a source that `where` takes.
+    """
+    told: dict[str, Section] = {
+        f"pretrain.phases[{i}].blend": phase_settings(config, phase.name)
+        for i, phase in enumerate(config.pretrain.phases)
+    }
+    told["sft.blend"] = blend_settings(config)
+    for i, corpus in enumerate(config.corpora):
+        of_corpus = filter_settings if corpus.curation else tokenize_settings
+        told[f"corpora[{i}]"] = of_corpus(config, corpus)
+    told |= {f"chats[{i}]": render_settings(config, source) for i, source in enumerate(config.chats)}
+    problems = [
+        f"{at}: {size:,} bytes of settings for one command, where Linux takes {LONGEST_ARGUMENT:,}; "
+        + (ONE_SOURCE if isinstance(settings, BlendSettings) else "choose by fewer values in `where`")
+        for at, settings in told.items()
+        if (size := len(settings.model_dump_json().encode())) > LONGEST_ARGUMENT
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def check_tokenizer(config: Config) -> None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from snaketron.config import ConfigError, load
-from snaketron.graph.checks import check_files, check_secrets, check_tokenizer
+from snaketron.graph.checks import (
+    LONGEST_ARGUMENT,
+    check_files,
+    check_lengths,
+    check_secrets,
+    check_tokenizer,
+)
 from snaketron.graph.graph import Graph
 from snaketron.lineage.record import making
 
@@ -144,3 +151,31 @@ def test_more_shards_than_megatron_core_numbers_are_refused_before_the_first_is_
     assert check({"all": "one"}, two).startswith("pretrain.phases[0].blend: 2 shards, where megatron-core")
     assert check({"all": "one"}, two, pretrain_data={"shard_size": 1000}) == ""
     assert check({"all": "one"}, two | {"where": {"lang": ["en"]}}) == ""  # one may be left empty
+
+
+def test_settings_that_no_command_can_take_are_refused_before_the_first_job():
+    """A blend of 3,000 sources, say: thousands of jobs were done before one could not begin."""
+    most, longer = "x" * LONGEST_ARGUMENT, "x" * (LONGEST_ARGUMENT + 1)
+    assert subprocess.run(["true", most]).returncode == 0
+    with pytest.raises(OSError, match="Argument list too long"):
+        subprocess.run(["true", longer])
+
+    def said(entries: int, chosen: int) -> str:
+        names = [f"corpus_{i:05d}" for i in range(entries)]
+        corpora = [{"name": name, "paths": ["raw/a.jsonl"]} for name in names]
+        corpora[0]["where"] = {"id": [f"{i:08d}" for i in range(chosen)]}
+        blend = [{"corpus": name, "weight": 1} for name in names]
+        phases = [{"name": "all", "tokens": 300_000, "blend": blend}]
+        try:
+            check_lengths(load({"corpora": corpora, "pretrain": {"phases": phases}}, {}))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    # An entry such as "corpus_00007":0.0002777777777777778 and its comma are 37 bytes, a value 11.
+    assert said(3_000, 10_000) == ""
+    assert said(3_600, 1) == (
+        "pretrain.phases[0].blend: 133,249 bytes of settings for one command, where Linux takes 131,071; "
+        "make one source of several: its `paths` may be many"
+    )
+    assert said(1, 12_000).startswith("corpora[0]: 132,")
