@@ -7,14 +7,13 @@ import dataclasses
 import gc
 import itertools
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from snaketron.jobs.heartbeat import Heartbeat
-from snaketron.jobs.launch import STOP_SIGNALS, is_rank, is_writer
+from snaketron.jobs.launch import is_writer
 from snaketron.jobs.owner import check_owner
 from snaketron.jobs.version import Version
 from snaketron.log import logger
@@ -32,18 +31,10 @@ from snaketron.train.losses import Batch, Sums, Totals, compute, sum_over_ranks
 from snaketron.train.metrics import Clock, Metrics, Progress
 from snaketron.train.observed import Observed
 from snaketron.train.schedule import seek
+from snaketron.train.stopping import Stopped, Stopping, any_rank
 from snaketron.wording import after
 
-import torch
-
 SILENCE_S = 5.0  # nothing takes longer without a line that says what it is
-
-
-class Stopped(Exception):
-    """A signal asked the training to stop; its state is saved."""
-
-    def __init__(self, iteration: int, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {iteration}")
 
 
 class Trainer:
@@ -71,8 +62,7 @@ class Trainer:
         self.totals = Totals()  # since the last line of metrics
         self.sources: tuple[str, ...] = ()
         self.mixed = False  # whether sequences of several sources share a micro-batch
-        self.received = 0  # a signal to stop, of this process alone
-        self.stop_signal = 0  # that of any process, the same in all of them
+        self.stopping = Stopping()
         self.quick: set[str] = set()  # what took less than `SILENCE_S` the last time
 
     # ------------------------------------------------------------------------------------ checkpoints
@@ -126,14 +116,14 @@ class Trainer:
         self.built = dataclasses.replace(self.built, alive=heartbeat.alive)
         self.saver.prepare(self.optimizer)
         freeze()
-        with self._signals():
+        with self.stopping.noted():
             if self.iteration == 0:
                 answer()
                 self._validate(batches, metrics)
-            elif self._any(self._lacks_validation(batches, metrics)):
+            elif any_rank(self._lacks_validation(batches, metrics)):
                 self._measure(batches, metrics, answer)
-            if self.stop_signal:  # what there is to keep is saved
-                raise Stopped(self.iteration, self.stop_signal)
+            if self.stopping.agreed:  # what there is to keep is saved
+                raise Stopped(self.iteration, self.stopping.agreed)
             if self.iteration < self.settings.train_iters and is_writer():
                 first, last = self.iteration + 1, self.settings.train_iters
                 logger.info("%s: training, steps %d to %d", self.settings.stage, first, last)
@@ -150,9 +140,9 @@ class Trainer:
                 heartbeat.beat(self.iteration)  # a validation or a checkpoint may have taken its time
             if batches.has("test"):
                 with self._announced("testing"):
-                    found = evaluate(self.built, batches, "test", give_up=self._is_told_to_stop)
+                    found = evaluate(self.built, batches, "test", give_up=self.stopping.is_told)
                 if found is None:
-                    raise Stopped(self.iteration, self.stop_signal)
+                    raise Stopped(self.iteration, self.stopping.agreed)
                 metrics.write(iteration=self.iteration, **found)
 
     def _after_step(
@@ -172,15 +162,15 @@ class Trainer:
         if self.iteration % self.run.log_interval == 0:  # a longer training goes on with what is not told yet
             self.totals.clear()
         measured = self._measure(batches, metrics, answer)
-        if self.saver.is_due(self.iteration) or at_end or self.stop_signal:
+        if self.saver.is_due(self.iteration) or at_end or self.stopping.agreed:
             with self.clock.spend("checkpoint"):
                 self.save(directory)
-                if at_end or self.stop_signal:
+                if at_end or self.stopping.agreed:
                     self.saver.finish()
         else:
             self.saver.finish(wait=False)
-        if self.stop_signal and not (at_end and measured):
-            raise Stopped(self.iteration, self.stop_signal)
+        if self.stopping.agreed and not (at_end and measured):
+            raise Stopped(self.iteration, self.stopping.agreed)
 
     def _measure(self, batches: Batches, metrics: Metrics, answer: Callable[[], None]) -> bool:
         """Validate and answer where that is due after this step.
@@ -281,7 +271,7 @@ class Trainer:
         if not batches.has("valid"):
             return True
         with self._announced("validating"):
-            found = evaluate(self.built, batches, "valid", give_up=self._is_told_to_stop)
+            found = evaluate(self.built, batches, "valid", give_up=self.stopping.is_told)
         if found is None:
             if is_writer():
                 logger.info(
@@ -308,21 +298,8 @@ class Trainer:
         mtp = internals.take_mtp_losses(model.mtp_num_layers)
         sums, mtp = sum_over_ranks(outputs, len(self.sources), mtp, mixed=self.mixed)
         router = internals.take_router_loss(self.built.config, model.routed_layers) / micro_batches
-        # Signals reach ranks at other moments. What one has received by now, all of them stop for after this
-        # step; for what comes later, after the next.
-        self.stop_signal = self._any(self.received)
+        self.stopping.agree()
         self.totals.add(sums, router, (mtp / sums.total("tokens")).tolist())
-
-    def _any(self, number: int) -> int:
-        """The largest number that any rank gives."""
-        found = torch.tensor(int(number), device=backend.device())
-        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-        return int(found)
-
-    def _is_told_to_stop(self) -> bool:
-        """Whether any rank has received a signal by now; all of them ask at the same time."""
-        self.stop_signal = self.stop_signal or self._any(self.received)
-        return bool(self.stop_signal)
 
     def _mean_loss(self) -> float:
         return self.totals.sums.means()["loss"]
@@ -380,30 +357,6 @@ class Trainer:
             self.quick.add(what)
         else:
             self.quick.discard(what)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note a signal instead of dying: the step is finished and saved. A second one ends the process.
-
-        A process that fails notes it until it ends: srun sends one when another has died, and this one has
-        to say what it saw, without a status of its own that hides the other's.
-        """
-
-        def note(number: int, _frame: Any) -> None:
-            self.received = number
-            signal.signal(number, signal.SIG_DFL)
-
-        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-        failed = is_rank()
-        try:
-            yield
-            failed = False
-        except Stopped:
-            failed = False
-            raise
-        finally:
-            for number, handler in () if failed else previous.items():
-                signal.signal(number, handler)
 
 
 def freeze() -> None:

@@ -196,7 +196,8 @@ class Stage:
         from snaketron.model import backend
         from snaketron.model.distributed import distributed
         from snaketron.train.build import build_training
-        from snaketron.train.loop import Stopped, Trainer
+        from snaketron.train.loop import Trainer
+        from snaketron.train.stopping import Stopped
 
         if launch.rank() == 0:
             self.write_config()

@@ -53,11 +53,11 @@ def trainer(settings):
 def test_a_signal_counts_from_the_step_on_after_which_all_processes_know_it(trainer):
     """One that reaches a process after a step's sums is for the next step: the others go on, too."""
     made = trainer(steps=1)
-    with made._signals():
+    with made.stopping.noted():
         os.kill(os.getpid(), signal.SIGUSR1)
-    assert made.stop_signal == 0
+    assert made.stopping.agreed == 0
     made._step(Random(2))
-    assert made.stop_signal == signal.SIGUSR1
+    assert made.stopping.agreed == signal.SIGUSR1
 
 
 def test_a_process_that_fails_says_why_though_srun_ends_it_for_another_that_died(trainer, monkeypatch):
@@ -65,10 +65,10 @@ def test_a_process_that_fails_says_why_though_srun_ends_it_for_another_that_died
     monkeypatch.setenv(TOKEN, "one")
     made, before = trainer(), {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
-        with pytest.raises(ZeroDivisionError), made._signals():
+        with pytest.raises(ZeroDivisionError), made.stopping.noted():
             _ = 1 / 0
         os.kill(os.getpid(), signal.SIGTERM)
-        assert made.received == signal.SIGTERM
+        assert made.stopping.received == signal.SIGTERM
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -14,8 +14,9 @@ from snaketron.files import sha256
 from snaketron.jobs.version import Version
 from snaketron.train.batches import Batches, Split, sequences
 from snaketron.train.build import build_training
-from snaketron.train.loop import Stopped, Trainer
+from snaketron.train.loop import Trainer
 from snaketron.train.losses import Batch
+from snaketron.train.stopping import Stopped
 
 import pytest
 import torch
