@@ -81,13 +81,14 @@ UNTUNED = {"MAMBA_DETERMINISTIC": "1", "TRITON_CACHE_AUTOTUNING": "0"}
 def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train `full` or `lora` for some steps, in this process."""
     import snaketron.model  # noqa: F401
-    from snaketron.config import Adapters, Model, load
+    from snaketron.config import Adapters, Lora, Model, Run, load
     from snaketron.model import backend
     from snaketron.model.distributed import distributed
     from snaketron.settings.training import LoraSettings, run_settings, train_settings
     from snaketron.sizes.memory import static_memory
     from snaketron.sizes.parameters import num_parameters
     from snaketron.sizes.stages import adapter_parameters
+    from snaketron.sizes.work import Work
     from snaketron.train import loop
     from snaketron.train.batches import Batches, sequences
     from snaketron.train.build import build_training
@@ -124,7 +125,8 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
             tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
             return sequences(tokens, labels, positions, settings.model.mtp_num_layers)
 
-    (static,) = static_memory(Model(**model), vocabulary, run.parallel, settings.optimizer, adapters=adapters)
+    does: Run = Lora(**adapters.model_dump(), parallel=run.parallel) if adapters else run
+    (static,) = static_memory(Work(settings.model, vocabulary, length, 1, does, settings.optimizer))
     trained = base = num_parameters(Model(**model), vocabulary).total
     if adapters:
         trained = adapter_parameters(Model(**model), vocabulary, run.parallel, adapters)[0].total

@@ -25,7 +25,7 @@ from snaketron.jobs.version import Version
 from snaketron.settings.training import IndexSettings, run_settings, train_settings
 from snaketron.sizes.epochs import resized
 from snaketron.sizes.gpus import GPUS
-from snaketron.sizes.memory import activation_memory, static_of_run
+from snaketron.sizes.memory import activation_memory, static_memory
 from snaketron.sizes.recording import work
 from snaketron.sizes.step import step_time
 
@@ -265,12 +265,11 @@ def summary(training: Training, lines: list[dict[str, Any]]) -> dict[str, Any]:
 def estimates(training: Training, gpu: str = "h200") -> dict[str, float]:
     """What `sizes` says of the step, and of the memory of the last pipeline stage and of the fullest one."""
     config = training.config(gpu=gpu)  # with its memory: layers are recorded where that has room
-    model, run, vocabulary = config.model, config.pretrain, training.vocabulary
-    static = static_of_run(model, vocabulary, run, run.optimizer)
-    activations = activation_memory(model, vocabulary, training.length, run)
-    memory = [kept.total + peak for kept, peak in zip(static, activations, strict=True)]
+    does = work(config, config.training("pretrain/one"))
+    both = zip(static_memory(does), activation_memory(does), strict=True)
+    memory = [kept.total + peak for kept, peak in both]
     return {
-        "estimated_step_s": step_time(work(config, config.training("pretrain/one")), GPUS[gpu]).total,
+        "estimated_step_s": step_time(does, GPUS[gpu]).total,
         "estimated_gib": memory[-1] / 2**30,
         "fullest_gib": max(memory) / 2**30,
     }

@@ -11,7 +11,7 @@ from snaketron.config import Config, Training
 from snaketron.graph.lines import group_title
 from snaketron.graph.outlook import Look, lines, trainings
 from snaketron.sizes.layout import layout_words
-from snaketron.sizes.plan import Estimate, components, estimate, hours_at
+from snaketron.sizes.plan import Estimate, estimate, hours_at
 from snaketron.sizes.speed import ESTIMATED
 from snaketron.wording import BYTES, large, plural, short_duration
 
@@ -109,15 +109,14 @@ def size_lines(config: Config, training: Training, needs: Estimate) -> list[str]
     parallel = training.run.parallel
     layout = layout_words(parallel)
     on = plural(parallel.world_size, "GPU" if config.cluster.gpus_per_node else "CPU process")
-    adapters = needs.num_adapter_parameters
-    recordings = components(config, training).recordings
+    adapters, memory = needs.num_adapter_parameters, needs.memory
     each = "each" if parallel.pipeline_model_parallel_size == 1 else "the fullest"
     return [
         f"{large(needs.num_parameters)} parameters, {large(needs.num_active_parameters)} active a token"
         + (f", {large(adapters)} of adapters trained" if adapters else ""),
         f"{on}{f': {layout}' if layout else ''}",
-        f"{large(needs.static_bytes, BYTES)} of weights, gradients and optimizer on {each}, "
-        f"{large(needs.peak_bytes, BYTES)} with activations{' and recordings' if recordings else ''}",
+        f"{large(memory.static, BYTES)} of weights, gradients and optimizer on {each}, "
+        f"{large(memory.total, BYTES)} with activations{' and recordings' if memory.recordings else ''}",
     ]
 
 

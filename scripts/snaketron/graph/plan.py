@@ -19,7 +19,7 @@ from snaketron.settings.training import train_settings
 from snaketron.sizes.fitting import no_change, smallest_change
 from snaketron.sizes.gpus import in_nodes
 from snaketron.sizes.layout import layout
-from snaketron.sizes.plan import Estimate, components, estimate, hours_at
+from snaketron.sizes.plan import Estimate, estimate, hours_at
 from snaketron.sizes.recording import work
 from snaketron.sizes.search import measure
 from snaketron.sizes.speed import flops_per_token
@@ -241,14 +241,11 @@ def _tokens(config: Config, corpus: str, found: Mapping[str, Sequence[str]]) -> 
 
 
 def _training(config: Config, training: Training, corpora: Mapping[str, Any]) -> dict[str, Any]:
-    needs, parts, limit = (
-        estimate(config, training),
-        components(config, training),
-        config.cluster.gpu_memory_gb if config.cluster.gpus_per_node else None,
-    )
+    needs = estimate(config, training)
+    memory, limit = needs.memory, config.cluster.gpu_memory_gb if config.cluster.gpus_per_node else None
     parallel, lies = training.run.parallel, layout(training.run, config.cluster)
     stages = pipeline_stages(training.model, config.tokenizer.vocab_size, parallel)
-    fits = None if limit is None else needs.peak_bytes <= limit * 1e9
+    fits = None if limit is None else memory.total <= limit * 1e9
     change = smallest_change(config, training) if fits is False else None
     settings = train_settings(config, training.name)
     steady = steady_steps(settings.schedule, settings.optimizer, training.train_iters)
@@ -269,7 +266,7 @@ def _training(config: Config, training: Training, corpora: Mapping[str, Any]) ->
         "flops_per_token": flops_per_token(config, training),
         "flops": needs.flops,
         **_time(training, needs),
-        "memory": asdict(parts) | {"total": parts.total, "limit": limit and limit * 1e9, "fits": fits},
+        "memory": asdict(memory) | {"total": memory.total, "limit": limit and limit * 1e9, "fits": fits},
         "change_that_fits": change and change[0],
         "why_none_fits": no_change(training) if fits is False and not change else None,
         **_step(config, training),

@@ -61,12 +61,12 @@ def check_memory(config: Config, trainings: Iterable[Training]) -> None:
     largest: dict[str, tuple[Training, Estimate]] = {}
     for training in trainings:
         need, at = estimate(config, training), training.at("parallel")
-        if at not in largest or need.peak_bytes > largest[at][1].peak_bytes:
+        if at not in largest or need.memory.total > largest[at][1].memory.total:
             largest[at] = training, need
     problems = [
         _too_large(config, training, need)
         for training, need in largest.values()
-        if need.peak_bytes / 1e9 > limit
+        if need.memory.total / 1e9 > limit
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -74,11 +74,11 @@ def check_memory(config: Config, trainings: Iterable[Training]) -> None:
 
 def _too_large(config: Config, training: Training, need: Estimate) -> str:
     what = (
-        f"{training.at('parallel')}: takes {need.peak_bytes / 1e9:.4g} GB of a GPU, more than "
+        f"{training.at('parallel')}: takes {need.memory.total / 1e9:.4g} GB of a GPU, more than "
         f"cluster.gpu_memory_gb {config.cluster.gpu_memory_gb:g}, of which weights, gradients and optimizer "
-        f"take {need.static_bytes / 1e9:.4g}; "
+        f"take {need.memory.static / 1e9:.4g}; "
     )
     if found := smallest_change(config, training):
         change, then = found
-        return f"{what}the smallest change that fits ({then.peak_bytes / 1e9:.4g} GB): {change}"
+        return f"{what}the smallest change that fits ({then.memory.total / 1e9:.4g} GB): {change}"
     return what + no_change(training)

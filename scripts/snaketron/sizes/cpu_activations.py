@@ -8,26 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from snaketron.config import Model, Run
+from snaketron.config import Model
 from snaketron.sizes.parameters import expert_width, mamba_widths, padded_vocab_size, weight_bytes
 from snaketron.sizes.stages import pipeline_stages
+from snaketron.sizes.work import Work
 
 CHUNK = 32  # tokens of a chunk of Mamba's scan, `mamba2.CHUNK_SIZE`
 FP32 = 4
 
 
-def cpu_activation_memory(model: Model, vocab_size: int, seq_length: int, run: Run) -> list[float]:
+def cpu_activation_memory(work: Work) -> list[float]:
     """Bytes of activations on a process of each pipeline stage at their peak.
 
     Like `memory.activation_memory`, with the norms before the output layer, which count where a vocabulary is
     small. Where layers are computed again, one of them is whole at a time: that of multi-token prediction
     beside the logits, any other one without them.
     """
-    parallel, tp = run.parallel, run.parallel.tensor_model_parallel_size
+    model, run, tp = work.model, work.run, work.run.parallel.tensor_model_parallel_size
     width, norm = weight_bytes(model), _norm(model)
     modules = [module for module in run.recompute if module != "layer"]
-    stages = pipeline_stages(model, vocab_size, parallel)
-    filled = math.ceil(seq_length / CHUNK) * CHUNK / seq_length
+    stages = pipeline_stages(model, work.vocab_size, run.parallel)
+    filled = math.ceil(work.seq_length / CHUNK) * CHUNK / work.seq_length
     whole = {
         layer: cpu_layer_activations(model, layer, modules, filled)
         for layer in {*model.hybrid_layer_pattern, *model.mtp_hybrid_layer_pattern}
@@ -35,7 +36,7 @@ def cpu_activation_memory(model: Model, vocab_size: int, seq_length: int, run: R
     # Both norms before the joining projection and its input, the block's layers, and the norm after them.
     block = sum(whole[layer] for layer in model.mtp_hybrid_layer_pattern)
     depth = 3 * norm + width * model.hidden_size + block
-    logits = (1 + model.mtp_num_layers) * FP32 * padded_vocab_size(model, vocab_size, tp)
+    logits = (1 + model.mtp_num_layers) * FP32 * padded_vocab_size(model, work.vocab_size, tp)
     after = [0.0] * (len(stages) - 1) + [logits + norm]
     if "layer" in run.recompute:
         kept: list[float] = [width * model.hidden_size * len(stage) for stage in stages]
@@ -45,9 +46,8 @@ def cpu_activation_memory(model: Model, vocab_size: int, seq_length: int, run: R
     else:
         kept = [sum(whole[layer] for layer in stage) for stage in stages]
         after[-1] += model.mtp_num_layers * depth
-    tokens = run.micro_batch_size * seq_length / parallel.context_parallel_size
     under_way = range(len(stages), 0, -1)  # micro-batches, whose layers keep what they keep
-    return [tokens / tp * (x * n + a) for x, n, a in zip(kept, under_way, after, strict=True)]
+    return [work.tokens_of_process / tp * (x * n + a) for x, n, a in zip(kept, under_way, after, strict=True)]
 
 
 def cpu_layer_activations(model: Model, layer: str, recompute: Sequence[str], filled: float = 1.0) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from snaketron.config import Config, Parallel, Pretrain, Training
 from snaketron.config.training_checks import check_training
-from snaketron.sizes.plan import Estimate, components, estimate
+from snaketron.sizes.plan import Estimate, estimate, memory_of
 
 MAX_DOUBLINGS = 4
 
@@ -28,7 +28,7 @@ def smallest_change(config: Config, training: Training) -> tuple[str, Estimate] 
             continue  # it exchanges activations in every layer: too much between nodes
         if check_training(changed, config):
             continue
-        if components(config, changed).total <= limit * 1e9:
+        if memory_of(config, changed).total <= limit * 1e9:
             return _said(training, update), estimate(config, changed)
     return None
 

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from snaketron.config import Config, Model, Parallel, Training
-from snaketron.sizes.cpu_activations import cpu_activation_memory
-from snaketron.sizes.memory import activation_memory, recorded_memory, static_of_run, updated_parameters
+from snaketron.sizes.memory import Memory, fullest, static_memory, updated_parameters
 from snaketron.sizes.parameters import Parameters, num_active_parameters, num_parameters, weight_bytes
 from snaketron.sizes.recording import work
 from snaketron.sizes.speed import Speed, flops_per_token, published, speed
@@ -17,14 +16,13 @@ from snaketron.sizes.stages import adapter_parameters, stage_parameters, trained
 
 @dataclass(frozen=True)
 class Estimate:
-    """The size of a training. Bytes are those of the fullest process, on its GPU or its node."""
+    """The size of a training."""
 
     num_parameters: int  # with multi-token prediction
     num_active_parameters: int  # that a token meets
     num_adapter_parameters: int | None  # None where the model itself is trained
     tokens: int
-    static_bytes: float  # weights, gradients and optimizer
-    peak_bytes: float  # with activations and recordings
+    memory: Memory  # of the fullest process
     # That a process needs of its node's memory: all tensors without GPUs; with GPUs those that are offloaded,
     # and the copy of a checkpoint while it is written.
     host_bytes: float
@@ -48,17 +46,12 @@ class Estimate:
 
 def estimate(config: Config, training: Training) -> Estimate:
     """The size of a training of the configuration."""
-    model, run, vocab_size = training.model, training.run, config.tokenizer.vocab_size
-    adapters, processes = training.adapters, run.parallel.world_size
+    model, vocab_size = training.model, config.tokenizer.vocab_size
+    adapters, processes = training.adapters, training.run.parallel.world_size
     found = speed(config, training)
     hours = hours_at(found, training)
-    parts = components(config, training)
-    without = run.model_copy(update={"offload_optimizer": 0.0})
-    kept, whole = (
-        max(kept.total for kept in static_of_run(model, vocab_size, one, run.optimizer))
-        for one in (run, without)
-    )
-    host = whole - kept + _copied_bytes(config, training) if config.cluster.gpus_per_node else parts.total
+    memory, on_gpus = memory_of(config, training), config.cluster.gpus_per_node > 0
+    host = _offloaded_bytes(config, training) + _copied_bytes(config, training) if on_gpus else memory.total
     return Estimate(
         num_parameters=num_parameters(model, vocab_size).total,
         num_active_parameters=num_active_parameters(model, vocab_size),
@@ -68,8 +61,7 @@ def estimate(config: Config, training: Training) -> Estimate:
             else None
         ),
         tokens=training.tokens,
-        static_bytes=parts.static,
-        peak_bytes=parts.total,
+        memory=memory,
         host_bytes=host,
         flops=training.tokens * flops_per_token(config, training),
         checkpoint_bytes=checkpoint_bytes(config, training),
@@ -87,42 +79,9 @@ def hours_at(found: Speed | None, training: Training) -> float | None:
     return training.tokens / (found.tokens_per_second * training.run.parallel.world_size) / 3600
 
 
-@dataclass(frozen=True)
-class Components:
-    """Bytes of the fullest process, on its GPU or its node, by what they are."""
-
-    weights: float
-    gradients: float
-    main_weights: float
-    moments: float
-    activations: float
-    recordings: float  # of layers, as CUDA graphs
-
-    @property
-    def static(self) -> float:
-        """What lies there between two steps, too."""
-        return self.weights + self.gradients + self.main_weights + self.moments
-
-    @property
-    def total(self) -> float:
-        return self.static + self.activations + self.recordings
-
-
-def components(config: Config, training: Training) -> Components:
-    """What the memory of the fullest process holds at its peak."""
-    model, run, vocab_size = training.model, training.run, config.tokenizer.vocab_size
-    static, about = static_of_run(model, vocab_size, run, run.optimizer), (model, vocab_size)
-    on_gpus = bool(config.cluster.gpus_per_node)
-    of_machine = activation_memory if on_gpus else cpu_activation_memory
-    activations = of_machine(*about, training.seq_length, run)
-    recordings = [0.0] * len(static)
-    if on_gpus and work(config, training).cuda_graphs:
-        recordings = recorded_memory(*about, training.seq_length, run)
-    stages = [
-        Components(kept.weights, kept.gradients, kept.main_weights, kept.moments, peak, recorded)
-        for kept, peak, recorded in zip(static, activations, recordings, strict=True)
-    ]
-    return max(stages, key=lambda stage: stage.total)
+def memory_of(config: Config, training: Training) -> Memory:
+    """What the fullest process holds at its peak, on its GPU or its node."""
+    return fullest(work(config, training), on_gpus=config.cluster.gpus_per_node > 0)
 
 
 def checkpoint_bytes(config: Config, training: Training) -> float:
@@ -148,6 +107,14 @@ def merged_bytes(config: Config, training: Training) -> float:
 def _in_checkpoint(model: Model) -> int:
     """Bytes of a parameter: the weight, its main weight and both moments."""
     return weight_bytes(model) + 3 * 4
+
+
+def _offloaded_bytes(config: Config, training: Training) -> float:
+    """Bytes of the optimizer that the fullest process keeps on the host in place of its GPU."""
+    does = work(config, training)
+    whole = does._replace(run=training.run.model_copy(update={"offload_optimizer": 0.0}))
+    there, here = (max(kept.total for kept in static_memory(one)) for one in (whole, does))
+    return there - here
 
 
 def _copied_bytes(config: Config, training: Training) -> float:

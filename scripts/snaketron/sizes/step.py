@@ -21,10 +21,10 @@ from snaketron.sizes.compute import (
     stays_in_bf16,
 )
 from snaketron.sizes.gpus import Gpu
-from snaketron.sizes.memory import static_of_run, updated_parameters
+from snaketron.sizes.memory import static_memory, updated_parameters
 from snaketron.sizes.parameters import padded_vocab_size
 from snaketron.sizes.stages import pipeline_stages, trained_parameters
-from snaketron.sizes.traffic import context, exchange, output_sums, sums_of_stages, tensor, tokens_of_process
+from snaketron.sizes.traffic import context, exchange, output_sums, sums_of_stages, tensor
 from snaketron.sizes.work import Work
 
 RECORDED_ON_HOST = 1.5e-3  # of a layer that is recorded as a CUDA graph
@@ -76,13 +76,11 @@ class _Stage:
 
 def step_time(work: Work, gpu: Gpu) -> Step:
     """The estimate. Experts are taken to be loaded evenly; an uneven load stretches `experts`."""
-    parallel = work.run.parallel
     stages = _stages(work, gpu)
-    micro_batches = work.global_batch_size / (work.run.micro_batch_size * parallel.data_parallel_size)
     slowest = max(stages, key=lambda stage: stage.total)
     # 1F1B: the slowest stage computes all micro-batches, and waits once for each of the others.
     bubble = sum(stage.total for stage in stages) - slowest.total
-    terms = {name: seconds * micro_batches for name, seconds in asdict(slowest).items()}
+    terms = {name: seconds * work.micro_batches for name, seconds in asdict(slowest).items()}
     sums, optimizer = _update(work, gpu, slowest.total)
     return Step(**terms, bubble=bubble, sums=sums, optimizer=optimizer)
 
@@ -121,7 +119,7 @@ def _add_layers(stage: _Stage, work: Work, gpu: Gpu, layer: str, in_bf16: bool, 
         recompute=run.recompute,
         frozen=work.frozen,
     )
-    seconds = count * tokens_of_process(work) / tp * of_token
+    seconds = count * work.tokens_of_process / tp * of_token
     name = {"M": "mamba", "*": "attention", "E": "experts", "-": "dense"}[layer]
     setattr(stage, name, getattr(stage, name) + seconds)
     if layer == "E":
@@ -146,7 +144,7 @@ def _add_output(stage: _Stage, work: Work, gpu: Gpu) -> None:
     model, tp = work.model, work.run.parallel.tensor_model_parallel_size
     rows = padded_vocab_size(model, work.vocab_size, tp)
     of_token = output_seconds(model, rows, gpu, frozen=work.frozen)
-    stage.output += tokens_of_process(work) / tp * of_token
+    stage.output += work.tokens_of_process / tp * of_token
     for layer in model.mtp_hybrid_layer_pattern:  # which stays in bf16
         _add_layers(stage, work, gpu, layer, True, model.mtp_num_layers)
     stage.tensor += output_sums(work, gpu).seconds(gpu)
@@ -194,7 +192,7 @@ def _update(work: Work, gpu: Gpu, micro_batch: float) -> tuple[float, float]:
     sums = optimizer = 0.0
     fused = work.optimizer.gradient_precision == work.optimizer.moment_precision == "bf16"
     trained = trained_parameters(work.model, work.vocab_size, parallel, work.adapters)
-    memories = static_of_run(work.model, work.vocab_size, work.run, work.optimizer)
+    memories = static_memory(work)
     for stage, memory, moved in zip(trained, memories, sums_of_stages(work, gpu), strict=True):
         sums = max(sums, moved.seconds(gpu))
         # One pass over all in bf16; else also division by the tokens, norm and clipping, each on its own.

@@ -44,12 +44,10 @@ NOTHING = Moved()
 
 def traffic(work: Work, gpu: Gpu) -> dict[str, Moved]:
     """What the GPU that sends most sends in a step, by kind. Experts are taken to be loaded evenly."""
-    parallel = work.run.parallel
-    micro_batches = work.global_batch_size / (work.run.micro_batch_size * parallel.data_parallel_size)
     stages = list(_stages(work, gpu))
     kinds = max(stages, key=lambda kinds: sum(moved.total for moved in kinds.values()))
     kinds["pipeline"] = _between_stages(work, gpu)
-    of_step = {kind: moved * micro_batches for kind, moved in kinds.items()}
+    of_step = {kind: moved * work.micro_batches for kind, moved in kinds.items()}
     return of_step | {"sums": max(sums_of_stages(work, gpu), key=lambda moved: moved.total)}
 
 
@@ -76,7 +74,7 @@ def exchange(work: Work, gpu: Gpu, layer: str) -> Moved:
     """Copies of tokens on their way to experts and back."""
     if layer != "E":
         return NOTHING
-    tokens = tokens_of_process(work) / work.run.parallel.tensor_model_parallel_size
+    tokens = work.tokens_of_process / work.run.parallel.tensor_model_parallel_size
     return _to_experts(work, gpu) * (2 * _passes(work, layer) * tokens)
 
 
@@ -100,7 +98,7 @@ def _to_experts(work: Work, gpu: Gpu) -> Moved:
 def tensor(work: Work, gpu: Gpu, layer: str) -> Moved:
     """A gathering and a scattered sum forwards, and one more gathering backwards."""
     group = work.run.parallel.tensor_model_parallel_size
-    amount = 2.5 * _passes(work, layer) * tokens_of_process(work) * work.model.hidden_size * 2
+    amount = 2.5 * _passes(work, layer) * work.tokens_of_process * work.model.hidden_size * 2
     return _within(gpu, group) * amount
 
 
@@ -116,13 +114,13 @@ def context(work: Work, gpu: Gpu, layer: str) -> Moved:
         amount = 2 * (2 * inner + conv)
     elif layer == "*":
         amount = 2 * 2 * model.num_query_groups * model.kv_channels * (cp - 1)
-    return _within(gpu, tp * cp) * (tokens_of_process(work) / tp * amount * _passes(work, layer))
+    return _within(gpu, tp * cp) * (work.tokens_of_process / tp * amount * _passes(work, layer))
 
 
 def output_sums(work: Work, gpu: Gpu) -> Moved:
     """Tensor parallelism of the output layer, once more for each depth of multi-token prediction."""
     group = work.run.parallel.tensor_model_parallel_size
-    hidden = tokens_of_process(work) * work.model.hidden_size * 2
+    hidden = work.tokens_of_process * work.model.hidden_size * 2
     return _within(gpu, group) * (3 * (1 + work.model.mtp_num_layers) * hidden)
 
 
@@ -130,15 +128,10 @@ def _between_stages(work: Work, gpu: Gpu) -> Moved:
     """Hidden states to the next stage of the pipeline, and their gradients to the one before."""
     parallel = work.run.parallel
     stages = parallel.pipeline_model_parallel_size
-    hidden = tokens_of_process(work) / parallel.tensor_model_parallel_size * work.model.hidden_size * 2
+    hidden = work.tokens_of_process / parallel.tensor_model_parallel_size * work.model.hidden_size * 2
     amount = min(2, stages - 1) * hidden
     # The processes of a stage have numbers one after the other.
     return Moved(nvlink=amount) if parallel.world_size <= gpu.domain else Moved(network=amount)
-
-
-def tokens_of_process(work: Work) -> float:
-    """Tokens of a micro-batch on a process of context parallelism."""
-    return work.run.micro_batch_size * work.seq_length / work.run.parallel.context_parallel_size
 
 
 def _passes(work: Work, layer: str) -> float:

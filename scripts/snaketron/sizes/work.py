@@ -25,6 +25,16 @@ class Work(NamedTuple):
     keeps_scan: bool = True  # Mamba's scan keeps its intermediate results, as here now
 
     @property
+    def micro_batches(self) -> float:
+        """Micro-batches of each process of data parallelism."""
+        return self.global_batch_size / (self.run.micro_batch_size * self.run.parallel.data_parallel_size)
+
+    @property
+    def tokens_of_process(self) -> float:
+        """Tokens of a micro-batch on a process of context parallelism."""
+        return self.run.micro_batch_size * self.seq_length / self.run.parallel.context_parallel_size
+
+    @property
     def adapters(self) -> Adapters | None:
         """The adapters that it trains; None where it trains the model itself."""
         return self.run if isinstance(self.run, Adapters) else None

@@ -97,7 +97,7 @@ def test_nano_has_its_parameters_and_runs_on_two_nodes():
     two = of("nano", pretrain=more, sft=more, lora=more)
     check_memory(two, two.trainings())
     one, other = (estimate(c, c.training("pretrain/broad")) for c in (config, two))
-    assert one.checkpoint_bytes == other.checkpoint_bytes and other.peak_bytes < one.peak_bytes
+    assert one.checkpoint_bytes == other.checkpoint_bytes and other.memory.total < one.memory.total
 
 
 def test_the_limits_of_a_section_are_those_of_each_source_without_its_own():

@@ -1,6 +1,7 @@
 """Models whose sizes are known: published, or small enough to count by hand."""
 
-from snaketron.config import Model
+from snaketron.config import Model, Optimizer, Run
+from snaketron.sizes.work import Work
 
 SUPER = Model(
     hybrid_layer_pattern="MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
@@ -54,3 +55,15 @@ HAND = Model(
     moe_shared_expert_intermediate_size=11,
     make_vocab_size_divisible_by=16,
 )
+
+
+def work(
+    model: Model,
+    run: Run | None = None,
+    *,
+    vocab_size: int = 16,
+    length: int = 96,
+    optimizer: Optimizer | None = None,
+) -> Work:
+    """A training of a model on sequences of a length."""
+    return Work(model, vocab_size, length, 1, run or Run(), optimizer or Optimizer())

@@ -9,8 +9,8 @@ from snaketron.model import backend
 from snaketron.model.megatron import mamba2
 from snaketron.sizes import cpu_activations
 from snaketron.sizes.cpu_activations import cpu_activation_memory, cpu_layer_activations
-from snaketron.sizes.plan import components
-from tests.unit.sizes.models import HAND, SMALL
+from snaketron.sizes.plan import memory_of
+from tests.unit.sizes.models import HAND, SMALL, work
 
 import pytest
 import torch
@@ -51,9 +51,8 @@ def saved_bytes(model: torch.nn.Module, length: int = LENGTH) -> int:
     ],
 )
 def test_autograd_saves_what_is_predicted(build: Any, keys: dict[str, Any]):
-    (predicted,) = cpu_activation_memory(
-        Model(**(SMALL | keys)), VOCABULARY, LENGTH, Run(micro_batch_size=BATCH)
-    )
+    does = work(Model(**(SMALL | keys)), Run(micro_batch_size=BATCH), vocab_size=VOCABULARY, length=LENGTH)
+    (predicted,) = cpu_activation_memory(does)
     assert saved_bytes(build(VOCABULARY, **keys)) == pytest.approx(predicted, rel=0.02)
 
 
@@ -62,7 +61,8 @@ def test_autograd_saves_what_is_predicted(build: Any, keys: dict[str, Any]):
 def test_the_scan_of_a_sequence_keeps_whole_chunks(build: Any, length: int):
     """It is filled up: 33 tokens take as much as 64."""
     keys = SMALL | {"hybrid_layer_pattern": "MMM", "mtp_num_layers": 0}
-    (predicted,) = cpu_activation_memory(Model(**keys), VOCABULARY, length, Run(micro_batch_size=BATCH))
+    does = work(Model(**keys), Run(micro_batch_size=BATCH), vocab_size=VOCABULARY, length=length)
+    (predicted,) = cpu_activation_memory(does)
     assert saved_bytes(build(VOCABULARY, **keys), length) == pytest.approx(predicted, rel=0.02)
 
 
@@ -105,9 +105,9 @@ def test_layers_that_are_computed_again_are_whole_one_by_one():
     model = HAND.model_copy(update={"hybrid_layer_pattern": "M--", "mtp_num_layers": 0})
     run = Run(micro_batch_size=3, recompute=["layer"])
     largest = cpu_layer_activations(model, "M", [])
-    assert cpu_activation_memory(model, 16, 96, run) == [288 * (3 * 4 * 10 + largest)]
+    assert cpu_activation_memory(work(model, run)) == [288 * (3 * 4 * 10 + largest)]
     many = 10_000  # whose logits are more than a layer
-    (kept,) = cpu_activation_memory(model, many, 96, run)
+    (kept,) = cpu_activation_memory(work(model, run, vocab_size=many))
     assert kept == 288 * (3 * 4 * 10 + 4 * many + 4 * NORM)
 
 
@@ -117,11 +117,11 @@ def test_a_stage_computes_the_layers_of_one_micro_batch_again_however_many_are_u
     run = Run(micro_batch_size=3, recompute=["layer"], parallel=pipeline)
     largest, inputs = cpu_layer_activations(model, "M", []), 2 * 4 * 10
     expected = [288 * (n * inputs + largest) for n in (3, 2, 1)]
-    assert cpu_activation_memory(model, 16, 96, run) == expected
+    assert cpu_activation_memory(work(model, run)) == expected
 
 
 def test_a_plan_without_gpus_counts_what_a_cpu_keeps():
     """54 MB on a GPU, 82 on a CPU; a step was measured to take 83."""
     on_gpu, on_cpu = (load({"cluster": {"gpus_per_node": gpus}}, {}) for gpus in (1, 0))
-    found = [components(config, config.training("sft")).activations / 1e6 for config in (on_gpu, on_cpu)]
+    found = [memory_of(config, config.training("sft")).activations / 1e6 for config in (on_gpu, on_cpu)]
     assert found == [pytest.approx(54.5, abs=0.1), pytest.approx(82.0, abs=0.1)]

@@ -7,8 +7,9 @@ from pathlib import Path
 from snaketron.config import load
 from snaketron.graph.configfiles import configuration
 from snaketron.graph.dry_run import size_lines
-from snaketron.sizes.memory import static_of_run
-from snaketron.sizes.plan import checkpoint_bytes, components, estimate
+from snaketron.sizes.memory import static_memory
+from snaketron.sizes.plan import checkpoint_bytes, estimate
+from snaketron.sizes.recording import work
 from tests.conftest import REPOSITORY
 from tests.unit.sizes.models import COUNTED
 
@@ -42,19 +43,9 @@ def test_only_adapters_are_counted_as_trained():
     full, lora = (estimate(config, config.training(name)) for name in ("sft", "lora"))
     assert full.num_adapter_parameters is None and lora.num_adapter_parameters == 158_400
     assert full.num_parameters == lora.num_parameters
-    assert full.static_bytes == 16 * full.num_parameters  # fp32: weights, gradients and two moments
+    assert full.memory.static == 16 * full.num_parameters  # fp32: weights, gradients and two moments
     trained = lora.num_adapter_parameters
-    assert lora.static_bytes == 4 * full.num_parameters + 16 * trained
-
-
-@pytest.mark.parametrize("name", ["pretrain/broad", "sft", "lora"])
-def test_the_components_of_memory_add_up_to_the_peak(name: str):
-    parallel = {"pipeline_model_parallel_size": 2, "data_parallel_size": 2}
-    keys = {"global_batch_size": 2, "parallel": parallel}
-    config = load(COUNTED | {"sft": keys, "lora": keys}, {})
-    parts = components(config, config.training(name))
-    assert parts.total == pytest.approx(estimate(config, config.training(name)).peak_bytes)
-    assert parts.main_weights == 0  # of a model in fp32
+    assert lora.memory.static == 4 * full.num_parameters + 16 * trained
 
 
 def test_what_lies_on_a_gpu_is_that_of_the_fullest_one(monkeypatch: pytest.MonkeyPatch):
@@ -65,10 +56,10 @@ def test_what_lies_on_a_gpu_is_that_of_the_fullest_one(monkeypatch: pytest.Monke
     monkeypatch.chdir(REPOSITORY)
     config = configuration([Path("config/super.yaml"), Path("config/h100.yaml")])
     broad = config.training("pretrain/broad")
-    stages = static_of_run(broad.model, config.tokenizer.vocab_size, broad.run, broad.run.optimizer)
+    stages = static_memory(work(config, broad))
     found = estimate(config, broad)
-    assert found.static_bytes == stages[0].total < max(stage.total for stage in stages)
-    assert found.static_bytes == found.peak_bytes - components(config, broad).activations
+    assert found.memory.static == stages[0].total < max(stage.total for stage in stages)
+    assert found.memory.static == found.memory.total - found.memory.activations
     assert "50.7 GB of weights, gradients and optimizer on the fullest, 57.5 GB" in "".join(
         size_lines(config, broad, found)
     )

@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from snaketron.config import Adapters, Cluster, Model, Optimizer, Parallel, Run, load
+from snaketron.config import Adapters, Cluster, Model, Parallel, Run, load
 from snaketron.sizes.gpus import usable_bytes
 from snaketron.sizes.memory import peak_bytes, recorded_memory
-from snaketron.sizes.plan import components
+from snaketron.sizes.plan import memory_of
 from snaketron.sizes.recording import recordable, records_layers
-from snaketron.sizes.recording import work as work_of
-from snaketron.sizes.work import Work
+from tests.unit.sizes.models import work
 
 import pytest
 
 NODE = Cluster(gpus_per_node=8)
 EP_2 = {"data_parallel_size": 2, "expert_model_parallel_size": 2}
-
-
-def work(model: Model, run: Run, seq_length: int) -> Work:
-    return Work(model, 1024, seq_length, 1, run, Optimizer())
 
 
 @pytest.mark.parametrize(
@@ -68,11 +63,12 @@ def test_micro_batches_are_recorded_where_a_gpu_holds_the_model_and_layers_where
     run: dict[str, Any], more: dict[str, Any], recorded: str
 ):
     asked = {"precision": "bf16", "seq_length": 512, "packed": False, "adapters": None} | more
-    about = (Model(precision=asked["precision"]), Run.model_validate(run), asked["seq_length"])
+    about, length = (Model(precision=asked["precision"]), Run.model_validate(run)), asked["seq_length"]
     where: dict[str, Any] = {"packed": asked["packed"], "cluster": NODE}
+    does = work(*about, length=length)
     found = [
-        recordable(*about, adapters=asked["adapters"], **where),
-        records_layers(work(*about), usable=math.inf, **where),
+        recordable(*about, length, adapters=asked["adapters"], **where),
+        records_layers(does, usable=math.inf, **where),
     ]
     assert found == [recorded == "micro-batches", recorded == "layers"]
 
@@ -89,7 +85,7 @@ SIZES: dict[str, Any] = {
 @pytest.mark.parametrize(("precision", "more"), [("bf16", 1), ("fp8_current", 1.6)])
 def test_layers_are_recorded_where_what_they_keep_has_room_once_more(precision: str, more: float):
     model = Model(hybrid_layer_pattern="*E*", **SIZES | {"precision": precision})
-    does = work(model, Run(micro_batch_size=1, parallel=Parallel(**EP_2)), 512)
+    does = work(model, Run(micro_batch_size=1, parallel=Parallel(**EP_2)), length=512)
     needed = peak_bytes(does) + more * 2 * 512 * 2 * KEPT
     for usable, recorded in ((needed, True), (needed - 1, False)):
         assert records_layers(does, packed=False, cluster=NODE, usable=usable) is recorded
@@ -100,8 +96,7 @@ def recorded(cuda_graphs: bool | None, parallel: dict[str, int], **cluster: Any)
     pretrain = {"seq_length": 512, "micro_batch_size": 1, "parallel": parallel, "cuda_graphs": cuda_graphs}
     model = {"hybrid_layer_pattern": "*E*E", **SIZES}
     sections = {"model": model, "pretrain": pretrain, "cluster": {"gpus_per_node": 8} | cluster}
-    parts = components(config := load(sections, {}), config.training("pretrain/broad"))
-    assert peak_bytes(work_of(config, config.training("pretrain/broad"))) == parts.total
+    parts = memory_of(config := load(sections, {}), config.training("pretrain/broad"))
     return parts.recordings, parts.total - parts.recordings
 
 
@@ -121,12 +116,12 @@ def test_a_stage_has_recordings_of_each_micro_batch_that_it_keeps():
     """The first of two stages has a layer of the two, and keeps two micro-batches."""
     run = Run(micro_batch_size=1, parallel=Parallel(pipeline_model_parallel_size=2))
     model = Model(hybrid_layer_pattern="*E*E", **SIZES)
-    assert recorded_memory(model, 1024, 512, run) == [2 * 512 * 2 * KEPT, 512 * 2 * KEPT]
+    assert recorded_memory(work(model, run, length=512)) == [2 * 512 * 2 * KEPT, 512 * 2 * KEPT]
 
 
 def test_where_there_is_no_gpu_nothing_is_recorded():
     config = load({"model": {"hybrid_layer_pattern": "*E*E", **SIZES}, "pretrain": {"seq_length": 512}}, {})
-    assert components(config, config.training("pretrain/broad")).recordings == 0
+    assert memory_of(config, config.training("pretrain/broad")).recordings == 0
 
 
 def test_what_a_training_may_fill_is_configured_or_known_of_the_kind_of_gpu():

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
-from snaketron.config import Adapters, Optimizer
+from snaketron.config import Adapters, Lora, Optimizer
 from snaketron.model import lora
 from snaketron.settings.training import LoraSettings
 from snaketron.sizes.memory import static_memory
 from snaketron.sizes.stages import adapter_parameters
+from snaketron.sizes.work import Work
 from snaketron.train.build import build_training
 from snaketron.train.evaluate import evaluate
 from snaketron.train.loop import Trainer
@@ -117,7 +118,8 @@ def test_frozen_parameters_cost_their_weights_alone(trainer, precision: str, wid
     assert isinstance(settings, LoraSettings)
     (added,) = adapter_parameters(settings.model, VOCABULARY, one.run.parallel, settings.lora)
     assert added.total == sum(numbers)
-    (kept,) = static_memory(settings.model, VOCABULARY, one.run.parallel, Optimizer(), adapters=settings.lora)
+    lora = Lora(**settings.lora.model_dump(), parallel=one.run.parallel)
+    (kept,) = static_memory(Work(settings.model, VOCABULARY, settings.seq_length, 1, lora, Optimizer()))
     assert kept.weights == found["weights"] and kept.gradients == 4 * added.total
     assert kept.main_weights + kept.moments == found["optimizer"]
 
