@@ -36,7 +36,7 @@ from snaketron.graph.requests import check_requests
 from snaketron.graph.snakemake import replace_pieces
 from snaketron.graph.stops import Stops
 from snaketron.graph.submission import check_submission
-from snaketron.jobs import inventory, status
+from snaketron.jobs import status
 from snaketron.sources import registered
 from snaketron.sources.formats import DOWNLOADED
 from snaketron.sources.models import MODEL_FILE, TASK_FILE
@@ -90,10 +90,9 @@ logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     for note in notes.of_configuration(graph, workflow.overwrite_configfiles):
         logger.info(note)
-    asked = inventory.look, request.sbatch_options, graph.seconds
     process.at_end(
         partial(notes.explain, workflow, graph),
-        partial(dry_run.explain, workflow, graph.config, *asked),
+        partial(dry_run.explain, workflow, graph, request.sbatch_options),
     )
 
 
@@ -109,7 +108,7 @@ onstart:
     configfiles.keep(graph.config, workflow.overwrite_configfiles)
     if replaced := notes.replaced_by(workflow):
         logger.warning(replaced)
-    trainings = outlook.trainings(graph.config, workflow.dag, inventory.look)
+    trainings = outlook.trainings(graph.config, workflow.dag)
     for line in outlook.lines(trainings):
         logger.info(line)
     if workflow.executor_plugin.name == "slurm":

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from snaketron.config import Config, Training
+from snaketron.graph.graph import Graph
 from snaketron.graph.lines import group_title
-from snaketron.graph.outlook import Look, lines, trainings
+from snaketron.graph.outlook import lines, trainings
 from snaketron.sizes.layout import layout_words
 from snaketron.sizes.plan import Estimate, estimate, hours_at
 from snaketron.sizes.speed import ESTIMATED
@@ -19,16 +20,16 @@ Request = Callable[[Any], str]  # from a job to options of sbatch
 Seconds = Callable[[Any], float]  # how long a job reads raw files, roughly
 
 
-def explain(workflow: Any, config: Config, look: Look, request: Request, seconds: Seconds) -> None:
+def explain(workflow: Any, graph: Graph, request: Request) -> None:
     """Print the plan at the end of a dry-run, when the graph is known; nothing after another run.
 
-    `look` says how far a training is, `request` what sbatch is asked for a job, and `seconds` how long a job
-    reads raw files.
+    `request` says what sbatch is asked for a job.
     """
     if workflow.dryrun and (dag := getattr(workflow, "dag", None)):
-        if found := trainings(config, dag, look):
+        if found := trainings(graph.config, dag):
             print("\n  ".join(("\nTrainings:", *lines(found))), file=sys.stderr)
-        if plan := describe(config, _submitted(workflow, dag, config), request, seconds):
+        jobs = _submitted(workflow, dag, graph.config)
+        if plan := describe(graph.config, jobs, request, graph.seconds):
             print(f"\n{plan}", file=sys.stderr)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from snaketron.config import Config
 from snaketron.files import read_json, sha256, to_json
 from snaketron.graph.snakemake.reasons import key_of
+from snaketron.jobs.inventory import look
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import read
 from snaketron.log import UserError
@@ -23,9 +24,6 @@ from snaketron.sizes.speed import speed
 import orjson
 
 RULES = ("pretrain", "sft", "lora", "merge_lora")
-# From the output of a training, its settings, its inputs and what names the key of a setting to how far it
-# is. Where the identity of an input is not known before it is made, there are no inputs.
-Look = Callable[[Path, dict[str, Any], Inputs | None, Callable[[str], str]], Progress]
 
 
 class Outlook(NamedTuple):
@@ -36,7 +34,7 @@ class Outlook(NamedTuple):
     numbers: Planned
 
 
-def trainings(config: Config, dag: Any, look: Look) -> list[Outlook]:
+def trainings(config: Config, dag: Any) -> list[Outlook]:
     """The trainings among the jobs that run, or would run, in their order."""
     jobs = [job for job in dag.needrun_jobs(exclude_finished=False) if job.rule.name in RULES]
     phases = ["", *(phase.name for phase in config.pretrain.phases)]
