@@ -12,13 +12,8 @@ from snaketron.huggingface import shards
 from snaketron.huggingface.metadata import megatron_differences
 from snaketron.huggingface.names import megatron_tensors
 from snaketron.huggingface.peft import Factor, adapter_config, factors, refused
-from snaketron.huggingface.save import (
-    Checkpoint,
-    Rows,
-    listed,
-    open_tensors,
-    small_files,
-)
+from snaketron.huggingface.save import Checkpoint, Rows, listed, small_files
+from snaketron.huggingface.torch_dist import Reader
 from snaketron.lineage.record import Entry, Record, making
 from snaketron.log import UserError, logger
 
@@ -64,7 +59,7 @@ def export_adapters(
     """
     if problems := refused(adapters, checkpoint.model):
         raise UserError("\n".join(problems))
-    reader = open_tensors(checkpoint.tensors)
+    reader = Reader(checkpoint.tensors)
     found = factors(checkpoint.model, adapters)
     held = megatron_tensors((factor.tensor for factor in found), {})
     if problems := megatron_differences(reader.listed, held, None):

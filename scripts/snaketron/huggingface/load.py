@@ -14,9 +14,9 @@ from snaketron.huggingface import config
 from snaketron.huggingface.index import INDEX
 from snaketron.huggingface.metadata import damaged_files, megatron_differences
 from snaketron.huggingface.names import VOCABULARY, Megatron, Source, megatron_tensors, tensors
-from snaketron.huggingface.save import TensorReader, listed, open_tensors
+from snaketron.huggingface.save import listed
 from snaketron.huggingface.shards import DTYPES, Shards
-from snaketron.huggingface.torch_dist import Chunk, Reader, is_finite
+from snaketron.huggingface.torch_dist import Chunk, LastRead, Reader, is_finite
 from snaketron.log import UserError
 from snaketron.sizes.parameters import padded_vocab_size
 
@@ -126,20 +126,20 @@ def megatron_weights(directory: Path, model: Model, vocab_size: int) -> Weights:
         UserError: it is of another model, incomplete or damaged; all differences at once.
     """
     problems = damaged_files(directory)  # first: torch would run what a strange list names
-    reader = open_tensors(directory)
+    reader = Reader(directory)
     padded = padded_vocab_size(model, vocab_size, 1)
     wanted = megatron_tensors(tensors(model, vocab_size), dict.fromkeys(VOCABULARY, padded))
     if problems := problems + megatron_differences(reader.listed, wanted, vocab_size):
         raise UserError(listed(f"{directory} cannot be imported:", problems))
     bad: list[str] = []
-    read = TensorReader(reader)
+    read = LastRead(reader)
     chunks = [_megatron_chunk(tensor, reader, read, bad) for tensor in wanted]
     main = reader.tensors["output_layer.weight"][1]
     files = sorted(path for path in directory.iterdir() if path.is_file())
     return Weights(chunks, files, "fp32" if main is torch.float32 else "bf16", bad)
 
 
-def _megatron_chunk(tensor: Megatron, reader: Reader, read: TensorReader, bad: list[str]) -> Chunk:
+def _megatron_chunk(tensor: Megatron, reader: Reader, read: LastRead, bad: list[str]) -> Chunk:
     dtype = torch.float32 if tensor.fp32 else reader.tensors[tensor.key][1]
 
     def make() -> torch.Tensor:

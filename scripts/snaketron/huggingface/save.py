@@ -14,7 +14,7 @@ from snaketron.huggingface import config, shards
 from snaketron.huggingface.index import INDEX
 from snaketron.huggingface.metadata import megatron_differences
 from snaketron.huggingface.names import Tensor, megatron_tensors, tensors
-from snaketron.huggingface.torch_dist import Reader, is_finite
+from snaketron.huggingface.torch_dist import LastRead, Reader, is_finite
 from snaketron.lineage.record import Entry, Record, making, of_file
 from snaketron.log import UserError, logger
 from snaketron.wording import plural
@@ -58,7 +58,7 @@ def export(
     Raises:
         UserError: the checkpoint does not hold this model, or cannot be read; all differences at once.
     """
-    reader = open_tensors(checkpoint.tensors)
+    reader = Reader(checkpoint.tensors)
     wanted = tensors(checkpoint.model, checkpoint.vocab_size)
     held = megatron_tensors(wanted, {})
     if problems := megatron_differences(reader.listed, held, checkpoint.vocab_size):
@@ -116,16 +116,6 @@ def listed(title: str, problems: list[str]) -> str:
     return "\n".join([title, *problems[:_SHOWN], *more])
 
 
-def open_tensors(directory: Path) -> Reader:
-    """The tensors of a checkpoint of Megatron; `UserError` where there are none."""
-    try:
-        return Reader(directory)
-    except Exception as error:  # a damaged pickle fails in many ways
-        raise UserError(
-            f"{directory}: not a torch_dist checkpoint, or damaged ({type(error).__name__}: {error})"
-        ) from error
-
-
 def _described(wanted: Iterable[Tensor], reader: Reader) -> Iterator[shards.Described]:
     for tensor in wanted:
         dtype = torch.float32 if tensor.fp32 else reader.tensors[tensor.parts[0].key][1]
@@ -141,7 +131,7 @@ class Rows:
     def __init__(self, reader: Reader) -> None:
         self.directory = reader.directory
         self.not_finite: list[str] = []
-        self._read = TensorReader(reader)
+        self._read = LastRead(reader)
 
     def of(self, tensor: Tensor) -> torch.Tensor:
         pieces = []
@@ -160,26 +150,6 @@ class Rows:
             count = plural(len(self.not_finite), "tensor")
             title = f"{self.directory} holds numbers that are not finite, in {count}:"
             raise UserError(listed(title, self.not_finite))
-
-
-class TensorReader:
-    """Reads tensors of Megatron, and remembers the last one: all its experts are asked for in a row."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
-
-    def __call__(self, key: str) -> torch.Tensor:
-        if self._last[0] != key:
-            self._last = ("", torch.empty(0))  # before the next one is there
-            try:
-                self._last = key, self.reader.read(key)
-            except Exception as error:  # damage shows in many ways, such as names that are no UTF-8
-                raise UserError(
-                    f"{self.reader.directory}: {key} cannot be read ({type(error).__name__}: {error}); the "
-                    "checkpoint is damaged"
-                ) from error
-        return self._last[1]
 
 
 def small_files(

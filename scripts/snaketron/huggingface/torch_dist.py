@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.huggingface.metadata import Listed
+from snaketron.log import UserError
 
 import torch
 from torch.distributed.checkpoint import (
@@ -53,11 +54,16 @@ class Reader:
     """The tensors of one checkpoint directory (iter_0000100)."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises `OSError`, or what unpickling raises, where the checkpoint has no readable list of them."""
+        """`UserError` where the checkpoint has no readable list of them."""
         self.directory = directory
         self._reader = FileSystemReader(directory)
-        self._metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        try:
+            self._metadata = self._reader.read_metadata()
+            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        except Exception as error:  # a damaged pickle fails in many ways
+            raise UserError(
+                f"{directory}: not a torch_dist checkpoint, or damaged ({type(error).__name__}: {error})"
+            ) from error
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             key: (tuple(value.size), value.properties.dtype)
             for key, value in self._metadata.state_dict_metadata.items()
@@ -70,15 +76,35 @@ class Reader:
         return {key: (shape, str(dtype)) for key, (shape, dtype) in self.tensors.items()}
 
     def read(self, key: str) -> torch.Tensor:
-        """A whole tensor. Raises `OSError` or `RuntimeError` where a file is missing or damaged."""
-        shape, dtype = self.tensors[key]
-        state = {key: torch.empty(shape, dtype=dtype)}
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's own calls of torch
-            planner.set_up_planner(state, self._metadata, is_coordinator=True)
-            self._reader.read_data(planner.create_local_plan(), planner).wait()
+        """A whole tensor; `UserError` where a file is missing or damaged."""
+        try:
+            shape, dtype = self.tensors[key]
+            state = {key: torch.empty(shape, dtype=dtype)}
+            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about torch's own calls of torch
+                planner.set_up_planner(state, self._metadata, is_coordinator=True)
+                self._reader.read_data(planner.create_local_plan(), planner).wait()
+        except Exception as error:  # damage shows in many ways, such as names that are no UTF-8
+            raise UserError(
+                f"{self.directory}: {key} cannot be read ({type(error).__name__}: {error}); the "
+                "checkpoint is damaged"
+            ) from error
         return state[key]
+
+
+class LastRead:
+    """Reads tensors, and remembers the last one alone: all its experts are asked for in a row."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
+
+    def __call__(self, key: str) -> torch.Tensor:
+        if self._last[0] != key:
+            self._last = ("", torch.empty(0))  # before the next one is there
+            self._last = key, self.reader.read(key)
+        return self._last[1]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 
 from snaketron.files import owned, writing_directory
-from snaketron.huggingface.save import TensorReader, open_tensors
 from snaketron.huggingface.torch_dist import Chunk, Reader, is_finite, write
 from snaketron.jobs.version import Description, Version, version_key
 from snaketron.lineage.record import Entry
@@ -99,7 +98,7 @@ def _write(
     said = ", ".join(f"{n:,} {weight:.4f}" for n, weight in zip(iterations, weights, strict=True))
     logger.info("%s: averaging the checkpoints after steps %s", stage, said)
     with writing_directory(version.iteration_directory(iterations[-1])) as aside:
-        readers = [open_tensors(phase.iteration_directory(iteration)) for iteration in iterations]
+        readers = [Reader(phase.iteration_directory(iteration)) for iteration in iterations]
         write(aside, _chunks(readers, weights), {"iteration": iterations[-1]})
     trained = phase.describe()
     version.complete(
@@ -127,7 +126,7 @@ def _chunk(key: str, readers: Sequence[Reader], weights: Sequence[float]) -> Chu
     def make() -> torch.Tensor:
         total = torch.zeros(shape, dtype=torch.float32)
         for reader, weight in zip(readers, weights, strict=True):
-            total.add_(TensorReader(reader)(key), alpha=weight)
+            total.add_(reader.read(key), alpha=weight)
         if not is_finite(total):
             raise UserError(f"{readers[-1].directory}: the average of {key} is not finite")
         return total.to(dtype)
