@@ -105,7 +105,7 @@ def _inputs(dag: Any, job: Any, known: dict[str, str | None], makers: Mapping[st
                 record = read(Version(Path(checkpoint)).record)
             except UserError:  # the training will say so
                 return None
-            found.append(f"{record.name}-{record.key}")
+            found.append(record.version)
         elif identity := known[checkpoint]:
             found.append(identity)
         else:

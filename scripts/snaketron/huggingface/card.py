@@ -57,7 +57,7 @@ def card(
         loss = one.counts.get("test_loss")
         trained.append(
             f"| {one.name} | {one.counts.get('iterations', 0):,} | {one.counts.get('tokens', 0):,} "
-            f"| {'-' if loss is None else f'{loss:.4f}'} | {one.name}-{one.key} |"
+            f"| {'-' if loss is None else f'{loss:.4f}'} | {one.version} |"
         )
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return "\n".join([_HEAD, f"# {record.name}", "", *table, "", *trained, _USE])

@@ -53,8 +53,7 @@ class Evaluation:
 
     @cached_property
     def key(self) -> str:
-        identities = [entry.sha256 or entry.version for entry in self.inputs]
-        return version_key(self.settings.model_dump(), identities)
+        return version_key(self.settings.model_dump(), [entry.identity for entry in self.inputs])
 
     @cached_property
     def version(self) -> Version:

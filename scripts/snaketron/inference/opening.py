@@ -7,7 +7,7 @@ from pathlib import Path
 from snaketron.data.tokenizer import tokenizer_info
 from snaketron.inference.exporting import longest_sequence
 from snaketron.jobs.version import Version
-from snaketron.lineage.record import read
+from snaketron.lineage.record import directory_name, read
 from snaketron.log import UserError
 from snaketron.model.build import BuiltModel, build_model
 from snaketron.model.lora import freeze
@@ -50,7 +50,7 @@ def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
 def base_of(version: Version) -> Path:
     """The directory of the checkpoint that adapters were trained on, beside their own."""
     (entry,) = read(version.record).inputs_named("base")
-    base = version.directory.resolve().with_name(entry.version.replace("/", "_"))
+    base = version.directory.resolve().with_name(directory_name(entry.version))
     elsewhere = Version(entry.file)
     if not base.is_dir() and elsewhere.is_finished and elsewhere.identity == entry.version:
         return elsewhere.directory  # below another root of checkpoints

@@ -170,7 +170,7 @@ def _differences(
     """What else than its length is different in a training, in words."""
     old = config.settings
     differ = _other_than_length(old, settings, key_of)
-    there = [entry.sha256 or entry.version for entry in config.inputs]
+    there = [entry.identity for entry in config.inputs]
     wanted = list(inputs.identities)
     if inputs.blend and old.keys() >= settings.keys():
         samples = old["train_iters"] * old["global_batch_size"]

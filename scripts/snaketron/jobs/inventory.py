@@ -16,7 +16,7 @@ from snaketron.jobs import continuation, slurm
 from snaketron.jobs.attempts import read_attempts
 from snaketron.jobs.owner import Holder, is_owned, own
 from snaketron.jobs.version import Description, Version, published, version_key, versions
-from snaketron.lineage.record import read
+from snaketron.lineage.record import directory_name, read
 from snaketron.log import UserError
 from snaketron.sizes.outlook import Inputs, Progress
 from snaketron.wording import short_duration, size_text
@@ -198,7 +198,7 @@ def _item(version: Version, links: dict[Path, list[Path]]) -> Item:
         state,
         is_running,
         links.get(version.directory.resolve(), []),
-        [entry.version.replace("/", "_") for entry in config.inputs if entry.version] if config else [],
+        [directory_name(entry.version) for entry in config.inputs if entry.version] if config else [],
         size,
         changed,
         bool(unanswered),

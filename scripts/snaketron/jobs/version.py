@@ -18,7 +18,7 @@ from typing import Any, Final
 from snaketron.files import partial, sha256_of, write_text
 from snaketron.huggingface.config import copy_tokenizer
 from snaketron.lineage.placed import Placed
-from snaketron.lineage.record import Entry, Given, Record, making, of_file, read
+from snaketron.lineage.record import Entry, Given, Record, directory_name, making, of_file, read
 from snaketron.log import UserError
 
 import yaml
@@ -105,10 +105,10 @@ class Version:
         root = output
         for _ in stage.split("/"):
             root = root.parent
-        return cls(root / "versions" / f"{stage.replace('/', '_')}-{key}")
+        return cls(root / "versions" / directory_name(f"{stage}-{key}"))
 
     def is_of(self, stage: str) -> bool:
-        return self.directory.name.rpartition("-")[0] == stage.replace("/", "_")
+        return self.directory.name.rpartition("-")[0] == directory_name(stage)
 
     def describe(self) -> Description:
         """What its `config.yaml` says; `UserError` where there is none, or it says something else."""
@@ -171,8 +171,7 @@ class Version:
     @property
     def identity(self) -> str:
         """The stage and version key of a finished checkpoint, whatever its link is called."""
-        record = self.check_finished()
-        return f"{record.name}-{record.key}"
+        return self.check_finished().version
 
     def check_finished(self) -> Record:
         """The record of a finished checkpoint; `UserError` where there is none."""

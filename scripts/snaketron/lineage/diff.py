@@ -69,7 +69,7 @@ class _Comparison:
                 a, b = ours.get(path), theirs.get(path)
                 if a is None or b is None:
                     yield f"{indent}{name} {path}: only in {'the first' if a else 'the second'}"
-                elif _identity(a) != _identity(b):
+                elif a.identity != b.identity:
                     yield from self._input(name, one, a, other, b, indent)
 
     def _input(self, name: str, one: Side, a: Entry, other: Side, b: Entry, indent: str) -> Iterator[str]:
@@ -146,9 +146,5 @@ def _by_name(made: Made) -> dict[str, dict[str, Entry]]:
     return groups
 
 
-def _identity(entry: Entry) -> str:
-    return entry.sha256 or entry.version or entry.revision
-
-
 def _short(entry: Entry) -> str:
-    return entry.version or _identity(entry)[:24]  # a version is named whole: its key comes last
+    return entry.version or entry.identity[:24]  # a version is named whole: its key comes last

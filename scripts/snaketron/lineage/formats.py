@@ -68,6 +68,5 @@ def _is_whole(maker: Made, entry: Entry) -> bool:
 
 
 def _data_set(entry: Entry) -> dict[str, Any]:
-    identity = entry.sha256 or entry.version or entry.revision
-    facet = {"_producer": PRODUCER, "_schemaURL": VERSION_FACET, "datasetVersion": identity}
-    return {"namespace": "file", "name": entry.path, "facets": {"version": facet} if identity else {}}
+    facet = {"_producer": PRODUCER, "_schemaURL": VERSION_FACET, "datasetVersion": entry.identity}
+    return {"namespace": "file", "name": entry.path, "facets": {"version": facet} if entry.identity else {}}

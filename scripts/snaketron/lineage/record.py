@@ -81,6 +81,11 @@ class Entry:
         return Path(self.path)
 
     @property
+    def identity(self) -> str:
+        """What tells it from another one, wherever it lies."""
+        return self.sha256 or self.version or self.revision
+
+    @property
     def reference(self) -> dict[str, Any]:
         """The entry without its name, as config.yaml and W&B list what a training was made from."""
         values = {key: getattr(self, key) for key in REFERENCE}
@@ -128,6 +133,11 @@ class Record:
             {"name": e.name, "path": e.path, "sha256": e.sha256, "bytes": e.bytes} for e in self.outputs
         ]
         return {name: part for name, part in value.items() if name not in _MAY_LACK or part}
+
+
+def directory_name(version: str) -> str:
+    """What the directory of a version is called: its `Record.version`, whose stage may hold a slash."""
+    return version.replace("/", "_")
 
 
 # -------------------------------------------------------------------------------------------- reading

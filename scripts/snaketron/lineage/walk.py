@@ -12,7 +12,7 @@ from pathlib import Path
 
 from snaketron.files import sha256
 from snaketron.lineage.placed import Placed, plain
-from snaketron.lineage.record import BEGINNING, Entry, Record, begins, parse, read
+from snaketron.lineage.record import BEGINNING, Entry, Record, begins, directory_name, parse, read
 from snaketron.log import UserError
 
 LARGEST_RECORD = 1 << 28  # bytes; a larger file of JSON is data
@@ -77,7 +77,7 @@ def _directories(entry: Entry) -> tuple[Path, Path]:
 
     A stage that was trained again has its link moved to the new version; the old one lies beside that.
     """
-    return entry.file, entry.file.resolve().with_name(entry.version.replace("/", "_"))
+    return entry.file, entry.file.resolve().with_name(directory_name(entry.version))
 
 
 def lost(records: Collection[Record]) -> list[Entry]:

@@ -17,7 +17,7 @@ from typing import Any
 from snaketron.files import no_room
 from snaketron.jobs.lines import read_metrics
 from snaketron.jobs.version import Version
-from snaketron.lineage.record import read
+from snaketron.lineage.record import directory_name, read
 from snaketron.log import logger
 from snaketron.tracking import artifacts
 from snaketron.tracking.artifacts import Artifact
@@ -92,7 +92,7 @@ class WandB:
     def _log_untracked(self, version: Version) -> None:
         """Log the training of a checkpoint that this one starts from, unless it was logged from here."""
         record = read(version.record)
-        name = f"{record.name.replace('/', '_')}-{record.key}"
+        name = directory_name(record.version)
         if self.client.has_logged(name):
             return
         for base in artifacts.trainings(record.inputs):

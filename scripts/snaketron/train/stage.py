@@ -128,7 +128,7 @@ class Stage:
     @property
     def identities(self) -> list[str]:
         """Of the inputs, in their order."""
-        return [entry.sha256 or entry.version for entry in self.inputs]
+        return [entry.identity for entry in self.inputs]
 
     @cached_property
     def key(self) -> str:
