@@ -156,29 +156,20 @@ def _problem(tool: Any) -> str:
 
 @contextlib.contextmanager
 def _chat(args: argparse.Namespace, tools: list[Any]) -> Iterator[Chat]:
-    from snaketron.data.chats.environment import special_tokens
     from snaketron.data.chats.mask import end_of_turn
-    from snaketron.data.chats.template import load_template
     from snaketron.data.tokenizer import load_tokenizer
     from snaketron.inference.chat import Chat
     from snaketron.inference.decoder import decoding
-    from snaketron.inference.exporting import ends_of_answers
     from snaketron.inference.generate import Sampling
     from snaketron.inference.opening import open_checkpoint
+    from snaketron.inference.prompting import ends_of_answers, template_of
     from snaketron.model.distributed import distributed
-    from snaketron.settings.training import RunSettings, settings_of_checkpoint, template_date
+    from snaketron.settings.training import RunSettings
 
     version = Version(args.checkpoint)
-    directory = version.tokenizer
-    tokenizer = load_tokenizer(directory)
-    described = version.describe()
-    day = template_date(described.run)
-    template = load_template(directory / "chat_template.jinja", special_tokens(directory), day=day)
+    tokenizer, template = load_tokenizer(version.tokenizer), template_of(version)
     # The template's end of a turn counts also for a model that was not tuned on the template.
-    ends = [
-        *ends_of_answers(version, settings_of_checkpoint(described.settings)),
-        end_of_turn(template, tokenizer),
-    ]
+    ends = [*ends_of_answers(version), end_of_turn(template, tokenizer)]
     settings = RunSettings(tracking="off", cpus_per_task=args.threads)
     with distributed(args.seed, settings):
         built = open_checkpoint(args.checkpoint, settings)

@@ -19,7 +19,7 @@ from snaketron.jobs.version import Version, version_key
 from snaketron.lineage.record import Entry, making, of_user
 from snaketron.log import logger
 from snaketron.settings.evaluation import EvalSettings
-from snaketron.settings.training import RunSettings, settings_of_checkpoint, template_date
+from snaketron.settings.training import RunSettings
 
 if TYPE_CHECKING:  # imports megatron-core (5 s), which the supervisor does not need
     from snaketron.model.build import BuiltModel
@@ -97,13 +97,11 @@ def evaluate(job: Evaluation) -> int:
 
 def parts(job: Evaluation) -> Iterator[tuple[str, Part]]:
     """The parts by name: text/<corpus>, chats/<source>, answers/<source>, tasks/<name>."""
-    from snaketron.data.chats.environment import special_tokens
-    from snaketron.data.chats.template import load_template
     from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
     from snaketron.inference import evaluate as compute
 
-    settings, directory = job.settings, Version(job.checkpoint).tokenizer
-    tokenizer, info = load_tokenizer(directory), tokenizer_info(directory)
+    settings, version = job.settings, Version(job.checkpoint)
+    tokenizer, info = load_tokenizer(version.tokenizer), tokenizer_info(version.tokenizer)
     sizes, batch = compute.Sizes(tokenizer, info.eos_id), settings.batch_size
     if settings.text_tokens:
         text = partial(
@@ -125,16 +123,12 @@ def parts(job: Evaluation) -> Iterator[tuple[str, Part]]:
         if settings.answers:
             yield f"answers/{source.source}", partial(answers, files=source.files)
     if settings.tasks:
-        from snaketron.inference.exporting import ends_of_answers
+        from snaketron.data.chats.environment import special_tokens
         from snaketron.inference.harness import CheckpointLM, run_task
+        from snaketron.inference.prompting import ends_of_answers, template_of
 
-        version = Version(job.checkpoint)
-        described = version.describe()
-        ends = ends_of_answers(version, settings_of_checkpoint(described.settings))
-        day = template_date(described.run)
-        special = special_tokens(directory)
-        template = load_template(directory / "chat_template.jinja", special, day=day)
-        begin = special.get("bos_token")
+        ends, template = ends_of_answers(version), template_of(version)
+        begin = special_tokens(version.tokenizer).get("bos_token")
         for task in settings.tasks:
 
             def of_task(built: BuiltModel, task: Any = task) -> dict[str, Any]:

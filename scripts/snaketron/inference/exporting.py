@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import os
-from datetime import date
 from pathlib import Path
 
-from snaketron.data.chats.environment import special_tokens
-from snaketron.data.chats.mask import end_of_turn
-from snaketron.data.chats.template import load_template
-from snaketron.data.chats.unusable import Unusable
-from snaketron.data.tokenizer import load_tokenizer, tokenizer_info
+from snaketron.data.tokenizer import tokenizer_info
 from snaketron.huggingface.adapters import export_adapters
 from snaketron.huggingface.card import card
 from snaketron.huggingface.save import Checkpoint, export
-from snaketron.inference.importing import ENDS, STATED_LENGTH
+from snaketron.inference.prompting import ends_of_answers, longest_sequence
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import Entry, Record, read
 from snaketron.lineage.walk import ancestors, lost
 from snaketron.log import UserError
-from snaketron.settings.training import (
-    LoraSettings,
-    TrainSettings,
-    settings_of_checkpoint,
-    template_date,
-)
+from snaketron.settings.training import LoraSettings, TrainSettings, settings_of_checkpoint
 
 
 def export_checkpoint(path: Path, output: Path, base: str | None = None) -> Record:
@@ -51,19 +41,6 @@ def export_checkpoint(path: Path, output: Path, base: str | None = None) -> Reco
     return export(checkpoint, output, source=source, card=text)
 
 
-def longest_sequence(version: Version, own: int) -> int:
-    """The longest sequence that a model can be expected to read: of its training or of one before it.
-
-    Packs of a tuning may be shorter than the text before it, and programs refuse or cut what is longer than
-    they are told. `own` is that of its training.
-    """
-    record = read(version.record)
-    made_from = [record, *ancestors(record.inputs).values()]
-    before = [one.settings.get("seq_length", 0) for one in made_from if one.kind == "checkpoint"]
-    stated = [one.counts.get(STATED_LENGTH, 0) for one in made_from]
-    return max([own, *before, *stated])
-
-
 def _check_place(output: Path) -> None:
     """`UserError` where an export would take the place of what is none."""
     record = output / "record.json"
@@ -88,34 +65,8 @@ def _checkpoint(version: Version, settings: TrainSettings) -> Checkpoint:
         tensors=version.iteration_directory(iteration),
         tokenizer=version.tokenizer,
         model=settings.model,
-        seq_length=longest_sequence(version, settings.seq_length),
+        seq_length=longest_sequence(version),
         vocab_size=tokenizer.vocab_size,
-        eos_token_ids=ends_of_answers(version, settings),
+        eos_token_ids=ends_of_answers(version),
         pad_token_id=tokenizer.pad_id,
     )
-
-
-def ends_of_answers(version: Version, settings: TrainSettings) -> list[int]:
-    """The ids that end an answer: the tokenizer's own, and after a tuning that of its chat template.
-
-    Those of a checkpoint from elsewhere are as its generation_config.json said.
-    """
-    ends = [tokenizer_info(version.tokenizer).eos_id]
-    found: list[int | None] = read(version.record).counts.get(ENDS, [])
-    if settings.packed:
-        found = [_end_of_turn(version.tokenizer, template_date(version.describe().run))]
-    return ends + [end for end in found if end is not None and end not in ends]
-
-
-def _end_of_turn(tokenizer: Path, day: date) -> int | None:
-    """The id of the token that ends an answer, by the chat template; None where there is none.
-
-    `day` is the date that the template is told if it asks.
-    """
-    if not (tokenizer / "chat_template.jinja").exists():
-        return None
-    try:
-        template = load_template(tokenizer / "chat_template.jinja", special_tokens(tokenizer), day=day)
-        return end_of_turn(template, load_tokenizer(tokenizer))
-    except (UserError, Unusable):
-        return None  # a checkpoint of pretraining may have a template that no conversation was rendered with

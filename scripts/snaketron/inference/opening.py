@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from snaketron.data.tokenizer import tokenizer_info
-from snaketron.inference.exporting import longest_sequence
+from snaketron.inference.prompting import longest_sequence
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import directory_name, read
 from snaketron.log import UserError
@@ -35,8 +35,7 @@ def open_checkpoint(path: Path, run: RunSettings | None = None) -> BuiltModel:
     if settings.model.precision != "fp32":
         model = settings.model.model_copy(update={"precision": "bf16"})
         settings = settings.model_copy(update={"model": model})
-    longest = longest_sequence(version, settings.seq_length)
-    settings = settings.model_copy(update={"seq_length": longest})
+    settings = settings.model_copy(update={"seq_length": longest_sequence(version)})
     vocab_size = tokenizer_info(version.tokenizer).vocab_size
     built = build_model(settings, run or RunSettings(tracking="off"), vocab_size, draw=False)
     if not built.adapters:  # which have frozen it
