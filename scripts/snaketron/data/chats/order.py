@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.data.chats.mixing import mix
-from snaketron.data.chats.pack import Conversations, plan
+from snaketron.data.chats.pack import TOO_LONG, Conversations, not_packed, plan
 from snaketron.data.chats.packs import PackedDataset
 from snaketron.log import UserError
 from snaketron.settings.chats import PackSettings
@@ -49,11 +49,10 @@ class Packing:
 
     def why_not(self, number: int) -> str:
         """Why a conversation is in no pack."""
-        if (length := self._found.lengths[number]) > self.pack_size:
-            return f"longer than a pack ({length} tokens, pack_size {self.pack_size})"
-        if self._found.cut[number]:
-            return "longer than a pack, which no answer fits in"
-        return "nothing to train on"
+        found = not_packed(self._found, self.pack_size)
+        reason = next(reason for reason, which in found.items() if which[number])
+        size = f" ({self._found.lengths[number]} tokens, pack_size {self.pack_size})"
+        return f"{reason}{size if reason == TOO_LONG else ''}"
 
 
 class PackOrder:

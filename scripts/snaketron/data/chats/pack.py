@@ -25,6 +25,7 @@ from snaketron.settings.chats import PackSettings
 import numpy as np
 import pyarrow as pa
 
+TOO_LONG = "longer than a pack"
 PASS_TOKENS = 1 << 28  # tokens in memory, at 5 bytes each
 
 
@@ -181,23 +182,16 @@ def plan(chats: Conversations, split: str, settings: PackSettings) -> Plan:
     """
     pack_size, multiple = settings.pack_size, settings.padding_multiple
     in_split = chats.splits == SPLITS.index(split)
-    too_long = in_split & (chats.lengths > pack_size)
-    untrained = in_split & ~too_long & (chats.trained == 0)
-    unanswered = untrained & (chats.cut > 0)
-    chosen = np.flatnonzero(in_split & ~too_long & ~untrained)
+    dropped = {reason: in_split & which for reason, which in not_packed(chats, pack_size).items()}
+    chosen = np.flatnonzero(in_split & ~np.logical_or.reduce([*dropped.values()]))
     lengths = chats.lengths[chosen]
     bins = packing.pack(-(-lengths // multiple) * multiple, pack_size, settings.algorithm, settings.seed)
     cut = chosen[chats.cut[chosen] > 0]
-    dropped = {
-        "longer than a pack": too_long.sum(),
-        "longer than a pack, which no answer fits in": unanswered.sum(),
-        "nothing to train on": untrained.sum() - unanswered.sum(),
-    }
     tokens = int(lengths.sum(dtype=np.int64))
     counts = {
         "conversations": int(in_split.sum()),
         "packed": len(chosen),
-        "dropped": {reason: int(number) for reason, number in dropped.items() if number},
+        "dropped": {reason: int(which.sum()) for reason, which in dropped.items() if which.any()},
         "cut": len(cut),
         "cut_tokens": int(chats.cut[cut].sum(dtype=np.int64)),
         "packs": len(bins),
@@ -207,6 +201,17 @@ def plan(chats: Conversations, split: str, settings: PackSettings) -> Plan:
         "length_histogram": length_histogram(lengths),
     }
     return Plan(bins.offsets, chosen[bins.indices], counts)
+
+
+def not_packed(chats: Conversations, pack_size: int) -> dict[str, np.ndarray]:
+    """Which conversations no pack takes, a mask for each reason."""
+    too_long = chats.lengths > pack_size
+    untrained, cut = ~too_long & (chats.trained == 0), chats.cut > 0
+    return {
+        TOO_LONG: too_long,
+        "longer than a pack, which no answer fits in": untrained & cut,
+        "nothing to train on": untrained & ~cut,
+    }
 
 
 def length_histogram(lengths: np.ndarray) -> dict[str, int]:
