@@ -116,6 +116,12 @@ class Record:
         """What identifies a checkpoint among all that were trained, as inputs list it; empty for the rest."""
         return f"{self.name}-{self.key}" if self.key else ""
 
+    @property
+    def is_training(self) -> bool:
+        """Whether it is of a training: adapters are merged, models imported and averaged without a step."""
+        names = {entry.name for entry in self.inputs}
+        return self.kind == "checkpoint" and "blend" in names and "adapters" not in names
+
     def output(self, name: str) -> Entry:
         """The output of a name, such as `train.bin`; `KeyError` where there is none."""
         for entry in self.outputs:

@@ -119,9 +119,8 @@ def unknown(catalogue: Catalogue) -> list[Made]:
     """
 
     def is_lost(made: Made) -> bool:
-        if made.record.kind != "checkpoint" or made.record.inputs_named("adapters"):  # only merged
-            return False
-        return any(catalogue.made_by(e, made) is None for e in made.record.inputs_named("blend"))
+        blends = made.record.inputs_named("blend") if made.record.is_training else ()
+        return any(catalogue.made_by(entry, made) is None for entry in blends)
 
     lost = list(filter(is_lost, list(catalogue.all)))
     built = reach(catalogue, (Source(m.version, m.version, catalogue.users_of(m)) for m in lost)).holders

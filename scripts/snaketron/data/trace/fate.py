@@ -244,9 +244,8 @@ def _users(catalogue: Catalogue, made: Made, kind: str) -> list[Made]:
 
 
 def _trainings(catalogue: Catalogue, blend: Made) -> list[Made]:
-    """The trainings on a blend, and not those that only merged what was trained."""
-    users = _users(catalogue, blend, "checkpoint")
-    return [made for made in users if not made.record.inputs_named("adapters")]
+    """The trainings on a blend."""
+    return [made for made in _users(catalogue, blend, "checkpoint") if made.record.is_training]
 
 
 def _num_samples(training: Made) -> int:

@@ -30,7 +30,7 @@ class Removal:
 
     @property
     def trainings(self) -> list[Made]:
-        return [made for made in self.again if is_training(made)]
+        return [made for made in self.again if made.record.is_training]
 
 
 def requested(path: Path) -> list[tuple[str, int | None]]:
@@ -73,16 +73,9 @@ def removal(catalogue: Catalogue, documents: Iterable[tuple[str, int | None]]) -
         if must:
             again.add(made.digest)
             found.again.append(made)
-        elif blend_changes and is_training(made):
+        elif blend_changes and made.record.is_training:
             found.unseen.append(made)
     return found
-
-
-def is_training(made: Made) -> bool:
-    """Whether a job trained a checkpoint; adapters are merged and models imported without a step."""
-    record = made.record
-    inputs = {entry.name for entry in record.inputs}
-    return record.kind == "checkpoint" and "blend" in inputs and "adapters" not in inputs
 
 
 def _must(
@@ -92,7 +85,7 @@ def _must(
     kind = made.record.kind
     makers = [(entry, catalogue.made_by(entry, made)) for entry in made.record.inputs]
     changed = {entry.name for entry, maker in makers if maker and maker.digest in again}
-    if is_training(made):
+    if made.record.is_training:
         seen = any(t.made is made and (t.samples or t.problem) for fate in found for t in fate.trainings)
         whole_file = made.digest in whole and "blend" in changed
         return bool(changed), seen or whole_file or bool(changed - {"blend"})
