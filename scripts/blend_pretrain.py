@@ -27,10 +27,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.text import blend
+    from snaketron.settings import read_settings
     from snaketron.settings.blends import PhaseSettings
 
     result = blend.build(
-        PhaseSettings.model_validate_json(args.settings),
+        read_settings(PhaseSettings, args.settings),
         max_epochs=args.max_epochs,
         records=args.records,
         tokenizer=args.tokenizer,

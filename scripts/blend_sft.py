@@ -21,9 +21,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.chats.blend import build
+    from snaketron.settings import read_settings
     from snaketron.settings.blends import BlendSettings
 
-    settings = BlendSettings.model_validate_json(args.settings)
+    settings = read_settings(BlendSettings, args.settings)
     record = build(settings.weights, args.records, args.output, args.record)
     for split, total in record.counts.items():
         logger.info(

@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.curation.curate import curate_shard
     from snaketron.data.curation.documents import describe
+    from snaketron.settings import read_settings
     from snaketron.settings.curation import CurateSettings
 
     record = curate_shard(
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         near=args.near,
         index=args.index,
         tokenizer=args.tokenizer,
-        settings=CurateSettings.model_validate_json(args.settings),
+        settings=read_settings(CurateSettings, args.settings),
         num_examples=args.num_examples,
         output=args.output,
         record=args.record,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from snaketron.jobs import launch, supervisor
 from snaketron.log import argument_parser, run
+from snaketron.settings import read_settings
 from snaketron.settings.evaluation import EvalSettings
 from snaketron.settings.training import RunSettings
 
@@ -18,18 +19,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--text", type=Path, nargs="*", default=[], help="blend.json of phases of pretraining"
     )
     parser.add_argument("--chats", type=Path, help="blend.json of SFT")
-    parser.add_argument(
-        "--settings",
-        type=EvalSettings.model_validate_json,
-        required=True,
-        help="JSON of EvalSettings: what is measured",
-    )
-    parser.add_argument(
-        "--run-settings",
-        type=RunSettings.model_validate_json,
-        required=True,
-        help="JSON of RunSettings: how it is run",
-    )
+    parser.add_argument("--settings", required=True, help="JSON of EvalSettings: what is measured")
+    parser.add_argument("--run-settings", required=True, help="JSON of RunSettings: how it is run")
     parser.add_argument(
         "--output", type=Path, required=True, help="JSON file to write, such as eval/sft.json"
     )
@@ -42,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
 
     if launch.is_rank():
         launch.join()
-    job = Evaluation(args.settings, args.run_settings, args.checkpoint, args.text, args.chats, args.output)
+    settings = read_settings(EvalSettings, args.settings)
+    run_settings = read_settings(RunSettings, args.run_settings, "--run-settings")
+    job = Evaluation(settings, run_settings, args.checkpoint, args.text, args.chats, args.output)
     if launch.is_rank():
         with launch.telling(job.version.failures):
             return evaluate(job)

@@ -27,12 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.curation.documents import describe
     from snaketron.data.curation.filters import filter_shard
+    from snaketron.settings import read_settings
     from snaketron.settings.curation import FilterSettings
 
     record = filter_shard(
         args.text,
         tokenizer=args.tokenizer,
-        settings=FilterSettings.model_validate_json(args.settings),
+        settings=read_settings(FilterSettings, args.settings),
         num_examples=args.num_examples,
         output=args.output,
         record=args.record,

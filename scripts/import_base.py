@@ -23,12 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.config import Model
     from snaketron.inference.importing import import_base
+    from snaketron.settings import read_settings
 
     import_base(
         args.source,
         args.output,
         stage=args.stage,
-        model=Model.model_validate_json(args.model),
+        model=read_settings(Model, args.model, "--model"),
         tokenizer=args.tokenizer,
         seq_length=args.seq_length,
     )

@@ -21,9 +21,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.text import index
+    from snaketron.settings import read_settings
     from snaketron.settings.training import IndexSettings
 
-    settings = IndexSettings.model_validate_json(args.settings)
+    settings = read_settings(IndexSettings, args.settings)
     record = index.build(args.blend, settings, output=args.output, record=args.record)
     for split in SPLITS:
         if taken := record.counts[split]:

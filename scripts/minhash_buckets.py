@@ -27,12 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.config import MinHash
     from snaketron.data.curation.minhash import minhash_buckets
+    from snaketron.settings import read_settings
 
     record = minhash_buckets(
         args.signatures,
         removals=args.removals,
         bucket=args.bucket,
-        settings=MinHash.model_validate_json(args.settings),
+        settings=read_settings(MinHash, args.settings),
         output=args.output,
         record=args.record,
     )

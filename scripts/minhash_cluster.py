@@ -28,11 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.config import MinHash
     from snaketron.data.curation.minhash import minhash_cluster
+    from snaketron.settings import read_settings
 
     record = minhash_cluster(
         args.pairs,
         signatures=args.signatures,
-        settings=MinHash.model_validate_json(args.settings),
+        settings=read_settings(MinHash, args.settings),
         output=args.output,
         record=args.record,
     )

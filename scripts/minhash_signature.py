@@ -21,8 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.config import MinHash
     from snaketron.data.curation.minhash import minhash_signature
+    from snaketron.settings import read_settings
 
-    settings = MinHash.model_validate_json(args.settings)
+    settings = read_settings(MinHash, args.settings)
     record = minhash_signature(args.filtered, settings=settings, output=args.output, record=args.record)
     counts = record.counts
     logger.info(

@@ -35,13 +35,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.chats.pack import pack_chats
+    from snaketron.settings import read_settings
     from snaketron.settings.chats import PackSettings
     from snaketron.wording import counted
 
     outputs = {split: getattr(args, split) for split in SPLITS}
     record = pack_chats(
         args.chats,
-        settings=PackSettings.model_validate_json(args.settings),
+        settings=read_settings(PackSettings, args.settings),
         max_dropped_fraction=args.max_dropped_fraction,
         outputs=outputs,
         record=args.record,

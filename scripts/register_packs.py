@@ -24,9 +24,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.chats.register import register_packs
+    from snaketron.settings import read_settings
     from snaketron.settings.registering import RegisterPacksSettings
 
-    settings = RegisterPacksSettings.model_validate_json(args.settings)
+    settings = read_settings(RegisterPacksSettings, args.settings)
     record = register_packs(
         args.packs,
         settings=settings,

@@ -32,9 +32,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.text.register import register_tokens
+    from snaketron.settings import read_settings
     from snaketron.settings.registering import RegisterSettings
 
-    settings = RegisterSettings.model_validate_json(args.settings)
+    settings = read_settings(RegisterSettings, args.settings)
     prefix = args.pair[0].with_suffix("")
     record = register_tokens(prefix, settings=settings, tokenizer=args.tokenizer, record=args.record)
     counts = record.counts[settings.split]

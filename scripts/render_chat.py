@@ -31,12 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     from snaketron.data.chats.render import render_chats
+    from snaketron.settings import read_settings
     from snaketron.settings.chats import RenderSettings
     from snaketron.wording import counted
 
     record = render_chats(
         args.chats,
-        settings=RenderSettings.model_validate_json(args.settings),
+        settings=read_settings(RenderSettings, args.settings),
         tokenizer=args.tokenizer,
         template=args.template,
         output=args.output,

@@ -44,11 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["FASTOKENS_BPE_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(args.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = str(args.threads > 1).lower()
     from snaketron.data.text.tokenize import tokenize_shard
+    from snaketron.settings import read_settings
     from snaketron.settings.text import TokenizeSettings
 
     record = tokenize_shard(
         args.text,
-        settings=TokenizeSettings.model_validate_json(args.settings),
+        settings=read_settings(TokenizeSettings, args.settings),
         tokenizer=args.tokenizer,
         bins=dict(zip(SPLITS, args.bins, strict=True)),
         table=args.documents,

@@ -8,15 +8,10 @@ from typing import Any, Literal, Self
 
 from snaketron.config import ChatSource, Config, Reasoning, Section
 from snaketron.config.data import LongConversations, Packing
-from snaketron.settings import taken
+from snaketron.settings import taken, unless
 from snaketron.settings.text import ReadSettings
 
 from pydantic import Field, model_validator
-
-
-def _unless(default: Any) -> Any:
-    """A field that is left out of the JSON where it has its default: a new one makes nothing again."""
-    return Field(default, exclude_if=lambda value: value == default)
 
 
 class RenderSettings(ReadSettings):
@@ -34,12 +29,12 @@ class RenderSettings(ReadSettings):
     reasoning: Reasoning = Field(default_factory=Reasoning)
     seed: int | None = None  # None unless reasoning modes are chosen by it
     # These are left out of the JSON as long as they are what they are here.
-    system_field: str | None = _unless("system")
-    role_key: str = _unless("role")
-    content_key: str = _unless("content")
-    roles: dict[str, str] = _unless({})
-    thinking_tags: list[str] | None = _unless(["<think>", "</think>"])
-    template_date: date = _unless(date(2026, 1, 1))
+    system_field: str | None = unless("system")
+    role_key: str = unless("role")
+    content_key: str = unless("content")
+    roles: dict[str, str] = unless({})
+    thinking_tags: list[str] | None = unless(["<think>", "</think>"])
+    template_date: date = unless(date(2026, 1, 1))
 
 
 def render_settings(config: Config, source: ChatSource) -> RenderSettings:
@@ -65,7 +60,7 @@ class PackSettings(Section):
     algorithm: Packing
     padding_multiple: int = 1
     long_conversations: LongConversations = "drop"
-    seed: int | None = _unless(None)  # None unless the order is shuffled
+    seed: int | None = unless(None)  # None unless the order is shuffled
 
     @model_validator(mode="after")
     def check(self) -> Self:

@@ -19,7 +19,7 @@ from snaketron.config import (
     Tuning,
 )
 from snaketron.config.data import SftData
-from snaketron.settings import taken
+from snaketron.settings import taken, unless
 from snaketron.settings.schedule import Schedule
 
 from pydantic import Field
@@ -41,7 +41,7 @@ class TrainSettings(Section):
     stage: str
     seed: int
     # Draws the order of the text where a phase has a seed of its own; the training itself draws by `seed`.
-    data_seed: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    data_seed: int | None = unless(None)
     model: Model
     optimizer: Optimizer
     seq_length: int
@@ -113,7 +113,7 @@ class RunSettings(Run):
     sample_tokens: int = 0
     # What the chat template was told when the conversations were rendered. It stays in the checkpoint's
     # config.yaml, so that whoever asks the checkpoint tells the template the same.
-    template_date: str = Field(default=TEMPLATE_DATE, exclude_if=lambda value: value == TEMPLATE_DATE)
+    template_date: str = unless(TEMPLATE_DATE)
 
 
 def template_date(run: Mapping[str, Any]) -> date:

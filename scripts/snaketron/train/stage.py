@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snaketron.config import Model, Section
+from snaketron.config import Model
 from snaketron.data.tokenizer import Info, tokenizer_info
 from snaketron.files import read_json, sha256
 from snaketron.huggingface.config import copy_tokenizer
@@ -21,6 +21,7 @@ from snaketron.jobs.lines import read_metrics
 from snaketron.jobs.version import Description, Version, check_place, published, version_key
 from snaketron.lineage.record import Entry, making, of_file
 from snaketron.log import UserError, begin_log, log_to, logger
+from snaketron.settings import read_settings
 from snaketron.settings.training import LoraSettings, RunSettings, TrainSettings, model_differences
 from snaketron.sizes.layout import layout
 from snaketron.sizes.outlook import Inputs
@@ -28,8 +29,6 @@ from snaketron.tracking.follow import following
 from snaketron.tracking.sinks import Run
 from snaketron.train.metrics import mix, performance
 from snaketron.wording import size_text
-
-from pydantic import ValidationError
 
 if TYPE_CHECKING:  # imports megatron-core (5 s), which a finished version does not need
     from snaketron.model.build import BuiltModel
@@ -107,8 +106,8 @@ class Stage:
     @classmethod
     def from_args(cls, args: argparse.Namespace, kind: type[TrainSettings] = TrainSettings) -> Stage:
         """Read the settings and identify the inputs; `UserError` where they do not fit together."""
-        settings = _parse(kind, args.settings, "--settings")
-        run = _parse(RunSettings, args.run_settings, "--run-settings")
+        settings = read_settings(kind, args.settings)
+        run = read_settings(RunSettings, args.run_settings, "--run-settings")
         tokenizer = tokenizer_info(args.tokenizer)
         inputs = [
             Entry("blend", str(args.blend), sha256=_hash(args.blend)),
@@ -338,14 +337,6 @@ def check_base(base: Path, model: Model, tokenizer_sha256: str) -> None:
         )
     if differ:
         raise UserError(f"{base} is a checkpoint of another model:\n" + "\n".join(differ))
-
-
-def _parse[S: Section](kind: type[S], text: str, option: str) -> S:
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise UserError(f"{option}: {'; '.join(problems)}; paste what `snakemake -np` prints") from None
 
 
 def _hash(path: Path) -> str:

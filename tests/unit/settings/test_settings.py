@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Iterator
 from datetime import date
 from typing import Any
 
 from snaketron.config import Adapters, Config, load
+from snaketron.log import UserError
 from snaketron.settings.chats import RenderSettings, render_settings
 from snaketron.settings.evaluation import EvalSettings, eval_run, eval_settings
 from snaketron.settings.training import (
@@ -18,6 +20,7 @@ from snaketron.settings.training import (
     template_date,
     train_settings,
 )
+from tests.conftest import REPOSITORY
 
 import pytest
 
@@ -357,3 +360,20 @@ def test_a_checkpoint_keeps_the_date_that_its_template_was_told():
     run = run_settings(load({"sft_data": {"template_date": "2026-07-04"}}, {}), "sft")
     assert template_date(run.model_dump()) == date(2026, 7, 4)
     assert RunSettings.model_validate_json(run.model_dump_json(exclude_defaults=True)) == run
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        ("blend_sft.py --records a.json --output b --record c", "weights"),
+        ("evaluate.py --checkpoint ckpt/sft --run-settings {} --output a.json", "stage"),
+        ("pretrain.py --blend a --tokenizer b --run-settings {} --output c --index d", "stage"),
+    ],
+)
+def test_a_program_names_what_is_wrong_with_its_settings(command: str, wrong: str):
+    program, *options = command.split()
+    main = runpy.run_path(str(REPOSITORY / "scripts" / program))["main"]
+    with pytest.raises(
+        UserError, match=f"^--settings: {wrong}: Field required.*; paste what `snakemake -np`"
+    ):
+        main([*options, "--settings", "{}"])
