@@ -17,13 +17,13 @@ from snaketron.settings.keeping import kept_at_end
 from snaketron.settings.schedule import steady_steps
 from snaketron.settings.training import train_settings
 from snaketron.sizes.fitting import no_change, smallest_change
-from snaketron.sizes.gpus import in_nodes
+from snaketron.sizes.gpus import of_cluster
 from snaketron.sizes.layout import layout
 from snaketron.sizes.plan import Estimate, estimate, hours_at
 from snaketron.sizes.recording import work
-from snaketron.sizes.search import measure
 from snaketron.sizes.speed import flops_per_token
 from snaketron.sizes.stages import pipeline_stages
+from snaketron.sizes.step import step_time
 from snaketron.sizes.traffic import traffic
 from snaketron.sources.lockfile import Lock, read_lock, request
 from snaketron.sources.models import tokenizer_model
@@ -281,13 +281,12 @@ def _step(config: Config, training: Training) -> dict[str, dict[str, Any] | None
 
     None where the GPU is not known.
     """
-    if config.cluster.gpu is None or not config.cluster.gpus_per_node:
+    if (gpu := of_cluster(config.cluster)) is None:
         return {"step": None, "sent": None}
-    gpu = in_nodes(config.cluster.gpu, config.cluster)
-    found = measure(config, training, gpu)
-    sent = traffic(work(config, training), gpu)
+    does = work(config, training)
+    step, sent = step_time(does, gpu), traffic(does, gpu)
     return {
-        "step": asdict(found.step) | {"total": found.step.total},
+        "step": asdict(step) | {"total": step.total},
         "sent": {kind: asdict(moved) for kind, moved in sent.items()},
     }
 

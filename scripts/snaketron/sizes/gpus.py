@@ -39,6 +39,11 @@ def in_nodes(name: str, cluster: Cluster) -> Gpu:
     return gpu._replace(gpus_per_node=here, domain=here if gpu.domain == gpu.gpus_per_node else gpu.domain)
 
 
+def of_cluster(cluster: Cluster) -> Gpu | None:
+    """The GPUs of the configured nodes; None where their kind is not known, or trainings run on CPUs."""
+    return in_nodes(cluster.gpu, cluster) if cluster.gpu and cluster.gpus_per_node else None
+
+
 def usable_bytes(cluster: Cluster) -> float | None:
     """Bytes of a GPU that a training may fill, by the configuration; None: it says nothing of the GPU."""
     if cluster.gpu_memory_gb is not None:

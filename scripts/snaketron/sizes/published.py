@@ -15,7 +15,7 @@ from snaketron.sizes.measured import CARD, HERE, TABLE, Point, points
 from snaketron.sizes.memory import peak_bytes
 from snaketron.sizes.parameters import num_active_parameters, num_parameters
 from snaketron.sizes.speed import MEASURED
-from snaketron.sizes.step import tokens_per_second
+from snaketron.sizes.step import step_time, tokens_per_second
 
 _REPORT = "NVIDIA's report"
 
@@ -109,7 +109,7 @@ def _speeds(points: Iterable[Point]) -> list[Compared]:
             f"{point.gpu}, {point.what}",
             "tokens/s",
             point.tokens_per_second,
-            tokens_per_second(point.work, GPUS[point.gpu]),
+            tokens_per_second(point.work, step_time(point.work, GPUS[point.gpu])),
             point.source,
             0.1 if point.source == HERE else 0.2,  # others ran programs that are slower on one GPU
         )

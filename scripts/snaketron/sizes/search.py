@@ -15,7 +15,7 @@ from snaketron.sizes.gpus import Gpu, in_nodes
 from snaketron.sizes.layout import layout_sizes, layout_words
 from snaketron.sizes.memory import peak_bytes
 from snaketron.sizes.recording import work
-from snaketron.sizes.step import Step, step_time
+from snaketron.sizes.step import Step, step_time, tokens_per_second
 from snaketron.wording import BYTES, large
 
 MICRO_BATCHES = (1, 2, 4)
@@ -38,15 +38,14 @@ class Found(NamedTuple):
 def measure(config: Config, training: Training, gpu: Gpu) -> Found:
     """The layout that a training has, whether or not it fits."""
     run, does = training.run, work(config, training)
-    steps = step_time(does, gpu)
-    tokens = training.global_batch_size * training.seq_length
+    step = step_time(does, gpu)
     return Found(
         parallel=run.parallel,
         micro_batch_size=run.micro_batch_size,
         recompute=tuple(run.recompute),
         peak_bytes=peak_bytes(does),
-        step=steps,
-        tokens_per_second=tokens / steps.total / run.parallel.world_size,
+        step=step,
+        tokens_per_second=tokens_per_second(does, step),
     )
 
 

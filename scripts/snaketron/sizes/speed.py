@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from snaketron.config import Config, Training
 from snaketron.sizes.flops import training_flops
-from snaketron.sizes.gpus import in_nodes
+from snaketron.sizes.gpus import of_cluster
 from snaketron.sizes.recording import work
-from snaketron.sizes.step import tokens_per_second
+from snaketron.sizes.step import step_time, tokens_per_second
 
 
 class Measured(NamedTuple):
@@ -48,10 +48,10 @@ def speed(config: Config, training: Training) -> Speed | None:
     """The stated throughput of a training, else that of its estimated step; None where neither is known."""
     if stated := training.run.tokens_per_second_per_gpu:
         return Speed(stated, "stated")
-    if config.cluster.gpu is None or not config.cluster.gpus_per_node:
+    if (gpu := of_cluster(config.cluster)) is None:
         return None
-    gpu = in_nodes(config.cluster.gpu, config.cluster)
-    return Speed(tokens_per_second(work(config, training), gpu), ESTIMATED)
+    does = work(config, training)
+    return Speed(tokens_per_second(does, step_time(does, gpu)), ESTIMATED)
 
 
 def published(config: Config, training: Training) -> Speed | None:
@@ -61,8 +61,8 @@ def published(config: Config, training: Training) -> Speed | None:
     """
     if config.cluster.gpu is None or not config.cluster.gpus_per_node:
         return None
-    measured, work = MEASURED[config.cluster.gpu], flops_per_token(config, training)
+    measured, flops = MEASURED[config.cluster.gpu], flops_per_token(config, training)
     if "layer" in training.run.recompute:
-        work += training_flops(training.model, config.tokenizer.vocab_size, training.seq_length) / 3
-    tokens = measured.tflops * 1e12 / work
+        flops += training_flops(training.model, config.tokenizer.vocab_size, training.seq_length) / 3
+    tokens = measured.tflops * 1e12 / flops
     return Speed(tokens, f"{measured.tflops:g} TFLOP/s as {measured.where}")

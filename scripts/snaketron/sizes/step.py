@@ -85,10 +85,9 @@ def step_time(work: Work, gpu: Gpu) -> Step:
     return Step(**terms, bubble=bubble, sums=sums, optimizer=optimizer)
 
 
-def tokens_per_second(work: Work, gpu: Gpu) -> float:
-    """Tokens a second of each GPU."""
-    tokens = work.global_batch_size * work.seq_length
-    return tokens / step_time(work, gpu).total / work.run.parallel.world_size
+def tokens_per_second(work: Work, step: Step) -> float:
+    """Tokens a second of each GPU, in such steps."""
+    return work.global_batch_size * work.seq_length / step.total / work.run.parallel.world_size
 
 
 # ------------------------------------------------------------------------------------------ micro-batches
