@@ -101,7 +101,7 @@ onstart:
     process.obey_interrupts()
     if graph.lock.unlisted:
         raise WorkflowError(graph.lock.assumed())
-    if not process.hold(Path(".snakemake/snaketron.lock")):
+    if not process.hold(process.LOCK):
         raise WorkflowError(
             "Another Snakemake is running in this directory; wait for it or stop it."
         )

@@ -12,12 +12,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from snaketron import files
 
-if TYPE_CHECKING:
-    from snakemake.workflow import Workflow
+LOCK = Path(".snakemake/snaketron.lock")  # that a run holds in its directory
 
 _held: list[TextIO] = []  # open for the life of the process
 _interrupts: list[int] = []  # signals that came
@@ -37,6 +36,11 @@ def hold(path: Path) -> bool:
         return False
     _held.append(file)
     return True
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a Snakemake runs in a directory."""
+    return files.is_locked(directory / LOCK)
 
 
 def elsewhere(repository: Path) -> str | None:
@@ -131,7 +135,7 @@ def at_end(*explain: Callable[[], None]) -> None:
     atexit.register(explain_all)
 
 
-def ending(workflow: Workflow) -> tuple[Literal["failed", "stopped"], list[str]]:
+def ending(workflow: Any) -> tuple[Literal["failed", "stopped"], list[str]]:
     """How a run that has not finished ended, and the jobs that failed, as "tokenize_shard docs part_1"."""
     scheduler = workflow.scheduler
     if interrupted() or scheduler is None or scheduler._user_kill:  # the last by SIGTERM

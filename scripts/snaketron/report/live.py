@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snaketron.files import is_locked
+from snaketron.graph import process
 from snaketron.graph.journal import Job, Journal
 from snaketron.jobs import heartbeat, slurm
 from snaketron.jobs.attempts import read_attempts, state_of
@@ -233,7 +233,7 @@ class Follower:
             return self.alive
         now = time.monotonic()
         if now - self._lock[0] >= LOOK_AT_LOCK_S:
-            self._lock = now, is_locked(self.directory / ".snakemake/snaketron.lock")
+            self._lock = now, process.is_running(self.directory)
         return self._lock[1]
 
     # ---------------------------------------------------------------------------------------- rules

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import Parallel
-from snaketron.files import is_locked, read_json
+from snaketron.files import read_json
+from snaketron.graph import process
 from snaketron.graph.journal import Journal
 from snaketron.jobs.attempts import Attempt, read_attempts, state_of
 from snaketron.jobs.version import Version, versions
@@ -156,7 +157,7 @@ def read_run(
     """
     at = {key: directory / roots.get(key, key) for key in ("data", "ckpt", "eval", "logs", "benchmarks")}
     trouble: list[str] = []
-    running = not alone and is_locked(directory / ".snakemake/snaketron.lock")
+    running = not alone and process.is_running(directory)
     stages = read_stages(at["ckpt"], plan, trouble)
     with contextlib.chdir(directory):
         data, found = _read_data(Path(roots.get("data", "data")), at["ckpt"], stages, plan, trouble)
