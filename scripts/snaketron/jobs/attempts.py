@@ -32,6 +32,10 @@ class Attempt:
     seconds: float | None = None  # None until it has ended
     gave_up: str | None = None  # why only a person may ask for another one
 
+    @property
+    def has_failed(self) -> bool:
+        return self.outcome in ("failed", "hung")
+
 
 def read_attempts(path: Path) -> list[Attempt]:
     """The attempts in a file, oldest first; none where there is no file.
@@ -60,7 +64,7 @@ def state_of(version: Version, attempts: Sequence[Attempt]) -> tuple[str, str]:
     when = after(last.iteration)
     if last.gave_up:
         return "failed", last.gave_up
-    if last.outcome in ("failed", "hung"):
+    if last.has_failed:
         return "failed", f"{last.error or last.outcome} ({when})"
     if last.outcome in ("requeued", "time limit"):
         return "waiting", f"waits for its next job, {when}"
@@ -114,7 +118,7 @@ class Attempts:
         `max_restarts` in a row ended without a new checkpoint.
         """
         recent = self._recent()
-        failures = [(a.iteration, a.error) for a in recent[:2] if a.outcome in ("failed", "hung")]
+        failures = [(a.iteration, a.error) for a in recent[:2] if a.has_failed]
         if len(failures) == 2 and failures[0] == failures[1]:
             step, error = failures[0]
             raise self.give_up(f"failed twice in the same way {after(step)}: {error}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
@@ -22,10 +21,8 @@ from snaketron.files import sha256
 from snaketron.lineage.placed import Placed, plain
 from snaketron.lineage.record import BEGINNING, Entry, begins, parse
 from snaketron.lineage.walk import damage, places, record_of
-from snaketron.log import UserError
+from snaketron.log import UserError, logger
 from snaketron.wording import some
-
-logger = logging.getLogger(__name__)
 
 READERS, AT_ONCE = 16, 64  # threads, for file systems that take milliseconds to open a file; files of a task
 PASSED_OVER = ("wandb", "node_modules")

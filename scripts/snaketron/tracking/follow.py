@@ -174,7 +174,7 @@ class Follower:
             if attempt.outcome is None:
                 break
             self.attempts += 1
-            if attempt.outcome in ("failed", "hung"):
+            if attempt.has_failed:
                 self.alert(attempt.outcome, f"{after(attempt.iteration)}: {attempt.error}", failed=True)
             if attempt.outcome == "hung" and self.run.notify:
                 tell(self.run.notify, "stalled", self.run.version, error=attempt.error)
