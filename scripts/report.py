@@ -76,7 +76,7 @@ def unique_names(directories: list[Path]) -> list[str]:
 
 def read(directory: Path, name: str, configfiles: list[Path] | None, *, alone: bool) -> Run:
     """What lies in a directory, with the plan of its configuration where that can be read."""
-    from snaketron.config import ConfigError, load
+    from snaketron.config import load
     from snaketron.graph.asked import asked
     from snaketron.graph.configfiles import configuration, of_last_run
     from snaketron.graph.plan import plan
@@ -94,7 +94,7 @@ def read(directory: Path, name: str, configfiles: list[Path] | None, *, alone: b
             changes = changed(load({}, {}).model_dump(mode="json"), config.model_dump(mode="json"))
             roots = dict(config.pathvars)
             planned, is_asked = plan(config), asked(config)
-        except (ConfigError, UserError, OSError, ValueError) as error:
+        except (UserError, OSError, ValueError) as error:
             named = ", ".join(files) or "of the last run"
             trouble.append(f"The configuration ({named}) cannot be read: {error}.")
     every = is_asked or (lambda log: True)

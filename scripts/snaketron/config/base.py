@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 # Looking for plugins of pydantic reads the metadata of all installed packages, in 40 ms of each job.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
+from snaketron.log import UserError
+
 from pydantic import BaseModel, ConfigDict, Field
 
 NAME = r"^[a-z0-9_]+$"
@@ -31,8 +33,8 @@ Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
 FLEXIBLE = ("deepep", "hybridep")  # dispatchers of the package deep_ep
 
 
-class ConfigError(ValueError):
-    """The configuration is wrong; the message names each path and what to do."""
+class ConfigError(UserError, ValueError):
+    """The configuration is wrong; the message names each path. pydantic wants a `ValueError`."""
 
 
 class Section(BaseModel):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from snaketron.config import ChatSource, Config, ConfigError, Corpus
+from snaketron.config import ChatSource, Config, Corpus
 from snaketron.config.names import repeats
 from snaketron.files import write_text
 from snaketron.log import UserError, logger
@@ -46,11 +46,8 @@ def lock_sources(
     listed; the entries of others stay. Each entry is written as soon as it is listed, and hashes are kept as
     soon as they are known, so an interrupted run goes on from there.
     """
-    try:
-        lock = read_lock(config.sources_lock)
-        tasks = _tasks(config, lock, update, patience or Patience())
-    except ConfigError as error:
-        raise UserError(str(error)) from None
+    lock = read_lock(config.sources_lock)
+    tasks = _tasks(config, lock, update, patience or Patience())
     for name in names:
         if name not in tasks:
             known = ", ".join(tasks) or "none"

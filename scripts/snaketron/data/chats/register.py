@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from snaketron.config import ConfigError
 from snaketron.config.data import SPLITS
 from snaketron.data.arrow import flatten
 from snaketron.data.chats import packs
@@ -76,11 +75,7 @@ def _footer(
     file: Path, settings: RegisterPacksSettings, tokenizer: Path, info: Info
 ) -> tuple[dict[str, Any], list[str]]:
     """What the footer of a file says, and in what the file is not what this workflow wants."""
-    try:
-        said = registered.footer(file)
-    except ConfigError as error:
-        raise UserError(str(error)) from None
-    known = known_hashes(tokenizer)
+    said, known = registered.footer(file), known_hashes(tokenizer)
     wanted = settings.model_dump(include={"split", "pack_size"})
     if said.get("tokenizer_sha256") not in known:
         wanted["tokenizer_sha256"] = info.sha256
