@@ -50,7 +50,7 @@ def fullest(work: Work, *, on_gpus: bool = True) -> Memory:
 
 
 def peak_bytes(work: Work) -> float:
-    """All of it, on the GPU of the fullest process."""
+    """Bytes in tensors and recordings on the GPU of the fullest process, at their peak."""
     return fullest(work).total
 
 
