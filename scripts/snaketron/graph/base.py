@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from snaketron.config import Config, ConfigError
 from snaketron.graph.raw_files import RawFiles
 from snaketron.graph.unknown import find
-from snaketron.huggingface.config import differences, of_files, read_config, unread
+from snaketron.huggingface.config import differences, of_files, read_config, token_ids, unread
 from snaketron.huggingface.index import cut_files, missing_files, read_index
 from snaketron.huggingface.metadata import damaged_files, listed_tensors, megatron_differences
 from snaketron.huggingface.names import megatron_tensors, tensors
@@ -206,7 +205,7 @@ class BaseGraph:
         path, there = self.config.tokenizer.path, directory / "tokenizer.json"
         if path is None:
             made = Path(self.config.pathvars["data"]) / "tokenizer/tokenizer.json"
-            if there.exists() and made.exists() and _vocabulary(there) == _vocabulary(made):
+            if there.exists() and made.exists() and token_ids(there) == token_ids(made):
                 return
             if there.exists() or base.hub:
                 of_hub = " (a model of the hub: there is no such directory here)" if base.hub else ""
@@ -215,7 +214,7 @@ class BaseGraph:
                     f"comes with another; set tokenizer.path: {base.path}"
                 )
         elif path != base.path and there.exists() and (own := Path(path) / "tokenizer.json").exists():
-            here, wanted = _vocabulary(own), _vocabulary(there)
+            here, wanted = token_ids(own), token_ids(there)
             if count := sum(here.get(token) != number for token, number in wanted.items()):
                 yield (
                     f"tokenizer.path {path}: {count} of the {len(wanted)} tokens of the checkpoint have "
@@ -252,14 +251,3 @@ def _damage(directory: Path) -> Iterator[str]:
         yield from damaged_files(found)[:_SHOWN]
     else:
         yield f"{directory}: its last step is not there; restore it"
-
-
-def _vocabulary(path: Path) -> dict[str, int]:
-    """The ids of all tokens in a tokenizer.json; empty for a kind that has no such table."""
-    try:
-        values = json.loads(path.read_bytes())
-        found = values.get("model", {}).get("vocab", {})
-        ids = dict(found) if isinstance(found, dict) else {entry[0]: i for i, entry in enumerate(found)}
-        return ids | {token["content"]: token["id"] for token in values.get("added_tokens", [])}
-    except (ValueError, AttributeError, LookupError, TypeError) as error:
-        raise UserError(f"{path}: not a tokenizer ({type(error).__name__}: {error})") from None

@@ -12,7 +12,6 @@ from typing import Any
 
 from snaketron.config import ChatSource, Config, Corpus
 from snaketron.config.base import closest
-from snaketron.files import read_json
 from snaketron.graph.checks import made_tokenizer
 from snaketron.graph.configfiles import mixed
 from snaketron.graph.graph import Graph
@@ -75,7 +74,7 @@ def other_vocabulary(config: Config, taken_from: str) -> str | None:
         path = Path(taken_from) / "tokenizer.json"
         # It may not be downloaded yet; what is wrong with it, its job says.
         with contextlib.suppress(UserError, OSError, ValueError):
-            where, there = taken_from, max(token_ids(path, read_json(path)).values()) + 1
+            where, there = taken_from, max(token_ids(path).values()) + 1
     if there in (stated, None):
         return None
     return (

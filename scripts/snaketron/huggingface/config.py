@@ -98,9 +98,10 @@ def copy_tokenizer(tokenizer: Path, target: Path) -> list[str]:
     return found
 
 
-def token_ids(path: Path, made: Mapping[str, Any]) -> dict[str, int]:
-    """The id of each token of the tokenizer.json at `path`, which says `made`; `UserError` if it is none."""
+def token_ids(path: Path, made: Mapping[str, Any] | None = None) -> dict[str, int]:
+    """The id of each token of a tokenizer.json, which says `made`; `UserError` where it is none."""
     try:
+        made = json.loads(path.read_bytes()) if made is None else made
         vocabulary = made["model"]["vocab"]
         if isinstance(vocabulary, list):  # of a unigram model, with scores
             vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
