@@ -96,7 +96,7 @@ class BaseGraph:
     def _files(self, directory: Path) -> list[str]:
         """Those that an import reads: of Megatron's iterations, the latest that is complete."""
         patterns = ("config.json", "*.safetensors*", ".metadata", "*.distcp", "common.pt", "tokenizer.json")
-        nested = dict.fromkeys([directory, _of_tensors(directory) or directory])
+        nested = dict.fromkeys([directory, Version(directory).tensors or directory])
         return [str(path) for one in nested for pattern in patterns for path in sorted(one.glob(pattern))]
 
     # Params: a change runs the job again.
@@ -190,7 +190,7 @@ class BaseGraph:
     def _megatron(self, directory: Path) -> Iterator[str]:
         """What the list of the tensors of a checkpoint of Megatron says; the weights are not read."""
         model, tokenizer = self.config.model, self.config.tokenizer
-        if (found := _of_tensors(directory)) is None:
+        if (found := Version(directory).tensors) is None:
             latest = Version(directory).latest
             problem = "the checkpoint that it names is not there" if latest.exists() else "no such file"
             yield f"{latest}: {problem}; name the directory of one iteration, iter_*"
@@ -236,18 +236,9 @@ def _lost_weights(directory: Path) -> Iterator[str]:
     yield from _first([f"{directory}: {problem}" for problem in problems], directory)
 
 
-def _of_tensors(directory: Path) -> Path | None:
-    """Where the tensors of Megatron lie: in this directory, or in that of its latest complete iteration."""
-    version = Version(directory)
-    if (directory / ".metadata").exists():
-        return directory
-    latest = version.latest_iteration()
-    return None if latest is None else version.iteration_directory(latest)
-
-
 def _damage(directory: Path) -> Iterator[str]:
     """What a finished checkpoint of this workflow has lost since."""
-    if found := _of_tensors(directory):
+    if found := Version(directory).tensors:
         yield from damaged_files(found)[:_SHOWN]
     else:
         yield f"{directory}: its last step is not there; restore it"

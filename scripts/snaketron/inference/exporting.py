@@ -55,14 +55,13 @@ def _check_place(output: Path) -> None:
 
 
 def _checkpoint(version: Version, settings: TrainSettings) -> Checkpoint:
-    iteration = version.latest_iteration()
-    if iteration is None:
+    if (tensors := version.tensors) is None:
         raise UserError(
             f"{version.directory}: no checkpoint there; run the training, or name one that is finished"
         )
     tokenizer = tokenizer_info(version.tokenizer)
     return Checkpoint(
-        tensors=version.iteration_directory(iteration),
+        tensors=tensors,
         tokenizer=version.tokenizer,
         model=settings.model,
         seq_length=longest_sequence(version),

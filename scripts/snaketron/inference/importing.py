@@ -67,15 +67,11 @@ def import_base(
 def _weights(source: Path, model: Model, info: Info) -> Weights:
     if (source / "config.json").exists():
         return published_weights(source, model, info.vocab_size)
-    tensors = source
-    if not (source / ".metadata").exists():
-        iteration = Version(source).latest_iteration()
-        if iteration is None:
-            raise UserError(
-                f"{source}: neither a published checkpoint (config.json) nor one of Megatron "
-                "(latest_checkpointed_iteration.txt, or the .metadata of one iteration)"
-            )
-        tensors = Version(source).iteration_directory(iteration)
+    if (tensors := Version(source).tensors) is None:
+        raise UserError(
+            f"{source}: neither a published checkpoint (config.json) nor one of Megatron "
+            "(latest_checkpointed_iteration.txt, or the .metadata of one iteration)"
+        )
     return megatron_weights(tensors, model, info.vocab_size)
 
 

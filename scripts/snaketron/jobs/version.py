@@ -143,6 +143,14 @@ class Version:
             return None
         return max((iteration for iteration in self.iterations() if iteration <= latest), default=None)
 
+    @property
+    def tensors(self) -> Path | None:
+        """Where the tensors lie: here if this is the directory of one iteration, or in that of the newest."""
+        if (self.directory / ".metadata").exists():
+            return self.directory
+        latest = self.latest_iteration()
+        return None if latest is None else self.iteration_directory(latest)
+
     def _named(self) -> int:
         """The steps of the checkpoint that `latest` names."""
         text = self.latest.read_text(encoding="utf-8").strip()
