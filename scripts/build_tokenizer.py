@@ -22,9 +22,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data import tokenizer
+    from snaketron.settings import read_settings
     from snaketron.settings.tokenizer import TokenizerSettings
 
-    settings = TokenizerSettings.model_validate_json(args.settings)
+    settings = read_settings(TokenizerSettings, args.settings)
     record = tokenizer.build(args.text, settings=settings, output=args.output, record=args.record)
     logger.info("%s: %d tokens; %.1f s", args.output, record.counts["vocab_size"], record.seconds)
     return 0

@@ -19,9 +19,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from snaketron.data.chats.install import install_template
+    from snaketron.settings import read_settings
     from snaketron.settings.tokenizer import TemplateSettings
 
-    settings = TemplateSettings.model_validate_json(args.settings)
+    settings = read_settings(TemplateSettings, args.settings)
     record = install_template(settings, output=args.output, record=args.record)
     logger.info("%s: %d characters; %.1f s", args.output, record.counts["characters"], record.seconds)
     return 0
