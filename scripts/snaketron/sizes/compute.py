@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from snaketron.config import Model
+from snaketron.config import Adapters, Model
+from snaketron.config.linears import linears, targeted
 from snaketron.sizes.activations import layer_activations
 from snaketron.sizes.flops import layer_flops
 from snaketron.sizes.gpus import Gpu
@@ -27,6 +28,9 @@ MEMORY = 0.8  # of the memory's peak
 FASTER = {"fp32": (0.5, 0.5), "bf16": (1.0, 1.0), "nvfp4": (1.5, 1.5)}
 FP8 = (1.85, 1.36)
 CASTS = 1.7  # as many more passes under fp8 and nvfp4, which round tokens and weights
+# How often an adapter reads or writes each input (for A x, for the gradient of A, and to add to its own), and
+# each output (to write B A x and add it to W x, and its gradient for those of B and of A x).
+ADAPTED_INPUTS, ADAPTED_OUTPUTS = 4, 6
 LAYER_ON_HOST = 6.8e-3  # seconds in which the host starts the kernels of a layer, forwards and backwards
 # How well the GPU computes while the host starts kernels: what takes as long on both takes 2 ** (1 / 8) times
 # that, and 2 ** (1 / 3) where the GPUs of a group wait for each other in each layer.
@@ -100,6 +104,18 @@ def expert_weights_seconds(
     width = 4 if model.precision == "fp32" else 2 if in_bf16 or model.precision == "bf16" else 1
     of_weight = passes * width + (0 if frozen else 2 * gradient_bytes)
     return held * expert_parameters(model) * of_weight / (gpu.memory_speed * MEMORY)
+
+
+def adapters_seconds(model: Model, layer: str, adapters: Adapters, gpu: Gpu) -> float:
+    """Seconds in which the adapters of a layer move what goes into and out of its linear layers, for a token.
+
+    Their products have a rank too small to count beside that.
+    """
+    moved = 0.0
+    for linear in targeted(adapters.target_modules, linears(model, layer, with_mtp=False)):
+        tokens = model.moe_router_topk if linear.experts else 1
+        moved += 2 * tokens * (ADAPTED_INPUTS * linear.inputs + ADAPTED_OUTPUTS * linear.outputs)
+    return moved / (gpu.memory_speed * MEMORY)
 
 
 def _faster(model: Model, in_bf16: bool) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from snaketron.sizes.compute import (
     MEMORY,
     OVERLAP,
     OVERLAP_TOGETHER,
+    adapters_seconds,
     expert_weights_seconds,
     layer_seconds,
     output_seconds,
@@ -118,6 +119,8 @@ def _add_layers(stage: _Stage, work: Work, gpu: Gpu, layer: str, in_bf16: bool, 
         recompute=run.recompute,
         frozen=work.frozen,
     )
+    if work.adapters:
+        of_token += adapters_seconds(work.model, layer, work.adapters, gpu)
     seconds = count * work.tokens_of_process / tp * of_token
     name = {"M": "mamba", "*": "attention", "E": "experts", "-": "dense"}[layer]
     setattr(stage, name, getattr(stage, name) + seconds)

@@ -118,6 +118,23 @@ def test_adapters_and_recomputation_change_what_is_computed():
     assert adapters.dense == pytest.approx(once.dense * 2 / 3, rel=1e-3)
 
 
+def test_adapters_move_what_goes_into_their_layers_and_out():
+    """Of an MLP of 32 and 64 numbers: inputs of 2 bytes 4 times and outputs 6 times, at 0.8 TB/s.
+
+    A token has three such layers where it goes to two experts and the shared one, and two where only the
+    experts are adapted.
+    """
+    experts = {"hybrid_layer_pattern": "E", "hidden_size": 32, "moe_latent_size": None, "moe_router_topk": 2}
+    experts |= {"moe_ffn_hidden_size": 64, "moe_shared_expert_intermediate_size": 64}
+    of_layer = 2 * (4 * 32 + 6 * 64) / 0.8e12
+    lora: dict[str, Any] = {"kind": Lora, "rank": 1}
+    none = of(experts, **lora, target_modules=["router"]).experts
+    router = 2 * (4 * 32 + 6 * Model().num_moe_experts) / 0.8e12
+    for target, layers in (("linear_fc1", 3), ("experts.linear_fc1", 2)):
+        found = of(experts, **lora, target_modules=[target]).experts
+        assert found - none == pytest.approx(4 * 1000 * (layers * of_layer - router))
+
+
 def test_the_update_of_adapters_is_theirs_alone():
     """Rank 2 between 128 and 256 numbers: 768 parameters, of which 4 + 2 bytes go to the other GPU.
 
