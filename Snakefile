@@ -32,7 +32,7 @@ from snaketron.graph.checks import (
 )
 from snaketron.graph.graph import Graph
 from snaketron.graph.journal import Writer
-from snaketron.graph.requests import check_requests
+from snaketron.graph.requests import ask_for_threads, check_requests
 from snaketron.graph.snakemake import replace_pieces
 from snaketron.graph.stops import Stops
 from snaketron.graph.submission import check_submission
@@ -86,6 +86,7 @@ except ConfigError as error:
 ckpt = Path(graph.config.pathvars["ckpt"])
 workflow.pathvars.update(Pathvars.from_config({"pathvars": graph.config.pathvars}))
 replace_pieces(workflow, graph.config)
+ask_for_threads(workflow)
 logger.addFilter(credentials.Redact())
 if workflow.is_main_process:
     for note in notes.of_configuration(graph, workflow.overwrite_configfiles):

@@ -5,6 +5,7 @@ When a request changes on purpose, write the new text into tests/graph/requests/
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from pathlib import Path
 
@@ -59,3 +60,12 @@ def test_what_is_there_is_not_asked_for(copy: Workspace):
     change = ("--config", "sft={train_iters: 4, tokens_per_second_per_gpu: 2.0}")
     rules = [line.strip() for line in plan(copy, *overlay, *change).splitlines() if line.startswith("  s")]
     assert rules == ["sft"]
+
+
+def test_a_rule_with_threads_asks_for_them_in_a_dry_run_too(workspace: Workspace):
+    """A dry-run of Snakemake's own has one core, so it told one CPU where a run asks for two or eight."""
+    asked = plan(workspace, "--config", "pretrain_data={cpus_per_task: 8}").splitlines()
+    cpus = {rule.strip(): options.rpartition("=")[2] for rule, options in itertools.pairwise(asked)}
+    assert cpus["build_tokenizer"] == "2"
+    assert cpus["a group of 8 tokenize_shard"] == cpus["a group of 4 tokenize_shard"] == "8"
+    assert cpus["a group of 4 pack_sft"] == "1"

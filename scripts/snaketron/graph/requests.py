@@ -1,4 +1,4 @@
-"""Whether what Slurm will be asked for a training is enough for it, whoever asks: rule, profile or user."""
+"""What Slurm will be asked for: all that a job needs, and enough for a training, whoever asks."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ def check_requests(workflow: Any, config: Config) -> dict[str, Limits]:
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return found
+
+
+def ask_for_threads(workflow: Any) -> None:
+    """Let a dry-run on Slurm ask for the threads of each rule, as a run does.
+
+    Where nobody says how many cores there are, Snakemake gives one to a dry-run, and any number to a run on a
+    cluster.
+    """
+    settings = workflow.resource_settings
+    on_slurm = "slurm_partition" in (settings.default_resources or {})
+    if workflow.output_settings.dryrun and on_slurm and settings.cores == 1:
+        workflow.global_resources["_cores"] = None
 
 
 def limits_of(resources: Any, phase: str = "") -> Limits:
