@@ -34,7 +34,7 @@ class Text:
     """A corpus, summed over its shards."""
 
     shards: int = 0
-    documents: int = 0  # rows read
+    documents: int = 0  # rows that were read to be tokenized: of a curated corpus those that curation kept
     kept: Counter[str] = field(default_factory=Counter)  # sequences by split
     tokens: Counter[str] = field(default_factory=Counter)  # by split
     bytes: Counter[str] = field(default_factory=Counter)  # by split
@@ -60,7 +60,9 @@ class Curated:
 
     documents: Counter[str] = field(default_factory=Counter)  # before and after
     tokens: Counter[str] = field(default_factory=Counter)  # before and after
+    rows: int = 0  # of the raw files
     changed: int = 0  # documents in which something was replaced
+    replaced: int = 0  # documents in which U+FFFD replaces bytes that are no Unicode
 
 
 @dataclass
@@ -128,6 +130,11 @@ class Data:
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # by kind
     lacking: list[str] = field(default_factory=list)  # records of shards that a blend names, and that changed
 
+    def rows_read(self, corpus: str) -> int:
+        """The rows of the raw files of a corpus, also those that curation took out of it."""
+        curated = self.curated.get(corpus)
+        return self.texts[corpus].documents + (curated.rows - curated.documents["after"] if curated else 0)
+
     def remove(
         self,
         source: str,
@@ -140,7 +147,6 @@ class Data:
         """Count removed documents; a reason that removed none gets no entry."""
         if not documents:
             return
-        reason = reason.replace("_", " ")
         entry = self.removed.setdefault((source, step, reason), Removal(source, step, reason))
         entry.documents += documents
         if tokens is not None:
@@ -235,6 +241,8 @@ def _add_curated(data: Data, record: Record) -> None:
     counts, corpus = record.counts, record.name.partition("/")[0]
     curated = data.curated.setdefault(corpus, Curated())
     curated.documents.update(before=counts["documents"], after=counts["kept"]["documents"])
+    curated.rows += counts.get("rows", counts["documents"])
+    curated.replaced += counts.get("replaced", 0)
     curated.tokens.update(before=counts["tokens"], after=counts["kept"]["tokens"])
     curated.changed += sum(changed["documents"] for changed in counts.get("changed", {}).values())
     for reason, removed in counts["removed"].items():

@@ -47,7 +47,7 @@ def _text_section(data: Data) -> Section:
             [
                 name,
                 f"{text.shards:,}",
-                f"{text.documents:,}" if text.read_here else "-",
+                f"{data.rows_read(name):,}" if text.read_here else "-",
                 *(f"{text.kept[s]:,}" for s in SPLITS),
                 f"{size:,.1f}" if text.read_here else "-",
                 *(f"{text.tokens[s]:,}" for s in SPLITS),
@@ -57,12 +57,14 @@ def _text_section(data: Data) -> Section:
     encoders: Counter[str] = sum((t.encoders for t in data.texts.values()), Counter())
     used = ", ".join(f"{name} for {plural(number, 'shard')}" for name, number in sorted(encoders.items()))
     sentences = [f"Encoded by {used}." if used else "All of it was tokenized elsewhere."]
-    for name, sentence in (
-        ("checked", "documents were compared with tokenizers."),
-        ("cut", "long documents were cut."),
-        ("replaced", "documents were not valid Unicode and have U+FFFD in places."),
+    texts = data.texts.values()
+    replaced = sum(text.replaced for text in texts) + sum(c.replaced for c in data.curated.values())
+    for number, sentence in (
+        (sum(text.checked for text in texts), "documents were compared with tokenizers."),
+        (sum(text.cut for text in texts), "long documents were cut."),
+        (replaced, "documents were not valid Unicode and have U+FFFD in places."),
     ):
-        if number := sum(getattr(text, name) for text in data.texts.values()):
+        if number:
             sentences.append(f"{number:,} {sentence}")
     header = ["corpus", "shards", "rows read", "train sequences", "valid", "test", "MB"]
     header += ["train tokens", "valid", "test", "bytes a token"]

@@ -109,10 +109,10 @@ def _text(data: Data) -> str:
     rows = []
     for corpus, text in sorted(data.texts.items()):
         tokens = [f"{text.tokens[split]:,}" for split in SPLITS]
-        read = [f"{text.documents:,}", f"{text.megabytes:.1f}"] if text.read_here else ["-", "-"]
+        read = [f"{data.rows_read(corpus):,}", f"{text.megabytes:.1f}"] if text.read_here else ["-", "-"]
         rows.append([corpus, str(text.shards), *read, *tokens])
-    header = ["corpus", "shards", "documents", "MB", "train tokens", "valid", "test"]
-    return "## Text\n\n" + table(header, rows) + _dropped(data, "tokenize")
+    header = ["corpus", "shards", "rows read", "MB", "train tokens", "valid", "test"]
+    return "## Text\n\n" + table(header, rows) + _dropped(data, "read", "curate", "tokenize")
 
 
 def _conversations(data: Data) -> str:

@@ -81,6 +81,7 @@ def records(make, tmp_path: Path) -> list[Path]:
         },
         "changed": {"pii": {"documents": 4, "tokens": -3}},
         "rows": 53,
+        "replaced": 2,
         "dropped": {"bad row": 3},
         "dropped_rows": [bad],
     }
@@ -127,7 +128,7 @@ def records(make, tmp_path: Path) -> list[Path]:
     rendered.parent.mkdir(parents=True)
     rendered.write_bytes(b"rendered")
     output = {"name": "chats", "path": str(rendered), "sha256": files.sha256(rendered)}
-    counts = {"rows": 30, "dropped": {"not_rendered": 4}, "dropped_rows": []}
+    counts = {"rows": 30, "dropped": {"unknown role": 4}, "dropped_rows": []}
     make("chat/tools/a.json", "render_chat", counts=counts, settings=tools, outputs=[output])
     splits = {"train": packs(4, 300, 90, 20, **{"longer than a pack": 1}), "valid": packs(1, 20, 6, 5)}
     splits["test"] = packs(0, 0, 0, 0)

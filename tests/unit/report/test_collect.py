@@ -31,11 +31,11 @@ def test_a_shard_that_two_phases_share_counts_once(records):
 def test_what_was_removed_is_counted_by_source_step_and_reason(records):
     removed = {key: (r.documents, r.tokens, len(r.examples)) for key, r in collect(records).removed.items()}
     assert removed == {
-        ("docs", "curate", "gopher quality: too short"): (8, 120, 3),
+        ("docs", "curate", "gopher_quality: too_short"): (8, 120, 3),
         ("docs", "curate", "exact duplicate"): (2, 60, 0),
         ("docs", "read", "bad row"): (3, None, 1),
         ("docs", "tokenize", "empty"): (2, None, 0),
-        ("tools", "render", "not rendered"): (4, None, 0),
+        ("tools", "render", "unknown role"): (4, None, 0),
         ("tools", "pack", "longer than a pack"): (1, None, 0),
     }
 

@@ -48,8 +48,9 @@ def test_the_text_has_every_table(records):
         "Time",
     ]
     part = section(text, "Text")
-    assert cells(part, "docs") == ["2", "200", "400", "10", "0", "0.0", "4,000", "100", "0", "4.00"]
+    assert cells(part, "docs") == ["2", "213", "400", "10", "0", "0.0", "4,000", "100", "0", "4.00"]
     assert "Encoded by fastokens for 2 shards, tokenizers for 1 shard. 20 documents were compared" in part
+    assert "7 documents were not valid Unicode" in part  # 5 read by shards, and 2 by the curation
     assert "- `docs/b was encoded by tokenizers: Unigram is not supported`" in part
     assert cells(section(text, "Curation"), "docs") == ["50", "40", "900", "720", "80.0%", "80.0%", "4"]
     assert cells(section(text, "Lengths"), "docs") == ["100", "8", "8", "16", "2,048"]
@@ -59,7 +60,7 @@ def test_the_text_has_every_table(records):
     assert "- `broad goes through code 5.60 times: above pretrain_data.max_epochs`" in part
     part = section(text, "Removed")
     assert "20 rows, documents and conversations were left out." in part
-    assert cells(part, "docs: curate: gopher quality: too short") == ["8", "120"]
+    assert cells(part, "docs: curate: gopher_quality: too_short") == ["8", "120"]
     assert cells(part, "docs: read: bad row") == ["3", "-"]
     assert "- `docs: read: bad row: raw/b.jsonl:7: invalid JSON <b>`" in part
     assert f"raw/b.jsonl:3: {('lorem ' * 40)[:100]}…`" in part

@@ -29,6 +29,9 @@ def trained(before: float | None, after: float | None, test: float | None, **cou
     return {"valid_loss_before": before, "valid_loss_after": after, "test_loss": test, **counts}
 
 
+RESULT = trained(2.0, 1.0, None, iterations=1, tokens=1, train_seconds=1.0)
+
+
 def publish(link: Path, record: dict[str, Any]) -> None:
     """Write the record of a checkpoint into its version, and lead the link there."""
     version = link.parent / f"{record['name'].replace('/', '_')}-{record['key']}"
@@ -62,10 +65,10 @@ def run(make, tmp_path: Path):
         "chat/a.json",
         "render_chat",
         settings=source,
-        counts={"rows": 1_208, "dropped": {"no_assistant": 1_200}},
+        counts={"rows": 1_208, "dropped": {"unknown role": 1_200}},
     )
     splits = {
-        "train": packs(3, 240, 90, 7, too_long=2),
+        "train": packs(3, 240, 90, 7, **{"longer than a pack": 2}),
         "valid": packs(1, 60, 10, 1),
         "test": NO_PACKS,
     }
@@ -166,11 +169,42 @@ def test_performance_is_of_the_stages_that_measured_it(run: Path):
 
 def test_text_is_summed_over_the_shards_of_a_corpus(run: Path):
     assert sections(summarize(run))["Text"].splitlines() == [
-        "| corpus | shards | documents |  MB | train tokens | valid | test |",
+        "| corpus | shards | rows read |  MB | train tokens | valid | test |",
         "|--------|-------:|----------:|----:|-------------:|------:|-----:|",
         "| docs   |      2 |     1,030 | 3.6 |        3,345 |    20 |    0 |",
         "",
         "Dropped: 2 empty.",
+    ]
+
+
+def test_what_curation_took_out_of_a_corpus_is_no_less_dropped(make, tmp_path: Path):
+    """Of 53 rows 3 are bad and 8 duplicates, and of the 42 that are tokenized one is empty."""
+    text = tmp_path / "curated/web/a.parquet"
+    text.parent.mkdir(parents=True)
+    text.write_bytes(b"curated")
+    duplicates = {"documents": 8, "tokens": 120}
+    counts = {
+        "rows": 53,
+        "dropped": {"bad row": 3},
+        "documents": 50,
+        "tokens": 900,
+        "kept": {"documents": 42, "tokens": 780},
+        "removed": {"exact duplicate": duplicates},
+        "changed": {},
+    }
+    output = {"name": "text", "path": str(text), "sha256": files.sha256(text)}
+    make("curated/web/a.json", "curated", counts=counts, name="web/a", outputs=[output])
+    tokens = make(
+        "web/a.json", "tokens", output, settings={"corpus": "web"}, counts=shard(700, 42, 4_000, empty=1)
+    )
+    trained_on = record("checkpoint", "base", key="0a", inputs=[tokens], counts=RESULT)
+    publish(tmp_path / "ckpt/base", trained_on)
+    assert [
+        line.replace(" ", "") for line in sections(summarize(tmp_path / "ckpt/base"))["Text"].splitlines()
+    ][2:] == [
+        "|web|1|53|0.0|700|10|0|",
+        "",
+        "Dropped:3badrow,1empty,8exactduplicate.",
     ]
 
 
@@ -181,7 +215,7 @@ def test_conversations_are_summed_over_the_splits(run: Path):
         "|-------------|--------------:|------:|-------:|---------------:|-------------------:|",
         "| tools       |             8 |     4 |    300 |            100 |              75.0% |",
         "",
-        "Dropped: 1,200 no assistant, 2 too long.",
+        "Dropped: 2 longer than a pack, 1,200 unknown role.",
     ]
 
 

@@ -122,4 +122,5 @@ def whole(before: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
         "removed": before["removed"] | counts["removed"],
         "changed": before["changed"] | counts["changed"],
         **{key: before[key] for key in ("rows", "dropped", "dropped_rows")},
+        "replaced": before.get("replaced", 0),  # which records of before do not count
     }

@@ -116,6 +116,7 @@ def filter_shard(
             "rows": drops.num_rows,
             "dropped": dict(drops.reasons),
             "dropped_rows": drops.listed,
+            "replaced": drops.num_replaced,
         }
     return job.record
 

@@ -179,6 +179,16 @@ def test_rows_that_cannot_be_read_are_dropped_and_counted_when_asked(steps: Step
         steps.filter("web/a", [raw], bad_rows="drop", max_dropped_fraction=0.4)
 
 
+def test_text_in_which_characters_were_replaced_is_counted_to_the_end(steps: Steps):
+    raw = steps.raw("web/a", ["one"])
+    raw.write_text(raw.read_text() + '{"text": "lone \\ud800 surrogate"}\n')
+    assert steps.filter("web/a", [raw], invalid_text="replace")["replaced"] == 1
+    assert [row["text"] for row in steps.rows("filtered/web/a")] == ["one", "lone \ufffd surrogate"]
+    steps.exact(["web/a"])
+    steps.near(["web/a"])
+    assert steps.curate("web/a")["replaced"] == 1
+
+
 def test_nothing_left_is_an_empty_shard_and_said_aloud(steps: Steps, caplog: pytest.LogCaptureFixture):
     raw = steps.raw("web/a", ["one", "two"])
     with caplog.at_level(logging.WARNING):
