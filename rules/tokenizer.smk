@@ -16,12 +16,14 @@ rule build_tokenizer:
         "<benchmarks>/build_tokenizer.tsv"
     priority: 1
     threads: 2
+    resources:
+        reading=graph.tokenizer_reading,  # a tokenizer that is there has passed it
     params:
         settings=graph.tokenizer_settings,
     shell:
         # Linux keeps a quarter of the stack for arguments: with its usual size too little for all shards.
         "ulimit -Ss hard; python scripts/build_tokenizer.py --settings {params.settings:q} --text {input.text:q}"
-        " --output {output.tokenizer:q} --record {output.record:q} --log-file {log:q}"
+        " --reading {resources.reading:q} --output {output.tokenizer:q} --record {output.record:q} --log-file {log:q}"
 
 
 rule install_chat_template:

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from snaketron.data.drops import BUFFER, INVALID_TEXT, REPLACE, Bad, Drops, missing, open_raw, reject
+from snaketron.data.drops import (
+    BUFFER,
+    INVALID_TEXT,
+    REPLACE,
+    Bad,
+    Drops,
+    missing,
+    open_raw,
+    reject,
+    too_large,
+)
 from snaketron.log import UserError, first_line
 from snaketron.settings.text import ReadSettings
 from snaketron.sources.formats import suffix_of
@@ -170,16 +180,10 @@ def _check(row: dict[str, Any], settings: ReadSettings, drops: Drops) -> None:
     for name, value in row.items():
         if isinstance(value, str):
             if 4 * len(value) > limit and len(value.encode()) > limit:  # a character has at most 4 bytes
-                raise Bad(
-                    f"field {name!r} has more than {limit} bytes", "correct it, or raise max_line_bytes"
-                )
+                raise too_large(f"field {name!r} has", settings)
         elif isinstance(value, _Undecoded):
             if settings.invalid_text != "replace":
-                raise Bad(
-                    f"invalid UTF-8 in field {name!r}",
-                    "convert the file to UTF-8, or set invalid_text to replace or drop",
-                    INVALID_TEXT,
-                )
+                raise Bad(f"invalid UTF-8 in field {name!r}", "convert the file to UTF-8", INVALID_TEXT)
             row[name] = value.replaced
             invalid = True
     drops.num_replaced += invalid

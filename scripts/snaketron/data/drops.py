@@ -56,13 +56,14 @@ class Drops:
         dropped = sum(bad.values())
         if dropped <= settings.max_dropped_fraction * self.num_rows:
             return
+        limit = f"{settings.section}.max_dropped_fraction"
         first = {row["reason"]: row for row in reversed(self.listed) if row["reason"] in bad}
         examples = sorted(first.values(), key=self.listed.index)[:MAX_EXAMPLES]
         others = "".join(f"; another: {self._explain(row)}" for row in examples[1:])
         raise UserError(
-            f"{dropped} of {self.num_rows} rows are bad or invalid, more than max_dropped_fraction "
+            f"{dropped} of {self.num_rows} rows are bad or invalid, more than {limit} "
             f"{settings.max_dropped_fraction} allows; the first is {self._explain(examples[0])}{others}; "
-            "correct the files, or raise max_dropped_fraction"
+            f"correct the files, or raise {limit}"
         )
 
     def told(self, where: str) -> str:
@@ -138,9 +139,18 @@ def reject(bad: Bad, path: Path, number: int, settings: ReadSettings, drops: Dro
     """Stop at a row, or drop and count it, as the settings say."""
     policy = settings.invalid_text if bad.reason == INVALID_TEXT else settings.bad_rows
     if policy != "drop":
-        fix = bad.fix if bad.reason == INVALID_TEXT else f"{bad.fix}; or set bad_rows to drop"
-        raise UserError(f"{place(path, number)}: {bad.detail}; {fix}") from None
+        key, values = (
+            ("invalid_text", "replace or drop") if bad.reason == INVALID_TEXT else ("bad_rows", "drop")
+        )
+        other = f"; or set {settings.section}.{key} to {values}" if settings.section else ""
+        raise UserError(f"{place(path, number)}: {bad.detail}; {bad.fix}{other}") from None
     drops.add(path, number, bad.reason, bad.detail)
+
+
+def too_large(what: str, settings: ReadSettings) -> Bad:
+    """A line or field of more bytes than the settings allow."""
+    other = f", or raise {settings.section}.max_line_bytes" if settings.section else ""
+    return Bad(f"{what} more than {settings.max_line_bytes} bytes", f"correct it{other}")
 
 
 def missing(where: str, name: str, present: Iterable[str]) -> str:

@@ -25,6 +25,7 @@ from snaketron.data.drops import (
     no_field,
     open_raw,
     reject,
+    too_large,
 )
 from snaketron.log import UserError
 from snaketron.settings.text import ReadSettings
@@ -57,7 +58,7 @@ def json_rows(
         drops.num_rows += 1
         try:
             if too_long:
-                raise Bad(f"a line of more than {limit} bytes", "correct it, or raise max_line_bytes")
+                raise too_large("a line of", settings)
             row = _parse(line, settings, drops, exact, beside)
             for name in dotted:
                 if (value := _nested(row, name)) is not _ABSENT:
@@ -181,7 +182,7 @@ def _repaired(line: bytes, error: orjson.JSONDecodeError, settings: ReadSettings
     if value is None:
         raise Bad(f"{problem} and invalid JSON", fix)
     if settings.invalid_text != "replace":
-        raise Bad(problem, f"{fix}, or set invalid_text to replace or drop", INVALID_TEXT)
+        raise Bad(problem, fix, INVALID_TEXT)
     return repaired
 
 

@@ -19,9 +19,11 @@ from snaketron.settings.text import ReadSettings
 from snaketron.sources.formats import READABLE, suffix_of
 
 
-def read_texts(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
-    """The number (from 1) and the text of each row of a file."""
-    for number, text, _ in read_documents(path, text_field):
+def read_texts(
+    path: Path, text_field: str, settings: ReadSettings | None = None, drops: Drops | None = None
+) -> Iterator[tuple[int, str]]:
+    """The number (from 1) and the text of each row of a file that the settings let pass."""
+    for number, text, _ in read_documents(path, text_field, settings=settings, drops=drops):
         yield number, text
 
 

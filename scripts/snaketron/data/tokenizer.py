@@ -15,10 +15,12 @@ from typing import Any
 from snaketron import files
 from snaketron.config.checks import check_vocab_size
 from snaketron.config.data import SPECIAL_TOKENS
+from snaketron.data.drops import Drops
 from snaketron.data.rows import read_texts
 from snaketron.huggingface.config import token_ids
 from snaketron.lineage.record import Record, making, read
 from snaketron.log import UserError, first_line, logger
+from snaketron.settings.text import ReadSettings
 from snaketron.settings.tokenizer import TokenizerSettings
 from snaketron.sources.formats import FETCH, IS_POINTER, is_pointer
 from snaketron.sources.pairs import dtype_of
@@ -130,8 +132,19 @@ def _content(token: Any) -> str | None:
 # ------------------------------------------------------------------------------------------- building
 
 
-def build(text: Sequence[Path], *, settings: TokenizerSettings, output: Path, record: Path) -> Record:
-    """Write tokenizer.json (`output`), tokenizer_config.json beside it, and `record`; returns the record."""
+def build(
+    text: Sequence[Path],
+    *,
+    settings: TokenizerSettings,
+    output: Path,
+    record: Path,
+    reading: ReadSettings | None = None,
+) -> Record:
+    """Write tokenizer.json (`output`), tokenizer_config.json beside it, and `record`; returns the record.
+
+    `reading` says what becomes of bad rows in the files of `text`.
+    """
+    reading, drops = reading or ReadSettings(), Drops()
     outputs = {name: output.with_name(name) for name in (output.name, "tokenizer_config.json")}
     with making("tokenizer", output.parent.name, outputs=outputs, record=record) as job:
         if settings.path is not None:
@@ -140,11 +153,21 @@ def build(text: Sequence[Path], *, settings: TokenizerSettings, output: Path, re
         else:
             vocab_size, text_field = settings.vocab_size, settings.text_field
             assert vocab_size is not None and text_field is not None
-            documents = (t for file in text for _, t in read_texts(file, text_field))
+            documents = (t for file in text for _, t in read_texts(file, text_field, reading, drops))
             tokenizer, config = train(documents, vocab_size), trained_config()
+            drops.check(reading)
+            if said := drops.told("tokenizer.text"):
+                logger.warning("%s", said)
             job.inputs = {"text": text}
             job.settings = {"vocab_size": vocab_size, "text_field": text_field, "pattern": PATTERN}
         job.counts = {"vocab_size": max(tokenizer.get_vocab().values()) + 1}
+        if drops.reasons or drops.num_replaced:
+            job.counts |= {
+                "rows": drops.num_rows,
+                "dropped": dict(drops.reasons),
+                "dropped_rows": drops.listed,
+            }
+            job.counts["replaced"] = drops.num_replaced
         job.aside[output.name].write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         job.aside["tokenizer_config.json"].write_bytes(files.to_json(config))
     return job.record

@@ -19,7 +19,7 @@ from snaketron.graph.unknown import find
 from snaketron.settings.blends import blend_settings, phase_settings
 from snaketron.settings.chats import pack_settings, render_settings
 from snaketron.settings.registering import register_settings
-from snaketron.settings.text import tokenize_settings
+from snaketron.settings.text import tokenize_settings, tokenizer_text_settings
 from snaketron.settings.tokenizer import template_settings, tokenizer_settings
 from snaketron.settings.training import train_settings
 from snaketron.sizes.checks import check_trainings
@@ -222,6 +222,10 @@ class Graph:
 
     def tokenizer_settings(self, _wildcards: Any) -> str:
         return tokenizer_settings(self.config, self.tokenizer_directory()).model_dump_json()
+
+    def tokenizer_reading(self, _wildcards: Any) -> str:
+        """What becomes of bad rows in a tokenizer's text."""
+        return tokenizer_text_settings(self.config).model_dump_json()
 
     def template_settings(self, _wildcards: Any) -> str:
         return template_settings(self.config, self.tokenizer_directory()).model_dump_json()

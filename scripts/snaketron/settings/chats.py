@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import date
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from snaketron.config import ChatSource, Config, Reasoning, Section
 from snaketron.config.data import LongConversations, Packing
@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 class RenderSettings(ReadSettings):
     """Everything that, with the raw files, the tokenizer and the template, defines a rendered shard."""
 
+    section: ClassVar[str] = "sft_data"
     source: str
     messages_field: str
     tools_field: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from snaketron.config import Config, Corpus, Section
 from snaketron.settings import taken
@@ -13,6 +13,7 @@ from pydantic import Field
 class ReadSettings(Section):
     """Which rows of raw files are read, and what becomes of bad ones; see `config.PretrainData`."""
 
+    section: ClassVar[str] = "pretrain_data"  # of the configuration, for errors; empty: no key changes it
     where: dict[str, list[str | int | bool]] = Field(default_factory=dict)
     max_documents: int | None = None
     bad_rows: Literal["fail", "drop"] = "fail"
@@ -34,6 +35,17 @@ class TokenizeSettings(ReadSettings):
     seed: int | None = None  # None unless the order is shuffled
     max_document_tokens: int | None = None
     long_documents: Literal["cut", "drop"] = "cut"
+
+
+class EvaluationTextSettings(ReadSettings):
+    """Every text of an evaluation is read: what is left out is not looked for in the corpora."""
+
+    section: ClassVar[str] = ""
+
+
+def tokenizer_text_settings(config: Config) -> ReadSettings:
+    """What becomes of bad rows in the text that a tokenizer is trained on: the same as in a corpus."""
+    return taken(ReadSettings, config.pretrain_data, max_documents=None)
 
 
 def tokenize_settings(config: Config, corpus: Corpus) -> TokenizeSettings:

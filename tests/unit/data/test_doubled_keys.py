@@ -64,7 +64,7 @@ def test_such_a_row_is_refused_or_counted(tmp_path: Path, number: str, exact: bo
     with pytest.raises(UserError) as error:
         list(read_rows(path, required=["text"], exact=exact))
     expected = "the key 'text' stands twice in one object; remove one of them, because only one can be read"
-    assert str(error.value) == f"{path}:2: {expected}; or set bad_rows to drop"
+    assert str(error.value) == f"{path}:2: {expected}; or set pretrain_data.bad_rows to drop"
     settings, drops = ReadSettings(bad_rows="drop", max_dropped_fraction=0.5), Drops()
     rows = read_rows(path, required=["text"], settings=settings, drops=drops, exact=exact)
     assert [row["text"] for _, row in rows] == ["a", "d"]

@@ -481,7 +481,7 @@ def test_too_many_dropped_rows_are_an_error_with_the_first_of_each_kind(tmp_path
     with pytest.raises(UserError) as error:
         drops.check(ReadSettings())
     assert str(error.value) == (
-        "2 of 100 rows are bad or invalid, more than max_dropped_fraction 0.01 allows; the first is "
-        "raw/a.jsonl:8: invalid JSON; another: raw/a.jsonl:9: a lone surrogate; correct the files, or raise "
-        "max_dropped_fraction"
+        "2 of 100 rows are bad or invalid, more than pretrain_data.max_dropped_fraction 0.01 allows; the "
+        "first is raw/a.jsonl:8: invalid JSON; another: raw/a.jsonl:9: a lone surrogate; correct the files, "
+        "or raise pretrain_data.max_dropped_fraction"
     )

@@ -98,6 +98,32 @@ def test_a_tokenizer_that_cannot_be_trained(
     assert files_in(tmp_path / "out") == []
 
 
+def test_bad_rows_of_its_text_are_dropped_where_the_configuration_says_so(
+    run_script, tmp_path, write_jsonl, outputs
+):
+    """The advice of the error works: a tokenizer reads its text as a corpus does, and tells the drops."""
+    good = [{"text": f"some text {i % 7} again"} for i in range(98)]
+    clean = write_jsonl(tmp_path / "clean.jsonl", good)
+    text = write_jsonl(tmp_path / "a.jsonl", [*good[:3], {"text": None}, *good[3:], {"text": None}])
+
+    def train(path: Path, **reading: object) -> tuple[int, str]:
+        options = ("--vocab-size", 280, "--reading", json.dumps(reading))
+        return run_script("build_tokenizer", "--text", path, *options, *outputs)
+
+    status, stderr = train(text)
+    assert status == 1 and "a.jsonl:4: field 'text' is null, not text" in stderr
+    assert "correct or remove the row; or set pretrain_data.bad_rows to drop" in stderr
+    status, stderr = train(text, bad_rows="drop")
+    assert status == 1 and files_in(tmp_path / "out") == []
+    assert "2 of 100 rows are bad or invalid, more than pretrain_data.max_dropped_fraction 0.01" in stderr
+    status, stderr = train(text, bad_rows="drop", max_dropped_fraction=0.02)
+    assert status == 0 and "tokenizer.text: dropped 2 of 100 rows (2 x bad row)" in stderr
+    counts = files.read_json(tmp_path / "out" / "record.json")["counts"]
+    assert counts["dropped"] == {"bad row": 2} and [row["row"] for row in counts["dropped_rows"]] == [4, 100]
+    made = (tmp_path / "out" / "tokenizer.json").read_bytes()
+    assert train(clean)[0] == 0 and (tmp_path / "out" / "tokenizer.json").read_bytes() == made
+
+
 def test_less_text_than_the_vocabulary_needs_is_a_warning(caplog):
     assert tokenizer.train(["ab ab"], 1000).get_vocab_size() < 1000
     assert "of 1000 tokens" in caplog.text

@@ -50,8 +50,7 @@ def read_conversation(
         found.json  # noqa: B018 (text that is JSON may hold lone surrogates where the file has none)
     except Unusable as error:
         if settings.invalid_text != "replace":
-            fix = "correct the text, or set invalid_text to replace or drop"
-            raise Bad(error.detail, fix, INVALID_TEXT) from None
+            raise Bad(error.detail, "correct the text", INVALID_TEXT) from None
         found = replace(found, messages=replaced(found.messages), tools=replaced(found.tools))
         drops.num_replaced += 1
     return found

@@ -14,6 +14,7 @@ from snaketron.data.curation.words import learn, simplify_text
 from snaketron.data.rows import read_texts
 from snaketron.lineage.record import Opened, Record, making
 from snaketron.log import UserError, logger
+from snaketron.settings.text import EvaluationTextSettings
 from snaketron.wording import plural
 
 import numpy as np
@@ -88,7 +89,7 @@ def decontamination_index(
         opened = Opened()
         for path in texts:
             opened.note(path)
-            made = index_of((text for _, text in read_texts(path, text_field)), n)
+            made = index_of((text for _, text in read_texts(path, text_field, EvaluationTextSettings())), n)
             if not len(made.hashes):
                 raise UserError(
                     f"{path}: no text of {n} words to protect (half of them must be different words, and no "

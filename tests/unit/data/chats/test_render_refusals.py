@@ -89,7 +89,7 @@ def test_a_missing_field_is_an_error_that_names_the_fields(tmp_path, tokenizer):
     message = refused(tmp_path, chats)
     assert message.startswith(
         "chats.jsonl:1: no field 'messages'; the fields are 'conversations', 'id'; name one of them in the "
-        "configuration (text_field, messages_field or where); or set bad_rows to drop"
+        "configuration (text_field, messages_field or where); or set sft_data.bad_rows to drop"
     )
 
 
@@ -120,7 +120,9 @@ def test_bad_rows_are_dropped_and_counted_up_to_a_share(tmp_path, tokenizer):
     (tmp_path / "out/part_0.parquet").unlink()
     (tmp_path / "out/part_0.json").unlink()
     message = refused(tmp_path, path, bad_rows="drop", max_dropped_fraction=0.4)
-    assert message.startswith("2 of 4 rows are bad or invalid, more than max_dropped_fraction 0.4 allows; ")
+    assert message.startswith(
+        "2 of 4 rows are bad or invalid, more than sft_data.max_dropped_fraction 0.4 allows; "
+    )
 
 
 def test_a_metadata_field_cannot_take_the_name_of_a_column(tmp_path, tokenizer):
@@ -201,8 +203,8 @@ def test_lone_surrogates_in_arguments_obey_invalid_text(tmp_path, tokenizer):
     chats = [{"messages": messages}, {"messages": question("a", "b")}]
     path = write_jsonl(tmp_path / "chats.jsonl", chats)
     assert refused(tmp_path, path) == (
-        "chats.jsonl:1: a lone surrogate in a text that is JSON; correct the text, or set invalid_text to "
-        "replace or drop"
+        "chats.jsonl:1: a lone surrogate in a text that is JSON; correct the text; or set "
+        "sft_data.invalid_text to replace or drop"
     )
     rows, counts = render_files(tmp_path, path, invalid_text="replace")
     assert '{"x": "a\ufffdb"}' in texts(rows, ())[0] and counts["replaced"] == 1
@@ -249,11 +251,11 @@ def test_too_many_dropped_rows_are_an_error_with_an_example_of_each_kind(tmp_pat
     (tmp_path / "out/part_0.json").unlink()
     path = write_jsonl(tmp_path / "chats.jsonl", [*chats, {"messages": []}])
     assert refused(tmp_path, path) == (
-        "2 of 100 rows are bad or invalid, more than max_dropped_fraction 0.01 allows; the first is "
+        "2 of 100 rows are bad or invalid, more than sft_data.max_dropped_fraction 0.01 allows; the first is "
         "chats.jsonl:99: unknown role: message 0 is by 'human'; known: system, developer, user, assistant, "
         "tool (rename it, or name it in `roles` of the source: {human: user, gpt: assistant}); another: "
         "chats.jsonl:100: no messages (remove the row, or name the field that "
-        "holds them in messages_field); correct the files, or raise max_dropped_fraction"
+        "holds them in messages_field); correct the files, or raise sft_data.max_dropped_fraction"
     )
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from snaketron import files
 from snaketron.data.curation import decontamination
@@ -24,7 +25,7 @@ A, B, C, D = (words(letter) for letter in "abcd")
 QUESTION = "How many of the seven swans that swam on the lake at noon had come back by evening?"
 
 
-def index(steps: Steps, texts: dict[str, list[str]], n: int = 12) -> dict:
+def index(steps: Steps, texts: dict[str, list[Any]], n: int = 12) -> dict:
     paths = []
     for name, questions in texts.items():
         paths.append(steps.root / f"{name}.jsonl")
@@ -91,6 +92,12 @@ def test_texts_that_are_too_short_are_said(steps: Steps, caplog: pytest.LogCaptu
     assert "swans.jsonl: 1 of 2 texts are shorter than 12 words" in caplog.text
     with pytest.raises(UserError, match="no text of 30 words to protect"):
         index(steps, {"swans": [QUESTION]}, n=30)
+
+
+def test_a_bad_text_of_an_evaluation_is_corrected_and_never_dropped(steps: Steps):
+    """What is dropped would not be looked for; so the error names no policy."""
+    with pytest.raises(UserError, match=r"field 'question' is null, not text; correct or remove the row$"):
+        index(steps, {"swans": [QUESTION, None]})
 
 
 def test_numbers_and_few_words_do_not_make_a_document_contaminated(

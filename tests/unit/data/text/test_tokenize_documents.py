@@ -87,7 +87,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, write_jsonl):
 def test_bad_rows_are_counted_in_the_record(tokenize, tmp_path, tokenizer_dir, write_jsonl):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "good"}, {"text": None}, {"text": "a\ud800"}])
     status, stderr, record = tokenize(path, bad_rows="drop", invalid_text="drop", valid=0.0, test=0.0)
-    assert (status, "2 of 3 rows are bad or invalid, more than max_dropped_fraction 0.01" in stderr) == (
+    assert (
+        status,
+        "2 of 3 rows are bad or invalid, more than pretrain_data.max_dropped_fraction 0.01" in stderr,
+    ) == (
         1,
         True,
     )
