@@ -242,10 +242,22 @@ def test_a_base_from_elsewhere_is_evaluated_and_exported_beside_its_tuning(copy:
     assert result.jobs == {"import_base": 1, "evaluate": 1, "export_hf": 1}, result.output
 
 
-def test_the_page_of_a_run_draws_the_graph_that_snakemake_has(copy: Workspace):
+TUNED = ("ckpt/sft", "ckpt/lora_merged", "eval/sft.json", "eval/lora.json", "hf/sft", "hf/lora_merged")
+OF_A_PHASE = ("eval/pretrain/focused.json", "hf/pretrain/focused")
+CURATION = ", curation: {exact_dedup: all, minhash_dedup: all, decontaminate: true}"
+
+
+@pytest.mark.parametrize(("targets", "curation"), [(TUNED, ""), (OF_A_PHASE, CURATION)])
+def test_the_page_of_a_run_draws_the_graph_that_snakemake_has(
+    copy: Workspace, targets: tuple[str, ...], curation: str
+):
     """Each rule comes from the same rules, through whichever others."""
-    targets = ("ckpt/sft", "ckpt/lora_merged", "eval/sft.json", "eval/lora.json", "hf/sft", "hf/lora_merged")
-    result = copy.snakemake(*targets, "--rulegraph")
+    copy.write("questions.jsonl", '{"text": "Why?"}\n')
+    named = (
+        f"{{name: {name}, paths: [data/sample/{name}/part_0.jsonl]{curation}}}" for name in ("docs", "code")
+    )
+    config = (f"corpora=[{', '.join(named)}]", "curation={evaluation: [questions.jsonl]}")
+    result = copy.snakemake(*targets, "--rulegraph", config=config)
     names = dict(re.findall(r'(\d+)\[label = "(\w+)"', result.output))
     edges = [(names[a], names[b]) for a, b in re.findall(r"(\d+) -> (\d+)", result.output)]
     assert len(edges) > 20, result.output

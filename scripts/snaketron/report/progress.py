@@ -20,6 +20,7 @@ SIGNS = {
     "not finished": "◐",
 }
 _WIDTH, _HEIGHT, _ROW, _LANE = 112, 38, 58, 122  # of a box, and from one to the next
+_LETTERS = 19  # of a name that may be too wide for its box
 _BESIDE = 5  # how far beside the boxes of a lane an arrow passes them
 
 
@@ -107,9 +108,12 @@ def _box(rule: Rule, x: int, y: int) -> str:
     seconds = f" · {short_duration(sum(rule.seconds))}" if rule.seconds else ""
     state = SIGNS[rule.state] if rule.state == "finished" else sign(rule.state)
     about = f"{state} {rule.done}/{rule.expected}{seconds}"
+    fitted = (
+        f' textLength="{_WIDTH - 8}" lengthAdjust="spacingAndGlyphs"' if len(rule.name) > _LETTERS else ""
+    )
     return (
         f'<g class="{rule.state}"><rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="5"/>'
-        f'<text x="{x + _WIDTH / 2}" y="{y + 15}">{escape(rule.name.replace("_", " "))}</text>'
+        f'<text x="{x + _WIDTH / 2}" y="{y + 15}"{fitted}>{escape(rule.name.replace("_", " "))}</text>'
         f'<text x="{x + _WIDTH / 2}" y="{y + 30}" class="about">{escape(about)}</text></g>'
     )
 

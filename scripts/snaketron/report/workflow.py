@@ -33,8 +33,8 @@ RULES: dict[str, tuple[int, tuple[str, ...], Kind | Literal[""]]] = {
     "filter_shard": (0, ("sample_corpus", "download", "build_tokenizer"), "filtered"),
     "exact_signature": (0, ("filter_shard",), "exact_signature"),
     "exact_find": (0, ("exact_signature",), "exact_duplicates"),
-    "minhash_signature": (0, ("filter_shard", "exact_find"), "minhash_signature"),
-    "minhash_buckets": (0, ("minhash_signature",), "minhash_pairs"),
+    "minhash_signature": (1, ("filter_shard",), "minhash_signature"),
+    "minhash_buckets": (0, ("minhash_signature", "exact_find"), "minhash_pairs"),
     "minhash_cluster": (0, ("minhash_buckets",), "near_duplicates"),
     "decontamination_index": (1, (), "decontamination_index"),
     "curate_shard": (
@@ -62,8 +62,8 @@ RULES: dict[str, tuple[int, tuple[str, ...], Kind | Literal[""]]] = {
     "lora": (1, ("pretrain", "import_base", "register_checkpoint", "blend_sft"), "checkpoint"),
     "export_adapters": (0, ("lora",), ""),
     "merge_lora": (1, ("lora",), "checkpoint"),
-    "evaluate": (2, ("sft", "lora", "download_task_data"), ""),
-    "export_hf": (0, ("sft", "merge_lora"), ""),
+    "evaluate": (2, ("pretrain", "import_base", "sft", "lora", "blend_sft", "download_task_data"), ""),
+    "export_hf": (0, ("pretrain", "import_base", "sft", "merge_lora"), ""),
 }
 
 
