@@ -69,7 +69,9 @@ try:
             sys.argv,
         )
     graph = Graph(
-        load(config), workflow.overwrite_configfiles, assuming=workflow.is_main_process
+        load(config, arguments=workflow.config_settings.config_args or ()),
+        workflow.overwrite_configfiles,
+        assuming=workflow.is_main_process,
     )
     if workflow.is_main_process:
         graph.watch(workflow)

@@ -271,6 +271,15 @@ def test_the_page_of_a_run_draws_the_graph_that_snakemake_has(
         assert above(rule, drawn) == above(rule, edges), rule
 
 
+def test_null_and_false_of_the_command_line_are_those_of_a_file(copy: Workspace):
+    """`null` was the name of a container, and `false` a text that templates take for true."""
+    default = ("sft={base: null, sample_interval: null}", "cluster={container: null}")
+    assert jobs(copy, *default) == {}
+    change = "sft_data={template_arguments: {enable_thinking: false}}"
+    result = copy.snakemake("-np", "data/chat/tools/part_0.parquet", config=(change,))
+    assert '"template_arguments":{"enable_thinking":false}' in result.output
+
+
 def test_a_comment_changes_nothing(copy: Workspace):
     shutil.copytree((copy.path / "config").resolve(), copy.path / "config_copy")
     (copy.path / "config").unlink()

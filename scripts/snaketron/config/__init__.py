@@ -7,9 +7,10 @@ Nothing heavier than pydantic is imported here: every Slurm job parses the Snake
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_origin
@@ -222,13 +223,24 @@ class Config(Section):
         return {training.name: training for training in self.trainings()}[name]
 
 
-def load(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Config:
+def load(
+    values: Mapping[str, Any],
+    environment: Mapping[str, str] = os.environ,
+    arguments: Iterable[str] = (),
+) -> Config:
     """Check the merged configuration of Snakemake and return it typed.
 
+    `arguments` are the words of --config. Snakemake takes each value in their lists and sections for text, so
+    that `null` were a name and `false` true; here they are the YAML that a file would have.
     `SNAKETRON_SFT__TRAIN_ITERS=10` in the environment sets `sft.train_iters` over every file.
     Raises `ConfigError` with one line for each problem.
     """
     merged = _plain(values)
+    for word in arguments:
+        name, _, text = word.partition("=")
+        with contextlib.suppress(yaml.YAMLError):  # then it is text for Snakemake too
+            if isinstance(value := _plain(yaml.safe_load(text)), dict | list):
+                _merge(merged, name, value)
     variables = sorted(n for n in environment if n.startswith(ENVIRONMENT_PREFIX) and n != PLAIN)
     paths = {name: tuple(name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")) for name in variables}
     if problems := [line for name, path in paths.items() if (line := _divided_elsewhere(name, path))]:

@@ -1,4 +1,4 @@
-"""Variables of the environment that set keys."""
+"""Variables of the environment and words of --config that set keys."""
 
 from __future__ import annotations
 
@@ -34,6 +34,40 @@ def test_the_environment_does_not_change_what_was_given():
     values = {"sft": {"train_iters": 50}}
     load(values, {"SNAKETRON_SFT__TRAIN_ITERS": "11"})
     assert values == {"sft": {"train_iters": 50}}
+
+
+def test_a_value_of_the_command_line_is_what_a_file_would_have():
+    """Snakemake gives text for each value in a section or list, and takes `false` for a text that is true."""
+    words = [
+        "sft_data={template_arguments: {enable_thinking: false, budget: 3, name: null}, pack_size: 64}",
+        "cluster={container: null}",
+        "tracking=off",
+        "seed=7",
+    ]
+    of_snakemake = {
+        "sft_data": {
+            "template_arguments": {"enable_thinking": "false", "budget": "3", "name": "null", "kept": True},
+            "pack_size": "64",
+        },
+        "cluster": {"container": "null", "gpus_per_node": 8},
+        "tracking": "off",
+        "seed": 7,
+    }
+    config = load(of_snakemake, {}, words)
+    assert config.sft_data.template_arguments == {
+        "enable_thinking": False,
+        "budget": 3,
+        "name": None,
+        "kept": True,  # of a file
+    }
+    assert (config.sft_data.pack_size, config.tracking, config.seed) == (64, "off", 7)
+    assert (config.cluster.container, config.cluster.gpus_per_node) == (None, 8)
+
+
+def test_the_environment_is_over_the_command_line():
+    words = ["sft={train_iters: 50, num_samples: 3}"]
+    config = load({"sft": {"train_iters": "50"}}, {"SNAKETRON_SFT__TRAIN_ITERS": "11"}, words)
+    assert (config.sft.train_iters, config.sft.num_samples) == (11, 3)
 
 
 @pytest.mark.parametrize(
