@@ -68,22 +68,30 @@ def _thinned(stages: Iterable[Stage]) -> list[Block]:
 
 
 def _by_source(name: str, runs: Sequence[Run]) -> list[Block]:
-    """The losses of each corpus or source before, after and on the test split, where there are several."""
+    """The losses of each corpus or source before, after and on the test split, where there are several.
+
+    The weights of a blend are shares of samples or packs, of which packs have more or fewer trained tokens.
+    """
+    sample = "samples" if name.startswith("pretrain") else "packs"
 
     def rows(run: Run) -> list[list[str]]:
         stage = run.stage(name)
         names = _sources(stage, "sources") if stage else []
         if stage is None or len(names) < 2:
             return []
-        tokens = {one: int(stage.total("sources", one, "trained_tokens")) for one in names}
-        total = sum(tokens.values())
-        return [
-            [one, *_losses(stage, one), f"{n:,}", f"{n / total:.1%}" if total else UNKNOWN]
-            for one, n in tokens.items()
-        ]
+        shares = [_shares(stage, names, of) for of in (sample, "trained_tokens")]
+        return [[one, *_losses(stage, one), *shares[0][one], *shares[1][one]] for one in names]
 
-    header = [_word(name), "validation loss before", "after", "test loss", "trained tokens", "share"]
+    header = [_word(name), "validation loss before", "after", "test loss", sample, "share"]
+    header += ["trained tokens", "share"]
     return across(f"Loss by {_word(name)}", header, runs, rows)
+
+
+def _shares(stage: Stage, names: Sequence[str], of: str) -> dict[str, tuple[str, str]]:
+    """How much of what was trained each source had, and its share; unknown where no line tells it."""
+    counts = {one: int(stage.total("sources", one, of)) for one in names}
+    total = sum(counts.values())
+    return {one: (f"{n:,}", f"{n / total:.1%}") if total else (UNKNOWN, UNKNOWN) for one, n in counts.items()}
 
 
 def _losses(stage: Stage, source: str) -> list[str]:

@@ -369,9 +369,10 @@ def test_the_loss_above_all_is_that_of_each_tuning(training, tmp_path: Path):
 
 
 def test_losses_by_corpus_are_before_after_and_tested(training, tmp_path: Path):
-    """Code has 300 of the 400 trained tokens."""
+    """Code has 300 of the 400 trained tokens, in 2 of 4 samples."""
     directory = training("pretrain/broad", steps=0)
-    corpora = {name: {"loss": 5.0, "trained_tokens": n} for name, n in (("docs", 50), ("code", 150))}
+    trained = (("docs", 50), ("code", 150))
+    corpora = {name: {"loss": 5.0, "samples": 1, "trained_tokens": n} for name, n in trained}
     lines = [{"iteration": i, "valid_sources": {"docs": 7.0 - i, "code": 6.0 - i}} for i in (0, 1, 2)]
     lines += [{"iteration": i, "loss": 5.0, "sources": corpora} for i in (1, 2)]
     lines.append({"iteration": 2, "test_sources": {"docs": 5.5, "code": 4.25}})
@@ -380,8 +381,8 @@ def test_losses_by_corpus_are_before_after_and_tested(training, tmp_path: Path):
     (table,) = (block for block in blocks if isinstance(block, Table))
     assert [table.caption, *table.rows] == [
         "Loss by corpus",
-        ["docs", "7.0000", "5.0000", "5.5000", "100", "25.0%"],
-        ["code", "6.0000", "4.0000", "4.2500", "300", "75.0%"],
+        ["docs", "7.0000", "5.0000", "5.5000", "2", "50.0%", "100", "25.0%"],
+        ["code", "6.0000", "4.0000", "4.2500", "2", "50.0%", "300", "75.0%"],
     ]
     (drawn,) = (block for block in blocks if isinstance(block, Figures))
     titles = ["Loss (nats a token)", "Loss by corpus, training", "Loss by corpus, validation"]
