@@ -39,6 +39,18 @@ def held_out_prompts(batches: SftBatches, count: int) -> list[Prompt]:
     return [Prompt(*next(one.answers())) for one in itertools.islice(asked, count)]
 
 
+def _tell_too_long(stage: Stage, prompts: list[Prompt]) -> None:
+    """Say how many answers are cut whatever the model learns, so that they count as wrong."""
+    name, most = stage.settings.stage, stage.run.sample_tokens
+    lengths = [len(prompt.reference) for prompt in prompts]
+    if longer := sum(length > most for length in lengths):
+        logger.warning(
+            "%s: %d of %d answers of the data have more than %s (%s.sample_tokens), up to %d: those of the "
+            "model are cut there, and count as not exact",
+            *(name, longer, len(prompts), plural(most, "token"), name, max(lengths)),
+        )
+
+
 def write_answers(stage: Stage, built: BuiltModel, iteration: int, batches: SftBatches) -> None:
     """Write the answers of the model as it is now to the version, in a file of its own for each step."""
     text = load_tokenizer(stage.tokenizer_directory)
@@ -46,6 +58,8 @@ def write_answers(stage: Stage, built: BuiltModel, iteration: int, batches: SftB
     if prompts and is_writer():
         what = plural(len(prompts), "prompt")
         logger.info("%s: answering %s %s", stage.settings.stage, what, after(iteration))
+        if not iteration:
+            _tell_too_long(stage, prompts)
     stop = {prompt.reference[-1] for prompt in prompts}
     given = generate(
         built,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from snaketron.config.data import CALL
@@ -23,6 +23,7 @@ class Kind:
     places: list[int] = field(default_factory=list)  # of the prompts
     before: int = 0  # answered exactly
     after: int = 0
+    cut: int = 0  # afterwards, at the longest answer that was allowed
 
 
 def kinds(before: Answers, after: Answers) -> dict[str, Kind]:
@@ -32,7 +33,9 @@ def kinds(before: Answers, after: Answers) -> dict[str, Kind]:
         kind = found.setdefault("calls" if CALL in base["reference"] else "texts", Kind())
         kind.places.append(place)
         kind.before += base["answer"] == base["reference"]
-        kind.after += place < len(after) and after[place]["answer"] == base["reference"]
+        if place < len(after):
+            kind.after += after[place]["answer"] == base["reference"]
+            kind.cut += is_cut(after[place])
     return dict(sorted(found.items()))
 
 
@@ -42,12 +45,15 @@ def exact_answers(stage: Stage) -> str:
     if len(answers) < 2:
         return ""
     found = kinds(answers[0][1], answers[-1][1])
-    return ", ".join(f"{kind.after} of {len(kind.places)} {name}" for name, kind in found.items())
+    return ", ".join(
+        f"{kind.after} of {len(kind.places)} {name}" + (f" ({kind.cut} cut)" if kind.cut else "")
+        for name, kind in found.items()
+    )
 
 
 def answers_part(runs: Sequence[Run]) -> Part:
     """Prompts of the validation split with the answers before and after tuning."""
-    header = ["training", "held out", "asked", "exact before", "exact after"]
+    header = ["training", "held out", "asked", "exact before", "exact after", "cut after"]
     blocks = across("Answers that are exactly those of the data", header, runs, _rows, names=2)
     for run in runs:
         for stage in run.stages:
@@ -62,8 +68,8 @@ def _rows(run: Run) -> list[list[str]]:
     for stage in run.stages:
         if answers := stage.answers():
             for name, kind in kinds(answers[0][1], answers[-1][1]).items():
-                after = f"{kind.after}" if len(answers) > 1 else UNKNOWN
-                rows.append([stage.name, name, f"{len(kind.places)}", f"{kind.before}", after])
+                after = [f"{kind.after}", f"{kind.cut}"] if len(answers) > 1 else [UNKNOWN, UNKNOWN]
+                rows.append([stage.name, name, f"{len(kind.places)}", f"{kind.before}", *after])
     return rows
 
 
@@ -98,4 +104,9 @@ def quotes(stage: Stage, place: int, of_run: str = "") -> Quotes:
 
 
 def _title(step: int, entry: dict[str, str]) -> str:
-    return f"answer after step {step}" + (", cut" if entry.get("finish_reason") == "length" else "")
+    return f"answer after step {step}" + (", cut" if is_cut(entry) else "")
+
+
+def is_cut(entry: Mapping[str, str]) -> bool:
+    """Whether an answer ends at the longest length that was allowed; an entry of before does not say."""
+    return entry.get("finish_reason") == "length"

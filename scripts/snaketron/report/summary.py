@@ -10,7 +10,7 @@ from snaketron.files import read_json
 from snaketron.jobs.version import Version
 from snaketron.lineage.record import Entry, Record, read
 from snaketron.lineage.walk import ancestors, lost, why_lost
-from snaketron.report.answers import kinds
+from snaketron.report.answers import is_cut, kinds
 from snaketron.report.blocks import number
 from snaketron.report.collect import Data, add_up
 from snaketron.report.tables import table
@@ -146,8 +146,12 @@ def _time(stages: list[Record], data: Data) -> str:
 def _answers(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
     """How many held-out prompts the base and the tuned model answer exactly, and the first of each kind."""
     found = kinds(before, after)
-    rows = [[name, *map(str, (len(kind.places), kind.before, kind.after))] for name, kind in found.items()]
-    parts = ["## Answers", table(["held out", "asked", "exact by the base", "exact after tuning"], rows)]
+    rows = [
+        [name, *map(str, (len(kind.places), kind.before, kind.after, kind.cut))]
+        for name, kind in found.items()
+    ]
+    header = ["held out", "asked", "exact by the base", "exact after tuning", "cut after tuning"]
+    parts = ["## Answers", table(header, rows)]
     for kind in found.values():
         base, tuned = before[kind.places[0]], after[kind.places[0]]
         texts = {f"{name}:": base[name] for name in ("prompt", "reference")}
@@ -158,4 +162,4 @@ def _answers(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
 
 
 def _cut(entry: dict[str, str]) -> str:
-    return " (cut)" if entry.get("finish_reason") == "length" else ""
+    return " (cut)" if is_cut(entry) else ""

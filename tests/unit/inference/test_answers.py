@@ -71,6 +71,32 @@ def test_as_many_prompts_are_told_as_there_are(
     )
     caplog.set_level("INFO")
     write_answers(stage, None, 3, batches([[QUESTION], [TWO_TURNS]]))
+    assert "sample_tokens" not in caplog.text
     write_answers(stage, None, 5, batches([]))
     assert [m for m in caplog.messages if "answering" in m] == ["sft: answering 2 prompts after step 3"]
     assert len(files.read_json(tmp_path / "3.json")) == 2 and not (tmp_path / "5.json").exists()
+
+
+def test_answers_of_the_data_that_are_longer_than_those_of_the_model_are_told_before_the_first_step(
+    batches,
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    """No model gives two tokens in one: the count of exact answers was 0, and nothing said why."""
+    monkeypatch.setattr(
+        "snaketron.inference.answers.generate", lambda built, prompts, **_: [[7] for _ in prompts]
+    )
+    stage = SimpleNamespace(
+        tokenizer_directory=tokenizer_dir,
+        settings=SimpleNamespace(stage="lora"),
+        run=SimpleNamespace(num_samples=40, sample_tokens=1),
+        version=SimpleNamespace(answers_after=lambda step: tmp_path / f"{step}.json"),
+    )
+    for step in (0, 9):
+        write_answers(stage, None, step, batches([[QUESTION], [[(5, 0), (8, 1)]]]))
+    assert caplog.messages == [
+        "lora: 1 of 2 answers of the data have more than 1 token (lora.sample_tokens), up to 2: those of "
+        "the model are cut there, and count as not exact"
+    ]

@@ -56,10 +56,10 @@ def test_answers_of_each_training_are_shown_and_most_are_folded(training, tmp_pa
             answer(directory, step, ["?"] * 30, ["So.", *[CALL] * 29])
     table, *blocks = answers_part([read(tmp_path)]).blocks
     assert isinstance(table, Table) and table.rows == [
-        ["sft", "calls", "29", "0", "0"],
-        ["sft", "texts", "1", "0", "0"],
-        ["lora", "calls", "29", "0", "0"],
-        ["lora", "texts", "1", "0", "0"],
+        ["sft", "calls", "29", "0", "0", "0"],
+        ["sft", "texts", "1", "0", "0", "0"],
+        ["lora", "calls", "29", "0", "0", "0"],
+        ["lora", "texts", "1", "0", "0", "0"],
     ]
     for stage, (call, text, folded, left) in (("sft", blocks[:4]), ("lora", blocks[4:])):
         assert isinstance(call, Quotes) and call.title == f"Prompt 2 of {stage}"
@@ -75,7 +75,7 @@ def test_answers_before_the_first_step_are_not_those_of_the_training(training, t
     answer(directory, 0, ["So."], ["So."])
     run = read(tmp_path)
     (table, quotes) = answers_part([run]).blocks
-    assert isinstance(table, Table) and table.rows == [["sft", "texts", "1", "1", "-"]]
+    assert isinstance(table, Table) and table.rows == [["sft", "texts", "1", "1", "-", "-"]]
     assert isinstance(quotes, Quotes) and len(quotes.texts) == 3
     assert exact_answers(run.stages[0]) == ""
 
@@ -85,7 +85,10 @@ def test_an_answer_that_was_cut_says_so(training, tmp_path: Path):
     directory = training("sft")
     cut = {"prompt": "Why?", "reference": "So.", "answer": "Since", "finish_reason": "length"}
     files.write_json(directory / "answers/step_0000040.json", [cut])
-    (_, quotes) = answers_part([read(tmp_path)]).blocks
+    run = read(tmp_path)
+    (table, quotes) = answers_part([run]).blocks
+    assert isinstance(table, Table) and table.rows == [["sft", "texts", "1", "0", "0", "1"]]
+    assert exact_answers(run.stages[0]) == "0 of 1 texts (1 cut)"
     assert isinstance(quotes, Quotes)
     names = [name for name, _ in quotes.texts]
     assert names == ["prompt", "reference", "answer after step 0", "answer after step 40, cut"]

@@ -246,10 +246,10 @@ def test_answers_are_counted_and_the_first_of_each_kind_is_quoted(run: Path):
     text = summarize(run)
     assert text.startswith(f"# {run}\n\n## Training\n\n")
     assert sections(text)["Answers"].startswith(
-        "| held out | asked | exact by the base | exact after tuning |\n"
-        "|----------|------:|------------------:|-------------------:|\n"
-        "| calls    |     2 |                 0 |                  1 |\n"
-        "| texts    |     1 |                 0 |                  0 |\n\n"
+        "| held out | asked | exact by the base | exact after tuning | cut after tuning |\n"
+        "|----------|------:|------------------:|-------------------:|-----------------:|\n"
+        "| calls    |     2 |                 0 |                  1 |                0 |\n"
+        "| texts    |     1 |                 0 |                  0 |                1 |\n\n"
         "prompt:\n\n    call!\n\nreference:\n\n    <tool_call>\n    f\n"
     )
     assert text.endswith(
