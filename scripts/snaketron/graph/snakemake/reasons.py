@@ -101,9 +101,11 @@ def _flat(value: Any) -> Flat:
     """The values of a parameter by their path; a text of JSON is taken apart."""
     if isinstance(value, str) and value.startswith('{"'):
         return _flat(json.loads(value))
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+        value = {f"[{place}]": one for place, one in enumerate(value)}  # filters[0].options
     if isinstance(value, Mapping) and value:
         return {
-            ".".join(filter(None, (str(key), path))): leaf
+            ".".join(filter(None, (str(key), path))).replace(".[", "["): leaf
             for key, inner in value.items()
             for path, leaf in _flat(inner).items()
         }
@@ -138,10 +140,11 @@ def _place(config: Config, rule: str, wildcards: Mapping[str, str], path: str) -
     if first in ("weights", "train_tokens"):
         at = f"pretrain.phases[{_index(config, phase)}]" if phase else "sft"
         return f"{at}.blend ({rest})" if first == "weights" else f"{at}.tokens"
+    key = first.partition("[")[0]  # of an entry of a list
     found = [
-        (".".join(filter(None, (prefix, first, rest))), getattr(section, first))
+        (".".join(filter(None, (prefix, first, rest))), getattr(section, key))
         for prefix, section in _sections(config, wildcards)
-        if hasattr(section, first)
+        if hasattr(section, key)
     ]
 
     def how_far(one: tuple[str, Any]) -> int:
@@ -180,6 +183,8 @@ def _sections(config: Config, wildcards: Mapping[str, str]) -> Iterator[tuple[st
     for at, source in config.sources():
         if source.name == wildcards.get("corpus" if isinstance(source, Corpus) else "source"):
             yield at, source
+            if isinstance(source, Corpus) and source.curation:
+                yield f"{at}.curation", source.curation
             yield source.section, config.data_of(source)
     for i, phase in enumerate(config.pretrain.phases):
         if phase.name == wildcards.get("phase"):
@@ -188,6 +193,7 @@ def _sections(config: Config, wildcards: Mapping[str, str]) -> Iterator[tuple[st
     yield "sft_data", config.sft_data
     yield "tokenizer", config.tokenizer
     yield "curation", config.curation
+    yield "eval", config.eval
     yield "", config
 
 

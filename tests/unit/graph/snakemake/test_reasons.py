@@ -8,6 +8,8 @@ from snaketron.config import Config, load
 from snaketron.graph.snakemake.reasons import changes, is_check
 from snaketron.settings.blends import BlendSettings, phase_settings
 from snaketron.settings.chats import pack_settings, render_settings
+from snaketron.settings.curation import filter_settings
+from snaketron.settings.evaluation import eval_settings
 from snaketron.settings.text import tokenize_settings
 from snaketron.settings.tokenizer import template_settings, tokenizer_settings
 from snaketron.settings.training import train_settings
@@ -129,6 +131,42 @@ def test_keys_of_the_tokenizer():
     assert changes(now, "install_chat_template", {}, [old], [new], {new: "settings"}) == [
         "tokenizer.chat_template: config/chat_template.jinja -> null",
         "tokenizer.path: null -> their/one",
+    ]
+
+
+def test_the_option_of_a_filter_that_changed_is_told_alone():
+    """The whole list was told and cut off before what differs."""
+
+    def of(*filters: dict[str, Any]) -> Config:
+        curation = {"filters": list(filters)}
+        corpora = [{"name": "docs", "paths": ["a.jsonl"], "curation": curation}]
+        return with_keys(corpora=corpora, pretrain={"phases": PHASES})
+
+    first = {"name": "gopher_quality", "options": {"min_doc_words": 20, "max_doc_words": 9000}}
+    words = {"name": "gopher_quality", "options": {"min_doc_words": 25, "max_doc_words": 9000}}
+    more = {"name": "regex", "options": {"pattern": "SECRET"}}
+
+    def told(before: Config, now: Config) -> list[str]:
+        old, new = (repr(filter_settings(one, one.corpora[0]).model_dump_json()) for one in (before, now))
+        return changes(now, "filter_shard", {"corpus": "docs"}, [old], [new], {new: "settings"})
+
+    where = "corpora[0].curation.filters"
+    assert told(of(first), of(words)) == [f"{where}[0].options.min_doc_words: 20 -> 25"]
+    assert told(of(first), of(first, more)) == [
+        f"{where}[1].name: nothing -> regex",
+        f"{where}[1].options.pattern: nothing -> SECRET",
+    ]
+    assert told(of(first, more), of(first)) == [
+        f"{where}[1].name: regex -> nothing",
+        f"{where}[1].options.pattern: SECRET -> nothing",
+    ]
+
+
+def test_keys_of_evaluations():
+    before, now = with_keys(), with_keys(eval={"answers": 4})
+    old, new = (repr(eval_settings(config, "sft", {}).model_dump_json()) for config in (before, now))
+    assert changes(now, "evaluate", {"stage": "sft"}, [old], [new], {new: "settings"}) == [
+        "eval.answers: 32 -> 4"
     ]
 
 
