@@ -31,6 +31,7 @@ import datasets.config
 import huggingface_hub.constants
 import lm_eval
 import lm_eval.evaluator
+import tqdm
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
@@ -228,9 +229,16 @@ def _offline(*, cached: bool) -> Iterator[None]:
 def _unasked() -> Iterator[None]:
     """Keep lm-eval from asking git and the machine, in 1.6 s, for what the record of the evaluation says.
 
-    Where there is no repository, git's `fatal: not a git repository` stood among the lines of the run.
+    Where there is no repository, git's `fatal: not a git repository` stood among the lines of the run. So did
+    the progress bars of lm-eval and `datasets`, which want a terminal of their own.
     """
+    make = tqdm.tqdm.__init__
+
+    def hidden(bar: Any, *arguments: Any, **options: Any) -> None:
+        make(bar, *arguments, **options | {"disable": True})
+
     with (
+        mock.patch.object(tqdm.tqdm, "__init__", hidden),
         mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
         mock.patch.object(lm_eval.evaluator, "add_env_info", lambda results: None),
     ):
