@@ -18,7 +18,7 @@ from snaketron.jobs.attempts import read_attempts, state_of
 from snaketron.jobs.lines import Tail, line_of_metrics
 from snaketron.jobs.queue import Queued, queued_in
 from snaketron.jobs.version import Version, published, versions
-from snaketron.report.workflow import files_of, read_benchmark, rule_of
+from snaketron.report.workflow import RULES, files_of, read_benchmark, rule_of
 from snaketron.sizes.outlook import Planned
 from snaketron.tracking.warnings import Warning, warnings_of
 
@@ -242,17 +242,22 @@ class Follower:
         return job.slurm in self.slurm and self.slurm[job.slurm].waits
 
     def _rules(self, running: bool) -> list[Rule]:
-        """The rules that are not trainings. One waits whose jobs are all in Slurm's queue."""
+        """The rules that are not trainings, in the order of the workflow: Snakemake counts them in none.
+
+        One waits whose jobs are all in Slurm's queue.
+        """
         trained = {rule_of(name) for name in self.journal.trainings}
         states: dict[str, Counter[str]] = {name: Counter() for name in self.journal.totals}
         for job in self.journal.jobs.values():
             waits = job.state == "running" and self._waits(job)
             states.setdefault(job.rule, Counter())["waiting" if waits else job.state] += 1
         found = []
-        for name, total in self.journal.totals.items():
+        places = {name: place for place, name in enumerate(RULES)}
+        totals = self.journal.totals
+        for name in sorted(totals, key=lambda name: places.get(name, len(places))):
             if name in trained or name == "all":
                 continue
-            of = states[name]
+            of, total = states[name], totals[name]
             state = "finished" if of["finished"] >= total else "failed" if of["failed"] else "waiting"
             if state == "waiting" and of:
                 queued = of["waiting"] and not of["running"]

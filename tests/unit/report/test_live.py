@@ -48,6 +48,14 @@ def test_a_run_on_its_way(run: RunLog, tmp_path: Path):
     assert view.warning and (view.warning[0], view.warning[1].iteration) == ("pretrain/broad", 20)
 
 
+def test_stages_are_in_the_order_of_the_workflow(tmp_path: Path):
+    """Snakemake counts jobs in no order: curation stood below the tokens that are made of its documents."""
+    counted = ("report", "sft", "tokenize_shard", "blend_pretrain", "curate_shard", "filter_shard")
+    RunLog(tmp_path, dict.fromkeys(counted, 1), SFT)
+    stages = [rule.name for rule in Follower(tmp_path, alive=True).look().rules]
+    assert stages == ["filter_shard", "curate_shard", "tokenize_shard", "blend_pretrain", "report"]
+
+
 @pytest.mark.parametrize(
     "line",
     [
