@@ -109,6 +109,7 @@ onstart:
             "Another Snakemake is running in this directory; wait for it or stop it."
         )
     configfiles.keep(graph.config, workflow.overwrite_configfiles)
+    workflow.log_missing_metadata_info()  # which Snakemake does in a dry-run alone
     if replaced := notes.replaced_by(workflow):
         logger.warning(replaced)
     trainings = outlook.trainings(graph.config, workflow.dag)

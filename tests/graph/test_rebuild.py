@@ -280,6 +280,20 @@ def test_null_and_false_of_the_command_line_are_those_of_a_file(copy: Workspace)
     assert '"template_arguments":{"enable_thinking":false}' in result.output
 
 
+def test_a_run_says_of_which_finished_jobs_no_changed_key_is_noticed(copy: Workspace):
+    """A copy without Snakemake's notes trained on what other settings had made; only a dry-run said so."""
+    chats, said = "data/chat/tools/part_0.parquet", "Snakemake has no notes, as in a copy without .snakemake"
+    assert said not in copy.snakemake(chats).output
+    shutil.rmtree(copy.path / ".snakemake/metadata")
+    for command in ((chats,), (chats, "-n")):
+        result = copy.snakemake(*command, config=("sft_data={template_arguments: {x: 1}}",))
+        assert result.status == 0 and "Nothing to be done" in result.output
+        assert result.output.count(said) == 1, result.output
+    (copy.path / chats).unlink()
+    result = copy.snakemake(chats)
+    assert result.status == 0 and said in result.output.partition("render_chat tools part_0 starts")[0]
+
+
 def test_a_comment_changes_nothing(copy: Workspace):
     shutil.copytree((copy.path / "config").resolve(), copy.path / "config_copy")
     (copy.path / "config").unlink()

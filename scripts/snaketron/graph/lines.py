@@ -41,6 +41,14 @@ UNKNOWN = re.compile(r"(\d+) jobs have missing provenance/metadata [^\n]*\n[^\n]
 AGAIN = re.compile(r"Trying to restart job (\S+)\.")
 
 
+def without_notes(number: int, rules: str) -> str:
+    """A warning of finished jobs for which no changed key is noticed."""
+    return (
+        f"Of {plural(number, 'finished job')} ({rules}) Snakemake has no notes, as in a copy without "
+        ".snakemake: keys that were changed since do not make them run again; -R RULE does"
+    )
+
+
 @dataclass
 class Job:
     """A job as the lines call it."""
@@ -164,11 +172,7 @@ class Lines:
         if text.startswith(CHATTER):
             return None
         if found := UNKNOWN.match(text):
-            return (
-                f"Of {plural(int(found[1]), 'finished job')} ({found[2]}) Snakemake has no notes, as in a "
-                "copy without .snakemake: keys that were changed since do not make them run again; -R RULE "
-                "does"
-            )
+            return without_notes(int(found[1]), found[2])
         if "CalledProcessError" in text and STATUS.search(text):
             return None
         if text.startswith(TERMINATING):

@@ -15,6 +15,7 @@ from snaketron.config.base import closest
 from snaketron.graph.checks import made_tokenizer
 from snaketron.graph.configfiles import mixed
 from snaketron.graph.graph import Graph
+from snaketron.graph.lines import without_notes
 from snaketron.huggingface.config import token_ids
 from snaketron.log import UserError
 from snaketron.sources.local import SAMPLE, unread
@@ -199,8 +200,9 @@ def meant(
 
 
 def explain(workflow: Any, graph: Graph) -> None:
-    """Print at the end what targets are called, and in a dry-run what would be replaced.
+    """Print at the end what targets are called, in a dry-run what would be replaced, and what nobody watched.
 
+    Snakemake says in a dry-run of which finished jobs it has no notes, and not where a run has nothing to do.
     The targets are known only after the Snakefile was read, and a wrong one is an error before any job.
     """
     settings, dag = workflow.dag_settings, getattr(workflow, "dag", None)
@@ -211,6 +213,9 @@ def explain(workflow: Any, graph: Graph) -> None:
         lines = meant(graph.config, sorted(set(dag.targetfiles) - made), rules, graph.bases.bases)
     if workflow.dryrun and dag and (warning := replaced_by(workflow)):
         lines.append(warning)
+    if dag is not None and not workflow.dryrun and not len(dag):
+        unknown = [job.rule.name for job in dag.jobs if dag.reason(job).no_metadata]
+        lines += [without_notes(len(unknown), " ".join(sorted(set(unknown))))] if unknown else []
     for line in lines:
         print(line, file=sys.stderr)
 
