@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron.wording import plural, size_text
 
     items = inventory.inventory(args.ckpt, keep_bases=not args.bases, keep_stopped=not args.stopped)
+    if not items:
+        where = args.ckpt / "versions"
+        logger.warning("%s: holds no versions; --ckpt names the root of the checkpoints", where)
     loose = inventory.superseded(items)
     verb = "would delete" if args.dry_run else "delete"
     for item in items:

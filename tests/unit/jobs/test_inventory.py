@@ -65,6 +65,13 @@ def deleted(ckpt: Path, *options: str) -> list[str]:
     return sorted(before - {path.name for path in (ckpt / "versions").iterdir()})
 
 
+def test_a_root_without_versions_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """With `pathvars.ckpt` elsewhere it said that it would delete 0 of 0 versions."""
+    assert prune_versions.main(["--dry-run", "--ckpt", str(tmp_path)]) == 0
+    said = f"{tmp_path}/versions: holds no versions; --ckpt names the root of the checkpoints"
+    assert caplog.messages[0] == said
+
+
 def test_each_version_has_its_state_size_and_age(ckpt: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, "snaketron"):
         assert deleted(ckpt, "--dry-run") == []
