@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +151,17 @@ def _ordered(catalogue: Catalogue, found: Iterable[Made]) -> list[Made]:
 
 def by_kind(found: Iterable[Made]) -> dict[str, list[str]]:
     """The names of jobs by kind; a checkpoint by its version."""
-    kinds: dict[str, list[str]] = defaultdict(list)
+    kinds: dict[str, list[Made]] = defaultdict(list)
     for made in found:
-        kinds[made.record.kind].append(made.version or made.record.name)
-    return dict(kinds)
+        kinds[made.record.kind].append(made)
+    return {kind: called(same, lambda made: made.version or made.record.name) for kind, same in kinds.items()}
+
+
+def called(found: Sequence[Made], name: Callable[[Made], str]) -> list[str]:
+    """The names of jobs; those of the same name, in two directories, with the paths of their records."""
+    counts = Counter(map(name, found))
+    here = f"{Path.cwd()}{os.sep}"
+    return [
+        f"{name(made)} ({str(made.path).removeprefix(here)})" if counts[name(made)] > 1 else name(made)
+        for made in found
+    ]

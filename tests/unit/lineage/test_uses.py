@@ -39,6 +39,21 @@ def test_a_file_of_elsewhere_reaches_what_was_made_of_it_here_and_there(lineage:
     assert found(str(store)) == (["tokens docs/c"], [])
 
 
+def test_two_configurations_in_one_directory_are_told_apart(lineage: Path):
+    """With roots of their own in pathvars both have a shard docs/b, and the answer named it twice."""
+    outputs = {"train.bin": "other/data/tokens/docs/train/b.bin"}
+    inputs = {"text": [Path("raw/b.jsonl")]}
+    job("tokens", "docs/b", "other/data/tokens/docs/b.json", inputs, outputs, corpus="docs", more=1)
+    catalogue = scan(lineage)
+    reached = uses.reach(catalogue, [uses.source(catalogue, "raw/b.jsonl")])
+    names = uses.by_kind(reached.holders)
+    assert sorted(names["tokens"]) == [
+        "docs/b (data/tokens/docs/b.json)",
+        "docs/b (other/data/tokens/docs/b.json)",
+    ]
+    assert names["blend"] == ["one"]
+
+
 def test_a_tokenizer_has_an_influence_and_holds_no_text(lineage: Path):
     """a.jsonl trained the tokenizer, which made the ids of b.jsonl as well."""
     assert found("raw/a.jsonl") == (["tokenizer", "tokens docs/a", *AFTER], ["tokens docs/b"])

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from snaketron.data.drops import place
 from snaketron.data.trace.fate import READERS, Fate, fates
 from snaketron.lineage.catalogue import Catalogue, Made
 from snaketron.lineage.uses import reach, source
@@ -112,8 +113,12 @@ def told(found: Removal) -> list[str]:
         lines.append(f"without {plural(len(found.files), 'file')}: {some(found.files)}")
     if found.fates:
         lines.append(f"without {plural(len({(fate.file, fate.row) for fate in found.fates}), 'document')}")
-    dropped = [fate for fate in found.fates if not fate.splits]
-    lines += [f"  row {fate.row} is not in {fate.shard.title}: {fate.why}" for fate in dropped]
+    dropped = [
+        f"  {place(Path(fate.file), fate.row)} is not in {fate.shard.title}: {fate.why}"
+        for fate in found.fates
+        if not fate.splits
+    ]
+    lines += dict.fromkeys(dropped)  # two configurations may have a shard of one name
     if not found.again:
         return [*lines, "nothing has to be made again"]
     lines += ["to make again:", *kinds(found.again)]

@@ -9,16 +9,18 @@ from typing import Any
 from snaketron.data.drops import place
 from snaketron.data.trace.fate import Fate
 from snaketron.lineage.catalogue import Catalogue, Made
-from snaketron.lineage.uses import Source, reach
+from snaketron.lineage.uses import Source, called, reach
 from snaketron.lineage.words import steps
 from snaketron.wording import some
 
 
 def told(catalogue: Catalogue, fates: Iterable[Fate]) -> list[str]:
     """What became of each document."""
-    lines = []
+    lines, fates = [], list(fates)
+    shards = {fate.shard.digest: fate.shard for fate in fates}
+    titles = dict(zip(shards, called([*shards.values()], lambda made: made.title), strict=True))
     for fate in fates:
-        lines.append(f"{place(Path(fate.file), fate.row)} in {fate.shard.title}")
+        lines.append(f"{place(Path(fate.file), fate.row)} in {titles[fate.shard.digest]}")
         if fate.splits:
             parts = [f"{n} of {split}" for n, split in zip(fate.numbers, fate.splits, strict=True)]
             lines.append(f"  sequence {some(parts)}")

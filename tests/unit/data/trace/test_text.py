@@ -253,7 +253,7 @@ def test_nothing_is_made_again_without_a_dropped_document(trained: Path):
     told = removal.told(removal.removal(scan(trained), [("raw/a.jsonl", 3)]))
     assert told == [
         "without 1 document",
-        "  row 3 is not in tokens docs/a: dropped: empty",
+        "  raw/a.jsonl:3 is not in tokens docs/a: dropped: empty",
         "nothing has to be made again",
     ]
 
