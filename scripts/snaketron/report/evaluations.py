@@ -130,8 +130,8 @@ def _of_others(runs: Sequence[Run]) -> list[Text]:
     said = []
     for run in runs:
         for name, one in run.evaluations.items():
-            stage, of = run.stage(name), one.get("checkpoint", "").rpartition("-")[2]
-            if stage and of and of != (shown := stage.version.directory.name.rpartition("-")[2]):
+            shown, of = run.shown(name), one.get("checkpoint", "").rpartition("-")[2]
+            if shown and of and of != shown:
                 named = f"{run.name}: " if len(runs) > 1 else ""
                 other = f"is of another {name} (version {of}) than is shown here ({shown})."
                 said.append(Text(f"{named}eval/{name}.json {other}", attention=True))

@@ -99,14 +99,11 @@ def missing(run: Run) -> list[str]:
         for stage in run.stages
         if stage.reason
     ]
-    for stage in run.stages:
-        for entry in stage.record.inputs if stage.record else ():
+    for of, record in run.made.items():
+        for entry in record.inputs:
             name, _, key = entry.version.rpartition("-")
-            base = run.stage(name)
-            if base and (shown := base.version.directory.name.rpartition("-")[2]) != key:
-                said.append(
-                    f"{stage.name} stands on another {name} (version {key}) than is shown here ({shown})."
-                )
+            if (shown := run.shown(name)) and shown != key:
+                said.append(f"{of} stands on another {name} (version {key}) than is shown here ({shown}).")
     unfinished = [rule for rule in run.rules.values() if rule.state in UNFINISHED]
     for rule in unfinished:
         if rule.name in TRAININGS and any(stage.reason and run.is_asked(stage) for stage in run.stages):

@@ -116,6 +116,20 @@ class Run:
         return next((stage for stage in self.stages if stage.name == name), None)
 
     @cached_property
+    def made(self) -> dict[str, Record]:
+        """The records of the checkpoints on the page by their names, merged ones and averages included."""
+        found = {stage.name: stage.record for stage in self.stages if stage.record}
+        merged = (record for record in self.records.values() if is_merged(record))
+        return found | {record.name: record for record in merged}
+
+    def shown(self, name: str) -> str:
+        """The key of the version that the page shows of a checkpoint; empty where it shows none."""
+        if stage := self.stage(name):
+            return stage.version.directory.name.rpartition("-")[2]
+        record = self.made.get(name)
+        return record.version.rpartition("-")[2] if record else ""
+
+    @cached_property
     def planned(self) -> list[str]:
         """The trainings that the configuration asks for and that nobody began."""
         trainings = self.plan["trainings"] if self.plan else []
@@ -287,6 +301,11 @@ def _stage(version: Version, trouble: list[str]) -> Stage | None:
 
 
 # ------------------------------------------------------------------------------------------- the rest
+
+
+def is_merged(record: Record) -> bool:
+    """Whether it is that of a checkpoint that no training made."""
+    return record.kind == "checkpoint" and (record.name == "lora_merged" or record.name.startswith("merged/"))
 
 
 def _merged(ckpt: Path) -> dict[Path, Record]:

@@ -219,6 +219,24 @@ def test_a_training_on_another_base_than_is_shown_says_so(training, tmp_path: Pa
     assert [line for line in missing(read(tmp_path)) if "stands on" in line] == [said]
 
 
+def test_adapters_that_were_merged_are_those_of_the_page_or_it_says_so(training, tmp_path: Path):
+    """LoRA was trained again and not merged again; its evaluation stood beside that of the old merging."""
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt/lora_merged").symlink_to(training("lora_merged", base="lora-9876543210ba"))
+    training("lora")
+    other = "(version 9876543210ba) than is shown here (0123456789ab)."
+    assert missing(read(tmp_path))[0] == f"lora_merged stands on another lora {other}"
+
+    def evaluated(key: str) -> list[str]:
+        found = {"stage": "lora_merged", "checkpoint": f"lora_merged-{key}"}
+        files.write_json(tmp_path / "eval/lora_merged.json", found)
+        blocks = evaluations_part([read(tmp_path)]).blocks
+        return [block.text for block in blocks if isinstance(block, Text)]
+
+    assert evaluated("0123456789ab") == []
+    assert evaluated("9876543210ba") == [f"eval/lora_merged.json is of another lora_merged {other}"]
+
+
 def test_a_training_whose_lock_is_held_is_running(training, tmp_path: Path):
     directory = training("pretrain/broad", steps=12, outcome=None, iteration=0)
     with (directory / "lock").open("a") as file:
