@@ -68,6 +68,8 @@ def test_what_was_made_elsewhere_is_registered_and_not_made_again(
     planned, before = (files.read_json(path) for path in (tmp_path / "plan.json", there / BLENDS[0]))
     assert planned["jobs"] == asked.jobs
     assert planned["corpora"]["docs"]["estimated_tokens"] == before["train"]["tokens"]
+    assert planned["disk"]["packs"] == planned["disk"]["raw_conversations"] > 0  # written once more
+    assert planned["disk"]["training_tokens"] == 0
 
     made = work.snakemake(*BLENDS, "ckpt/pretrain/broad")
     assert made.status == 0, made.output[-5000:]

@@ -32,7 +32,9 @@ def disk(
     vocabulary = config.tokenizer.vocab_size
     trained = [one for one in trainings if not one["on_request"]]
     kept = [one["checkpoint_bytes"] * one["checkpoints_kept"] for one in trained]
-    tokens = [one["train_tokens"] for one in corpora.values()]
+    encoded = [
+        one for one in corpora.values() if not one["registered"]
+    ]  # trainings read the others' raw files
     # An id that is compressed takes no more than its information, and the masks beside it hardly anything.
     of_id = math.log2(vocabulary) / 8
     of_chats = _sum(one["estimated_tokens"] for one in chats.values())
@@ -40,8 +42,8 @@ def disk(
     found = {
         "raw_text": (_sum(one["raw_bytes"] for one in corpora.values()), None),
         "training_tokens": (
-            _sum(tokens, SIZES[dtype_of(vocabulary)]),
-            _sum((one["estimated_tokens"] for one in corpora.values()), SIZES[dtype_of(vocabulary)]),
+            _sum((one["train_tokens"] for one in encoded), SIZES[dtype_of(vocabulary)]),
+            _sum((one["estimated_tokens"] for one in encoded), SIZES[dtype_of(vocabulary)]),
         ),
         "raw_conversations": (_sum(one["raw_bytes"] for one in chats.values()), None),
         "rendered_conversations": (_sum(one["rendered_bytes"] for one in chats.values()), expected),

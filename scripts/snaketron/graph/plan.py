@@ -186,6 +186,7 @@ def _corpus(
         "raw_bytes": raw,
         "train_tokens": _tokens(config, corpus.name, found) if found else None,
         "estimated_tokens": estimated,
+        "registered": corpus.registered is not None,
     }
 
 
@@ -196,10 +197,15 @@ def _conversations(
     raw, estimated = _raw(source, found, lock)
     data = Path(config.pathvars["data"])
     packed = ["all"] if config.sft_data.pack_across_shards else found
-    if source.registered:  # packs of elsewhere stay where they are
-        return {"shards": len(found or {}), "raw_bytes": raw} | dict.fromkeys(
-            ("estimated_tokens", "rendered_bytes", "packed_bytes"), 0
-        )
+    if source.registered:  # packs of elsewhere are written once more, for the trainings
+        copied = made(data / "sft" / source.name, found) if found else None
+        return {
+            "shards": len(found or {}),
+            "raw_bytes": raw,
+            "estimated_tokens": 0,
+            "rendered_bytes": 0,
+            "packed_bytes": raw if copied is None else copied,
+        }
     return {
         "shards": len(found) if found is not None else None,
         "raw_bytes": raw,

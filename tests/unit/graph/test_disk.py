@@ -17,7 +17,12 @@ def of(corpus: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
     """256 ids, of a byte each when compressed, and two as they are."""
     config = Config.model_validate({"tokenizer": {"vocab_size": 512}})
     config.tokenizer.vocab_size = 256
-    return disk(config, {"docs": corpus}, {"talk": source}, [TRAINING, TRAINING | {"on_request": True}])
+    return disk(
+        config,
+        {"docs": {"registered": False} | corpus},
+        {"talk": source},
+        [TRAINING, TRAINING | {"on_request": True}],
+    )
 
 
 def test_what_is_made_is_counted():
@@ -35,6 +40,15 @@ def test_what_is_made_is_counted():
         "checkpoints_while_saving": 300,
         "estimated": [],
     }
+
+
+def test_tokens_from_elsewhere_stay_where_they_are():
+    """They are the raw files of their corpus, and were counted twice."""
+    found = of(
+        {"raw_bytes": 1000, "train_tokens": 300, "estimated_tokens": 300.0, "registered": True},
+        {"raw_bytes": 500, "estimated_tokens": 0, "rendered_bytes": 0, "packed_bytes": 500},
+    )
+    assert (found["raw_text"], found["training_tokens"], found["packs"]) == (1000, 0, 500)
 
 
 def test_what_is_not_made_is_estimated_by_the_tokens_of_the_raw_files():
