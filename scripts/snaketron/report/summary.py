@@ -81,7 +81,13 @@ def _mix(last: Record) -> list[str]:
     counted = [key.replace("_", " ") for key in keys]
     first = "corpus" if of_text else "chat source"
     header = [first, "wanted", "trained", *counted, "epochs", "valid loss"]
-    return ["## Mix\n\n" + table(header, rows)] if rows else []
+    if not rows:
+        return []
+    if of_text:
+        return ["## Mix\n\n" + table(header, rows)]
+    filled, room = sum(source["tokens"] for source in sources.values()), last.counts["tokens"]
+    padding = f"Conversations fill {filled:,} of the {room:,} tokens of these packs; the rest is padding."
+    return [f"## Mix\n\n{table(header, rows)}\n\n{padding}"]
 
 
 def _performance(stages: list[Record]) -> list[str]:

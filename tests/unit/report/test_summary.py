@@ -125,7 +125,7 @@ def test_the_mix_of_the_last_training_is_shown_against_the_weights(run: Path):
     assert "Mix" not in sections(summarize(run))
     record = run / "record.json"
     value = files.read_json(record)
-    sums = {"packs": 12, "conversations": 3_456, "tokens": 12_000, "trained_tokens": 4_000, "epochs": 1.5}
+    sums = {"packs": 12, "conversations": 3_456, "tokens": 300, "trained_tokens": 100, "epochs": 1.5}
     value["counts"]["sources"] = {
         "tools": {"weight": 2 / 3, "share": 0.75, **sums, "valid_loss": 3.25},
         "rare": {"weight": 1 / 3, "share": 0.25, **sums, "valid_loss": None},
@@ -134,8 +134,10 @@ def test_the_mix_of_the_last_training_is_shown_against_the_weights(run: Path):
     assert [line.replace(" ", "") for line in sections(summarize(run))["Mix"].splitlines()] == [
         "|chatsource|wanted|trained|packs|conversations|tokens|trainedtokens|epochs|validloss|",
         "|-------------|-------:|--------:|------:|--------------:|-------:|---------------:|-------:|-----------:|",
-        "|tools|66.7%|75.0%|12|3,456|12,000|4,000|1.50|3.2500|",
-        "|rare|33.3%|25.0%|12|3,456|12,000|4,000|1.50|-|",
+        "|tools|66.7%|75.0%|12|3,456|300|100|1.50|3.2500|",
+        "|rare|33.3%|25.0%|12|3,456|300|100|1.50|-|",
+        "",
+        "Conversationsfill600ofthe1,000tokensofthesepacks;therestispadding.",
     ]
 
 
