@@ -33,10 +33,13 @@ def main(argv: list[str] | None = None) -> int:
         view.watch(Path.cwd(), colors=not os.environ.get("NO_COLOR"))
         return 0
     try:
-        print("\n".join(status.lines(Path.cwd(), args.ckpt)) or "Slurm has no job of this directory")
+        if lines := status.lines(Path.cwd(), args.ckpt):
+            print("\n".join(lines))
+            return 0
+        logger.info("Slurm has no job of this directory. The files of the run say:")
     except slurm.NoAnswer as error:
         logger.warning("%s. The files of the run say:", error.last)
-        view.show(Path.cwd())
+    view.show(Path.cwd())
     return 0
 
 

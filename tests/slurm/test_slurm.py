@@ -116,7 +116,7 @@ def test_a_training_on_one_node_ends_with_the_weights_of_a_local_one(slurm: Slur
 
 def test_a_job_is_a_line_with_the_progress_of_its_training(one_node: OneNode):
     said = one_node.meanwhile
-    assert one_node.before == "Slurm has no job of this directory\n"
+    assert one_node.before.startswith("Slurm has no job of this directory. The files of the run say:\n")
     assert all(line.startswith("pretrain broad  ") and "\n" not in line for line in said)
     assert any(" RUNNING " in line and " on 1 node  step " in line and " loss " in line for line in said)
     assert len(said) == len(set(said))  # only what has changed

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import status
 from snaketron.jobs.status import report_every
+from tests.unit.report.live_run import RunLog
 
 import pytest
 
@@ -46,6 +47,22 @@ def test_where_squeue_fails_its_error_is_a_line_and_the_files_of_the_run_say_the
     assert status.main([]) == 0
     assert caplog.messages == [f"squeue: {told}. The files of the run say:"]
     assert capsys.readouterr().out == "No run of the workflow in this directory yet.\n"
+
+
+def test_a_local_run_on_a_machine_of_a_cluster_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, caplog
+):
+    """It said that Slurm has no job, and nothing of the run."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    RunLog(tmp_path, {"tokenize_shard": 1}).begins(1, "tokenize_shard", corpus="docs", shard="a")
+    with caplog.at_level("INFO", "snaketron"):
+        assert status.main([]) == 0
+    assert caplog.messages == ["Slurm has no job of this directory. The files of the run say:"]
+    assert capsys.readouterr().out.startswith("■ stopped after 00:00:00  0/1 jobs\n")
 
 
 def test_without_slurm_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, caplog):
