@@ -9,6 +9,7 @@ from snaketron.lineage.record import Record
 from snaketron.wording import counted
 
 DUPLICATES = {"exact": "exact duplicate", "near": "near duplicate"}
+OF_ANOTHER = "of an earlier document, which may be trained on"
 
 
 def why_dropped(catalogue: Catalogue, shard: Made, file: str, row: int) -> str:
@@ -40,7 +41,7 @@ def _in_curation(catalogue: Catalogue, curated: Made, file: str, row: int) -> st
     for name, reason in DUPLICATES.items():
         for entry in curated.record.inputs_named(name):
             if number in lists.Lists(curated.place(entry))[curated.record.name]:
-                return f"removed by curation: {reason}"
+                return f"removed by curation: {reason} {OF_ANOTHER}"
     if told := _example(curated.record, file, row):
         return f"removed by curation: {told}"
     return _unlisted(curated.record, "removed by curation, or dropped after it")

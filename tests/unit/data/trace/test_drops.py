@@ -69,8 +69,8 @@ def test_each_step_of_curation_says_what_it_removed(curated: Path):
         2: "filtered out: gopher",
         3: "dropped or filtered out, or not in the file: the record of docs/a lists only the first of its "
         "1 bad row, 2 gopher",
-        4: "removed by curation: exact duplicate",
-        5: "removed by curation: near duplicate",
+        4: "removed by curation: exact duplicate of an earlier document, which may be trained on",
+        5: "removed by curation: near duplicate of an earlier document, which may be trained on",
         6: "removed by curation: decontamination",
         7: "dropped: bad row",
     }
@@ -108,7 +108,7 @@ def test_a_row_of_a_curated_file_is_the_raw_row_that_it_was(curated: Path):
     assert found("curated", 1) == [(RAW, 1, ["train"], "")]
     assert found("filtered", 1, 2) == [
         (RAW, 1, ["train"], ""),
-        (RAW, 4, [], "removed by curation: exact duplicate"),
+        (RAW, 4, [], "removed by curation: exact duplicate of an earlier document, which may be trained on"),
     ]
     again = removal.removal(catalogue, [("data/curation/curated/docs/a.parquet", 1)]).again
     assert [made.title for made in again] == ["tokens docs/a"]
