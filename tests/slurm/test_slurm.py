@@ -136,6 +136,19 @@ def test_gpus_are_asked_for_on_each_node_and_missed_where_torch_sees_none(slurm:
     assert not (copy.path / "ckpt/sft").exists()
 
 
+def test_a_profile_that_nobody_edited_is_refused_in_a_line(slurm: Slurm, workspace: Workspace):
+    """The plugin's report added that it found no job data of a workflow that was named by its uuid."""
+    target = "data/tokenizer/chat_template.jinja"
+    command = ("snakemake", "--profile", "profiles/slurm", target)
+    result = workspace.run(*command, environment=slurm.environment())
+    assert result.status == 1
+    assert (
+        "install_chat_template has failed: it is refused and not submitted again: sbatch: invalid partition "
+        "specified: cpu"
+    ) in result.output
+    assert "No job data" not in result.output
+
+
 def test_a_dry_run_needs_no_slurm(workspace: Workspace, tmp_path: Path):
     """All commands of this machine but Slurm's are on PATH."""
     commands = tmp_path / "bin"

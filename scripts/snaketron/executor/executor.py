@@ -266,9 +266,10 @@ class Executor(plugin.Executor):
         settings = self.workflow.executor_settings
         if settings.efficiency_report:
             try:
-                slurm.ask("sacct", "-X", "--noheader", f"--name={self.run_uuid}", "--format=State")
+                known = slurm.ask("sacct", "-X", "--noheader", f"--name={self.run_uuid}", "--format=State")
             except slurm.NoAnswer:
-                settings.efficiency_report = False  # there is no accounting
+                known = ""  # there is no accounting
+            settings.efficiency_report = bool(known.strip())  # of no job, it is a puzzling line
         super().shutdown()
         shutil.rmtree(self.records.directory, ignore_errors=True)
 
