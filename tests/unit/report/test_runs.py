@@ -279,6 +279,17 @@ def test_what_was_asked_for_beside_the_main_job_waits_on_the_page(job, tmp_path:
     }
 
 
+def test_the_time_of_a_training_is_that_of_all_its_jobs(training, job, tmp_path: Path):
+    """A training that went on in a second job was shown with the time of that: 16 s of 51."""
+    training("pretrain/broad", seconds=35.0)
+    training("pretrain/focused", seconds=16.0)
+    job("pretrain/broad", seconds=4.0)
+    job("pretrain/focused", seconds=16.5)
+    job("tokenize_shard/docs/a", seconds=2.5)
+    rules = read(tmp_path).rules
+    assert (rules["pretrain"].seconds, rules["tokenize_shard"].seconds) == ([35.0, 16.0], [2.5])
+
+
 def test_the_lock_of_the_directory_counts_unless_the_workflow_makes_the_page(job, tmp_path: Path):
     job("sft", said="12 steps so far")
     (tmp_path / ".snakemake").mkdir()
