@@ -344,7 +344,9 @@ def _explain(error: ErrorDetails) -> str:
         return f"{path}: missing"
     if error["type"] == "model_type" and error["input"] is None:  # all of its lines may be comments
         return f"{path}: holds no key; leave it out"
-    return f"{path}: {_wrong(error)} (it is {error['input']!r})"
+    given = error["input"]
+    word = json.dumps(given) if given is None or isinstance(given, bool) else repr(given)  # as YAML has it
+    return f"{path}: {_wrong(error)} (it is {word})"
 
 
 def _wrong(error: ErrorDetails) -> str:

@@ -106,7 +106,8 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
         ("sft.train_iters", "inf", "sft.train_iters: input should be a valid integer, unable to parse"),
         ("sft.micro_batch_size", 2, "sft.micro_batch_size: input should be 1 (it is 2)"),
         ("tracking_upload", ["model-sft"], "tracking_upload[0]: input should be 'raw-data', 'tokenizer', "),
-        ("tracking", True, "tracking: input should be 'off', 'offline' or 'online' (it is True)"),
+        ("tracking", True, "tracking: input should be 'off', 'offline' or 'online' (it is true)"),
+        ("sft.blend", None, "sft.blend: input should be a valid list (it is null)"),
         (
             "pathvars.dta",
             "x",
