@@ -107,7 +107,8 @@ def test_bad_rows_of_its_text_are_dropped_where_the_configuration_says_so(
     text = write_jsonl(tmp_path / "a.jsonl", [*good[:3], {"text": None}, *good[3:], {"text": None}])
 
     def train(path: Path, **reading: object) -> tuple[int, str]:
-        options = ("--vocab-size", 280, "--reading", json.dumps(reading))
+        settings = TokenizerSettings(vocab_size=280, text_field="text").model_dump_json()
+        options = ("--settings", settings, "--reading", json.dumps(reading))
         return run_script("build_tokenizer", "--text", path, *options, *outputs)
 
     status, stderr = train(text)

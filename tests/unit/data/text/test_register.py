@@ -18,6 +18,7 @@ from snaketron.lineage.record import Record, read
 from snaketron.log import UserError
 from snaketron.settings.blends import PhaseSettings
 from snaketron.settings.registering import RegisterSettings
+from snaketron.settings.tokenizer import TokenizerSettings
 
 import numpy as np
 import pytest
@@ -170,14 +171,8 @@ def test_the_file_that_the_tokenizer_was_made_of_has_a_hash_of_its_own(tmp_path:
     (original / "tokenizer.json").write_text(compact)
     (original / "tokenizer_config.json").write_bytes((tokenizer_dir / "tokenizer_config.json").read_bytes())
     made = tmp_path / "data/tokenizer"
-    build(
-        path=str(original),
-        text=[],
-        text_field="text",
-        vocab_size=None,
-        output=made / "tokenizer.json",
-        record=made / "record.json",
-    )
+    settings = TokenizerSettings(path=str(original))
+    build([], settings=settings, output=made / "tokenizer.json", record=made / "record.json")
     known = known_hashes(made)
     assert known == [sha256(made / "tokenizer.json"), sha256(original / "tokenizer.json")]
     assert known[0] != known[1] and known_hashes(tokenizer_dir) == [sha256(tokenizer_dir / "tokenizer.json")]
