@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -54,7 +55,8 @@ class LogHandler(LogHandlerBase):
         from snakemake.logging import DefaultFormatter
 
         settings = self.common_settings
-        self.stream = sys.stdout if settings.stdout else sys.stderr
+        # Python has None where the caller has closed it, as by `>&-`.
+        self.stream = (sys.stdout if settings.stdout else sys.stderr) or io.StringIO()
         self.in_full = settings.verbose or (settings.dryrun and settings.printshellcmds)
         self.own_words = DefaultFormatter(settings.quiet, settings.show_failed_logs)
         self.lines = Lines(dryrun=settings.dryrun)

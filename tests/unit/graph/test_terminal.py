@@ -54,6 +54,15 @@ def test_commands_are_printed_when_all_is_asked_for(
     assert capsys.readouterr().err == printed
 
 
+def test_where_the_caller_has_closed_the_output_nothing_is_printed(monkeypatch: pytest.MonkeyPatch):
+    """As after `>&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    handler = LogHandler(Settings(), None)
+    handler.emit(logging.LogRecord("snakemake", logging.WARNING, "", 0, "Beware", None, None))
+    assert not handler.wants_view
+
+
 def test_on_a_terminal_a_line_clears_the_progress_of_a_training(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
