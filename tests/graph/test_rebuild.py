@@ -24,7 +24,10 @@ def jobs(workspace: Workspace, *config: str) -> dict[str, int]:
 
 
 def test_nothing_runs_again(copy: Workspace):
+    """Nor after `-R $(snakemake --list-changes params)`: Snakemake alone lists an output of each job."""
     assert jobs(copy) == {}
+    result = copy.snakemake("ckpt/sft", "--list-changes", "params")
+    assert result.status == 0 and "data/" not in result.output and "ckpt/" not in result.output
 
 
 def test_a_changed_raw_file_rebuilds_its_shard_and_what_follows(copy: Workspace):

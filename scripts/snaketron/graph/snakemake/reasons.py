@@ -39,7 +39,7 @@ def tell_changes(config: Config) -> None:
     def params_changed(persistence: Any, job: Any, file: Any = None) -> Any:
         change = original(persistence, job, file=file)
         if not change:
-            return change
+            return NO_PARAMS_CHANGE  # Snakemake's own names a file all the same, so --list-changes lists it
         names = {repr(value): name for name, value in job.params.items()}
         lines = changes(config, job.rule.name, job.wildcards, change.only_old, change.only_new, names)
         if lines and all(map(is_check, lines)):
