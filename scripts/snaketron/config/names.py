@@ -78,8 +78,9 @@ def check_roots(config: Config) -> list[str]:
         while not os.path.lexists(there):  # a forbidden place is not there either
             there = there.parent
         if not there.is_dir():
+            led = f"leads to {str(there.readlink())!r}, which is not there" if there.is_symlink() else ""
             problems.append(
-                f"pathvars.{name}: {root!r} cannot be made, because {str(there)!r} is no directory"
+                f"pathvars.{name}: {root!r} cannot be made, because {str(there)!r} {led or 'is no directory'}"
             )
     first: dict[Path, str] = {}
     for name in ("data", "ckpt", "hf"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from snaketron.config import load
 from tests.unit.config.refusals import nested, refusal
 
@@ -156,6 +158,16 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
 )
 def test_a_wrong_value_is_named_with_its_path(path, value, message):
     assert message in refusal(nested(path, value))
+
+
+def test_a_root_that_leads_nowhere_is_told_with_where_it_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As a link to a scratch that was purged, or that this node has not mounted."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to("/scratch/gone")
+    said = "pathvars.data: 'data' cannot be made, because 'data' leads to '/scratch/gone', which is not there"
+    assert refusal({}) == said
 
 
 def test_a_name_that_is_no_directory_name_is_refused():
