@@ -42,7 +42,11 @@ from snaketron.sources.formats import DOWNLOADED
 from snaketron.sources.models import MODEL_FILE, TASK_FILE
 from snaketron.tracking import notify
 
-if wrong := process.elsewhere(Path(workflow.basedir)) or process.unwritable():
+if (
+    wrong := process.elsewhere(Path(workflow.basedir))
+    or process.unwritable()
+    or process.cramped()
+):
     raise WorkflowError(wrong)
 
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from typing import Any, Literal, TextIO
 from snaketron import files
 
 LOCK = Path(".snakemake/snaketron.lock")  # that a run holds in its directory
+TEMPORARY = 1_000_000  # bytes, of which the copies of the rules are 70,000
 
 _held: list[TextIO] = []  # open for the life of the process
 _interrupts: list[int] = []  # signals that came
@@ -67,6 +69,20 @@ def unwritable() -> str | None:
                 f"{place.absolute()} cannot be written, and Snakemake keeps notes there, in a dry-run too; "
                 "change that, or run in a copy"
             )
+    return None
+
+
+def cramped() -> str | None:
+    """What to do where the directory for temporary files is full; None where it is not.
+
+    Snakemake writes copies of the rules to it, and each choice of the next jobs, and does not say where.
+    """
+    place = os.environ.get("TMPDIR") or tempfile.gettempdir()
+    if Path(place).is_dir() and (why := files.no_room(Path(place), TEMPORARY)):
+        return (
+            f"{place}: {why}, and Snakemake writes temporary files there; free some, or name another place "
+            "in TMPDIR"
+        )
     return None
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from snaketron import files
 from snaketron.graph import process
 from tests.conftest import REPOSITORY, Workspace
 
@@ -70,6 +71,17 @@ def test_a_directory_without_room_for_notes_is_named(tmp_path: Path, monkeypatch
     (tmp_path / ".snakemake").mkdir()
     said = process.unwritable()
     assert said and said.startswith(f"{tmp_path}/.snakemake cannot be written, and Snakemake keeps notes")
+
+
+def test_a_full_directory_for_temporary_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Snakemake says that no space is left, and not where: on a node that many use it is often this place."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert process.cramped() is None and not [*tmp_path.iterdir()]
+    monkeypatch.setattr(files, "no_room", lambda place, size: "no space left" if place == tmp_path else None)
+    said = process.cramped()
+    assert said and said.startswith(f"{tmp_path}: no space left, and Snakemake writes temporary files there")
+    monkeypatch.setenv("TMPDIR", f"{tmp_path}/gone")  # programs then take another one
+    assert process.cramped() is None
 
 
 def test_the_commands_of_rules_find_the_python_of_snakemake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
