@@ -5,6 +5,7 @@ Every job lists them: nothing but the standard library.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -51,7 +52,7 @@ def _listed(path: Path, pattern: str, at: str) -> Listed:
         where = f"no {READABLE} file in the directory {pattern}"
     elif path.is_file():
         return Listed([str(path)], [])
-    elif path.is_symlink() or not any(c in pattern for c in "*?["):
+    elif path.is_symlink() or not _is_pattern(pattern):
         raise ConfigError(f"{at}: {_gone(path)} ({_start()})")
     else:
         listed = _sorted(_matching(path, at))
@@ -103,6 +104,7 @@ def _directories(root: Path, at: str, *, hidden: bool) -> Iterator[tuple[Path, l
             seen.add((identity.st_dev, identity.st_ino))
             with os.scandir(here) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
+            _check_open(here, at)
         except OSError as error:
             raise ConfigError(f"{at}: {_shown(str(here))} cannot be read ({error.strerror})") from None
         yield here, entries
@@ -149,14 +151,33 @@ def _matches(path: Path, at: str) -> Iterator[Path]:
     anchor = Path(path.anchor)
     parts = path.relative_to(anchor).parts
     if "**" not in parts:
-        yield from anchor.glob(str(Path(*parts)))
+        yield from _glob(anchor, parts, at)
         return
     first = parts.index("**")
     before, after = parts[:first], parts[first + 1 :] or ("*",)
-    for base in anchor.glob(str(Path(*before))) if before else [anchor]:
+    for base in _glob(anchor, before, at):
         if base.is_dir():
             for here, _ in _directories(base, at, hidden=True):
-                yield from here.glob(str(Path(*after)))
+                yield from _glob(here, after, at)
+
+
+def _glob(root: Path, parts: tuple[str, ...], at: str) -> Iterator[Path]:
+    """What a glob of these parts matches. pathlib would pass over a directory that may not be read."""
+    found = [root]
+    for i, part in enumerate(parts):
+        for directory in filter(Path.is_dir, found):
+            _check_open(directory, at, os.R_OK | os.X_OK if _is_pattern(part) else os.X_OK)
+        found = [*root.glob(str(Path(*parts[: i + 1])))]
+    yield from found
+
+
+def _check_open(directory: Path, at: str, mode: int = os.R_OK | os.X_OK) -> None:
+    if not os.access(directory, mode):
+        raise ConfigError(f"{at}: {_shown(str(directory))} cannot be read ({os.strerror(errno.EACCES)})")
+
+
+def _is_pattern(text: str) -> bool:
+    return any(c in text for c in "*?[")
 
 
 def _is_raw(path: Path, at: str) -> bool:

@@ -81,6 +81,17 @@ def test_a_glob_is_the_files_that_match():
     assert found("raw/2025/[b-c].json?") == {"b": "raw/2025/b.jsonl"}
 
 
+@pytest.mark.parametrize(
+    "pattern", ["raw", "raw/*/*.jsonl", "raw/**/*.jsonl", "raw/mine/*.jsonl", "r*/mine/*"]
+)
+def test_a_directory_that_may_not_be_read_is_named(pattern: str, monkeypatch: pytest.MonkeyPatch):
+    """A colleague's, or one after `chmod -R 644`. A glob passes over it. (To root all places are open.)"""
+    touch("raw/mine/a.jsonl", "raw/hers/b.jsonl")
+    closed = "raw/mine" if "mine" in pattern else "raw/hers"
+    monkeypatch.setattr(os, "access", lambda place, mode: str(place) != closed)
+    assert refusal(pattern) == f"corpora[2].paths[0]: {closed} cannot be read (Permission denied)"
+
+
 def test_absolute_paths_and_globs_stay_absolute(here: Path):
     touch("raw/a.jsonl")
     assert found(f"{here}/raw/a.jsonl") == found(f"{here}/raw/*") == {"a": f"{here}/raw/a.jsonl"}
