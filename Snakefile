@@ -44,6 +44,7 @@ from snaketron.tracking import notify
 
 if (
     wrong := process.elsewhere(Path(workflow.basedir))
+    or process.mixed()
     or process.unwritable()
     or process.cramped()
 ):

@@ -61,6 +61,26 @@ def elsewhere(repository: Path) -> str | None:
     )
 
 
+def mixed(package: Path = Path(files.__file__).parent) -> str | None:
+    """What to do where this process has imported another state of the package than the jobs will.
+
+    Jobs take that of scripts/ in the working directory. The environment of another clone has the package of
+    that clone, and PYTHONPATH may name one.
+    """
+    own = Path("scripts/snaketron").resolve()
+    if package.resolve() == own or _sources(package) == _sources(own):
+        return None
+    return (
+        f"Snakemake has imported {package}, which differs from {own}, with which the jobs would run; take "
+        "the environment of this workflow, without PYTHONPATH: "
+        f"cd {shlex.quote(str(own.parent.parent))} && uv sync"
+    )
+
+
+def _sources(package: Path) -> dict[Path, bytes]:
+    return {path.relative_to(package): path.read_bytes() for path in package.rglob("*.py")}
+
+
 def unwritable() -> str | None:
     """What to do where Snakemake cannot keep its notes, as a dry-run does too; None where it can."""
     for place in (Path(".snakemake"), Path()):

@@ -62,6 +62,24 @@ def test_another_directory_is_told_where_to_run_or_what_to_link(
     assert process.elsewhere(REPOSITORY) is None
 
 
+def test_a_package_of_another_clone_is_refused_unless_it_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As after `git pull` in a clone that has no environment of its own."""
+    own, other = tmp_path / "scripts/snaketron", tmp_path / "other/snaketron"
+    for package in (own, other):
+        (package / "graph").mkdir(parents=True)
+        (package / "graph/graph.py").write_text("1\n")
+    monkeypatch.chdir(tmp_path)
+    assert process.mixed(other) is None
+    (other / "graph/graph.py").write_text("2\n")
+    said = process.mixed(other)
+    assert said and said.startswith(f"Snakemake has imported {other}, which differs from {own}, with which")
+    own.rename(tmp_path / "moved")
+    own.symlink_to("../moved")
+    assert process.mixed(tmp_path / "moved") is None
+
+
 def test_a_directory_without_room_for_notes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As a colleague's, in which somebody looks what would run. (To root every place is open.)"""
     monkeypatch.chdir(tmp_path)
