@@ -61,16 +61,18 @@ _in_progress = False  # whether the last line of the terminal waits to be replac
 def show_progress(text: str) -> None:
     """Show a line on the terminal in the place of the last one of this function; anywhere else a new line.
 
-    Nothing where a live view shows progress.
+    Nothing where a live view shows progress. A program goes on where the terminal or the reader of its output
+    has gone, or the disk of the output is full.
     """
     global _in_progress
     if os.environ.get(SHOWN) and os.environ[SHOWN] == name_of(sys.stderr):
         return
-    if sys.stderr.isatty():
-        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-        _in_progress = True
-    else:
-        print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        if sys.stderr.isatty():
+            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+            _in_progress = True
+        else:
+            print(text, file=sys.stderr, flush=True)
 
 
 def name_of(stream: IO[Any]) -> str:
@@ -86,8 +88,16 @@ def end_progress() -> None:
     """Let what is written next begin on a line of its own."""
     global _in_progress
     if _in_progress:
-        print(file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(file=sys.stderr)
     _in_progress = False
+
+
+def tell(text: str) -> None:
+    """Print a result that lies in a file, too: who has it made may have gone, and it is made all the same."""
+    with contextlib.suppress(OSError):
+        print(text)
+    _let_go()
 
 
 class UserError(Exception):
@@ -130,6 +140,7 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
     the output any more, as after `| head`, the status is 141, and nothing is said.
     """
     _speak_utf8()
+    _open_streams()
     logger.setLevel(logging.INFO)
     _terminal.setLevel(logging.INFO)
     logger.addHandler(_terminal)
@@ -137,12 +148,11 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
         status = main()
-        if sys.stdout is not None:  # None where the caller has closed it
-            sys.stdout.flush()
+        sys.stdout.flush()
     except UserError as error:
         status = _complain(str(error), final=not may_pass)
     except BrokenPipeError:
-        if sys.stdout is None or not _is_abandoned(sys.stdout):
+        if not _is_abandoned(sys.stdout):
             raise
         status = 141
     except OSError as error:
@@ -168,11 +178,22 @@ def _speak_utf8() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
+def _open_streams() -> None:
+    """Let what the caller has closed, as by `>&-`, lead nowhere.
+
+    Python has None for it, and the next file that is opened would take its number, and what libraries print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nowhere = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 - open as long as the process is
+            os.set_inheritable(nowhere.fileno(), True)
+            setattr(sys, name, nowhere)
+
+
 def _let_go() -> None:
     """Write what waits for standard output, or drop it: the interpreter would complain at its end."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

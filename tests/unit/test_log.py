@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import resource
 import shutil
 import signal
@@ -257,6 +258,28 @@ def test_a_script_may_run_without_standard_output(end: str, status: int, stderr:
     ended = subprocess.run(closed, stderr=subprocess.PIPE, text=True, timeout=300)
     assert ended.returncode == status and ended.stderr.endswith(stderr)
     assert "AttributeError" not in ended.stderr
+
+
+def test_a_stream_that_is_closed_leads_nowhere():
+    """Else the first file that a program opens would be its standard error."""
+    body = "file = open(os.devnull); os.write(1, b'said' * (file.fileno() > 2)); return 0"
+    code = f"{DOOR}def main():\n    sys.stderr.write('x'); {body}\nrun(main)"
+    closed = [shutil.which("sh"), "-c", 'exec "$@" <&- 2>&-', "sh", sys.executable, "-c", code]
+    ended = subprocess.run(closed, stdout=subprocess.PIPE, text=True, timeout=300)
+    assert (ended.returncode, ended.stdout) == (0, "said")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_and_results_that_nobody_sees_stop_no_program(terminal: bool):
+    """The terminal of a run that `disown` has left in the background is gone, and `head` reads no more."""
+    reading, writing = pty.openpty() if terminal else os.pipe()
+    os.close(reading)
+    progress = "show_progress('step 1/2'); logger.info('saved'); show_progress('step 2/2')"
+    body = f"{progress}; tell('result' * 9999); return 0"
+    code = f"{DOOR}def main():\n    {body}\nrun(main)"
+    ended = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=writing, timeout=300)
+    os.close(writing)
+    assert ended.returncode == 0
 
 
 def test_another_broken_pipe_is_our_mistake():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from snaketron.files import write_text
 from snaketron.jobs.launch import is_rank
 from snaketron.jobs.version import Version
+from snaketron.log import tell
 from snaketron.report.summary import summarize
 from snaketron.settings.training import TrainSettings
 from snaketron.train.stage import Stage, run_stage, training_parser
@@ -26,7 +27,7 @@ def tune(description: str | None, argv: list[str] | None, kind: type[TrainSettin
     if status == 0 and not is_rank():
         summary = summarize(args.output)
         write_text(Version(args.output).summary, summary)
-        print(summary)
+        tell(summary)
     return status
 
 
