@@ -26,6 +26,10 @@ rule train:
         "mkdir -p ckpt/versions/{{params.steps}} && cd ckpt && {{config[fate]}}"
         " && touch versions/{{params.steps}}/.snakemake_timestamp && ln -sfn versions/{{params.steps}} sft"
 
+rule tokenize:
+    output: "data/tokens"
+    shell: "false"
+
 rule export:
     input: "ckpt/sft"
     output: "export"
@@ -94,6 +98,23 @@ def test_a_job_whose_end_no_snakemake_has_seen_is_still_to_run(toy: Toy, kept: b
     toy.run(30, kept=kept)
     assert "Nothing to be done" in toy.run(30, "true", "-n", kept=kept)
     assert ("rule train" in toy.run(60, "true", "-n", kept=kept)) == kept
+
+
+def test_empty_directories_and_links_to_them_outlive_a_run_that_fails(tmp_path: Path):
+    """A scratch may have settings of its own, such as the stripes of Lustre.
+
+    Snakemake alone deletes it, and the directories above it. Where one is a link or a mount, it ends in a
+    traceback, and without its hooks: then `cleanup_workdir` is still to be replaced.
+    """
+    toy, scratch = Toy(tmp_path / "work"), tmp_path / "scratch/me"
+    scratch.mkdir(parents=True)
+    (tmp_path / "work/ckpt").symlink_to(scratch)
+    (tmp_path / "work/data").mkdir()
+    for kept in (True, False):
+        said = toy.run(30, "true", "ckpt/sft", "data/tokens", "--prioritize", "data/tokens", kept=kept)
+        assert "Error in rule tokenize" in said and "rule train" not in said
+        assert scratch.is_dir() and ("Traceback" in said) == (not kept)
+        assert (tmp_path / "work/data").is_dir() or not kept
 
 
 def test_snakemake_alone_copies_the_checkpoint(toy: Toy):

@@ -18,6 +18,9 @@ output, and are replaced here:
 
 Where it cannot delete an output, or make a directory, it prints a traceback; a line says so here.
 
+After a run that failed it deletes empty directories of outputs, with those above them, such as a scratch of
+the user. Where one is a link or a mount, that ends in a traceback before `onerror`. Here they stay.
+
 A version that has lost something is there to it, too. The job that reads it would say so, perhaps after days
 of other jobs, so `check_whole` says it before the first one.
 """
@@ -43,6 +46,7 @@ def keep_what_failed() -> None:
     does one that succeeds, until the process that records its parameters has seen that. A link to nothing is
     a missing output, and is replaced by what makes it.
     """
+    from snakemake.dag import DAG
     from snakemake.exceptions import WorkflowError
     from snakemake.io import _IOFile, is_flagged
     from snakemake.jobs import Job
@@ -92,6 +96,7 @@ def keep_what_failed() -> None:
     Job.prepare, Job.postprocess = prepare, postprocess
     PersistenceBase.finished, PersistenceBase.incomplete = finished, incomplete
     FileBackupMixin.backup_output = lambda persistence, path: None
+    DAG.cleanup_workdir = lambda dag: None
     _IOFile._local_inventory = look
 
 
