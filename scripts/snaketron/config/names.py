@@ -82,10 +82,12 @@ def check_roots(config: Config) -> list[str]:
             problems.append(
                 f"pathvars.{name}: {root!r} cannot be made, because {str(there)!r} {led or 'is no directory'}"
             )
-    first: dict[Path, str] = {}
+    first: dict[str, str] = {}  # by where a root leads, the first that leads there
     for name in ("data", "ckpt", "hf"):
-        if name in roots and (other := first.setdefault(Path(roots[name]).absolute(), name)) != name:
-            problems.append(f"pathvars.{name}: is {roots[name]!r} like pathvars.{other}; both hold `sft`")
+        if name in roots and (other := first.setdefault(os.path.realpath(roots[name]), name)) != name:
+            problems.append(
+                f"pathvars.{name}: {roots[name]!r} is the directory of pathvars.{other}; both hold `sft`"
+            )
     return problems
 
 

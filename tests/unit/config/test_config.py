@@ -121,7 +121,11 @@ def test_an_unknown_key_names_the_nearest_one(values, message):
             "pathvars.data: 'a{b}' holds a brace, which Snakemake takes for a wildcard",
         ),
         ("pathvars.data", "/dev/null/x", "pathvars.data: '/dev/null/x' cannot be made, because '/dev/null'"),
-        ("pathvars", {"data": "all", "ckpt": "./all"}, "pathvars.ckpt: is 'all' like pathvars.data; both"),
+        (
+            "pathvars",
+            {"data": "all", "ckpt": "./all"},
+            "pathvars.ckpt: 'all' is the directory of pathvars",
+        ),
         (
             "pathvars.logs",
             "<ckpt>/logs",
@@ -167,6 +171,16 @@ def test_a_root_that_leads_nowhere_is_told_with_where_it_leads(
     monkeypatch.chdir(tmp_path)
     Path("data").symlink_to("/scratch/gone")
     said = "pathvars.data: 'data' cannot be made, because 'data' leads to '/scratch/gone', which is not there"
+    assert refusal({}) == said
+
+
+def test_two_roots_that_are_links_to_one_scratch_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A training would take the directory of its data for one that is in the way of its link."""
+    monkeypatch.chdir(tmp_path)
+    Path("scratch").mkdir()
+    for name in ("data", "ckpt"):
+        Path(name).symlink_to("scratch")
+    said = "pathvars.ckpt: 'ckpt' is the directory of pathvars.data; both hold `sft`"
     assert refusal({}) == said
 
 
