@@ -165,9 +165,17 @@ def remove_leftovers(root: Path) -> None:
 
 
 def _links(root: Path) -> dict[Path, list[Path]]:
-    """The links below `root` that publish something, by the directory that they lead to."""
+    """The links below `root` that publish something, by the directory that they lead to.
+
+    Raises `OSError` where a directory cannot be read: a version that a link in it needs would be deleted.
+    """
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
     found: dict[Path, list[Path]] = {}
-    for directory, below, _ in os.walk(root):
+    for directory, below, _ in os.walk(root, onerror=fail):
         if Path(directory) == root and "versions" in below:
             below.remove("versions")
         for name in below:

@@ -110,6 +110,21 @@ def test_a_version_stays_for_a_link_of_a_person(ckpt: Path):
     assert "sft-0" not in deleted(ckpt)
 
 
+def test_nothing_is_deleted_where_a_directory_may_not_be_read(ckpt: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may hold a link of a colleague. (To root every place is open.)"""
+    (ckpt / "hers").mkdir()
+    look = os.scandir
+
+    def refuse(place: object) -> object:
+        if str(place).endswith("hers"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return look(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="hers"):
+        deleted(ckpt)
+
+
 def test_the_base_of_an_interrupted_training_stays_with_it(tmp_path: Path):
     """Without the base it could not be continued; without the interrupted training nobody needs the base."""
     make(tmp_path, "pretrain_broad-1")
