@@ -228,7 +228,17 @@ class Version:
             job.counts = {**UNTRAINED, **counts}
 
     def ask(self, output: Path) -> None:
-        """Note that this version is what a run wants as `output`, when the run begins with it."""
+        """Note that this version is what a run wants as `output`, when the run begins with it.
+
+        Raises `UserError` where `output` would lead elsewhere, because its directory is a link: `ckpt` may be
+        one, and `ckpt/pretrain` may not.
+        """
+        published = Path(os.path.realpath(output.parent), self._seen_from(output))
+        if os.path.realpath(published) != os.path.realpath(self.directory):
+            raise UserError(
+                f"{output.parent} is a link, from which {self._seen_from(output)} is not {self.directory}; "
+                "put a directory in its place (it holds links alone), and run the same command again"
+            )
         write_text(_asked(output), self.directory.name)
 
     def publish(self, output: Path) -> None:
@@ -250,8 +260,11 @@ class Version:
         link = partial(output)
         link.unlink(missing_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(self.directory, output.parent), target_is_directory=True)
+        link.symlink_to(self._seen_from(output), target_is_directory=True)
         link.replace(output)
+
+    def _seen_from(self, output: Path) -> str:
+        return os.path.relpath(self.directory, output.parent)
 
 
 def _asked(output: Path) -> Path:

@@ -61,6 +61,19 @@ def test_publish_makes_a_relative_link_that_survives_a_move(tmp_path: Path):
     assert (tmp_path / "moved/pretrain/broad/record.json").exists()
 
 
+def test_a_link_in_a_linked_directory_is_refused_before_the_training(tmp_path: Path):
+    """From where it would lie, a relative link leads elsewhere. The root of all may be a link."""
+    scratch, version = tmp_path / "scratch", make(tmp_path / "store", "sft-0a")
+    scratch.mkdir()
+    (tmp_path / "ckpt").symlink_to("store")
+    (tmp_path / "store/pretrain").symlink_to(scratch)
+    version = Version(tmp_path / "ckpt/versions/sft-0a")
+    version.ask(tmp_path / "ckpt/sft")
+    with pytest.raises(UserError, match=r"ckpt/pretrain is a link, from which \.\./versions/sft-0a is not"):
+        version.ask(tmp_path / "ckpt/pretrain/broad")
+    assert [*scratch.iterdir()] == []
+
+
 def test_publish_replaces_a_link_and_leaves_nothing_beside_it(tmp_path: Path):
     first, second = make(tmp_path, "sft-0a"), make(tmp_path, "sft-0b")
     first.publish(tmp_path / "sft")
