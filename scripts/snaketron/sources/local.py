@@ -136,7 +136,7 @@ def _of_directories(root: Path, at: str) -> Iterator[tuple[str, bool]]:
 
 def _matching(path: Path, at: str) -> Iterator[tuple[str, bool]]:
     """Each path that a glob matches, and whether it is read. `**` follows links to directories."""
-    for match in dict.fromkeys(_matches(path, at)):
+    for match in dict.fromkeys(matches(path, at)):
         if _hidden(match.name) and not _hidden(path.name):
             yield f"{match}{'/' * match.is_dir()}", False
         elif match.is_dir():
@@ -147,7 +147,8 @@ def _matching(path: Path, at: str) -> Iterator[tuple[str, bool]]:
             yield str(match), _is_raw(match, at)
 
 
-def _matches(path: Path, at: str) -> Iterator[Path]:
+def matches(path: Path, at: str) -> Iterator[Path]:
+    """Each path that a glob of the key `at` matches, some twice; `ConfigError` where one may not be read."""
     anchor = Path(path.anchor)
     parts = path.relative_to(anchor).parts
     if "**" not in parts:

@@ -17,6 +17,7 @@ from snaketron.config import ChatSource, Config, ConfigError, Corpus
 from snaketron.config.data import SPLITS
 from snaketron.lineage.record import FOOTER
 from snaketron.sources import pairs
+from snaketron.sources.local import matches
 
 COLUMNS = ("input_ids", "loss_mask", "seq_start_id")
 
@@ -32,10 +33,9 @@ def listed(source: Corpus | ChatSource, where: str) -> Iterator[tuple[str, str, 
             pattern, at = given.removesuffix(suffix), f"{where}.{source.made}.{split}[{i}]"
             found = [pattern]
             if glob.has_magic(pattern) and not Path(pattern + suffix).exists():
-                anchor = Path(Path(pattern).anchor)
-                matches = anchor.glob(str(Path(pattern + suffix).relative_to(anchor)))
+                matched = matches(Path(pattern + suffix), at)
                 # A hidden file belongs to a program that still writes it.
-                found = sorted(str(p).removesuffix(suffix) for p in matches if not p.name.startswith("."))
+                found = sorted({str(p).removesuffix(suffix) for p in matched if not p.name.startswith(".")})
             yield from ((split, at, path) for path in found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,15 @@ def test_each_pair_and_file_is_a_shard_of_its_split():
     graph = Graph(config(**both))
     with pytest.raises(ConfigError, match=r"corpora\[1\] \(more\): reads .*, which corpora\[0\] reads too"):
         check_files(graph.config, graph.text, graph.conversations, graph.lock)
+
+
+def test_a_directory_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch):
+    """A glob would pass over it. (To root every place is open.)"""
+    for name in ("mine/a", "hers/b"):
+        write_pair(f"store/{name}", 3)
+    monkeypatch.setattr(os, "access", lambda place, mode: str(place) != "store/hers")
+    with pytest.raises(ConfigError, match=r"tokens.train\[0\]: store/hers cannot be read"):
+        registered.check(config(**web(train=["store/*/?"])))
 
 
 def test_keys_without_an_effect_on_them_are_refused():
