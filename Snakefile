@@ -66,6 +66,7 @@ wildcard_constraints:
 
 
 process.find_python()
+process.name_user()
 try:
     if workflow.is_main_process:
         check_doubled(

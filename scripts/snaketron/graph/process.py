@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import getpass
 import os
 import shlex
 import shutil
@@ -112,6 +113,14 @@ def find_python() -> None:
     found = shutil.which("python")
     if found is None or Path(found).parent != here:
         os.environ["PATH"] = f"{here}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+def name_user() -> None:
+    """Call a user who has no name, as in a container, by number: Snakemake and torch ask for a name."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # the latter from Python 3.13 on
+        os.environ["USER"] = str(os.getuid())
 
 
 def obey_interrupts() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -115,6 +117,15 @@ def test_the_commands_of_rules_find_the_python_of_snakemake(monkeypatch: pytest.
     found = os.environ["PATH"]
     process.find_python()
     assert os.environ["PATH"] == found  # there already
+
+
+def test_a_user_without_a_name_is_called_by_number(monkeypatch: pytest.MonkeyPatch):
+    """As `docker run --user 54321` starts Snakemake, which ended in a traceback."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    process.name_user()
+    assert getpass.getuser() == str(os.getuid())
 
 
 AT_END = """
