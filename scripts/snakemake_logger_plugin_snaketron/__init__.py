@@ -2,9 +2,11 @@
 
 from snaketron.graph import terminal
 from snaketron.graph.snakemake.errors import tell_wrong_configfiles, tell_wrong_keys
+from snaketron.log import speak_utf8
 
 __all__ = ["LogHandler"]
 
+speak_utf8()  # as the jobs do: shards are called after files
 tell_wrong_configfiles()
 tell_wrong_keys()
 

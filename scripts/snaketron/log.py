@@ -139,7 +139,7 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
     first. A `UserError` is not noted where it `may_pass`, as an error of the network does. Where nobody reads
     the output any more, as after `| head`, the status is 141, and nothing is said.
     """
-    _speak_utf8()
+    speak_utf8()
     _open_streams()
     logger.setLevel(logging.INFO)
     _terminal.setLevel(logging.INFO)
@@ -168,7 +168,7 @@ def run(main: Callable[[], int], *, may_pass: bool = False) -> None:
     sys.exit(status)
 
 
-def _speak_utf8() -> None:
+def speak_utf8() -> None:
     """Begin this program anew with names of files and output in UTF-8, where the locale says otherwise.
 
     Python does so by itself in the locale C, unless PYTHONUTF8=0 is in the environment, and in no other one.

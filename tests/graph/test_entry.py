@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_what_stays_from_the_sample_is_one_line_of_a_dry_run(workspace: Workspac
 
 
 def test_snakemake_runs_without_an_activated_environment(workspace: Workspace):
-    """And without a home to write to: it may be full, or absent on a node. Here it is no directory, even to root."""
+    """And without a home to write to, which may be full, or absent on a node: here it is no directory."""
     program = Path(sys.executable).parent / "snakemake"
     home = workspace.write("home", "")
     done = subprocess.run(
@@ -93,6 +94,22 @@ def test_snakemake_runs_without_an_activated_environment(workspace: Workspace):
         timeout=600,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_names_of_files_are_utf8_whatever_the_locale(workspace: Workspace):
+    """A shard would have another name, in another place of the blend, for whoever logs in with Latin-1."""
+    workspace.write("naïve.jsonl", '{"text": "mine"}\n')
+    corpora = (
+        "corpora=[{name: docs, paths: [naïve.jsonl]}, {name: code, paths: [data/sample/code/part_0.jsonl]}]"
+    )
+    done = subprocess.run(
+        workspace.command("-n", "data/tokens/docs/na_ve.json", config=(corpora,)),
+        cwd=workspace.path,
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.parametrize(("option", "remembered"), [("-n", True), ("--list-rules", False)])
