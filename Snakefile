@@ -37,6 +37,7 @@ from snaketron.graph.snakemake import replace_pieces
 from snaketron.graph.stops import Stops
 from snaketron.graph.submission import check_submission
 from snaketron.jobs import status
+from snaketron.log import UserError, to_be_mended
 from snaketron.sources import registered
 from snaketron.sources.formats import DOWNLOADED
 from snaketron.sources.models import MODEL_FILE, TASK_FILE
@@ -110,7 +111,11 @@ onstart:
     process.obey_interrupts()
     if graph.lock.unlisted:
         raise WorkflowError(graph.lock.assumed())
-    if not process.hold(process.LOCK):
+    try:
+        alone = process.hold(process.LOCK)
+    except (OSError, UserError) as error:
+        raise WorkflowError(to_be_mended(error) or str(error)) from None
+    if not alone:
         raise WorkflowError(
             "Another Snakemake is running in this directory; wait for it or stop it."
         )

@@ -105,12 +105,17 @@ def lock(file: IO[Any], *, wait: bool = False) -> bool:
 
     The kernel's `flock`, which ends with the last process that has the file open, however that one ends. It
     is not filelock, which unlocks for all of them when one lets go, nor fasteners, whose locks no process
-    inherits. Raises `OSError` where the file system has no locks.
+    inherits.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise UserError(
+            f"{file.name}: this file system has no locks ({error.strerror}); ask for them (Lustre: the mount "
+            "option flock), or move to one that has: results by `pathvars`, or the whole working directory"
+        ) from None
     return True
 
 
@@ -119,7 +124,7 @@ def is_locked(path: Path) -> bool:
     try:
         with path.open(encoding="utf-8") as file:
             return not lock(file)
-    except OSError:
+    except (OSError, UserError):
         return False
 
 

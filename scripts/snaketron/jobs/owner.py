@@ -84,7 +84,7 @@ def own(version: Version) -> Owner:
     """
     version.directory.mkdir(parents=True, exist_ok=True)
     file = version.lock.open("a", encoding="utf-8")
-    locked, holder = _lock(file), Holder.of(version)
+    locked, holder = files.lock(file), Holder.of(version)
     if not locked and holder is None:
         locked = _wait(file, OVER_S)  # for who has just begun to say who it is
     elif not locked and holder and holder.is_gone:
@@ -112,7 +112,7 @@ def own(version: Version) -> Owner:
 def _wait(file: TextIO, seconds: float) -> bool:
     """Lock a file as soon as that is free, if it is within so many seconds."""
     deadline = time.monotonic() + seconds
-    while not (locked := _lock(file)) and time.monotonic() < deadline:
+    while not (locked := files.lock(file)) and time.monotonic() < deadline:
         time.sleep(0.2)
     return locked
 
@@ -139,16 +139,6 @@ def is_owned(version: Version) -> bool:
     """Whether a process owns a version now."""
     try:
         with version.lock.open(encoding="utf-8") as file:
-            return not _lock(file)
+            return not files.lock(file)
     except FileNotFoundError:
         return False
-
-
-def _lock(file: TextIO) -> bool:
-    try:
-        return files.lock(file)
-    except OSError as error:
-        raise UserError(
-            f"{file.name}: this file system has no locks ({error.strerror}); ask for them (Lustre: the mount "
-            "option flock), or move `pathvars.ckpt` to one that has"
-        ) from None

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron import files
+from snaketron.log import UserError
 from snaketron.wording import plural
 
 KERNELS = {
@@ -202,6 +203,9 @@ def disk(directory: Path) -> Iterator[Finding]:
             files.lock(file)
     except OSError as error:
         yield Finding("disk", False, f"{directory}: {error.strerror}; move pathvars.ckpt to another disk")
+        return
+    except UserError as error:
+        yield Finding("disk", False, str(error))
         return
     finally:
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -143,13 +144,17 @@ def test_a_process_that_was_taken_over_stops_before_it_writes(tmp_path: Path, mo
 
 
 def test_a_file_system_without_locks_is_explained(tmp_path: Path, monkeypatch):
-    def no_locks(file):
+    """As Lustre without its mount option."""
+
+    def no_locks(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(owners.files, "lock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    said = "this file system has no locks (No locks available); ask for them (Lustre: the mount option flock)"
     with pytest.raises(UserError) as error:
         own(Version(tmp_path))
-    assert str(error.value) == (
-        f"{tmp_path}/lock: this file system has no locks (No locks available); ask for them (Lustre: the "
-        "mount option flock), or move `pathvars.ckpt` to one that has"
-    )
+    assert str(error.value).startswith(f"{tmp_path}/lock: {said}")
+    with pytest.raises(UserError) as error:
+        files.write_text(tmp_path / "a", "text")
+    assert str(error.value).startswith(f"{tmp_path}/.a.partial: {said}")
+    assert not files.is_locked(tmp_path / "lock")
