@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     from snaketron.settings.blends import BlendSettings
 
     settings = read_settings(BlendSettings, args.settings)
-    record = build(settings.weights, args.records, args.output, args.record)
+    record = build(settings, args.records, args.output, args.record)
     for split, total in record.counts.items():
         logger.info(
             "%s: %d packs, %d tokens, %d of them trained",

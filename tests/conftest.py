@@ -98,6 +98,7 @@ SLOW = (
     "tests/graph/test_entry.py::test_snakemake_runs_without_an_activated_environment",
     *("tests/unit/data/curation/test_curate.py", "tests/graph/test_changed_files.py"),
     "tests/graph/test_registered.py",
+    "tests/graph/test_held_out.py",
     "tests/unit/data/text/test_index.py",
     "tests/unit/tracking/test_warnings.py::"
     "test_a_continued_training_has_the_same_warnings_but_those_about_time_are_apart",

@@ -22,6 +22,7 @@ from snaketron.data.text import binidx
 from snaketron.data.text.blend import BlendedSplit, PretrainBlend, Shard, weigh
 from snaketron.jobs.lines import read_metrics
 from snaketron.jobs.version import Version
+from snaketron.settings.blends import PhaseSettings
 from snaketron.settings.training import IndexSettings, run_settings, train_settings
 from snaketron.sizes.epochs import resized
 from snaketron.sizes.gpus import GPUS
@@ -131,7 +132,9 @@ def _write_corpora(data: Path, training: Training) -> None:
             hashes, sizes = writer.close(), [path.stat().st_size for path in paths]
             held = (TOKENS // DOCUMENT, TOKENS, sizes[0], hashes[0], sizes[1], hashes[1])
             shards.append(Shard(str((data / corpus).resolve()), corpus, *held))
-        train = weigh("train", dict.fromkeys(training.corpora, 1.0), shards, len(shards) * TOKENS)
+        weights = dict.fromkeys(training.corpora, 1.0)
+        phase = PhaseSettings(phase="one", weights=weights, train_tokens=len(shards) * TOKENS)
+        train = weigh("train", phase, shards)
         empty = BlendedSplit([], [], 0, 0, [], [])
         identity = files.sha256(made / "tokenizer/tokenizer.json")
         blend = PretrainBlend("one", identity, "int32", train.tokens, train, empty, empty)

@@ -64,6 +64,11 @@ def check_blends(config: Config) -> list[str]:
                 problems.append(
                     f"{at}: {name!r} stands there {number} times; leave one, with the weight {total:g} of all"
                 )
+        known = config.chats if at == "sft.blend" else config.corpora
+        held_out = {source.name: source.split for source in known if not source.trained}
+        if all(name in held_out for name, _ in entries):
+            said = ", ".join(f"{name!r} is of split {held_out[name]}" for name, _ in entries)
+            problems.append(f"{at}: names nothing to train on ({said}); add a source of split train or null")
     return problems
 
 

@@ -22,6 +22,7 @@ class Hub(Section):
     revision: Text = key("main", "branch, tag or commit that lock_sources pins")
 
 
+Split = Literal["train", "valid", "test"]
 SPLITS = ("train", "valid", "test")
 
 
@@ -58,6 +59,11 @@ class Source(Section):
     where: dict[str, list[str | int | bool]] = key(
         dict, "keep only rows whose field is, or is a list that holds, one of these values"
     )
+    split: Split | None = key(
+        None,
+        "train, valid or test: what all of its documents or conversations are for; null: a hash of each "
+        "decides, by `valid_fraction` and `test_fraction`",
+    )
     max_files: Positive | None = key(
         None, "use only so many files, the first ones; the others are not even downloaded; null: all"
     )
@@ -73,6 +79,11 @@ class Source(Section):
     def limited(self) -> bool:
         """Whether only the beginning of the source is used."""
         return self.max_documents is not None or self.max_tokens is not None
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is trained on; else all of it is held out."""
+        return self.split in (None, "train")
 
     @property
     def registered(self) -> Registered | None:

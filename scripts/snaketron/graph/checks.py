@@ -26,6 +26,7 @@ ONE_SOURCE = "make one source of several: its `paths` may be many"
 # What does not say which rows of a file are read, nor what becomes of them.
 _OTHER = {
     "name",
+    "split",
     "paths",
     "hub",
     "max_files",
@@ -128,7 +129,7 @@ def _too_many(config: Config, text: Mapping[str, Mapping[str, Sequence[str]]]) -
 
     A shard of which rows are chosen may be left without tokens, and then does not count.
     """
-    whole = {c.name for c in config.corpora if not (c.where or c.curation or c.registered)}
+    whole = {c.name for c in config.corpora if c.trained and not (c.where or c.curation or c.registered)}
     for i, phase in enumerate(config.pretrain.phases):
         number = sum(len(text[entry.corpus]) for entry in phase.blend if entry.corpus in whole)
         if number > MAX_SHARDS:
@@ -174,8 +175,10 @@ def _shared(
                 problem = f"{path} and {other} are one file; name it once"
             else:
                 problem = f"reads {path}, which {other_at} reads too" + (f" as {other}" * (other != path))
+                first, second = (s.split or "train" for s in (dict(sources.values())[other_at], source))
+                twice = "train on it twice" if first == second else f"have it in {first} and in {second}"
                 problem += (
-                    ", so a blend of both would train on it twice; take it out of one, or choose other rows "
+                    f", so a blend of both would {twice}; take it out of one, or choose other rows "
                     "of it with `where`"
                 )
             problems.setdefault((other_at, at), f"{at} ({name}): {problem}")

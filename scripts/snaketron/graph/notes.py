@@ -99,13 +99,24 @@ def unmeasured(config: Config) -> list[str]:
     """Sources in a blend whose loss nobody will see, because hardly a document is held out for validation."""
     lines, few = [], dict[str, list[str]]()  # few: by what is said of them, the sources
     used = _blended(config)
+    splits: dict[str, set[str | None]] = {every: set() for every in used}
     for at, source in config.sources():
         every = at.partition("[")[0]
-        if source.name not in used[every]:
+        if source.name in used[every]:
+            splits[every].add(source.split)
+    for at, source in config.sources():
+        every = at.partition("[")[0]
+        if source.name not in used[every] or source.split == "valid":
+            continue
+        if splits[every] <= {"train", "test"}:
+            said = "no source in a blend is of split valid or null, so no validation loss is measured"
+            lines.append(f"{every}: {said}")
+        if source.split:
             continue
         section, fraction = source.section, config.data_of(source).valid_fraction
         if not fraction:
-            lines.append(f"{section}.valid_fraction is 0, so no validation loss is measured on {every}")
+            if "valid" not in splits[every]:
+                lines.append(f"{section}.valid_fraction is 0, so no validation loss is measured on {every}")
             continue
         if source.registered and not source.registered.valid:
             said = f"{source.made}.valid names nothing, so it has no validation loss"
@@ -137,12 +148,13 @@ def read_again(config: Config) -> list[str]:
     Samples of another length are shuffled otherwise, because there are more of them or fewer.
     """
     sample = {corpus.name for corpus in config.corpora if _of_sample(corpus)}
+    held_out = {corpus.name for corpus in config.corpora if not corpus.trained}
     before: dict[tuple[int, int], dict[str, str]] = {}  # by seed and length, the first that reads a corpus
     lines = []
     for i, phase in enumerate(config.pretrain.phases):
         seed = config.seed if phase.seed is None else phase.seed
         seen = before.setdefault((seed, phase.seq_length or config.pretrain.seq_length), {})
-        corpora = [entry.corpus for entry in phase.blend]
+        corpora = [entry.corpus for entry in phase.blend if entry.corpus not in held_out]
         shared = {name: seen[name] for name in corpora if name in seen and name not in sample}
         if shared and phase.checkpoint is None:
             said = some([f"{name} ({first})" for name, first in shared.items()], 3)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snaketron.config import Config
+from snaketron.config.data import SPLITS
 from snaketron.files import read_json, sha256, to_json
 from snaketron.graph.snakemake.reasons import key_of
 from snaketron.jobs.inventory import look
@@ -122,11 +123,16 @@ def _longer(dag: Any, job: Any, path: Path, known: Mapping[str, str | None]) -> 
         return None
     blend = read_json(path)
     settings = PhaseSettings.model_validate_json(job.params.settings)
-    total = sum(settings.weights.values())
-    shares = {name: weight / total for name, weight in settings.weights.items()}
-    train = blend["train"]
-    shards = len(train["shards"]) + sum(corpus["empty_shards"] for corpus in train["corpora"])
-    if shares != {c["corpus"]: c["asked"] for c in train["corpora"]} or shards != len(job.input.records):
+    total = sum(settings.of_split("train").values())
+    wanted = {name: weight / total for name, weight in settings.weights.items()}
+    asked, shards = dict[str, float](), 0
+    for split in SPLITS:  # a corpus that is held out as a whole is in its split alone
+        own = [c for c in blend[split]["corpora"] if settings.splits.get(c["corpus"], "train") == split]
+        asked |= {c["corpus"]: c["asked"] for c in own}
+        names = {c["corpus"] for c in own}
+        shards += sum(c["empty_shards"] for c in own)
+        shards += sum(shard["corpus"] in names for shard in blend[split]["shards"])
+    if wanted != asked or shards != len(job.input.records):
         return None
     return to_json(resized(blend, settings.train_tokens))
 

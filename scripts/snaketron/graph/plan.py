@@ -311,9 +311,11 @@ def _time(training: Training, needs: Estimate) -> dict[str, Any]:
 def _mix(config: Config, training: Training, corpora: Mapping[str, Any]) -> dict[str, Any]:
     """What a phase takes of each corpus, and how often it goes through its tokens, counted or estimated."""
     blend = next((phase.blend for phase in config.pretrain.phases if phase.name == training.phase), [])
-    total = sum(entry.weight for entry in blend)
+    held_out = {corpus.name for corpus in config.corpora if not corpus.trained}
+    trained = [entry for entry in blend if entry.corpus not in held_out]
+    total = sum(entry.weight for entry in trained)
     mix = {}
-    for entry in blend:
+    for entry in trained:
         tokens, corpus = training.tokens * entry.weight / total, corpora[entry.corpus]
         there = corpus["train_tokens"] or corpus["estimated_tokens"]
         mix[entry.corpus] = {

@@ -76,7 +76,8 @@ def _by_source(name: str, runs: Sequence[Run]) -> list[Block]:
 
     def rows(run: Run) -> list[list[str]]:
         stage = run.stage(name)
-        names = _sources(stage, "sources") if stage else []
+        told = ("sources", "valid_sources", "test_sources")  # the last two also of those that are held out
+        names = list(dict.fromkeys(one for key in told for one in _sources(stage, key))) if stage else []
         if stage is None or len(names) < 2:
             return []
         shares = [_shares(stage, names, of) for of in (sample, "trained_tokens")]
@@ -88,10 +89,15 @@ def _by_source(name: str, runs: Sequence[Run]) -> list[Block]:
 
 
 def _shares(stage: Stage, names: Sequence[str], of: str) -> dict[str, tuple[str, str]]:
-    """How much of what was trained each source had, and its share; unknown where no line tells it."""
-    counts = {one: int(stage.total("sources", one, of)) for one in names}
-    total = sum(counts.values())
-    return {one: (f"{n:,}", f"{n / total:.1%}") if total else (UNKNOWN, UNKNOWN) for one, n in counts.items()}
+    """How much of what was trained each source had, and its share; unknown where no line tells it.
+
+    So it is of sources that are held out as a whole.
+    """
+    counts = {one: int(stage.total("sources", one, of)) for one in _sources(stage, "sources")}
+    if not (total := sum(counts.values())):
+        counts = {}
+    shares = {one: (f"{n:,}", f"{n / total:.1%}") for one, n in counts.items()}
+    return {one: shares.get(one, (UNKNOWN, UNKNOWN)) for one in names}
 
 
 def _losses(stage: Stage, source: str) -> list[str]:

@@ -61,7 +61,10 @@ def _training(stages: list[Record], gone: list[Entry]) -> str:
 
 
 def _mix(last: Record) -> list[str]:
-    """Compare what the last training took from each source, or corpus, with the weights; empty without."""
+    """Compare what the last training took from each source, or corpus, with the weights; empty without.
+
+    A source that is held out as a whole has its validation loss alone.
+    """
     sources = last.counts.get("sources", {})
     of_text = any("samples" in source for source in sources.values())
     keys = (
@@ -78,6 +81,8 @@ def _mix(last: Record) -> list[str]:
         ]
         for name, source in sources.items()
     ]
+    held_out = last.counts.get("held_out", {})
+    rows += [[name, *["-"] * (len(keys) + 3), number(loss)] for name, loss in held_out.items()]
     counted = [key.replace("_", " ") for key in keys]
     first = "corpus" if of_text else "chat source"
     header = [first, "wanted", "trained", *counted, "epochs", "valid loss"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import ChainMap
 from typing import Any
 
-from snaketron.config import Section
+from snaketron.config import ChatSource, Corpus, Section
 from snaketron.log import UserError
 
 from pydantic import Field, ValidationError
@@ -27,6 +27,11 @@ def read_settings[T: Section](kind: type[T], text: str, option: str = "--setting
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors()]
         raise UserError(f"{option}: {'; '.join(problems)}; paste what `snakemake -np` prints") from None
+
+
+def of_one_split(source: Corpus | ChatSource) -> dict[str, Any]:
+    """The fractions of a source that is of one split as a whole: they have no part in it."""
+    return {"valid_fraction": 0.0, "test_fraction": 0.0} if source.split else {}
 
 
 def unless(default: Any) -> Any:

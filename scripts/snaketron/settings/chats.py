@@ -7,8 +7,8 @@ from datetime import date
 from typing import Any, ClassVar, Literal, Self
 
 from snaketron.config import ChatSource, Config, Reasoning, Section
-from snaketron.config.data import LongConversations, Packing
-from snaketron.settings import taken, unless
+from snaketron.config.data import LongConversations, Packing, Split
+from snaketron.settings import of_one_split, taken, unless
 from snaketron.settings.text import ReadSettings
 
 from pydantic import Field, model_validator
@@ -36,6 +36,7 @@ class RenderSettings(ReadSettings):
     roles: dict[str, str] = unless({})
     thinking_tags: list[str] | None = unless(["<think>", "</think>"])
     template_date: date = unless(date(2026, 1, 1))
+    split: Split | None = unless(None)  # of all conversations
 
 
 def render_settings(config: Config, source: ChatSource) -> RenderSettings:
@@ -51,6 +52,7 @@ def render_settings(config: Config, source: ChatSource) -> RenderSettings:
         template_arguments=data.template_arguments | source.template_arguments,
         reasoning=reasoning,
         seed=config.seed if chosen else None,
+        **of_one_split(source),
     )
 
 

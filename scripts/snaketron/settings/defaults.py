@@ -10,11 +10,17 @@ from typing import Any
 
 from snaketron.config import Section
 from snaketron.settings.chats import PackSettings, RenderSettings
+from snaketron.settings.text import TokenizeSettings
 
 from pydantic_core import to_jsonable_python
 
 # By the rule that is told them, and by the kind of the record that holds them.
-_KINDS: dict[str, type[Section]] = {"render_chat": RenderSettings, "pack_sft": PackSettings}
+_KINDS: dict[str, type[Section]] = {
+    "tokenize_shard": TokenizeSettings,
+    "tokens": TokenizeSettings,
+    "render_chat": RenderSettings,
+    "pack_sft": PackSettings,
+}
 
 
 def value_of(settings: Mapping[str, Any], key: str, kind: str, none: Any) -> Any:

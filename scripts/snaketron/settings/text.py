@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from snaketron.config import Config, Corpus, Section
-from snaketron.settings import taken
+from snaketron.config.data import Split
+from snaketron.settings import of_one_split, taken, unless
 
 from pydantic import Field
 
@@ -35,6 +36,7 @@ class TokenizeSettings(ReadSettings):
     seed: int | None = None  # None unless the order is shuffled
     max_document_tokens: int | None = None
     long_documents: Literal["cut", "drop"] = "cut"
+    split: Split | None = unless(None)  # of all documents
 
 
 class EvaluationTextSettings(ReadSettings):
@@ -52,7 +54,7 @@ def tokenize_settings(config: Config, corpus: Corpus) -> TokenizeSettings:
     """What defines the tokens of a corpus. Curation has already applied `where` and the limit."""
     data = config.pretrain_data
     seed = config.seed if data.document_order == "shuffled" else None
-    curated: dict[str, Any] = {}
+    own = of_one_split(corpus)
     if corpus.curation:
-        curated = {"where": {}, "max_documents": None, "text_field": "text"}
-    return taken(TokenizeSettings, corpus, data, corpus=corpus.name, seed=seed, **curated)
+        own |= {"where": {}, "max_documents": None, "text_field": "text"}
+    return taken(TokenizeSettings, corpus, data, corpus=corpus.name, seed=seed, **own)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
+from snaketron.config.data import SPLITS, Split
 from snaketron.data.text.blend import load_blend
 from snaketron.data.text.index import load
 from snaketron.data.tokenizer import Info
@@ -18,8 +18,6 @@ from snaketron.train.losses import Batch, Counts, Report
 import numpy as np
 import torch
 from megatron.core import parallel_state
-
-Split = Literal["train", "valid", "test"]
 
 
 class Batches:
@@ -95,10 +93,12 @@ class PretrainBatches(Batches):
         self.depths = settings.model.mtp_num_layers
         content = load_blend(blend)
         self._wanted = {c.corpus: (c.share, c.tokens / settings.seq_length) for c in content.train.corpora}
-        self.sources = tuple(self._wanted)
+        shards = {split: getattr(content, split).shards for split in SPLITS}
+        # Those that are trained, and then those that are held out as a whole.
+        held_out = (shard.corpus for split in SPLITS for shard in shards[split])
+        self.sources = tuple(dict.fromkeys([*self._wanted, *held_out]))
         self._corpora = {  # by split, the corpus of each shard
-            split: [self.sources.index(shard.corpus) for shard in getattr(content, split).shards]
-            for split in ("train", "valid", "test")
+            split: [self.sources.index(shard.corpus) for shard in shards[split]] for split in SPLITS
         }
         self.datasets = load(index, blend, tokenizer, settings.index)
         for split, (_, samples) in self.datasets.items():

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from snaketron.config.data import Split
 from snaketron.model.build import BuiltModel
 from snaketron.model.megatron import internals
-from snaketron.train.batches import Batches, Split
+from snaketron.train.batches import Batches
 from snaketron.train.losses import Batch, Sums, compute, sum_over_ranks
 
 AT_ONCE = 8  # micro-batches for each stage of the pipeline, which empties after them

@@ -82,8 +82,8 @@ def performance(lines: list[dict[str, Any]]) -> dict[str, float]:
 def mix(lines: list[dict[str, Any]], wanted: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     """What was trained of each source against what was wanted, and its last validation loss.
 
-    `wanted` is that of `Batches`. Nothing for a training without sources, or whose first steps were not
-    reported by source.
+    `wanted` is that of `Batches`. Of a source that is `held_out` as a whole there is the loss alone. Nothing
+    for a training without sources, or whose first steps were not reported by source.
     """
     if any("loss" in line and "sources" not in line for line in lines):
         return {}
@@ -103,7 +103,10 @@ def mix(lines: list[dict[str, Any]], wanted: Mapping[str, tuple[float, float]]) 
             **sums,
             "valid_loss": valid[-1].get(name) if valid else None,
         }
-    return {"sources": sources} if sources else {}
+    held_out = {name: loss for name, loss in valid[-1].items() if name not in wanted} if valid else {}
+    if not sources:
+        return {}
+    return {"sources": sources, **({"held_out": held_out} if held_out else {})}
 
 
 class Clock:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from snaketron.config import Parallel
+from snaketron.config.data import Split
 from snaketron.data.chats.blend import check_packed_blend
 from snaketron.data.chats.mixing import mix
 from snaketron.data.chats.packs import Pack, PackedDataset, loss_weights
@@ -17,7 +18,7 @@ from snaketron.log import UserError, logger
 from snaketron.model import backend
 from snaketron.settings.training import TrainSettings
 from snaketron.sizes.recording import SHORTEST_RECORDED
-from snaketron.train.batches import Batches, Split, context_part, to_device
+from snaketron.train.batches import Batches, context_part, to_device
 from snaketron.train.losses import Batch, Counts, Report
 
 import numpy as np
@@ -53,7 +54,7 @@ class MixedPacks:
 class Step(NamedTuple):
     """What a data parallel rank reads of a step."""
 
-    packs: list[tuple[int, Pack]]  # the number of the source among those that are trained, and the pack
+    packs: list[tuple[int, Pack]]  # the number of the source among `sources`, and the pack
     weights: list[np.ndarray]  # of each position of each pack (1 + MTP depths, tokens), before the average
     totals: np.ndarray  # what divides the sums of each depth (`loss_weights`), and last the tokens
 
@@ -70,7 +71,9 @@ class SftBatches(Batches):
         """`weights` has the share of each source that is trained, in the order of `splits["train"]`."""
         super().__init__(micro_batch_size=1)
         self.settings, self.splits, self.weights = settings, splits, weights
-        self.sources = tuple(weights)
+        # Those that are trained, and then those that are held out as a whole.
+        held_out = (name for packs in splits.values() for name in packs.names)
+        self.sources = tuple(dict.fromkeys([*weights, *held_out]))
         self._mean_lengths: dict[int, float] = {}  # by the first sample of a step
         self._reader = ThreadPoolExecutor(1, "packs")  # one thread, since the caches are for one
         self._reading: dict[tuple[Split, int, int], Future[Step]] = {}
@@ -100,7 +103,7 @@ class SftBatches(Batches):
     def report(self, eval_samples: int) -> None:
         """Say how much of each source is trained, and which sources the validation does not see."""
         train = self.splits["train"]
-        numbers = np.bincount(train.sources, minlength=len(self.sources)).tolist()
+        numbers = np.bincount(train.sources, minlength=len(self.weights)).tolist()
         for (name, (weight, packs)), count in zip(self.wanted().items(), numbers, strict=True):
             logger.info(
                 "%s: source %s: %d of %d packs to train on (%.2f %%, wanted %.2f %%), %.2f epochs of its %d",
@@ -133,7 +136,7 @@ class SftBatches(Batches):
     def wanted(self) -> dict[str, tuple[float, float]]:
         datasets = self.splits["train"].datasets
         return {
-            name: (self.weights[name], len(packs)) for name, packs in zip(self.sources, datasets, strict=True)
+            name: (self.weights[name], len(packs)) for name, packs in zip(self.weights, datasets, strict=True)
         }
 
     def pack(self, split: Split, index: int) -> tuple[int, Pack]:

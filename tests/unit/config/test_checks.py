@@ -59,6 +59,30 @@ PHASE = {"name": "a", "tokens": 1_000_000, "blend": [{"corpus": "docs", "weight"
             "sft.blend: 'tools' stands there 2 times; leave one, with the weight 0.75 of all",
         ),
         (
+            {
+                "corpora": [{"name": "docs", "paths": ["a"], "split": "valid"}],
+                "pretrain": {"phases": [PHASE]},
+            },
+            "pretrain.phases[0].blend: names nothing to train on ('docs' is of split valid); add a source of "
+            "split train or null",
+        ),
+        (
+            {
+                "chats": [{"name": name, "paths": [name], "split": name} for name in ("valid", "test")],
+                "sft": {"blend": [{"source": name, "weight": 1} for name in ("valid", "test")]},
+            },
+            "sft.blend: names nothing to train on ('valid' is of split valid, 'test' is of split test); add "
+            "a source of split train or null",
+        ),
+        (
+            {"corpora": [{"name": "docs", "tokens": {"train": ["a"]}, "split": "valid"}]},
+            "corpora[0].split: has no effect on tokens that were made elsewhere; leave it out",
+        ),
+        (
+            {"chats": [{"name": "q", "packs": {"train": ["a"]}, "split": "train"}]},
+            "chats[0].split: has no effect on packs that were made elsewhere; leave it out",
+        ),
+        (
             {"sft_data": {"template_arguments": {"tools": []}}},
             "sft_data.template_arguments.tools: not an argument, it comes from the conversation; "
             "leave it out",

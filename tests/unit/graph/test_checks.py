@@ -69,6 +69,14 @@ def test_a_file_in_two_corpora_of_a_blend_is_refused_whatever_it_is_called(
     assert found.splitlines()[:1] == ([f"corpora[1] (two): {said}{ADVICE}"] if said else [])
 
 
+def test_a_file_that_is_trained_on_may_not_be_held_out():
+    found = check({"all": "one two"}, ONE, ONE | {"name": "two", "split": "valid"})
+    assert found.startswith(
+        "corpora[1] (two): reads raw/a.jsonl, which corpora[0] reads too, so a blend of both would have it "
+        "in train and in valid; take it out of one"
+    )
+
+
 def test_a_corpus_may_not_read_a_file_twice():
     found = check({"all": "one"}, {"name": "one", "paths": ["raw/a.jsonl", "link.jsonl"]})
     assert found == "corpora[0] (one): link.jsonl and raw/a.jsonl are one file; name it once"

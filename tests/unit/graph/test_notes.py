@@ -167,6 +167,30 @@ def test_a_source_that_is_not_validated_is_told():
     ]
 
 
+def test_a_source_that_is_held_out_is_validation_enough():
+    mine = [
+        {"name": "mine", "paths": ["a.jsonl"], "split": "train"},
+        {"name": "held_out", "paths": ["b.jsonl"], "split": "valid", "max_documents": 5},
+    ]
+    none = {"pretrain_data": {"valid_fraction": 0}}
+    assert unmeasured(load({"corpora": mine, "pretrain": phases("mine", "held_out")} | none, {})) == []
+    assert unmeasured(load({"corpora": mine, "pretrain": phases("mine")} | none, {})) == [
+        "corpora: no source in a blend is of split valid or null, so no validation loss is measured"
+    ]
+
+
+def test_what_is_held_out_in_two_phases_is_not_read_again():
+    """As the text of the training is, it is read from the beginning each time, and shall be."""
+    mine = [
+        {"name": "mine", "paths": ["a.jsonl"]},
+        {"name": "held_out", "paths": ["b.jsonl"], "split": "test"},
+    ]
+    (one,) = phases("mine", "held_out")["phases"]
+    config = load({"corpora": mine, "pretrain": {"phases": [one, one | {"name": "two"}]}}, {})
+    (line,) = read_again(config)
+    assert "as phases before it did: mine (one)." in line
+
+
 def test_a_limit_of_all_sources_is_told_once_and_of_those_that_are_trained_on():
     sources = [{"name": name, "paths": [f"raw/{name}.jsonl"]} for name in "abcdef"]
     limited = {"max_documents": 20}

@@ -398,11 +398,13 @@ def test_the_loss_above_all_is_that_of_each_tuning(training, tmp_path: Path):
 
 
 def test_losses_by_corpus_are_before_after_and_tested(training, tmp_path: Path):
-    """Code has 300 of the 400 trained tokens, in 2 of 4 samples."""
+    """Code has 300 of the 400 trained tokens, in 2 of 4 samples; `mine` is held out as a whole."""
     directory = training("pretrain/broad", steps=0)
     trained = (("docs", 50), ("code", 150))
     corpora = {name: {"loss": 5.0, "samples": 1, "trained_tokens": n} for name, n in trained}
     lines = [{"iteration": i, "valid_sources": {"docs": 7.0 - i, "code": 6.0 - i}} for i in (0, 1, 2)]
+    for line in lines:
+        line["valid_sources"] |= {"mine": 8.0 - line["iteration"]}
     lines += [{"iteration": i, "loss": 5.0, "sources": corpora} for i in (1, 2)]
     lines.append({"iteration": 2, "test_sources": {"docs": 5.5, "code": 4.25}})
     (directory / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
@@ -412,6 +414,7 @@ def test_losses_by_corpus_are_before_after_and_tested(training, tmp_path: Path):
         "Loss by corpus",
         ["docs", "7.0000", "5.0000", "5.5000", "2", "50.0%", "100", "25.0%"],
         ["code", "6.0000", "4.0000", "4.2500", "2", "50.0%", "300", "75.0%"],
+        ["mine", "8.0000", "6.0000", "-", "-", "-", "-", "-"],
     ]
     (drawn,) = (block for block in blocks if isinstance(block, Figures))
     titles = ["Loss (nats a token)", "Loss by corpus, training", "Loss by corpus, validation"]

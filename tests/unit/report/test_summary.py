@@ -142,14 +142,16 @@ def test_the_mix_of_the_last_training_is_shown_against_the_weights(run: Path):
 
 
 def test_the_mix_of_a_pretraining_is_by_corpus(run: Path):
+    """One that is held out as a whole has no part in the training, and its validation loss."""
     record = run / "record.json"
     value = files.read_json(record)
     sums = {"samples": 1_200, "trained_tokens": 4_800, "epochs": 0.25}
     value["counts"]["sources"] = {"docs": {"weight": 0.5, "share": 0.75, **sums, "valid_loss": 3.25}}
+    value["counts"]["held_out"] = {"mine": 3.5}
     files.write_json(record, value)
     lines = [line.replace(" ", "") for line in sections(summarize(run))["Mix"].splitlines()]
     assert lines[0] == "|corpus|wanted|trained|samples|trainedtokens|epochs|validloss|"
-    assert lines[2] == "|docs|50.0%|75.0%|1,200|4,800|0.25|3.2500|"
+    assert lines[2:] == ["|docs|50.0%|75.0%|1,200|4,800|0.25|3.2500|", "|mine|-|-|-|-|-|3.5000|"]
 
 
 def test_performance_is_of_the_stages_that_measured_it(run: Path):

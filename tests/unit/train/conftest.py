@@ -176,7 +176,7 @@ def blend_path(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) ->
 def blend_of(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Path]:
     """A blend of one or two corpora of equal weight: the first with 40 documents, the second with 6."""
 
-    def make(*names: str, valid_fraction: float = 0.0) -> Path:
+    def make(*names: str, valid_fraction: float = 0.0, **splits: str) -> Path:
         for name, count in zip(names, (40, 6), strict=False):
             raw = tmp_path / f"{name}.jsonl"
             raw.write_text(
@@ -185,7 +185,11 @@ def blend_of(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Path]:
             tokenize_shard(
                 [raw],
                 settings=TokenizeSettings(
-                    corpus=name, text_field="text", valid_fraction=valid_fraction, test_fraction=0.0
+                    corpus=name,
+                    text_field="text",
+                    valid_fraction=valid_fraction,
+                    test_fraction=0.0,
+                    split=splits.get(name),
                 ),
                 tokenizer=tokenizer_dir,
                 bins={split: tmp_path / split / f"{name}.bin" for split in ("train", "valid", "test")},
@@ -193,7 +197,7 @@ def blend_of(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Path]:
                 record=tmp_path / f"{name}.json",
             )
         blend.build(
-            PhaseSettings(phase="one", weights=dict.fromkeys(names, 1.0), train_tokens=1440),
+            PhaseSettings(phase="one", weights=dict.fromkeys(names, 1.0), splits=splits, train_tokens=1440),
             max_epochs=100,
             records=[tmp_path / f"{name}.json" for name in names],
             tokenizer=tokenizer_dir,

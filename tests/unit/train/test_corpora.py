@@ -43,13 +43,15 @@ class Unnamed(PretrainBatches):
 
 @pytest.fixture
 def make(blend_of, tokenizer_dir: Path, tmp_path: Path, settings) -> Callable[..., PretrainBatches]:
-    """make(kind) gives the batches of two corpora, `long` and `short`."""
-    blend = blend_of("long", "short", valid_fraction=0.3)
+    """make(kind) gives the batches of two corpora, `long` and `short`, or splits as a whole of them."""
     train, run = settings(**KEYS)
     numbers = IndexSettings(seed=train.seed, seq_length=16, train_samples=4 * STEPS)
-    index.build(blend, numbers, output=tmp_path / "index", record=tmp_path / "index.json")
 
-    def made(kind: type[PretrainBatches] = PretrainBatches) -> PretrainBatches:
+    def made(kind: type[PretrainBatches] = PretrainBatches, **splits: str) -> PretrainBatches:
+        blend = tmp_path / "blend.json"
+        if not blend.exists():
+            blend_of("long", "short", valid_fraction=0.3, **splits)
+            index.build(blend, numbers, output=tmp_path / "index", record=tmp_path / "index.json")
         return kind(
             blend,
             train,
@@ -84,6 +86,17 @@ def test_each_sequence_is_of_the_corpus_that_it_was_read_from(make, tmp_path: Pa
     assert any(len(set(report.source.tolist())) == 2 for report in reports)
     tokens = {corpus.corpus: corpus.tokens for corpus in load_blend(tmp_path / "blend.json").train.corpora}
     assert batches.wanted() == {name: (0.5, tokens[name] / 16) for name in ("long", "short")}
+
+
+def test_a_corpus_that_is_held_out_is_validated_by_its_name_and_not_trained(make, trainer, tmp_path: Path):
+    batches = make(short="valid")
+    assert (batches.sources, batches.wanted().keys()) == (("long", "short"), {"long"})
+    trainer().train(batches, tmp_path / "out")
+    lines, _ = read_metrics(tmp_path / "out/metrics.jsonl")
+    assert [line["sources"].keys() for line in lines if "sources" in line] == [{"long"}]
+    assert {frozenset(line["valid_sources"]) for line in lines if "valid_sources" in line} == {
+        frozenset({"long", "short"})
+    }
 
 
 def test_corpora_change_nothing_but_what_is_reported(make, trainer, tmp_path: Path):

@@ -178,6 +178,15 @@ def test_the_mix_is_what_was_trained_against_what_was_wanted():
     assert metrics.mix(lines, {}) == {}
 
 
+def test_a_source_that_is_held_out_has_its_validation_loss_in_the_mix():
+    lines = [
+        {"iteration": 2, "sources": {"a": {"packs": 4}}},
+        {"iteration": 2, "valid_sources": {"a": 5.5, "mine": 7.0}},
+    ]
+    found = metrics.mix(lines, {"a": (1.0, 8)})
+    assert (found["held_out"], found["sources"].keys()) == ({"mine": 7.0}, {"a"})
+
+
 def test_the_mix_of_corpora_counts_samples():
     """10 samples, 6 of them of `a`, that has 4.8; nothing where the first lines know no corpus."""
     a, b = ({"trained_tokens": 16 * samples, "samples": samples} for samples in (6, 4))

@@ -254,6 +254,24 @@ def test_metrics_are_of_the_source_of_a_pack(sft):
         assert not sums.values[1 - source].any()
 
 
+def test_a_source_that_is_held_out_is_validated_by_its_name_and_not_wanted(
+    packed_blend, tokenizer_dir: Path, sft_settings, caplog: pytest.LogCaptureFixture
+):
+    packs = {name: [[[(1, 0), (number, 1)]]] for name, number in (("a", 100), ("b", 200))}
+    blend = packed_blend(train={"a": packs["a"]}, valid=packs)
+    batches = SftBatches.load(blend, sft_settings()[0], tokenizer_info(tokenizer_dir), eval_samples=4)
+    assert (batches.wanted(), batches.sources) == ({"a": (1.0, 1)}, ("a", "b"))
+    found = [
+        (int(batch["input_ids"][0, 1]), batches.sources[int(batch["report"].source)])
+        for batch in batches.micro_batches("valid", 0, 4)
+    ]
+    assert sorted({*found}) == [(100, "a"), (200, "b")]
+    assert set(seen(batches, 0, 4)) == {100}
+    caplog.set_level("INFO")
+    batches.report(4)
+    assert "source a: 16 of 16 packs" in caplog.text and "source b" not in caplog.text
+
+
 def test_weights_are_of_the_whole_step(sft, monkeypatch: pytest.MonkeyPatch):
     """Each pack has 2 tokens and trains 1: in a step of 4 a trained token counts 8 tokens / 4."""
     for batch in sft().micro_batches("train", 0, 4):

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import snaketron.model  # noqa: F401  before megatron
+from snaketron.config.data import Split
 from snaketron.files import sha256
 from snaketron.jobs.version import Version
-from snaketron.train.batches import Batches, Split, sequences
+from snaketron.train.batches import Batches, sequences
 from snaketron.train.build import build_training
 from snaketron.train.loop import Trainer
 from snaketron.train.losses import Batch

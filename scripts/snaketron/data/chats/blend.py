@@ -17,6 +17,7 @@ from snaketron.files import check_size, read_json, to_json
 from snaketron.lineage.record import Record, making, read
 from snaketron.lineage.walk import record_of
 from snaketron.log import UserError, logger
+from snaketron.settings.blends import BlendSettings
 from snaketron.settings.registering import PACKS
 
 SAME = ("tokenizer_sha256", "pack_size", "algorithm", "padding_multiple")
@@ -24,18 +25,18 @@ COUNTS = ("packs", "tokens", "trained_tokens")
 _AGAIN = "remove its record and run again, so that it is packed again"
 
 
-def build(weights: Mapping[str, float], records: Sequence[Path], output: Path, record: Path) -> Record:
+def build(settings: BlendSettings, records: Sequence[Path], output: Path, record: Path) -> Record:
     """Weigh the packed shards of `records`; write blend.json and then `record`, and return it."""
     for path, times in Counter(records).items():
         if times > 1:
             raise UserError(f"--records {path}: is given twice; its packs would count twice")
     with making("blend_sft", "sft", outputs={"blend.json": output}, record=record) as job:
         packed = {path: read(path) for path in records}
-        value = weigh(weights, packed)
-        for source in weights:
+        value = weigh(settings, packed)
+        for source in settings.weights:
             _tell_left_out(source, [made for made in packed.values() if made.settings["source"] == source])
         job.aside["blend.json"].write_bytes(to_json(value))
-        job.inputs, job.settings = {"records": records}, {"weights": weights}
+        job.inputs, job.settings = {"records": records}, settings.model_dump()
         job.counts = {
             split: {name: sum(source[name] for source in sources) for name in COUNTS}
             for split, sources in value["splits"].items()
@@ -43,13 +44,13 @@ def build(weights: Mapping[str, float], records: Sequence[Path], output: Path, r
     return job.record
 
 
-def weigh(weights: Mapping[str, float], records: Mapping[Path, Record]) -> dict[str, Any]:
+def weigh(blend: BlendSettings, records: Mapping[Path, Record]) -> dict[str, Any]:
     """Check the records of packed shards against each other and the disk, and weigh their sources.
 
     The weights of a split sum to 1. Within a source, every pack counts the same, whichever shard it is in.
     """
     settings = _same_settings(records)
-    shards: dict[str, list[tuple[Path, Record]]] = {source: [] for source in weights}
+    shards: dict[str, list[tuple[Path, Record]]] = {source: [] for source in blend.weights}
     for path, record in records.items():
         source = record.settings["source"]
         if source not in shards:
@@ -62,7 +63,7 @@ def weigh(weights: Mapping[str, float], records: Mapping[Path, Record]) -> dict[
                 f"{path}: made with template_sha256 {template}, but {first[0]} of its source with {other}; "
                 "run the workflow again so that both are made alike"
             )
-    splits = {split: _split(split, weights, shards) for split in SPLITS}
+    splits = {split: _split(split, blend, shards) for split in SPLITS}
     used = [source for sources in splits.values() for source in sources]
     tokens, packs = (sum(source[name] for source in used) for name in ("tokens", "packs"))
     return {
@@ -105,19 +106,24 @@ def _same_settings(records: Mapping[Path, Record]) -> dict[str, Any]:
 
 
 def _split(
-    split: str, weights: Mapping[str, float], shards: Mapping[str, list[tuple[Path, Record]]]
+    split: str, blend: BlendSettings, shards: Mapping[str, list[tuple[Path, Record]]]
 ) -> list[dict[str, Any]]:
     sources = []
-    for source, weight in weights.items():
+    for source, weight in blend.weights.items():
         listed = [_file(path, record, split) for path, record in shards[source]]
         used = [file for file in listed if file["packs"]]
-        if not used and split == "train":
+        whole = blend.splits.get(source)
+        if used and whole not in (None, split):
+            raise UserError(f"{used[0]['path']}: source {source!r} is of split {whole}; {_AGAIN}")
+        if not used and split == (whole or "train"):
             raise UserError(
-                f"source {source!r} has no packs to train on in {len(listed)} shards; see 'dropped' in their "
-                "records, raise sft_data.pack_size, or take the source out of sft.blend"
+                f"source {source!r} has no packs {'to train on' if split == 'train' else f'of {split}'} in "
+                f"{len(listed)} shards; see 'dropped' in their records, raise sft_data.pack_size, or take "
+                "the source out of sft.blend"
             )
         if not used:
-            logger.warning("%s: source %r has no packs and is left out", split, source)
+            if not whole:
+                logger.warning("%s: source %r has no packs and is left out", split, source)
             continue
         if empty := len(listed) - len(used):
             message = "source %s: %d of its %d shards have no packs in %s: left out there"

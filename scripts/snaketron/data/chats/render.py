@@ -232,7 +232,8 @@ class Renderer:
                     bad = error if isinstance(error, Bad) else TOO_DEEP
                     reject(bad, path, number, settings, drops)
                 else:
-                    split = split_of(whole, settings.valid_fraction, settings.test_fraction)
+                    fractions = settings.valid_fraction, settings.test_fraction
+                    split = settings.split or split_of(whole, *fractions)
                     metadata = [text_of(row.get(name)) for name in settings.metadata_fields]
                     yield Texts(path, number, texts, split, metadata)
             if drops.num_rows == before:

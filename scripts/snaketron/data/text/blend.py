@@ -42,10 +42,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class CorpusShare:
-    """What a corpus brings to a split; each kind of share adds up to 1 over the corpora."""
+    """What a corpus brings to a split; `share` and `present` add up to 1 over the corpora."""
 
     corpus: str
-    asked: float  # its weight in the phase
+    asked: float  # its weight in the phase, where the weights of what is trained add up to 1
     share: float  # of the samples: `asked`, after corpora without tokens in the split are left out
     present: float  # of the tokens that the split has
     documents: int
@@ -146,7 +146,7 @@ def _weighed(
     settings: PhaseSettings, records: Mapping[Path, Record], tokenizer: Path, identity: str
 ) -> PretrainBlend:
     """Check the shards of all records, and weigh them."""
-    phase, weights, train_tokens = settings.phase, settings.weights, settings.train_tokens
+    phase, weights = settings.phase, settings.weights
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     dtypes: set[str] = set()
     for path, made in records.items():
@@ -160,8 +160,8 @@ def _weighed(
     _tell_dropped(weights, records)
     if len(dtypes) > 1:
         raise UserError(f"phase {phase!r}: shards of different types: {', '.join(sorted(dtypes))}; {_AGAIN}")
-    splits = {split: weigh(split, weights, shards[split], train_tokens) for split in SPLITS}
-    return PretrainBlend(phase, identity, dtypes.pop(), train_tokens, **splits)
+    splits = {split: weigh(split, settings, shards[split]) for split in SPLITS}
+    return PretrainBlend(phase, identity, dtypes.pop(), settings.train_tokens, **splits)
 
 
 def _check_record(
@@ -274,14 +274,20 @@ def _shard(record: Record, split: str, path: Path) -> tuple[Shard, binidx.Pair]:
     return shard, pair
 
 
-def weigh(
-    split: str, weights: Mapping[str, float], shards: Sequence[Shard], train_tokens: int
-) -> BlendedSplit:
+def weigh(split: str, settings: PhaseSettings, shards: Sequence[Shard]) -> BlendedSplit:
     """Spread the weight of each corpus over its shards in proportion to their tokens.
 
     A shard without tokens is left out. A corpus without tokens is an error in train; in valid and test it is
-    left out, and the other corpora keep their proportions.
+    left out, and the other corpora keep their proportions. A corpus of one split counts in that alone.
     """
+    weights = settings.of_split(split)
+    trained = sum(settings.of_split("train").values())
+    for shard in shards:
+        if shard.documents and shard.corpus not in weights:
+            raise UserError(
+                f"{shard.prefix}: has {shard.documents} documents in {split}, and corpus {shard.corpus!r} is "
+                f"of split {settings.splits[shard.corpus]}; {_AGAIN}"
+            )
     by_corpus = {corpus: [s for s in shards if s.corpus == corpus] for corpus in weights}
     tokens = {corpus: sum(s.tokens for s in found) for corpus, found in by_corpus.items()}
     empty = {corpus: sum(not s.tokens for s in found) for corpus, found in by_corpus.items()}
@@ -292,11 +298,13 @@ def weigh(
 
     def brought(corpus: str) -> CorpusShare:
         taken, epochs = (
-            epochs_of.taken(share[corpus], tokens[corpus], train_tokens) if split == "train" else (None, None)
+            epochs_of.taken(share[corpus], tokens[corpus], settings.train_tokens)
+            if split == "train"
+            else (None, None)
         )
         return CorpusShare(
             corpus=corpus,
-            asked=weights[corpus] / sum(weights.values()),
+            asked=weights[corpus] / trained,
             share=share[corpus],
             present=tokens[corpus] / sum(tokens.values()),
             documents=sum(s.documents for s in by_corpus[corpus] if s.tokens),

@@ -66,7 +66,8 @@ class Reader:
                 if not text:
                     self.drops.add(path, number, EMPTY)
                     continue
-                split = SPLITS.index(split_of(text, settings.valid_fraction, settings.test_fraction))
+                of_text = settings.split or split_of(text, settings.valid_fraction, settings.test_fraction)
+                split = SPLITS.index(of_text)
                 metadata: Sequence[str | None] = ()
                 if fields:
                     self.found.update(name for name in fields if name in row)

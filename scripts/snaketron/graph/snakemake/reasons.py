@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from snaketron.config import Config, Corpus, Section, Training
+from snaketron.config import ChatSource, Config, Corpus, Section, Training
 from snaketron.settings.defaults import value_of
 from snaketron.wording import shortened
 
@@ -122,6 +122,8 @@ def _told(paths: list[str], now: Flat) -> Iterator[str]:
             "schedule.start": True,
             "schedule.style": True,
             "schedule.increment": bool(told & {"global_batch_size", "seq_length"}),
+            "valid_fraction": "split" in told,
+            "test_fraction": "split" in told,
         }
         # Where another phase has changed, the span of this one is all that is left.
         if not follows.get(path) or told <= {"schedule.end", "schedule.start"}:
@@ -140,6 +142,10 @@ def _place(config: Config, rule: str, wildcards: Mapping[str, str], path: str) -
     if first in ("weights", "train_tokens"):
         at = f"pretrain.phases[{_index(config, phase)}]" if phase else "sft"
         return f"{at}.blend ({rest})" if first == "weights" else f"{at}.tokens"
+    if first == "splits":
+        kind = Corpus if phase else ChatSource
+        named = (at for at, source in config.sources() if isinstance(source, kind) and source.name == rest)
+        return next((f"{at}.split" for at in named), None)
     key = first.partition("[")[0]  # of an entry of a list
     found = [
         (".".join(filter(None, (prefix, first, rest))), getattr(section, key))

@@ -56,20 +56,20 @@ def shard(
     return record
 
 
-def arguments(root: Path, records: list[Path], *weights: str) -> list[str]:
+def arguments(root: Path, records: list[Path], *weights: str, **splits: str) -> list[str]:
     options = ["--output", str(root / "sft/blend.json"), "--record", str(root / "sft/record.json")]
-    settings = BlendSettings(weights=dict(weight.split("=") for weight in weights))
+    settings = BlendSettings(weights=dict(weight.split("=") for weight in weights), splits=splits)
     return ["--settings", settings.model_dump_json(), "--records", *map(str, records), *options]
 
 
-def blend(root: Path, records: list[Path], *weights: str) -> dict[str, Any]:
-    assert script.main(arguments(root, records, *weights)) == 0
+def blend(root: Path, records: list[Path], *weights: str, **splits: str) -> dict[str, Any]:
+    assert script.main(arguments(root, records, *weights, **splits)) == 0
     return files.read_json(root / "sft/blend.json")
 
 
-def refused(root: Path, records: list[Path], *weights: str) -> str:
+def refused(root: Path, records: list[Path], *weights: str, **splits: str) -> str:
     with pytest.raises(UserError) as caught:
-        script.main(arguments(root, records, *weights))
+        script.main(arguments(root, records, *weights, **splits))
     assert not (root / "sft/blend.json").exists() and not (root / "sft/record.json").exists()
     return str(caught.value).replace(f"{root}/", "")
 
@@ -109,6 +109,35 @@ def test_a_source_without_validation_packs_is_left_out_there_with_a_note(tmp_pat
         value = blend(tmp_path, records, "questions=0.5", "tools=0.5")
     assert [(s["source"], s["weight"]) for s in value["splits"]["valid"]] == [("questions", 1.0)]
     assert "valid: source 'tools' has no packs and is left out" in caplog.text
+
+
+def test_a_source_that_is_held_out_takes_no_share_of_the_training(tmp_path, caplog):
+    """Its weight counts among what is validated. Nobody is warned that it has nothing in the other splits."""
+    records = [
+        shard(tmp_path, "questions", 0),
+        shard(tmp_path, "tools", 0, valid=0, test=0),
+        shard(tmp_path, "mine", 0, train=0, valid=3, test=0),
+    ]
+    with caplog.at_level(logging.WARNING):
+        value = blend(tmp_path, records, "questions=0.5", "tools=0.5", "mine=1", mine="valid", tools="train")
+    shares = {split: [(s["source"], s["weight"]) for s in found] for split, found in value["splits"].items()}
+    assert shares == {
+        "train": [("questions", 0.5), ("tools", 0.5)],
+        "valid": [("questions", 0.5 / 1.5), ("mine", 1 / 1.5)],
+        "test": [("questions", 1.0)],
+    }
+    assert "is left out" not in caplog.text
+
+
+def test_a_source_that_is_held_out_has_packs_in_its_split_and_in_no_other(tmp_path):
+    questions, mine = shard(tmp_path, "questions", 0), shard(tmp_path, "mine", 0)
+    said = refused(tmp_path, [questions, mine], "questions=1", "mine=1", mine="valid")
+    assert said.startswith(
+        "sft/train/mine/part_0.parquet: source 'mine' is of split valid; remove its record"
+    )
+    none = shard(tmp_path, "none", 0, train=0, valid=0, test=0)
+    said = refused(tmp_path, [questions, none], "questions=1", "none=1", none="valid")
+    assert said.startswith("source 'none' has no packs of valid in 1 shards; see 'dropped' in their records")
 
 
 def rendered(root: Path, number: int, *, rows: int, dropped: list[int]) -> Path:

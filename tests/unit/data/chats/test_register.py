@@ -11,6 +11,7 @@ from snaketron.data.chats.blend import build, check_packed_blend
 from snaketron.data.chats.register import fault
 from snaketron.files import sha256
 from snaketron.lineage.record import making, read
+from snaketron.settings.blends import BlendSettings
 from snaketron.settings.registering import RegisterPacksSettings
 
 import numpy as np
@@ -107,7 +108,8 @@ def test_a_blend_takes_registered_and_packed_shards_alike(register, tmp_path: Pa
         job.settings = settings
         job.counts = {"splits": dict.fromkeys(outputs, counts), "needed_pack_size": {"8": 3}}
     blend = tmp_path / "data/sft/blend.json"
-    build({"help": 3, "own": 1}, [elsewhere, own], blend, tmp_path / "data/sft/record.json")
+    weights = BlendSettings(weights={"help": 3, "own": 1})
+    build(weights, [elsewhere, own], blend, tmp_path / "data/sft/record.json")
     loaded = check_packed_blend(blend, tokenizer_sha256=identity, pack_size=8, algorithm="concatenative")
     assert [(s.source, s.weight) for s in loaded.splits["train"]] == [("help", 0.75), ("own", 0.25)]
     assert [s.source for s in loaded.splits["valid"]] == ["own"]

@@ -74,6 +74,14 @@ def test_splits_are_counted_and_follow_the_text(tmp_path, tokenizer):
     assert 200 < counted["train"] < 360 and counted["valid"] > 20 and counted["test"] > 10
 
 
+def test_all_conversations_are_of_the_split_of_their_source(tmp_path, tokenizer):
+    chats = [{"messages": question(f"What is {i}?", str(i))} for i in range(50)]
+    rows, record = render(tmp_path, chats, split="test")
+    assert [row["split"] for row in rows] == ["test"] * 50
+    counted = {split: counts["conversations"] for split, counts in record.counts["splits"].items()}
+    assert counted == {"train": 0, "valid": 0, "test": 50}
+
+
 def test_two_runs_write_the_same_bytes(tmp_path, tokenizer):
     chats = [{"messages": question(f"What is {i}?", str(i))} for i in range(20)]
     render(tmp_path, chats)

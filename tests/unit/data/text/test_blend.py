@@ -34,10 +34,11 @@ def records(tokenize, tmp_path, write_jsonl) -> list[Path]:
     return made
 
 
-def settings(*weights: str) -> str:
+def settings(*weights: str, splits: dict[str, str] | None = None) -> str:
     """The settings of a phase of 40 tokens, of weights such as docs=1."""
     given = dict(weight.split("=") for weight in weights)
-    return PhaseSettings(phase="broad", weights=given, train_tokens=40).model_dump_json()
+    found = PhaseSettings(phase="broad", weights=given, splits=splits or {}, train_tokens=40)
+    return found.model_dump_json()
 
 
 @pytest.fixture
@@ -45,11 +46,15 @@ def build(run_script, tmp_path, tokenizer_dir) -> Callable[..., tuple[int, str]]
     """Run blend_pretrain; returns exit status and standard error."""
 
     def run(
-        records: list[Path], *weights: str, tokenizer: Path = tokenizer_dir, max_epochs: float = 4
+        records: list[Path],
+        *weights: str,
+        splits: dict[str, str] | None = None,
+        tokenizer: Path = tokenizer_dir,
+        max_epochs: float = 4,
     ) -> tuple[int, str]:
         return run_script(
             "blend_pretrain",
-            *("--settings", settings(*weights), "--max-epochs", max_epochs),
+            *("--settings", settings(*weights, splits=splits), "--max-epochs", max_epochs),
             *("--records", *records, "--tokenizer", tokenizer),
             *("--output", tmp_path / "out" / "blend.json", "--record", tmp_path / "out" / "record.json"),
         )
@@ -112,6 +117,44 @@ def test_a_corpus_weight_is_spread_over_its_shards_by_tokens(build, records, tmp
     assert [i["path"] for i in record["inputs"][:3]] == [str(r) for r in records]
     assert record["counts"]["train"] == {"documents": 4, "tokens": 16}
     assert record["counts"]["repeated"] == {} and "goes through" not in stderr
+
+
+def test_a_corpus_that_is_held_out_takes_no_share_of_the_training(
+    build, records, tokenize, tmp_path, write_jsonl, caplog
+):
+    """Its weight counts among what is validated. Nobody is warned that it has nothing in the other splits."""
+    caplog.set_level("INFO")
+    notes = write_jsonl(tmp_path / "notes.jsonl", [{"text": "12"}, {"text": "3"}])  # 3 + 2 tokens
+    _, _, held_out = tokenize(notes, corpus="notes", split="valid")
+    more = write_jsonl(tmp_path / "more.jsonl", [{"text": "1"}] * 5)  # 2 tokens each, half of their weight
+    _, _, other = tokenize(more, corpus="more", split="valid")
+    weights = ("docs=0.5", "code=0.5", "notes=1", "more=0.5")
+    splits = {"notes": "valid", "more": "valid", "code": "train"}
+    status, stderr = build([*records, held_out, other], *weights, splits=splits)
+    assert status == 0, stderr
+    value = files.read_json(tmp_path / "out" / "blend.json")
+
+    def told(split: str, *keys: str) -> list[list[Any]]:
+        return [[corpus[key] for key in keys] for corpus in value[split]["corpora"]]
+
+    keys = ("corpus", "asked", "share", "tokens", "taken")
+    assert told("train", *keys) == [["docs", 0.5, 0.5, 8, 20], ["code", 0.5, 0.5, 8, 20]]
+    assert told("valid", "corpus", "asked", "tokens") == [["notes", 1.0, 5], ["more", 0.5, 10]]
+    assert value["valid"]["weights"] == [1 / 1.5, 0.5 / 1.5]
+    assert value["train"]["prefixes"] == [str(r.parent / "train" / r.stem) for r in records]
+    assert value["valid"]["prefixes"] == [str(r.parent / "valid" / r.stem) for r in (held_out, other)]
+    assert value["test"]["prefixes"] == []
+    warned = [line.getMessage() for line in caplog.records if "has no tokens" in line.getMessage()]
+    assert [line.partition(" has")[0] for line in warned] == ["valid: corpus docs", "test: corpus docs"]
+
+
+def test_a_shard_of_another_split_than_its_corpus_is_refused(build, records, tokenize, tmp_path, write_jsonl):
+    notes = write_jsonl(tmp_path / "notes.jsonl", [{"text": "12"}])
+    _, _, record = tokenize(notes, corpus="notes", valid=0.0, test=0.0)
+    weights, splits = ("docs=1", "code=1", "notes=1"), {"notes": "valid"}
+    result = build([*records, record], *weights, splits=splits)
+    said = "train/notes: has 1 documents in train, and corpus 'notes' is of split valid; remove its record"
+    assert_refused(result, tmp_path, said)
 
 
 def test_megatron_gets_none_for_a_split_without_tokens(build, records, tmp_path, caplog):

@@ -16,6 +16,7 @@ from snaketron.data.text import index
 from snaketron.data.text.blend import PretrainBlend, Shard, load_blend, weigh
 from snaketron.data.tokenizer import Info
 from snaketron.log import UserError
+from snaketron.settings.blends import PhaseSettings
 from snaketron.settings.training import IndexSettings
 
 import numpy as np
@@ -65,7 +66,7 @@ def make_blend(tmp_path: Path) -> Callable[..., Path]:
                     shards.append(Shard(corpus=corpus, **write_pair(prefix, first, tokens)))
                     first += tokens
             used = {c: w for c, w in weights.items() if splits.get(split, {}).get(c)}
-            content[split] = weigh(split, used, shards, 1000)
+            content[split] = weigh(split, PhaseSettings(phase="one", weights=used, train_tokens=1000), shards)
         value = asdict(PretrainBlend("one", SHA256, "uint16", 1000, **content))
         files.write_json(tmp_path / "blend.json", value)
         return tmp_path / "blend.json"

@@ -134,6 +134,17 @@ def test_a_vocabulary_over_65536_is_written_as_int32(tokenize, tmp_path, tokeniz
     assert sequences(record, "train") == [[65536, 0]]
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_all_documents_are_of_the_split_of_their_corpus(tokenize, tmp_path, write_jsonl, split: str):
+    raw = write_jsonl(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(10, 100)])
+    status, stderr, record = tokenize(raw, split=split)  # a fifth would be valid, and a fifth test
+    assert status == 0, stderr
+    counts = files.read_json(record)["counts"]
+    expected = {name: 90 if name == split else 0 for name in SPLITS}
+    assert {name: counts[name]["documents"] for name in SPLITS} == expected
+    assert {name: binidx.check(record.parent / name / "a", "").sequences for name in SPLITS} == expected
+
+
 def test_fractions_that_leave_nothing_for_train_are_refused(tokenize, tmp_path, write_jsonl):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     status, stderr, _ = tokenize(path, valid=0.5, test=0.5)

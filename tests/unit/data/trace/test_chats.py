@@ -14,6 +14,7 @@ from snaketron.lineage.catalogue import scan
 from snaketron.lineage.record import FOOTER, of_user
 from snaketron.lineage.uses import source
 from snaketron.log import UserError
+from snaketron.settings.blends import BlendSettings
 from snaketron.settings.chats import PackSettings
 
 import numpy as np
@@ -62,7 +63,8 @@ def trained(work: Path, record: Callable[..., Path], train: Callable[..., Path])
         record=Path("data/sft/talk/chats.json"),
     )
     place = Path("data/sft/blend.json")
-    blend.build({"talk": 1.0}, [Path("data/sft/talk/chats.json")], place, Path("data/sft/record.json"))
+    settings = BlendSettings(weights={"talk": 1.0})
+    blend.build(settings, [Path("data/sft/talk/chats.json")], place, Path("data/sft/record.json"))
     train("sft", "0a", str(place))
     return work
 

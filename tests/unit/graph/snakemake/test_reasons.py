@@ -217,6 +217,27 @@ def test_a_key_that_is_left_out_where_it_has_its_default_had_its_default():
     ]
 
 
+def test_the_split_of_a_source_is_told_alone():
+    """The fractions that it has no use for follow from it. A blend is told, too."""
+    docs, mine = ({"name": name, "paths": [f"{name}.jsonl"]} for name in ("docs", "mine"))
+    blend = [*PHASES[0]["blend"], {"corpus": "mine", "weight": 1}]
+    pretrain = {"phases": [PHASES[0] | {"blend": blend}], "warmup_tokens": 0, "decay_tokens": 0}
+    before, now = (
+        with_keys(corpora=[docs, mine | split], pretrain=pretrain) for split in ({}, {"split": "valid"})
+    )
+    old, new = (repr(tokenize_settings(c, c.corpora[-1]).model_dump_json()) for c in (before, now))
+    told = changes(now, "tokenize_shard", {"corpus": "mine"}, [old], [new], {new: "settings"})
+    assert told == ["corpora[1].split: null -> valid"]
+    back = changes(before, "tokenize_shard", {"corpus": "mine"}, [new], [old], {old: "settings"})
+    assert back == ["corpora[1].split: valid -> null"]
+    old, new = (repr(phase_settings(c, "broad").model_dump_json()) for c in (before, now))
+    assert changes(now, "blend_pretrain", {"phase": "broad"}, [old], [new], {new: "settings"}) == [
+        "pretrain.phases[0].blend (docs): 0.5 -> 1.0",
+        "pretrain.phases[0].blend (mine): 0.5 -> 1.0",
+        "corpora[1].split: nothing -> valid",
+    ]
+
+
 def test_keys_of_packs():
     before, now = with_keys(sft_data={"pack_size": 512}), with_keys(sft_data={"pack_size": 768})
     old, new = (repr(pack_settings(config).model_dump_json()) for config in (before, now))
