@@ -1,4 +1,4 @@
-"""Train, valid or test: decided by the text alone."""
+"""Train, valid or test: decided by the text alone, where the source does not say it of all of its texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 def split_of(text: str, valid_fraction: float, test_fraction: float) -> str:
     """The split of a document, from a hash of its text.
 
-    A text is in the same split in every corpus, shard and run, so exact duplicates never
+    A text is in the same split in every such corpus, shard and run, so exact duplicates never
     straddle splits. Raising a fraction only moves documents out of train: test takes the lowest
     hashes, valid the highest.
     """
