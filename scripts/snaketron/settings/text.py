@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from snaketron.config import Config, Corpus, Section
 from snaketron.config.data import Split
