@@ -214,6 +214,49 @@ def test_ctrl_c_that_comes_while_a_job_is_being_started_is_obeyed_when_it_has_st
     assert (workspace.path / "known").read_text() == str(whole)
 
 
+SIGTERM_IN = """
+import faulthandler, os, signal
+from snakemake.scheduling.job_scheduler import JobScheduler
+from snaketron.graph.snakemake import stopping
+
+if config["mended"]:
+    stopping.obey_sigterm()
+
+original = getattr(JobScheduler, config["moment"])
+
+def moment(scheduler, *args):
+    if scheduler.running or config["moment"] == "update_available_resources":
+        faulthandler.dump_traceback_later(300 if config["mended"] else 3, exit=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(scheduler, *args)
+
+setattr(JobScheduler, config["moment"], moment)
+
+rule all:
+    input: "1", "2"
+
+rule one:
+    output: "{number}"
+    shell: "touch {output}"
+"""
+
+
+@pytest.mark.parametrize("moment", ["update_available_resources", "_finish_jobs"])
+@pytest.mark.parametrize("mended", [False, True])
+def test_sigterm_that_comes_while_jobs_are_chosen_or_finished_is_obeyed(
+    workspace: Workspace, mended: bool, moment: str
+):
+    """Snakemake alone hangs in its handler. Else the chosen job ends, and no other begins."""
+    snakefile = str(workspace.write("toy.smk", SIGTERM_IN))
+    words = ["--cores", "1", "--config", f"mended={mended}", f"moment={moment}"]
+    result = workspace.run("snakemake", "-s", snakefile, *words)
+    assert result.status == 1
+    assert ("Timeout" in result.output and "in exit_gracefully" in result.output) == (not mended)
+    assert ("Will exit after finishing currently running jobs" in result.output) == mended
+    made = [name for name in "12" if (workspace.path / name).exists()]
+    assert len(made) == (mended or moment == "_finish_jobs"), made
+
+
 def test_how_a_run_ended_is_known_with_its_jobs_that_failed(workspace: Workspace):
     """Ctrl-C is no failure, although it kills a job; pressed again, it is for the jobs, and no traceback."""
     snakefile = str(workspace.write("toy.smk", SNAKEFILE))

@@ -6,6 +6,7 @@
 | `rerun` | passes over jobs that have to run again |
 | `reasons` | tells all parameters of a job where one number has changed |
 | `starting` | forgets a job that Ctrl-C finds in the moment of its start |
+| `stopping` | hangs where SIGTERM finds it choosing or finishing jobs |
 | `errors` | ends with a traceback where a target or a file of --configfile is wrong |
 | `swift` | asks the same for each job of a dry-run |
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from snaketron.config import Config
-from snaketron.graph.snakemake import errors, published, reasons, rerun, starting, swift
+from snaketron.graph.snakemake import errors, published, reasons, rerun, starting, stopping, swift
 
 _replaced = False  # in this process
 
@@ -34,5 +35,6 @@ def replace_pieces(workflow: Any, config: Config) -> None:
     rerun.ask_each_job(config.pathvars.values())
     published.keep_what_failed()
     starting.start_whole()
+    stopping.obey_sigterm()
     reasons.tell_changes(config)
     errors.tell_wrong_targets()
