@@ -23,10 +23,18 @@ class NoAnswer(Exception):
 
 
 def ask(*command: str, seconds: float = TIMEOUT_S) -> str:
-    """What a command of Slurm prints; `NoAnswer` with its error."""
+    """What a command of Slurm prints; `NoAnswer` with its error.
+
+    Ctrl-C in a terminal is for the process that asks, and not for the command, which may be cancelling jobs.
+    """
     try:
         done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=seconds,
+            process_group=0,
         )
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"{command[0]}: no answer within {seconds:.0f} s") from None

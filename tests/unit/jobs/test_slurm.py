@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from snaketron.jobs import slurm
@@ -44,3 +46,19 @@ def test_slurm_says_that_it_runs_a_job_again(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     job = slurm.Job("7", of_rule=True, restarts=1)
     assert (slurm.is_requeued(job), slurm.is_preempted(job)) == (requeued, pre_empted)
+
+
+PRESSED = """
+import os, signal, sys
+from snaketron.jobs import slurm
+signal.signal(signal.SIGINT, lambda *_: None)
+print(slurm.ask("sh", "-c", f"kill -INT -{os.getpid()}; sleep 1; echo the jobs are cancelled"))
+"""
+
+
+def test_ctrl_c_does_not_end_a_command_of_slurm():
+    """Pressed a second time it killed scancel, and the jobs lived on."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRESSED], capture_output=True, text=True, start_new_session=True
+    )
+    assert (done.stdout, done.stderr) == ("the jobs are cancelled\n\n", "")
