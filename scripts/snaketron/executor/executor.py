@@ -29,6 +29,7 @@ from snaketron.executor.records import COMMAND, Record, Records
 from snaketron.executor.submitter import Submitter, title
 from snaketron.executor.verdict import ABSENT, explanation, verdict
 from snaketron.files import no_room
+from snaketron.graph import process
 from snaketron.jobs import queue, slurm
 
 import snakemake_executor_plugin_slurm as plugin
@@ -96,7 +97,8 @@ class Executor(plugin.Executor):
 
     def _submit_job(self, job: Any) -> None:
         self.run_job_pre(job)
-        submitting = self._job_submission_executor.submit(self.run_job, job)
+        with process.interrupts_put_off():  # cancel() would not wait for a thread that is not noted yet
+            submitting = self._job_submission_executor.submit(self.run_job, job)
         submitting.add_done_callback(lambda done: self._check_submitted(job, done))
 
     def _check_submitted(self, job: Any, done: Future[None]) -> None:

@@ -16,15 +16,18 @@ from snakemake_executor_plugin_slurm.utils import get_job_wildcards
 
 PAUSE_S = 10.0  # between two tries
 AWAY_S = 600.0  # for the controller to come back
+SOON_S = 1.0  # after a signal to the whole group of processes, for Snakemake to stop
+SILENT = "ended without a word"  # as one that is killed does
 # What Slurm's commands say where nothing is wrong with the job.
 _AWAY = re.compile(
     "unable to contact slurm controller|timed out|no answer within|zero bytes were transmitted"
-    "|connection refused|unexpected message received|backup controller|temporarily|try again",
+    "|connection refused|unexpected message received|backup controller|temporarily|try again"
+    f"|{SILENT}|exit status -",
     re.IGNORECASE,
 )
 _FULL = re.compile("(Max|Grp)Submit")  # limits of submitted jobs, as in AssocMaxSubmitJobLimit
 # sbatch did not hear whether the job was taken.
-_MAY_BE_IN = re.compile("^sbatch: .*(timed out|zero bytes)", re.IGNORECASE)
+_MAY_BE_IN = re.compile(f"^sbatch: .*(timed out|zero bytes|{SILENT})", re.IGNORECASE)
 
 
 def title(job: Any) -> str:
@@ -82,6 +85,8 @@ class Submitter:
         began, told, may_be_in = time.monotonic(), False, False
         while not self._stopping.is_set():
             with self._one:
+                if self._stopping.is_set():  # while another job was submitted
+                    break
                 refusal = self._try(job, try_to, may_be_in)
             if refusal is None:
                 return None
@@ -89,7 +94,7 @@ class Submitter:
             away = _AWAY.search(refusal) and time.monotonic() < began + AWAY_S
             if not (away or _FULL.search(refusal)):
                 return refusal
-            if not told:
+            if not told and not self._stopping.wait(SOON_S):
                 self.logger.warning(f"{title(job)} waits to be submitted: {refusal}.")
                 told = True
             self._stopping.wait(PAUSE_S)
@@ -106,7 +111,7 @@ class Submitter:
         self._errors.pop(job, None)
         try_to()
         message = self._errors.pop(job, None)
-        return None if message is None else f"sbatch: {said(message)}"
+        return None if message is None else f"sbatch: {said(message) or SILENT}"
 
     def _withdraw(self, named: str) -> None:
         """Cancel jobs that Slurm took although sbatch did not hear of it; `slurm.NoAnswer`."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +58,7 @@ class Slurm:
         self.submitter = Submitter("run", HERE, logging.getLogger("test"))
         monkeypatch.setattr(submitter.slurm, "ask", self.ask)
         monkeypatch.setattr(submitter, "PAUSE_S", 0)
+        monkeypatch.setattr(submitter, "SOON_S", 0)
 
     def ask(self, *command: str, seconds: float = 0) -> str:
         if command[0] == "squeue":
@@ -102,15 +105,19 @@ def test_a_controller_that_does_not_come_back_is_an_error(monkeypatch: pytest.Mo
     )
 
 
-def test_a_job_that_slurm_took_unheard_is_not_submitted_twice(monkeypatch: pytest.MonkeyPatch):
-    """Job 8 is known, 9 is of other wildcards, 10 is the one that was taken, 11 is of another run."""
+@pytest.mark.parametrize("lines", [[TIMED_OUT], []])
+def test_a_job_that_slurm_took_unheard_is_not_submitted_twice(monkeypatch: pytest.MonkeyPatch, lines):
+    """An sbatch that is killed says nothing: Ctrl-C, and SIGTERM to a service, are for all its processes.
+
+    Job 8 is known, 9 is of other wildcards, 10 is the one that was taken, 11 is of another run.
+    """
     queue = [
         line(8, "RUNNING", "run", "rule_tokens_wildcards_a"),
         line(9, "PENDING", "run", "rule_tokens_wildcards_b"),
         line(10, "PENDING", "run", "rule_tokens_wildcards_a"),
         line(11, "PENDING", "another", "rule_tokens_wildcards_a", "/data/elsewhere"),
     ]
-    slurm = Slurm(monkeypatch, queue, refusal(TIMED_OUT))
+    slurm = Slurm(monkeypatch, queue, refusal(*lines))
     slurm.submitter.submitted.add("8")
     assert slurm.submit() is None
     assert slurm.cancelled == [("10",)]
@@ -138,3 +145,27 @@ def test_nothing_is_submitted_after_a_stop(monkeypatch: pytest.MonkeyPatch):
     slurm.submitter.stop()
     assert slurm.submit() is None
     assert slurm.asked_for == []
+
+
+def test_nothing_is_submitted_that_waits_for_another_submission_when_the_stop_comes(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    slurm = Slurm(monkeypatch, [])
+    began, may_end = threading.Event(), threading.Event()
+
+    def slow_sbatch() -> None:
+        slurm.sbatch()
+        began.set()
+        assert may_end.wait(300)
+
+    first = threading.Thread(target=slurm.submitter.submit, args=(JOB, slow_sbatch))
+    second = threading.Thread(target=slurm.submit)
+    first.start()
+    assert began.wait(300)
+    second.start()
+    time.sleep(0.2)  # for it to come to where it waits
+    slurm.submitter.stop()
+    may_end.set()
+    for thread in (first, second):
+        thread.join(300)
+    assert len(slurm.asked_for) == 1
