@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketron.config import Config
+from snaketron.graph.planned import PlannedChats, PlannedCorpus, PlannedTraining
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.sources.lockfile import Lock
@@ -16,9 +17,9 @@ from snaketron.sources.pairs import SIZES, dtype_of
 
 def disk(
     config: Config,
-    corpora: Mapping[str, Mapping[str, Any]],
-    chats: Mapping[str, Mapping[str, Any]],
-    trainings: Sequence[Mapping[str, Any]],
+    corpora: Mapping[str, PlannedCorpus],
+    chats: Mapping[str, PlannedChats],
+    trainings: Sequence[PlannedTraining],
 ) -> dict[str, Any]:
     """Bytes by what they are, None where they are not known; `estimated` names those that are estimates.
 
@@ -32,9 +33,8 @@ def disk(
     vocabulary = config.tokenizer.vocab_size
     trained = [one for one in trainings if not one["on_request"]]
     kept = [one["checkpoint_bytes"] * one["checkpoints_kept"] for one in trained]
-    encoded = [
-        one for one in corpora.values() if not one["registered"]
-    ]  # trainings read the others' raw files
+    # Trainings read the raw files of the others.
+    encoded = [one for one in corpora.values() if not one["registered"]]
     # An id that is compressed takes no more than its information, and the masks beside it hardly anything.
     of_id = math.log2(vocabulary) / 8
     of_chats = _sum(one["estimated_tokens"] for one in chats.values())

@@ -6,11 +6,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from snaketron.config import ChatSource, Config, Corpus, Phase, Training
 from snaketron.graph.base import Base, BaseGraph
 from snaketron.graph.disk import disk, made, raw_bytes
+from snaketron.graph.planned import (
+    Plan,
+    PlannedChats,
+    PlannedCorpus,
+    PlannedStep,
+    PlannedTime,
+    PlannedTraining,
+    Taken,
+)
 from snaketron.lineage.record import read
 from snaketron.log import UserError
 from snaketron.settings.keeping import kept_at_end
@@ -35,8 +43,8 @@ PACKED = 2.5  # bytes of text in a byte of a compressed file or of Parquet, roug
 PLAIN = (".jsonl", ".ndjson", ".json", ".arrow")
 
 
-def plan(config: Config) -> dict[str, Any]:
-    """The plan as JSON takes it. Bytes, tokens, hours and counts are numbers; what is not known is None."""
+def plan(config: Config) -> Plan:
+    """The plan as JSON takes it."""
     lock = read_lock(config.sources_lock, assuming=True)
     text, chats, wrong = all_shards(config, lock)
     corpora = {
@@ -57,13 +65,11 @@ def plan(config: Config) -> dict[str, Any]:
     }
     return {
         "jobs": jobs(config, text, chats, lock),
-        # Sources that count as one assumed shard each.
         "not_listed": [
             source.name
             for where, source in config.sources()
             if where in wrong or source.name in lock.unlisted
         ],
-        # The assumed sources that should lie on this machine, with what a run says of them.
         "missing": {
             source.name: str(wrong[where])
             for where, source in config.sources()
@@ -176,7 +182,7 @@ def _made_raw_files(used: Sequence[tuple[str, Mapping[str, Sequence[str]]]]) -> 
 
 def _corpus(
     config: Config, corpus: Corpus, found: Mapping[str, Sequence[str]] | None, lock: Lock
-) -> dict[str, Any]:
+) -> PlannedCorpus:
     """Shards and bytes of the raw files as far as they are known, and tokens once they are counted."""
     raw, estimated = _raw(corpus, found, lock)
     if corpus.registered and estimated is not None:
@@ -192,7 +198,7 @@ def _corpus(
 
 def _conversations(
     config: Config, source: ChatSource, found: Mapping[str, Sequence[str]] | None, lock: Lock
-) -> dict[str, Any]:
+) -> PlannedChats:
     """Shards and bytes of the raw files, and of what is made from them once it is made."""
     raw, estimated = _raw(source, found, lock)
     data = Path(config.pathvars["data"])
@@ -246,7 +252,7 @@ def _tokens(config: Config, corpus: str, found: Mapping[str, Sequence[str]]) -> 
 # ---------------------------------------------------------------------------------------------- trainings
 
 
-def _training(config: Config, training: Training, corpora: Mapping[str, Any]) -> dict[str, Any]:
+def _training(config: Config, training: Training, corpora: Mapping[str, PlannedCorpus]) -> PlannedTraining:
     needs = estimate(config, training)
     memory, limit = needs.memory, config.cluster.gpu_memory_gb if config.cluster.gpus_per_node else None
     parallel, lies = training.run.parallel, layout(training.run, config.cluster)
@@ -282,7 +288,7 @@ def _training(config: Config, training: Training, corpora: Mapping[str, Any]) ->
     }
 
 
-def _step(config: Config, training: Training) -> dict[str, dict[str, Any] | None]:
+def _step(config: Config, training: Training) -> PlannedStep:
     """The seconds of a step by what they go to, and the bytes that a GPU sends in it, by the estimate.
 
     None where the GPU is not known.
@@ -297,7 +303,7 @@ def _step(config: Config, training: Training) -> dict[str, dict[str, Any] | None
     }
 
 
-def _time(training: Training, needs: Estimate) -> dict[str, Any]:
+def _time(training: Training, needs: Estimate) -> PlannedTime:
     return {
         "tokens_per_second_per_process": needs.speed and needs.speed.tokens_per_second,
         "speed_source": needs.speed and needs.speed.source,
@@ -308,13 +314,13 @@ def _time(training: Training, needs: Estimate) -> dict[str, Any]:
     }
 
 
-def _mix(config: Config, training: Training, corpora: Mapping[str, Any]) -> dict[str, Any]:
+def _mix(config: Config, training: Training, corpora: Mapping[str, PlannedCorpus]) -> dict[str, Taken]:
     """What a phase takes of each corpus, and how often it goes through its tokens, counted or estimated."""
     blend = next((phase.blend for phase in config.pretrain.phases if phase.name == training.phase), [])
     held_out = {corpus.name for corpus in config.corpora if not corpus.trained}
     trained = [entry for entry in blend if entry.corpus not in held_out]
     total = sum(entry.weight for entry in trained)
-    mix = {}
+    mix: dict[str, Taken] = {}
     for entry in trained:
         tokens, corpus = training.tokens * entry.weight / total, corpora[entry.corpus]
         there = corpus["train_tokens"] or corpus["estimated_tokens"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from snaketron.config import Parallel
+from snaketron.graph.planned import Plan, PlannedCorpus, PlannedTraining
 from snaketron.report.tables import table
 from snaketron.sizes.layout import layout_words
 from snaketron.sizes.published import Compared
@@ -15,7 +16,7 @@ KINDS = ("experts", "TP", "CP", "PP", "DP")  # of what a GPU sends
 MEMORY = ("weights", "gradients", "main_weights", "moments", "activations", "recordings", "total")
 
 
-def markdown(plan: Mapping[str, Any]) -> str:
+def markdown(plan: Plan) -> str:
     """The plan that `graph.plan` makes, in tables."""
     trainings, jobs = plan["trainings"], plan["jobs"]
     counted = jobs | {"total": sum(jobs.values())}
@@ -75,7 +76,7 @@ def _bytes(number: float | None) -> str:
     return "-" if number is None else large(number, BYTES)
 
 
-def _trainings(trainings: Sequence[Mapping[str, Any]]) -> str:
+def _trainings(trainings: Sequence[PlannedTraining]) -> str:
     rows = [
         [
             one["name"] + (" (on request)" if one["on_request"] else ""),
@@ -99,7 +100,7 @@ def _hours(time: float | None) -> str:
     return "-" if time is None else short_duration(3600 * time)
 
 
-def _time(trainings: Sequence[Mapping[str, Any]]) -> str:
+def _time(trainings: Sequence[PlannedTraining]) -> str:
     rows, stated = [], list[str]()
     sources = dict.fromkeys(one["published_source"] for one in trainings if one["published_source"])
     for one in trainings:
@@ -135,7 +136,7 @@ _ESTIMATE = (
 )
 
 
-def _memory(trainings: Sequence[Mapping[str, Any]]) -> str:
+def _memory(trainings: Sequence[PlannedTraining]) -> str:
     rows, lines, stages = [], [], dict[tuple[int, ...], list[str]]()
     parts = [part for part in MEMORY if part != "recordings" or any(one["memory"][part] for one in trainings)]
     for one in trainings:
@@ -153,13 +154,14 @@ def _memory(trainings: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join([table(header, _alike(rows)), *(["\n".join(lines)] if lines else [])])
 
 
-def _steps(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
+def _steps(trainings: Sequence[PlannedTraining]) -> list[str]:
     """The estimated step of each training, where the GPU is known."""
-    known = [one for one in trainings if one["step"]]
+    known = {one["name"]: step for one in trainings if (step := one["step"])}
     if not known:
         return []
-    terms = [term for term in known[0]["step"] if any(one["step"][term] for one in known)]
-    rows = [[one["name"], *(_seconds(one["step"][term]) for term in terms)] for one in known]
+    all_terms = next(iter(known.values()))
+    terms = [term for term in all_terms if any(step[term] for step in known.values())]
+    rows = [[name, *(_seconds(step[term]) for term in terms)] for name, step in known.items()]
     return ["## A step (s), by the estimate\n\n" + table(["training", *terms], _alike(rows))]
 
 
@@ -167,21 +169,23 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.3g}" if seconds >= 0.0005 else "0"
 
 
-def _sent(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
+def _sent(trainings: Sequence[PlannedTraining]) -> list[str]:
     """What a GPU sends to others in a step, where the GPU is known and there are others."""
     rows = []
-    for one in (one for one in trainings if one["sent"]):
-        links = {link: sum(moved[link] for moved in one["sent"].values()) for link in ("nvlink", "network")}
+    for one in trainings:
+        if not (sent := one["sent"]) or not (step := one["step"]):
+            continue
+        links = {link: sum(moved[link] for moved in sent.values()) for link in ("nvlink", "network")}
         if any(links.values()):
-            kinds = [_bytes(moved["nvlink"] + moved["network"]) for moved in one["sent"].values()]
-            speed = links["network"] / one["step"]["total"]
+            kinds = [_bytes(moved["nvlink"] + moved["network"]) for moved in sent.values()]
+            speed = links["network"] / step["total"]
             a_second = f"{large(speed, BYTES)}/s" if speed else "-"
             rows.append([one["name"], *kinds, *map(_bytes, links.values()), a_second])
     header = ["training", *KINDS, "over NVLink", "over the network", "network a second"]
     return ["## Sent by a GPU in a step, by the estimate\n\n" + table(header, _alike(rows))] if rows else []
 
 
-def _text(plan: Mapping[str, Any]) -> str:
+def _text(plan: Plan) -> str:
     """A row for each corpus, with its share of each blend; phases may have the same one."""
     blends: dict[tuple[Any, ...], list[str]] = {}
     taken: dict[str, float] = {}
@@ -211,7 +215,7 @@ def _text(plan: Mapping[str, Any]) -> str:
     return table(["corpus", *phases, "tokens taken", "tokens there", "epochs", "shards", "raw files"], rows)
 
 
-def _about(corpus: Mapping[str, Any]) -> str:
+def _about(corpus: PlannedCorpus) -> str:
     """The tokens of a corpus before they are counted."""
     estimated = corpus["estimated_tokens"]
     return f"about {large(estimated)}" if estimated else "-"

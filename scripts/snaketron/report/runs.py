@@ -15,6 +15,7 @@ from snaketron.config import Parallel
 from snaketron.files import read_json
 from snaketron.graph import process
 from snaketron.graph.journal import Journal
+from snaketron.graph.planned import Plan
 from snaketron.jobs.attempts import Attempt, read_attempts, state_of
 from snaketron.jobs.version import Version, versions
 from snaketron.lineage.catalogue import read_all
@@ -107,7 +108,7 @@ class Run:
     evaluations: dict[str, dict[str, Any]]
     running: bool
     asked: Callable[[str], bool] = lambda log: True  # whether the configuration has the job of a log
-    plan: dict[str, Any] | None = None
+    plan: Plan | None = None
     changes: list[tuple[str, Any, Any]] | None = None
     configfiles: list[str] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)  # what could not be read, and why
@@ -156,7 +157,7 @@ class Run:
 def read_run(
     directory: Path,
     roots: Mapping[str, str],
-    plan: dict[str, Any] | None,
+    plan: Plan | None,
     *,
     name: str,
     alone: bool,
@@ -239,7 +240,7 @@ def _read_rules(
 # ------------------------------------------------------------------------------------------- trainings
 
 
-def read_stages(ckpt: Path, plan: dict[str, Any] | None, trouble: list[str]) -> list[Stage]:
+def read_stages(ckpt: Path, plan: Plan | None, trouble: list[str]) -> list[Stage]:
     """The trainings of a directory, in the order of the workflow.
 
     A training may have several versions. Shown is the one that was begun or published last: settings that
@@ -320,7 +321,7 @@ def _merged(ckpt: Path) -> dict[Path, Record]:
 
 
 def _read_data(
-    root: Path, ckpt: Path, stages: Sequence[Stage], plan: dict[str, Any] | None, trouble: list[str]
+    root: Path, ckpt: Path, stages: Sequence[Stage], plan: Plan | None, trouble: list[str]
 ) -> tuple[Data, dict[Path, Record]]:
     """What the records say of the data, and all records: those of what was made last, else what there is."""
     phases = [one["name"].partition("/")[2] for one in plan["trainings"]] if plan else []
