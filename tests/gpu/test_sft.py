@@ -140,7 +140,7 @@ def tunings(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_packs_have_the_losses_that_started_kernels_give(tunings: Tunings, name: str):
-    """Steps 5 to 8 of four packs, of which the first two are not recorded, with validations between them."""
+    """Steps 5 to 8 of four packs, with validations between them. The first two are not recorded."""
     recorded, launched = (tunings.futures[name, how].result() for how in ("recorded", "launched"))
     assert (recorded["recorded"], launched["recorded"]) == ("micro-batches", "nothing")
     assert len(recorded["losses"]) == 4 and len(launched["losses"]) == 8

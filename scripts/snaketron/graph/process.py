@@ -19,7 +19,7 @@ from typing import Any, Literal, TextIO
 from snaketron import files
 
 LOCK = Path(".snakemake/snaketron.lock")  # that a run holds in its directory
-TEMPORARY = 1_000_000  # bytes, of which the copies of the rules are 70,000
+TEMPORARY = 1_000_000  # bytes; the copies of the rules have 70,000
 
 _held: list[TextIO] = []  # open for the life of the process
 _interrupts: list[int] = []  # signals that came

@@ -107,8 +107,8 @@ class Report:
     first one reads anew.
 
     `weights` (2, batch, length) give each position's share of `loss` (1 if trained) and of `sample_loss` (1 a
-    conversation). `counts` (4,), float64, is `Counts` of the whole micro-batch, of which its sequences have
-    equal parts. Under context parallelism the parts of the ranks add up. `source` (batch,) has the number of
+    conversation). `counts` (4,), float64, is `Counts` of the whole micro-batch; each of its sequences has an
+    equal part. Under context parallelism the parts of the ranks add up. `source` (batch,) has the number of
     each sequence's source; unless they are `mixed`, all have one.
     """
 

@@ -119,7 +119,7 @@ def test_adapters_and_recomputation_change_what_is_computed():
 
 
 def test_adapters_move_what_goes_into_their_layers_and_out():
-    """Of an MLP of 32 and 64 numbers: inputs of 2 bytes 4 times and outputs 6 times, at 0.8 TB/s.
+    """An MLP has 32 and 64 numbers: inputs move 4 times and outputs 6 times, with 2 bytes each, at 0.8 TB/s.
 
     A token has three such layers where it goes to two experts and the shared one, and two where only the
     experts are adapted.

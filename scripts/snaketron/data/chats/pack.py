@@ -204,7 +204,7 @@ def plan(chats: Conversations, split: str, settings: PackSettings) -> Plan:
 
 
 def not_packed(chats: Conversations, pack_size: int) -> dict[str, np.ndarray]:
-    """Which conversations no pack takes, a mask for each reason."""
+    """The conversations that no pack takes: a mask for each reason."""
     too_long = chats.lengths > pack_size
     untrained, cut = ~too_long & (chats.trained == 0), chats.cut > 0
     return {
