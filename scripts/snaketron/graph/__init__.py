@@ -6,5 +6,5 @@
 - What is said: `notes` about a configuration and targets, `outlook` about trainings, `dry_run` at its end,
   `lines` about jobs, which `terminal` writes, and `journal` for programs; which jobs were `stops`, for both.
 - The process of Snakemake: `process`; what is replaced in it: `snakemake`.
-- What programs beside it ask: `configfiles`, `plan` and `disk`, `asked`.
+- What programs beside it ask: `configfiles`, `plan` with the keys in `planned` and `disk`, `asked`.
 """
