@@ -47,7 +47,7 @@ if (
     wrong := process.elsewhere(Path(workflow.basedir))
     or process.mixed()
     or process.unwritable()
-    or process.cramped()
+    or (workflow.is_main_process and process.cramped())
 ):
     raise WorkflowError(wrong)
 

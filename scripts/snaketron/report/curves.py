@@ -70,7 +70,7 @@ def _thinned(stages: Iterable[Stage]) -> list[Block]:
 def _by_source(name: str, runs: Sequence[Run]) -> list[Block]:
     """The losses of each corpus or source before, after and on the test split, where there are several.
 
-    The weights of a blend are shares of samples or packs, of which packs have more or fewer trained tokens.
+    The weights of a blend are shares of samples or of packs. Packs have more or fewer trained tokens.
     """
     sample = "samples" if name.startswith("pretrain") else "packs"
 

@@ -46,10 +46,10 @@ class Sums:
     mixed: bool = False
 
     @classmethod
-    def zeros(cls, num_sources: int, device: torch.device | str = "cpu", *, mixed: bool = False) -> Sums:
+    def zeros(cls, num_sources: int, *, mixed: bool = False) -> Sums:
         """Sums of nothing, with a row for each source; one row where metrics know no sources."""
         rows = 1 + num_sources if mixed else max(1, num_sources)
-        return cls(torch.zeros(rows, len(cls.NAMES), dtype=torch.float64, device=device), mixed)
+        return cls(torch.zeros(rows, len(cls.NAMES), dtype=torch.float64), mixed)
 
     @property
     def by_source(self) -> Tensor:
